@@ -1,0 +1,88 @@
+"""The token frame: one row per response token, the base of every log-probability analysis.
+
+Invariants:
+    - routing arrays are read block by block and dropped; what stays is 56 bytes per token;
+    - a token counts as *scored* when both arms gave a finite log-probability. NaN and infinities are
+      excluded and counted, never averaged (rule D31: -inf is a defect to report, not a number).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from moediag.analysis.declarations import TOKENS
+from moediag.analysis.expert_sets import NOT_COMPARED, ExpertComparison, compare_block
+from moediag.run.align import Pair, PairBlock
+
+Float64 = NDArray[np.float64]
+
+
+def token_frame(pair: Pair) -> pd.DataFrame:
+    """One row per response token of the pair, in shard order.
+
+    Args:
+        pair: two aligned arms; blocks are read once.
+
+    Returns:
+        Frame ``tokens``; log-probabilities and entropies in nat, NaN = not scored.
+    """
+    return concatenate_tokens([token_columns(block, compare_block(block)) for block in pair.blocks()])
+
+
+def concatenate_tokens(parts: list[dict[str, NDArray[Any]]]) -> pd.DataFrame:
+    """The token frame of blocks' columns as :func:`token_columns` gives them; no block, no rows."""
+    empty = {column.name: np.zeros(0) for column in TOKENS.columns}
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in empty} if parts else empty
+    return TOKENS.validate(pd.DataFrame(columns))
+
+
+def scored_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a token frame that both arms scored (finite log-probabilities)."""
+    is_scored_T = np.isfinite(tokens["logp_train"].to_numpy()) & np.isfinite(tokens["logp_infer"].to_numpy())
+    scored: pd.DataFrame = tokens.loc[is_scored_T]
+    return scored
+
+
+def logp_diff(tokens: pd.DataFrame) -> Float64:
+    """logp_train - logp_infer of every row in float64 [nat]; 0 is perfect agreement."""
+    train_T = tokens["logp_train"].to_numpy().astype(np.float64)
+    return np.asarray(train_T - tokens["logp_infer"].to_numpy().astype(np.float64))
+
+
+def token_columns(block: PairBlock, seen: ExpertComparison | None) -> dict[str, NDArray[Any]]:
+    """Columns of frame ``tokens`` for one block.
+
+    Args:
+        block: aligned response tokens.
+        seen: its expert comparison; None = dense.
+    """
+    n_flipped_T, first_T = _flipped_layers(len(block), seen)
+    return {
+        "seq_id": block.seq_id_T,
+        "prompt_id": block.prompt_id_T,
+        "sample_index": block.sample_index_T,
+        "position": block.position_T,
+        "token_id": block.token_id_T,
+        "logp_train": block.logp_train_T,
+        "logp_infer": block.logp_infer_T,
+        "entropy_train": block.entropy_train_T,
+        "entropy_infer": block.entropy_infer_T,
+        "n_flipped_layers": n_flipped_T,
+        "first_flipped_layer": first_T,
+    }
+
+
+def _flipped_layers(n_tokens: int, seen: ExpertComparison | None) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+    """(number of flipped layers, first of them) per token; -1 for rows not routed in every layer."""
+    absent_T = np.full(n_tokens, NOT_COMPARED, dtype=np.int16)
+    if seen is None or not seen.is_compared_TL.shape[1]:
+        return absent_T, absent_T
+    flip_TL, complete_T = seen.is_flip_TL, seen.is_complete_T
+    # a row known in some layers only would count too few flips: it belongs to neither group
+    n_flipped_T = np.where(complete_T, flip_TL.sum(axis=1), NOT_COMPARED).astype(np.int16)
+    first_T = np.where(complete_T & flip_TL.any(axis=1), flip_TL.argmax(axis=1), NOT_COMPARED).astype(np.int16)
+    return n_flipped_T, first_T

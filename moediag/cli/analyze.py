@@ -1,0 +1,31 @@
+"""``moediag analyze``: frames and summary.json again, offline."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moediag.cli import options as o
+
+NAME = "analyze"
+
+
+def command(
+    run: o.RunPath,
+    as_json: o.Json = False,
+    force: Annotated[bool, typer.Option("--force", help="Analyse in spite of validation errors.")] = False,
+) -> None:
+    """Compute every frame and summary.json from the captured arms; needs no engine."""
+    from moediag.cli.console import say_json, wrote
+    from moediag.cli.table import show_table
+    from moediag.results import analyze_run
+    from moediag.run.directory import open_run
+
+    opened = open_run(run)
+    summary = analyze_run(opened, force)
+    if as_json:
+        say_json(summary)
+        return
+    show_table({run.resolve().name: summary})
+    wrote(run / "summary.json")

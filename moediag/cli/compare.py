@@ -1,0 +1,33 @@
+"""``moediag compare``: runs side by side, dense against MoE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moediag.cli import options as o
+
+NAME = "compare"
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Analysed run directories.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the comparison.")],
+    training_window: o.TrainingWindow = None,
+    as_json: o.Json = False,
+) -> None:
+    """Compare runs: Figure-1-style picture, table, report. Dense runs have no routing figures."""
+    from moediag.cli.console import note, say_json, wrote
+    from moediag.cli.table import show_table
+    from moediag.results import compare_runs
+
+    summary = compare_runs(runs, output, training_window)
+    if not summary["same_prompts"]:
+        note("Note: the runs were made from different prompts; their numbers differ for that reason too")
+    if as_json:
+        say_json(summary)
+        return
+    show_table(summary["runs"])
+    wrote(output / "report.md")

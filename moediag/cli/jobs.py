@@ -1,0 +1,120 @@
+"""What the capturing commands share: say what will happen, run the engines, show the result."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from moediag.cli.console import bar, note, wrote
+from moediag.cli.table import show_table
+from moediag.engines.checkpoint import Checkpoint, open_checkpoint
+from moediag.engines.launch import infer_options, run_infer, run_train, train_options
+from moediag.engines.plan import Plan, Sampling, make_plan, needed_length
+from moediag.errors import DiskFullError
+from moediag.results import analyze_run, report_run
+from moediag.run.directory import Run, open_run, refuse_other_configuration
+
+__all__ = [
+    "Plan",
+    "Sampling",
+    "announce",
+    "capture",
+    "finish",
+    "infer_options",
+    "join",
+    "plan",
+    "train_options",
+    "wrote",
+]
+
+_ENGINES = {"infer": run_infer, "train": run_train}
+_TITLES = {"infer": "vLLM (infer)", "train": "transformers (train)"}
+
+
+def plan(
+    ckpt: str,
+    revision: str | None,
+    prompts: Path,
+    limit: int | None,
+    sampling: Sampling,
+    router_logits: str,
+    shard_size: int,
+    max_model_len: int | None,
+) -> Plan:
+    """Look at the checkpoint and the prompts; refuses what cannot be done before anything starts."""
+    return make_plan(
+        open_checkpoint(ckpt, revision),
+        prompts,
+        sampling,
+        limit=limit,
+        router_logits=router_logits,
+        shard_size=shard_size,
+        max_model_len=max_model_len,
+    )
+
+
+def announce(plan: Plan, output: Path, arms: tuple[str, ...]) -> None:
+    """Print what will be done and how much will be written.
+
+    Raises:
+        DiskFullError: there is less space than the run may need.
+    """
+    routing, sampling = plan.checkpoint.routing, plan.sampling
+    model = f"{plan.checkpoint.architecture}, {plan.checkpoint.stored_dtype}"
+    layers = f"{routing.n_layers} MoE layers, top-{routing.top_k} of {routing.n_experts}" if routing else "dense"
+    how = (
+        "scoring the given completions" if plan.completion_ids else f"sampling up to {sampling.max_tokens} tokens each"
+    )
+    n_bytes = plan.max_bytes(len(arms))
+    note(f"Model    {plan.checkpoint.name} ({model}; {layers})")
+    note(f"Tokens   {len(plan.prompt_ids)} prompts, {plan.n_sequences} sequences, {how}")
+    note(f"Arms     {', '.join(arms)}; hooks force eager execution and no prefix cache in vLLM")
+    note(f"Writes   at most {n_bytes / 1e6:,.1f} MB under {output} ({n_bytes / plan.max_token_rows:,.0f} B per token)")
+    if not plan.completion_ids and not sampling.is_neutral:
+        note("Note     sampling is not neutral (temperature 1, no truncation): k1 and k3 are then no KL estimates")
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < n_bytes:
+        raise DiskFullError(
+            f"{output} may need {n_bytes / 1e6:,.1f} MB, {existing} has {free / 1e6:,.1f} MB free; "
+            "free some space, or lower --limit, --max-tokens or --router-logits"
+        )
+
+
+def join(output: Path, ckpt: str, revision: str | None, max_model_len: int | None) -> tuple[Run, Checkpoint, int]:
+    """An arm for a run that exists: the same weights, wherever they lie on this machine.
+
+    Returns:
+        The run, the checkpoint, and the longest sequence vLLM must have room for [tokens].
+
+    Raises:
+        RunConflictError: the checkpoint is not the one the run was made with.
+    """
+    run, checkpoint = open_run(output), open_checkpoint(ckpt, revision)
+    there = {key: run.configuration[key] for key in checkpoint.digests()}
+    refuse_other_configuration(there, checkpoint.digests(), str(output))
+    return run, checkpoint, max_model_len or needed_length(run, checkpoint)
+
+
+def capture(run: Run, checkpoint: Checkpoint, options: dict[str, dict[str, Any]]) -> None:
+    """Fill the arms that are named in ``options``, each in an engine process of its own."""
+    for arm, engine_options in options.items():
+        if arm in run.arms() and run.is_complete(arm):
+            run.begin_arm(arm, {"configuration": engine_options})  # refuses other options
+            note(f"{_TITLES[arm]}: complete, nothing to capture")
+            continue
+        with bar(_TITLES[arm]) as progress:
+            _ENGINES[arm](run, checkpoint, engine_options, progress.on_event)
+
+
+def finish(run: Run, training_window: int | None = None) -> None:
+    """Analyse, draw, report; a short table and where things are."""
+    with bar("analysis") as progress:
+        progress.on_event({"stage": "metrics"})
+        summary = analyze_run(run)
+        progress.on_event({"stage": "figures and report"})
+        report = report_run(run, training_window)
+    show_table({run.path.resolve().name: summary})
+    wrote(run.path / "summary.json")
+    wrote(report)

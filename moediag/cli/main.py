@@ -1,0 +1,53 @@
+"""Entry point ``moediag``: maps errors to one line and an exit code.
+
+Exit codes: 0 done, 1 a moediag error (one line on stderr), 2 usage, 3 a gate failed, 130 interrupted. Nothing heavy
+is imported until a command runs.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from moediag.cli import analyze, capture, compare, demo, env, profile, report, schema, validate
+from moediag.errors import MoediagError
+
+app = typer.Typer(
+    name="moediag",
+    help="Routing-mismatch diagnostics for MoE models: what vLLM sampled against what transformers trains on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for module in (demo, profile, capture, analyze, compare, report, validate, schema, env):
+    app.command(module.NAME)(module.command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        result = app(args=arguments, standalone_mode=False)
+        return int(result or 0)
+    except MoediagError as error:
+        print(f"moediag: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("moediag: interrupted; what was captured is kept, run the same command again to resume", file=sys.stderr)
+        return 130
+    except typer.Exit as leave:
+        return leave.exit_code
+    except BrokenPipeError:  # the reader of a pipe (head, less) has gone
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        return _usage_error(error)
+
+
+def _usage_error(error: Exception) -> int:
+    """Click's own usage errors know how to show themselves; anything else is a bug and keeps its traceback."""
+    if not hasattr(error, "show") or not hasattr(error, "exit_code"):
+        raise error
+    error.show()
+    return int(error.exit_code)

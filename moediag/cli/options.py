@@ -1,0 +1,87 @@
+"""Options that several commands share, with vLLM's and transformers' own names."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moediag.errors import EngineError
+
+
+class RouterLogits(StrEnum):
+    """How much of the router logits is kept."""
+
+    none = "none"
+    full = "full"
+
+
+Ckpt = Annotated[str, typer.Argument(metavar="CKPT", help="Checkpoint folder, or a hub id (owner/name).")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run directory to make or resume.")]
+Prompts = Annotated[
+    Path,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="JSONL with prompt, messages or prompt_token_ids (optionally completion_token_ids), or text, one a line.",
+    ),
+]
+OptionalPrompts = Annotated[
+    Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts file; needed to begin a run.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.")]
+Revision = Annotated[str | None, typer.Option(help="Hub revision (branch, tag or commit).")]
+Dtype = Annotated[str, typer.Option(help="Model dtype in both engines: auto, bfloat16, float16, float32.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; KL estimators need 1.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; KL estimators need 1.")]
+TopK = Annotated[int, typer.Option(help="Top-k sampling; 0 = off.")]
+MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Min-p sampling; 0 = off.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest response [tokens].")]
+Samples = Annotated[int, typer.Option("--n", "-n", min=1, help="Responses per prompt.")]
+Seed = Annotated[int, typer.Option(help="Sampling seed; each shard or request derives its own from it.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at the end-of-text token.")]
+Logits = Annotated[RouterLogits, typer.Option(help="Keep full router logits as well.")]
+ShardSize = Annotated[int, typer.Option(min=1, help="Sequences per shard: the unit of resuming.")]
+MaxModelLen = Annotated[int | None, typer.Option(min=2, help="vLLM's max_model_len; default: what the prompts need.")]
+TensorParallel = Annotated[int, typer.Option("--tensor-parallel-size", min=1, help="vLLM's tensor_parallel_size.")]
+GpuMemory = Annotated[float | None, typer.Option(help="vLLM's gpu_memory_utilization.")]
+MaxNumSeqs = Annotated[int | None, typer.Option(min=1, help="vLLM's max_num_seqs.")]
+MaxBatched = Annotated[int | None, typer.Option(min=1, help="vLLM's max_num_batched_tokens.")]
+VllmOption = Annotated[
+    list[str] | None, typer.Option("--vllm-option", metavar="KEY=VALUE", help="Any other vLLM option; may be repeated.")
+]
+AttnImplementation = Annotated[str | None, typer.Option(help="transformers' attn_implementation.")]
+ExpertsImplementation = Annotated[str | None, typer.Option(help="transformers' experts_implementation.")]
+DeviceMap = Annotated[str | None, typer.Option(help="transformers' device_map.")]
+TrainingWindow = Annotated[
+    int | None, typer.Option(min=1, help="Length the model was trained on [tokens]; marked in the drift figure.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Start anew: the run that is there is removed.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def parse_vllm_options(pairs: list[str] | None) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs; a value that is JSON is read as JSON, anything else is text.
+
+    Raises:
+        EngineError: a pair without ``=``.
+
+    Example:
+        >>> parse_vllm_options(["block_size=16", "moe-backend=triton"])
+        {'block_size': 16, 'moe_backend': 'triton'}
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise EngineError(f"--vllm-option {pair}: wanted KEY=VALUE, e.g. --vllm-option block_size=16")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        options[key.replace("-", "_")] = value
+    return options

@@ -1,0 +1,63 @@
+"""``moediag profile``: the main job."""
+
+from __future__ import annotations
+
+from moediag.cli import options as o
+
+NAME = "profile"
+
+
+def command(
+    ckpt: o.Ckpt,
+    prompts: o.Prompts,
+    output: o.Output,
+    limit: o.Limit = None,
+    revision: o.Revision = None,
+    dtype: o.Dtype = "auto",
+    temperature: o.Temperature = 1.0,
+    top_p: o.TopP = 1.0,
+    top_k: o.TopK = 0,
+    min_p: o.MinP = 0.0,
+    max_tokens: o.MaxTokens = 256,
+    n: o.Samples = 1,
+    seed: o.Seed = 0,
+    ignore_eos: o.IgnoreEos = False,
+    router_logits: o.Logits = o.RouterLogits.none,
+    shard_size: o.ShardSize = 32,
+    max_model_len: o.MaxModelLen = None,
+    tensor_parallel_size: o.TensorParallel = 1,
+    gpu_memory_utilization: o.GpuMemory = None,
+    max_num_seqs: o.MaxNumSeqs = None,
+    max_num_batched_tokens: o.MaxBatched = None,
+    vllm_option: o.VllmOption = None,
+    attn_implementation: o.AttnImplementation = None,
+    experts_implementation: o.ExpertsImplementation = None,
+    device_map: o.DeviceMap = None,
+    training_window: o.TrainingWindow = None,
+    force: o.Force = False,
+) -> None:
+    """Sample in vLLM, score in transformers, analyse, draw and report: both arms of one checkpoint."""
+    from moediag.cli import jobs
+
+    sampling = jobs.Sampling(temperature, top_p, top_k, min_p, max_tokens, n, seed, ignore_eos)
+    plan = jobs.plan(ckpt, revision, prompts, limit, sampling, router_logits.value, shard_size, max_model_len)
+    infer = jobs.infer_options(
+        o.parse_vllm_options(vllm_option),
+        dtype=dtype,
+        max_model_len=plan.max_model_len,
+        seed=seed,
+        tensor_parallel_size=tensor_parallel_size,
+        gpu_memory_utilization=gpu_memory_utilization,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    train = jobs.train_options(
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        experts_implementation=experts_implementation,
+        device_map=device_map,
+    )
+    jobs.announce(plan, output, arms=("infer", "train"))
+    run = plan.create(output, force)
+    jobs.capture(run, plan.checkpoint, {"infer": infer, "train": train})
+    jobs.finish(run, training_window)

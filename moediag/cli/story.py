@@ -1,0 +1,72 @@
+"""The demo: a MoE and a dense checkpoint made on the spot, profiled by both engines, compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from moediag.cli import jobs
+from moediag.cli.console import bar, note, wrote
+from moediag.cli.table import show_table
+from moediag.demo.corpus import demo_prompts
+from moediag.demo.pair import build_pair
+from moediag.demo.train import MOE
+from moediag.results import compare_runs
+from moediag.run.files import write_atomic
+
+N_PROMPTS = 64
+MAX_TOKENS = 320  # prompt (about 120 bytes) + response stay inside the training window of 512
+
+
+def tell(output: Path) -> None:
+    """Make everything under ``output`` and end by saying where the report is.
+
+    Raises:
+        MoediagError: as ``profile`` and ``compare`` do.
+    """
+    checkpoints = _checkpoints(output)
+    prompts = output / "prompts.jsonl"
+    lines = [json.dumps({"prompt": text}) + "\n" for text in demo_prompts(N_PROMPTS)]
+    write_atomic(prompts, "".join(lines).encode())
+    for name, checkpoint in checkpoints.items():
+        note(f"\n== {name}: sampled by vLLM, scored by transformers ==")
+        _profile(checkpoint, prompts, output / name)
+    note("\n== moe against dense ==")
+    summary = compare_runs([output / name for name in checkpoints], output / "compare", MOE.window)
+    show_table(summary["runs"])
+    wrote(output / "compare" / "figures" / "figure1.png")
+    wrote(output / "compare" / "report.md")
+
+
+def cache_folder() -> Path:
+    """Where trained demo pairs are kept: ``MOEDIAG_CACHE``, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MOEDIAG_CACHE") or Path(base) / "moediag") / "demo"
+
+
+def _checkpoints(output: Path) -> dict[str, Path]:
+    with bar("training the demo pair") as progress:
+        steps: dict[str, int] = {}
+
+        def on_step(name: str, step: int, n_steps: int, loss: float) -> None:
+            steps[name] = step
+            progress.show(sum(steps.values()) / 2, n_steps, f"steps, {name} at {loss:.2f} nat per byte")
+
+        trained = build_pair(cache_folder(), on_step)
+    folders = {}
+    for name, folder in zip(("moe", "dense"), trained, strict=True):
+        folders[name] = output / "checkpoints" / name
+        shutil.copytree(folder, folders[name], dirs_exist_ok=True)
+    return folders
+
+
+def _profile(checkpoint: Path, prompts: Path, output: Path) -> None:
+    sampling = jobs.Sampling(max_tokens=MAX_TOKENS)
+    plan = jobs.plan(str(checkpoint), None, prompts, None, sampling, "full", 32, None)
+    infer = jobs.infer_options({}, dtype="bfloat16", max_model_len=plan.max_model_len, seed=sampling.seed)
+    jobs.announce(plan, output, arms=("infer", "train"))
+    run = plan.create(output, force=False)
+    jobs.capture(run, plan.checkpoint, {"infer": infer, "train": jobs.train_options(dtype="bfloat16")})
+    jobs.finish(run, MOE.window)

@@ -1,0 +1,160 @@
+"""What a checkpoint folder says of itself, read without loading it: files, digests, routing.
+
+Nothing here imports torch. A checkpoint that an engine could not load, or whose router moediag cannot
+read, is refused here in one line, before anything is started or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moediag.engines.routers import RouterSpec, router_spec
+from moediag.errors import CheckpointError
+from moediag.run.files import digest_of
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
+_TOKENIZER_DIGESTED = (*_TOKENIZER_FILES, "merges.txt", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder that looks loadable.
+
+    Args:
+        path: the folder.
+        name: what the user called it (folder or hub id); only shown, never compared.
+        config: config.json.
+        routing: how its router chooses; None for a dense model.
+    """
+
+    path: Path
+    name: str
+    revision: str | None
+    config: dict[str, Any]
+    weight_files: tuple[Path, ...]
+    routing: RouterSpec | None
+
+    @property
+    def architecture(self) -> str:
+        """First entry of ``architectures``."""
+        return str(self.config["architectures"][0])
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest sequence the model was made for [tokens], if config.json says."""
+        value = text_config(self.config).get("max_position_embeddings")
+        return int(value) if value else None
+
+    @property
+    def stored_dtype(self) -> str:
+        """Dtype the checkpoint says it is stored in; ``auto`` loads in it."""
+        text = text_config(self.config)
+        return str(text.get("dtype") or text.get("torch_dtype") or "float32")
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of weights and tokenizer files, independent of where the folder lies."""
+        with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+            digests = list(pool.map(_sha256, self.weight_files))
+        files = {file.name: digest for file, digest in zip(self.weight_files, digests, strict=True)}
+        tokenizer = [self.path / name for name in _TOKENIZER_DIGESTED]
+        # generation_config.json may change sampling, but moediag asks vLLM to leave it alone.
+        config = {
+            key: value for key, value in self.config.items() if key not in ("_name_or_path", "transformers_version")
+        }
+        return {
+            "weights_sha256": digest_of(files),
+            "tokenizer_sha256": digest_of({f.name: _sha256(f) for f in tokenizer if f.exists()}),
+            "config_sha256": digest_of(config),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The ``model`` entry of run.json, without digests."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "architecture": self.architecture,
+            "model_type": str(self.config.get("model_type")),
+            "n_decoder_layers": int(text_config(self.config).get("num_hidden_layers", 0)),
+            "stored_dtype": self.stored_dtype,
+            "routing": None if self.routing is None else asdict(self.routing),
+        }
+
+
+def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+    """Look at a checkpoint folder, or at a hub snapshot that is at hand or can be downloaded.
+
+    Raises:
+        CheckpointError: no such folder, no config, no weights, no tokenizer, or an unsupported router.
+    """
+    path = Path(name)
+    if not path.exists():
+        path = _hub_snapshot(name, revision)
+    config = _read_config(path)
+    if not config.get("architectures"):
+        raise CheckpointError(f"{path / 'config.json'} names no architectures; it is not a causal language model")
+    if not any((path / file).exists() for file in _TOKENIZER_FILES):
+        raise CheckpointError(f"{path} has no tokenizer (wanted one of {', '.join(_TOKENIZER_FILES)}); save it there")
+    return Checkpoint(path, name, revision, config, _weight_files(path), router_spec(config, str(path)))
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of config.json."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a checkpoint folder: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / 'config.json'} is not readable JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path / 'config.json'} should hold a JSON object")
+    return config
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    """The safetensors files the engines would load; an index must not name absent files."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a weight index ({error})") from None
+        missing = [name for name in names if not (path / name).exists()]
+        if missing:
+            raise CheckpointError(f"{path} lacks {len(missing)} of {len(names)} weight files, first: {missing[0]}")
+        return tuple(path / name for name in names)
+    files = tuple(sorted(path.glob("*.safetensors")))
+    if not files:
+        pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
+        advice = "only pickled weights were found, convert them to safetensors" if pickles else "wanted *.safetensors"
+        raise CheckpointError(f"{path} has no weights: {advice}")
+    return files
+
+
+def _hub_snapshot(name: str, revision: str | None) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"checkpoint {name} does not exist; give a checkpoint folder or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a dozen unrelated types; all mean: no such checkpoint
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"checkpoint {name} is neither a folder nor to be had from the hub ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

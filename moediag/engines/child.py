@@ -1,0 +1,62 @@
+"""Entry of an engine process: ``python -m moediag.engines.child TASK`` (started by :mod:`.channel`)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from moediag.engines.channel import Reporter, hold_lifeline
+from moediag.errors import EngineError, MoediagError
+from moediag.run.directory import open_run
+from moediag.run.files import write_error
+
+
+def _infer(options: dict[str, Any], reporter: Reporter) -> None:
+    from moediag.engines.vllm_engine import capture_infer
+
+    capture_infer(open_run(options.pop("run")), options, reporter)
+
+
+def _train(options: dict[str, Any], reporter: Reporter) -> None:
+    from moediag.engines.hf_engine import capture_train
+
+    capture_train(open_run(options.pop("run")), options, reporter)
+
+
+_TASKS = {"infer": _infer, "train": _train}
+
+
+def main() -> int:
+    """Run the task named on the command line; every failure reaches the parent as one line."""
+    reporter = Reporter()
+    options = hold_lifeline()
+    run_path = Path(options["run"])
+    try:
+        _TASKS[sys.argv[1]](options, reporter)
+    except MoediagError as error:
+        traceback.print_exc()
+        reporter.error(error)
+        return 1
+    except OSError as error:
+        traceback.print_exc()
+        failure = write_error(error, Path(error.filename or run_path))
+        reporter.error(failure if isinstance(failure, MoediagError) else EngineError(str(error)))
+        return 1
+    except Exception as error:  # the engines raise anything; the traceback is in the log, the parent gets one line
+        traceback.print_exc()
+        reason = str(error).strip().splitlines()
+        summary = f"{type(error).__name__}: {reason[0] if reason else ''}"
+        reporter.error(EngineError(f"the {sys.argv[1]} engine failed: {summary}; see {run_path / 'logs'}"))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Engines leave threads and atexit handlers behind that can hang for minutes; everything is on disk.
+    os._exit(status)

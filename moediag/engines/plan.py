@@ -1,0 +1,260 @@
+"""What a run will do, worked out before any engine starts: tokens, shards, limits, bytes.
+
+Prompts are tokenised once, here, with the checkpoint's own tokenizer; both engines then receive token ids,
+so a difference in tokenisation can never enter a pair.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moediag import __version__
+from moediag.engines.assemble import token_rows
+from moediag.engines.checkpoint import Checkpoint, text_config
+from moediag.errors import CheckpointError, PromptsError
+from moediag.prompts import Prompt, read_prompts
+from moediag.run.codec import bytes_per_token
+from moediag.run.directory import Run, create_run, split_into_shards
+from moediag.run.files import digest_of, read_checked, sha256_bytes
+
+_PROMPTS_FILE = "prompts.parquet"
+_SCORE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+SequenceTokens = tuple[int, int, list[int], list[int] | None]
+"""(prompt_id, sample_index, prompt token ids, given completion token ids or None)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters by vLLM's own names and defaults (temperature 1, no truncation)."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 256
+    n: int = 1
+    seed: int = 0
+    ignore_eos: bool = False
+
+    @property
+    def is_neutral(self) -> bool:
+        """True when tokens are drawn from the model's own distribution, as KL estimators need."""
+        return (self.temperature, self.top_p, self.top_k, self.min_p) in ((1.0, 1.0, 0, 0.0), (1.0, 1.0, -1, 0.0))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that could be made: tokenised prompts and what they will cost."""
+
+    checkpoint: Checkpoint
+    prompts_path: Path
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]] | None
+    sampling: Sampling
+    router_logits: str
+    shard_size: int
+    max_model_len: int
+    source_sha256: str
+
+    @property
+    def n_sequences(self) -> int:
+        """S: prompts times samples, or one per given completion."""
+        return len(self.prompt_ids) * (1 if self.completion_ids else self.sampling.n)
+
+    @property
+    def max_token_rows(self) -> int:
+        """Largest number of token rows the run can get."""
+        if self.completion_ids:
+            return sum(len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True))
+        longest = (min(len(p) + self.sampling.max_tokens, self.max_model_len) for p in self.prompt_ids)
+        return self.sampling.n * sum(longest)
+
+    def max_bytes(self, n_arms: int) -> int:
+        """Largest number of bytes the arms will write, before engines say their own score dtypes."""
+        routing = self.checkpoint.routing
+        logits = 0 if self.router_logits == "none" else _SCORE_BYTES.get(self.checkpoint.stored_dtype, 4)
+        layers, k, e = (routing.n_layers, routing.top_k, routing.n_experts) if routing else (0, 0, 0)
+        sizes = bytes_per_token(layers, k, e, weight_bytes=4, logits_bytes=logits)
+        return self.max_token_rows * (n_arms * sum(sizes.values()) + 8)
+
+    def configuration(self) -> dict[str, Any]:
+        """What makes two runs the same; digests and not paths."""
+        return {
+            **self.checkpoint.digests(),
+            "prompts_sha256": digest_of([self.prompt_ids, self.completion_ids]),
+            "n_prompts": len(self.prompt_ids),
+            **({} if self.completion_ids else asdict(self.sampling)),
+            "router_logits": self.router_logits,
+            "shard_size": self.shard_size,
+        }
+
+    def create(self, path: Path, force: bool) -> Run:
+        """Create the run directory, or open the one of the same configuration."""
+        data = _encode_prompts(self.prompt_ids, self.completion_ids)
+        manifest = {
+            "moediag_version": __version__,
+            "configuration": self.configuration(),
+            "model": self.checkpoint.record(),
+            "prompts": {
+                "source": self.prompts_path.name,
+                "source_sha256": self.source_sha256,
+                "n": len(self.prompt_ids),
+                "data_sha256": sha256_bytes(data),
+            },
+            "completions": self.completion_ids is not None,
+            "sampling": asdict(self.sampling),
+            "shards": [asdict(shard) for shard in split_into_shards(self.n_sequences, self.shard_size)],
+        }
+        run = create_run(path, manifest, {_PROMPTS_FILE: data}, force=force)
+        if self.completion_ids:
+            _write_given_tokens(run)
+        return run
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    prompts_path: Path,
+    sampling: Sampling,
+    *,
+    limit: int | None = None,
+    router_logits: str = "none",
+    shard_size: int = 32,
+    max_model_len: int | None = None,
+) -> Plan:
+    """Read and tokenise the prompts and check every length.
+
+    Raises:
+        PromptsError: unusable file, or a prompt that the model has no room for.
+        CheckpointError: the tokenizer does not load.
+    """
+    prompts = read_prompts(prompts_path, limit)
+    prompt_ids = _tokenise(checkpoint, prompts, prompts_path)
+    has_completions = prompts[0].completion_token_ids is not None
+    completions = [list(p.completion_token_ids or ()) for p in prompts] if has_completions else None
+    room = min(filter(None, (max_model_len, checkpoint.max_length)), default=None)
+    _check_lengths(prompts, prompt_ids, completions, room, prompts_path)
+    wanted = max(len(p) for p in prompt_ids) + sampling.max_tokens
+    if completions:
+        wanted = max(len(p) + len(c) for p, c in zip(prompt_ids, completions, strict=True)) + 1
+    length = max_model_len or _room(checkpoint, wanted)
+    # Of the prompts as written, so that runs of models with different tokenizers can be recognised as comparable.
+    source = digest_of([[p.text, p.messages, p.token_ids, p.completion_token_ids] for p in prompts])
+    return Plan(checkpoint, prompts_path, prompt_ids, completions, sampling, router_logits, shard_size, length, source)
+
+
+def needed_length(run: Run, checkpoint: Checkpoint) -> int:
+    """Longest sequence of the run that vLLM must have room for [tokens]."""
+    sequences = load_prompt_tokens(run)
+    if run.manifest["completions"]:
+        return _room(checkpoint, max(len(p) + len(c or []) for _, _, p, c in sequences) + 1)
+    return _room(checkpoint, max(len(p) for _, _, p, _ in sequences) + int(run.manifest["sampling"]["max_tokens"]))
+
+
+def load_prompt_tokens(run: Run) -> list[SequenceTokens]:
+    """Token ids of every sequence's prompt and given completion, by sequence id; samples of a prompt together.
+
+    Raises:
+        CorruptRunError: the prompts file was changed.
+    """
+    data = read_checked(run.path / _PROMPTS_FILE, run.manifest["prompts"]["data_sha256"])
+    table = pq.read_table(io.BytesIO(data)).to_pydict()
+    n_samples = 1 if run.manifest["completions"] else int(run.manifest["sampling"]["n"])
+    pairs = zip(table["prompt_token_ids"], table["completion_token_ids"], strict=True)
+    return [(i, sample, p, c) for i, (p, c) in enumerate(pairs) for sample in range(n_samples)]
+
+
+def _room(checkpoint: Checkpoint, wanted: int) -> int:
+    return min(wanted, checkpoint.max_length or wanted)
+
+
+def _write_given_tokens(run: Run) -> None:
+    """Given completions: the token table is known before any engine runs."""
+    sequences = load_prompt_tokens(run)
+    for shard in run.shards:
+        if not run.has_tokens(shard):
+            samples = [
+                (p, s, prompt, completion or [])
+                for p, s, prompt, completion in (sequences[seq_id] for seq_id in shard.seq_ids)
+            ]
+            run.write_tokens(shard, token_rows(shard.seq_ids, samples))
+
+
+def _encode_prompts(prompt_ids: list[list[int]], completion_ids: list[list[int]] | None) -> bytes:
+    kind = pa.list_(pa.int64())
+    completions = completion_ids if completion_ids is not None else [None] * len(prompt_ids)
+    table = pa.table(
+        {
+            "prompt_token_ids": pa.array(prompt_ids, kind),
+            "completion_token_ids": pa.array(completions, kind),
+        }
+    )
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _tokenise(checkpoint: Checkpoint, prompts: list[Prompt], path: Path) -> list[list[int]]:
+    if all(prompt.token_ids is not None for prompt in prompts):
+        tokenizer = None
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+        except Exception as error:  # tokenizer classes raise anything; all mean: not usable
+            raise CheckpointError(
+                f"{checkpoint.path}: its tokenizer does not load ({type(error).__name__}: {error})"
+            ) from None
+    ids = [_prompt_ids(tokenizer, prompt, path) for prompt in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if not tokens:
+            raise PromptsError(f"{path}:{prompt.line}: the prompt has no tokens")
+    _check_vocabulary(checkpoint, prompts, ids, path)
+    return ids
+
+
+def _prompt_ids(tokenizer: Any, prompt: Prompt, path: Path) -> list[int]:
+    if prompt.token_ids is not None:
+        return list(prompt.token_ids)
+    if prompt.text is not None:
+        return list(tokenizer(prompt.text)["input_ids"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptsError(f"{path}:{prompt.line}: messages given, but the tokenizer has no chat template; use prompt")
+    try:
+        text = tokenizer.apply_chat_template(list(prompt.messages or ()), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates are programs that raise what they like at messages they dislike
+        raise PromptsError(f"{path}:{prompt.line}: the chat template refuses these messages ({error})") from None
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _check_vocabulary(checkpoint: Checkpoint, prompts: list[Prompt], ids: list[list[int]], path: Path) -> None:
+    n_vocabulary = int(text_config(checkpoint.config).get("vocab_size") or 0)
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        largest = max([*tokens, *(prompt.completion_token_ids or ())])
+        if n_vocabulary and largest >= n_vocabulary:
+            raise PromptsError(f"{path}:{prompt.line}: token id {largest} is outside the vocabulary of {n_vocabulary}")
+
+
+def _check_lengths(
+    prompts: list[Prompt],
+    prompt_ids: list[list[int]],
+    completions: list[list[int]] | None,
+    room: int | None,
+    path: Path,
+) -> None:
+    """vLLM wants room for at least one token after what it is given."""
+    for i, (prompt, tokens) in enumerate(zip(prompts, prompt_ids, strict=True)):
+        length = len(tokens) + (len(completions[i]) if completions else 0)
+        if room is not None and length >= room:
+            what = "prompt and completion" if completions else "prompt"
+            raise PromptsError(
+                f"{path}:{prompt.line}: {what} of {length} tokens, the model allows {room} with at least one "
+                "to follow; shorten it or leave it out"
+            )

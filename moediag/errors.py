@@ -1,0 +1,66 @@
+"""One small tree of errors; every message is one line: wanted, found, where, what to do next.
+
+Invariant: the command line prints ``str(error)`` and exits with 1, so a message never holds a line
+break. Leaves also inherit the stdlib type, so library users may catch either.
+"""
+
+from __future__ import annotations
+
+
+class MoediagError(Exception):
+    """Base of everything moediag raises on purpose."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class PromptsError(MoediagError, ValueError):
+    """A prompts file cannot be used; names the file and the line."""
+
+
+class CheckpointError(MoediagError, ValueError):
+    """A checkpoint lacks something an engine needs, or is of a kind moediag cannot capture."""
+
+
+class RunError(MoediagError, ValueError):
+    """A run directory cannot be used as asked."""
+
+
+class RunConflictError(RunError):
+    """The run directory holds another configuration; nothing was changed."""
+
+
+class CorruptRunError(RunError):
+    """A file of the run directory is not what was written (checksum, format, counts)."""
+
+
+class SchemaVersionError(RunError):
+    """The run was written by another schema version."""
+
+
+class IncompleteRunError(RunError):
+    """An arm or shard that is needed has not been captured."""
+
+
+class AlignmentError(RunError):
+    """Two captures are not of the same tokens."""
+
+
+class CaptureError(MoediagError, RuntimeError):
+    """An engine gave rows that are not complete or not consistent; nothing was stored."""
+
+
+class EngineError(MoediagError, RuntimeError):
+    """An engine refused to load or failed while running."""
+
+
+class DependencyError(MoediagError, ImportError):
+    """A package is missing or has a version moediag does not support."""
+
+
+class DiskFullError(MoediagError, OSError):
+    """A write failed for want of space; what had been committed before is intact."""
+
+
+class FrameError(MoediagError, ValueError):
+    """A table does not match its declaration."""

@@ -1,0 +1,221 @@
+"""Margins: how close the router's call was, for choices that flipped and for choices that did not.
+
+One row of panels per MoE run. Left: the infer arm's margin of flipped and of kept choices, each group
+normalised by itself. Right: P(flip | margin), pooled with intervals, thin lines for single layers. Exact
+ties (margin 0) have no place on a log axis and stand apart, on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from moediag.figures.numbers import count, percent, sig
+from moediag.figures.style import (
+    GREY,
+    INK,
+    LIGHT,
+    RunStyle,
+    add_words,
+    figure_text,
+    house_style,
+    new_figure,
+    run_styles,
+    state,
+)
+
+Space = Literal["choice", "logit"]
+
+SPACE_LABEL: Final[dict[str, str]] = {
+    "choice": "margin of the infer arm [choice score, what TopK compares]",
+    "logit": "margin of the infer arm [raw router logits]",
+}
+
+MIN_LAYER_CHOICES: Final = 20
+"""A single layer's P(flip) is drawn from that many choices on; one choice would be drawn as 0 or 100 %."""
+
+
+@house_style
+def plot_margins(
+    frames: Mapping[str, pd.DataFrame],
+    *,
+    space: Space = "choice",
+    styles: Mapping[str, RunStyle] | None = None,
+    caption: str = "",
+) -> Figure:
+    """Draw the margins of flipped and kept choices, and P(flip | margin), one row per MoE run.
+
+    Args:
+        frames: label -> ``margin_curve`` frame; runs without choices (dense) are left out.
+        space: ``choice`` (the score TopK compares) or ``logit`` (raw router logits).
+        styles: how runs are drawn; by default every run with rows is a MoE.
+        caption: counts and floor statement, drawn under the axes.
+    """
+    curves = {label: frame[frame["space"] == space].sort_values("bin_low") for label, frame in frames.items()}
+    curves = {label: frame for label, frame in curves.items() if frame["n_choices"].sum() > 0}
+    styles = styles or run_styles(dict.fromkeys(curves, True))
+    figure = new_figure(10.0, 1.3 + 2.9 * max(len(curves), 1))
+    rows = figure.subplots(max(len(curves), 1), 2, squeeze=False)
+    for (left, right), (label, frame) in zip(rows, curves.items(), strict=False):
+        draw_margin_groups(left, _pooled(frame), label, styles[label])
+        draw_flip_curve(right, frame, styles[label])
+        for ax in (left, right):
+            _dress(ax, _pooled(frame), space)
+    if not curves:
+        for ax in rows[0]:
+            state(ax, "No routed choice in this score space: nothing to draw.")
+    note = f"Thin lines: single layers, bins of at least {MIN_LAYER_CHOICES} choices. Bars: 95 %, clustered by prompt."
+    add_words(figure, margin_finding(curves), " ".join(filter(None, [caption, note if curves else ""])))
+    return figure
+
+
+def _pooled(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["layer"] == -1]
+
+
+def _ties(frame: pd.DataFrame) -> pd.Series[bool]:
+    return (frame["bin_low"] == 0) & (frame["bin_high"] == 0)
+
+
+def margin_finding(curves: Mapping[str, pd.DataFrame]) -> str:
+    """The title: P(flip) in the closest margin bin with choices against the widest, per run."""
+    parts = []
+    for label, curve in curves.items():
+        pooled = _pooled(curve)
+        bins = _wide_bins(_bins(pooled))
+        if pooled["n_flipped"].sum() == 0:
+            parts.append(f"{figure_text(label)}: none of {count(pooled['n_choices'].sum(), 'choice')} flipped")
+        elif len(bins):
+            first, last = bins.iloc[0], bins.iloc[-1]
+            parts.append(
+                f"{figure_text(label)}: P(flip) is {percent(first['flip_rate'])} at margins below "
+                f"{sig(first['bin_high'], 2)}, {percent(last['flip_rate'])} at {sig(last['bin_low'], 2)} and more"
+            )
+        else:
+            parts.append(f"{figure_text(label)}: {count(pooled['n_choices'].sum(), 'choice')}, too few for a rate")
+    return "\n".join(parts) or "No routing to compare"
+
+
+def _bins(pooled: pd.DataFrame) -> pd.DataFrame:
+    """The bins to draw: no ties, no empty ends, and an empty bin in every gap (edges must join)."""
+    rows: pd.DataFrame = pooled[~_ties(pooled)]
+    held = rows["n_choices"].to_numpy() > 0
+    rows = rows[np.logical_or.accumulate(held) & np.logical_or.accumulate(held[::-1])[::-1]]
+    gap = rows["bin_high"].to_numpy()[:-1] < rows["bin_low"].to_numpy()[1:]
+    if not gap.any():
+        return rows
+    empty = pd.DataFrame({"bin_low": rows["bin_high"].to_numpy()[:-1][gap]})
+    empty["bin_high"] = rows["bin_low"].to_numpy()[1:][gap]
+    empty[["n_choices", "n_flipped"]] = 0
+    return pd.concat([rows, empty]).sort_values("bin_low", ignore_index=True)
+
+
+def _wide_bins(bins: pd.DataFrame) -> pd.DataFrame:
+    """The first and the last bin, each widened inwards until it holds enough choices for a rate."""
+    ends = []
+    for rows in (bins, bins[::-1]):
+        enough = rows[: int((rows["n_choices"].cumsum() < MIN_LAYER_CHOICES).sum()) + 1]
+        n = enough["n_choices"].sum()
+        if n < MIN_LAYER_CHOICES:
+            return bins[:0]
+        rate = enough["n_flipped"].sum() / n
+        ends.append({"bin_low": enough["bin_low"].min(), "bin_high": enough["bin_high"].max(), "flip_rate": rate})
+    return pd.DataFrame(ends)
+
+
+def bin_edges(bins: pd.DataFrame) -> npt.NDArray[np.float64]:
+    """Finite, positive edges to draw: an open bin is given the width (in decades) of its neighbour."""
+    low, high = bins["bin_low"].to_numpy(np.float64), bins["bin_high"].to_numpy(np.float64)
+    edges = np.append(low, high[-1])
+    inner = edges[(edges > 0) & np.isfinite(edges)]
+    inner = inner if len(inner) else np.array([1e-3])
+    ratio = float(inner[1] / inner[0]) if len(inner) > 1 else 10.0
+    edges[0] = edges[0] if edges[0] > 0 else inner[0] / ratio
+    edges[-1] = edges[-1] if np.isfinite(edges[-1]) else inner[-1] * ratio
+    return edges
+
+
+def tie_place(edges: npt.NDArray[np.float64]) -> float:
+    """Where exact ties are drawn: a third of a decade left of the first edge."""
+    return float(edges[0]) / 10**0.4
+
+
+def draw_margin_groups(ax: Axes, pooled: pd.DataFrame, label: str, style: RunStyle) -> None:
+    """Histogram of margins, flipped (colour) and kept (grey), each group's shares adding up to 1."""
+    bins, ties = _bins(pooled), pooled[_ties(pooled)]
+    edges = bin_edges(bins) if len(bins) else np.array([1e-3, 1.0])
+    kept_bins, kept_ties = (rows["n_choices"] - rows["n_flipped"] for rows in (bins, ties))
+    groups = (
+        ("kept", kept_bins, int(kept_ties.sum()), GREY, LIGHT),
+        ("flipped", bins["n_flipped"], int(ties["n_flipped"].sum()), style.colour, style.colour),
+    )
+    tie_words = []
+    for nth, (group, counts, tied, colour, fill) in enumerate(groups):
+        n = int(counts.sum()) + tied
+        if n and len(bins):
+            alpha = 0.8 if group == "kept" else 0.35
+            ax.stairs(counts / n, edges, fill=True, color=fill, alpha=alpha)
+            ax.stairs(counts / n, edges, color=colour, linewidth=1.6, label=f"{group}: {count(n, 'choice')}")
+        tie_words.append(f"{tied:,} {group}")
+        if tied:
+            place = tie_place(edges) * 10 ** (0.14 * (nth - 0.5))
+            ax.bar(place, tied / n, place * 0.3, color=fill, alpha=0.5, edgecolor=colour, hatch="///")
+    ax.set_title(f"{figure_text(label)}: margins, flipped against kept")
+    ax.set_ylabel("share of the group per bin [1]")
+    ax.set_ylim(bottom=0)
+    handles, names = ax.get_legend_handles_labels()
+    if handles:
+        ax.legend(handles, names, loc="best", title=f"exact ties: {', '.join(reversed(tie_words))}", title_fontsize=8)
+
+
+def draw_flip_curve(ax: Axes, curve: pd.DataFrame, style: RunStyle) -> None:
+    """P(flip | margin bin): pooled points with intervals, thin lines by layer (dark = deep)."""
+    pooled = _pooled(curve)
+    bins, ties = _bins(pooled), pooled[_ties(pooled)]
+    edges = bin_edges(bins) if len(bins) else np.array([1e-3, 1.0])
+    centre = dict(zip(bins["bin_low"], np.sqrt(edges[:-1] * edges[1:]), strict=False))
+    layers = sorted(set(curve.loc[curve["n_choices"] >= MIN_LAYER_CHOICES, "layer"]) - {-1})
+    for layer in layers:
+        rows = curve[(curve["layer"] == layer) & ~_ties(curve) & (curve["n_choices"] >= MIN_LAYER_CHOICES)]
+        shade = colormaps["Greys"](0.35 + 0.5 * layer / max(max(layers), 1))
+        ax.plot(rows["bin_low"].map(centre), rows["flip_rate"], color=shade, linewidth=0.7)
+    if layers:
+        ax.plot([], [], color=GREY, linewidth=0.7, label=f"layers {layers[0]} to {layers[-1]} (dark = deep)")
+    for place, rows, kind in ((bins["bin_low"].map(centre), bins, "-o"), (tie_place(edges), ties, "D")):
+        if rows["n_choices"].sum() > 0:
+            _draw_pooled(ax, place, rows, kind, style.colour)
+    ax.set_title("How often a choice flips")
+    ax.set_ylabel("P(flip | margin bin)")
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    ax.set_ylim(0, max(0.02, 1.15 * float(pooled["flip_rate"].max())) if pooled["flip_rate"].notna().any() else 1)
+    ax.legend(loc="best")
+
+
+def _draw_pooled(ax: Axes, place: pd.Series[float] | float, rows: pd.DataFrame, kind: str, colour: str) -> None:
+    rate = rows["flip_rate"].to_numpy(np.float64)
+    # A percentile interval need not contain its estimate; a negative bar length would be an error.
+    below = np.clip(rate - rows["flip_rate_ci_low"].to_numpy(np.float64), 0, None)
+    above = np.clip(rows["flip_rate_ci_high"].to_numpy(np.float64) - rate, 0, None)
+    x = np.broadcast_to(np.asarray(place, np.float64), rate.shape)
+    label = "all layers" if kind != "D" else "exact ties"
+    ax.errorbar(x, rate, np.vstack([below, above]), fmt=kind, color=colour, markersize=4, elinewidth=1.0, label=label)
+
+
+def _dress(ax: Axes, pooled: pd.DataFrame, space: str) -> None:
+    bins = _bins(pooled)
+    ax.set_xscale("log")
+    if len(bins):
+        edges = bin_edges(bins)
+        ax.set_xlim(tie_place(edges) / 10**0.3, float(edges[-1]) * 1.1)
+    if (pooled.loc[_ties(pooled), "n_choices"] > 0).any() and len(bins):
+        ax.axvline(float(edges[0]), color=INK, linewidth=0.6, linestyle=(0, (1, 2)))
+        ax.text(tie_place(edges), 0.99, "ties", transform=ax.get_xaxis_transform(), ha="center", va="top", fontsize=8)
+    ax.set_xlabel(SPACE_LABEL[space])

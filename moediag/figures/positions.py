@@ -1,0 +1,174 @@
+"""Drift by position: does the mismatch grow along the response?
+
+Small multiples, one column per run on a shared log axis; under each the tokens behind every bin, since
+late bins hold only the sequences that got that far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moediag.figures.numbers import count, sig, times
+from moediag.figures.style import GREY, RunStyle, add_words, figure_text, house_style, new_figure, run_styles, state
+
+DECADES: Final = 5
+"""The log axis shows at most this many; a median of 1e-9 nat would press the rest into a line."""
+
+_LINES: Final = (("p50", (0, (1, 1.2))), ("p90", (0, (4, 1.5))), ("p99", (0, (7, 1.5, 1, 1.5))))
+
+
+@house_style
+def plot_position_drift(
+    frames: Mapping[str, pd.DataFrame],
+    *,
+    training_window: int | None = None,
+    prompt_length: int | None = None,
+    styles: Mapping[str, RunStyle] | None = None,
+    caption: str = "",
+) -> Figure:
+    """Draw abs(logp_diff) by position in the response: mean with interval, p50, p90, p99, and n.
+
+    Args:
+        frames: label -> ``drift_by_position`` frame.
+        training_window: context length the model was trained on [token, prompt + response]; drawn as a
+            line at the response position where it ends.
+        prompt_length: longest prompt [token], taken off the window; 0 if not known.
+        styles: how runs are drawn; by default from the frames (no flip rate = dense).
+        caption: counts and floor statement, drawn under the axes.
+    """
+    styles = styles or run_styles({k: bool(f["flip_rate"].notna().any()) for k, f in frames.items()})
+    columns = max(len(frames), 1)
+    figure = new_figure(max(6.5, min(4.4 * columns, 13.0)), 4.8)
+    panels = figure.subplots(2, columns, squeeze=False, sharey="row", sharex="col", height_ratios=(3.2, 1))
+    limits = drift_limits(frames)
+    for column, (label, frame) in enumerate(frames.items()):
+        top, bottom = panels[0][column], panels[1][column]
+        draw_drift(top, frame, styles[label], limits)
+        top.set_title(figure_text(label))
+        draw_bin_counts(bottom, frame, styles[label])
+        if training_window is not None:
+            _mark_window(top, frame, training_window - (prompt_length or 0))
+    _dress(panels, frames, limits)
+    notes = [caption, "Band: 95 % interval of the mean, clustered by prompt.", _clip_note(frames, limits)]
+    notes.append(_window_note(frames, training_window, prompt_length))
+    add_words(figure, drift_finding(frames), " ".join(filter(None, notes)))
+    return figure
+
+
+def drift_finding(frames: Mapping[str, pd.DataFrame]) -> str:
+    """The title: mean in the first and in the last bin with tokens, per run."""
+    parts = []
+    for label, frame in frames.items():
+        rows = frame[frame["abs_logp_diff_mean"].notna()]
+        if rows.empty:
+            parts.append(f"{figure_text(label)}: no token scored by both arms")
+        elif rows["abs_logp_diff_mean"].max() == 0:
+            parts.append(f"{figure_text(label)}: no difference at any position")
+        else:
+            first, last = rows.iloc[0], rows.iloc[-1]
+            a, b = float(first["abs_logp_diff_mean"]), float(last["abs_logp_diff_mean"])
+            span = f"{sig(a)} nat at {first['position_low']:.0f}–{first['position_high']:.0f}"
+            if len(rows) > 1:
+                span += f", {sig(b)} at {last['position_low']:.0f}–{last['position_high']:.0f} ({times(b, a)})"
+            parts.append(f"{figure_text(label)}: {span}")
+    return "\n".join(f"Mean by position, {part}" for part in parts) or "No run"
+
+
+def drift_limits(frames: Mapping[str, pd.DataFrame]) -> tuple[float, float] | None:
+    """Lower and upper end [nat] of the shared log axis; None when nothing is above 0."""
+    names = [f"abs_logp_diff_{k}" for k in ("mean", "mean_ci_high", "p50", "p90", "p99")]
+    values = [frame[names].to_numpy(np.float64).ravel() for frame in frames.values()]
+    drawn = np.concatenate(values) if values else np.empty(0)
+    drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+    if not len(drawn):
+        return None
+    # A third of a decade of head room for the legend.
+    top = 2.2 * drawn.max()
+    return float(max(10 ** np.floor(np.log10(drawn.min())), top / 10**DECADES)), float(top)
+
+
+def _middle(frame: pd.DataFrame) -> npt.NDArray[np.float64]:
+    return ((frame["position_low"] + frame["position_high"] + 1) / 2).to_numpy(np.float64)
+
+
+def draw_drift(ax: Axes, frame: pd.DataFrame, style: RunStyle, limits: tuple[float, float] | None) -> None:
+    """Mean (thick, with its band) and quantiles (thin) at the middle of each bin."""
+    if limits is None or not (frame["abs_logp_diff_p99"].max() > 0 or frame["abs_logp_diff_mean"].max() > 0):
+        ax.text(0.5, 0.5, "No value above 0.", transform=ax.transAxes, ha="center", color=GREY)
+        return
+    x = _middle(frame)
+    low, high = frame["abs_logp_diff_mean_ci_low"], frame["abs_logp_diff_mean_ci_high"]
+    ax.fill_between(x, low.clip(lower=limits[0] / 10), high, color=style.colour, alpha=0.25, linewidth=0)
+    marker = "o" if len(frame) <= 40 else ""
+    ax.plot(x, _positive(frame["abs_logp_diff_mean"]), color=style.colour, linewidth=2, marker=marker, markersize=3.5,
+            label="mean")  # fmt: skip
+    for name, line in _LINES:
+        values = _positive(frame[f"abs_logp_diff_{name}"])
+        ax.plot(x, values, color=style.colour, linestyle=line, linewidth=1.0, label=name,
+                marker="_" if len(frame) == 1 else "")  # fmt: skip
+
+
+def _positive(values: pd.Series[float]) -> npt.NDArray[np.float64]:
+    """0 has no place on a log axis: it leaves a gap, which the caption explains."""
+    array = values.to_numpy(np.float64)
+    return np.where(array > 0, array, np.nan)
+
+
+def draw_bin_counts(ax: Axes, frame: pd.DataFrame, style: RunStyle) -> None:
+    """Tokens behind each bin, as wide as the bin."""
+    width = frame["position_high"] - frame["position_low"] + 1
+    ax.bar(frame["position_low"], frame["n_tokens"], width, align="edge", color=style.colour, alpha=0.5,
+           edgecolor="white", linewidth=0.5)  # fmt: skip
+    ax.set_xlabel("position in the response [token]")
+    ax.set_ylim(bottom=0)
+    if frame.empty:
+        state(ax, "no bins")
+
+
+def _dress(
+    panels: npt.NDArray[np.object_], frames: Mapping[str, pd.DataFrame], limits: tuple[float, float] | None
+) -> None:
+    first, below = panels[0][0], panels[1][0]
+    if limits is not None:
+        first.set_yscale("log")
+        first.set_ylim(*limits)
+    else:
+        first.set_yticks([])
+    first.set_ylabel("abs(logp_train − logp_infer)\n[nat]" + ("" if limits is None else ", log axis"))
+    below.set_ylabel("tokens\nper bin")
+    for ax, frame in zip(panels[0], frames.values(), strict=False):
+        if len(frame):
+            ax.set_xlim(0, float(frame["position_high"].max()) + 1)
+    named = next((ax for ax in panels[0] if ax.get_legend_handles_labels()[0]), None)
+    if named is not None:
+        named.legend(loc="upper right", ncols=4, columnspacing=1.0, handlelength=1.8)
+
+
+def _clip_note(frames: Mapping[str, pd.DataFrame], limits: tuple[float, float] | None) -> str:
+    names = [f"abs_logp_diff_{k}" for k in ("mean", "p50", "p90", "p99")]
+    if limits is None:
+        return ""
+    hidden = any(bool((frame[names] < limits[0]).any(axis=None)) for frame in frames.values())
+    return f"Values below {sig(limits[0], 1)} nat (zeros too) are not shown." if hidden else ""
+
+
+def _mark_window(ax: Axes, frame: pd.DataFrame, end: int) -> None:
+    if len(frame) and 0 < end <= frame["position_high"].max():
+        ax.axvline(end, color=GREY, linewidth=1.2)
+        ax.text(end, 0.02, " window ends", transform=ax.get_xaxis_transform(), fontsize=8, color=GREY, va="bottom")
+
+
+def _window_note(frames: Mapping[str, pd.DataFrame], window: int | None, prompt_length: int | None) -> str:
+    if window is None:
+        return ""
+    off = "prompt length not given, 0 assumed" if prompt_length is None else f"longest prompt {prompt_length:,}"
+    inside = all(f["position_high"].max() < window - (prompt_length or 0) for f in frames.values() if len(f))
+    where = " All positions shown lie inside it." if inside else ""
+    return f"Training window: {count(window, 'token')}, prompt included ({off}).{where}"

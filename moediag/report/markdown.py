@@ -1,0 +1,283 @@
+"""report.md: the page a run or a comparison leaves behind, readable on a code host.
+
+Invariant: the same summary, frames and figure paths give the same text; there is no date in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from moediag.errors import MoediagError
+from moediag.figures.numbers import NONE, count, times
+from moediag.figures.style import NO_FLOOR
+from moediag.notation import SCHEMA_VERSION
+from moediag.report import tables
+from moediag.report.headline import (
+    LOGP_ROWS,
+    Frames,
+    Measured,
+    Summary,
+    headline,
+    logp_measures,
+    margin_words,
+    measured_table,
+    routing_measures,
+    sampling_words,
+    verdict,
+)
+from moediag.report.tables import Markdown, code, folded, plain
+
+MAIN_PAIR: Final = "infer~train"
+
+REGENERATE: Final = ("moediag analyze RUN --force", "moediag report RUN --force")
+
+_MANY_LAYERS: Final = 16  # a longer table is folded: the picture above says the same
+
+FIGURE_WORDS: Final = {
+    "figure1": "abs(logp_diff): body and tail, Figure-1-style",
+    "agreement_by_depth": "agreement of expert sets by depth",
+    "margins": "router margins of flipped and kept choices",
+    "position_drift": "mismatch by position in the response",
+}
+
+
+def run_report(
+    summary: Summary,
+    frames: Frames,
+    figures: Sequence[Path],
+    *,
+    folder: Path | None = None,
+    floor: str = NO_FLOOR,
+    regenerate: Sequence[str] = REGENERATE,
+) -> str:
+    """The report of one run as markdown.
+
+    Args:
+        summary: the run's summary.json, read.
+        frames: frame name -> frame; a missing frame leaves its section with a statement.
+        figures: what ``draw_run_figures`` returned.
+        folder: where the report will stand; by default the parent of the figures' folder.
+        floor: what is known about the A/A floor.
+        regenerate: the commands that make this page again.
+
+    Raises:
+        MoediagError: the summary has another schema version or no pair.
+    """
+    pair_name, pair = _main_pair(summary)
+    context = {
+        "title": _model_name(summary),
+        "summary": summary,
+        "pair_name": pair_name,
+        "pair": pair,
+        "verdict": verdict(pair, frames),
+        "headline": measured_table(headline(pair, frames)),
+        "logp": measured_table(logp_measures(pair, frames)),
+        "sections": _sections(pair, frames),
+        "sampling": sampling_words(summary),
+        "margin_words": margin_words(frames),
+        "is_moe": bool(pair.get("routing")),
+        **_shared(figures, folder, floor, regenerate),
+        "provenance": _provenance(summary),
+    }
+    return _environment().get_template("run.md.j2").render(context)
+
+
+def comparison_report(
+    summary: Summary,
+    frames: Mapping[str, Frames],
+    figures: Sequence[Path],
+    *,
+    folder: Path | None = None,
+    floor: str = NO_FLOOR,
+    regenerate: Sequence[str] = ("moediag compare RUN RUN ... --force",),
+) -> str:
+    """The report of several runs side by side as markdown.
+
+    Args:
+        summary: ``{"schema_version", "runs": {label: run summary}, "ratios": {...}}``.
+        frames: label -> (frame name -> frame).
+        figures: what ``draw_comparison_figures`` returned.
+        folder: where the report will stand; by default the parent of the figures' folder.
+        floor: what is known about the A/A floor.
+        regenerate: the commands that make this page again.
+
+    Raises:
+        MoediagError: a summary has another schema version, or no run or pair.
+    """
+    _check_version(summary)
+    runs: Mapping[str, Summary] = summary.get("runs") or {}
+    if not runs:
+        raise MoediagError("a comparison wants a summary with at least one entry under runs, found none")
+    pairs = {label: _main_pair(run)[1] for label, run in runs.items()}
+    context = {
+        "labels": list(runs),
+        "verdicts": [(label, verdict(pair, frames.get(label, {}))) for label, pair in pairs.items()],
+        "headline": _side_by_side(pairs, frames),
+        "intervals": _interval_table(pairs, frames),
+        "ratios": tables.facts_table(summary["ratios"]) if summary.get("ratios") else "",
+        "agreement": {
+            label: _agreement(frames[label]) for label, pair in pairs.items() if pair.get("routing") and label in frames
+        },
+        "dense": [label for label, pair in pairs.items() if not pair.get("routing")],
+        "models": tables.facts_table({label: _model_facts(run) for label, run in runs.items()}),
+        **_shared(figures, folder, floor, regenerate),
+        "provenance": "\n\n".join(f"### {plain(label)}\n\n{_provenance(run)}" for label, run in runs.items()),
+    }
+    context["provenance"] = Markdown(context["provenance"])
+    return _environment().get_template("comparison.md.j2").render(context)
+
+
+@cache
+def _environment() -> Environment:
+    """Any text that is not Markdown is neutralised on its way out, so a template cannot forget to."""
+    environment = Environment(
+        loader=PackageLoader("moediag", "report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: value if isinstance(value, Markdown) else plain(NONE if value is None else value),
+        autoescape=False,  # the page is markdown: finalize does what HTML escaping cannot
+    )
+    environment.filters["code"] = code
+    environment.filters["count"] = count
+    return environment
+
+
+def _check_version(summary: Summary) -> None:
+    found = summary.get("schema_version")
+    if found != SCHEMA_VERSION:
+        raise MoediagError(
+            f"the report wants a summary of schema_version {SCHEMA_VERSION}, found {found!r}: run analyze again"
+        )
+
+
+def _main_pair(summary: Summary) -> tuple[str, Summary]:
+    _check_version(summary)
+    pairs: Mapping[str, Summary] = summary.get("pairs") or {}
+    if not pairs:
+        raise MoediagError(
+            "the report wants a summary with a pair of arms, found none: capture both arms, then analyze"
+        )
+    name = MAIN_PAIR if MAIN_PAIR in pairs else next(iter(pairs))
+    return name, pairs[name]
+
+
+def _model_name(summary: Summary) -> str:
+    model = summary.get("model") or {}
+    return Path(str(model.get("path") or model.get("architecture") or "model")).name or "model"
+
+
+def _model_facts(summary: Summary) -> dict[str, Any]:
+    model = summary.get("model") or {}
+    return {key: model.get(key) for key in ("path", "architecture", "n_moe_layers", "n_experts", "top_k")}
+
+
+def _shared(figures: Sequence[Path], folder: Path | None, floor: str, regenerate: Sequence[str]) -> dict[str, Any]:
+    return {
+        "figures": {path.stem: _picture(path, folder) for path in figures if path.suffix == ".png"},
+        "floor": floor[:1].upper() + floor[1:].rstrip("."),
+        "regenerate": Markdown("\n".join(tables.one_line(line).replace("`", "'") for line in regenerate)),
+        "reference": _reference_table(),
+    }
+
+
+def _picture(path: Path, folder: Path | None) -> Markdown:
+    home = folder or path.parent.parent
+    target = Path(os.path.relpath(path, home))
+    words = FIGURE_WORDS.get(path.stem, path.stem)
+    return Markdown(f"![{plain(words)}]({quote(target.as_posix())})")
+
+
+def _sections(pair: Summary, frames: Frames) -> dict[str, Markdown | str]:
+    """Tables of the run report; empty text where the frame is missing or has no rows."""
+
+    def made(name: str, make: Any) -> Markdown | str:
+        frame = frames.get(name)
+        return make(frame) if frame is not None and len(frame) else ""
+
+    return {
+        "routing": measured_table(routing_measures(pair, frames)) if pair.get("routing") else "",
+        "agreement": _agreement(frames),
+        "margins": made("margin_quantiles", tables.margin_quantile_table),
+        "flip_bins": made("margin_curve", tables.flip_bin_table),
+        "drift": made("drift_by_position", tables.drift_table),
+        "corrections": made("corrections", tables.correction_table),
+    }
+
+
+def _agreement(frames: Frames) -> Markdown | str:
+    frame = frames.get("agreement_by_layer")
+    if frame is None or frame.empty:
+        return ""
+    body = tables.agreement_table(frame)
+    return body if len(frame) <= _MANY_LAYERS else folded(f"{len(frame)} layers", body)
+
+
+def _provenance(summary: Summary) -> Markdown:
+    facts = {key: summary.get(key) or {} for key in ("model", "sampling", "arms", "provenance")}
+    return folded("Engines, versions, dtypes, sampling, seeds, digests", tables.facts_table(facts))
+
+
+def _measures(pair: Summary, frames: Frames) -> list[Measured]:
+    routing = routing_measures(pair, frames)
+    missing = [
+        Measured(words, None, None, None, "", "share", note="dense")
+        for words in ("flip rate: expert set differs", "tokens with a flip in any layer")
+    ]
+    return logp_measures(pair, frames) + (routing or missing)
+
+
+def _first_of_each_kind(pairs: Mapping[str, Summary]) -> tuple[str | None, str | None]:
+    moe = next((label for label, pair in pairs.items() if pair.get("routing")), None)
+    dense = next((label for label, pair in pairs.items() if not pair.get("routing")), None)
+    return moe, dense
+
+
+def _side_by_side(pairs: Mapping[str, Summary], frames: Mapping[str, Frames]) -> Markdown:
+    """Metrics as rows, runs as columns, and the first MoE run over the first dense one."""
+    measures = {label: _measures(pair, frames.get(label, {})) for label, pair in pairs.items()}
+    moe, dense = _first_of_each_kind(pairs)
+    header = ["number", "unit", *pairs, *([f"{moe} / {dense}"] if moe and dense else [])]
+    no_ratio = {"kl_infer_train_k1", "mean_ratio"}  # a signed number and one that should be 1: a ratio says nothing
+    skip = {words for metric, words, _ in LOGP_ROWS if metric in no_ratio}
+    rows: list[list[object]] = []
+    for row in zip(*measures.values(), strict=True):
+        cells: list[object] = [row[0].name, "share" if row[0].unit == "share" else row[0].unit]
+        cells += [measure.cells()[1] for measure in row]
+        if moe and dense:
+            by_label = dict(zip(measures, row, strict=True))
+            above, below = by_label[moe].value, by_label[dense].value
+            cells.append(Markdown(NONE if row[0].name in skip else times(above, below)))
+        rows.append(cells)
+    rows.append(["tokens scored by both arms", "token", *[count(pair.get("n_tokens")) for pair in pairs.values()]])
+    rows.append(["prompts (unit of resampling)", "prompt", *[count(pair.get("n_prompts")) for pair in pairs.values()]])
+    rows = [row + [NONE] * (len(header) - len(row)) for row in rows]
+    return tables.table(header, rows, right=range(2, len(header)))
+
+
+def _interval_table(pairs: Mapping[str, Summary], frames: Mapping[str, Frames]) -> Markdown:
+    measures = {label: _measures(pair, frames.get(label, {})) for label, pair in pairs.items()}
+    rows = [[row[0].name, *[m.cells()[2] for m in row]] for row in zip(*measures.values(), strict=True)]
+    return tables.table(["95 % interval", *pairs], rows, right=range(1, len(pairs) + 1))
+
+
+def _reference_table() -> Markdown:
+    rows = [
+        ("k3 [nat]", "1.535e-3", "Qwen3-30B-A3B, SGLang against Megatron", "R3, arXiv 2510.11370"),
+        ("k3 [nat]", "6.4e-4", "Qwen3-8B (dense), same stack", "R3"),
+        ("k3 [nat]", "8.4e-4", "Qwen3-30B-A3B, two Megatron forwards of the same text", "R3"),
+        ("k3 [nat]", "7.5e-4", "Qwen3-30B-A3B, infer's routing replayed", "R3"),
+        ("flip rate", "about 10 %", "Qwen3-30B-A3B; 94 % of tokens differ somewhere", "R3"),
+        ("F(2)", "2.54e-4", "Qwen3-30B-A3B; 5.83e-6 with replay", "R3"),
+        ("mean abs logp diff [nat]", "0.019", "Qwen3-30B-A3B; 0.013 with replay", "vime"),
+        ("mean abs logp diff [nat]", "0.018", "Qwen3-30B-A3B", "vLLM, GB200"),
+    ]
+    return tables.table(["number", "published", "model and stack", "source"], rows, right=[1])

@@ -1,0 +1,1 @@
+"""The run directory: files, codec, captures, alignment, validation; no engine is imported here."""

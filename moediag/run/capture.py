@@ -1,0 +1,90 @@
+"""A capture in memory: one arm's rows for whole sequences, beside the token rows they score.
+
+Invariants:
+    - rows are sorted by (seq_id, position) and each sequence is whole, positions 0 .. n-1;
+    - float arrays are float32 in memory whatever the engine's dtype was (float32 holds bf16 and fp16
+      exactly); expert ids are int16 with -1 = not routed;
+    - a dense model has no routing arrays at all (``None``), never arrays of zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moediag.errors import CorruptRunError
+
+Float32 = NDArray[np.float32]
+Int16 = NDArray[np.int16]
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Bool = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The token table of whole sequences: what every arm of a run scores."""
+
+    seq_id_T: Int64
+    prompt_id_T: Int64
+    sample_index_T: Int32
+    position_T: Int32
+    token_id_T: Int64
+    is_response_T: Bool
+
+    def __len__(self) -> int:
+        return len(self.seq_id_T)
+
+    def sequence_bounds(self) -> list[tuple[int, int]]:
+        """[start, end) of every sequence, in order; an empty table has none."""
+        if not len(self):
+            return []
+        starts = np.flatnonzero(np.r_[True, np.diff(self.seq_id_T) != 0])
+        return list(zip(starts.tolist(), [*starts[1:].tolist(), len(self)], strict=True))
+
+    def check(self, where: str) -> TokenRows:
+        """Return self when rows are whole sequences in order, each with a prompt before its response.
+
+        Raises:
+            CorruptRunError: they are not.
+        """
+        for start, end in self.sequence_bounds():
+            seq = int(self.seq_id_T[start])
+            if not np.array_equal(self.position_T[start:end], np.arange(end - start)):
+                raise CorruptRunError(f"{where}: sequence {seq} should have positions 0..{end - start - 1} in order")
+            response = self.is_response_T[start:end]
+            if response[0] or np.any(response[:-1] & ~response[1:]):
+                raise CorruptRunError(f"{where}: sequence {seq} is not a prompt followed by a response")
+        if np.any(np.diff(self.seq_id_T) < 0):
+            raise CorruptRunError(f"{where}: sequences are not in order")
+        return self
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One arm's arrays for the rows of a :class:`TokenRows`, row by row.
+
+    ``logp_T`` [nat] and ``entropy_T`` [nat] are NaN where nothing was scored (prompt rows).
+    ``margin_TL`` is in choice-score space, ``logit_margin_TL`` in raw router logits: the smallest chosen
+    minus the largest not chosen logit, hence negative where a bias or a group rule overruled the logits.
+    """
+
+    logp_T: Float32
+    entropy_T: Float32
+    expert_ids_TLK: Int16 | None = None
+    gate_weights_TLK: Float32 | None = None
+    margin_TL: Float32 | None = None
+    logit_margin_TL: Float32 | None = None
+    router_logits_TLE: Float32 | None = None
+
+    @property
+    def is_routed(self) -> bool:
+        """True for a mixture-of-experts capture."""
+        return self.expert_ids_TLK is not None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays present, by legend name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}

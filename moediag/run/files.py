@@ -1,0 +1,121 @@
+"""Files that are either whole or absent: atomic writes, sealed JSON, checksums.
+
+Invariants:
+    - a name in a run directory is only ever the result of a rename of a complete, flushed file;
+    - a sealed JSON file is the canonical text of its content, which holds the sha256 of the rest, so any
+      changed byte is found, white space included;
+    - running out of space removes the temporary file and leaves what was committed before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from moediag.errors import CorruptRunError, DiskFullError, RunError
+
+_SEAL = "sha256"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` under ``path``, whole or not at all.
+
+    Raises:
+        DiskFullError: no space; the temporary file is removed.
+        RunError: the folder cannot be written for another reason.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise write_error(error, path, len(data)) from error
+
+
+def write_error(error: OSError, path: Path, n_bytes: int = 0) -> Exception:
+    """The moediag error for a failed write to ``path``."""
+    if error.errno in _NO_SPACE:
+        size = f" ({n_bytes:,} bytes)" if n_bytes else ""
+        return DiskFullError(
+            f"no space to write {path}{size}: {error.strerror}; what was captured before is kept: "
+            "free some space and run the same command again to resume"
+        )
+    return RunError(f"cannot write {path}: {error.strerror or error}; choose another folder with -o")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that a killed writer left in ``folder``."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hexadecimal sha256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(content: Any) -> str:
+    """The one text form of ``content``; NaN is not JSON and raises ValueError."""
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def digest_of(content: Any) -> str:
+    """sha256 of the canonical JSON text of ``content``."""
+    return sha256_bytes(canonical_json(content).encode())
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` as canonical JSON with the digest of the rest inside."""
+    body = {key: value for key, value in content.items() if key != _SEAL}
+    write_atomic(path, canonical_json({**body, _SEAL: digest_of(body)}).encode())
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a sealed JSON file.
+
+    Raises:
+        CorruptRunError: missing, unreadable, or changed since it was written.
+    """
+    try:
+        text = path.read_bytes().decode()
+        content = json.loads(text)
+    except FileNotFoundError:
+        raise CorruptRunError(f"{path} is missing; capture it again or point to a moediag run directory") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CorruptRunError(f"{path} is not readable JSON ({error}); restore it or capture again") from None
+    if not isinstance(content, dict):
+        raise CorruptRunError(f"{path} should hold a JSON object, found {type(content).__name__}; restore it")
+    body = {key: value for key, value in content.items() if key != _SEAL}
+    if content.get(_SEAL) != digest_of(body) or text != canonical_json(content):
+        raise CorruptRunError(f"{path} was changed after it was written (sha256 differs); restore it or capture again")
+    return content
+
+
+def read_checked(path: Path, sha256: str) -> bytes:
+    """Bytes of a file whose digest is known.
+
+    Raises:
+        CorruptRunError: missing, or the digest differs.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorruptRunError(f"{path} cannot be read ({error.strerror}); capture that shard again") from None
+    if sha256_bytes(data) != sha256:
+        raise CorruptRunError(
+            f"{path} is damaged: its sha256 is not the one recorded when it was written; "
+            "delete it and run the same capture again, only that shard is redone"
+        )
+    return data

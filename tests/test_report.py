@@ -1,0 +1,222 @@
+"""Reports: the page says what the summary and the frames say, and user text stays text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+from synthetic_frames import make_run, make_summary
+
+from moediag.errors import MoediagError
+from moediag.report import comparison_report, run_report
+from moediag.report.tables import Markdown, code, plain, table
+
+FIGURES = [
+    Path("run/figures") / f"{name}.{kind}"
+    for name in ("figure1", "agreement_by_depth", "margins", "position_drift")
+    for kind in ("png", "svg")
+]
+HOSTILE = "x|<img src=x onerror=1>`*b*` [l](http://e.org) ![p](http://e.org/p.png)\n# h\n@user $m$"
+
+
+@pytest.fixture(scope="module")
+def moe():
+    return make_run(n_tokens=2048)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return make_run(n_tokens=2048, n_layers=0, seed=1)
+
+
+@pytest.fixture(scope="module")
+def page(moe):
+    return run_report(make_summary(moe), moe, FIGURES)
+
+
+def html(text):
+    return MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+
+
+def rows(text, first):
+    """Cells of the table rows that begin with ``first``."""
+    found = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in found]
+
+
+def test_first_screen_is_verdict_five_numbers_and_a_picture(page):
+    screen = page.split("## ")[0]
+    assert screen.startswith("# Routing mismatch: tiny-moe\n\n**Over 2,048 response tokens of 64 prompts")
+    assert "No A/A floor was measured in this version" in screen
+    numbers = [line for line in screen.splitlines() if line.startswith("| ")][1:]
+    assert len(numbers) == 5
+    for line in numbers:
+        name, value, interval, unit, n, end = (cell.strip() for cell in line.split("|")[1:-1])
+        assert re.search(r"\d", value), name
+        assert " to " in interval
+        assert unit
+        assert re.match(r"[\d,]+ ", n)
+        assert end == "lower is better"
+    assert "](figures/figure1.png)" in screen
+
+
+def test_every_metric_of_the_contract_is_shown_with_the_frames_value(page, moe):
+    metrics = moe["logp_metrics"].set_index("metric")["value"]
+    for words, metric in (
+        ("abs logp diff, mean", "abs_logp_diff.mean"),
+        ("abs logp diff, p99.9", "abs_logp_diff.p999"),
+        ("KL(infer‖train), k3", "kl_infer_train_k3"),
+        ("mean ratio train / infer", "mean_ratio"),
+    ):
+        shown = float(rows(page, words)[0][1].replace("−", "-"))
+        assert shown == pytest.approx(metrics[metric], rel=0.01)
+    assert "F(2)" in page
+    assert "(no interval for a maximum)" in rows(page, "abs logp diff, max")[0][2]
+    assert "logp_diff = logp_train − logp_infer" in page
+
+
+def test_sections_of_a_moe_run(page, moe):
+    for words in (
+        "## Expert agreement by layer", "## Near ties", "## Drift by position", "## IcePop mask",
+        "## What these numbers mean", "## What these numbers cannot show", "## Provenance",
+        "That training will be stable", "not thresholds", "sha256:1f2e", "0.30.0", "moediag report RUN",
+    ):  # fmt: skip
+        assert words in page
+    assert len([line for line in page.splitlines() if re.match(r"\| \d+ \(\d+\) \|", line)]) == 6
+    tie = rows(page, "exactly 0 (tie)")[0]
+    pooled = moe["margin_curve"].query("space == 'choice' and layer == -1 and bin_high == 0").iloc[0]
+    assert tie[-2:] == [f"{pooled['n_flipped']:,}", f"{pooled['n_choices']:,}"]
+    assert "median margin of flipped choices is 0.00210, of kept ones 0.0350 (17×)" in page
+
+
+def test_metrics_come_from_the_summary_when_the_frame_is_missing(moe):
+    text = run_report(make_summary(moe), {}, [])
+    assert rows(text, "abs logp diff, mean") == rows(run_report(make_summary(moe), moe, []), "abs logp diff, mean")
+    assert "![" not in text
+
+
+def test_dense_run_says_so_and_has_no_routing_section(dense):
+    text = run_report(make_summary(dense, "models/tiny-dense"), dense, FIGURES)
+    assert "The model is dense" in text
+    assert "This run is **dense**" in text
+    assert "## Near ties" not in text
+    assert "flip rate: expert set differs" not in text
+    assert len([line for line in text.split("## ")[0].splitlines() if line.startswith("| ")]) == 6
+
+
+def test_self_comparison_is_bit_exact_and_gives_no_ratio():
+    frames = make_run(n_tokens=512, scale=0)
+    text = run_report(make_summary(frames), frames, [])
+    assert "**Bit-exact: over 512 response tokens" in text
+    assert "No expert set differs in any layer." in text
+
+
+def test_mean_ratio_off_one_puts_semantics_first(moe):
+    frames = dict(moe)
+    metrics = moe["logp_metrics"].copy()
+    metrics.loc[metrics["metric"] == "mean_ratio", ["value", "ci_low", "ci_high"]] = [1.04, 1.03, 1.05]
+    frames["logp_metrics"] = metrics
+    assert "check the semantics first" in run_report(make_summary(moe), frames, [])
+
+
+def test_truncated_sampling_is_said_beside_the_estimators(moe):
+    summary = make_summary(moe)
+    assert "not unbiased here" not in run_report(summary, moe, [])
+    summary["sampling"]["top_p"] = 0.9
+    assert "Sampled with top\\_p 0.9: k1 and k3 are not unbiased here" in run_report(summary, moe, [])
+
+
+def test_absent_values_are_a_dash_and_never_zero(moe):
+    summary = make_summary(moe)
+    pair = summary["pairs"]["infer~train"]
+    pair["logp"] = {"abs_logp_diff": {"mean": None, "p99": None}}
+    pair["routing"] = {"flip_rate": None, "flip_rate_ci": None, "any_layer_share": None, "by_layer": []}
+    text = run_report(summary, {}, [])
+    assert "No token was scored by both arms" in text
+    assert rows(text, "abs logp diff, mean")[0][1] == "–"
+    blank = moe["logp_metrics"].assign(value=np.nan, ci_low=np.nan, ci_high=np.nan, note="nothing scored")
+    assert "– (nothing scored)" in run_report(summary, {"logp_metrics": blank}, [])
+
+
+@pytest.mark.parametrize("kind", ["run", "comparison"])
+def test_user_text_is_neutralised_everywhere(moe, dense, kind):
+    """A model path, an engine's version, a correction's source and a run's label are data, not markup."""
+    summary = make_summary(moe, path=HOSTILE, architecture=HOSTILE)
+    summary["arms"]["infer"]["version"] = HOSTILE
+    summary["provenance"][HOSTILE] = HOSTILE
+    frames = {**moe, "corrections": moe["corrections"].assign(source=HOSTILE, method=HOSTILE)}
+    if kind == "run":
+        text = run_report(summary, frames, [])
+    else:
+        runs = {HOSTILE: summary, "dense": make_summary(dense)}
+        text = comparison_report({"schema_version": 1, "runs": runs, "ratios": {HOSTILE: 1.0}}, {HOSTILE: frames}, [])
+    rendered = html(text)
+    for live in ("<img", 'href="http', "<em>b</em>", "<h1>h"):
+        assert live not in rendered
+    widths = {}
+    for line in text.splitlines():
+        if line.startswith("|"):
+            widths.setdefault(len(re.split(r"(?<!\\)\|", line)), []).append(line)
+    assert "onerror" in rendered, "the text itself is still there to be read"
+    assert all("x\\|" in line or "x" not in line[:3] for lines in widths.values() for line in lines)
+
+
+def test_plain_hides_direction_marks_and_line_breaks():
+    assert plain("a\u202eb\nc") == "a b c"
+    assert plain("x" * 1000).endswith("…")
+    assert code("") == "–"
+    assert code("a``b") == "```a``b```"
+
+
+def test_table_keeps_its_columns_whatever_the_cells_hold():
+    text = table(["a", "b"], [["x|y\nz", Markdown("**k**")]])
+    assert text.splitlines()[-1] == "| x\\|y z | **k** |"
+    assert html(text).count("<td") == 2
+
+
+def test_pictures_are_linked_from_where_the_report_stands(moe):
+    text = run_report(make_summary(moe), moe, FIGURES, folder=Path("run/sub"))
+    assert "](../figures/figure1.png)" in text
+    spaced = run_report(make_summary(moe), moe, [Path("my run/figures here/figure1.png")])
+    assert "](figures%20here/figure1.png)" in spaced
+
+
+def test_another_schema_or_no_pair_is_a_clear_refusal(moe):
+    with pytest.raises(MoediagError, match="schema_version 1, found 2"):
+        run_report({**make_summary(moe), "schema_version": 2}, moe, [])
+    with pytest.raises(MoediagError, match="capture both arms"):
+        run_report({**make_summary(moe), "pairs": {}}, moe, [])
+    with pytest.raises(MoediagError, match="at least one entry under runs"):
+        comparison_report({"schema_version": 1, "runs": {}}, {}, [])
+
+
+def test_comparison_has_runs_as_columns_and_their_ratio(moe, dense):
+    summary = {
+        "schema_version": 1,
+        "runs": {"moe": make_summary(moe), "dense": make_summary(dense, "m/dense")},
+        "ratios": {"abs_logp_diff": {"mean": 1.5}},
+    }
+    text = comparison_report(summary, {"moe": moe, "dense": dense}, FIGURES)
+    assert "| number | unit | moe | dense | moe / dense |" in text
+    mean = [f["logp_metrics"].set_index("metric")["value"]["abs_logp_diff.mean"] for f in (moe, dense)]
+    cells = rows(text, "abs logp diff, mean")[0]
+    assert cells[-1] == f"{mean[0] / mean[1]:.1f}×"
+    assert float(cells[2]) == pytest.approx(mean[0], rel=0.01)
+    assert rows(text, "flip rate: expert set differs")[0][3] == "– (dense)"
+    assert "](figures/figure1.png)" in text
+    assert "`abs_logp_diff.mean` | `1.5`" in text
+    assert "Dense, so without routing: dense." in text
+    assert "That training will be stable" in text
+
+
+def test_many_layers_are_folded():
+    deep = make_run(n_tokens=256, n_layers=48)
+    assert "<details><summary>48 layers</summary>" in run_report(make_summary(deep), deep, [])
+
+
+def test_the_same_input_gives_the_same_page(moe, page):
+    assert run_report(make_summary(moe), moe, FIGURES) == page
+    assert "\n\n\n" not in page
