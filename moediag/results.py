@@ -198,7 +198,7 @@ def _label(run: Run) -> str:
 
 
 def _longest_prompt(run: Run) -> int:
-    data = pq.read_table(run.path / "prompts.parquet", columns=["prompt_token_ids"]).to_pydict()
+    data = pq.read_table(io.BytesIO(run.prompts()), columns=["prompt_token_ids"]).to_pydict()
     return max(len(ids) for ids in data["prompt_token_ids"])
 
 

@@ -94,7 +94,7 @@ def test_a_pair_is_read_once() -> None:
     assert len(reads) == 1
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([1, 2, 5, 8]))
 def test_self_comparison_is_exactly_perfect(seed: int, top_k: int) -> None:
     summary = _summary(self_block(make_block(seed=seed, top_k=top_k)))
@@ -109,7 +109,7 @@ def test_self_comparison_is_exactly_perfect(seed: int, top_k: int) -> None:
     assert routing["flip_rate_ci"][1] > 0
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(0, 10_000))
 def test_swapping_sides_negates_signed_values_and_keeps_agreement(seed: int) -> None:
     block = make_block(seed=seed, flip_noise=0.3)
@@ -121,7 +121,7 @@ def test_swapping_sides_negates_signed_values_and_keeps_agreement(seed: int) -> 
     assert other["routing"]["any_layer_share"] == summary["routing"]["any_layer_share"]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(0, 10_000))
 def test_order_of_tokens_and_names_of_experts_do_not_matter(seed: int) -> None:
     """Permuted tokens, permuted experts, permuted order inside K (which is a reorder, not a flip)."""

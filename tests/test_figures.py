@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.text import Text
 from synthetic_frames import empty_frame, make_run
@@ -170,6 +171,28 @@ def test_drift_lines_are_the_frame_and_runs_share_the_axis(moe, dense):
     assert top[0].get_ylim() == top[1].get_ylim()
     bars = figure.axes[2].patches
     assert [bar.get_height() for bar in bars] == list(moe["drift_by_position"]["n_tokens"])
+
+
+def test_negative_margins_are_counted_in_words_and_few_choices_are_not_joined(moe):
+    curve = moe["margin_curve"]
+    pooled = curve[(curve["space"] == "choice") & (curve["layer"] == -1)]
+    few = pooled.assign(n_choices=5, n_flipped=2, flip_rate=0.4).iloc[1:3]
+    below = few.iloc[:1].assign(bin_low=-np.inf, bin_high=0.0)
+    rest = pooled[pooled["bin_low"] >= few["bin_high"].max()]
+    left, right = plot_margins({"moe": pd.concat([below, few, rest])}).axes
+    assert "below 0, not drawn: 5 choices" in left.get_legend().get_title().get_text()
+    joined = next(c for c in right.containers if c.get_label() == "all layers")
+    alone = next(c for c in right.containers if c.get_label().startswith("fewer than"))
+    assert len(joined[0].get_xdata()) == (rest["n_choices"] >= 20).sum()
+    assert alone[0].get_linestyle() == "None"
+
+
+def test_title_does_not_compare_with_a_bin_of_survivors(moe):
+    frame = moe["drift_by_position"].copy()
+    frame.loc[frame.index[-1], ["n_tokens", "abs_logp_diff_mean"]] = [3, 9.0]
+    title = plot_position_drift({"moe": frame}).get_suptitle()
+    assert "9.00" not in title
+    assert "fewer than 100 tokens" in words(plot_position_drift({"moe": frame}))
 
 
 def test_training_window_is_marked_less_the_prompt_and_explained(moe):

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from synthetic import make_block, make_pair
 from synthetic_frames import make_run, make_summary
 
+from moediag.analysis import analyze_pair, pair_summary
 from moediag.errors import MoediagError
+from moediag.figures import draw_run_figures
 from moediag.report import comparison_report, run_report
 from moediag.report.tables import Markdown, code, plain, table
 
@@ -120,6 +123,26 @@ def test_mean_ratio_off_one_puts_semantics_first(moe):
     metrics.loc[metrics["metric"] == "mean_ratio", ["value", "ci_low", "ci_high"]] = [1.04, 1.03, 1.05]
     frames["logp_metrics"] = metrics
     assert "check the semantics first" in run_report(make_summary(moe), frames, [])
+
+
+def test_slope_stands_under_the_drift_table_with_its_interval(moe):
+    summary = make_summary(moe)
+    summary["pairs"]["infer~train"]["position"] = {
+        "slope_per_1k_tokens": -0.008, "slope_per_1k_tokens_ci": [-0.0173, 0.0011], "n_tokens": 2048, "n_sequences": 64
+    }  # fmt: skip
+    text = run_report(summary, moe, [])
+    assert "−0.00800 nat per 1,000 tokens (95 %: −0.0173 to 0.00110; 2,048 tokens of 64 sequences). Late bins" in text
+
+
+def test_real_analysis_of_a_pair_makes_a_whole_page(tmp_path):
+    """The seam: what analyze_pair and pair_summary give is what figures and report read."""
+    block = make_block(n_prompts=10, samples=2, length=12)
+    analysis = analyze_pair(make_pair(block))
+    summary = {**make_summary(make_run(n_tokens=8, n_prompts=2)), "pairs": {"infer~train": pair_summary(analysis)}}
+    text = run_report(summary, analysis.frames(), draw_run_figures(analysis.frames(), tmp_path / "figures", "moe"))
+    assert f"Over {analysis.n_tokens:,} response tokens of 10 prompts" in text
+    assert "](figures/margins.png)" in text
+    assert "`icepop_0.5_5.0`" in text
 
 
 def test_truncated_sampling_is_said_beside_the_estimators(moe):

@@ -6,7 +6,28 @@ Invariants:
     - an interval is never narrower than the data allow: fewer than 8 prompts, no variation at all, or no
       data give NaN bounds and a ``note`` that says why, never a zero-width interval.
 
-COVERAGE_TABLE
+Measured coverage of the nominal 0.95 (``benchmarks/interval_coverage.py --sets 1000``, standard error
+below 0.011; prompts with log-normal scale and length, Student t tails with 3 degrees of freedom):
+
+    =============== ========== ========== ===========
+    statistic       16 prompts 64 prompts 256 prompts
+    =============== ========== ========== ===========
+    mean abs diff   0.929      0.935      0.939
+    k2              0.870      0.904      0.924
+    k3              0.858      0.895      0.914
+    k1 (signed)     0.956      0.960      0.943
+    mean ratio      0.934      0.939      0.939
+    rate of 0.1     0.943      0.938      0.956
+    rate of 0.002   0.985      0.963      0.952
+    position slope  0.924      0.934      0.940
+    p50             0.949      0.937      0.948
+    p90             0.916      0.939      0.942
+    p99             0.869      0.910      0.922
+    p99.9           no value   no value   0.927
+    =============== ========== ========== ===========
+
+k2, k3 and p99 fall short with few prompts: squares of such tails have no finite variance, so the tail that
+matters is often not in the sample (Student's t on k3 covers 0.775, 0.858, 0.868). Maxima get no interval.
 """
 
 from __future__ import annotations

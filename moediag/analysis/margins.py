@@ -201,12 +201,13 @@ def _key_value(key: int) -> float:
 
 
 def _key_quantiles(count_Q: Int64) -> dict[str, float]:
-    cumulative_Q = np.cumsum(count_Q)
-    n_choices = int(cumulative_Q[-1])
-    if not n_choices:
+    present = np.flatnonzero(count_Q)  # a few thousand of a million keys
+    if not len(present):
         return dict.fromkeys(_QUANTILES, float("nan"))
+    cumulative = np.cumsum(count_Q[present])
+    n_choices = int(cumulative[-1])
     ranks = [max(1, int(np.ceil(q * n_choices))) for q in _QUANTILES.values()]
-    keys = np.searchsorted(cumulative_Q, ranks, side="left")
+    keys = present[np.searchsorted(cumulative, ranks, side="left")]
     return {name: _key_value(int(key)) for name, key in zip(_QUANTILES, keys, strict=True)}
 
 

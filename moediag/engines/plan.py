@@ -21,9 +21,8 @@ from moediag.errors import CheckpointError, PromptsError
 from moediag.prompts import Prompt, read_prompts
 from moediag.run.codec import bytes_per_token
 from moediag.run.directory import Run, create_run, split_into_shards
-from moediag.run.files import digest_of, read_checked, sha256_bytes
+from moediag.run.files import digest_of
 
-_PROMPTS_FILE = "prompts.parquet"
 _SCORE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 SequenceTokens = tuple[int, int, list[int], list[int] | None]
@@ -97,7 +96,6 @@ class Plan:
 
     def create(self, path: Path, force: bool) -> Run:
         """Create the run directory, or open the one of the same configuration."""
-        data = _encode_prompts(self.prompt_ids, self.completion_ids)
         manifest = {
             "moediag_version": __version__,
             "configuration": self.configuration(),
@@ -106,13 +104,12 @@ class Plan:
                 "source": self.prompts_path.name,
                 "source_sha256": self.source_sha256,
                 "n": len(self.prompt_ids),
-                "data_sha256": sha256_bytes(data),
             },
             "completions": self.completion_ids is not None,
             "sampling": asdict(self.sampling),
             "shards": [asdict(shard) for shard in split_into_shards(self.n_sequences, self.shard_size)],
         }
-        run = create_run(path, manifest, {_PROMPTS_FILE: data}, force=force)
+        run = create_run(path, manifest, _encode_prompts(self.prompt_ids, self.completion_ids), force=force)
         if self.completion_ids:
             _write_given_tokens(run)
         return run
@@ -135,6 +132,7 @@ def make_plan(
         CheckpointError: the tokenizer does not load.
     """
     prompts = read_prompts(prompts_path, limit)
+    _check_architecture(checkpoint)
     prompt_ids = _tokenise(checkpoint, prompts, prompts_path)
     has_completions = prompts[0].completion_token_ids is not None
     completions = [list(p.completion_token_ids or ()) for p in prompts] if has_completions else None
@@ -163,8 +161,7 @@ def load_prompt_tokens(run: Run) -> list[SequenceTokens]:
     Raises:
         CorruptRunError: the prompts file was changed.
     """
-    data = read_checked(run.path / _PROMPTS_FILE, run.manifest["prompts"]["data_sha256"])
-    table = pq.read_table(io.BytesIO(data)).to_pydict()
+    table = pq.read_table(io.BytesIO(run.prompts())).to_pydict()
     n_samples = 1 if run.manifest["completions"] else int(run.manifest["sampling"]["n"])
     pairs = zip(table["prompt_token_ids"], table["completion_token_ids"], strict=True)
     return [(i, sample, p, c) for i, (p, c) in enumerate(pairs) for sample in range(n_samples)]
@@ -198,6 +195,20 @@ def _encode_prompts(prompt_ids: list[list[int]], completion_ids: list[list[int]]
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
+
+
+def _check_architecture(checkpoint: Checkpoint) -> None:
+    """Refuse what transformers would not load without running code of the checkpoint."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type = str(checkpoint.config.get("model_type"))
+    if "auto_map" in checkpoint.config and model_type not in CONFIG_MAPPING_NAMES:
+        raise CheckpointError(f"{checkpoint.path}: {model_type} brings its own code, which this version does not run")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        raise CheckpointError(
+            f"{checkpoint.path}: the installed transformers does not know the architecture {model_type!r} "
+            f"({checkpoint.architecture}); check config.json or upgrade transformers"
+        )
 
 
 def _tokenise(checkpoint: Checkpoint, prompts: list[Prompt], path: Path) -> list[list[int]]:

@@ -72,7 +72,9 @@ def plot_margins(
     if not curves:
         for ax in rows[0]:
             state(ax, "No routed choice in this score space: nothing to draw.")
-    note = f"Thin lines: single layers, bins of at least {MIN_LAYER_CHOICES} choices. Bars: 95 %, clustered by prompt."
+    banded = any(frame["flip_rate_ci_low"].notna().any() for frame in curves.values())
+    note = f"Thin lines: single layers, bins of at least {MIN_LAYER_CHOICES} choices. "
+    note += "Bars: 95 %, clustered by prompt." if banded else "No interval could be given."
     add_words(figure, margin_finding(curves), " ".join(filter(None, [caption, note if curves else ""])))
     return figure
 
@@ -105,8 +107,8 @@ def margin_finding(curves: Mapping[str, pd.DataFrame]) -> str:
 
 
 def _bins(pooled: pd.DataFrame) -> pd.DataFrame:
-    """The bins to draw: no ties, no empty ends, and an empty bin in every gap (edges must join)."""
-    rows: pd.DataFrame = pooled[~_ties(pooled)]
+    """The bins to draw: margins above 0, no empty ends, and an empty bin in every gap (edges must join)."""
+    rows: pd.DataFrame = pooled[pooled["bin_high"] > 0]
     held = rows["n_choices"].to_numpy() > 0
     rows = rows[np.logical_or.accumulate(held) & np.logical_or.accumulate(held[::-1])[::-1]]
     gap = rows["bin_high"].to_numpy()[:-1] < rows["bin_low"].to_numpy()[1:]
@@ -173,7 +175,10 @@ def draw_margin_groups(ax: Axes, pooled: pd.DataFrame, label: str, style: RunSty
     ax.set_ylim(bottom=0)
     handles, names = ax.get_legend_handles_labels()
     if handles:
-        ax.legend(handles, names, loc="best", title=f"exact ties: {', '.join(reversed(tie_words))}", title_fontsize=8)
+        negative = int(pooled.loc[pooled["bin_low"] < 0, "n_choices"].sum())
+        below = f"\nbelow 0, not drawn: {count(negative, 'choice')}" if negative else ""
+        title = f"exact ties: {', '.join(reversed(tie_words))}{below}"
+        ax.legend(handles, names, loc="best", title=title, title_fontsize=8)
 
 
 def draw_flip_curve(ax: Axes, curve: pd.DataFrame, style: RunStyle) -> None:
@@ -182,16 +187,18 @@ def draw_flip_curve(ax: Axes, curve: pd.DataFrame, style: RunStyle) -> None:
     bins, ties = _bins(pooled), pooled[_ties(pooled)]
     edges = bin_edges(bins) if len(bins) else np.array([1e-3, 1.0])
     centre = dict(zip(bins["bin_low"], np.sqrt(edges[:-1] * edges[1:]), strict=False))
-    layers = sorted(set(curve.loc[curve["n_choices"] >= MIN_LAYER_CHOICES, "layer"]) - {-1})
-    for layer in layers:
-        rows = curve[(curve["layer"] == layer) & ~_ties(curve) & (curve["n_choices"] >= MIN_LAYER_CHOICES)]
-        shade = colormaps["Greys"](0.35 + 0.5 * layer / max(max(layers), 1))
-        ax.plot(rows["bin_low"].map(centre), rows["flip_rate"], color=shade, linewidth=0.7)
-    if layers:
-        ax.plot([], [], color=GREY, linewidth=0.7, label=f"layers {layers[0]} to {layers[-1]} (dark = deep)")
-    for place, rows, kind in ((bins["bin_low"].map(centre), bins, "-o"), (tie_place(edges), ties, "D")):
+    _draw_layers(ax, curve, centre)
+    held = bins["n_choices"] >= MIN_LAYER_CHOICES
+    thin = ~held & (bins["n_choices"] > 0)
+    places = bins["bin_low"].map(centre)
+    # A line through bins of one or two choices would zigzag between 0 and 100 %: those are dots of their own.
+    for place, rows, kind, name in (
+        (places[held], bins[held], "-o", "all layers"),
+        (places[thin], bins[thin], "o", f"fewer than {MIN_LAYER_CHOICES} choices"),
+        (tie_place(edges), ties, "D", "exact ties"),
+    ):
         if rows["n_choices"].sum() > 0:
-            _draw_pooled(ax, place, rows, kind, style.colour)
+            _draw_pooled(ax, place, rows, kind, name, style.colour)
     ax.set_title("How often a choice flips")
     ax.set_ylabel("P(flip | margin bin)")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
@@ -199,14 +206,30 @@ def draw_flip_curve(ax: Axes, curve: pd.DataFrame, style: RunStyle) -> None:
     ax.legend(loc="best")
 
 
-def _draw_pooled(ax: Axes, place: pd.Series[float] | float, rows: pd.DataFrame, kind: str, colour: str) -> None:
+def _draw_layers(ax: Axes, curve: pd.DataFrame, centre: dict[float, float]) -> None:
+    """One thin line per layer, light to dark with depth."""
+    enough = curve[(curve["bin_high"] > 0) & (curve["n_choices"] >= MIN_LAYER_CHOICES) & (curve["layer"] >= 0)]
+    layers = sorted(set(enough["layer"]))
+    for layer in layers:
+        rows = enough[enough["layer"] == layer]
+        shade = colormaps["Greys"](0.35 + 0.5 * layer / max(layers[-1], 1))
+        ax.plot(rows["bin_low"].map(centre), rows["flip_rate"], color=shade, linewidth=0.7)
+    if layers:
+        ax.plot([], [], color=GREY, linewidth=0.7, label=f"layers {layers[0]} to {layers[-1]} (dark = deep)")
+
+
+def _draw_pooled(
+    ax: Axes, place: pd.Series[float] | float, rows: pd.DataFrame, kind: str, label: str, colour: str
+) -> None:
     rate = rows["flip_rate"].to_numpy(np.float64)
     # A percentile interval need not contain its estimate; a negative bar length would be an error.
     below = np.clip(rate - rows["flip_rate_ci_low"].to_numpy(np.float64), 0, None)
     above = np.clip(rows["flip_rate_ci_high"].to_numpy(np.float64) - rate, 0, None)
     x = np.broadcast_to(np.asarray(place, np.float64), rate.shape)
-    label = "all layers" if kind != "D" else "exact ties"
-    ax.errorbar(x, rate, np.vstack([below, above]), fmt=kind, color=colour, markersize=4, elinewidth=1.0, label=label)
+    face = "white" if kind == "o" else colour
+    ax.errorbar(
+        x, rate, np.vstack([below, above]), fmt=kind, color=colour, markersize=4, mfc=face, elinewidth=1.0, label=label
+    )
 
 
 def _dress(ax: Axes, pooled: pd.DataFrame, space: str) -> None:

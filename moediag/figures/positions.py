@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moediag.figures.numbers import count, sig, times
 from moediag.figures.style import GREY, RunStyle, add_words, figure_text, house_style, new_figure, run_styles, state
@@ -56,14 +57,17 @@ def plot_position_drift(
         if training_window is not None:
             _mark_window(top, frame, training_window - (prompt_length or 0))
     _dress(panels, frames, limits)
-    notes = [caption, "Band: 95 % interval of the mean, clustered by prompt.", _clip_note(frames, limits)]
+    banded = any(frame["abs_logp_diff_mean_ci_low"].notna().any() for frame in frames.values())
+    band = "Band: 95 % interval of the mean, clustered by prompt." if banded else "No interval could be given."
+    notes = [caption, band, _clip_note(frames, limits)]
+    notes.append(_thin_note(frames))
     notes.append(_window_note(frames, training_window, prompt_length))
     add_words(figure, drift_finding(frames), " ".join(filter(None, notes)))
     return figure
 
 
 def drift_finding(frames: Mapping[str, pd.DataFrame]) -> str:
-    """The title: mean in the first and in the last bin with tokens, per run."""
+    """The title: mean in the first and in the last well-filled bin, per run."""
     parts = []
     for label, frame in frames.items():
         rows = frame[frame["abs_logp_diff_mean"].notna()]
@@ -72,6 +76,8 @@ def drift_finding(frames: Mapping[str, pd.DataFrame]) -> str:
         elif rows["abs_logp_diff_mean"].max() == 0:
             parts.append(f"{figure_text(label)}: no difference at any position")
         else:
+            # The last bins hold a few survivors: the title compares bins that hold at least a fifth of the fullest.
+            rows = rows[rows["n_tokens"] >= 0.2 * rows["n_tokens"].max()]
             first, last = rows.iloc[0], rows.iloc[-1]
             a, b = float(first["abs_logp_diff_mean"]), float(last["abs_logp_diff_mean"])
             span = f"{sig(a)} nat at {first['position_low']:.0f}–{first['position_high']:.0f}"
@@ -128,6 +134,8 @@ def draw_bin_counts(ax: Axes, frame: pd.DataFrame, style: RunStyle) -> None:
            edgecolor="white", linewidth=0.5)  # fmt: skip
     ax.set_xlabel("position in the response [token]")
     ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     if frame.empty:
         state(ax, "no bins")
 
@@ -157,6 +165,11 @@ def _clip_note(frames: Mapping[str, pd.DataFrame], limits: tuple[float, float] |
         return ""
     hidden = any(bool((frame[names] < limits[0]).any(axis=None)) for frame in frames.values())
     return f"Values below {sig(limits[0], 1)} nat (zeros too) are not shown." if hidden else ""
+
+
+def _thin_note(frames: Mapping[str, pd.DataFrame]) -> str:
+    thin = any(bool((frame["n_tokens"] < 100).any()) for frame in frames.values())
+    return "In bins of fewer than 100 tokens p99 is the largest value or close to it." if thin else ""
 
 
 def _mark_window(ax: Axes, frame: pd.DataFrame, end: int) -> None:

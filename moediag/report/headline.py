@@ -13,7 +13,7 @@ from typing import Any, Final
 import pandas as pd
 
 from moediag.figures.numbers import NONE, count, is_number, percent, sig, times
-from moediag.report.tables import Markdown, interval, number, plain, table
+from moediag.report.tables import Markdown, interval, number, table
 
 Summary = Mapping[str, Any]
 Frames = Mapping[str, pd.DataFrame]
@@ -58,8 +58,6 @@ class Measured:
         unit = "share of n" if self.unit == "share" else self.unit
         digits = sig(self.value, 5) if self.name.startswith("mean ratio") and is_number(self.value) else None
         value = Markdown(digits) if digits else number(self.value, self.unit)
-        if not is_number(self.value) and self.note:
-            return [self.name, Markdown(f"{NONE} ({plain(self.note)})"), NONE, unit, self.n, self.direction]
         return [self.name, value, interval(self.low, self.high, self.unit, self.note), unit, self.n, self.direction]
 
 
@@ -114,6 +112,12 @@ def routing_measures(pair: Summary, frames: Frames) -> list[Measured]:
     for key, words, n in names:
         low, high = routing.get(f"{key}_ci") or (None, None)
         measures.append(Measured(words, routing.get(key), low, high, n, "share"))
+    independent = routing.get("independent_any_layer_share")
+    if is_number(independent):
+        name = "the same, were layers to flip independently"
+        measures.append(
+            Measured(name, independent, None, None, tokens, "share", "for comparison", "computed, not measured")
+        )
     return measures
 
 
@@ -123,7 +127,7 @@ def headline(pair: Summary, frames: Frames) -> list[Measured]:
     routing = routing_measures(pair, frames)
     chosen = ["abs_logp_diff.mean", "abs_logp_diff.p99", "kl_infer_train_k3"]
     chosen += [] if routing else ["extreme_share_2", "mean_ratio"]
-    return [logp_measure(*by_metric[metric], pair, frames) for metric in chosen] + routing
+    return [logp_measure(*by_metric[metric], pair, frames) for metric in chosen] + routing[:2]
 
 
 def verdict(pair: Summary, frames: Frames) -> Markdown:
@@ -152,7 +156,7 @@ def _routing_words(pair: Summary, frames: Frames) -> str:
     measures = routing_measures(pair, frames)
     if not measures:
         return "The model is dense (no expert routing was captured), so routing plays no part in the mismatch."
-    flip, anywhere = (measure.value for measure in measures)
+    flip, anywhere = (measure.value for measure in measures[:2])
     if not is_number(flip):
         return "No (token, layer) was routed in both arms, so nothing can be said about routing."
     if flip == 0:
@@ -170,6 +174,19 @@ def _depth_words(layers: pd.DataFrame | None) -> str:
         f" By depth, sets agree for {percent(first['same_set_rate'])} of tokens in MoE layer {first['layer']:.0f} and "
         f"{percent(last['same_set_rate'])} in layer {last['layer']:.0f}."
     )
+
+
+def slope_words(pair: Summary) -> str:
+    """Slope of abs(logp_diff) along the response with its interval; empty when the summary has none."""
+    position = pair.get("position") or {}
+    slope = position.get("slope_per_1k_tokens")
+    if not is_number(slope):
+        return ""
+    low, high = position.get("slope_per_1k_tokens_ci") or (None, None)
+    where = interval(low, high)
+    known = f"95 %: {where}" if where != NONE else "no interval could be given"
+    n = f"{count(position.get('n_tokens'), 'token')} of {count(position.get('n_sequences'), 'sequence')}"
+    return f"Slope of abs(logp_diff): {sig(slope)} nat per 1,000 tokens ({known}; {n})."
 
 
 def margin_words(frames: Frames) -> str:
@@ -199,7 +216,8 @@ def sampling_words(summary: Summary) -> str:
 
 def _ratio_words(pair: Summary, frames: Frames) -> str:
     ratio = logp_measure("mean_ratio", "", "1", pair, frames)
-    if not is_number(ratio.value):
+    bit_exact = logp_measure("abs_logp_diff.mean", "", "nat", pair, frames).value == 0
+    if not is_number(ratio.value) or bit_exact:
         return ""
     value, where = sig(ratio.value, 5), interval(ratio.low, ratio.high, "1")
     if not (is_number(ratio.low) and is_number(ratio.high)):

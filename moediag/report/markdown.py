@@ -30,6 +30,7 @@ from moediag.report.headline import (
     measured_table,
     routing_measures,
     sampling_words,
+    slope_words,
     verdict,
 )
 from moediag.report.tables import Markdown, code, folded, plain
@@ -37,6 +38,9 @@ from moediag.report.tables import Markdown, code, folded, plain
 MAIN_PAIR: Final = "infer~train"
 
 REGENERATE: Final = ("moediag analyze RUN --force", "moediag report RUN --force")
+
+DENSE: Final = "dense"
+"""Why a run has no routing numbers."""
 
 _MANY_LAYERS: Final = 16  # a longer table is folded: the picture above says the same
 
@@ -82,6 +86,7 @@ def run_report(
         "sections": _sections(pair, frames),
         "sampling": sampling_words(summary),
         "margin_words": margin_words(frames),
+        "slope_words": slope_words(pair),
         "is_moe": bool(pair.get("routing")),
         **_shared(figures, folder, floor, regenerate),
         "provenance": _provenance(summary),
@@ -229,10 +234,10 @@ def _provenance(summary: Summary) -> Markdown:
 def _measures(pair: Summary, frames: Frames) -> list[Measured]:
     routing = routing_measures(pair, frames)
     missing = [
-        Measured(words, None, None, None, "", "share", note="dense")
+        Measured(words, None, None, None, "", "share", note=DENSE)
         for words in ("flip rate: expert set differs", "tokens with a flip in any layer")
     ]
-    return logp_measures(pair, frames) + (routing or missing)
+    return logp_measures(pair, frames) + (routing[:2] or missing)
 
 
 def _first_of_each_kind(pairs: Mapping[str, Summary]) -> tuple[str | None, str | None]:
@@ -251,7 +256,7 @@ def _side_by_side(pairs: Mapping[str, Summary], frames: Mapping[str, Frames]) ->
     rows: list[list[object]] = []
     for row in zip(*measures.values(), strict=True):
         cells: list[object] = [row[0].name, "share" if row[0].unit == "share" else row[0].unit]
-        cells += [measure.cells()[1] for measure in row]
+        cells += [Markdown(f"{NONE} ({DENSE})") if m.note == DENSE else m.cells()[1] for m in row]
         if moe and dense:
             by_label = dict(zip(measures, row, strict=True))
             above, below = by_label[moe].value, by_label[dense].value

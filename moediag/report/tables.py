@@ -151,6 +151,8 @@ def flip_bin_table(curve: pd.DataFrame, n_lowest: int = 6) -> Markdown:
 def _margin_words(row: Mapping[str, Any]) -> str:
     if row["bin_high"] == 0:
         return "exactly 0 (tie)"
+    if row["bin_low"] < 0:
+        return "below 0"
     if math.isinf(row["bin_high"]):
         return f"{sig(row['bin_low'], 2)} and more"
     return f"{sig(row['bin_low'], 2)} to {sig(row['bin_high'], 2)}"

@@ -35,12 +35,21 @@ def check_run(run: Run) -> list[Finding]:
 
     Missing shards are errors as well: a partial run is not analysed.
     """
-    findings = [finding for shard in run.shards for finding in _check_tokens(run, shard)]
+    findings = _check_prompts(run)
+    findings += [finding for shard in run.shards for finding in _check_tokens(run, shard)]
     for arm in run.arms():
         findings += _check_arm(run, arm)
     if not run.arms():
         findings.append(Finding("error", "no-arm", str(run.path), "no arm has been captured"))
     return findings
+
+
+def _check_prompts(run: Run) -> list[Finding]:
+    try:
+        run.prompts()
+    except RunError as error:
+        return [Finding("error", "damaged", "prompts", str(error))]
+    return []
 
 
 def _check_tokens(run: Run, shard: Shard) -> Iterator[Finding]:

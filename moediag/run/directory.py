@@ -1,6 +1,7 @@
 """The run directory: one model, one prompt set, one token table, several arms.
 
     RUN/run.json                        sealed: what was asked for, the model, the shard table
+    RUN/prompts.parquet                 token ids of prompts and given completions; digest in run.json
     RUN/tokens/shard-00000.parquet      token table of the shard's whole sequences
     RUN/arms/<arm>/arm.json             sealed: engine, versions, dtypes, options
     RUN/arms/<arm>/shard-00000.safetensors
@@ -52,6 +53,7 @@ from moediag.run.files import (
 )
 
 MANIFEST = "run.json"
+PROMPTS = "prompts.parquet"
 KIND = "moediag run"
 
 
@@ -148,6 +150,14 @@ class Run:
     def is_complete(self, arm: str) -> bool:
         """True when every shard of the arm is committed."""
         return not self.missing_shards(arm)
+
+    def prompts(self) -> bytes:
+        """The tokenised prompts, as parquet.
+
+        Raises:
+            CorruptRunError: missing or changed.
+        """
+        return read_checked(self.path / PROMPTS, str(self.manifest["prompts"]["data_sha256"]))
 
     def tokens(self, shard: Shard) -> TokenRows:
         """The shard's token table, checked.
@@ -308,18 +318,18 @@ def open_run(path: str | Path) -> Run:
     if manifest.get("kind") != KIND:
         raise RunError(f"{folder / MANIFEST} is of kind {manifest.get('kind')!r}, wanted {KIND!r}")
     check_schema_version(manifest, folder / MANIFEST)
-    for key in ("configuration", "model", "shards", "sampling"):
+    for key in ("configuration", "model", "shards", "sampling", "prompts"):
         if key not in manifest:
             raise CorruptRunError(f"{folder / MANIFEST} lacks {key!r}; capture the run again")
     return Run(folder, manifest)
 
 
-def create_run(path: Path, manifest: dict[str, Any], files: dict[str, bytes], force: bool = False) -> Run:
+def create_run(path: Path, manifest: dict[str, Any], prompts: bytes, force: bool = False) -> Run:
     """Create a run directory, or open the one of the same configuration that is there.
 
     Args:
         manifest: ``configuration``, ``model``, ``sampling``, ``prompts``, ``shards``, ``completions``.
-        files: further files of the run, by name; written before the manifest makes it a run.
+        prompts: content of the prompts file.
         force: start anew: remove the run that is there first.
 
     Raises:
@@ -335,8 +345,8 @@ def create_run(path: Path, manifest: dict[str, Any], files: dict[str, bytes], fo
     for leftover in [*path.parent.glob(f".{path.name}.*.new")]:
         shutil.rmtree(leftover)
     _make_folder(fresh)
-    for name, data in files.items():
-        write_atomic(fresh / name, data)
+    write_atomic(fresh / PROMPTS, prompts)
+    manifest = {**manifest, "prompts": {**manifest["prompts"], "data_sha256": sha256_bytes(prompts)}}
     write_sealed(fresh / MANIFEST, {"kind": KIND, "schema_version": SCHEMA_VERSION, **manifest})
     if path.exists():
         shutil.rmtree(path)

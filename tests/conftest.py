@@ -1,0 +1,74 @@
+"""Fixtures that many tests share; engines, checkpoints and the demo run are made once per session."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+MOEDIAG = Path(sys.executable).with_name("moediag")
+
+
+def run_moediag(*arguments: object, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own, as a user runs it."""
+    return subprocess.run(
+        [str(MOEDIAG), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **env},
+        check=False,
+    )
+
+
+def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the real `moediag demo` leaves: trained pair, both runs, comparison."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    done = run_moediag("demo", "-o", folder, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen3-MoE checkpoint with the demo's byte tokenizer; the second of its three layers is dense."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from moediag.demo.tokenizer import byte_tokenizer
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        eos_token_id=256,
+        initializer_range=0.3,
+    )
+    folder = tmp_path_factory.mktemp("random-moe")
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer(128).save_pretrained(folder)
+    return folder
