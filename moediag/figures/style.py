@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -188,8 +188,3 @@ def _save_one(figure: Figure, path: Path, metadata: dict[str, Any]) -> Path:
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
-
-
-def ordered(labels: Sequence[str], styles: Mapping[str, RunStyle]) -> list[str]:
-    """Labels with MoE runs first, else in the order given."""
-    return sorted(labels, key=lambda label: not styles[label].is_moe)

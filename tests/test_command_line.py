@@ -1,0 +1,255 @@
+"""The command line: bad input is one line and exit code 1, nothing is half-written, nothing heavy is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import MOEDIAG, REPOSITORY, run_moediag, write_jsonl
+
+from moediag.cli.main import main
+from moediag.engines import versions
+from moediag.errors import DependencyError
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The for statement"}, {"prompt": "An import"}])
+
+
+@pytest.fixture
+def checkpoint(random_moe: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(random_moe, tmp_path / "checkpoint"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run the command in this process; it must fail with one line on stderr and exit code 1."""
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert status == 1, captured.err
+    assert lines[-1].startswith("moediag: ")
+    assert "Traceback" not in captured.err
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "does not exist"),
+        ("", "holds no prompt"),
+        ('{"prompt": "a"}\n{"prompt": "b"\n', "p.jsonl:2: not a JSON object"),
+        (json.dumps({"prompt": "x" * 500}) + "\n", "p.jsonl:1: prompt of 500 tokens, the model allows 128"),
+        ('{"prompt_token_ids": [99999]}\n', "p.jsonl:1: token id 99999 is outside the vocabulary of 257"),
+        (json.dumps({"prompt": "a", "completion_token_ids": [1] * 127}) + "\n", "prompt and completion of 128 tokens"),
+    ],
+)
+def test_unusable_prompts_are_refused(
+    capsys: pytest.CaptureFixture[str], random_moe: Path, tmp_path: Path, content: str | None, complaint: str
+) -> None:
+    path = tmp_path / "p.jsonl"
+    if content is not None:
+        path.write_text(content)
+    assert complaint in refused(capsys, "profile", random_moe, "--prompts", path, "-o", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def _edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda c: (c / "model.safetensors").unlink(), "has no weights"),
+        (lambda c: (c / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda c: (c / "tokenizer.json").write_text("{"), "tokenizer does not load"),
+        (lambda c: (c / "config.json").unlink(), "has no config.json"),
+        (lambda c: (c / "config.json").write_text("{"), "not readable JSON"),
+        (
+            lambda c: _edit_config(c, model_type="llama9", num_local_experts=0),
+            "does not know the architecture 'llama9'",
+        ),
+        (lambda c: _edit_config(c, model_type="deepseek_v3"), "MoE family deepseek_v3 is not known to this version"),
+        (lambda c: _edit_config(c, num_experts_per_tok=99), "num_experts_per_tok = 99 with 8 experts"),
+        (shutil.rmtree, "does not exist"),
+    ],
+)
+def test_an_unusable_checkpoint_is_refused(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, prompts: Path, tmp_path: Path, spoil: object, complaint: str
+) -> None:
+    spoil(checkpoint)  # type: ignore[operator]
+    assert complaint in refused(capsys, "profile", checkpoint, "--prompts", prompts, "-o", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("enable_prefix_caching=true", "never routed again"),
+        ("enforce_eager=false", "CUDA graphs"),
+        ("pipeline-parallel-size=2", "each stage sees only its own layers"),
+        ("enable_eplb=true", "physical"),
+        ("speculative_config={}", "drafted tokens"),
+        ("nonsense", "wanted KEY=VALUE"),
+    ],
+)
+def test_engine_options_that_would_spoil_the_capture_are_refused_with_the_reason(
+    capsys: pytest.CaptureFixture[str], random_moe: Path, prompts: Path, tmp_path: Path, option: str, complaint: str
+) -> None:
+    arguments = ("profile", random_moe, "--prompts", prompts, "-o", tmp_path / "run", "--vllm-option", option)
+    assert complaint in refused(capsys, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_commands_on_a_folder_that_is_no_run_say_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for command in ("analyze", "report", "validate"):
+        assert "is not a moediag run directory" in refused(capsys, command, tmp_path)
+    assert "is not a moediag run directory" in refused(capsys, "compare", tmp_path, tmp_path, "-o", tmp_path / "c")
+
+
+def test_an_output_that_holds_something_else_is_not_touched(
+    capsys: pytest.CaptureFixture[str], random_moe: Path, prompts: Path, tmp_path: Path
+) -> None:
+    thesis = tmp_path / "run" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    for force in ([], ["--force"]):
+        arguments = ("profile", random_moe, "--prompts", prompts, "-o", thesis.parent, *force)
+        assert "holds no run.json" in refused(capsys, *arguments)
+    assert thesis.read_text() == "years of work"
+
+
+def test_an_unsupported_vllm_is_named_with_the_supported_versions(tmp_path: Path) -> None:
+    """What importlib.metadata finds first counts: here the metadata of an old vLLM."""
+    metadata = tmp_path / "vllm-0.9.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.9.1\n")
+    done = run_moediag("env", PYTHONPATH=str(tmp_path))
+    assert "vllm 0.9.1 is installed, moediag supports >=0.30,<0.33" in done.stdout
+
+
+def test_a_missing_engine_is_named_with_what_to_install() -> None:
+    absent = versions.Supported("an-engine-nobody-has", (0, 30), (0, 33), "vllm")
+    with pytest.raises(DependencyError, match=r"not installed; pip install 'moediag\[vllm\]'"):
+        versions.require(absent)
+
+
+def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile"]) == 2
+    assert main(["nonsense"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`moediag --help` must answer in under half a second of CPU time: no pandas, torch, transformers or vllm."""
+    code = (
+        "import sys; from moediag.cli.main import main; main(['--help']); "
+        "print([m for m in ('torch', 'transformers', 'vllm', 'pandas', 'matplotlib', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_help_takes_less_than_half_a_second_of_cpu_time() -> None:
+    before = os.times()
+    subprocess.run([str(MOEDIAG), "--help"], capture_output=True, check=True)
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    assert cpu < 0.5
+
+
+def test_analysis_and_figures_import_no_engine() -> None:
+    """Capture may happen elsewhere: everything below the run directory works without torch."""
+    code = (
+        "import sys, moediag.results, moediag.figures, moediag.report, moediag.analysis, moediag.corrections; "
+        "print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+_LAYERS = (
+    ("notation", "errors", "frames", "prompts"),
+    ("run",),
+    ("analysis", "corrections"),
+    ("figures",),
+    ("report",),
+    ("results",),
+    ("cli",),
+)
+
+
+def test_imports_only_point_downwards() -> None:
+    """notation, errors <- run <- analysis, corrections <- figures <- report <- results <- cli; engines see run only."""
+    level = {name: i for i, names in enumerate(_LAYERS) for name in names}
+    level["engines"] = level["demo"] = level["run"] + 0.5  # type: ignore[assignment]
+    for path in sorted((REPOSITORY / "moediag").rglob("*.py")):
+        room = path.relative_to(REPOSITORY / "moediag").parts[0].removesuffix(".py")
+        if room in ("__init__", "cli"):
+            continue
+        for target in _imported_rooms(path):
+            assert target == room or level[target] <= level[room], f"{path} imports moediag.{target}"
+
+
+def _imported_rooms(path: Path) -> Iterator[str]:
+    import ast
+
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "moediag" and len(parts) > 1:
+                yield parts[1]
+
+
+def test_schema_names_every_column_with_unit_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", "--json"]) == 0
+    frames = json.loads(capsys.readouterr().out)
+    assert {"tokens", "agreement_by_layer", "margin_curve", "drift_by_position"} <= {frame["name"] for frame in frames}
+    for frame in frames:
+        for column in frame["columns"]:
+            assert column["dtype"]
+            assert column["unit"]
+            assert column["meaning"]
+    assert main(["schema"]) == 0
+    text = capsys.readouterr().out
+    assert all(column["name"] in text for frame in frames for column in frame["columns"])
+
+
+@contextmanager
+def full_disk(folder: Path, n_bytes: int) -> Iterator[None]:
+    """A file system of ``n_bytes`` mounted at ``folder``; needs root, which CI has."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "none", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_too_little_space_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], random_moe: Path, prompts: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with full_disk(disk, 8192):
+        arguments = ("profile", random_moe, "--prompts", prompts, "-o", disk / "run")
+        assert "MB free" in refused(capsys, *arguments)
+        assert not (disk / "run").exists()
+
+
+def test_json_of_a_missing_run_is_still_one_line(tmp_path: Path) -> None:
+    done = run_moediag("analyze", tmp_path / "absent", "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
