@@ -3,9 +3,12 @@
 Invariants: recipe + corpus + library versions fix the weights (own seeds, one thread, so neither the
 number of cores nor a neighbour changes a sum's order); the window covers a demo prompt and its response.
 
+The recipe was chosen so that the published effect shows in a model this small: with routers trained as
+fast as the embeddings (8e-3) and without the z-loss, MoE and dense differed by 3 % only. The demo illustrates
+the phenomenon; it is no evidence of its size. Both models share everything but experts and MLP width.
+
 Numeric facts, on a two-core machine without AMX: fp32 beats bf16 here (0.3 against 0.9-1.2 s for
-2,048 tokens; oneDNN prepares a new bf16 kernel for every number of tokens that an expert happens to
-get), and a second thread saves a tenth, so the two models train beside each other, a thread each.
+2,048 tokens), and a second thread saves 10 to 35 %, so the two models train beside each other, a thread each.
 """
 
 import threading
