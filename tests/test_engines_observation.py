@@ -51,7 +51,7 @@ def sequences(run: Run) -> Iterator[tuple[Any, Any]]:
         tokens = run.tokens(shard)
         for start, end in tokens.sequence_bounds():
             yield (
-                torch.from_numpy(tokens.token_id_T[start:end]),
+                torch.from_numpy(tokens.token_id_T[start:end].copy()),
                 torch.from_numpy(tokens.is_response_T[start:end].copy()),
             )
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from moediag.cli import options as o
+
 NAME = "demo"
 
 
@@ -14,8 +16,9 @@ def command(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for everything.")] = Path(
         "moediag-demo"
     ),
+    force: o.Force = False,
 ) -> None:
     """Train a tiny MoE and a dense model, profile both in both engines, compare: no download, no GPU."""
     from moediag.cli.story import tell
 
-    tell(output)
+    tell(output, force)

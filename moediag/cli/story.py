@@ -20,8 +20,11 @@ N_PROMPTS = 64
 MAX_TOKENS = 320  # prompt (about 120 bytes) + response stay inside the training window of 512
 
 
-def tell(output: Path) -> None:
+def tell(output: Path, force: bool = False) -> None:
     """Make everything under ``output`` and end by saying where the report is.
+
+    Args:
+        force: make the runs anew, also when they are there from another version.
 
     Raises:
         MoediagError: as ``profile`` and ``compare`` do.
@@ -32,7 +35,7 @@ def tell(output: Path) -> None:
     write_atomic(prompts, "".join(lines).encode())
     for name, checkpoint in checkpoints.items():
         note(f"\n== {name}: sampled by vLLM, scored by transformers ==")
-        _profile(checkpoint, prompts, output / name)
+        _profile(checkpoint, prompts, output / name, force)
     note("\n== moe against dense ==")
     summary = compare_runs([output / name for name in checkpoints], output / "compare", MOE.window)
     show_table(summary["runs"])
@@ -62,11 +65,11 @@ def _checkpoints(output: Path) -> dict[str, Path]:
     return folders
 
 
-def _profile(checkpoint: Path, prompts: Path, output: Path) -> None:
+def _profile(checkpoint: Path, prompts: Path, output: Path, force: bool) -> None:
     sampling = jobs.Sampling(max_tokens=MAX_TOKENS)
     plan = jobs.plan(str(checkpoint), None, prompts, None, sampling, "full", 32, None)
     infer = jobs.infer_options({}, dtype="bfloat16", max_model_len=plan.max_model_len, seed=sampling.seed)
     jobs.announce(plan, output, arms=("infer", "train"))
-    run = plan.create(output, force=False)
+    run = plan.create(output, force)
     jobs.capture(run, plan.checkpoint, {"infer": infer, "train": jobs.train_options(dtype="bfloat16")})
     jobs.finish(run, MOE.window)

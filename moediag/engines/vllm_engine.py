@@ -153,11 +153,13 @@ class InferEngine:
         from vllm.sampling_params import RequestOutputKind
 
         if self.run.manifest["completions"]:
-            return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+            return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         sampling = {k: v for k, v in self.run.manifest["sampling"].items() if k not in ("n", "seed")}
         # The CPU runner cannot take a per-request seed together with chunked prefill.
         seed = None if self.is_cpu else self._seed("sequence", seq_id)
-        return SamplingParams(n=1, seed=seed, logprobs=0, output_kind=RequestOutputKind.DELTA, **sampling)
+        return SamplingParams(
+            n=1, seed=seed, logprobs=0, output_kind=RequestOutputKind.DELTA, detokenize=False, **sampling
+        )
 
     def _seed(self, kind: str, index: int) -> int:
         digest = hashlib.sha256(f"{self.run.manifest['sampling']['seed']}:{kind}:{index}".encode()).digest()

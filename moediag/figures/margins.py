@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FixedLocator, PercentFormatter
 
 from moediag.figures.numbers import count, percent, sig
 from moediag.figures.style import (
@@ -238,7 +238,16 @@ def _dress(ax: Axes, pooled: pd.DataFrame, space: str) -> None:
     if len(bins):
         edges = bin_edges(bins)
         ax.set_xlim(tie_place(edges) / 10**0.3, float(edges[-1]) * 1.1)
+        _tick_decades(ax, float(edges[0]), float(edges[-1]))
     if (pooled.loc[_ties(pooled), "n_choices"] > 0).any() and len(bins):
         ax.axvline(float(edges[0]), color=INK, linewidth=0.6, linestyle=(0, (1, 2)))
         ax.text(tie_place(edges), 0.99, "ties", transform=ax.get_xaxis_transform(), ha="center", va="top", fontsize=8)
     ax.set_xlabel(SPACE_LABEL[space])
+
+
+def _tick_decades(ax: Axes, low: float, high: float) -> None:
+    """Ticks within the bins only: left of them stand the exact ties, which have no place on the axis."""
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    minor = np.outer(decades, np.arange(2, 10)).ravel()
+    ax.xaxis.set_major_locator(FixedLocator(decades[(decades >= low) & (decades <= high)].tolist()))
+    ax.xaxis.set_minor_locator(FixedLocator(minor[(minor >= low) & (minor <= high)].tolist()))

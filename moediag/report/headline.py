@@ -223,7 +223,7 @@ def _ratio_words(pair: Summary, frames: Frames) -> str:
     if not (is_number(ratio.low) and is_number(ratio.high)):
         return f"The mean ratio is {value} (1 is expected under honest sampling; no interval could be given)."
     if ratio.low <= 1 <= ratio.high:
-        return f"The mean ratio is {value} ({where}), which holds 1, as honest sampling asks."
+        return f"The mean ratio is {value} ({where}), which contains 1, as honest sampling asks."
     return (
         f"**The mean ratio is {value} ({where}), which does not hold 1: check the semantics first** (temperature, "
         "top-p/top-k, raw or processed log-probs, tokens and positions) before reading any other number."

@@ -37,10 +37,15 @@ from moediag.report.tables import Markdown, code, folded, plain
 
 MAIN_PAIR: Final = "infer~train"
 
-REGENERATE: Final = ("moediag analyze RUN --force", "moediag report RUN --force")
+REGENERATE: Final = ("moediag analyze RUN", "moediag report RUN")
 
 DENSE: Final = "dense"
 """Why a run has no routing numbers."""
+
+REORDER_WORDS: Final = Markdown(
+    "*Reordered* is the same set in another order: harmless, since gate weights go with their ids. A rate near 100 % "
+    "only says that one engine does not sort its experts by score (vLLM's CPU router does not)."
+)
 
 _MANY_LAYERS: Final = 16  # a longer table is folded: the picture above says the same
 
@@ -101,7 +106,7 @@ def comparison_report(
     *,
     folder: Path | None = None,
     floor: str = NO_FLOOR,
-    regenerate: Sequence[str] = ("moediag compare RUN RUN ... --force",),
+    regenerate: Sequence[str] = ("moediag compare RUN RUN ... -o DIR",),
 ) -> str:
     """The report of several runs side by side as markdown.
 
@@ -126,7 +131,6 @@ def comparison_report(
         "verdicts": [(label, verdict(pair, frames.get(label, {}))) for label, pair in pairs.items()],
         "headline": _side_by_side(pairs, frames),
         "intervals": _interval_table(pairs, frames),
-        "ratios": tables.facts_table(summary["ratios"]) if summary.get("ratios") else "",
         "agreement": {
             label: _agreement(frames[label]) for label, pair in pairs.items() if pair.get("routing") and label in frames
         },
@@ -191,6 +195,7 @@ def _shared(figures: Sequence[Path], folder: Path | None, floor: str, regenerate
         "floor": floor[:1].upper() + floor[1:].rstrip("."),
         "regenerate": Markdown("\n".join(tables.one_line(line).replace("`", "'") for line in regenerate)),
         "reference": _reference_table(),
+        "reorder_words": REORDER_WORDS,
     }
 
 

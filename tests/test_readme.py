@@ -1,0 +1,61 @@
+"""The README's commands run, in order, on the demo's output; what is not run stands in a visible list."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import MOEDIAG, REPOSITORY
+
+NOT_RUN = {
+    "make demo": "the set-up itself; the demo fixture runs `moediag demo`",
+    "needs GPUs and the hub": "Qwen3-30B-A3B against Qwen3-4B",
+}
+
+_BLOCK = re.compile(r"(?:<!-- not run in tests: (?P<reason>.*?) -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)```", re.DOTALL)
+
+
+def readme_blocks() -> list[tuple[str, str, str | None]]:
+    text = (REPOSITORY / "README.md").read_text()
+    return [(match["kind"], match["body"], match["reason"]) for match in _BLOCK.finditer(text)]
+
+
+def test_everything_that_is_not_run_is_on_the_list() -> None:
+    reasons = {reason for _, _, reason in readme_blocks() if reason}
+    commands = {body.strip() for _, body, _ in readme_blocks() if body.startswith("make ")}
+    assert reasons | commands == NOT_RUN.keys()
+
+
+@pytest.mark.engines
+def test_every_command_of_the_readme_runs(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "moediag-demo").symlink_to(demo)
+    env = {**os.environ, "PATH": f"{MOEDIAG.parent}{os.pathsep}{os.environ['PATH']}"}
+    n_run = 0
+    for kind, body, reason in readme_blocks():
+        if reason or body.strip() in NOT_RUN:
+            continue
+        commands = [line.split() for line in body.splitlines()] if kind == "sh" else [[sys.executable, "-c", body]]
+        for command in commands:
+            done = subprocess.run(
+                command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False
+            )
+            assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
+            n_run += 1
+    assert n_run >= 12
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_committed_demo_report() -> None:
+    """The README's table and the report beside its picture come from one run."""
+    report = (REPOSITORY / "reports" / "demo" / "report.md").read_text()
+    table = (
+        (REPOSITORY / "README.md").read_text().split("Demo numbers on two CPU cores")[1].split("The demo's recipe")[0]
+    )
+    rows = [line for line in table.splitlines() if line.startswith(("| MoE |", "| dense |"))]
+    cells = [cell.strip() for row in rows for cell in row.split("|")[2:6]]
+    assert len(cells) == 8
+    for cell in cells:
+        assert cell in report, f"{cell} stands in the README but not in reports/demo/report.md"
