@@ -80,12 +80,13 @@ def train(checkpoint: str, run: Run, folder: Path) -> None:
     """Scoring in one transformers model, hooks on and off."""
     import torch
 
-    from moediag.engines.hf_engine import RoutingTaps, load_model, score_sequence
+    from moediag.engines.hf_engine import load_model, score_sequence
+    from moediag.engines.hf_taps import RoutingTaps
     from moediag.engines.plan import load_prompt_tokens
     from moediag.engines.routers import RouterSpec
 
     model: Any = load_model(checkpoint, {"dtype": "bfloat16"})
-    spec = RouterSpec(**{**run.model["routing"], "decoder_layers": tuple(run.decoder_layers)})
+    spec = RouterSpec.from_record(run.model["routing"])
     prompts = [torch.tensor((prompt * 4)[:320]) for _, _, prompt, _ in load_prompt_tokens(run)]
 
     def score(keep_logits: bool | None) -> None:

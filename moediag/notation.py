@@ -36,7 +36,8 @@ NOT_ROUTED: Final = -1
 
 TRAIN: Final = "train"
 INFER: Final = "infer"
-ARM_NAMES: Final = (INFER, TRAIN)
+TRAIN_REPLAY: Final = "train-replay"
+ARM_NAMES: Final = (INFER, TRAIN, TRAIN_REPLAY)
 """Arms this version captures, in the order ``profile`` runs them."""
 
 

@@ -31,7 +31,7 @@ _RATIO_METRICS = ("abs_logp_diff.mean", "abs_logp_diff.p99", "abs_logp_diff.max"
 
 
 def analyze_run(run: Run, force: bool = False) -> dict[str, Any]:
-    """Analyse the pair infer~train, write its frames and summary.json, and return the summary.
+    """Analyse infer~train and infer~every further complete arm; write frames and summary.json, return the summary.
 
     Args:
         force: analyse also when validation finds errors.
@@ -40,21 +40,22 @@ def analyze_run(run: Run, force: bool = False) -> dict[str, Any]:
         IncompleteRunError: an arm or shard is missing.
         RunError: validation found errors.
     """
-    pair = run.pair(TRAIN, INFER)
+    pairs = [run.pair(TRAIN, INFER), *(run.pair(arm, INFER) for arm in _further_arms(run))]
     errors = [finding for finding in check_run(run) if finding.level == "error"]
     if errors and not force:
         raise RunError(
             f"{run.path} has {len(errors)} validation errors, first: {errors[0].line()}; "
             f"see moediag validate {run.path}"
         )
-    analysis = analyze_pair(pair)
-    _write_frames(run.path / "analysis" / pair.name, analysis)
-    summary = summarize(run, analysis)
+    analyses = [analyze_pair(pair) for pair in pairs]
+    for analysis in analyses:
+        _write_frames(run.path / "analysis" / analysis.pair_name, analysis)
+    summary = summarize(run, analyses)
     write_atomic(run.path / "summary.json", canonical_json(summary).encode())
     return summary
 
 
-def summarize(run: Run, analysis: PairAnalysis) -> dict[str, Any]:
+def summarize(run: Run, analyses: Sequence[PairAnalysis]) -> dict[str, Any]:
     """The content of summary.json."""
     model, routing = run.model, run.model["routing"] or {}
     return {
@@ -76,7 +77,7 @@ def summarize(run: Run, analysis: PairAnalysis) -> dict[str, Any]:
             "prompts": run.manifest["prompts"],
             "captures": _captures_digest(run),
         },
-        "pairs": {analysis.pair_name: pair_summary(analysis)},
+        "pairs": {analysis.pair_name: pair_summary(analysis) for analysis in analyses},
     }
 
 
@@ -173,6 +174,11 @@ def compare_runs(paths: Sequence[Path], output: Path, training_window: int | Non
     return summary
 
 
+def _further_arms(run: Run) -> list[str]:
+    """Complete arms beside infer and train, each compared with infer."""
+    return [arm for arm in run.arms() if arm not in (INFER, TRAIN) and run.is_complete(arm)]
+
+
 def _write_frames(folder: Path, analysis: PairAnalysis) -> None:
     for name, frame in analysis.frames().items():
         sink = io.BytesIO()
@@ -188,8 +194,8 @@ def _arm_facts(run: Run, arm: str) -> dict[str, Any]:
 def _captures_digest(run: Run) -> dict[str, str]:
     return {
         arm: digest_of([run.capture_sidecar(arm, shard)["data_sha256"] for shard in run.shards])
-        for arm in (INFER, TRAIN)
-        if arm in run.arms() and run.is_complete(arm)
+        for arm in run.arms()
+        if run.is_complete(arm)
     }
 
 

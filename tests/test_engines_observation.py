@@ -66,10 +66,10 @@ def test_vllm_gives_the_same_tokens_and_logprobs_with_and_without_capture(probe:
 def test_hooked_and_unhooked_logits_of_transformers_are_bit_equal(moe: Run, model: Any) -> None:
     import torch
 
-    from moediag.engines.hf_engine import RoutingTaps
+    from moediag.engines.hf_taps import RoutingTaps
     from moediag.engines.routers import RouterSpec
 
-    spec = RouterSpec(**{**moe.model["routing"], "decoder_layers": moe.decoder_layers})
+    spec = RouterSpec.from_record(moe.model["routing"])
     ids, _ = next(sequences(moe))
     with torch.inference_mode():
         plain = model(input_ids=ids[None], use_cache=False).logits
@@ -83,10 +83,10 @@ def test_hooked_and_unhooked_logits_of_transformers_are_bit_equal(moe: Run, mode
 
 
 def test_hooks_come_off_when_the_body_raises_and_a_silent_layer_is_an_error(moe: Run, model: Any) -> None:
-    from moediag.engines.hf_engine import RoutingTaps
+    from moediag.engines.hf_taps import RoutingTaps
     from moediag.engines.routers import RouterSpec
 
-    spec = RouterSpec(**{**moe.model["routing"], "decoder_layers": moe.decoder_layers})
+    spec = RouterSpec.from_record(moe.model["routing"])
     with pytest.raises(CaptureError, match="MoE layer 0 never fired"), RoutingTaps(model, spec, False) as taps:
         taps.take(5)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -96,11 +96,11 @@ def test_recorded_ids_are_what_transformers_own_rule_gives_on_vllms_logits(moe: 
     """transformers' router code runs with its matmul replaced by the logits that vLLM recorded: every set agrees."""
     import torch
 
-    from moediag.engines.hf_engine import find_blocks
+    from moediag.engines.hf_taps import find_blocks
     from moediag.engines.routers import RouterSpec, apply_rule
 
-    spec = RouterSpec(**{**moe.model["routing"], "decoder_layers": moe.decoder_layers})
-    gates = [gate for _, gate, _ in find_blocks(model)]
+    spec = RouterSpec.from_record(moe.model["routing"])
+    gates = [block.gate for block in find_blocks(model)]
     n_rows = 0
     for shard in moe.shards:
         capture = moe.capture("infer", shard)

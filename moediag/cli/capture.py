@@ -17,10 +17,17 @@ class Arm(StrEnum):
 
     infer = "infer"
     train = "train"
+    train_replay = "train-replay"
 
 
 def command(
-    arm: Annotated[Arm, typer.Argument(metavar="infer|train", help="infer: vLLM; train: transformers.")],
+    arm: Annotated[
+        Arm,
+        typer.Argument(
+            metavar="infer|train|train-replay",
+            help="infer: vLLM; train: transformers; train-replay: with vLLM's experts.",
+        ),
+    ],
     ckpt: o.Ckpt,
     output: o.Output,
     prompts: o.OptionalPrompts = None,
@@ -46,6 +53,8 @@ def command(
     attn_implementation: o.AttnImplementation = None,
     experts_implementation: o.ExpertsImplementation = None,
     device_map: o.DeviceMap = None,
+    replay_weights: o.ReplayWeights = False,
+    replay_layers: o.ReplayLayers = None,
     force: o.Force = False,
 ) -> None:
     """Capture one arm. With --prompts the run is begun (or resumed); without, the arm joins the run at RUN."""
@@ -76,5 +85,8 @@ def command(
             experts_implementation=experts_implementation,
             device_map=device_map,
         )
-    jobs.capture(run, checkpoint, {arm.value: options})
+    replay = None
+    if arm is Arm.train_replay:
+        replay = {"source": "infer", "weights": replay_weights, **o.parse_layers(replay_layers)}
+    jobs.capture(run, checkpoint, {arm.value: options}, replay)
     jobs.wrote(run.path / "arms" / arm.value)

@@ -9,9 +9,10 @@ from typing import Any
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
-from moediag.engines.launch import infer_options, run_infer, run_train, train_options
+from moediag.engines.launch import arm_configuration, infer_options, run_infer, run_train, train_options
 from moediag.engines.plan import Plan, Sampling, make_plan, needed_length
-from moediag.errors import DiskFullError
+from moediag.errors import CheckpointError, DiskFullError
+from moediag.notation import INFER, TRAIN_REPLAY
 from moediag.results import analyze_run, report_run
 from moediag.run.directory import Run, open_run, refuse_other_configuration
 
@@ -28,8 +29,7 @@ __all__ = [
     "wrote",
 ]
 
-_ENGINES = {"infer": run_infer, "train": run_train}
-_TITLES = {"infer": "vLLM (infer)", "train": "transformers (train)"}
+_TITLES = {"infer": "vLLM (infer)", "train": "transformers (train)", "train-replay": "transformers (train-replay)"}
 
 
 def plan(
@@ -97,15 +97,27 @@ def join(output: Path, ckpt: str, revision: str | None, max_model_len: int | Non
     return run, checkpoint, max_model_len or needed_length(run, checkpoint)
 
 
-def capture(run: Run, checkpoint: Checkpoint, options: dict[str, dict[str, Any]]) -> None:
-    """Fill the arms that are named in ``options``, each in an engine process of its own."""
+def capture(
+    run: Run, checkpoint: Checkpoint, options: dict[str, dict[str, Any]], replay: dict[str, Any] | None = None
+) -> None:
+    """Fill the arms that are named in ``options``, each in an engine process of its own.
+
+    Raises:
+        CheckpointError: replay was asked of a dense model, which has no routes.
+    """
+    if replay and not run.decoder_layers:
+        raise CheckpointError(f"{checkpoint.name} is dense: it has no routes to replay; leave the replay arm out")
     for arm, engine_options in options.items():
+        forced = replay if arm == TRAIN_REPLAY else None
         if arm in run.arms() and run.is_complete(arm):
-            run.begin_arm(arm, {"configuration": engine_options})  # refuses other options
+            run.begin_arm(arm, {"configuration": arm_configuration(engine_options, forced)})  # refuses other options
             note(f"{_TITLES[arm]}: complete, nothing to capture")
             continue
         with bar(_TITLES[arm]) as progress:
-            _ENGINES[arm](run, checkpoint, engine_options, progress.on_event)
+            if arm == INFER:
+                run_infer(run, checkpoint, engine_options, progress.on_event)
+            else:
+                run_train(run, checkpoint, engine_options, progress.on_event, forced)
 
 
 def finish(run: Run, training_window: int | None = None) -> None:

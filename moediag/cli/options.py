@@ -57,11 +57,40 @@ VllmOption = Annotated[
 AttnImplementation = Annotated[str | None, typer.Option(help="transformers' attn_implementation.")]
 ExpertsImplementation = Annotated[str | None, typer.Option(help="transformers' experts_implementation.")]
 DeviceMap = Annotated[str | None, typer.Option(help="transformers' device_map.")]
+Replay = Annotated[
+    bool, typer.Option("--replay", help="Add the arm train-replay: transformers with vLLM's experts forced (MoE only).")
+]
+ReplayWeights = Annotated[
+    bool, typer.Option("--replay-weights", help="train-replay: force vLLM's gate weights too, not only its experts.")
+]
+ReplayLayers = Annotated[
+    str | None, typer.Option(metavar="FIRST:LAST", help="train-replay: MoE layers to force, inclusive; default all.")
+]
 TrainingWindow = Annotated[
     int | None, typer.Option(min=1, help="Length the model was trained on [tokens]; marked in the drift figure.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Start anew: the run that is there is removed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def parse_layers(text: str | None) -> dict[str, int | None]:
+    """``FIRST:LAST`` as replay options; either end may be left out.
+
+    Raises:
+        EngineError: not two numbers, or the first is larger.
+
+    Example:
+        >>> parse_layers("2:5"), parse_layers("3:")
+        ({'first_layer': 2, 'last_layer': 5}, {'first_layer': 3, 'last_layer': None})
+    """
+    if text is None:
+        return {"first_layer": None, "last_layer": None}
+    first, colon, last = text.partition(":")
+    numbers = [int(part) if part.isdigit() else None for part in (first, last)]
+    is_wrong = any(number is None and part for number, part in zip(numbers, (first, last), strict=True))
+    if not colon or is_wrong or (None not in numbers and numbers[0] > numbers[1]):  # type: ignore[operator]
+        raise EngineError(f"--replay-layers {text}: wanted FIRST:LAST, e.g. --replay-layers 0:11")
+    return {"first_layer": numbers[0], "last_layer": numbers[1]}
 
 
 def parse_vllm_options(pairs: list[str] | None) -> dict[str, Any]:

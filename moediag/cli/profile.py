@@ -33,6 +33,7 @@ def command(
     attn_implementation: o.AttnImplementation = None,
     experts_implementation: o.ExpertsImplementation = None,
     device_map: o.DeviceMap = None,
+    replay: o.Replay = False,
     training_window: o.TrainingWindow = None,
     force: o.Force = False,
 ) -> None:
@@ -57,7 +58,8 @@ def command(
         experts_implementation=experts_implementation,
         device_map=device_map,
     )
-    jobs.announce(plan, output, arms=("infer", "train"))
+    arms = {"infer": infer, "train": train, **({"train-replay": train} if replay else {})}
+    jobs.announce(plan, output, arms=tuple(arms))
     run = plan.create(output, force)
-    jobs.capture(run, plan.checkpoint, {"infer": infer, "train": train})
+    jobs.capture(run, plan.checkpoint, arms, {"source": "infer"} if replay else None)
     jobs.finish(run, training_window)

@@ -21,7 +21,11 @@ _HEADLINES = (
 
 def show_table(summaries: dict[str, dict[str, Any]]) -> None:
     """The headline numbers, one column per run."""
-    pairs = {label: next(iter(summary["pairs"].values())) for label, summary in summaries.items()}
+    pairs = {
+        label if name == "infer~train" else f"{label} ({name})": pair
+        for label, summary in summaries.items()
+        for name, pair in summary["pairs"].items()
+    }
     rows = [_row(name, unit, path, pairs) for name, unit, path in _HEADLINES]
     header = ["infer~train", *pairs, "unit"]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

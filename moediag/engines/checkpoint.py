@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Checkpoint:
             "model_type": str(self.config.get("model_type")),
             "n_decoder_layers": int(text_config(self.config).get("num_hidden_layers", 0)),
             "stored_dtype": self.stored_dtype,
-            "routing": None if self.routing is None else asdict(self.routing),
+            "routing": None if self.routing is None else self.routing.record(),
         }
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,131 +19,92 @@ from numpy.typing import NDArray
 from moediag.engines.assemble import capture_of
 from moediag.engines.channel import Reporter
 from moediag.engines.fill import OnDone, fill_missing_shards
+from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps, find_blocks
 from moediag.engines.launch import TRAIN_ENVIRONMENT
-from moediag.engines.routers import RouterSpec, margins
+from moediag.engines.routers import RouterSpec
 from moediag.engines.versions import installed, require_train_engine
-from moediag.errors import CaptureError, CheckpointError, IncompleteRunError
-from moediag.run.capture import TokenRows
+from moediag.errors import CheckpointError, IncompleteRunError
+from moediag.run.capture import Capture, TokenRows
 from moediag.run.directory import Run, Shard
 
 _LOGIT_ROWS = 512  # rows of vocabulary-wide float32 held at a time: 512 x 152k x 4 B = 0.3 GB
-_GATE_NAMES = ("gate", "router")
 
 
 def capture_train(run: Run, options: dict[str, Any], reporter: Reporter) -> None:
-    """Fill the missing shards of the run's train arm.
+    """Fill the missing shards of the run's train arm, or of one of its kind (``train-replay``).
 
     Args:
-        options: ``checkpoint`` (folder), ``engine`` (transformers options by their own names).
+        options: ``checkpoint`` (folder), ``engine`` (transformers options by their own names), ``arm``, and for
+            a replay arm ``replay`` (see :class:`Replay`).
 
     Raises:
-        IncompleteRunError: the run's tokens are not there yet.
+        IncompleteRunError: the run's tokens, or the routes to replay, are not there yet.
         CaptureError: a layer never fired; nothing of that shard is stored.
     """
-    with run.writing("train"):
-        missing = run.missing_shards("train")
-        waiting = [shard for shard in missing if not run.has_tokens(shard)]
-        if waiting:
-            raise IncompleteRunError(
-                f"{run.path} has no tokens yet for {len(waiting)} of {len(run.shards)} shards; "
-                f"run first: moediag capture infer CKPT -o {run.path}"
-            )
+    arm = str(options["arm"])
+    with run.writing(arm):
+        missing = run.missing_shards(arm)
+        source = Replay(**options["replay"]).source if options.get("replay") else None
+        _refuse_missing_input(run, missing, source)
         if not missing:
             return
         reporter.stage("loading transformers")
-        engine = TrainEngine(run, options["checkpoint"], options["engine"])
-        run.begin_arm("train", engine.arm_record(options["configuration"]))
-        fill_missing_shards(run, "train", reporter, engine.capture_shard)
+        engine = TrainEngine(run, options["checkpoint"], options["engine"], options.get("replay"))
+        run.begin_arm(arm, engine.arm_record(options["configuration"]))
+        fill_missing_shards(run, arm, reporter, partial(engine.capture_shard, arm))
 
 
-class RoutingTaps:
-    """Hooks on every MoE block: router logits as the router gave them, ids and weights as the experts used them.
+def _refuse_missing_input(run: Run, shards: list[Shard], source: str | None) -> None:
+    needed = source or "infer"
+    has_input = run.has_tokens if source is None else partial(run.has_capture, source)
+    waiting = [shard for shard in shards if not has_input(shard)]
+    if waiting:
+        raise IncompleteRunError(
+            f"{run.path} has no {'routes' if source else 'tokens'} yet for {len(waiting)} of {len(run.shards)} shards; "
+            f"run first: moediag capture {needed} CKPT -o {run.path}"
+        )
 
-    Use as a context manager; the hooks come off also when the body raises.
+
+@dataclass(frozen=True)
+class Replay:
+    """Routing replay: the expert sets that another arm recorded are forced.
+
+    Args:
+        source: the arm whose routes are forced.
+        weights: force its gate weights too; else the gate comes from this engine's own scores, as in R3.
+        first_layer, last_layer: MoE layers to force, inclusive; None = the first, the last.
     """
 
-    def __init__(self, model: torch.nn.Module, spec: RouterSpec, keep_logits: bool) -> None:
-        self.spec = spec
-        self.keep_logits = keep_logits
-        self.blocks = find_blocks(model)
-        self._logits_index = _declared_logits_index(model)
-        self._handles: list[Any] = []
-        self._rows: dict[int, dict[str, torch.Tensor]] = {}
+    source: str
+    weights: bool = False
+    first_layer: int | None = None
+    last_layer: int | None = None
 
-    def __enter__(self) -> RoutingTaps:
-        for layer, (_, gate, experts) in enumerate(self.blocks):
-            self._handles.append(gate.register_forward_hook(self._after_gate(layer)))
-            self._handles.append(experts.register_forward_pre_hook(self._before_experts(layer)))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def take(self, n_rows: int) -> dict[str, torch.Tensor]:
-        """The forward's rows on the host, (T, L, ...), and forget them.
-
-        Raises:
-            CaptureError: a layer did not fire, or gave another number of rows.
-        """
-        rows, self._rows = self._rows, {}
-        for layer in range(self.spec.n_layers):
-            found = rows.get(layer, {})
-            if "expert_ids_TLK" not in found or "margin_TL" not in found:
-                raise CaptureError(f"MoE layer {layer} never fired in transformers; nothing was stored")
-            if len(found["expert_ids_TLK"]) != n_rows:
-                raise CaptureError(
-                    f"MoE layer {layer} gave {len(found['expert_ids_TLK'])} rows for {n_rows} tokens; "
-                    "nothing was stored"
-                )
-        return {name: torch.stack([rows[i][name] for i in range(self.spec.n_layers)], dim=1).cpu() for name in rows[0]}
-
-    def _after_gate(self, layer: int) -> Any:
-        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            logits = output[self._logits_index] if isinstance(output, tuple) else output
-            logits = logits.reshape(-1, logits.shape[-1])
-            self._check_logits(layer, logits)
-            self._rows.setdefault(layer, {})["router_logits_TLE"] = logits.detach()
-
-        return hook
-
-    def _before_experts(self, layer: int) -> Any:
-        def hook(module: torch.nn.Module, args: Any) -> None:
-            _, ids, weights = args[:3]
-            rows = self._rows.setdefault(layer, {})
-            if "expert_ids_TLK" in rows:
-                raise CaptureError(f"MoE layer {layer} fired twice in one forward; nothing was stored")
-            rows["expert_ids_TLK"] = ids.reshape(-1, self.spec.top_k).detach().clone()
-            rows["gate_weights_TLK"] = weights.reshape(-1, self.spec.top_k).detach().clone()
-            logits = rows["router_logits_TLE"] if self.keep_logits else rows.pop("router_logits_TLE")
-            rows["margin_TL"], rows["logit_margin_TL"] = margins(logits, rows["expert_ids_TLK"], self.spec)
-
-        return hook
-
-    def _check_logits(self, layer: int, logits: torch.Tensor) -> None:
-        if not logits.is_floating_point() or logits.shape[-1] != self.spec.n_experts:
-            raise CaptureError(
-                f"MoE layer {layer}: the router's output {self._logits_index} is {logits.dtype} of width "
-                f"{logits.shape[-1]}, wanted logits over E = {self.spec.n_experts}"
-            )
-        sample = logits[:8].float()
-        if bool((sample >= 0).all()) and torch.allclose(
-            sample.sum(-1), torch.ones(len(sample), device=sample.device), atol=1e-2
-        ):
-            raise CaptureError(f"MoE layer {layer}: the router gives probabilities under the name of logits")
+    def routes(self, source: Capture, start: int, end: int) -> ForcedRoutes:
+        """Routes of one sequence, rows [start, end) of the source capture."""
+        assert source.expert_ids_TLK is not None
+        assert source.gate_weights_TLK is not None
+        n_layers = source.expert_ids_TLK.shape[1]
+        last = n_layers - 1 if self.last_layer is None else self.last_layer
+        return ForcedRoutes(
+            ids_TLK=torch.from_numpy(source.expert_ids_TLK[start:end].astype(np.int64)),
+            weights_TLK=torch.from_numpy(source.gate_weights_TLK[start:end].copy()) if self.weights else None,
+            layers=range(self.first_layer or 0, min(last, n_layers - 1) + 1),
+        )
 
 
 class TrainEngine:
     """One transformers model with its taps."""
 
-    def __init__(self, run: Run, checkpoint: str, engine_options: dict[str, Any]) -> None:
+    def __init__(
+        self, run: Run, checkpoint: str, engine_options: dict[str, Any], replay: dict[str, Any] | None = None
+    ) -> None:
         self.version = require_train_engine()
         self.run = run
-        self.options = engine_options
+        self.replay = Replay(**replay) if replay else None
         self.model = load_model(checkpoint, engine_options)
         routing = run.model["routing"]
-        self.spec = RouterSpec(**{**routing, "decoder_layers": tuple(routing["decoder_layers"])}) if routing else None
+        self.spec = RouterSpec.from_record(routing) if routing else None
         self.keep_logits = run.configuration["router_logits"] == "full"
         if self.spec:
             _check_loaded(self.model, self.spec)
@@ -161,6 +122,7 @@ class TrainEngine:
                 "accelerate": installed("accelerate"),
             },
             "path": "teacher-forced, one unpadded sequence per forward",
+            "replay": asdict(self.replay) if self.replay else None,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "loaded": {
                 "model_class": type(self.model).__name__,
@@ -175,29 +137,36 @@ class TrainEngine:
             "environment": {name: os.environ.get(name, "") for name in ("OMP_NUM_THREADS", *TRAIN_ENVIRONMENT)},
         }
 
-    def capture_shard(self, shard: Shard, on_done: OnDone) -> None:
+    def capture_shard(self, arm: str, shard: Shard, on_done: OnDone) -> None:
         """Score one shard's sequences and commit the arrays."""
         started = time.monotonic()
         tokens = self.run.tokens(shard)
+        source = self.run.capture(self.replay.source, shard) if self.replay else None
         parts = []
         for n_done, (start, end) in enumerate(tokens.sequence_bounds(), 1):
-            parts.append(self.score(tokens, start, end))
+            forced = self.replay.routes(source, start, end) if self.replay and source else None
+            parts.append(self.score(tokens, start, end, forced))
             on_done(n_done)
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in rows.items() if t.is_floating_point()}
         arrays = {name: _to_numpy(tensor) for name, tensor in rows.items()}
         capture = capture_of(arrays.pop("logp_T"), arrays.pop("entropy_T"), arrays)
         facts = {"seconds": round(time.monotonic() - started, 3)}
-        self.run.write_capture("train", shard, tokens, capture, facts, dtypes)
+        self.run.write_capture(arm, shard, tokens, capture, facts, dtypes)
 
-    def score(self, tokens: TokenRows, start: int, end: int) -> dict[str, torch.Tensor]:
+    def score(
+        self, tokens: TokenRows, start: int, end: int, forced: ForcedRoutes | None = None
+    ) -> dict[str, torch.Tensor]:
         """Arrays of one sequence, rows [start, end) of the token table."""
         token_id_T = torch.from_numpy(tokens.token_id_T[start:end])
         is_response_T = torch.from_numpy(tokens.is_response_T[start:end].copy())
-        with torch.inference_mode(), _taps(self.model, self.spec, self.keep_logits) as taps:
-            logp_T, entropy_T = score_sequence(self.model, token_id_T, is_response_T)
-            routing = taps.take(end - start) if taps else {}
-        return {"logp_T": logp_T, "entropy_T": entropy_T, **routing}
+        with torch.inference_mode():
+            if self.spec is None:
+                logp_T, entropy_T = score_sequence(self.model, token_id_T, is_response_T)
+                return {"logp_T": logp_T, "entropy_T": entropy_T}
+            with RoutingTaps(self.model, self.spec, self.keep_logits, forced) as taps:
+                logp_T, entropy_T = score_sequence(self.model, token_id_T, is_response_T)
+                return {"logp_T": logp_T, "entropy_T": entropy_T, **taps.take(end - start)}
 
 
 def load_model(checkpoint: str, options: dict[str, Any]) -> Any:
@@ -233,46 +202,13 @@ def score_sequence(
     return logp_T, entropy_T
 
 
-def find_blocks(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module, torch.nn.Module]]:
-    """(decoder layer, router, experts) of every MoE block, in order."""
-    found = []
-    for name, module in model.named_modules():
-        experts = getattr(module, "experts", None)
-        gate = next(
-            (getattr(module, n) for n in _GATE_NAMES if isinstance(getattr(module, n, None), torch.nn.Module)), None
-        )
-        if isinstance(experts, torch.nn.Module) and gate is not None:
-            numbers = [int(part) for part in name.split(".") if part.isdigit()]
-            found.append((numbers[0] if numbers else -1, gate, experts))
-    return sorted(found, key=lambda block: block[0])
-
-
-@contextmanager
-def _taps(model: Any, spec: RouterSpec | None, keep_logits: bool) -> Iterator[RoutingTaps | None]:
-    if spec is None:
-        yield None
-        return
-    with RoutingTaps(model, spec, keep_logits) as taps:
-        yield taps
-
-
 def _check_loaded(model: Any, spec: RouterSpec) -> None:
-    found = [layer for layer, _, _ in find_blocks(model)]
+    found = [block.decoder_layer for block in find_blocks(model)]
     if found != list(spec.decoder_layers):
         raise CheckpointError(
             f"transformers' model has MoE blocks in decoder layers {found}, "
             f"config.json says {list(spec.decoder_layers)}"
         )
-
-
-def _declared_logits_index(model: Any) -> int:
-    """Which of the router's outputs the model itself declares to be its logits; the first by custom."""
-    for module in model.modules():
-        recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
-        recorder = recorder[0] if isinstance(recorder, list | tuple) else recorder
-        if recorder is not None and hasattr(recorder, "index"):
-            return int(recorder.index)
-    return 0
 
 
 def _to_numpy(tensor: torch.Tensor) -> NDArray[np.generic]:

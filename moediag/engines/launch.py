@@ -12,6 +12,7 @@ from moediag.engines import channel
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.versions import require_infer_engine, require_train_engine
 from moediag.errors import EngineError
+from moediag.notation import engine_side
 from moediag.run.directory import Run
 
 # Set for the engine's process where the user has not set them; recorded in arm.json.
@@ -77,13 +78,25 @@ def train_options(**named: Any) -> dict[str, Any]:
 def run_infer(run: Run, checkpoint: Checkpoint, options: dict[str, Any], on_event: channel.OnEvent) -> None:
     """Fill the infer arm in a vLLM process of its own."""
     require_infer_engine()
-    _run("infer", run, checkpoint, options, on_event, INFER_ENVIRONMENT)
+    _run("infer", run, checkpoint, {"engine": options}, on_event, INFER_ENVIRONMENT)
 
 
-def run_train(run: Run, checkpoint: Checkpoint, options: dict[str, Any], on_event: channel.OnEvent) -> None:
-    """Fill the train arm in a transformers process of its own."""
+def run_train(
+    run: Run,
+    checkpoint: Checkpoint,
+    options: dict[str, Any],
+    on_event: channel.OnEvent,
+    replay: dict[str, Any] | None = None,
+) -> None:
+    """Fill the train arm, or with ``replay`` the train-replay arm, in a transformers process of its own."""
     require_train_engine()
-    _run("train", run, checkpoint, options, on_event, TRAIN_ENVIRONMENT)
+    arm = "train-replay" if replay else "train"
+    _run(arm, run, checkpoint, {"engine": options, "replay": replay}, on_event, TRAIN_ENVIRONMENT)
+
+
+def arm_configuration(engine_options: dict[str, Any], replay: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What makes two captures of an arm the same."""
+    return {**engine_options, **({"replay": replay} if replay else {})}
 
 
 def _run(
@@ -97,7 +110,9 @@ def _run(
     request = {
         "run": str(run.path),
         "checkpoint": str(checkpoint.path),
-        "engine": options,
-        "configuration": dict(options),
+        "arm": arm,
+        **options,
+        "configuration": arm_configuration(options["engine"], options.get("replay")),
     }
-    channel.run_child(arm, request, run.path / "logs" / f"{arm}.log", on_event, environment)
+    log = run.path / "logs" / f"{arm}.log"
+    channel.run_child(engine_side(arm), request, log, on_event, environment)

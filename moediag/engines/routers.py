@@ -2,12 +2,16 @@
 
 Derived from config.json, then held against the loaded model by each engine. A family that is not listed
 here is refused: a router read by the wrong rule gives numbers that look right and are not.
+
+A router chooses in this order (any step may be absent in a family): score = f(logit); choice score =
+score + correction bias; keep the best groups (by the sum of their two best choice scores); take the K best.
+The gate weight comes from the *score*, never from the bias.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from moediag.errors import CheckpointError
@@ -15,16 +19,25 @@ from moediag.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+SOFTMAX, SIGMOID, LOGIT = "softmax", "sigmoid", "logit"
+
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """A softmax router: choice scores are softmax(logits) over all E experts, TopK takes the K largest.
+    """The rule by which every MoE layer of a model chooses its experts.
 
     Args:
         family: ``model_type`` of config.json.
         n_experts, top_k: E and K.
-        score_function: ``softmax``; what TopK compares.
+        score_function: what TopK compares before the bias: ``softmax`` or ``sigmoid`` of the logits, or the
+            ``logit`` itself.
+        has_correction_bias: a learned bias per expert enters the choice but not the gate.
+        n_group, topk_group: experts are split in ``n_group`` groups of which ``topk_group`` compete; 1, 1 = off.
+        gate: what the gate weight of a chosen expert is: its score (``scores``), or the softmax or sigmoid of the
+            chosen logits (``softmax_of_chosen``, ``sigmoid``).
         renormalize: gate weights are divided by their sum.
+        scaling_factor: then multiplied by this.
+        n_shared_experts: experts every token passes, beside the routed ones.
         decoder_layers: decoder layer of every MoE layer, in order.
     """
 
@@ -32,7 +45,13 @@ class RouterSpec:
     n_experts: int
     top_k: int
     score_function: str
+    has_correction_bias: bool
+    n_group: int
+    topk_group: int
+    gate: str
     renormalize: bool
+    scaling_factor: float
+    n_shared_experts: int
     decoder_layers: tuple[int, ...]
 
     @property
@@ -40,11 +59,31 @@ class RouterSpec:
         """L, the number of MoE layers."""
         return len(self.decoder_layers)
 
+    def record(self) -> dict[str, Any]:
+        """As run.json holds it."""
+        return {**asdict(self), "decoder_layers": list(self.decoder_layers)}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> RouterSpec:
+        """From what run.json holds."""
+        return cls(**{**record, "decoder_layers": tuple(record["decoder_layers"])})
+
 
 @dataclass(frozen=True)
 class _Family:
-    renormalize: Callable[[dict[str, Any]], bool]
+    """How config.json of a family is to be read."""
+
+    score_function: str
     is_sparse: Callable[[dict[str, Any], int], bool]
+    gate: str = "scores"
+    renormalize: Callable[[dict[str, Any]], bool] = lambda c: bool(c.get("norm_topk_prob", False))
+    has_bias: Callable[[dict[str, Any]], bool] = lambda c: False
+    is_grouped: bool = False
+    shared: Callable[[dict[str, Any]], int] = lambda c: 0
+
+
+def _always(config: dict[str, Any], layer: int) -> bool:
+    return True
 
 
 def _qwen_sparse(config: dict[str, Any], layer: int) -> bool:
@@ -52,15 +91,45 @@ def _qwen_sparse(config: dict[str, Any], layer: int) -> bool:
     return layer not in (config.get("mlp_only_layers") or []) and (layer + 1) % step == 0
 
 
-def _always(config: dict[str, Any], layer: int) -> bool:
-    return True
+def _after_dense_layers(config: dict[str, Any], layer: int) -> bool:
+    frequency = config.get("moe_layer_freq") or 1
+    return layer >= int(config.get("first_k_dense_replace") or 0) and layer % frequency == 0
 
 
+def _llama4_sparse(config: dict[str, Any], layer: int) -> bool:
+    listed = config.get("moe_layers")
+    step = config.get("interleave_moe_layer_step") or 1
+    return layer in listed if listed is not None else (layer + 1) % step == 0
+
+
+_DEEPSEEK = _Family(
+    SIGMOID,
+    _after_dense_layers,
+    has_bias=lambda c: True,
+    is_grouped=True,
+    shared=lambda c: int(c.get("n_shared_experts") or 0),
+)
+_BAILING = _Family(
+    SIGMOID,
+    _after_dense_layers,
+    has_bias=lambda c: bool(c.get("moe_router_enable_expert_bias", False)),
+    is_grouped=True,
+    shared=lambda c: int(c.get("num_shared_experts") or 0),
+)
+_CHOSEN_SOFTMAX = _Family(LOGIT, _always, gate="softmax_of_chosen", renormalize=lambda c: False)
 _FAMILIES = {
-    "qwen3_moe": _Family(lambda c: bool(c.get("norm_topk_prob", False)), _qwen_sparse),
-    "qwen2_moe": _Family(lambda c: bool(c.get("norm_topk_prob", False)), _qwen_sparse),
-    "olmoe": _Family(lambda c: bool(c.get("norm_topk_prob", False)), _always),
-    "mixtral": _Family(lambda c: True, _always),
+    "bailing_moe": _BAILING,
+    "bailing_moe_v2": _BAILING,
+    "deepseek_v3": _DEEPSEEK,
+    "dots1": _DEEPSEEK,
+    "glm4_moe": _DEEPSEEK,
+    "gpt_oss": _CHOSEN_SOFTMAX,
+    "granitemoe": _CHOSEN_SOFTMAX,
+    "llama4_text": _Family(LOGIT, _llama4_sparse, gate="sigmoid", renormalize=lambda c: False, shared=lambda c: 1),
+    "mixtral": _Family(SOFTMAX, _always, renormalize=lambda c: True),
+    "olmoe": _Family(SOFTMAX, _always),
+    "qwen2_moe": _Family(SOFTMAX, _qwen_sparse, shared=lambda c: 1),
+    "qwen3_moe": _Family(SOFTMAX, _qwen_sparse),
 }
 # Published checkpoints and transformers 5 write E under different names for the same family.
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -75,7 +144,7 @@ def router_spec(config: dict[str, Any], where: str) -> RouterSpec | None:
     """The routing that config.json describes; None for a dense model.
 
     Raises:
-        CheckpointError: the model has experts and its family is not supported, or E and K make no sense.
+        CheckpointError: the model has experts and its family is not supported, or E, K or groups make no sense.
     """
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else config
@@ -89,49 +158,111 @@ def router_spec(config: dict[str, Any], where: str) -> RouterSpec | None:
             )
         return None
     known = _FAMILIES[family]
-    top_k = int(text.get("num_experts_per_tok") or 0)
     layers = tuple(i for i in range(int(text["num_hidden_layers"])) if known.is_sparse(text, i))
     if not layers or n_experts < 2:
         return None
-    if not 1 <= top_k <= n_experts:
-        raise CheckpointError(f"{where}: num_experts_per_tok = {top_k} with {n_experts} experts; fix config.json")
-    return RouterSpec(family, n_experts, top_k, "softmax", known.renormalize(text), layers)
+    return _checked(
+        RouterSpec(
+            family=family,
+            n_experts=n_experts,
+            top_k=int(text.get("num_experts_per_tok") or 0),
+            score_function=known.score_function,
+            has_correction_bias=known.has_bias(text),
+            n_group=int(text.get("n_group") or 1) if known.is_grouped else 1,
+            topk_group=int(text.get("topk_group") or 1) if known.is_grouped else 1,
+            gate=known.gate,
+            renormalize=known.renormalize(text),
+            scaling_factor=float(text.get("routed_scaling_factor") or 1.0) if known.is_grouped else 1.0,
+            n_shared_experts=known.shared(text),
+            decoder_layers=layers,
+        ),
+        where,
+    )
 
 
-def choice_scores(logits_NE: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """What TopK compares, in float32: (N, E) -> (N, E)."""
-    import torch
+def _checked(spec: RouterSpec, where: str) -> RouterSpec:
+    if not 1 <= spec.top_k <= spec.n_experts:
+        raise CheckpointError(
+            f"{where}: num_experts_per_tok = {spec.top_k} with {spec.n_experts} experts; fix config.json"
+        )
+    if spec.n_experts % spec.n_group or not 1 <= spec.topk_group <= spec.n_group:
+        raise CheckpointError(
+            f"{where}: {spec.n_experts} experts in {spec.n_group} groups, {spec.topk_group} kept; fix config.json"
+        )
+    return spec
 
-    if spec.score_function != "softmax":
-        raise ValueError(f"score function {spec.score_function} is not implemented")
-    return torch.softmax(logits_NE, dim=-1, dtype=torch.float32)
 
-
-def margins(logits_NE: torch.Tensor, ids_NK: torch.Tensor, spec: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choice-score margin and logit margin of each row, float32.
+def choice_scores(logits: torch.Tensor, spec: RouterSpec, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """What TopK compares, in float32: (..., E) -> (..., E); experts of groups that lost are -inf.
 
     Args:
-        logits_NE: raw router logits as the router gave them.
-        ids_NK: the experts really used.
-
-    Returns:
-        ``(margin_N, logit_margin_N)``: the K-th minus the (K+1)-th choice score (>= 0), and the smallest used
-        minus the largest unused raw logit. Infinite when K = E: nothing competes.
+        logits: raw router logits.
+        bias: correction bias, broadcastable to ``logits``; needed where the family has one.
     """
     import torch
 
-    logits_NE = logits_NE.float()
-    if spec.top_k == spec.n_experts:
-        unrivalled = torch.full(logits_NE.shape[:1], torch.inf, device=logits_NE.device)
-        return unrivalled, unrivalled.clone()
-    best = torch.topk(choice_scores(logits_NE, spec), spec.top_k + 1, dim=-1).values
-    used_N = logits_NE.gather(1, ids_NK.long()).amin(dim=1)
-    unused_N = logits_NE.scatter(1, ids_NK.long(), -torch.inf).amax(dim=1)
-    return best[:, -2] - best[:, -1], used_N - unused_N
+    logits = logits.float()
+    if spec.score_function == SOFTMAX:
+        scores = torch.softmax(logits, dim=-1)
+    else:
+        scores = logits.sigmoid() if spec.score_function == SIGMOID else logits
+    if spec.has_correction_bias:
+        if bias is None:
+            raise ValueError(f"{spec.family}: the choice needs the correction bias")
+        scores = scores + bias.float()
+    if spec.topk_group == spec.n_group:
+        return scores
+    grouped = scores.reshape(*scores.shape[:-1], spec.n_group, -1)
+    kept = torch.topk(group_scores(scores, spec), spec.topk_group, dim=-1).indices
+    lost = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=scores.device).scatter(-1, kept, False)
+    return grouped.masked_fill(lost[..., None], -torch.inf).flatten(-2)
 
 
-def apply_rule(logits_NE: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """The family's own rule on given router logits: expert ids (N, K), best first."""
+def group_scores(scores: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
+    """Score of each group, the sum of its two best: (..., E) -> (..., n_group)."""
     import torch
 
-    return torch.topk(choice_scores(logits_NE, spec), spec.top_k, dim=-1).indices
+    grouped = scores.reshape(*scores.shape[:-1], spec.n_group, -1)
+    best: torch.Tensor = torch.topk(grouped, min(2, grouped.shape[-1]), dim=-1).values
+    return best.sum(-1)
+
+
+def margins(
+    logits: torch.Tensor, ids: torch.Tensor, spec: RouterSpec, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choice-score margin and logit margin of each choice, float32.
+
+    Args:
+        logits: raw router logits as the router gave them, (..., E).
+        ids: the experts really used, (..., K).
+        bias: correction bias, broadcastable to ``logits``.
+
+    Returns:
+        ``(margin, logit_margin)``, each (...): the K-th minus the (K+1)-th choice score (>= 0), within the groups
+        that were kept; and the smallest used minus the largest unused raw logit, negative where a bias or a group
+        rule overruled the logits. Infinite where nothing competes (K experts in all).
+    """
+    import torch
+
+    logits = logits.float()
+    if spec.top_k == spec.n_experts:
+        unrivalled = torch.full(logits.shape[:-1], torch.inf, device=logits.device)
+        return unrivalled, unrivalled.clone()
+    best = torch.topk(choice_scores(logits, spec, bias), spec.top_k + 1, dim=-1).values
+    used = logits.gather(-1, ids.long()).amin(dim=-1)
+    unused = logits.scatter(-1, ids.long(), -torch.inf).amax(dim=-1)
+    return best[..., -2] - best[..., -1], used - unused
+
+
+def apply_rule(logits: torch.Tensor, spec: RouterSpec, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The family's own rule on given router logits: expert ids (..., K), best first."""
+    import torch
+
+    return torch.topk(choice_scores(logits, spec, bias), spec.top_k, dim=-1).indices
+
+
+def plain_topk(logits: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
+    """TopK of the raw logits, (..., K): the contrast, wrong for every router with a bias or groups."""
+    import torch
+
+    return torch.topk(logits.float(), spec.top_k, dim=-1).indices

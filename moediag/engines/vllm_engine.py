@@ -198,6 +198,12 @@ class InferEngine:
             raise CheckpointError(
                 f"vLLM's routers have (E, K) = {found}, config.json {routing['n_experts'], routing['top_k']}"
             )
+        if self.facts["has_correction_bias"] != routing["has_correction_bias"]:
+            raise CheckpointError(
+                f"vLLM's routers have {'a' if self.facts['has_correction_bias'] else 'no'} correction bias, "
+                f"the family {routing['family']} {'has one' if routing['has_correction_bias'] else 'has none'}; "
+                "check config.json (topk_method: noaux_tc for deepseek_v3)"
+            )
         if self.facts["is_monolithic"]:
             raise CaptureError(
                 f"vLLM selected a monolithic MoE kernel ({', '.join(self.facts['experts_kernel'])}) that never shows "

@@ -30,8 +30,9 @@ _DECODER_LAYER = re.compile(r"\.layers\.(\d+)\.")
 class RowBuffers:
     """Device buffers for one step's routing rows, copied to the host once per step and not per layer."""
 
-    def __init__(self, spec: RouterSpec) -> None:
+    def __init__(self, spec: RouterSpec, bias_LE: torch.Tensor | None) -> None:
         self.spec = spec
+        self.bias_LE = bias_LE
         self._buffers: dict[str, torch.Tensor] = {}
 
     def store(self, layer: int, rows: dict[str, torch.Tensor], n_rows: int) -> None:
@@ -42,12 +43,12 @@ class RowBuffers:
     def take(self, n_rows: int, keep_logits: bool) -> dict[str, torch.Tensor]:
         """The step's rows on the host, with margins computed from the unrounded logits."""
         logits_NLE, ids_NLK = self._buffers["logits"][:n_rows], self._buffers["ids"][:n_rows]
-        margin, logit_margin = margins(logits_NLE.flatten(0, 1), ids_NLK.flatten(0, 1), self.spec)
+        margin_NL, logit_margin_NL = margins(logits_NLE, ids_NLK, self.spec, self.bias_LE)
         rows = {
             "expert_ids_TLK": ids_NLK.to(torch.int16),
             "gate_weights_TLK": self._buffers["weights"][:n_rows],
-            "margin_TL": margin.view(n_rows, -1),
-            "logit_margin_TL": logit_margin.view(n_rows, -1),
+            "margin_TL": margin_NL,
+            "logit_margin_TL": logit_margin_NL,
         }
         if keep_logits:
             rows["router_logits_TLE"] = logits_NLE
@@ -67,10 +68,10 @@ class RowBuffers:
 class StepRecorder:
     """Rows of every step since :meth:`begin`: which request, position and token, and what was routed."""
 
-    def __init__(self, spec: RouterSpec | None, keep_logits: bool) -> None:
+    def __init__(self, spec: RouterSpec | None, keep_logits: bool, bias_LE: torch.Tensor | None = None) -> None:
         self.spec = spec
         self.keep_logits = keep_logits
-        self.buffers = RowBuffers(spec) if spec else None
+        self.buffers = RowBuffers(spec, bias_LE) if spec else None
         self.begin()
 
     def begin(self) -> None:
@@ -165,8 +166,8 @@ class MoediagWorkerExtension:
         facts = describe_worker(self.model_runner, routers)
         if self.rank != 0:
             return facts
-        router_spec = RouterSpec(**{**spec, "decoder_layers": tuple(spec["decoder_layers"])}) if spec else None
-        recorder = StepRecorder(router_spec, keep_logits)
+        router_spec = RouterSpec.from_record(spec) if spec else None
+        recorder = StepRecorder(router_spec, keep_logits, correction_bias([router for _, _, router in routers]))
         self._moediag_recorder = recorder
         self._moediag_undo: list[Callable[[], None]] = [
             _tap_steps(self.model_runner, recorder),
@@ -212,6 +213,13 @@ def find_routers(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module, Any
     return sorted(found.values(), key=lambda entry: entry[0])
 
 
+def correction_bias(routers: list[Any]) -> torch.Tensor | None:
+    """Bias per MoE layer and expert, (L, E), that enters the choice only; None where the routers have none."""
+    biases = [getattr(router, "e_score_correction_bias", None) for router in routers]
+    found = [bias for bias in biases if bias is not None]
+    return torch.stack([bias.detach().float() for bias in found]) if found and len(found) == len(routers) else None
+
+
 def describe_worker(runner: Any, routers: list[tuple[int, torch.nn.Module, Any]]) -> dict[str, Any]:
     """What was really loaded and selected in this worker."""
     parameters = {str(parameter.dtype).removeprefix("torch.") for parameter in runner.model.parameters()}
@@ -224,6 +232,7 @@ def describe_worker(runner: Any, routers: list[tuple[int, torch.nn.Module, Any]]
         "router_classes": sorted({type(r).__name__ for _, _, r in routers}),
         "experts_kernel": sorted({type(method).__name__ for method in quant_methods if method is not None}),
         "is_monolithic": any(bool(getattr(method, "is_monolithic", False)) for method in quant_methods),
+        "has_correction_bias": correction_bias([router for _, _, router in routers]) is not None,
         "eplb": any(getattr(r, "eplb_state", None) is not None for _, _, r in routers),
         "parameter_dtypes": sorted(parameters),
         "model_class": type(runner.model).__name__,

@@ -1,0 +1,217 @@
+"""Taps on a transformers model: what its routers chose, and, for replay, what they are made to choose.
+
+Invariants:
+    - without forced routes the hooks only copy; hooked and unhooked outputs are equal bit for bit;
+    - hooks and forced routes go in ``__enter__`` and come off in ``__exit__``, also when the body raises;
+    - every MoE layer fires exactly once in a forward, and a forced layer uses its TopK exactly once, or an
+      error names the layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from moediag.engines.routers import RouterSpec, margins
+from moediag.errors import CaptureError
+
+_GATE_NAMES = ("gate", "router")
+_BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One MoE block of the model: its decoder layer, router and experts."""
+
+    decoder_layer: int
+    gate: torch.nn.Module
+    experts: torch.nn.Module
+
+    @property
+    def correction_bias(self) -> torch.Tensor | None:
+        """Bias per expert that enters the choice only; None where the router has none."""
+        found = (getattr(self.gate, name, None) for name in _BIAS_NAMES)
+        return next((bias for bias in found if isinstance(bias, torch.Tensor)), None)
+
+
+@dataclass(frozen=True)
+class ForcedRoutes:
+    """Routes of one sequence to force, rows in token order; -1 leaves the choice to the model.
+
+    Args:
+        ids_TLK: expert ids.
+        weights_TLK: gate weights to force as well; None: the model's own scores of the forced experts (R3).
+        layers: MoE layers to force.
+    """
+
+    ids_TLK: torch.Tensor
+    weights_TLK: torch.Tensor | None
+    layers: range
+
+
+class RoutingTaps:
+    """Hooks on every MoE block: router logits as the router gave them, ids and weights as the experts used them."""
+
+    def __init__(
+        self, model: torch.nn.Module, spec: RouterSpec, keep_logits: bool, forced: ForcedRoutes | None = None
+    ) -> None:
+        self.spec = spec
+        self.keep_logits = keep_logits
+        self.blocks = find_blocks(model)
+        self.forced = forced
+        self._logits_index = _declared_logits_index(model)
+        self._handles: list[Any] = []
+        self._rows: dict[int, dict[str, torch.Tensor]] = {}
+
+    def __enter__(self) -> RoutingTaps:
+        for layer, block in enumerate(self.blocks):
+            if self.forced is not None and layer in self.forced.layers:
+                self._force(layer, block)
+            self._handles.append(block.gate.register_forward_hook(self._after_gate(layer, block)))
+            self._handles.append(block.experts.register_forward_pre_hook(self._before_experts(layer, block)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for block in self.blocks:
+            block.gate.__dict__.pop("forward", None)
+
+    def take(self, n_rows: int) -> dict[str, torch.Tensor]:
+        """The forward's rows on the host, (T, L, ...), and forget them.
+
+        Raises:
+            CaptureError: a layer did not fire, or gave another number of rows.
+        """
+        rows, self._rows = self._rows, {}
+        for layer in range(self.spec.n_layers):
+            found = rows.get(layer, {})
+            if "expert_ids_TLK" not in found:
+                raise CaptureError(f"MoE layer {layer} never fired in transformers; nothing was stored")
+            if len(found["expert_ids_TLK"]) != n_rows:
+                raise CaptureError(
+                    f"MoE layer {layer} gave {len(found['expert_ids_TLK'])} rows for {n_rows} tokens; "
+                    "nothing was stored"
+                )
+        return {name: torch.stack([rows[i][name] for i in range(self.spec.n_layers)], dim=1).cpu() for name in rows[0]}
+
+    def _force(self, layer: int, block: Block) -> None:
+        """Run the router with its TopK answered by the forced ids."""
+        assert self.forced is not None
+        original, ids_TK = block.gate.forward, self.forced.ids_TLK[:, layer]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _ForcedTopK(ids_TK, self.spec) as mode:
+                output = original(*args, **kwargs)
+            if mode.n_hits != 1:
+                raise CaptureError(
+                    f"MoE layer {layer}: the forced routes were used {mode.n_hits} times, wanted once; "
+                    "nothing was stored"
+                )
+            return output
+
+        block.gate.forward = forward
+
+    def _after_gate(self, layer: int, block: Block) -> Any:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            logits = output[self._logits_index] if isinstance(output, tuple) else output
+            logits = logits.detach().reshape(-1, logits.shape[-1])
+            self._check_logits(layer, logits)
+            self._rows.setdefault(layer, {})["router_logits_TLE"] = logits
+            if self.spec.gate == "sigmoid":  # llama4: the experts get scaled inputs, ids and weights end here
+                weights, ids = torch.topk(output[0], self.spec.top_k, dim=-1)
+                self._store(layer, block, ids, weights)
+
+        return hook
+
+    def _before_experts(self, layer: int, block: Block) -> Any:
+        def hook(module: torch.nn.Module, args: Any) -> Any:
+            if self.spec.gate == "sigmoid":
+                return None
+            hidden, ids, weights, *rest = args
+            forced = None if self.forced is None else self.forced.weights_TLK
+            if forced is not None and self.forced is not None and layer in self.forced.layers:
+                is_forced = self.forced.ids_TLK[:, layer] >= 0
+                weights = torch.where(is_forced, forced[:, layer].to(weights), weights)
+            self._store(layer, block, ids.reshape(-1, self.spec.top_k), weights.reshape(-1, self.spec.top_k))
+            return None if forced is None else (hidden, ids, weights, *rest)
+
+        return hook
+
+    def _store(self, layer: int, block: Block, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        rows = self._rows.setdefault(layer, {})
+        if "expert_ids_TLK" in rows:
+            raise CaptureError(f"MoE layer {layer} fired twice in one forward; nothing was stored")
+        rows["expert_ids_TLK"] = ids.detach().clone()
+        rows["gate_weights_TLK"] = weights.detach().clone()
+        logits = rows["router_logits_TLE"] if self.keep_logits else rows.pop("router_logits_TLE")
+        rows["margin_TL"], rows["logit_margin_TL"] = margins(logits, ids, self.spec, block.correction_bias)
+
+    def _check_logits(self, layer: int, logits: torch.Tensor) -> None:
+        if not logits.is_floating_point() or logits.shape[-1] != self.spec.n_experts:
+            raise CaptureError(
+                f"MoE layer {layer}: the router's output {self._logits_index} is {logits.dtype} of width "
+                f"{logits.shape[-1]}, wanted logits over E = {self.spec.n_experts}"
+            )
+        if looks_like_probabilities(logits):
+            raise CaptureError(f"MoE layer {layer}: the router gives probabilities under the name of logits")
+
+
+class _ForcedTopK(TorchFunctionMode):
+    """Answers the one TopK over E inside a router with given ids; values come from the router's own scores.
+
+    Group-limited routers call TopK on groups first: only the call on a (T, E) tensor with k = K is the choice.
+    """
+
+    def __init__(self, ids_TK: torch.Tensor, spec: RouterSpec) -> None:
+        super().__init__()
+        self.ids_TK = ids_TK
+        self.spec = spec
+        self.n_hits = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func not in (torch.topk, torch.Tensor.topk):
+            return result
+        scores = args[0] if args else kwargs["input"]
+        if scores.dim() != 2 or scores.shape[-1] != self.spec.n_experts or result[1].shape[-1] != self.spec.top_k:
+            return result
+        self.n_hits += 1
+        forced = self.ids_TK.to(result[1])
+        ids = torch.where(forced >= 0, forced, result[1])
+        return torch.return_types.topk((scores.gather(1, ids), ids))
+
+
+def find_blocks(model: torch.nn.Module) -> list[Block]:
+    """Every MoE block of the model in order: a module with ``experts`` and a router beside them."""
+    found = []
+    for name, module in model.named_modules():
+        experts = getattr(module, "experts", None)
+        gates = (getattr(module, gate, None) for gate in _GATE_NAMES)
+        gate = next((gate for gate in gates if isinstance(gate, torch.nn.Module)), None)
+        if isinstance(experts, torch.nn.Module) and gate is not None:
+            numbers = [int(part) for part in name.split(".") if part.isdigit()]
+            found.append(Block(numbers[0] if numbers else -1, gate, experts))
+    return sorted(found, key=lambda block: block.decoder_layer)
+
+
+def looks_like_probabilities(logits: torch.Tensor) -> bool:
+    """True when the first rows are all non-negative and sum to 1: softmaxed under the name of logits."""
+    sample = logits[:8].float()
+    ones = torch.ones(len(sample), device=sample.device)
+    return bool((sample >= 0).all()) and torch.allclose(sample.sum(-1), ones, atol=1e-2)
+
+
+def _declared_logits_index(model: Any) -> int:
+    """Which of the router's outputs the model itself declares to be its logits; the first by custom."""
+    for module in model.modules():
+        recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        recorder = recorder[0] if isinstance(recorder, list | tuple) else recorder
+        if recorder is not None and hasattr(recorder, "index"):
+            return int(recorder.index)
+    return 0
