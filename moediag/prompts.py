@@ -75,35 +75,43 @@ def _parse_text_line(path: Path, number: int, line: str) -> Prompt:
 def _parse_json_line(path: Path, number: int, line: str) -> Prompt:
     where = f"{path}:{number}"
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=_refuse_constant)
+        json.dumps(record, ensure_ascii=False).encode()
     except (json.JSONDecodeError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         raise PromptsError(f"{where}: not a JSON object ({reason}); wanted one JSON object per line") from None
-    except ValueError as error:  # e.g. integers of more digits than Python converts
+    except UnicodeEncodeError:
+        raise PromptsError(f"{where}: holds a lone surrogate, which is no text; fix the escape") from None
+    except ValueError as error:  # NaN, or integers of more digits than Python converts
         raise PromptsError(f"{where}: not readable JSON ({error}); wanted one JSON object per line") from None
     if not isinstance(record, dict):
         raise PromptsError(f"{where}: wanted a JSON object, found {type(record).__name__}")
     given = [key for key in _SOURCES if key in record]
     if len(given) != 1:
         raise PromptsError(f"{where}: wanted exactly one of {', '.join(_SOURCES)}, found {given or 'none'}")
+    # A misspelt completion would otherwise be sampled over without a word.
+    unknown = sorted(key for key in record if key not in _KNOWN)
+    misspelt = [key for key in unknown if key.startswith("completion")]
+    if misspelt:
+        raise PromptsError(f"{where}: unknown key {misspelt[0]!r}; wanted {', '.join(sorted(_KNOWN))}")
     return Prompt(
         line=number,
         text=_text(where, record) if given == ["prompt"] else None,
         messages=_messages(where, record) if given == ["messages"] else None,
         token_ids=_token_ids(where, record, "prompt_token_ids"),
         completion_token_ids=_token_ids(where, record, "completion_token_ids"),
-        ignored_keys=tuple(sorted(str(key) for key in record if key not in _KNOWN)),
+        ignored_keys=tuple(unknown),
     )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _text(where: str, record: dict[str, Any]) -> str:
     text = record["prompt"]
     if not isinstance(text, str) or not text:
         raise PromptsError(f"{where}: prompt must be a non-empty string")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PromptsError(f"{where}: prompt holds a lone surrogate, which is no text; fix the escape") from None
     return text
 
 

@@ -268,6 +268,7 @@ def test_vllms_own_model_gives_the_same_logprobs_and_experts(expected: dict[str,
 def run_vllm(output: str) -> None:
     """Score the expected input with vLLM's model, taps on, and save log-probabilities and routing."""
     from moediag.engines.launch import FORCED, INFER_ENVIRONMENT
+    from moediag.engines.routers import router_spec
 
     os.environ.update({name: value for name, value in INFER_ENVIRONMENT.items() if name not in os.environ})
     import torch
@@ -277,9 +278,9 @@ def run_vllm(output: str) -> None:
     ids = load_file(CHECKPOINT / "expected" / "expected.safetensors")["input_ids"][0].tolist()
     extension = "moediag.engines.vllm_worker.MoediagWorkerExtension"
     llm = LLM(str(CHECKPOINT), dtype="float32", max_model_len=64, worker_extension_cls=extension, **FORCED)
-    # Of the spec the taps use shapes, and for margins a score function; margins are not looked at here.
-    spec = {"family": "bailing_moe", "n_experts": 8, "top_k": 2, "score_function": "softmax", "renormalize": True}
-    llm.collective_rpc("moediag_install", args=({**spec, "decoder_layers": [1, 2]}, False))
+    spec = router_spec(json.loads((CHECKPOINT / "config.json").read_text()), str(CHECKPOINT))
+    assert spec is not None
+    llm.collective_rpc("moediag_install", args=(spec.record(), True))
     parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     entries = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)[0].prompt_logprobs
     told = llm.collective_rpc("moediag_flush", args=(output,))[0]

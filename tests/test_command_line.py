@@ -79,7 +79,7 @@ def _edit_config(folder: Path, **changes: object) -> None:
             lambda c: _edit_config(c, model_type="llama9", num_local_experts=0),
             "does not know the architecture 'llama9'",
         ),
-        (lambda c: _edit_config(c, model_type="deepseek_v3"), "MoE family deepseek_v3 is not known to this version"),
+        (lambda c: _edit_config(c, model_type="jamba"), "MoE family jamba is not known to this version"),
         (lambda c: _edit_config(c, num_experts_per_tok=99), "num_experts_per_tok = 99 with 8 experts"),
         (shutil.rmtree, "does not exist"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -58,14 +59,22 @@ def kill_when(command: list[str], ready: object, how: signal.Signals) -> int:
 
 
 def wait_until_engines_are_gone(run: Path) -> None:
-    """The engine process ends by its lifeline; until then it may still hold the arm's lock."""
+    """The engine process ends by its lifeline; until then it holds the lock of the arm it writes."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        held = subprocess.run(["pgrep", "-f", "moediag.engines.child"], capture_output=True, check=False)
-        if held.returncode != 0:
+        if all(_is_free(lock) for lock in run.glob("arms/*/.lock")):
             return
         time.sleep(0.1)
     pytest.fail("an engine process outlived its parent")
+
+
+def _is_free(lock: Path) -> bool:
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def test_killed_at_random_moments_it_resumes_to_the_same_arrays(

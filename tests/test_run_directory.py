@@ -22,7 +22,8 @@ from moediag.errors import (
 from moediag.run import codec
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.check import check_run
-from moediag.run.directory import Run, create_run, open_run, split_into_shards
+from moediag.run.create import create_run, split_into_shards
+from moediag.run.directory import Run, open_run
 from moediag.run.files import canonical_json, digest_of, read_sealed, write_sealed
 
 N_EXPERTS, TOP_K, LAYERS = 8, 2, (1, 3)

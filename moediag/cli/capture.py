@@ -20,7 +20,12 @@ class Arm(StrEnum):
     train_replay = "train-replay"
 
 
+_BEGIN_ONLY = ("limit", "temperature", "top_p", "top_k", "min_p", "max_tokens", "n", "seed", "ignore_eos",
+               "router_logits", "shard_size", "force")  # fmt: skip
+
+
 def command(
+    context: typer.Context,
     arm: Annotated[
         Arm,
         typer.Argument(
@@ -33,7 +38,7 @@ def command(
     prompts: o.OptionalPrompts = None,
     limit: o.Limit = None,
     revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
+    dtype: o.Dtype = o.ModelDtype.auto,
     temperature: o.Temperature = 1.0,
     top_p: o.TopP = 1.0,
     top_k: o.TopK = 0,
@@ -60,17 +65,20 @@ def command(
     """Capture one arm. With --prompts the run is begun (or resumed); without, the arm joins the run at RUN."""
     from moediag.cli import jobs
 
+    jobs.require((arm.value,))
     if prompts is not None:
         sampling = jobs.Sampling(temperature, top_p, top_k, min_p, max_tokens, n, seed, ignore_eos)
         plan = jobs.plan(ckpt, revision, prompts, limit, sampling, router_logits.value, shard_size, max_model_len)
-        jobs.announce(plan, output, arms=(arm.value,))
+        jobs.announce(plan, output, (arm.value,), dtype.value)
         run, checkpoint, needed_length = plan.create(output, force), plan.checkpoint, plan.max_model_len
     else:
+        _refuse_without_effect(context)
         run, checkpoint, needed_length = jobs.join(output, ckpt, revision, max_model_len)
+        seed = int(run.manifest["sampling"]["seed"])
     if arm is Arm.infer:
         options = jobs.infer_options(
             o.parse_vllm_options(vllm_option),
-            dtype=dtype,
+            dtype=dtype.value,
             max_model_len=needed_length,
             seed=seed,
             tensor_parallel_size=tensor_parallel_size,
@@ -80,7 +88,7 @@ def command(
         )
     else:
         options = jobs.train_options(
-            dtype=dtype,
+            dtype=dtype.value,
             attn_implementation=attn_implementation,
             experts_implementation=experts_implementation,
             device_map=device_map,
@@ -90,3 +98,13 @@ def command(
         replay = {"source": "infer", "weights": replay_weights, **o.parse_layers(replay_layers)}
     jobs.capture(run, checkpoint, {arm.value: options}, replay)
     jobs.wrote(run.path / "arms" / arm.value)
+
+
+def _refuse_without_effect(context: typer.Context) -> None:
+    """Options that describe a run say nothing about an arm that joins one: better an error than no effect."""
+    given = [
+        name for name in _BEGIN_ONLY if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    ]
+    if given:
+        option = "--" + given[0].replace("_", "-")
+        raise typer.BadParameter(f"{option} begins a run and needs --prompts; without, the arm joins the run at RUN")

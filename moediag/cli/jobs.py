@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from moediag.cli.table import show_table
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
 from moediag.engines.launch import arm_configuration, infer_options, run_infer, run_train, train_options
 from moediag.engines.plan import Plan, Sampling, make_plan, needed_length
+from moediag.engines.versions import require_infer_engine, require_train_engine
 from moediag.errors import CheckpointError, DiskFullError
-from moediag.notation import INFER, TRAIN_REPLAY
+from moediag.notation import INFER, TRAIN_REPLAY, engine_side
 from moediag.results import analyze_run, report_run
 from moediag.run.directory import Run, open_run, refuse_other_configuration
 
@@ -25,11 +27,22 @@ __all__ = [
     "infer_options",
     "join",
     "plan",
+    "require",
     "train_options",
     "wrote",
 ]
 
 _TITLES = {"infer": "vLLM (infer)", "train": "transformers (train)", "train-replay": "transformers (train-replay)"}
+
+
+def require(arms: Iterable[str]) -> None:
+    """Refuse before anything else when an engine is missing or of an unsupported version.
+
+    Raises:
+        DependencyError: says which and what to install.
+    """
+    for arm in arms:
+        (require_infer_engine if engine_side(arm) == INFER else require_train_engine)()
 
 
 def plan(
@@ -54,7 +67,7 @@ def plan(
     )
 
 
-def announce(plan: Plan, output: Path, arms: tuple[str, ...]) -> None:
+def announce(plan: Plan, output: Path, arms: tuple[str, ...], dtype: str) -> None:
     """Print what will be done and how much will be written.
 
     Raises:
@@ -66,18 +79,25 @@ def announce(plan: Plan, output: Path, arms: tuple[str, ...]) -> None:
     how = (
         "scoring the given completions" if plan.completion_ids else f"sampling up to {sampling.max_tokens} tokens each"
     )
-    n_bytes = plan.max_bytes(len(arms))
+    n_bytes = plan.max_bytes(len(arms), dtype)
     note(f"Model    {plan.checkpoint.name} ({model}; {layers})")
     note(f"Tokens   {len(plan.prompt_ids)} prompts, {plan.n_sequences} sequences, {how}")
     note(f"Arms     {', '.join(arms)}; hooks force eager execution and no prefix cache in vLLM")
     note(f"Writes   at most {n_bytes / 1e6:,.1f} MB under {output} ({n_bytes / plan.max_token_rows:,.0f} B per token)")
     if not plan.completion_ids and not sampling.is_neutral:
         note("Note     sampling is not neutral (temperature 1, no truncation): k1 and k3 are then no KL estimates")
+    if plan.ignored_keys:
+        note(f"Note     keys of the prompts file that are not used: {', '.join(plan.ignored_keys)}")
+    _refuse_full_disk(output, n_bytes)
+
+
+def _refuse_full_disk(output: Path, n_bytes: int) -> None:
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < n_bytes:
+    written = sum(path.stat().st_size for path in output.glob("arms/*/shard-*"))
+    needed, free = max(0, n_bytes - written), shutil.disk_usage(existing).free
+    if free < needed:
         raise DiskFullError(
-            f"{output} may need {n_bytes / 1e6:,.1f} MB, {existing} has {free / 1e6:,.1f} MB free; "
+            f"{output} may need {needed / 1e6:,.1f} MB more, {existing} has {free / 1e6:,.1f} MB free; "
             "free some space, or lower --limit, --max-tokens or --router-logits"
         )
 
@@ -92,8 +112,8 @@ def join(output: Path, ckpt: str, revision: str | None, max_model_len: int | Non
         RunConflictError: the checkpoint is not the one the run was made with.
     """
     run, checkpoint = open_run(output), open_checkpoint(ckpt, revision)
-    there = {key: run.configuration[key] for key in checkpoint.digests()}
-    refuse_other_configuration(there, checkpoint.digests(), str(output))
+    there = {key: run.configuration.get(key) for key in checkpoint.digests}
+    refuse_other_configuration(there, checkpoint.digests, str(output))
     return run, checkpoint, max_model_len or needed_length(run, checkpoint)
 
 

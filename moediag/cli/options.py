@@ -19,6 +19,15 @@ class RouterLogits(StrEnum):
     full = "full"
 
 
+class ModelDtype(StrEnum):
+    """Dtypes that both engines take by the same name."""
+
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
 Ckpt = Annotated[str, typer.Argument(metavar="CKPT", help="Checkpoint folder, or a hub id (owner/name).")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run directory to make or resume.")]
@@ -35,7 +44,7 @@ OptionalPrompts = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.")]
 Revision = Annotated[str | None, typer.Option(help="Hub revision (branch, tag or commit).")]
-Dtype = Annotated[str, typer.Option(help="Model dtype in both engines: auto, bfloat16, float16, float32.")]
+Dtype = Annotated[ModelDtype, typer.Option(help="Model dtype in both engines; auto = as the checkpoint is stored.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; KL estimators need 1.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; KL estimators need 1.")]
 TopK = Annotated[int, typer.Option(help="Top-k sampling; 0 = off.")]

@@ -13,7 +13,7 @@ def command(
     output: o.Output,
     limit: o.Limit = None,
     revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
+    dtype: o.Dtype = o.ModelDtype.auto,
     temperature: o.Temperature = 1.0,
     top_p: o.TopP = 1.0,
     top_k: o.TopK = 0,
@@ -40,11 +40,12 @@ def command(
     """Sample in vLLM, score in transformers, analyse, draw and report: both arms of one checkpoint."""
     from moediag.cli import jobs
 
+    jobs.require(("infer", "train"))
     sampling = jobs.Sampling(temperature, top_p, top_k, min_p, max_tokens, n, seed, ignore_eos)
     plan = jobs.plan(ckpt, revision, prompts, limit, sampling, router_logits.value, shard_size, max_model_len)
     infer = jobs.infer_options(
         o.parse_vllm_options(vllm_option),
-        dtype=dtype,
+        dtype=dtype.value,
         max_model_len=plan.max_model_len,
         seed=seed,
         tensor_parallel_size=tensor_parallel_size,
@@ -53,13 +54,13 @@ def command(
         max_num_batched_tokens=max_num_batched_tokens,
     )
     train = jobs.train_options(
-        dtype=dtype,
+        dtype=dtype.value,
         attn_implementation=attn_implementation,
         experts_implementation=experts_implementation,
         device_map=device_map,
     )
     arms = {"infer": infer, "train": train, **({"train-replay": train} if replay else {})}
-    jobs.announce(plan, output, arms=tuple(arms))
+    jobs.announce(plan, output, tuple(arms), dtype.value)
     run = plan.create(output, force)
     jobs.capture(run, plan.checkpoint, arms, {"source": "infer"} if replay else None)
     jobs.finish(run, training_window)

@@ -14,7 +14,8 @@ from moediag.demo.corpus import demo_prompts
 from moediag.demo.pair import build_pair
 from moediag.demo.train import MOE
 from moediag.results import compare_runs
-from moediag.run.files import write_atomic
+from moediag.run.directory import make_folder
+from moediag.run.files import write_atomic, write_error
 
 N_PROMPTS = 64
 MAX_TOKENS = 320  # prompt (about 120 bytes) + response stay inside the training window of 512
@@ -29,7 +30,12 @@ def tell(output: Path, force: bool = False) -> None:
     Raises:
         MoediagError: as ``profile`` and ``compare`` do.
     """
-    checkpoints = _checkpoints(output)
+    jobs.require(("infer", "train"))
+    make_folder(output)
+    try:
+        checkpoints = _checkpoints(output)
+    except OSError as error:
+        raise write_error(error, Path(error.filename or output)) from error
     prompts = output / "prompts.jsonl"
     lines = [json.dumps({"prompt": text}) + "\n" for text in demo_prompts(N_PROMPTS)]
     write_atomic(prompts, "".join(lines).encode())
@@ -68,8 +74,10 @@ def _checkpoints(output: Path) -> dict[str, Path]:
 def _profile(checkpoint: Path, prompts: Path, output: Path, force: bool) -> None:
     sampling = jobs.Sampling(max_tokens=MAX_TOKENS)
     plan = jobs.plan(str(checkpoint), None, prompts, None, sampling, "full", 32, None)
-    infer = jobs.infer_options({}, dtype="bfloat16", max_model_len=plan.max_model_len, seed=sampling.seed)
-    jobs.announce(plan, output, arms=("infer", "train"))
+    infer = jobs.infer_options(
+        {}, dtype="bfloat16", max_model_len=plan.max_model_len, seed=sampling.seed, tensor_parallel_size=1
+    )
+    jobs.announce(plan, output, ("infer", "train"), "bfloat16")
     run = plan.create(output, force)
     jobs.capture(run, plan.checkpoint, {"infer": infer, "train": jobs.train_options(dtype="bfloat16")})
     jobs.finish(run, MOE.window)

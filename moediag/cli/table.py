@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moediag.cli.console import say
+from moediag.notation import INFER, TRAIN, pair_name
+
+_MAIN_PAIR = pair_name(TRAIN, INFER)
 
 _HEADLINES = (
     ("response tokens compared", "token", "n_tokens"),
@@ -22,12 +25,12 @@ _HEADLINES = (
 def show_table(summaries: dict[str, dict[str, Any]]) -> None:
     """The headline numbers, one column per run."""
     pairs = {
-        label if name == "infer~train" else f"{label} ({name})": pair
+        label if name == _MAIN_PAIR else f"{label} ({name})": pair
         for label, summary in summaries.items()
         for name, pair in summary["pairs"].items()
     }
     rows = [_row(name, unit, path, pairs) for name, unit, path in _HEADLINES]
-    header = ["infer~train", *pairs, "unit"]
+    header = [_MAIN_PAIR, *pairs, "unit"]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         say(

@@ -10,10 +10,11 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moediag.engines.routers import RouterSpec, router_spec
+from moediag.engines.routers import RouterSpec, router_spec, text_config
 from moediag.errors import CheckpointError
 from moediag.run.files import digest_of
 
@@ -42,7 +43,8 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """First entry of ``architectures``."""
-        return str(self.config["architectures"][0])
+        architectures: list[str] = self.config["architectures"]
+        return str(architectures[0])
 
     @property
     def max_length(self) -> int | None:
@@ -56,6 +58,7 @@ class Checkpoint:
         text = text_config(self.config)
         return str(text.get("dtype") or text.get("torch_dtype") or "float32")
 
+    @cached_property
     def digests(self) -> dict[str, str]:
         """sha256 of weights and tokenizer files, independent of where the folder lies."""
         with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
@@ -95,17 +98,19 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     if not path.exists():
         path = _hub_snapshot(name, revision)
     config = _read_config(path)
-    if not config.get("architectures"):
-        raise CheckpointError(f"{path / 'config.json'} names no architectures; it is not a causal language model")
+    try:
+        checkpoint = Checkpoint(path, name, revision, config, _weight_files(path), router_spec(config, str(path)))
+        checkpoint.record()
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path / 'config.json'} lacks a value or holds one of another kind than wanted "
+            f"({type(error).__name__}: {error}); it is not a causal language model's"
+        ) from None
     if not any((path / file).exists() for file in _TOKENIZER_FILES):
         raise CheckpointError(f"{path} has no tokenizer (wanted one of {', '.join(_TOKENIZER_FILES)}); save it there")
-    return Checkpoint(path, name, revision, config, _weight_files(path), router_spec(config, str(path)))
-
-
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model's part of config.json."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) else config
+    return checkpoint
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -126,24 +131,27 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is not a weight index ({error})") from None
         missing = [name for name in names if not (path / name).exists()]
         if missing:
             raise CheckpointError(f"{path} lacks {len(missing)} of {len(names)} weight files, first: {missing[0]}")
         return tuple(path / name for name in names)
-    files = tuple(sorted(path.glob("*.safetensors")))
-    if not files:
+    single = path / "model.safetensors"
+    if not single.exists():
         pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
-        advice = "only pickled weights were found, convert them to safetensors" if pickles else "wanted *.safetensors"
-        raise CheckpointError(f"{path} has no weights: {advice}")
-    return files
+        advice = "only pickled weights were found, convert them to safetensors" if pickles else "wanted it or its index"
+        raise CheckpointError(f"{path} has no weights (model.safetensors): {advice}")
+    return (single,)
 
 
 def _hub_snapshot(name: str, revision: str | None) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"checkpoint {name} does not exist; give a checkpoint folder or a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(f"checkpoint {name} is no folder, and the hub client is not installed") from None
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moediag.engines.channel import Reporter, hold_lifeline
-from moediag.errors import EngineError, MoediagError
+from moediag.errors import DiskFullError, EngineError, MoediagError
 from moediag.run.directory import open_run
 from moediag.run.files import write_error
 
@@ -40,18 +40,22 @@ def main() -> int:
         traceback.print_exc()
         reporter.error(error)
         return 1
-    except OSError as error:
+    except Exception as error:  # engines raise anything: the traceback is in the log, the parent gets one line
         traceback.print_exc()
-        failure = write_error(error, Path(error.filename or run_path))
-        reporter.error(failure if isinstance(failure, MoediagError) else EngineError(str(error)))
-        return 1
-    except Exception as error:  # the engines raise anything; the traceback is in the log, the parent gets one line
-        traceback.print_exc()
-        reason = str(error).strip().splitlines()
-        summary = f"{type(error).__name__}: {reason[0] if reason else ''}"
-        reporter.error(EngineError(f"the {sys.argv[1]} engine failed: {summary}; see {run_path / 'logs'}"))
+        reporter.error(_one_line(error, sys.argv[1], run_path))
         return 1
     return 0
+
+
+def _one_line(error: Exception, task: str, run_path: Path) -> MoediagError:
+    """A full disk is told as such; everything else an engine raises is told with where its output is."""
+    if isinstance(error, OSError):
+        failure = write_error(error, Path(error.filename or run_path))
+        if isinstance(failure, DiskFullError):
+            return failure
+    reason = str(error).strip().splitlines()
+    summary = f"{type(error).__name__}: {reason[0] if reason else ''}"
+    return EngineError(f"the {task} engine failed: {summary}; see {run_path / 'logs'}")
 
 
 if __name__ == "__main__":

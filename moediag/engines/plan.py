@@ -7,6 +7,7 @@ so a difference in tokenisation can never enter a pair.
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import pyarrow.parquet as pq
 
 from moediag import __version__
 from moediag.engines.assemble import token_rows
-from moediag.engines.checkpoint import Checkpoint, text_config
-from moediag.errors import CheckpointError, PromptsError
+from moediag.engines.checkpoint import Checkpoint
+from moediag.engines.routers import SIGMOID, text_config
+from moediag.errors import CheckpointError, EngineError, PromptsError
 from moediag.prompts import Prompt, read_prompts
 from moediag.run.codec import bytes_per_token
-from moediag.run.directory import Run, create_run, split_into_shards
+from moediag.run.create import create_run, split_into_shards
+from moediag.run.directory import Run
 from moediag.run.files import digest_of
 
 _SCORE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -42,6 +45,24 @@ class Sampling:
     seed: int = 0
     ignore_eos: bool = False
 
+    def check(self) -> Sampling:
+        """Return self when vLLM would take the values.
+
+        Raises:
+            EngineError: names the value that it would not take.
+        """
+        allowed = {
+            "temperature": ("a finite number >= 0", math.isfinite(self.temperature) and self.temperature >= 0),
+            "top_p": ("in (0, 1]", 0 < self.top_p <= 1),
+            "top_k": ("-1, 0 (off) or positive", self.top_k >= -1),
+            "min_p": ("in [0, 1]", 0 <= self.min_p <= 1),
+            "seed": ("in [0, 2^63)", 0 <= self.seed < 2**63),
+        }
+        for name, (wanted, is_allowed) in allowed.items():
+            if not is_allowed:
+                raise EngineError(f"sampling parameter {name} = {getattr(self, name)}: wanted {wanted}")
+        return self
+
     @property
     def is_neutral(self) -> bool:
         """True when tokens are drawn from the model's own distribution, as KL estimators need."""
@@ -61,6 +82,7 @@ class Plan:
     shard_size: int
     max_model_len: int
     source_sha256: str
+    ignored_keys: tuple[str, ...] = ()
 
     @property
     def n_sequences(self) -> int:
@@ -75,10 +97,16 @@ class Plan:
         longest = (min(len(p) + self.sampling.max_tokens, self.max_model_len) for p in self.prompt_ids)
         return self.sampling.n * sum(longest)
 
-    def max_bytes(self, n_arms: int) -> int:
-        """Largest number of bytes the arms will write, before engines say their own score dtypes."""
+    def max_bytes(self, n_arms: int, dtype: str) -> int:
+        """Largest number of bytes the arms will write.
+
+        Args:
+            dtype: model dtype as asked for; routers that score in float32 whatever it is are counted so.
+        """
         routing = self.checkpoint.routing
-        logits = 0 if self.router_logits == "none" else _SCORE_BYTES.get(self.checkpoint.stored_dtype, 4)
+        used = self.checkpoint.stored_dtype if dtype == "auto" else dtype
+        in_float32 = routing is not None and (routing.score_function == SIGMOID or routing.family == "granitemoe")
+        logits = 0 if self.router_logits == "none" else 4 if in_float32 else _SCORE_BYTES.get(used, 4)
         layers, k, e = (routing.n_layers, routing.top_k, routing.n_experts) if routing else (0, 0, 0)
         sizes = bytes_per_token(layers, k, e, weight_bytes=4, logits_bytes=logits)
         return self.max_token_rows * (n_arms * sum(sizes.values()) + 8)
@@ -86,7 +114,7 @@ class Plan:
     def configuration(self) -> dict[str, Any]:
         """What makes two runs the same; digests and not paths."""
         return {
-            **self.checkpoint.digests(),
+            **self.checkpoint.digests,
             "prompts_sha256": digest_of([self.prompt_ids, self.completion_ids]),
             "n_prompts": len(self.prompt_ids),
             **({} if self.completion_ids else asdict(self.sampling)),
@@ -131,6 +159,7 @@ def make_plan(
         PromptsError: unusable file, or a prompt that the model has no room for.
         CheckpointError: the tokenizer does not load.
     """
+    sampling.check()
     prompts = read_prompts(prompts_path, limit)
     _check_architecture(checkpoint)
     prompt_ids = _tokenise(checkpoint, prompts, prompts_path)
@@ -144,7 +173,18 @@ def make_plan(
     length = max_model_len or _room(checkpoint, wanted)
     # Of the prompts as written, so that runs of models with different tokenizers can be recognised as comparable.
     source = digest_of([[p.text, p.messages, p.token_ids, p.completion_token_ids] for p in prompts])
-    return Plan(checkpoint, prompts_path, prompt_ids, completions, sampling, router_logits, shard_size, length, source)
+    return Plan(
+        checkpoint,
+        prompts_path,
+        prompt_ids,
+        completions,
+        sampling,
+        router_logits,
+        shard_size,
+        length,
+        source,
+        tuple(sorted({key for prompt in prompts for key in prompt.ignored_keys})),
+    )
 
 
 def needed_length(run: Run, checkpoint: Checkpoint) -> int:

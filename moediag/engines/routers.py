@@ -82,6 +82,12 @@ class _Family:
     shared: Callable[[dict[str, Any]], int] = lambda c: 0
 
 
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of config.json."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
 def _always(config: dict[str, Any], layer: int) -> bool:
     return True
 
@@ -146,8 +152,7 @@ def router_spec(config: dict[str, Any], where: str) -> RouterSpec | None:
     Raises:
         CheckpointError: the model has experts and its family is not supported, or E, K or groups make no sense.
     """
-    nested = config.get("text_config")
-    text = nested if isinstance(nested, dict) else config
+    text = text_config(config)
     family = str(text.get("model_type"))
     n_experts = next((int(text[key]) for key in _EXPERT_KEYS if text.get(key)), 0)
     if family not in _FAMILIES:

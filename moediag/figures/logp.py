@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
+from moediag.analysis.tokens import logp_diff, scored_tokens
 from moediag.figures.numbers import percent, sig, times
 from moediag.figures.style import (
     GREY,
@@ -26,6 +27,7 @@ from moediag.figures.style import (
     add_words,
     caption_text,
     figure_text,
+    first_of_each_kind,
     house_style,
     new_figure,
     run_styles,
@@ -48,8 +50,7 @@ FIGURE1_NOTE: Final = "Figure-1-style: the axes of the original (IcePop, Fig. 1)
 
 def abs_logp_diff(tokens: pd.DataFrame) -> npt.NDArray[np.float64]:
     """abs(logp_train - logp_infer) [nat] of the tokens both arms scored."""
-    diff = tokens["logp_train"].to_numpy(np.float64) - tokens["logp_infer"].to_numpy(np.float64)
-    absolute: npt.NDArray[np.float64] = np.abs(diff[np.isfinite(diff)])
+    absolute: npt.NDArray[np.float64] = np.abs(logp_diff(scored_tokens(tokens)))
     return absolute
 
 
@@ -101,7 +102,7 @@ def metric(frame: pd.DataFrame | None, name: str) -> float:
 
 def figure1_finding(metrics: Mapping[str, pd.DataFrame], styles: Mapping[str, RunStyle]) -> str:
     """The title: each run's mean and p99 in words, MoE runs against the first dense run."""
-    dense = next((label for label in metrics if not styles[label].is_moe), None)
+    _, dense = first_of_each_kind({label: styles[label].is_moe for label in metrics})
     parts = []
     for label, frame in metrics.items():
         mean, p99 = metric(frame, "abs_logp_diff.mean"), metric(frame, "abs_logp_diff.p99")

@@ -222,7 +222,7 @@ def _draw_pooled(
     ax: Axes, place: pd.Series[float] | float, rows: pd.DataFrame, kind: str, label: str, colour: str
 ) -> None:
     rate = rows["flip_rate"].to_numpy(np.float64)
-    # A percentile interval need not contain its estimate; a negative bar length would be an error.
+    # errorbar refuses negative lengths: an estimate that rounding puts just outside its bounds must not end the page.
     below = np.clip(rate - rows["flip_rate_ci_low"].to_numpy(np.float64), 0, None)
     above = np.clip(rows["flip_rate_ci_high"].to_numpy(np.float64) - rate, 0, None)
     x = np.broadcast_to(np.asarray(place, np.float64), rate.shape)

@@ -11,7 +11,7 @@ from moediag.figures.logp import is_moe, plot_figure1, token_counts
 from moediag.figures.margins import plot_margins
 from moediag.figures.positions import plot_position_drift
 from moediag.figures.routing import plot_agreement_by_depth
-from moediag.figures.style import NO_FLOOR, caption_text, run_styles, save_figure
+from moediag.figures.style import caption_text, run_styles, save_figure
 
 Frames = Mapping[str, pd.DataFrame]
 """Frame name, as declared, -> frame, of one run."""
@@ -26,7 +26,6 @@ def draw_run_figures(
     *,
     training_window: int | None = None,
     prompt_length: int | None = None,
-    floor: str = NO_FLOOR,
 ) -> list[Path]:
     """Draw and save one run's figures; see :func:`draw_comparison_figures`.
 
@@ -36,10 +35,9 @@ def draw_run_figures(
         label: how the run is called in legends.
         training_window: trained context length [token, prompt + response], marked in position_drift.
         prompt_length: longest prompt [token].
-        floor: what is known about the A/A floor, for the captions.
     """
     return draw_comparison_figures(
-        {label: frames}, folder, training_window=training_window, prompt_length=prompt_length, floor=floor
+        {label: frames}, folder, training_window=training_window, prompt_length=prompt_length
     )
 
 
@@ -49,7 +47,6 @@ def draw_comparison_figures(
     *,
     training_window: int | None = None,
     prompt_length: int | None = None,
-    floor: str = NO_FLOOR,
 ) -> list[Path]:
     """Draw and save the figures of several runs side by side, each run with one colour throughout.
 
@@ -60,14 +57,13 @@ def draw_comparison_figures(
         folder: where PNG and SVG go; made if missing.
         training_window: trained context length [token, prompt + response], marked in position_drift.
         prompt_length: longest prompt [token].
-        floor: what is known about the A/A floor, for the captions.
 
     Returns:
         The files written, PNG before SVG, in the order of :data:`FIGURE_NAMES`.
     """
     tokens = _each(runs, "tokens")
     styles = run_styles({label: is_moe(frame) for label, frame in tokens.items()})
-    caption = caption_text(token_counts(tokens), floor)
+    caption = caption_text(token_counts(tokens))
     figures = {
         "figure1": plot_figure1(
             tokens, _each(runs, "tail_curve"), _each(runs, "logp_metrics"), styles=styles, caption=caption
@@ -83,7 +79,7 @@ def draw_comparison_figures(
     moe_runs = {label: frames for label, frames in runs.items() if label in styles and styles[label].is_moe}
     if moe_runs:
         layers, curves = _each(moe_runs, "agreement_by_layer"), _each(moe_runs, "margin_curve")
-        routed = caption_text(token_counts(_each(moe_runs, "tokens")), floor)
+        routed = caption_text(token_counts(_each(moe_runs, "tokens")))
         figures["agreement_by_depth"] = plot_agreement_by_depth(layers, styles=styles, caption=routed)
         figures["margins"] = plot_margins(curves, styles=styles, caption=routed)
     return [path for name in FIGURE_NAMES if name in figures for path in save_figure(figures[name], folder, name)]

@@ -9,8 +9,7 @@ still reads in grey print.
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from moediag.figures.numbers import count
+from moediag.run.files import write_atomic
 
 INK: Final = "#222222"
 GREY: Final = "#7A7A7A"
@@ -104,6 +104,17 @@ def run_styles(is_moe: Mapping[str, bool]) -> dict[str, RunStyle]:
     return styles
 
 
+def first_of_each_kind(is_moe: Mapping[str, bool]) -> tuple[str | None, str | None]:
+    """The first MoE run and the first dense run, in the order given: the two that ratios are of.
+
+    Example:
+        >>> first_of_each_kind({"a": False, "b": True, "c": True}), first_of_each_kind({"b": True})
+        (('b', 'a'), ('b', None))
+    """
+    moe, dense = (next((label for label, moe in is_moe.items() if moe is kind), None) for kind in (True, False))
+    return moe, dense
+
+
 @cache
 def _drawable() -> frozenset[int]:
     return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
@@ -128,19 +139,18 @@ def figure_text(text: str, width: int = 32) -> str:
     return (" " + line if line.startswith("_") else line).replace("$", r"\$")
 
 
-def caption_text(tokens: Mapping[str, tuple[int, int]], floor: str = NO_FLOOR) -> str:
+def caption_text(tokens: Mapping[str, tuple[int, int]]) -> str:
     """The line under a figure: n tokens and n prompts per run, then the statement about the floor.
 
     Args:
         tokens: label -> (scored response tokens, prompts).
-        floor: what is known about the A/A floor.
 
     Example:
         >>> caption_text({"moe": (16384, 64)})
         'moe: 16,384 tokens of 64 prompts. Floor: no A/A floor was measured.'
     """
     parts = [f"{figure_text(k)}: {count(n, 'token')} of {count(p, 'prompt')}" for k, (n, p) in tokens.items()]
-    return f"{'; '.join(parts) or 'no tokens'}. Floor: {floor.rstrip('.')}."
+    return f"{'; '.join(parts) or 'no tokens'}. Floor: {NO_FLOOR}."
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -172,19 +182,16 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 
     Returns:
         The two paths, PNG first.
+
+    Raises:
+        DiskFullError: no space.
+        RunError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     metadata: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": "moediag"}}
-    return [_save_one(figure, folder / f"{name}.{kind}", metadata[kind]) for kind in ("png", "svg")]
-
-
-def _save_one(figure: Figure, path: Path, metadata: dict[str, Any]) -> Path:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            figure.savefig(stream, format=path.suffix[1:], dpi=160, metadata=metadata)
-        Path(temporary).chmod(0o644)  # mkstemp gives 0600: a report's pictures are meant to be read
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
+    paths = []
+    for kind in ("png", "svg"):
+        sink = io.BytesIO()
+        figure.savefig(sink, format=kind, dpi=160, metadata=metadata[kind])
+        write_atomic(folder / f"{name}.{kind}", sink.getvalue())
+        paths.append(folder / f"{name}.{kind}")
+    return paths

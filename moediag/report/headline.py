@@ -37,7 +37,11 @@ LOGP_ROWS: Final[tuple[tuple[str, str, str], ...]] = (
 )
 """Metric, its words and its unit, in the order of the table."""
 
-DIRECTIONS: Final = {"kl_infer_train_k1": "0 is best", "mean_ratio": "1 is best"}
+FORCED: Final = "forced text"
+BENT: Final = "sampling not neutral"
+
+_NEUTRAL: Final = {"temperature": (None, 1), "top_p": (None, 1), "top_k": (None, 0, -1), "min_p": (None, 0)}
+"""Values that leave infer's distribution as it is; vLLM takes top_k 0 and -1 for off."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +80,51 @@ def _lookup(nested: Any, dotted: str) -> Any:
 
 
 def logp_measure(metric: str, words: str, unit: str, pair: Summary, frames: Frames) -> Measured:
-    """A metric of the mismatch: from the metrics frame, else from the summary."""
-    direction = DIRECTIONS.get(metric, LOWER)
+    """A metric of the mismatch: from the metrics frame, else, without a good end, from the summary."""
     frame = frames.get("logp_metrics")
     rows = frame[frame["metric"] == metric] if frame is not None else None
     if rows is not None and len(rows):
         row = rows.iloc[0]
         n = count(int(row["n_tokens"]), "token")
-        return Measured(words, row["value"], row["ci_low"], row["ci_high"], n, unit, direction, str(row["note"]))
+        direction, note = str(row["direction"]), str(row["note"])
+        return Measured(words, row["value"], row["ci_low"], row["ci_high"], n, unit, direction, note)
     bounds = _lookup(pair.get("logp"), f"{metric}_ci") or (None, None)
     n = count(pair.get("n_tokens"), "token")
-    return Measured(words, _lookup(pair.get("logp"), metric), bounds[0], bounds[1], n, unit, direction)
+    return Measured(words, _lookup(pair.get("logp"), metric), bounds[0], bounds[1], n, unit, NONE)
 
 
-def logp_measures(pair: Summary, frames: Frames) -> list[Measured]:
-    """Every row of the mismatch table."""
-    return [logp_measure(metric, words, unit, pair, frames) for metric, words, unit in LOGP_ROWS]
+def text_origin(summary: Summary) -> str:
+    """Why the tokens are no honest sample of infer's distribution; empty when they are.
+
+    Example:
+        >>> text_origin({"sampling": {"given_completions": True}})
+        'forced text'
+        >>> text_origin({"sampling": {"temperature": 0.7}}), text_origin({"sampling": {"top_k": -1}})
+        ('sampling not neutral', '')
+    """
+    sampling = summary.get("sampling") or {}
+    if sampling.get("given_completions"):
+        return FORCED
+    return BENT if _bent(sampling) else ""
+
+
+def _bent(sampling: Mapping[str, Any]) -> list[str]:
+    return [f"{key} {sampling[key]}" for key, fine in _NEUTRAL.items() if sampling.get(key) not in fine]
+
+
+def logp_rows(origin: str = "") -> tuple[tuple[str, str, str], ...]:
+    """:data:`LOGP_ROWS`, with k1, k2 and k3 called statistics where ``origin`` says that they are no KL."""
+    if not origin:
+        return LOGP_ROWS
+    return tuple(
+        (metric, f"{metric[-2:]} statistic ({origin}: no KL)" if metric.startswith("kl_") else words, unit)
+        for metric, words, unit in LOGP_ROWS
+    )
+
+
+def logp_measures(pair: Summary, frames: Frames, origin: str = "") -> list[Measured]:
+    """Every row of the mismatch table; ``origin`` as :func:`text_origin` gives it."""
+    return [logp_measure(metric, words, unit, pair, frames) for metric, words, unit in logp_rows(origin)]
 
 
 def routing_measures(pair: Summary, frames: Frames) -> list[Measured]:
@@ -121,18 +154,21 @@ def routing_measures(pair: Summary, frames: Frames) -> list[Measured]:
     return measures
 
 
-def headline(pair: Summary, frames: Frames) -> list[Measured]:
-    """The five numbers of the first screen."""
-    by_metric = {metric: (metric, words, unit) for metric, words, unit in LOGP_ROWS}
+def headline(pair: Summary, frames: Frames, origin: str = "") -> list[Measured]:
+    """The five numbers of the first screen; ``origin`` as :func:`text_origin` gives it."""
+    by_metric = {row[0]: row for row in logp_rows(origin)}
     routing = routing_measures(pair, frames)
     chosen = ["abs_logp_diff.mean", "abs_logp_diff.p99", "kl_infer_train_k3"]
     chosen += [] if routing else ["extreme_share_2", "mean_ratio"]
     return [logp_measure(*by_metric[metric], pair, frames) for metric in chosen] + routing[:2]
 
 
-def verdict(pair: Summary, frames: Frames) -> Markdown:
-    """What was seen, in words: the mismatch, the routing, and whether the semantics look sound."""
-    sentences = [_mismatch_words(pair, frames), _routing_words(pair, frames), _ratio_words(pair, frames)]
+def verdict(pair: Summary, frames: Frames, origin: str = "") -> Markdown:
+    """What was seen, in words: the mismatch, the routing, and whether the semantics look sound.
+
+    Only tokens honestly sampled from infer (``origin`` empty) make a mean ratio of 1 a thing to ask for.
+    """
+    sentences = [_mismatch_words(pair, frames), _routing_words(pair, frames), _ratio_words(pair, frames, origin)]
     return Markdown(" ".join(filter(None, sentences)))
 
 
@@ -206,20 +242,25 @@ def margin_words(frames: Frames) -> str:
 
 def sampling_words(summary: Summary) -> str:
     """A caution when tokens were not drawn from the distribution the log-probs are of; else empty."""
-    sampling = summary.get("sampling") or {}
-    honest = {"temperature": (None, 1), "top_p": (None, 1), "top_k": (None, 0, -1), "min_p": (None, 0)}
-    bent = [f"{key} {sampling[key]}" for key, fine in honest.items() if sampling.get(key) not in fine]
-    if not bent:
+    origin = text_origin(summary)
+    if not origin:
         return ""
-    return f"Sampled with {', '.join(bent)}: k1 and k3 are not unbiased here, and the mean ratio need not be 1."
+    if origin == FORCED:
+        how = "The completions were given, not sampled by infer"
+    else:
+        how = f"Sampled with {', '.join(_bent(summary.get('sampling') or {}))}"
+    return f"{how}: k1 and k3 are not unbiased here (no KL, only statistics), and the mean ratio need not be 1."
 
 
-def _ratio_words(pair: Summary, frames: Frames) -> str:
+def _ratio_words(pair: Summary, frames: Frames, origin: str) -> str:
     ratio = logp_measure("mean_ratio", "", "1", pair, frames)
     bit_exact = logp_measure("abs_logp_diff.mean", "", "nat", pair, frames).value == 0
     if not is_number(ratio.value) or bit_exact:
         return ""
     value, where = sig(ratio.value, 5), interval(ratio.low, ratio.high, "1")
+    if origin:
+        bounds = "no interval could be given" if where == NONE else where
+        return f"The mean ratio is {value} ({bounds}); it need not be 1 here ({origin})."
     if not (is_number(ratio.low) and is_number(ratio.high)):
         return f"The mean ratio is {value} (1 is expected under honest sampling; no interval could be given)."
     if ratio.low <= 1 <= ratio.high:

@@ -5,8 +5,7 @@ Invariant: the same summary, frames and figure paths give the same text; there i
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -16,26 +15,27 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moediag.errors import MoediagError
 from moediag.figures.numbers import NONE, count, times
-from moediag.figures.style import NO_FLOOR
+from moediag.figures.style import NO_FLOOR, first_of_each_kind
 from moediag.notation import SCHEMA_VERSION
 from moediag.report import tables
 from moediag.report.headline import (
-    LOGP_ROWS,
     Frames,
     Measured,
     Summary,
     headline,
     logp_measures,
+    logp_rows,
     margin_words,
     measured_table,
     routing_measures,
     sampling_words,
     slope_words,
+    text_origin,
     verdict,
 )
+from moediag.report.pairs import MAIN_PAIR
+from moediag.report.replay import replay_section
 from moediag.report.tables import Markdown, code, folded, plain
-
-MAIN_PAIR: Final = "infer~train"
 
 REGENERATE: Final = ("moediag analyze RUN", "moediag report RUN")
 
@@ -62,8 +62,6 @@ def run_report(
     frames: Frames,
     figures: Sequence[Path],
     *,
-    folder: Path | None = None,
-    floor: str = NO_FLOOR,
     regenerate: Sequence[str] = REGENERATE,
 ) -> str:
     """The report of one run as markdown.
@@ -71,29 +69,28 @@ def run_report(
     Args:
         summary: the run's summary.json, read.
         frames: frame name -> frame; a missing frame leaves its section with a statement.
-        figures: what ``draw_run_figures`` returned.
-        folder: where the report will stand; by default the parent of the figures' folder.
-        floor: what is known about the A/A floor.
+        figures: what ``draw_run_figures`` returned; the report stands beside their folder.
         regenerate: the commands that make this page again.
 
     Raises:
         MoediagError: the summary has another schema version or no pair.
     """
-    pair_name, pair = _main_pair(summary)
+    pair, origin = _main_pair(summary), text_origin(summary)
     context = {
         "title": _model_name(summary),
         "summary": summary,
-        "pair_name": pair_name,
+        "pair_name": MAIN_PAIR,
         "pair": pair,
-        "verdict": verdict(pair, frames),
-        "headline": measured_table(headline(pair, frames)),
-        "logp": measured_table(logp_measures(pair, frames)),
+        "verdict": verdict(pair, frames, origin),
+        "headline": measured_table(headline(pair, frames, origin)),
+        "logp": measured_table(logp_measures(pair, frames, origin)),
+        "replay": replay_section(summary, origin),
         "sections": _sections(pair, frames),
         "sampling": sampling_words(summary),
         "margin_words": margin_words(frames),
         "slope_words": slope_words(pair),
         "is_moe": bool(pair.get("routing")),
-        **_shared(figures, folder, floor, regenerate),
+        **_shared(figures, regenerate),
         "provenance": _provenance(summary),
     }
     return _environment().get_template("run.md.j2").render(context)
@@ -104,8 +101,6 @@ def comparison_report(
     frames: Mapping[str, Frames],
     figures: Sequence[Path],
     *,
-    folder: Path | None = None,
-    floor: str = NO_FLOOR,
     regenerate: Sequence[str] = ("moediag compare RUN RUN ... -o DIR",),
 ) -> str:
     """The report of several runs side by side as markdown.
@@ -113,9 +108,7 @@ def comparison_report(
     Args:
         summary: ``{"schema_version", "runs": {label: run summary}, "ratios": {...}}``.
         frames: label -> (frame name -> frame).
-        figures: what ``draw_comparison_figures`` returned.
-        folder: where the report will stand; by default the parent of the figures' folder.
-        floor: what is known about the A/A floor.
+        figures: what ``draw_comparison_figures`` returned; the report stands beside their folder.
         regenerate: the commands that make this page again.
 
     Raises:
@@ -125,18 +118,23 @@ def comparison_report(
     runs: Mapping[str, Summary] = summary.get("runs") or {}
     if not runs:
         raise MoediagError("a comparison wants a summary with at least one entry under runs, found none")
-    pairs = {label: _main_pair(run)[1] for label, run in runs.items()}
+    pairs = {label: _main_pair(run) for label, run in runs.items()}
+    origins = {label: text_origin(run) for label, run in runs.items()}
+    joint = _joint_origin(origins.values())
+    measures = {label: _measures(pair, frames.get(label, {}), joint) for label, pair in pairs.items()}
     context = {
         "labels": list(runs),
-        "verdicts": [(label, verdict(pair, frames.get(label, {}))) for label, pair in pairs.items()],
-        "headline": _side_by_side(pairs, frames),
-        "intervals": _interval_table(pairs, frames),
+        "verdicts": [(label, verdict(pair, frames.get(label, {}), origins[label])) for label, pair in pairs.items()],
+        "cautions": [(label, sampling_words(run)) for label, run in runs.items() if origins[label]],
+        "same_prompts": summary.get("same_prompts") is not False,
+        "headline": _side_by_side(pairs, measures),
+        "intervals": _interval_table(measures),
         "agreement": {
             label: _agreement(frames[label]) for label, pair in pairs.items() if pair.get("routing") and label in frames
         },
         "dense": [label for label, pair in pairs.items() if not pair.get("routing")],
         "models": tables.facts_table({label: _model_facts(run) for label, run in runs.items()}),
-        **_shared(figures, folder, floor, regenerate),
+        **_shared(figures, regenerate),
         "provenance": "\n\n".join(f"### {plain(label)}\n\n{_provenance(run)}" for label, run in runs.items()),
     }
     context["provenance"] = Markdown(context["provenance"])
@@ -168,15 +166,15 @@ def _check_version(summary: Summary) -> None:
         )
 
 
-def _main_pair(summary: Summary) -> tuple[str, Summary]:
+def _main_pair(summary: Summary) -> Summary:
     _check_version(summary)
     pairs: Mapping[str, Summary] = summary.get("pairs") or {}
-    if not pairs:
+    if MAIN_PAIR not in pairs:
         raise MoediagError(
-            "the report wants a summary with a pair of arms, found none: capture both arms, then analyze"
+            f"the report wants a summary with the pair {MAIN_PAIR}, found {', '.join(pairs) or 'none'}: "
+            "capture both arms, then analyze"
         )
-    name = MAIN_PAIR if MAIN_PAIR in pairs else next(iter(pairs))
-    return name, pairs[name]
+    return pairs[MAIN_PAIR]
 
 
 def _model_name(summary: Summary) -> str:
@@ -189,19 +187,18 @@ def _model_facts(summary: Summary) -> dict[str, Any]:
     return {key: model.get(key) for key in ("path", "architecture", "n_moe_layers", "n_experts", "top_k")}
 
 
-def _shared(figures: Sequence[Path], folder: Path | None, floor: str, regenerate: Sequence[str]) -> dict[str, Any]:
+def _shared(figures: Sequence[Path], regenerate: Sequence[str]) -> dict[str, Any]:
     return {
-        "figures": {path.stem: _picture(path, folder) for path in figures if path.suffix == ".png"},
-        "floor": floor[:1].upper() + floor[1:].rstrip("."),
-        "regenerate": Markdown("\n".join(tables.one_line(line).replace("`", "'") for line in regenerate)),
+        "figures": {path.stem: _picture(path) for path in figures if path.suffix == ".png"},
+        "floor": NO_FLOOR[:1].upper() + NO_FLOOR[1:],
+        "regenerate": tables.shell_block(regenerate),
         "reference": _reference_table(),
         "reorder_words": REORDER_WORDS,
     }
 
 
-def _picture(path: Path, folder: Path | None) -> Markdown:
-    home = folder or path.parent.parent
-    target = Path(os.path.relpath(path, home))
+def _picture(path: Path) -> Markdown:
+    target = path.relative_to(path.parent.parent)
     words = FIGURE_WORDS.get(path.stem, path.stem)
     return Markdown(f"![{plain(words)}]({quote(target.as_posix())})")
 
@@ -232,40 +229,41 @@ def _agreement(frames: Frames) -> Markdown | str:
 
 
 def _provenance(summary: Summary) -> Markdown:
-    facts = {key: summary.get(key) or {} for key in ("model", "sampling", "arms", "provenance")}
+    facts = {key: dict(summary.get(key) or {}) for key in ("model", "sampling", "arms", "provenance")}
+    facts["provenance"].pop("frames", None)  # digests of derived files: for the reader of summary.json, not of a page
     return folded("Engines, versions, dtypes, sampling, seeds, digests", tables.facts_table(facts))
 
 
-def _measures(pair: Summary, frames: Frames) -> list[Measured]:
+def _measures(pair: Summary, frames: Frames, origin: str) -> list[Measured]:
     routing = routing_measures(pair, frames)
     missing = [
         Measured(words, None, None, None, "", "share", note=DENSE)
         for words in ("flip rate: expert set differs", "tokens with a flip in any layer")
     ]
-    return logp_measures(pair, frames) + (routing[:2] or missing)
+    return logp_measures(pair, frames, origin) + (routing[:2] or missing)
 
 
-def _first_of_each_kind(pairs: Mapping[str, Summary]) -> tuple[str | None, str | None]:
-    moe = next((label for label, pair in pairs.items() if pair.get("routing")), None)
-    dense = next((label for label, pair in pairs.items() if not pair.get("routing")), None)
-    return moe, dense
+def _joint_origin(origins: Iterable[str]) -> str:
+    """One origin for rows that several runs share."""
+    found = set(origins)
+    named = " or ".join(sorted(found - {""}))
+    return f"{named} in some runs" if named and len(found) > 1 else named
 
 
-def _side_by_side(pairs: Mapping[str, Summary], frames: Mapping[str, Frames]) -> Markdown:
+def _side_by_side(pairs: Mapping[str, Summary], measures: Mapping[str, list[Measured]]) -> Markdown:
     """Metrics as rows, runs as columns, and the first MoE run over the first dense one."""
-    measures = {label: _measures(pair, frames.get(label, {})) for label, pair in pairs.items()}
-    moe, dense = _first_of_each_kind(pairs)
+    moe, dense = first_of_each_kind({label: bool(pair.get("routing")) for label, pair in pairs.items()})
     header = ["number", "unit", *pairs, *([f"{moe} / {dense}"] if moe and dense else [])]
-    no_ratio = {"kl_infer_train_k1", "mean_ratio"}  # a signed number and one that should be 1: a ratio says nothing
-    skip = {words for metric, words, _ in LOGP_ROWS if metric in no_ratio}
+    # A ratio says nothing of a signed number, nor of one that should be 1.
+    skip = [nth for nth, (metric, _, _) in enumerate(logp_rows()) if metric in ("kl_infer_train_k1", "mean_ratio")]
     rows: list[list[object]] = []
-    for row in zip(*measures.values(), strict=True):
+    for nth, row in enumerate(zip(*measures.values(), strict=True)):
         cells: list[object] = [row[0].name, "share" if row[0].unit == "share" else row[0].unit]
         cells += [Markdown(f"{NONE} ({DENSE})") if m.note == DENSE else m.cells()[1] for m in row]
         if moe and dense:
             by_label = dict(zip(measures, row, strict=True))
             above, below = by_label[moe].value, by_label[dense].value
-            cells.append(Markdown(NONE if row[0].name in skip else times(above, below)))
+            cells.append(Markdown(NONE if nth in skip else times(above, below)))
         rows.append(cells)
     rows.append(["tokens scored by both arms", "token", *[count(pair.get("n_tokens")) for pair in pairs.values()]])
     rows.append(["prompts (unit of resampling)", "prompt", *[count(pair.get("n_prompts")) for pair in pairs.values()]])
@@ -273,10 +271,9 @@ def _side_by_side(pairs: Mapping[str, Summary], frames: Mapping[str, Frames]) ->
     return tables.table(header, rows, right=range(2, len(header)))
 
 
-def _interval_table(pairs: Mapping[str, Summary], frames: Mapping[str, Frames]) -> Markdown:
-    measures = {label: _measures(pair, frames.get(label, {})) for label, pair in pairs.items()}
+def _interval_table(measures: Mapping[str, list[Measured]]) -> Markdown:
     rows = [[row[0].name, *[m.cells()[2] for m in row]] for row in zip(*measures.values(), strict=True)]
-    return tables.table(["95 % interval", *pairs], rows, right=range(1, len(pairs) + 1))
+    return tables.table(["95 % interval", *measures], rows, right=range(1, len(measures) + 1))
 
 
 def _reference_table() -> Markdown:

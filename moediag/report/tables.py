@@ -19,6 +19,9 @@ from moediag.figures.numbers import NONE, count, is_number, percent, sig
 MAX_TEXT: Final = 300
 """User text longer than this is cut: a report is no place for a pasted prompt."""
 
+_UNSEEN: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories that can make a page lie, or cannot be written: control, direction, half characters."""
+
 _ACTIVE: Final = re.compile(r"([\\`*_\[\]#|~$!@{}])")
 
 
@@ -30,7 +33,7 @@ class Markdown(str):
 
 def one_line(text: object) -> str:
     """Text as one line without control and direction characters (they can make a page lie), cut if long."""
-    kept = (c if unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp") else " " for c in str(text))
+    kept = (" " if unicodedata.category(c) in _UNSEEN else c for c in str(text))
     line = " ".join("".join(kept).split())
     return line if len(line) <= MAX_TEXT else line[: MAX_TEXT - 1] + "…"
 
@@ -57,10 +60,23 @@ def code(text: object) -> Markdown:
     line = one_line(text)
     if not line:
         return Markdown(NONE)
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    fence = _fence(line)
     pad = " " if line.startswith("`") or line.endswith("`") else ""
     # A pipe ends a table cell even inside a code span; GitHub takes the backslash off again.
     return Markdown(f"{fence}{pad}{line}{pad}{fence}".replace("|", r"\|"))
+
+
+def shell_block(commands: Iterable[str]) -> Markdown:
+    """Commands to copy, whole: one that is cut or re-spaced would be another command."""
+    kept = ("".join("?" if unicodedata.category(c) in _UNSEEN else c for c in line) for line in commands)
+    body = "\n".join(kept)
+    fence = _fence(body, 3)
+    return Markdown(f"{fence}sh\n{body}\n{fence}")
+
+
+def _fence(text: str, least: int = 1) -> str:
+    """Backticks that no run of them in ``text`` can close."""
+    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = ()) -> Markdown:

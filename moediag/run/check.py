@@ -5,7 +5,7 @@ Returns findings, not an exception at the first one, so that an engineer sees al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,14 +30,17 @@ class Finding:
         return f"{self.level}: {self.rule}: {self.where}: {self.message}"
 
 
-def check_run(run: Run) -> list[Finding]:
-    """Check every committed shard of every arm; an empty list means nothing to say.
+def check_run(run: Run, arms: Sequence[str] | None = None) -> list[Finding]:
+    """Check every committed shard of the arms; an empty list means nothing to say.
 
-    Missing shards are errors as well: a partial run is not analysed.
+    Missing shards are errors as well: a partial arm is not analysed.
+
+    Args:
+        arms: the arms to check; None = all.
     """
     findings = _check_prompts(run)
     findings += [finding for shard in run.shards for finding in _check_tokens(run, shard)]
-    for arm in run.arms():
+    for arm in run.arms() if arms is None else arms:
         findings += _check_arm(run, arm)
     if not run.arms():
         findings.append(Finding("error", "no-arm", str(run.path), "no arm has been captured"))

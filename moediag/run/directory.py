@@ -18,8 +18,6 @@ Invariants:
 from __future__ import annotations
 
 import fcntl
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ from moediag.errors import (
     RunError,
     SchemaVersionError,
 )
-from moediag.notation import SCHEMA_VERSION, minuend_first, pair_name
+from moediag.notation import INFER, SCHEMA_VERSION, minuend_first, pair_name
 from moediag.run import codec
 from moediag.run.align import Pair, PairBlock, align
 from moediag.run.capture import Capture, TokenRows
@@ -76,14 +74,8 @@ class Shard:
         return range(self.first_sequence, self.first_sequence + self.n_sequences)
 
 
-def split_into_shards(n_sequences: int, shard_size: int) -> list[Shard]:
-    """Shards of ``shard_size`` whole sequences; the last may be smaller."""
-    starts = range(0, n_sequences, shard_size)
-    return [Shard(i, start, min(shard_size, n_sequences - start)) for i, start in enumerate(starts)]
-
-
 class Run:
-    """A run directory that exists; :func:`open_run` and :func:`create_run` give one."""
+    """A run directory that exists; :func:`open_run` gives one."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -137,11 +129,11 @@ class Run:
 
     def has_tokens(self, shard: Shard) -> bool:
         """True when the shard's token table is committed."""
-        return self._sidecar("tokens", shard).exists()
+        return self._is_committed("tokens", shard, ".parquet")
 
     def has_capture(self, arm: str, shard: Shard) -> bool:
         """True when the arm's arrays for the shard, and its tokens, are committed."""
-        return self._sidecar(f"arms/{arm}", shard).exists() and self.has_tokens(shard)
+        return self._is_committed(f"arms/{arm}", shard, ".safetensors") and self.has_tokens(shard)
 
     def missing_shards(self, arm: str) -> list[Shard]:
         """Shards the arm has still to capture, in order."""
@@ -236,18 +228,23 @@ class Run:
         )
 
     def begin_arm(self, name: str, record: dict[str, Any]) -> None:
-        """Write arm.json, or check that the arm begun before has the same configuration.
+        """Write arm.json, or check that the arm begun before was made the same way.
+
+        Args:
+            record: ``configuration``, and what the engine says of itself (versions, dtypes, kernels) where one has
+                been started: an arm is never filled by two versions.
 
         Raises:
-            RunConflictError: it has another one.
+            RunConflictError: it was made another way.
         """
         folder = self._arm_folder(name)
         if (folder / "arm.json").exists():
-            refuse_other_configuration(
-                self.arm(name)["configuration"], record["configuration"], f"arm {name} of {self.path}"
-            )
+            there = self.arm(name)
+            for part in ("configuration", "versions", "loaded"):
+                if part in record:
+                    refuse_other_configuration(there[part], record[part], f"arm {name} of {self.path}")
             return
-        _make_folder(folder)
+        make_folder(folder)
         write_sealed(folder / "arm.json", {"kind": "moediag arm", "arm": name, **record})
 
     def write_tokens(self, shard: Shard, tokens: TokenRows) -> None:
@@ -272,18 +269,23 @@ class Run:
             RunError: another process holds it. A kill releases it.
         """
         folder = self._arm_folder(arm)
-        _make_folder(folder)
+        make_folder(folder)
         with (folder / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"another process is capturing arm {arm} of {self.path}; wait for it") from None
-            for written in (folder, self.path, self.path / "tokens"):
-                remove_leftovers(written)
+            remove_leftovers(folder)
+            if arm == INFER:  # only the infer arm writes tokens: another arm must not touch what it is writing
+                remove_leftovers(self.path / "tokens")
             yield
 
     def _arm_folder(self, arm: str) -> Path:
         return self.path / "arms" / arm
+
+    def _is_committed(self, folder: str, shard: Shard, suffix: str) -> bool:
+        sidecar = self._sidecar(folder, shard)
+        return sidecar.exists() and sidecar.with_suffix(suffix).exists()
 
     def _sidecar(self, folder: str, shard: Shard) -> Path:
         return self.path / folder / f"{shard.stem}.json"
@@ -324,36 +326,6 @@ def open_run(path: str | Path) -> Run:
     return Run(folder, manifest)
 
 
-def create_run(path: Path, manifest: dict[str, Any], prompts: bytes, force: bool = False) -> Run:
-    """Create a run directory, or open the one of the same configuration that is there.
-
-    Args:
-        manifest: ``configuration``, ``model``, ``sampling``, ``prompts``, ``shards``, ``completions``.
-        prompts: content of the prompts file.
-        force: start anew: remove the run that is there first.
-
-    Raises:
-        RunConflictError: the folder holds a run of another configuration.
-        RunError: the folder holds something that is not a run.
-    """
-    if (path / MANIFEST).exists() and not force:
-        run = open_run(path)
-        refuse_other_configuration(run.configuration, manifest["configuration"], str(path))
-        return run
-    _refuse_foreign_folder(path)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
-    for leftover in [*path.parent.glob(f".{path.name}.*.new")]:
-        shutil.rmtree(leftover)
-    _make_folder(fresh)
-    write_atomic(fresh / PROMPTS, prompts)
-    manifest = {**manifest, "prompts": {**manifest["prompts"], "data_sha256": sha256_bytes(prompts)}}
-    write_sealed(fresh / MANIFEST, {"kind": KIND, "schema_version": SCHEMA_VERSION, **manifest})
-    if path.exists():
-        shutil.rmtree(path)
-    fresh.replace(path)  # the folder appears whole: a kill leaves no half-made run behind
-    return open_run(path)
-
-
 def refuse_other_configuration(there: dict[str, Any], asked: dict[str, Any], where: str) -> None:
     """Raise unless the two configurations are the same.
 
@@ -385,17 +357,12 @@ def tokens_sha256(tokens: TokenRows) -> str:
     return sha256_bytes(b"".join(np.ascontiguousarray(column, dtype="<i8").tobytes() for column in columns))
 
 
-def _refuse_foreign_folder(path: Path) -> None:
-    """Only a run, or nothing, may stand where a run is made."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise RunError(f"{path} is a file; give -o a folder")
-    if any(path.iterdir()) and not (path / MANIFEST).exists():
-        raise RunError(f"{path} is not empty and holds no {MANIFEST}; give -o a new folder")
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents.
 
-
-def _make_folder(path: Path) -> None:
+    Raises:
+        MoediagError: it cannot be made.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,10 +14,11 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-from moediag.errors import CorruptRunError, DiskFullError, RunError
+from moediag.errors import CorruptRunError, DiskFullError, MoediagError, RunError
 
 _SEAL = "sha256"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -44,7 +45,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise write_error(error, path, len(data)) from error
 
 
-def write_error(error: OSError, path: Path, n_bytes: int = 0) -> Exception:
+def write_error(error: OSError, path: Path, n_bytes: int = 0) -> MoediagError:
     """The moediag error for a failed write to ``path``."""
     if error.errno in _NO_SPACE:
         size = f" ({n_bytes:,} bytes)" if n_bytes else ""
@@ -56,9 +57,11 @@ def write_error(error: OSError, path: Path, n_bytes: int = 0) -> Exception:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that a killed writer left in ``folder``."""
+    """Remove what a killed writer left in ``folder``; call it only under the lock of those who write there."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
+    for leftover in folder.glob(".rows-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -93,14 +96,21 @@ def read_sealed(path: Path) -> dict[str, Any]:
         content = json.loads(text)
     except FileNotFoundError:
         raise CorruptRunError(f"{path} is missing; capture it again or point to a moediag run directory") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptRunError(f"{path} is not readable JSON ({error}); restore it or capture again") from None
     if not isinstance(content, dict):
         raise CorruptRunError(f"{path} should hold a JSON object, found {type(content).__name__}; restore it")
-    body = {key: value for key, value in content.items() if key != _SEAL}
-    if content.get(_SEAL) != digest_of(body) or text != canonical_json(content):
+    if not _is_sealed(content, text):
         raise CorruptRunError(f"{path} was changed after it was written (sha256 differs); restore it or capture again")
     return content
+
+
+def _is_sealed(content: dict[str, Any], text: str) -> bool:
+    body = {key: value for key, value in content.items() if key != _SEAL}
+    try:
+        return content.get(_SEAL) == digest_of(body) and text == canonical_json(content)
+    except ValueError:  # NaN or a lone surrogate: nothing that was ever written
+        return False
 
 
 def read_checked(path: Path, sha256: str) -> bytes:
