@@ -198,7 +198,7 @@ def compare_runs(paths: Sequence[Path], output: Path, training_window: int | Non
     )
     command = _command("compare", *paths, "-o", output, *_window_option(training_window))
     write_atomic(output / "report.md", comparison_report(summary, frames, figures, regenerate=(command,)).encode())
-    return read_sealed(output / "summary.json")
+    return {**read_sealed(output / "summary.json"), "runs": summaries}  # in the order asked for: JSON sorts by label
 
 
 def _further_arms(run: Run) -> list[str]:
@@ -281,8 +281,8 @@ def _replay_summary(analyses: Sequence[PairAnalysis]) -> dict[str, Any] | None:
     diff_T, replay_diff_T = (np.abs(logp_diff(tokens[pair])) for pair in (MAIN_PAIR, REPLAY_PAIR))
     is_scored_T = np.isfinite(diff_T) & np.isfinite(replay_diff_T)
     prompt_T = tokens[MAIN_PAIR]["prompt_id"].to_numpy()[is_scored_T]
-    sums = (cluster_sums(values_T[is_scored_T], prompt_T) for values_T in (replay_diff_T, diff_T))
-    kept = ratio_mean_interval(*sums, kind="positive").one()
+    with_C, without_C = (cluster_sums(values_T[is_scored_T], prompt_T) for values_T in (replay_diff_T, diff_T))
+    kept = ratio_mean_interval(with_C, without_C, kind="positive").one()
     bounds = [1 - kept.high, 1 - kept.low]
     return {
         "removed_share": 1 - kept.value if math.isfinite(kept.value) else None,

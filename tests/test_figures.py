@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from matplotlib.text import Text
 from synthetic_frames import empty_frame, make_run
 
 from moediag.analysis import declarations as declared
+from moediag.errors import DiskFullError, RunError
 from moediag.figures import (
     draw_comparison_figures,
     draw_run_figures,
@@ -224,18 +226,28 @@ def test_files_are_deterministic_whole_and_text_stays_text(moe, tmp_path):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["x.png", "x.svg"]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rest(moe, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_file_and_no_rest(moe, tmp_path, monkeypatch):
+    """A disk that fills up while figures are written ended in a traceback."""
     figure = plot_agreement_by_depth({"moe": moe["agreement_by_layer"]})
     (tmp_path / "x.png").write_bytes(b"old")
 
-    def fail(stream, **_):
-        stream.write(b"half")
-        raise OSError("disk full")
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(figure, "savefig", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("moediag.run.files.os.fsync", full)
+    with pytest.raises(DiskFullError, match="no space to write"):
         save_figure(figure, tmp_path, "x")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x.png", b"old")]
+
+
+def test_a_file_where_the_folder_should_be_is_a_clear_refusal(moe, tmp_path):
+    """figures being a file, or a part of its path, ended in a traceback."""
+    (tmp_path / "figures").write_text("mine")
+    figure = plot_agreement_by_depth({"moe": moe["agreement_by_layer"]})
+    for folder in (tmp_path / "figures", tmp_path / "figures" / "deeper"):
+        with pytest.raises(RunError, match="cannot write"):
+            save_figure(figure, folder, "x")
+    assert (tmp_path / "figures").read_text() == "mine"
 
 
 def test_comparison_writes_every_figure(moe, dense, tmp_path):

@@ -97,7 +97,8 @@ def test_sections_of_a_moe_run(page, moe):
 
 def test_metrics_come_from_the_summary_when_the_frame_is_missing(moe):
     text = run_report(make_summary(moe), {}, [])
-    assert rows(text, "abs logp diff, mean") == rows(run_report(make_summary(moe), moe, []), "abs logp diff, mean")
+    with_frame = rows(run_report(make_summary(moe), moe, []), "abs logp diff, mean")[0]
+    assert rows(text, "abs logp diff, mean")[0] == [*with_frame[:-1], "–"], "only the frame knows the good end"
     assert "![" not in text
 
 
@@ -152,6 +153,82 @@ def test_truncated_sampling_is_said_beside_the_estimators(moe):
     assert "Sampled with top\\_p 0.9: k1 and k3 are not unbiased here" in run_report(summary, moe, [])
 
 
+def test_the_good_end_is_the_frames(moe):
+    """The report kept a list of its own of which end is good, beside the frame's column."""
+    metrics = moe["logp_metrics"].assign(direction=lambda f: f["metric"].map("{} end".format))
+    text = run_report(make_summary(moe), {**moe, "logp_metrics": metrics}, [])
+    assert rows(text, "mean ratio train / infer")[0][-1] == "mean\\_ratio end"
+
+
+def test_given_completions_are_forced_text_and_not_asked_for_a_ratio_of_one(moe):
+    """Completions given by the user were judged like sampled ones: "check the semantics first", and k3 called a KL."""
+    metrics = moe["logp_metrics"].copy()
+    metrics.loc[metrics["metric"] == "mean_ratio", ["value", "ci_low", "ci_high"]] = [1.04, 1.03, 1.05]
+    summary = make_summary(moe)
+    summary["sampling"]["given_completions"] = True
+    text = run_report(summary, {**moe, "logp_metrics": metrics}, [])
+    assert "check the semantics first" not in text
+    assert "The mean ratio is 1.0400 (1.03 to 1.05); it need not be 1 here (forced text)." in text
+    assert len(rows(text, "k3 statistic (forced text: no KL)")) == 2
+    assert "KL(infer‖train), k3" not in text
+    assert "The completions were given, not sampled by infer" in text
+
+
+@pytest.mark.parametrize("bent", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}])
+def test_bent_sampling_gives_no_kl_and_no_verdict_from_the_ratio(moe, bent):
+    """Truncated sampling had its caution, and above it a verdict that asked for a mean ratio of 1."""
+    metrics = moe["logp_metrics"].copy()
+    metrics.loc[metrics["metric"] == "mean_ratio", ["value", "ci_low", "ci_high"]] = [1.04, 1.03, 1.05]
+    summary = make_summary(moe)
+    summary["sampling"].update(bent)
+    text = run_report(summary, {**moe, "logp_metrics": metrics}, [])
+    assert "check the semantics first" not in text
+    assert rows(text, "k3 statistic (sampling not neutral: no KL)")
+
+
+@pytest.mark.parametrize("off", [0, -1, None])
+def test_top_k_off_is_neutral_in_both_spellings(moe, off):
+    summary = make_summary(moe)
+    summary["sampling"]["top_k"] = off
+    assert "not neutral" not in run_report(summary, moe, [])
+
+
+def replayed(moe, removed=0.41, **replay):
+    summary = make_summary(moe)
+    plain_pair = summary["pairs"]["infer~train"]
+    forced = make_summary(make_run(n_tokens=2048, scale=0.5))["pairs"]["infer~train"]
+    forced["routing"] = {**plain_pair["routing"], "flip_rate": 0.0, "flip_rate_ci": [0.0, 0.056]}
+    summary["pairs"]["infer~train-replay"] = forced
+    summary["arms"]["train-replay"] = {"replay": {"source": "infer", **replay}}
+    summary["routing_replay"] = {"removed_share": removed, "removed_share_ci": [removed - 0.05, removed + 0.05],
+                                 "n_tokens": 2048, "n_prompts": 64, "note": ""}  # fmt: skip
+    return summary
+
+
+def test_routing_replay_stands_beside_the_plain_pair(moe):
+    """A captured replay arm was analysed and then shown nowhere."""
+    summary = replayed(moe)
+    text = run_report(summary, moe, []).split("## Routing replay")[1].split("\n## ")[0]
+    assert "| number | unit | infer\\~train | 95 % | infer\\~train-replay | 95 % |" in text
+    for words in ("abs logp diff, mean", "abs logp diff, p99", "abs logp diff, max", "KL(infer‖train), k3",
+                  "F(2): tokens whose ratio or its inverse is above 2", "flip rate: expert set differs"):  # fmt: skip
+        assert len(rows(text, words)[0]) == 6
+    mean = rows(text, "abs logp diff, mean")[0]
+    for cell, pair in ((mean[2], "infer~train"), (mean[4], "infer~train-replay")):
+        assert float(cell) == pytest.approx(summary["pairs"][pair]["logp"]["abs_logp_diff"]["mean"], rel=0.01)
+    assert rows(text, "flip rate: expert set differs")[0][4] == "0 %"
+    share = "**At most this much of the mismatch is routing (R9): 41.00 %** of the mean abs logp diff"
+    assert f"{share} (95 %: 36.00 % to 46.00 %; 2,048 tokens of 64 prompts)" in text
+    assert "Infer's experts were forced on train in all MoE layers." in text
+    assert "## Routing replay" not in run_report(make_summary(moe), moe, [])
+
+
+def test_replay_says_what_was_forced_and_when_it_makes_things_worse(moe):
+    text = run_report(replayed(moe, removed=-0.2, first_layer=2, last_layer=None, weights=True), moe, [])
+    assert "Infer's experts and gate weights were forced on train in MoE layers 2 to the last only." in text
+    assert "It is negative: with infer's experts the arms differ more." in text
+
+
 def test_absent_values_are_a_dash_and_never_zero(moe):
     summary = make_summary(moe)
     pair = summary["pairs"]["infer~train"]
@@ -201,8 +278,7 @@ def test_table_keeps_its_columns_whatever_the_cells_hold():
 
 
 def test_pictures_are_linked_from_where_the_report_stands(moe):
-    text = run_report(make_summary(moe), moe, FIGURES, folder=Path("run/sub"))
-    assert "](../figures/figure1.png)" in text
+    assert "](figures/figure1.png)" in run_report(make_summary(moe), moe, FIGURES)
     spaced = run_report(make_summary(moe), moe, [Path("my run/figures here/figure1.png")])
     assert "](figures%20here/figure1.png)" in spaced
 
@@ -230,8 +306,31 @@ def test_comparison_has_runs_as_columns_and_their_ratio(moe, dense):
     assert float(cells[2]) == pytest.approx(mean[0], rel=0.01)
     assert rows(text, "flip rate: expert set differs")[0][3] == "– (dense)"
     assert "](figures/figure1.png)" in text
-    assert "Dense, so without routing: dense." in text
+    assert "dense is a dense model: it has no routing to compare." in text
     assert "That training will be stable" in text
+
+
+def test_a_comparison_says_on_the_page_what_makes_its_numbers_hard_to_compare(moe, dense):
+    """Sampling cautions and other prompts were said on the terminal, if at all, and not in the comparison's page."""
+    runs = {"moe": make_summary(moe), "dense": make_summary(dense)}
+    frames = {"moe": moe, "dense": dense}
+    fine = comparison_report({"schema_version": 1, "same_prompts": True, "runs": runs}, frames, [])
+    assert "Caution" not in fine
+    assert "different prompts" not in fine
+    runs["moe"]["sampling"]["temperature"] = 0.7
+    text = comparison_report({"schema_version": 1, "same_prompts": False, "runs": runs}, frames, [])
+    assert "**The runs were made from different prompts**" in text
+    assert "**Caution, moe.** Sampled with temperature 0.7" in text
+    assert "Caution, dense" not in text
+    assert rows(text, "k3 statistic (sampling not neutral in some runs: no KL)")
+
+
+def test_commands_stand_whole_and_cannot_leave_their_block(moe):
+    """Commands were cut at 300 characters, re-spaced, and their backticks changed: not what had been run."""
+    command = "moediag report '" + "a  b/" * 100 + "```\n# x'"
+    text = run_report(make_summary(moe), moe, [], regenerate=(command,))
+    assert f"````sh\n{command.replace(chr(10), '?')}\n````" in text
+    assert "<h1>x" not in html(text)
 
 
 def test_many_layers_are_folded():

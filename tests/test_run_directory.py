@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,61 @@ def test_the_sign_does_not_depend_on_the_order_asked(run: Run) -> None:
     one, other = run.pair("train", "infer"), run.pair("infer", "train")
     assert one.name == other.name == "infer~train"
     assert (one.minuend, one.subtrahend) == (other.minuend, other.subtrahend) == ("train", "infer")
+
+
+def test_only_dead_attempts_at_this_very_run_are_removed(tmp_path: Path) -> None:
+    """Any folder called .run.*.new used to be removed, a user's own and a living process's included."""
+    others = [".run.notes.new", ".run.b.123.new", f".run.{os.getppid()}.new"]
+    for name in (*others, ".run.4194303.new"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".run.7.new").write_text("a file")
+    create_run(tmp_path / "run", manifest(), b"prompts")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"run", ".run.notes.new", ".run.b.123.new", f".run.{os.getppid()}.new", ".run.7.new"}
+
+
+def test_following_the_advice_for_a_damaged_shard_repairs_the_run(run: Run) -> None:
+    """Deleting a damaged data file used to leave its sidecar, and the shard counted as captured."""
+    path = run.path / "arms/train/shard-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CorruptRunError, match="delete it and run the same capture again"):
+        run.capture("train", run.shards[1])
+    path.unlink()
+    assert [shard.index for shard in run.missing_shards("train")] == [1]
+
+
+def test_an_arm_is_not_filled_by_two_versions(run: Run) -> None:
+    """Resuming with another engine version used to be accepted under the old version's name."""
+    run.begin_arm("train-replay", {"configuration": {}, "versions": {"torch": "2.13.0"}, "loaded": {}})
+    with pytest.raises(RunConflictError, match="torch"):
+        run.begin_arm("train-replay", {"configuration": {}, "versions": {"torch": "2.12.0"}, "loaded": {}})
+
+
+def test_one_arms_writer_leaves_the_tokens_of_another_alone(run: Run) -> None:
+    """A train writer used to clean up the temporary token table of a living infer writer."""
+    (run.path / "tokens" / ".shard-00000.parquet.1.tmp").write_bytes(b"being written")
+    rows = run.path / "arms" / "infer" / ".rows-abc"
+    rows.mkdir()
+    with run.writing("train"):
+        assert (run.path / "tokens" / ".shard-00000.parquet.1.tmp").exists()
+    with run.writing("infer"):
+        assert not (run.path / "tokens" / ".shard-00000.parquet.1.tmp").exists()
+        assert not rows.exists()
+
+
+def test_a_manifest_of_values_that_are_no_json_is_refused(run: Run) -> None:
+    """NaN and lone surrogates in run.json used to escape as ValueError and UnicodeEncodeError."""
+    for text in ('{"a": NaN}', '{"a": "\\ud800"}', '{"a": ' + "9" * 5000 + "}", "[" * 100_000):
+        (run.path / "run.json").write_text(text)
+        with pytest.raises(CorruptRunError):
+            open_run(run.path)
+
+
+def test_the_current_folder_itself_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`-o .` used to end in a traceback: the folder is replaced as a whole, which the current one cannot be."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="the current folder"):
+        create_run(Path(), manifest(), b"prompts")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def command(
     prompts: o.OptionalPrompts = None,
     limit: o.Limit = None,
     revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     dtype: o.Dtype = o.ModelDtype.auto,
     temperature: o.Temperature = 1.0,
     top_p: o.TopP = 1.0,
@@ -68,17 +69,20 @@ def command(
     jobs.require((arm.value,))
     if prompts is not None:
         sampling = jobs.Sampling(temperature, top_p, top_k, min_p, max_tokens, n, seed, ignore_eos)
-        plan = jobs.plan(ckpt, revision, prompts, limit, sampling, router_logits.value, shard_size, max_model_len)
+        plan = jobs.plan(
+            ckpt, revision, prompts, limit, sampling, router_logits.value, shard_size, max_model_len, trust_remote_code
+        )
         jobs.announce(plan, output, (arm.value,), dtype.value)
         run, checkpoint, needed_length = plan.create(output, force), plan.checkpoint, plan.max_model_len
     else:
         _refuse_without_effect(context)
-        run, checkpoint, needed_length = jobs.join(output, ckpt, revision, max_model_len)
+        run, checkpoint, needed_length = jobs.join(output, ckpt, revision, max_model_len, trust_remote_code)
         seed = int(run.manifest["sampling"]["seed"])
     if arm is Arm.infer:
         options = jobs.infer_options(
             o.parse_vllm_options(vllm_option),
             dtype=dtype.value,
+            trust_remote_code=trust_remote_code or None,
             max_model_len=needed_length,
             seed=seed,
             tensor_parallel_size=tensor_parallel_size,
@@ -89,6 +93,7 @@ def command(
     else:
         options = jobs.train_options(
             dtype=dtype.value,
+            trust_remote_code=trust_remote_code or None,
             attn_implementation=attn_implementation,
             experts_implementation=experts_implementation,
             device_map=device_map,

@@ -54,16 +54,18 @@ def plan(
     router_logits: str,
     shard_size: int,
     max_model_len: int | None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Look at the checkpoint and the prompts; refuses what cannot be done before anything starts."""
     return make_plan(
-        open_checkpoint(ckpt, revision),
+        open_checkpoint(ckpt, revision, trust_remote_code),
         prompts,
         sampling,
         limit=limit,
         router_logits=router_logits,
         shard_size=shard_size,
         max_model_len=max_model_len,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -102,7 +104,9 @@ def _refuse_full_disk(output: Path, n_bytes: int) -> None:
         )
 
 
-def join(output: Path, ckpt: str, revision: str | None, max_model_len: int | None) -> tuple[Run, Checkpoint, int]:
+def join(
+    output: Path, ckpt: str, revision: str | None, max_model_len: int | None, trust_remote_code: bool
+) -> tuple[Run, Checkpoint, int]:
     """An arm for a run that exists: the same weights, wherever they lie on this machine.
 
     Returns:
@@ -111,7 +115,7 @@ def join(output: Path, ckpt: str, revision: str | None, max_model_len: int | Non
     Raises:
         RunConflictError: the checkpoint is not the one the run was made with.
     """
-    run, checkpoint = open_run(output), open_checkpoint(ckpt, revision)
+    run, checkpoint = open_run(output), open_checkpoint(ckpt, revision, trust_remote_code)
     there = {key: run.configuration.get(key) for key in checkpoint.digests}
     refuse_other_configuration(there, checkpoint.digests, str(output))
     return run, checkpoint, max_model_len or needed_length(run, checkpoint)

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from moediag.cli import analyze, capture, compare, demo, env, profile, report, schema, validate
+from moediag.cli import analyze, capture, compare, demo, env, inspect, profile, report, schema, validate
 from moediag.errors import MoediagError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, profile, capture, analyze, compare, report, validate, schema, env):
+for module in (demo, profile, capture, analyze, compare, report, validate, inspect, schema, env):
     app.command(module.NAME)(module.command)
 
 

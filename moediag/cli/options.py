@@ -44,6 +44,10 @@ OptionalPrompts = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.")]
 Revision = Annotated[str | None, typer.Option(help="Hub revision (branch, tag or commit).")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the checkpoint's own code; needs a pinned --revision or a folder."),
+]
 Dtype = Annotated[ModelDtype, typer.Option(help="Model dtype in both engines; auto = as the checkpoint is stored.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; KL estimators need 1.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; KL estimators need 1.")]

@@ -13,6 +13,7 @@ def command(
     output: o.Output,
     limit: o.Limit = None,
     revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     dtype: o.Dtype = o.ModelDtype.auto,
     temperature: o.Temperature = 1.0,
     top_p: o.TopP = 1.0,
@@ -42,10 +43,13 @@ def command(
 
     jobs.require(("infer", "train"))
     sampling = jobs.Sampling(temperature, top_p, top_k, min_p, max_tokens, n, seed, ignore_eos)
-    plan = jobs.plan(ckpt, revision, prompts, limit, sampling, router_logits.value, shard_size, max_model_len)
+    plan = jobs.plan(
+        ckpt, revision, prompts, limit, sampling, router_logits.value, shard_size, max_model_len, trust_remote_code
+    )
     infer = jobs.infer_options(
         o.parse_vllm_options(vllm_option),
         dtype=dtype.value,
+        trust_remote_code=trust_remote_code or None,
         max_model_len=plan.max_model_len,
         seed=seed,
         tensor_parallel_size=tensor_parallel_size,
@@ -55,6 +59,7 @@ def command(
     )
     train = jobs.train_options(
         dtype=dtype.value,
+        trust_remote_code=trust_remote_code or None,
         attn_implementation=attn_implementation,
         experts_implementation=experts_implementation,
         device_map=device_map,

@@ -77,7 +77,11 @@ def _profile(checkpoint: Path, prompts: Path, output: Path, force: bool) -> None
     infer = jobs.infer_options(
         {}, dtype="bfloat16", max_model_len=plan.max_model_len, seed=sampling.seed, tensor_parallel_size=1
     )
-    jobs.announce(plan, output, ("infer", "train"), "bfloat16")
+    train = jobs.train_options(dtype="bfloat16")
+    arms = {"infer": infer, "train": train}
+    if plan.checkpoint.routing:
+        arms["train-replay"] = train  # how much of the mismatch is routing?
+    jobs.announce(plan, output, tuple(arms), "bfloat16")
     run = plan.create(output, force)
-    jobs.capture(run, plan.checkpoint, {"infer": infer, "train": jobs.train_options(dtype="bfloat16")})
+    jobs.capture(run, plan.checkpoint, arms, {"source": "infer"} if plan.checkpoint.routing else None)
     jobs.finish(run, MOE.window)

@@ -6,16 +6,17 @@ from typing import Any
 
 from moediag.cli.console import say
 from moediag.notation import INFER, TRAIN, pair_name
+from moediag.report.headline import text_origin
 
 _MAIN_PAIR = pair_name(TRAIN, INFER)
-
+_K3 = "k3 of KL(infer || train)"
 _HEADLINES = (
     ("response tokens compared", "token", "n_tokens"),
     ("prompts", "prompt", "n_prompts"),
     ("mean abs logp diff", "nat", "logp.abs_logp_diff.mean"),
     ("  p99", "nat", "logp.abs_logp_diff.p99"),
     ("  max", "nat", "logp.abs_logp_diff.max"),
-    ("k3 of KL(infer || train)", "nat", "logp.kl_infer_train_k3"),
+    (_K3, "nat", "logp.kl_infer_train_k3"),
     ("share with ratio beyond 2x", "1", "logp.extreme_share_2"),
     ("flip rate (token, layer)", "1", "routing.flip_rate"),
     ("tokens with any flip", "1", "routing.any_layer_share"),
@@ -29,7 +30,9 @@ def show_table(summaries: dict[str, dict[str, Any]]) -> None:
         for label, summary in summaries.items()
         for name, pair in summary["pairs"].items()
     }
-    rows = [_row(name, unit, path, pairs) for name, unit, path in _HEADLINES]
+    origins = sorted({text_origin(summary) for summary in summaries.values()} - {""})
+    names = {_K3: f"k3 statistic ({' or '.join(origins)}: no KL)"} if origins else {}
+    rows = [_row(names.get(name, name), unit, path, pairs) for name, unit, path in _HEADLINES]
     header = [_MAIN_PAIR, *pairs, "unit"]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:

@@ -107,7 +107,10 @@ def _finish(jobs: list[Future[None]]) -> None:
 
 
 def _build_one(recipe: Recipe, corpus: str, folder: Path, report: Progress) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     model = train(recipe, corpus, lambda step, n_steps, loss: report(recipe.name, step, n_steps, loss))
+    disable_progress_bar()  # transformers draws one for saving, across ours
     model.save_pretrained(folder)
     byte_tokenizer(MAX_LENGTH).save_pretrained(folder)
 

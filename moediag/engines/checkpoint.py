@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from moediag.engines.routers import RouterSpec, router_spec, text_config
 from moediag.errors import CheckpointError
 from moediag.run.files import digest_of
 
+_COMMIT = re.compile("[0-9a-f]{40}")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
 _TOKENIZER_DIGESTED = (*_TOKENIZER_FILES, "merges.txt", "tokenizer_config.json", "chat_template.jinja")
 
@@ -88,13 +90,18 @@ class Checkpoint:
         }
 
 
-def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
     """Look at a checkpoint folder, or at a hub snapshot that is at hand or can be downloaded.
 
     Raises:
         CheckpointError: no such folder, no config, no weights, no tokenizer, or an unsupported router.
     """
     path = Path(name)
+    if trust_remote_code and not path.exists() and not _COMMIT.fullmatch(revision or ""):
+        raise CheckpointError(
+            f"--trust-remote-code runs what {name} holds at that moment: pin it with --revision and the full commit "
+            "hash, or give a local folder you have read"
+        )
     if not path.exists():
         path = _hub_snapshot(name, revision)
     config = _read_config(path)

@@ -173,6 +173,9 @@ def load_model(checkpoint: str, options: dict[str, Any]) -> Any:
     """Load a causal language model for scoring, on the GPU where there is one."""
     from transformers import AutoModelForCausalLM
 
+    from moediag.engines import bailing
+
+    bailing.register()
     options = dict(options)
     if "device_map" not in options and torch.cuda.is_available():
         options["device_map"] = "cuda"

