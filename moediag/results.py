@@ -258,7 +258,9 @@ def _window_option(training_window: int | None) -> list[object]:
 def _arm_facts(run: Run, arm: str) -> dict[str, Any]:
     record = run.arm(arm)
     keys = ("engine", "versions", "path", "dtype", "loaded", "seeding", "environment", "replay")
-    return {key: record.get(key) for key in keys}
+    # vLLM's router dtypes are known only once a step has run: they stand beside the first shard
+    dtypes = record.get("router_dtypes") or run.capture_sidecar(arm, run.shards[0]).get("router_dtypes")
+    return {**{key: record.get(key) for key in keys}, "router_dtypes": dtypes}
 
 
 def _captures_digest(run: Run) -> dict[str, str]:

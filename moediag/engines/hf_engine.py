@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moediag.engines.assemble import capture_of
 from moediag.engines.channel import Reporter
 from moediag.engines.fill import OnDone, fill_missing_shards
-from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps, find_blocks
+from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps, find_blocks, stage_dtypes
 from moediag.engines.launch import TRAIN_ENVIRONMENT
 from moediag.engines.routers import RouterSpec
 from moediag.engines.versions import installed, require_train_engine
@@ -133,6 +133,9 @@ class TrainEngine:
                 "n_threads": torch.get_num_threads(),
                 "tf32": torch.backends.cuda.matmul.allow_tf32,
             },
+            "router_dtypes": stage_dtypes(find_blocks(self.model)[0], self.spec, self.model.dtype)
+            if self.spec
+            else None,
             "observer": "forward hooks on routers and experts" if self.spec else "none needed",
             "environment": {name: os.environ.get(name, "") for name in ("OMP_NUM_THREADS", *TRAIN_ENVIRONMENT)},
         }

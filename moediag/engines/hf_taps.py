@@ -220,6 +220,35 @@ def route_recorded(block: Block, logits_NE: torch.Tensor, spec: RouterSpec) -> t
     return torch.topk(output[0], spec.top_k, dim=-1).indices if ids is None else ids
 
 
+class _TopKInput(TorchFunctionMode):
+    """Notes the dtype of what the last TopK over E compares."""
+
+    def __init__(self, n_experts: int) -> None:
+        super().__init__()
+        self.n_experts = n_experts
+        self.dtype: torch.dtype | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.topk, torch.Tensor.topk) and args[0].shape[-1] == self.n_experts:
+            self.dtype = args[0].dtype
+        return func(*args, **(kwargs or {}))
+
+
+def stage_dtypes(block: Block, spec: RouterSpec, hidden_dtype: torch.dtype) -> dict[str, str]:
+    """Dtypes of the router at its four stages: weight, matmul (logits), score (TopK's input), gate.
+
+    Seen by running the router alone on a few rows of zeros.
+    """
+    weight = _weight(block.gate)
+    hidden = torch.zeros(3, weight.shape[1], dtype=hidden_dtype, device=weight.device)
+    with torch.inference_mode(), _TopKInput(spec.n_experts) as spy:
+        outputs = [part for part in block.gate(hidden) if part.is_floating_point()]
+    logits = next(part for part in outputs if part.shape[-1] == spec.n_experts)
+    gate = next(part for part in outputs if part is not logits)
+    stages = {"weight": weight.dtype, "matmul": logits.dtype, "score": spy.dtype, "gate": gate.dtype}
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in stages.items()}
+
+
 def _weight(gate: torch.nn.Module) -> torch.Tensor:
     weight = gate.weight
     assert isinstance(weight, torch.Tensor)

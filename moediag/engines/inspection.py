@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch.overrides import TorchFunctionMode
 
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
-from moediag.engines.hf_taps import Block, find_blocks
-from moediag.engines.routers import RouterSpec
+from moediag.engines.hf_taps import find_blocks, stage_dtypes
 
 _ROUTER_TENSOR = re.compile(
     r"layers\.(\d+)\..*\b(?:gate|router)(?:\.layer)?\.(weight|bias|e_score_correction_bias|expert_bias)$"
@@ -100,38 +98,15 @@ def _generation_config(path: Path) -> dict[str, Any]:
         return {}
 
 
-class _TopKInput(TorchFunctionMode):
-    """Notes the dtype of what the last TopK over E compares."""
-
-    def __init__(self, spec: RouterSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.dtype: torch.dtype | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.topk, torch.Tensor.topk) and args[0].shape[-1] == self.spec.n_experts:
-            self.dtype = args[0].dtype
-        return func(*args, **(kwargs or {}))
-
-
 def _router_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Dtypes of transformers' router at its four stages: weight, matmul (logits), score (TopK's input), gate."""
+    """Stage dtypes of transformers' router, from a model without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from moediag.engines import bailing
 
     assert checkpoint.routing is not None
     bailing.register()
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    dtype = getattr(torch, checkpoint.stored_dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, checkpoint.stored_dtype))
-    block: Block = find_blocks(model)[0]
-    weight = block.gate.weight
-    assert isinstance(weight, torch.Tensor)
-    hidden = torch.zeros(3, weight.shape[1], dtype=getattr(torch, checkpoint.stored_dtype), device="meta")
-    with torch.inference_mode(), _TopKInput(checkpoint.routing) as spy:
-        outputs = [part for part in block.gate(hidden) if part.is_floating_point()]
-    logits = next(part for part in outputs if part.shape[-1] == checkpoint.routing.n_experts)
-    gates = [part for part in outputs if part is not logits]
-    stages = {"weight": weight.dtype, "matmul": logits.dtype, "score": spy.dtype, "gate": gates[0].dtype}
-    return {name: str(dtype).removeprefix("torch.") for name, dtype in stages.items()}
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path), dtype=dtype)
+    return stage_dtypes(find_blocks(model)[0], checkpoint.routing, dtype)

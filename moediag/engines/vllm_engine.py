@@ -126,7 +126,7 @@ class InferEngine:
         logp_T = _logps(tokens, responses, given)
         entropy_T = _entropies(tokens, rows["entropy"].numpy(), request_seq_ids)
         dtypes = {n: _DTYPE_NAMES[str(t.dtype)] for n, t in rows.items() if str(t.dtype) in _DTYPE_NAMES}
-        facts = {"seconds": round(time.monotonic() - started, 3)}
+        facts = {"seconds": round(time.monotonic() - started, 3), "router_dtypes": told["router_dtypes"]}
         # Arrays first, tokens last: other arms take a shard up once its tokens are committed.
         self.run.write_capture("infer", shard, tokens, capture_of(logp_T, entropy_T, routing), facts, dtypes)
         if not self.run.manifest["completions"]:

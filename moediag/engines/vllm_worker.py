@@ -54,6 +54,15 @@ class RowBuffers:
             rows["router_logits_TLE"] = logits_NLE
         return {name: row.to("cpu", copy=True) for name, row in rows.items()}
 
+    def dtypes(self) -> dict[str, str]:
+        """Dtypes in which the router was given its logits and gave its gate weights."""
+        names = {"matmul": "logits", "gate": "weights"}
+        return {
+            stage: str(self._buffers[name].dtype).removeprefix("torch.")
+            for stage, name in names.items()
+            if name in self._buffers
+        }
+
     def _buffer(self, name: str, row: torch.Tensor, n_rows: int) -> torch.Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < n_rows or buffer.dtype != row.dtype:
@@ -137,7 +146,12 @@ class StepRecorder:
         tensors = {name: torch.cat(parts).contiguous() for name, parts in self.parts.items()}
         entropy = torch.tensor(self.entropies, dtype=torch.float64).reshape(-1, 3)
         save_file({**tensors, "entropy": entropy}, path)
-        told = {"requests": list(self.requests), "problems": self.problems[:5], "n_problems": len(self.problems)}
+        told = {
+            "requests": list(self.requests),
+            "problems": self.problems[:5],
+            "n_problems": len(self.problems),
+            "router_dtypes": self.buffers.dtypes() if self.buffers else None,
+        }
         self.begin()
         return told
 
