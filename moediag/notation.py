@@ -4,6 +4,8 @@ Letters (array suffixes, in this order):
     T token rows, S sequences, L **MoE** layers (0 = first MoE layer; the decoder index is kept beside
     it), E experts, K experts per token, V vocabulary. Frames and scalars carry no suffix.
 
+    Local letters: N any rows, B blocks or bootstrap draws, C clusters (prompts), M metrics, Q quantiles.
+
 Signs:
     logp_diff = logp_train - logp_infer        [nat]
     ratio     = exp(logp_diff) = pi_train / pi_infer at theta_old        [1]

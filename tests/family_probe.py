@@ -31,7 +31,7 @@ class Silent:
 def capture(run: Run, checkpoint: str) -> dict[str, Any]:
     from moediag.engines.vllm_engine import InferEngine
 
-    options = ENGINE_OPTIONS.get(Path(checkpoint).name, {}) if os.environ.get("PLAIN") is None else {}
+    options = ENGINE_OPTIONS.get(Path(checkpoint).name, {})
     engine = InferEngine(run, checkpoint, {"dtype": run.model["stored_dtype"], "max_model_len": 256, **options})
     with run.writing("infer"):
         run.begin_arm("infer", engine.arm_record({"dtype": "auto"}))

