@@ -61,6 +61,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
                                "norm_topk_prob": False}, {}),
     "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "num_experts": 8, "norm_topk_prob": True, "mlp_only_layers": [1]}, {}),
     "olmoe": ("Olmoe", {"num_experts_per_tok": 2, "num_experts": 8, "norm_topk_prob": False}, {}),
+    "olmoe_renormalized": (
+        "Olmoe",
+        {"num_experts_per_tok": 2, "num_experts": 8, "norm_topk_prob": True},  # vLLM's OLMoE never renormalises
+        {},
+    ),
     "mixtral": ("Mixtral", {"num_experts_per_tok": 2, "num_local_experts": 8, "sliding_window": None}, {}),
     "glm4_moe": ("Glm4Moe", {**_SIGMOID, "partial_rotary_factor": 0.5, "use_qk_norm": True}, {}),
     "deepseek_v3": ("DeepseekV3", {**_SIGMOID, **_MLA}, _DEEPSEEK_EXTRA),

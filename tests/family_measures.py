@@ -19,7 +19,7 @@ from families import FAMILIES, make_checkpoint
 
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.hf_engine import Replay, TrainEngine
-from moediag.engines.hf_taps import ForcedRoutes
+from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
 from moediag.engines.plan import Sampling, make_plan
 from moediag.engines.rules import rule_agreement_by_layer
 from moediag.run.capture import Capture, TokenRows
@@ -50,6 +50,7 @@ class FamilyMeasures:
     is_replayed: bool
     mean_abs_logp_diff: float
     mean_abs_logp_diff_replayed: float
+    disagreements: tuple[str, ...]
 
 
 def measure(names: tuple[str, ...], dtype: torch.dtype, folder: Path) -> dict[str, FamilyMeasures]:
@@ -113,8 +114,11 @@ def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures
         dtype=str(run.model["stored_dtype"]),
         rule=_rule(run.model["routing"]),
         n_tokens=int(tokens.is_response_T.sum()),
-        is_complete=check_run(run) == [] and len(tokens.sequence_bounds()) == N_PROMPTS,
-        is_bit_equal_under_observation=told["ids_equal"] and told["logps_equal"],
+        is_complete=not any(finding.level == "error" for finding in check_run(run))
+        and len(tokens.sequence_bounds()) == N_PROMPTS,
+        is_bit_equal_under_observation=told["ids_equal"]
+        and told["logps_equal"]
+        and _hooks_change_nothing(engine, tokens),
         same_set_rate=_same_sets(train, infer, routed_T),
         n_exact_ties=sum(rule.n_exact_ties for rule in rules),
         train_rule_rate=min(rule.train_rule_rate for rule in rules),
@@ -124,7 +128,21 @@ def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures
         is_replayed=_same_sets(replayed, infer, routed_T) == 1.0,
         mean_abs_logp_diff=mean_abs_diff("train"),
         mean_abs_logp_diff_replayed=mean_abs_diff("replayed"),
+        disagreements=tuple(run.arm("infer")["disagreements"]),
     )
+
+
+def _hooks_change_nothing(engine: TrainEngine, tokens: TokenRows) -> bool:
+    """Logits of transformers before, with and after the hooks, bit for bit."""
+    assert engine.spec is not None
+    start, end = tokens.sequence_bounds()[-1]
+    ids = torch.from_numpy(tokens.token_id_T[start:end].copy())[None]
+    with torch.inference_mode():
+        plain = engine.model(input_ids=ids, use_cache=False).logits
+        with RoutingTaps(engine.model, engine.spec, keep_logits=True):
+            hooked = engine.model(input_ids=ids, use_cache=False).logits
+        after = engine.model(input_ids=ids, use_cache=False).logits
+    return torch.equal(plain, hooked) and torch.equal(plain, after)
 
 
 Parts = list[dict[str, torch.Tensor]]

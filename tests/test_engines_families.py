@@ -14,6 +14,7 @@ from family_measures import NAMES, RING, FamilyMeasures, measure
 
 pytestmark = pytest.mark.engines
 
+AGREEING = tuple(name for name in NAMES if name != "olmoe_renormalized")
 # A rule that looks at a bias or at groups: TopK of the raw logits must miss it.
 BIASED = ("glm4_moe", "deepseek_v3", "moonlight", "dots1", "bailing_moe")
 
@@ -23,7 +24,17 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FamilyMeasur
     return measure(NAMES, torch.bfloat16, tmp_path_factory.mktemp("families"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_a_rule_that_only_one_engine_follows_is_named(families: dict[str, FamilyMeasures]) -> None:
+    """vLLM 0.32's OLMoE ignores norm_topk_prob: same sets, other gate weights; arm.json and validate name it (D14)."""
+    assert families["olmoe_renormalized"].disagreements == (
+        "vLLM's routers have renormalize = False, config.json says True",
+    )
+    assert not any(found.disagreements for name, found in families.items() if name in AGREEING)
+    assert families["olmoe_renormalized"].train_rule_rate == 1.0
+    assert families["olmoe_renormalized"].mean_abs_logp_diff > 2 * families["olmoe"].mean_abs_logp_diff
+
+
+@pytest.mark.parametrize("name", AGREEING)
 def test_a_family_is_captured_completely_exactly_and_can_be_replayed(
     families: dict[str, FamilyMeasures], name: str
 ) -> None:

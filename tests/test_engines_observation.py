@@ -92,6 +92,62 @@ def test_hooks_come_off_when_the_body_raises_and_a_silent_layer_is_an_error(moe:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_replay_forces_what_it_is_asked_to_force(moe: Run, model: Any) -> None:
+    """Sets only (the gate is the model's own, as in R3), sets and weights, and a range of layers."""
+    import torch
+
+    from moediag.engines.hf_engine import Replay
+    from moediag.engines.hf_taps import RoutingTaps
+    from moediag.engines.routers import RouterSpec
+
+    spec = RouterSpec.from_record(moe.model["routing"])
+    shard = moe.shards[0]
+    start, end = moe.tokens(shard).sequence_bounds()[0]
+    infer = moe.capture("infer", shard)
+    ids = torch.from_numpy(moe.tokens(shard).token_id_T[start:end].copy())
+    recorded = torch.from_numpy(infer.expert_ids_TLK[start : end - 1].astype(np.int64))  # type: ignore[index]
+    weights = torch.from_numpy(infer.gate_weights_TLK[start : end - 1].copy())  # type: ignore[index]
+
+    def run(replay: Replay) -> dict[str, Any]:
+        with torch.inference_mode(), RoutingTaps(model, spec, False, replay.routes(infer, start, end)) as taps:
+            model(input_ids=ids[None], use_cache=False)
+            return taps.take(len(ids))
+
+    sets = run(Replay("infer"))
+    assert torch.equal(sets["expert_ids_TLK"][:-1], recorded)
+    assert (sets["expert_ids_TLK"][-1] >= 0).all()  # the last token has no recorded route: the model's own choice
+    assert not torch.equal(sets["gate_weights_TLK"][:-1].float(), weights)
+    both = run(Replay("infer", weights=True))
+    assert torch.equal(both["expert_ids_TLK"][:-1], recorded)
+    assert torch.equal(both["gate_weights_TLK"][:-1], weights.to(both["gate_weights_TLK"].dtype))
+    some = run(Replay("infer", first_layer=2, last_layer=3))
+    own = run(Replay("infer", first_layer=6))
+    same = (some["expert_ids_TLK"][:-1] == recorded).all(dim=2).all(dim=0)
+    assert same[2:4].all()
+    assert not same.all()
+    assert torch.equal(some["expert_ids_TLK"][:, :2], own["expert_ids_TLK"][:, :2])  # layers before are untouched
+
+
+def test_forced_routes_that_are_not_used_are_an_error(moe: Run, model: Any) -> None:
+    import dataclasses
+
+    import torch
+
+    from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
+    from moediag.engines.routers import RouterSpec
+
+    spec = dataclasses.replace(RouterSpec.from_record(moe.model["routing"]), top_k=3)  # no TopK of 3 happens
+    ids = torch.arange(5)
+    forced = ForcedRoutes(torch.zeros(5, spec.n_layers, 3, dtype=torch.long), None, range(spec.n_layers))
+    with (
+        torch.inference_mode(),
+        RoutingTaps(model, spec, False, forced),
+        pytest.raises(CaptureError, match="MoE layer 0: the forced routes were used 0 times"),
+    ):
+        model(input_ids=ids[None], use_cache=False)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def test_recorded_ids_are_what_transformers_own_rule_gives_on_vllms_logits(moe: Run, model: Any) -> None:
     """transformers' router code runs with its matmul replaced by the logits that vLLM recorded: every set agrees."""
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,20 +85,36 @@ def test_sigmoid_router_with_bias_by_hand() -> None:
     assert logit_margin.item() == pytest.approx(-1.098612)
 
 
-def test_group_limited_router_by_hand() -> None:
-    """Six experts in three groups of two, one group kept, top-1: group scores 1.0, 1.1, .9.
+BIASED_FAMILIES = {
+    "deepseek_v3": {"n_routed_experts": 6},
+    "dots1": {"n_routed_experts": 6},
+    "glm4_moe": {"n_routed_experts": 6},
+    "bailing_moe": {"num_experts": 6, "moe_router_enable_expert_bias": True},
+}
 
-    The best single expert (.9, group 0) loses with its group; within group 1 the margin is .6 - .5.
+
+@pytest.mark.parametrize("family", BIASED_FAMILIES)
+def test_group_limited_router_with_bias_by_hand(family: str) -> None:
+    """Six experts in three groups of two, one group kept, top-1; sigmoid scores
+    .9 .1 | .6 .5 | .45 .35, a bias of .1 on the last.
+
+    Group scores 1.0, 1.1, .9: group 1 wins, so the best single expert (.9) loses with its group. Within group 1 the
+    margin is .6 - .5; the largest logit not used is that of .9.
     """
-    scores = torch.tensor([[0.9, 0.1, 0.6, 0.5, 0.45, 0.45]])
-    spec = spec_of("sigmoid", 1, 6, has_correction_bias=True, n_group=3, topk_group=1)
-    logits, bias = torch.logit(scores), torch.zeros(6)
-    assert group_scores(scores, spec).tolist()[0] == pytest.approx([1.0, 1.1, 0.9])
+    shape = {"num_hidden_layers": 1, "num_experts_per_tok": 1, "n_group": 3, "topk_group": 1}
+    spec = router_spec({"model_type": family, **shape, **BIASED_FAMILIES[family]}, "here")
+    assert spec is not None
+    logits = torch.logit(torch.tensor([[0.9, 0.1, 0.6, 0.5, 0.45, 0.35]]))
+    bias = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.1])
+    assert group_scores(logits.sigmoid() + bias, spec).tolist()[0] == pytest.approx([1.0, 1.1, 0.9])
     ids = apply_rule(logits, spec, bias)
-    assert ids.tolist() == [[2]]
     margin, logit_margin = margins(logits, ids, spec, bias)
+    assert ids.tolist() == [[2]]
     assert margin.item() == pytest.approx(0.1)
-    assert logit_margin.item() == pytest.approx(float(torch.logit(torch.tensor(0.6)) - torch.logit(torch.tensor(0.9))))
+    assert logit_margin.item() == pytest.approx(math.log(0.6 / 0.4) - math.log(0.9 / 0.1))
+    lifted = torch.tensor([0.0, 0.0, 0.0, 0.2, 0.0, 0.0])  # enters the choice: .7 against .6 in group 1
+    assert apply_rule(logits, spec, lifted).tolist() == [[3]]
+    assert margins(logits, torch.tensor([[3]]), spec, lifted)[0].item() == pytest.approx(0.1)
 
 
 def test_exact_ties_have_a_margin_of_exactly_0_and_k_of_e_an_infinite_one() -> None:

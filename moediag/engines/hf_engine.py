@@ -209,12 +209,35 @@ def score_sequence(
 
 
 def _check_loaded(model: Any, spec: RouterSpec) -> None:
-    found = [block.decoder_layer for block in find_blocks(model)]
+    """Hold the RouterSpec, read from config.json, against the routers that were really built."""
+    blocks = find_blocks(model)
+    found = [block.decoder_layer for block in blocks]
     if found != list(spec.decoder_layers):
         raise CheckpointError(
             f"transformers' model has MoE blocks in decoder layers {found}, "
             f"config.json says {list(spec.decoder_layers)}"
         )
+    wanted = {
+        "top_k": spec.top_k,
+        "num_experts": spec.n_experts,
+        "norm_topk_prob": spec.renormalize,
+        "num_group": spec.n_group,
+        "topk_group": spec.topk_group,
+        "routed_scaling_factor": spec.scaling_factor,
+    }
+    for block in blocks:
+        for name, value in wanted.items():
+            built = getattr(block.gate, name, value)
+            if built != value:
+                raise CheckpointError(
+                    f"transformers' router of decoder layer {block.decoder_layer} has {name} = {built!r}, "
+                    f"moediag read {value!r} from config.json; please report this family"
+                )
+        if (block.correction_bias is not None) != spec.has_correction_bias:
+            raise CheckpointError(
+                f"transformers' router of decoder layer {block.decoder_layer} "
+                f"{'has no' if spec.has_correction_bias else 'has a'} correction bias; please report this family"
+            )
 
 
 def _to_numpy(tensor: torch.Tensor) -> NDArray[np.generic]:

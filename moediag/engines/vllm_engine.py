@@ -105,11 +105,26 @@ class InferEngine:
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "max_model_len": config.model_config.max_model_len,
             "loaded": self.facts,
+            "disagreements": self._disagreements(),
             "observer": "hooks on router.select_experts, the model's inputs and the sampler",
             "forced_by_observation": FORCED,
             "seeding": "per shard (workers reseeded)" if self.is_cpu else "per request",
             "environment": {name: os.environ.get(name, "") for name in INFER_ENVIRONMENT},
         }
+
+    def _disagreements(self) -> list[str]:
+        """Where vLLM's routers follow another rule than config.json: told, not refused, since that is a finding."""
+        routing, rule = self.run.model["routing"], self.facts["router_rule"]
+        if not routing or routing["gate"] != "scores":
+            return []
+        wanted = {"renormalize": routing["renormalize"], "scoring_func": routing["score_function"]}
+        if routing["n_group"] > 1:
+            wanted |= {"num_expert_group": routing["n_group"], "topk_group": routing["topk_group"]}
+        return [
+            f"vLLM's routers have {name} = {rule[name]!r}, config.json says {value!r}"
+            for name, value in wanted.items()
+            if name in rule and rule[name] != value
+        ]
 
     def capture_shard(self, shard: Shard, on_done: OnDone) -> None:
         """Sample or score one shard's sequences and commit tokens and arrays."""

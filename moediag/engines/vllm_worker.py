@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from moediag.engines.routers import RouterSpec, margins
 
+_RULE_ATTRIBUTES = ("scoring_func", "renormalize", "num_expert_group", "topk_group", "routed_scaling_factor")
 _REQUEST_SUFFIX = re.compile(r"-[0-9a-f]{8}$")  # vLLM's worker knows a request as <external id>-<8 hex>
 _DECODER_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -243,6 +244,11 @@ def describe_worker(runner: Any, routers: list[tuple[int, torch.nn.Module, Any]]
         "decoder_layers": [layer for layer, _, _ in routers],
         "n_experts": sorted({int(getattr(r, "global_num_experts", 0)) for _, _, r in routers}),
         "top_k": sorted({int(getattr(r, "top_k", 0)) for _, _, r in routers}),
+        "router_rule": {
+            name: value
+            for name in _RULE_ATTRIBUTES
+            if (value := getattr(routers[0][2], name, None) if routers else None) is not None
+        },
         "router_classes": sorted({type(r).__name__ for _, _, r in routers}),
         "experts_kernel": sorted({type(method).__name__ for method in quant_methods if method is not None}),
         "is_monolithic": any(bool(getattr(method, "is_monolithic", False)) for method in quant_methods),

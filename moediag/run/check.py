@@ -68,7 +68,8 @@ def _check_tokens(run: Run, shard: Shard) -> Iterator[Finding]:
 def _check_arm(run: Run, arm: str) -> list[Finding]:
     findings: list[Finding] = []
     try:
-        run.arm(arm)
+        told = run.arm(arm).get("disagreements") or []
+        findings += [Finding("note", "D14-other-rule", f"{arm} arm.json", disagreement) for disagreement in told]
     except RunError as error:
         findings.append(Finding("error", "damaged", f"{arm} arm.json", str(error)))
     for shard in run.shards:
