@@ -189,7 +189,7 @@ def test_k1_and_k3_agree_with_the_exact_kl_over_the_same_prefixes(
 ) -> None:
     """The demo's vocabulary is small, so KL(infer || train) can be computed and not only estimated.
 
-    A 95 % interval misses its truth one time in twenty on other arithmetic; the test allows it twice its width.
+    On other arithmetic than CI's the sample is another one, and a 95 % interval may miss: see how far before worrying.
     """
     import torch
 
@@ -213,7 +213,7 @@ def test_k1_and_k3_agree_with_the_exact_kl_over_the_same_prefixes(
     for name in ("kl_infer_train_k1", "kl_infer_train_k3"):
         low, high = summary[f"{name}_ci"]
         print(f"exact KL {kl:.3e}; {name} {summary[name]:.3e} [{low:.3e}, {high:.3e}]")
-        assert low - (high - low) / 2 <= kl <= high + (high - low) / 2
+        assert low <= kl <= high
 
 
 def test_an_arm_against_itself_is_exactly_0_and_exactly_1(moe: Run) -> None:

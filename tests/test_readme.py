@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -59,3 +60,12 @@ def test_the_numbers_of_the_readme_are_those_of_the_committed_demo_report() -> N
     assert len(cells) == 8
     for cell in cells:
         assert cell in report, f"{cell} stands in the README but not in reports/demo/report.md"
+
+
+def test_the_replay_row_of_the_readme_is_that_of_the_committed_summary() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| MoE, vLLM's experts forced"))
+    summary = json.loads((REPOSITORY / "reports" / "demo" / "summary.json").read_text())
+    logp = summary["runs"]["moe"]["pairs"]["infer~train-replay"]["logp"]
+    found = [logp["abs_logp_diff"][key] for key in ("mean", "p99", "max")] + [logp["kl_infer_train_k3"]]
+    assert [float(cell) for cell in row.split("|")[2:6]] == pytest.approx(found, rel=0.005)

@@ -185,6 +185,24 @@ def test_impossible_groups_are_refused() -> None:
         router_spec({**config, "n_group": 4, "topk_group": 2}, "here")
 
 
+def test_a_deepseek_config_that_vllm_would_misread_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without topk_method vLLM used to die of a bare KeyError while loading; transformers 5 does not write it."""
+    from families import make_checkpoint
+
+    checkpoint = make_checkpoint("deepseek_v3", tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["topk_method"], config["scoring_func"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (tmp_path / "p.txt").write_text("The for statement")
+    arguments = ["profile", checkpoint, "--prompts", tmp_path / "p.txt", "-o", tmp_path / "run"]
+    assert main([str(argument) for argument in arguments]) == 1
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "lacks topk_method: 'noaux_tc', scoring_func: 'sigmoid'" in complaint
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_listed_family_is_named_in_the_table_of_the_report() -> None:
     table = (REPOSITORY / "reports" / "families.md").read_text()
     assert all(family.removesuffix("_text") in table for family in supported_families())

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from moediag import __version__
 from moediag.engines.assemble import token_rows
 from moediag.engines.checkpoint import Checkpoint
-from moediag.engines.routers import SIGMOID, text_config
+from moediag.engines.routers import SIGMOID, refuse_ambiguous_rule, text_config
 from moediag.errors import CheckpointError, EngineError, PromptsError
 from moediag.prompts import Prompt, read_prompts
 from moediag.run.codec import bytes_per_token
@@ -163,6 +163,7 @@ def make_plan(
     sampling.check()
     prompts = read_prompts(prompts_path, limit)
     _check_architecture(checkpoint, trust_remote_code)
+    refuse_ambiguous_rule(checkpoint.config, str(checkpoint.path))
     prompt_ids = _tokenise(checkpoint, prompts, prompts_path, trust_remote_code)
     has_completions = prompts[0].completion_token_ids is not None
     completions = [list(p.completion_token_ids or ()) for p in prompts] if has_completions else None

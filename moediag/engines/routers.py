@@ -82,6 +82,26 @@ class _Family:
     shared: Callable[[dict[str, Any]], int] = lambda c: 0
 
 
+# transformers 5 does not write these; without them vLLM builds another router than the family's, or none.
+_NEEDED_BY_VLLM = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+
+
+def refuse_ambiguous_rule(config: dict[str, Any], where: str) -> None:
+    """Refuse a config.json that the two engines would read as two different routers.
+
+    Raises:
+        CheckpointError: names the entries to add.
+    """
+    text = text_config(config)
+    needed = _NEEDED_BY_VLLM.get(str(text.get("model_type")), {})
+    lacking = {key: value for key, value in needed.items() if text.get(key) != value}
+    if lacking:
+        raise CheckpointError(
+            f"{where}/config.json lacks {', '.join(f'{key}: {value!r}' for key, value in lacking.items())}, which vLLM "
+            "needs to build this family's router (transformers does not write it); add it there"
+        )
+
+
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of config.json."""
     nested = config.get("text_config")

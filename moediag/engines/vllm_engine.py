@@ -217,7 +217,7 @@ class InferEngine:
             raise CheckpointError(
                 f"vLLM's routers have {'a' if self.facts['has_correction_bias'] else 'no'} correction bias, "
                 f"the family {routing['family']} {'has one' if routing['has_correction_bias'] else 'has none'}; "
-                "check config.json (topk_method: noaux_tc for deepseek_v3)"
+                "check config.json"
             )
         if self.facts["is_monolithic"]:
             raise CaptureError(
