@@ -31,7 +31,7 @@ from moediag.run.codec import bytes_per_token
 from moediag.run.directory import Run, open_run
 
 N_PROMPTS, MAX_TOKENS, N_ROUNDS = 32, 128, 7
-LEVELS = {"ids + weights + margins": False, "with full router logits": True}
+LEVELS = {"ids": "ids only", "margins": "ids, gate weights, margins", "full": "with full router logits"}
 
 
 def paired_ratio(without: Callable[[], None], with_capture: Callable[[], None]) -> str:
@@ -66,14 +66,14 @@ def infer(checkpoint: str, run: Run, folder: Path) -> None:
         llm.collective_rpc("moediag_remove")
         llm.generate(prompts, parameters, use_tqdm=False)
 
-    for level, keep_logits in LEVELS.items():
+    for level, words in LEVELS.items():
 
-        def generate_captured(keep_logits: bool = keep_logits) -> None:
-            llm.collective_rpc("moediag_install", args=(run.model["routing"], keep_logits))
+        def generate_captured(level: str = level) -> None:
+            llm.collective_rpc("moediag_install", args=(run.model["routing"], level))
             llm.generate(prompts, parameters, use_tqdm=False)
             llm.collective_rpc("moediag_flush", args=(str(folder / "rows.safetensors"),))
 
-        say(f"generation time, vLLM, {level}: {paired_ratio(generate, generate_captured)}")
+        say(f"generation time, vLLM, {words}: {paired_ratio(generate, generate_captured)}")
 
 
 def train(checkpoint: str, run: Run, folder: Path) -> None:
@@ -89,48 +89,51 @@ def train(checkpoint: str, run: Run, folder: Path) -> None:
     spec = RouterSpec.from_record(run.model["routing"])
     prompts = [torch.tensor((prompt * 4)[:320]) for _, _, prompt, _ in load_prompt_tokens(run)]
 
-    def score(keep_logits: bool | None) -> None:
+    def score(level: str | None) -> None:
         with torch.inference_mode():
             for ids in prompts:
                 is_response = torch.arange(len(ids)) >= len(ids) // 2
-                if keep_logits is None:
+                if level is None:
                     score_sequence(model, ids, is_response)
                     continue
-                with RoutingTaps(model, spec, keep_logits) as taps:
+                with RoutingTaps(model, spec, level) as taps:
                     score_sequence(model, ids, is_response)
-                    taps.take(len(ids))
+                    taps.take(torch.arange(len(ids)))
 
-    for level, keep_logits in LEVELS.items():
-        ratio = paired_ratio(lambda: score(None), lambda keep_logits=keep_logits: score(keep_logits))
-        say(f"scoring time, transformers, {level}: {ratio}")
+    for level, words in LEVELS.items():
+        ratio = paired_ratio(lambda: score(None), lambda level=level: score(level))
+        say(f"scoring time, transformers, {words}: {ratio}")
 
 
 def bytes_written(checkpoint: str, folder: Path) -> None:
     """Size of a captured run against the arithmetic of its arrays."""
-    for level in ("none", "full"):
+    for level, option in (("ids", ["--ids-only"]), ("margins", []), ("full", ["--router-logits", "full"])):
         run = folder / f"run-{level}"
         command = ["profile", checkpoint, "--prompts", folder / "prompts.txt", "-o", run, "--max-tokens", MAX_TOKENS]
         script = Path(sys.executable).with_name("moediag")
-        subprocess.run([script, *map(str, command), "--router-logits", level], check=True, capture_output=True)
+        subprocess.run([script, *map(str, command), *option], check=True, capture_output=True)
         opened = open_run(run)
-        routing = opened.model["routing"]
         n_rows = sum(len(opened.tokens(shard)) for shard in opened.shards)
         for arm, weight_bytes in (("infer", 4), ("train", 2)):
-            files = [*(run / "arms" / arm).glob("shard-*")]
-            found = sum(path.stat().st_size for path in files) / n_rows
-            floor = sum(
-                bytes_per_token(
-                    len(opened.decoder_layers),
-                    routing["top_k"],
-                    routing["n_experts"],
-                    weight_bytes=weight_bytes,
-                    logits_bytes=2 if level == "full" else 0,
-                ).values()
-            )
+            found = sum(path.stat().st_size for path in (run / "arms" / arm).glob("shard-*")) / n_rows
+            arithmetic = _bytes_by_arithmetic(opened, level, weight_bytes)
             say(
-                f"bytes per token, {arm}, router logits {level}: {found:.1f} written, {floor} by arithmetic, "
-                f"ratio {found / floor:.3f} (n = {n_rows} tokens)"
+                f"bytes per token, {arm}, {LEVELS[level]}: {found:.1f} written, {arithmetic} by arithmetic, "
+                f"ratio {found / arithmetic:.3f} (n = {n_rows} tokens)"
             )
+
+
+def _bytes_by_arithmetic(run: Run, level: str, weight_bytes: int) -> int:
+    routing = run.model["routing"]
+    sizes = bytes_per_token(
+        len(run.decoder_layers),
+        routing["top_k"],
+        routing["n_experts"],
+        weight_bytes=weight_bytes,
+        logits_bytes=2 if level == "full" else 0,
+    )
+    kept = ("logp_T", "entropy_T", "expert_ids_TLK") if level == "ids" else tuple(sizes)
+    return sum(sizes[name] for name in kept)
 
 
 def say(text: str) -> None:

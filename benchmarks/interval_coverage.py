@@ -1,10 +1,16 @@
 """Measured coverage of moediag's 95 % intervals on synthetic clustered tokens with known truth.
 
-One simulated data set: C prompts, each with its own scale (log-normal, sigma 0.5) and length (log-normal,
-about 40 to 400 tokens); logp_diff is scale times a Student t with 3 degrees of freedom, clipped to +-3 so
-that exp() has moments; a beta-distributed flip probability per prompt. Truth: the same generator, 200 000 prompts.
+Three truths, all clustered by prompt; logp_diff is clipped to +-3 nat so that exp() has moments:
 
-Usage: python benchmarks/interval_coverage.py [--sets N] [--clusters 16 64 256] [--seed S]
+- ``t3``: log-normal prompt scale (sigma 0.5) and length (about 40 to 400 tokens), Student t tails with 3 degrees;
+- ``mixture``: like real captures: an eighth of the diffs exactly 0, sizes log-normal (sigma 1.5), times 2.5 where the
+  token flips, responses about 50 to 500 tokens; a diff of 1 nat in a few of ten thousand tokens;
+- ``uneven``: prompts differ by a factor of e either way (log-normal, sigma 1), Laplace tails, equal lengths.
+
+Each token also has a flip (beta-binomial by prompt, mean 0.1, of four layers), a rare event (0.002) and a p_infer.
+Truth: the same generator, 100 000 prompts.
+
+Usage: python benchmarks/interval_coverage.py [--sets N] [--clusters 16 32 64 128 256] [--truths t3 ...] [--seed S]
 """
 
 from __future__ import annotations
@@ -12,103 +18,162 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.analysis.intervals import Interval, cluster_sums, mean_interval, quantile_interval, ratio_mean_interval
+from moediag.analysis.intervals import Interval, ratio_mean_interval
+from moediag.analysis.logprobs import pearson_interval, std_interval
+from moediag.analysis.measures import TOKEN_MEASURES, Scored, abs_diff
 from moediag.analysis.positions import within_sequence
+from moediag.analysis.quantiles import quantile_of_rows
+from moediag.analysis.routing import clustering_ratio_interval, flip_dispersion_interval
 
 Array = NDArray[np.float64]
-Statistic = tuple[Callable[["Tokens"], float], Callable[["Tokens"], Interval]]
+N_LAYERS = 4
 
 
 class Tokens:
     """One synthetic data set: token rows with the prompt each belongs to."""
 
-    def __init__(self, rng: np.random.Generator, n_clusters: int, scale: float = 0.02) -> None:
-        length_C = np.clip(np.exp(rng.normal(4.8, 0.6, n_clusters)), 10, 1000).astype(int)
-        self.cluster_T = np.repeat(np.arange(n_clusters), length_C)
-        scale_C = scale * np.exp(rng.normal(0.0, 0.5, n_clusters))
-        self.d_T = np.clip(scale_C[self.cluster_T] * rng.standard_t(3, len(self.cluster_T)), -3, 3)
+    def __init__(self, rng: np.random.Generator, n_clusters: int, truth: str) -> None:
+        length_C, diff = _TRUTHS[truth](rng, n_clusters)
+        row_T = np.repeat(np.arange(n_clusters), length_C)
         flip_C = rng.beta(2.0, 18.0, n_clusters)
+        # half of the flips strike two layers at once: flips cluster in tokens
+        flips_TL = rng.random((len(row_T), N_LAYERS)) < flip_C[row_T, None]
+        flips_TL[:, 1] |= flips_TL[:, 0] & (rng.random(len(row_T)) < 0.5)
+        self.flips_TL = flips_TL
+        self.rare_T = rng.random(len(row_T)) < rng.beta(1.0, 499.0, n_clusters)[row_T]
+        d_T = np.clip(diff(rng, row_T, flips_TL[:, 0]), -3, 3)
+        infer_T = np.minimum(-rng.exponential(0.7, len(row_T)), -np.maximum(d_T, 0))  # both sides stay at p <= 1
+        self.scored = Scored(infer_T + d_T, infer_T, row_T, n_clusters)
         self.position_T = np.concatenate([np.arange(n, dtype=float) for n in length_C])
-        rare_C = rng.beta(1.0, 499.0, n_clusters)
-        self.flip_T = rng.random(len(self.cluster_T)) < flip_C[self.cluster_T]
-        self.rare_T = rng.random(len(self.cluster_T)) < rare_C[self.cluster_T]
+
+    def mean(self, values_T: Array, kind: str) -> Interval:
+        sums_C = self.scored.by_prompt(values_T)
+        return ratio_mean_interval(sums_C, self.scored.n_by_prompt, kind).one()  # type: ignore[arg-type]
+
+    @cached_property
+    def clustering(self) -> Array:
+        """Per-prompt sums as RoutingTotals gives them."""
+        n_T = self.flips_TL.sum(axis=1)
+        columns = [np.ones(len(n_T)), n_T > 0, n_T, n_T**2, *self.flips_TL.T, *[np.ones(len(n_T))] * N_LAYERS]
+        return np.stack([self.scored.by_prompt(column) for column in columns], axis=1)
 
 
-def _mean(kind: str, of: Callable[[Tokens], Array]) -> Statistic:
-    return (lambda x: float(of(x).mean())), (lambda x: mean_interval(of(x), x.cluster_T, kind))  # type: ignore[arg-type]
+def _t3(rng: np.random.Generator, n: int) -> tuple[Array, Callable[..., Array]]:
+    length_C = np.clip(np.exp(rng.normal(4.8, 0.6, n)), 10, 1000).astype(int)
+    scale_C = 0.02 * np.exp(rng.normal(0.0, 0.5, n))
+    return length_C, lambda rng, row_T, flip_T: scale_C[row_T] * rng.standard_t(3, len(row_T))
 
 
-def _quantile(q: float) -> Statistic:
-    return (
-        lambda x: float(np.quantile(np.abs(x.d_T), q)),
-        lambda x: quantile_interval(np.abs(x.d_T), x.cluster_T, q),
-    )
+def _mixture(rng: np.random.Generator, n: int) -> tuple[Array, Callable[..., Array]]:
+    length_C = np.clip(np.exp(rng.normal(5.0, 0.5, n)), 10, 2000).astype(int)
+    scale_C = 0.004 * np.exp(rng.normal(0.0, 0.3, n))
+
+    def diff(rng: np.random.Generator, row_T: Array, flip_T: Array) -> Array:
+        size_T = scale_C[row_T] * np.exp(rng.normal(0.0, 1.5, len(row_T))) * np.where(flip_T, 2.5, 1.0)
+        size_T[rng.random(len(row_T)) < 0.125] = 0.0
+        return size_T * rng.choice([-1.0, 1.0], len(row_T))
+
+    return length_C, diff
+
+
+def _uneven(rng: np.random.Generator, n: int) -> tuple[Array, Callable[..., Array]]:
+    scale_C = 0.01 * np.exp(rng.normal(0.0, 1.0, n))
+    return np.full(n, 128), lambda rng, row_T, flip_T: scale_C[row_T] * rng.laplace(size=len(row_T))
+
+
+_TRUTHS = {"t3": _t3, "mixture": _mixture, "uneven": _uneven}
 
 
 def _slope(x: Tokens) -> Interval:
     """Within-sequence slope of abs(d), one sequence per prompt; the truth is 0."""
-    centred = {
-        name: within_sequence(values, x.cluster_T) for name, values in (("x", x.position_T), ("y", np.abs(x.d_T)))
-    }
-    cross_C = cluster_sums(centred["x"] * centred["y"], x.cluster_T)
-    return ratio_mean_interval(cross_C, cluster_sums(centred["x"] ** 2, x.cluster_T), "signed").one()
+    row_T = x.scored.prompt_row_T
+    position_T, size_T = within_sequence(x.position_T, row_T), within_sequence(abs_diff(x.scored), row_T)
+    sums = x.scored.by_prompt(position_T * size_T), x.scored.by_prompt(position_T**2)
+    return ratio_mean_interval(*sums, "signed").one()
 
 
-STATISTICS: dict[str, Statistic] = {
-    "mean abs diff": _mean("positive", lambda x: np.abs(x.d_T)),
-    "k2": _mean("positive", lambda x: x.d_T**2 / 2),
-    "k3": _mean("positive", lambda x: np.expm1(x.d_T) - x.d_T),
-    "k1 (signed)": _mean("signed", lambda x: -x.d_T),
-    "mean ratio": _mean("signed", lambda x: np.exp(x.d_T)),
-    "rate 0.1": _mean("rate", lambda x: x.flip_T.astype(float)),
-    "rate 0.002": _mean("rate", lambda x: x.rare_T.astype(float)),
-    "position slope": (lambda x: 0.0, lambda x: _slope(x)),
+def _measure(name: str) -> Callable[[Tokens], Interval]:
+    measure = next(m for m in TOKEN_MEASURES if m.name == name)
+    return lambda x: measure.intervals(x.scored, x.scored.by_prompt, x.scored.n_by_prompt).one()
+
+
+def _quantile(q: float) -> Callable[[Tokens], Interval]:
+    return lambda x: quantile_of_rows(abs_diff(x.scored), x.scored.prompt_row_T, x.scored.n_prompts, q)
+
+
+STATISTICS: dict[str, Callable[[Tokens], Interval]] = {
+    "mean abs diff": _measure("abs_logp_diff.mean"),
+    "mean abs prob diff": _measure("abs_prob_diff.mean"),
+    "k1": _measure("kl_infer_train_k1"),
+    "k2": _measure("kl_infer_train_k2"),
+    "k3": _measure("kl_infer_train_k3"),
+    "mean ratio": _measure("mean_ratio"),
+    "prob mult error": _measure("prob_mult_error"),
+    "binary KL": _measure("binary_kl_infer_train"),
+    "share above 0.1 nat": lambda x: x.mean((abs_diff(x.scored) > 0.1).astype(float), "rate"),
+    "flip rate 0.1": lambda x: x.mean(x.flips_TL[:, 2].astype(float), "rate"),
+    "rate 0.002": lambda x: x.mean(x.rare_T.astype(float), "rate"),
+    "position slope": _slope,
     "p50": _quantile(0.5),
     "p90": _quantile(0.9),
     "p99": _quantile(0.99),
     "p99.9": _quantile(0.999),
+    "std of prob diff": lambda x: std_interval(x.scored),
+    "pearson": lambda x: pearson_interval(x.scored),
+    "clustering ratio": lambda x: clustering_ratio_interval(x.clustering),
+    "flip dispersion": lambda x: flip_dispersion_interval(x.clustering),
 }
 
 
-def measure(n_clusters: int, n_sets: int, seed: int, truth: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """(coverage, share of sets with an interval) by statistic; sets without one do not count as covered or not."""
+def population(truth: str, n_prompts: int = 100_000) -> dict[str, float]:
+    """The value of every statistic in a sample so large that it stands for the truth."""
+    data = Tokens(np.random.default_rng(999), n_prompts, truth)
+    values = {name: interval_of(data).value for name, interval_of in STATISTICS.items() if name != "position slope"}
+    return {**values, "position slope": 0.0}
+
+
+def measure(truth: str, n_clusters: int, n_sets: int, seed: int, true: dict[str, float]) -> dict[str, tuple[int, int]]:
+    """(sets covered, sets with an interval) by statistic; sets without one count as neither."""
     rng = np.random.default_rng(seed)
-    hit = dict.fromkeys(STATISTICS, 0)
-    given = dict.fromkeys(STATISTICS, 0)
+    hit, given = dict.fromkeys(STATISTICS, 0), dict.fromkeys(STATISTICS, 0)
     for _ in range(n_sets):
-        data = Tokens(rng, n_clusters)
-        for name, (_, interval_of) in STATISTICS.items():
+        data = Tokens(rng, n_clusters, truth)
+        for name, interval_of in STATISTICS.items():
             interval = interval_of(data)
             if np.isfinite(interval.low) and np.isfinite(interval.high):
                 given[name] += 1
-                hit[name] += interval.low <= truth[name] <= interval.high
-    return {name: (hit[name] / max(given[name], 1), given[name] / n_sets) for name in STATISTICS}
+                hit[name] += interval.low <= true[name] <= interval.high
+    return {name: (hit[name], given[name]) for name in STATISTICS}
 
 
-def _cell(coverage: float, share: float) -> str:
-    return f"{coverage:8.3f} ({share:4.0%})" if share else f"{'none':>15}"
+def _cell(hits: int, given: int, n_sets: int) -> str:
+    """Coverage, marked where fewer than nine sets in ten had an interval; none where fewer than half had."""
+    if given < n_sets / 2:
+        return f"{'none':>9}"
+    return f"{hits / given:8.3f}" + ("*" if given < 0.9 * n_sets else " ")
 
 
 def main() -> int:
-    """Print one row per statistic: measured coverage by number of clusters."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sets", type=int, default=200, help="simulated data sets per cluster count")
-    parser.add_argument("--clusters", type=int, nargs="+", default=[16, 64, 256])
+    """Print one row per statistic and truth: measured coverage by number of prompts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", type=int, default=200, help="simulated data sets per truth and number of prompts")
+    parser.add_argument("--clusters", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--truths", nargs="+", default=list(_TRUTHS), choices=list(_TRUTHS))
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     start = time.perf_counter()
-    population = Tokens(np.random.default_rng(999), 200_000)
-    truth = {name: value_of(population) for name, (value_of, _) in STATISTICS.items()}
-    columns = [measure(c, args.sets, args.seed + c, truth) for c in args.clusters]
-    print("statistic       " + "".join(f"{c:>8} prompts" for c in args.clusters))
-    for name in STATISTICS:
-        cells = (column[name] for column in columns)
-        print(f"{name:<16}" + "".join(_cell(*cell) for cell in cells))
-    print(f"{args.sets} data sets per column, {time.perf_counter() - start:.0f} s")
+    for truth in args.truths:
+        true = population(truth)
+        columns = [measure(truth, c, args.sets, args.seed + c, true) for c in args.clusters]
+        print(f"{truth:<20}" + "".join(f"{c:>9}" for c in args.clusters))
+        for name in STATISTICS:
+            print(f"{name:<20}" + "".join(_cell(*column[name], args.sets) for column in columns), flush=True)
+    print(f"* fewer than 9 sets in 10 had an interval; {args.sets} sets, {time.perf_counter() - start:.0f} s")
     return 0
 
 

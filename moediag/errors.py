@@ -62,5 +62,9 @@ class DiskFullError(MoediagError, OSError):
     """A write failed for want of space; what had been committed before is intact."""
 
 
+class DumpError(MoediagError, ValueError):
+    """A dump that moediag did not make cannot be read; names the file, the sequence and the column."""
+
+
 class FrameError(MoediagError, ValueError):
     """A table does not match its declaration."""

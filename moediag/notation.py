@@ -39,8 +39,20 @@ NOT_ROUTED: Final = -1
 TRAIN: Final = "train"
 INFER: Final = "infer"
 TRAIN_REPLAY: Final = "train-replay"
-ARM_NAMES: Final = (INFER, TRAIN, TRAIN_REPLAY)
-"""Arms this version captures, in the order ``profile`` runs them."""
+ARMS: Final = {
+    INFER: "vLLM: samples the responses, or scores given ones",
+    TRAIN: "transformers: scores the same tokens, teacher-forced",
+    TRAIN_REPLAY: "transformers with vLLM's experts forced",
+    "infer-rescore": "vLLM again, prefill of the same tokens",
+    "infer-redecode": "vLLM again, decode path with the same tokens forced, same batches",
+    "infer-repeat": "vLLM again, by the path of the infer arm, in other batches",
+    "train-repeat": "transformers again, in padded batches of 4",
+    "train-fp32": "transformers in float32",
+    "train-perturbed": "transformers with router inputs moved by one unit in the last place",
+    "train-router-fp32": "transformers with the routers' matmul in float32",
+    "train-router-fp8": "transformers with the routers' weights and inputs rounded to float8",
+}
+"""Arms this version captures, and what each is."""
 
 
 def pair_name(arm_a: str, arm_b: str) -> str:

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
 import moediag.analysis  # noqa: F401 - declares the frames
 from moediag.analysis.intervals import cluster_sums, ratio_mean_interval
@@ -29,9 +28,10 @@ from moediag.analysis.tokens import logp_diff
 from moediag.errors import CorruptRunError, IncompleteRunError, RunError
 from moediag.figures import draw_comparison_figures, draw_run_figures, first_of_each_kind
 from moediag.frames import declared_frames
+from moediag.hygiene import check_run
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.report import MAIN_PAIR, REPLAY_PAIR, comparison_report, run_report
-from moediag.run.check import check_run
+from moediag.run.derived import begin_report, seal_report
 from moediag.run.directory import Run, check_schema_version, open_run
 from moediag.run.files import (
     digest_of,
@@ -151,6 +151,7 @@ def report_run(run: Run, training_window: int | None = None) -> Path:
     """
     summary = load_summary(run)
     frames = _read_frames(run, summary)
+    begin_report(run.path)
     figures = draw_run_figures(
         frames,
         run.path / "figures",
@@ -165,6 +166,7 @@ def report_run(run: Run, training_window: int | None = None) -> Path:
         _command("report", run.path, *_window_option(training_window)),
     )
     write_atomic(report, run_report(summary, frames, figures, regenerate=commands).encode())
+    seal_report(run.path, [*figures, report])
     return report
 
 
@@ -300,8 +302,8 @@ def _label(run: Run) -> str:
 
 
 def _longest_prompt(run: Run) -> int:
-    data = pq.read_table(io.BytesIO(run.prompts()), columns=["prompt_token_ids"]).to_pydict()
-    return max(len(ids) for ids in data["prompt_token_ids"])
+    prompts, _ = run.prompt_tokens()
+    return max(map(len, prompts))
 
 
 def _ratios(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -17,13 +17,16 @@ import numpy as np
 import torch
 from families import FAMILIES, make_checkpoint
 
+from moediag.engines.arms import ArmRequest
+from moediag.engines.batching import alone
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.hf_engine import Replay, TrainEngine
 from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
 from moediag.engines.plan import Sampling, make_plan
+from moediag.engines.routing_rows import FULL
 from moediag.engines.rules import rule_agreement_by_layer
+from moediag.hygiene import check_run
 from moediag.run.capture import Capture, TokenRows
-from moediag.run.check import check_run
 from moediag.run.directory import Run, open_run
 
 RING = Path(__file__).parent / "fixtures" / "ring-tiny"
@@ -95,7 +98,7 @@ def _capture_in_vllm(runs: dict[str, tuple[Run, Path]]) -> dict[str, dict[str, A
 
 def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures:
     run = open_run(run.path)
-    engine = TrainEngine(run, str(checkpoint), {"dtype": run.model["stored_dtype"]})
+    engine = TrainEngine(run, str(checkpoint), ArmRequest("train", {"dtype": run.model["stored_dtype"]}))
     assert engine.spec is not None
     shard = run.shards[0]
     tokens, infer = run.tokens(shard), run.capture("infer", shard)
@@ -139,7 +142,7 @@ def _hooks_change_nothing(engine: TrainEngine, tokens: TokenRows) -> bool:
     ids = torch.from_numpy(tokens.token_id_T[start:end].copy())[None]
     with torch.inference_mode():
         plain = engine.model(input_ids=ids, use_cache=False).logits
-        with RoutingTaps(engine.model, engine.spec, keep_logits=True):
+        with RoutingTaps(engine.model, engine.spec, FULL):
             hooked = engine.model(input_ids=ids, use_cache=False).logits
         after = engine.model(input_ids=ids, use_cache=False).logits
     return torch.equal(plain, hooked) and torch.equal(plain, after)
@@ -153,11 +156,11 @@ def _score_three_ways(engine: TrainEngine, tokens: TokenRows, infer: Capture) ->
     assert engine.spec is not None
     train, again, replayed = [], [], []
     for start, end in tokens.sequence_bounds():
-        plain = engine.score(tokens, start, end)
+        plain = engine.score(tokens, alone(start, end))
         own = ForcedRoutes(plain["expert_ids_TLK"].long(), None, range(engine.spec.n_layers))
         train.append(plain)
-        again.append(engine.score(tokens, start, end, own))
-        replayed.append(engine.score(tokens, start, end, Replay("infer").routes(infer, start, end)))
+        again.append(engine.score(tokens, alone(start, end), own))
+        replayed.append(engine.score(tokens, alone(start, end), Replay("infer").routes(infer, start, end)))
     return train, again, replayed
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from families import ENGINE_OPTIONS
 from vllm_probe import greedy
 
+from moediag.engines.arms import ArmRequest
 from moediag.engines.fill import fill_missing_shards
 from moediag.engines.launch import INFER_ENVIRONMENT
 from moediag.run.directory import Run, open_run
@@ -32,15 +33,15 @@ def capture(run: Run, checkpoint: str) -> dict[str, Any]:
     from moediag.engines.vllm_engine import InferEngine
 
     options = ENGINE_OPTIONS.get(Path(checkpoint).name, {})
-    engine = InferEngine(run, checkpoint, {"dtype": run.model["stored_dtype"], "max_model_len": 256, **options})
-    with run.writing("infer"):
-        run.begin_arm("infer", engine.arm_record({"dtype": "auto"}))
-        fill_missing_shards(run, "infer", Silent(), engine.capture_shard)  # type: ignore[arg-type]
+    request = ArmRequest("infer", {"dtype": run.model["stored_dtype"], "max_model_len": 256, **options})
+    engine = InferEngine(run, checkpoint, request)
+    run.begin_arm("infer", engine.arm_record(request.configuration()))
+    fill_missing_shards(run, "infer", Silent(), engine.capture_shard)  # type: ignore[arg-type]
     prompts = [prompt for _, _, prompt, _ in engine.prompts[:4]]
     results = [greedy(engine.llm, prompts)]
     engine.llm.collective_rpc("moediag_remove")
     results.append(greedy(engine.llm, prompts))
-    engine.llm.collective_rpc("moediag_install", args=(run.model["routing"], False))
+    engine.llm.collective_rpc("moediag_install", args=(run.model["routing"], "margins"))
     results.append(greedy(engine.llm, prompts))
     ids_equal = all((ids == results[0][0]).all() for ids, _ in results)
     logps_equal = all((logps == results[0][1]).all() for _, logps in results)

@@ -63,6 +63,7 @@ def _tokens(rng, diff, flips, n_prompts):
             "entropy_infer": rng.random(n),
             "n_flipped_layers": np.full(n, -1) if dense else flips.sum(1),
             "first_flipped_layer": np.full(n, -1) if dense else np.where(flips.any(1), flips.argmax(1), -1),
+            "misrouted_mass": np.full(n, np.nan) if dense else 0.1 * flips.sum(1),
         }
     )
 
@@ -93,8 +94,9 @@ def _tail(diff):
     thresholds = 10 ** np.linspace(-4, 1, 101)
     above = np.array([(np.abs(diff) > x).sum() for x in thresholds])
     return pd.DataFrame(
-        {"threshold": thresholds, "n_above": above, "share_above": above / len(diff), "n_tokens": len(diff)}
-    )
+        {"threshold": thresholds, "n_above": above, "share_above": above / len(diff), "n_tokens": len(diff),
+         "share_above_ci_low": 0.9 * above / len(diff), "share_above_ci_high": 1.1 * above / len(diff)}
+    )  # fmt: skip
 
 
 def _band(frame, name, half):
@@ -111,7 +113,10 @@ def _agreement(flips, first_decoder_layer):
     frame["same_set_rate"] = 1 - flips.mean(0)
     frame["cumulative_same_set_rate"] = (~np.logical_or.accumulate(flips, 1)).mean(0)
     frame["overlap"] = 1 - flips.mean(0) / 4
-    for name in ("same_set_rate", "cumulative_same_set_rate", "overlap"):
+    frame["jaccard"] = 1 - flips.mean(0) / 3
+    frame["top1_rate"] = 1 - flips.mean(0) / 10
+    frame["misrouted_mass"] = flips.mean(0) / 20
+    for name in ("same_set_rate", "cumulative_same_set_rate", "overlap", "jaccard", "top1_rate", "misrouted_mass"):
         _band(frame, name, 2.5 * np.sqrt(frame[name] * (1 - frame[name]) / n))
     frame["reorder_rate"] = 0.004
     return frame
@@ -138,7 +143,8 @@ def _margin_curve(rng, n_tokens, n_layers, scale):
             half = np.where(layer < 0, 2 * np.sqrt(rate * (1 - rate) / np.maximum(n, 1)), np.nan)
             rows.append(
                 pd.DataFrame(
-                    {"space": space, "layer": layer, "bin_low": np.concatenate([[0.0], MARGIN_EDGES[:-1]]),
+                    {"space": space, "layer": layer, "side": "infer",
+                     "bin_low": np.concatenate([[0.0], MARGIN_EDGES[:-1]]),
                      "bin_high": np.concatenate([[0.0], MARGIN_EDGES[1:-1], [np.inf]]), "n_choices": n,
                      "n_flipped": flipped, "flip_rate": rate, "flip_rate_ci_low": np.clip(rate - half, 0, 1),
                      "flip_rate_ci_high": np.clip(rate + half, 0, 1)}
@@ -161,7 +167,8 @@ def _layer_bins(rng, n_tokens, factor, noise):
 
 def _margin_quantiles(n):
     rows = [
-        {"space": s, "group": g, "n_choices": n, "n_exact_ties": 12, "p01": m / 50, "p10": m / 8, "p50": m,
+        {"space": s, "group": g, "side": "infer",
+         "n_choices": n, "n_exact_ties": 12, "p01": m / 50, "p10": m / 8, "p50": m,
          "p90": m * 3, "p99": m * 6}
         for s in ("choice", "logit") for g, m in (("all", 0.034), ("flipped", 0.0021), ("kept", 0.035))
     ] if n else []  # fmt: skip

@@ -10,9 +10,10 @@ from moediag.analysis.intervals import (
     Interval,
     cluster_sums,
     mean_interval,
-    quantile_interval,
     ratio_mean_interval,
 )
+from moediag.analysis.jackknife import jackknife_interval
+from moediag.analysis.quantiles import FAR_MIN_CLUSTERS, quantile_interval
 
 
 def _clustered(rng: np.random.Generator, n_clusters: int) -> tuple[np.ndarray, np.ndarray]:
@@ -74,6 +75,11 @@ def test_equal_rates_everywhere_still_have_a_width() -> None:
         (quantile_interval(np.zeros(50), np.arange(50), 0.5), "equal"),
         (quantile_interval(np.arange(50.0), np.arange(50) % 7, 0.5), "needs 8"),
         (quantile_interval(np.arange(100.0), np.arange(100), 0.99), "beyond the quantile"),
+        (quantile_interval(np.arange(9000.0), np.arange(9000) % 63, 0.99), f"needs {FAR_MIN_CLUSTERS}"),
+        (jackknife_interval(np.zeros((0, 2)), lambda s: s[..., 0], "log"), "no data"),
+        (jackknife_interval(np.ones((7, 2)), lambda s: s[..., 0] / s[..., 1], "log"), "needs 8"),
+        (jackknife_interval(np.ones((9, 2)), lambda s: s[..., 0] / s[..., 1], "log"), "no variation"),
+        (jackknife_interval(np.ones((9, 2)), lambda s: s[..., 0] * np.nan, "linear"), "not finite"),
     ],
 )
 def test_no_interval_comes_with_its_reason(interval: Interval, reason: str) -> None:
@@ -111,7 +117,7 @@ def test_chunked_draws_do_not_change_with_many_clusters(monkeypatch: pytest.Monk
     rng = np.random.default_rng(5)
     sums, n = rng.exponential(size=50), rng.integers(1, 9, 50)
     whole = ratio_mean_interval(sums, n, "positive").one()
-    monkeypatch.setattr("moediag.analysis.intervals._CELLS_PER_CHUNK", 5_000)
+    monkeypatch.setattr("moediag.analysis.resampling._CELLS_PER_CHUNK", 5_000)
     chunked = ratio_mean_interval(sums, n, "positive").one()
     assert (whole.low, whole.high) == pytest.approx((chunked.low, chunked.high), rel=1e-12)
 

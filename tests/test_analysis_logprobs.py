@@ -117,7 +117,7 @@ def test_tail_curve_counts_strictly_above() -> None:
     block = make_block(diff_scale=0.3)
     tokens = token_frame(make_pair(block))
     abs_diff = np.abs(block.logp_train_T.astype(float) - block.logp_infer_T.astype(float))
-    thresholds = np.array([0.0, abs_diff[5], 0.1, math.log(2), 50.0])
+    thresholds = np.sort([0.0, abs_diff[5], 0.1, math.log(2), 50.0])
     curve = tail_curve(tokens, thresholds)
     assert curve["n_above"].tolist() == [sum(d > t for d in abs_diff) for t in thresholds]
     headline = tail_curve(tokens).set_index("threshold").loc[math.log(2), "share_above"]

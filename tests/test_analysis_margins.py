@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from synthetic import make_block, make_pair, take
 
-from moediag.analysis import MarginTotals, margin_curve, margin_quantiles, margin_totals
-from moediag.analysis.margins import BIN_HIGH, BIN_LOW
+from moediag.analysis import MarginTotals, margin_curve, margin_noise, margin_quantiles, margin_totals
+from moediag.analysis.margin_counts import BIN_HIGH, BIN_LOW
+from moediag.errors import MoediagError
 from moediag.run.align import PairBlock
 
 
@@ -49,7 +50,7 @@ def test_bins_cover_the_line_four_per_decade() -> None:
     assert np.isneginf(BIN_LOW[0])
     assert np.isposinf(BIN_HIGH[-1])
     np.testing.assert_array_equal(BIN_LOW[1:], BIN_HIGH[:-1])
-    assert ((BIN_LOW >= 1e-6 * (1 - 1e-9)) & (BIN_LOW < 1e-5 * (1 - 1e-9))).sum() == 4
+    assert ((BIN_LOW >= 1e-6) & (BIN_LOW < 1e-5)).sum() == 4
 
 
 def test_ties_and_negatives_have_their_own_bins() -> None:
@@ -94,10 +95,35 @@ def test_merge_of_parts_equals_the_whole() -> None:
                 np.testing.assert_array_equal(getattr(merged, name), value)
 
 
+def test_margins_of_two_sides_do_not_add_up() -> None:
+    block = make_block()
+    one = margin_totals(make_pair(block))["choice"]
+    other = margin_totals(make_pair(replace(block, margin_infer_TL=None)))["choice"]
+    assert (one.side, other.side) == ("infer", "train")
+    with pytest.raises(MoediagError, match="two sides"):
+        MarginTotals.merge([one, other])
+
+
+def test_noise_is_that_of_the_score_difference() -> None:
+    """Margins of logits that differ by N(0, s) each: the border pair's difference has s * sqrt(2)."""
+    rng = np.random.default_rng(0)
+    block = make_block(n_prompts=200, length=60, n_layers=1)
+    margin = rng.exponential(0.5, (len(block), 1)).astype(np.float32)
+    ids = np.tile(np.array([0, 1], np.int16), (len(block), 1, 1))
+    flipped = np.where((0.2 * rng.normal(size=margin.shape) > margin)[:, :, None], np.array([0, 2], np.int16), ids)
+    pair = make_pair(
+        replace(block, logit_margin_infer_TL=margin, expert_ids_train_TLK=flipped, expert_ids_infer_TLK=ids)
+    )
+    frame = margin_noise(margin_totals(pair))
+    assert frame[frame["space"] == "logit"]["sigma"].to_numpy() == pytest.approx(0.2, rel=0.1)
+    still = margin_noise(margin_totals(make_pair(replace(block, expert_ids_train_TLK=ids, expert_ids_infer_TLK=ids))))
+    assert still["sigma"].isna().all()
+
+
 def test_chunks_do_not_change_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     block = make_block(flip_noise=0.4)
     whole = margin_curve(margin_totals(make_pair(block)))
-    monkeypatch.setattr("moediag.analysis.margins._CHOICES_PER_CHUNK", 50)
+    monkeypatch.setattr("moediag.analysis.margin_counts._CHOICES_PER_CHUNK", 50)
     assert margin_curve(margin_totals(make_pair(block))).equals(whole)
 
 
@@ -107,7 +133,9 @@ def test_rows_routed_in_one_arm_only_and_missing_margins_are_left_out() -> None:
     block.margin_infer_TL[5:8] = np.nan
     frame = margin_quantiles(margin_totals(make_pair(block))).set_index(["space", "group"])
     assert frame.loc[("choice", "all"), "n_choices"] == 3 * (len(block) - 8)
-    bare = replace(block, margin_infer_TL=None, logit_margin_infer_TL=None)
+    bare = replace(
+        block, **dict.fromkeys(f"{m}_{s}_TL" for m in ("margin", "logit_margin") for s in ("infer", "train"))
+    )
     totals = margin_totals(make_pair(bare))
     assert margin_curve(totals).empty
     assert (margin_quantiles(totals)["n_choices"] == 0).all()

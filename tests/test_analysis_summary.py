@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def _numbers(value: Any) -> Iterator[float]:
     if isinstance(value, list):
         for item in value:
             yield from _numbers(item)
-    elif value is not None:
+    elif value is not None and not isinstance(value, str):
         yield value
 
 
@@ -50,8 +50,8 @@ def test_summary_keeps_the_contracts_keys() -> None:
     summary = _summary(make_block())
     assert {"n_sequences", "n_prompts", "n_tokens", "n_unscored", "logp", "routing", "margins"} <= set(summary)
     for group, names in LOGP_KEYS.items():
-        assert set(summary["logp"][group]) == {key for name in names for key in (name, f"{name}_ci")}
-    assert set(summary["logp"]) == {*LOGP_KEYS, *LOGP_SCALARS, *(f"{name}_ci" for name in LOGP_SCALARS)}
+        assert set(summary["logp"][group]) >= {key for name in names for key in (name, f"{name}_ci")}
+    assert set(summary["logp"]) >= {*LOGP_KEYS, *LOGP_SCALARS, *(f"{name}_ci" for name in LOGP_SCALARS)}
     assert {"flip_rate", "flip_rate_ci", "any_layer_share", "any_layer_share_ci"} <= set(summary["routing"])
     layers = summary["routing"]["by_layer"]
     assert [(row["layer"], row["decoder_layer"]) for row in layers] == [(0, 1), (1, 2), (2, 3)]
@@ -109,7 +109,7 @@ def test_self_comparison_is_exactly_perfect(seed: int, top_k: int) -> None:
     assert routing["flip_rate_ci"][1] > 0
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(0, 10_000))
 def test_swapping_sides_negates_signed_values_and_keeps_agreement(seed: int) -> None:
     block = make_block(seed=seed, flip_noise=0.3)
@@ -117,11 +117,15 @@ def test_swapping_sides_negates_signed_values_and_keeps_agreement(seed: int) -> 
     assert other["logp"]["kl_infer_train_k1"] == -summary["logp"]["kl_infer_train_k1"]
     for key in ("abs_logp_diff", "abs_prob_diff", "kl_infer_train_k2", "extreme_share_2"):
         assert other["logp"][key] == summary["logp"][key]
+    for rows in (other["routing"]["by_layer"], summary["routing"]["by_layer"]):
+        for row in rows:
+            del row["misrouted_mass"], row["misrouted_mass_ci"]  # of train's weights, on both sides of the swap
     assert other["routing"]["by_layer"] == summary["routing"]["by_layer"]
+    assert other["logp"]["binary_kl_train_infer"] == summary["logp"]["binary_kl_infer_train"]
     assert other["routing"]["any_layer_share"] == summary["routing"]["any_layer_share"]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(0, 10_000))
 def test_order_of_tokens_and_names_of_experts_do_not_matter(seed: int) -> None:
     """Permuted tokens, permuted experts, permuted order inside K (which is a reorder, not a flip)."""
@@ -135,7 +139,12 @@ def test_order_of_tokens_and_names_of_experts_do_not_matter(seed: int) -> None:
         gate_weights_train_TLK=block.gate_weights_train_TLK[:, :, ::-1],
     )
     changed = take(changed, rng.permutation(len(block)))
-    assert list(_numbers(_summary(changed))) == pytest.approx(list(_numbers(_summary(block))), rel=1e-9, abs=1e-12)
+    one, other = _summary(changed), _summary(block)
+    for routing in (one["routing"], other["routing"]):
+        for row in (routing, *routing["by_layer"]):
+            row.pop("reorder_rate", None)  # of the order inside K
+            row.pop("reorder_rate_ci", None)
+    assert list(_numbers(one)) == pytest.approx(list(_numbers(other)), rel=1e-9, abs=1e-12)
 
 
 def test_blocks_do_not_matter() -> None:
@@ -156,6 +165,17 @@ def _all_unscored(block: PairBlock) -> PairBlock:
     return replace(block, logp_train_T=np.full(len(block), np.nan, np.float32))
 
 
+def _all_equal(block: PairBlock) -> PairBlock:
+    half = np.full(len(block), -0.5, np.float32)
+    return replace(block, logp_train_T=half, logp_infer_T=half)
+
+
+def _bare(block: PairBlock) -> PairBlock:
+    """Expert ids and nothing else of the routing, as a capture at level ids."""
+    names = [f.name for f in fields(block) if f.name.startswith(("gate_weights", "margin", "logit_margin"))]
+    return replace(block, **dict.fromkeys(names))
+
+
 def _unrouted(block: PairBlock) -> PairBlock:
     return replace(block, expert_ids_infer_TLK=np.full_like(block.expert_ids_infer_TLK, -1))
 
@@ -171,6 +191,16 @@ DEGENERATE = {
     "K = E": make_block(n_experts=4, top_k=4),
     "K = 1": make_block(top_k=1),
     "one layer": make_block(n_layers=1),
+    "one prompt": make_block(n_prompts=1, samples=40),
+    "all logps equal": _all_equal(make_block()),
+    "all logps equal to 0": replace(
+        make_block(), logp_train_T=np.zeros(366, np.float32), logp_infer_T=np.zeros(366, np.float32)
+    ),
+    "ids only": _bare(make_block()),
+    "ids only, unrouted": _unrouted(_bare(make_block())),
+    "ids only, K = E = 1": _bare(make_block(n_experts=1, top_k=1)),
+    "one arm all NaN margins": replace(make_block(), margin_infer_TL=np.full((366, 3), np.nan, np.float32)),
+    "K = E = 1": make_block(n_experts=1, top_k=1),
     "dense, no rows": take(make_block(dense=True), slice(0, 0)),
     "dense, one token": make_block(n_prompts=1, samples=1, length=1, dense=True),
 }
@@ -185,7 +215,7 @@ def test_degenerate_pairs_give_values_or_null_and_never_a_traceback(name: str) -
         assert summary["corrections"]["icepop_0.5_5.0"]["masked_share"] is None
         assert summary["position"]["slope_per_1k_tokens"] is None
     else:
-        assert summary["logp"]["abs_logp_diff"]["mean"] > 0
+        assert (summary["logp"]["abs_logp_diff"]["mean"] > 0) == ("equal" not in name)
         assert summary["logp"]["abs_logp_diff"]["p999"] is None
 
 

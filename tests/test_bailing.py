@@ -280,7 +280,7 @@ def run_vllm(output: str) -> None:
     llm = LLM(str(CHECKPOINT), dtype="float32", max_model_len=64, worker_extension_cls=extension, **FORCED)
     spec = router_spec(json.loads((CHECKPOINT / "config.json").read_text()), str(CHECKPOINT))
     assert spec is not None
-    llm.collective_rpc("moediag_install", args=(spec.record(), True))
+    llm.collective_rpc("moediag_install", args=(spec.record(), "full"))
     parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     entries = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)[0].prompt_logprobs
     told = llm.collective_rpc("moediag_flush", args=(output,))[0]

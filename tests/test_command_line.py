@@ -219,7 +219,7 @@ def test_analysis_and_figures_import_no_engine() -> None:
 _LAYERS = (
     ("notation", "errors", "frames", "prompts"),
     ("run",),
-    ("analysis", "corrections"),
+    ("analysis", "corrections", "hygiene"),
     ("figures",),
     ("report",),
     ("results",),
@@ -228,7 +228,10 @@ _LAYERS = (
 
 
 def test_imports_only_point_downwards() -> None:
-    """notation, errors <- run <- analysis, corrections <- figures <- report <- results <- cli; engines see run only."""
+    """notation, errors <- run <- analysis, corrections, hygiene <- figures <- report <- results <- cli.
+
+    Engines see notation, errors and run only.
+    """
     level = {name: i for i, names in enumerate(_LAYERS) for name in names}
     level["engines"] = level["demo"] = level["run"] + 0.5  # type: ignore[assignment]
     for path in sorted((REPOSITORY / "moediag").rglob("*.py")):

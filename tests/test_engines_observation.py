@@ -13,8 +13,9 @@ import pytest
 from conftest import REPOSITORY
 
 from moediag.analysis.summary import analyze_pair, pair_summary
+from moediag.engines.routing_rows import FULL, MARGINS
 from moediag.errors import CaptureError
-from moediag.run.check import check_run
+from moediag.hygiene import check_run
 from moediag.run.directory import Run, open_run
 
 pytestmark = pytest.mark.engines
@@ -73,9 +74,9 @@ def test_hooked_and_unhooked_logits_of_transformers_are_bit_equal(moe: Run, mode
     ids, _ = next(sequences(moe))
     with torch.inference_mode():
         plain = model(input_ids=ids[None], use_cache=False).logits
-        with RoutingTaps(model, spec, keep_logits=True) as taps:
+        with RoutingTaps(model, spec, FULL) as taps:
             hooked = model(input_ids=ids[None], use_cache=False).logits
-            rows = taps.take(len(ids))
+            rows = taps.take(torch.arange(len(ids)))
         after = model(input_ids=ids[None], use_cache=False).logits
     assert torch.equal(plain, hooked)
     assert torch.equal(plain, after)
@@ -83,12 +84,14 @@ def test_hooked_and_unhooked_logits_of_transformers_are_bit_equal(moe: Run, mode
 
 
 def test_hooks_come_off_when_the_body_raises_and_a_silent_layer_is_an_error(moe: Run, model: Any) -> None:
+    import torch
+
     from moediag.engines.hf_taps import RoutingTaps
     from moediag.engines.routers import RouterSpec
 
     spec = RouterSpec.from_record(moe.model["routing"])
-    with pytest.raises(CaptureError, match="MoE layer 0 never fired"), RoutingTaps(model, spec, False) as taps:
-        taps.take(5)
+    with pytest.raises(CaptureError, match="MoE layer 0 never fired"), RoutingTaps(model, spec, MARGINS) as taps:
+        taps.take(torch.arange(5))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -109,9 +112,9 @@ def test_replay_forces_what_it_is_asked_to_force(moe: Run, model: Any) -> None:
     weights = torch.from_numpy(infer.gate_weights_TLK[start : end - 1].copy())  # type: ignore[index]
 
     def run(replay: Replay) -> dict[str, Any]:
-        with torch.inference_mode(), RoutingTaps(model, spec, False, replay.routes(infer, start, end)) as taps:
+        with torch.inference_mode(), RoutingTaps(model, spec, MARGINS, replay.routes(infer, start, end)) as taps:
             model(input_ids=ids[None], use_cache=False)
-            return taps.take(len(ids))
+            return taps.take(torch.arange(len(ids)))
 
     sets = run(Replay("infer"))
     assert torch.equal(sets["expert_ids_TLK"][:-1], recorded)
@@ -141,7 +144,7 @@ def test_forced_routes_that_are_not_used_are_an_error(moe: Run, model: Any) -> N
     forced = ForcedRoutes(torch.zeros(5, spec.n_layers, 3, dtype=torch.long), None, range(spec.n_layers))
     with (
         torch.inference_mode(),
-        RoutingTaps(model, spec, False, forced),
+        RoutingTaps(model, spec, MARGINS, forced),
         pytest.raises(CaptureError, match="MoE layer 0: the forced routes were used 0 times"),
     ):
         model(input_ids=ids[None], use_cache=False)

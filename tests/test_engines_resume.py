@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import random
 import shutil
@@ -15,13 +14,14 @@ import pytest
 from conftest import MOEDIAG, run_moediag, write_jsonl
 from test_command_line import full_disk
 
-from moediag.run.check import check_run
+from moediag.hygiene import check_run
+from moediag.run.claims import lock
 from moediag.run.directory import open_run
 
 pytestmark = pytest.mark.engines
 
 WORDS = ("for", "while", "assert", "import", "return", "yield", "with", "try")
-OPTIONS = ("--max-tokens", "12", "--shard-size", "2")
+OPTIONS = ("--max-tokens", "12", "--shard-size", "1")
 
 
 @pytest.fixture(scope="module")
@@ -46,61 +46,103 @@ def captured(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-def kill_when(command: list[str], ready: object, how: signal.Signals) -> int:
-    """Start the command, send it the signal once ``ready`` says so, and return its exit status."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def kill_when(command: list[str], ready: object, how: signal.Signals) -> tuple[int, str]:
+    """Start the command, send it the signal once ``ready`` says so; its exit status and standard error."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not ready() and process.poll() is None:  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert process.poll() is None, "the command ended before it could be killed"
     process.send_signal(how)
-    return process.wait(60)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
 
 
 def wait_until_engines_are_gone(run: Path) -> None:
-    """The engine process ends by its lifeline; until then it holds the lock of the arm it writes."""
+    """The engine process ends by its lifeline; until then it keeps others from removing the run."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if all(_is_free(lock) for lock in run.glob("arms/*/.lock")):
+        if not is_in_use(run):
             return
         time.sleep(0.1)
     pytest.fail("an engine process outlived its parent")
 
 
-def _is_free(lock: Path) -> bool:
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+def is_in_use(run: Path) -> bool:
+    with (run / "run.json").open("r+b") as manifest:
+        return not lock(manifest, run / "run.json")
 
 
 def test_killed_at_random_moments_it_resumes_to_the_same_arrays(
     random_moe: Path, prompts: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """kill -9 in each arm at a random moment, an interrupt in between, then the same command to the end."""
+    """kill -9 twice in each arm at a random moment, SIGTERM in between, then the same command to the end."""
     run = tmp_path / "run"
     command = list(map(str, [MOEDIAG, "profile", random_moe, "--prompts", prompts, "-o", run, *OPTIONS]))
-    delay = random.Random(os.getpid()).random()
+    rng = random.Random(os.getpid())
 
-    def some_shards(arm: str, n_shards: int) -> bool:
-        return len(list(run.glob(f"arms/{arm}/shard-*.json"))) >= n_shards and not time.sleep(delay * 0.1)
+    def n_done(arm: str) -> int:
+        return len(list(run.glob(f"arms/{arm}/shard-*.json")))
 
-    assert kill_when(command, lambda: some_shards("infer", 1), signal.SIGKILL) == -signal.SIGKILL
-    wait_until_engines_are_gone(run)
-    assert open_run(run).missing_shards("infer")
-    assert kill_when(command, lambda: some_shards("infer", 3), signal.SIGINT) == 130
-    wait_until_engines_are_gone(run)
-    assert kill_when(command, lambda: some_shards("train", 1), signal.SIGKILL) == -signal.SIGKILL
-    wait_until_engines_are_gone(run)
+    def kill_after_a_shard(arm: str, how: signal.Signals) -> tuple[int, str]:
+        n_before = n_done(arm)
+        return kill_when(command, lambda: n_done(arm) > n_before and not time.sleep(rng.uniform(0, 0.05)), how)
+
+    for _ in range(2):
+        assert kill_after_a_shard("infer", signal.SIGKILL)[0] == -signal.SIGKILL
+        wait_until_engines_are_gone(run)
+        assert open_run(run).missing_shards("infer")
+    status, err = kill_after_a_shard("infer", signal.SIGTERM)
+    assert not is_in_use(run), "the engine must be gone when the command returns"
+    assert status == 143
+    assert err.strip().splitlines()[-1].startswith("moediag: ended by SIGTERM; what was captured is kept")
+    assert "Traceback" not in err
+    for _ in range(2):
+        assert kill_after_a_shard("train", signal.SIGKILL)[0] == -signal.SIGKILL
+        wait_until_engines_are_gone(run)
     assert open_run(run).is_complete("infer")
     done = run_moediag(*command[1:])
     assert done.returncode == 0, done.stderr
     assert captured(run) == captured(undisturbed)
     assert (run / "summary.json").read_bytes() == (undisturbed / "summary.json").read_bytes()
     assert check_run(open_run(run)) == []
+
+
+def together(*commands: tuple[object, ...]) -> list[str]:
+    """Run the commands at the same time; their standard errors."""
+    processes = [
+        subprocess.Popen(
+            list(map(str, (MOEDIAG, *command))), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        for command in commands
+    ]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(commands), errors
+    return errors
+
+
+def test_workers_share_a_run_and_two_machines_runs_are_merged_by_copying(
+    random_moe: Path, prompts: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Two slices in two folders, copied into one; then two workers who know nothing of each other in that one."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    begin = ("capture", "infer", random_moe, "--prompts", prompts, *OPTIONS, "--num-shards", 2)
+    errors = together((*begin, "--shard-index", 0, "-o", a), (*begin, "--shard-index", 1, "-o", b))
+    assert "slice 0/2 is complete; 4 of 8 shards of arm infer remain (0 being captured by others now)" in errors[0]
+    train = ("capture", "train", random_moe, "-o")
+    early = run_moediag(*train, b)
+    assert early.returncode == 1
+    assert (
+        "no tokens yet for 4 of 8 shards (shard-00000, shard-00002, shard-00004, ...)"
+        in early.stderr.strip().splitlines()[-1]
+    )
+    subprocess.run(["cp", "-rn", f"{b}/.", f"{a}/"], check=True)
+    together((*train, a), (*train, a))
+    assert captured(a) == captured(undisturbed)
+    assert check_run(open_run(a)) == []
+    assert run_moediag("analyze", a).returncode == 0
+    assert (a / "summary.json").read_bytes() == (undisturbed / "summary.json").read_bytes()
 
 
 def test_a_complete_run_is_reported_as_complete(random_moe: Path, prompts: Path, undisturbed: Path) -> None:
@@ -140,7 +182,7 @@ def test_a_disk_that_fills_up_loses_nothing(undisturbed: Path, random_moe: Path,
     """Out of space while an arm is written: one line, what was committed stays, and the same command resumes."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    with full_disk(disk, 1 << 20):
+    with full_disk(disk, 4 << 20):
         run = disk / "run"
         subprocess.run(["cp", "-r", str(undisturbed), str(run)], check=True)
         for path in [*run.glob("arms/train/shard-*"), run / "arms/train/arm.json"]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -20,14 +20,22 @@ from moediag.errors import (
     RunError,
     SchemaVersionError,
 )
+from moediag.hygiene import check_run
 from moediag.run import codec
 from moediag.run.capture import Capture, TokenRows
-from moediag.run.check import check_run
 from moediag.run.create import create_run, split_into_shards
 from moediag.run.directory import Run, open_run
-from moediag.run.files import canonical_json, digest_of, read_sealed, write_sealed
+from moediag.run.files import (
+    canonical_json,
+    digest_of,
+    process_tag,
+    read_sealed,
+    rows_prefix,
+    write_sealed,
+)
 
 N_EXPERTS, TOP_K, LAYERS = 8, 2, (1, 3)
+PROMPTS = codec.encode_prompts([[1, 2, 3], [4], [5, 6]], None)
 LENGTHS = [(3, 4), (1, 2), (2, 5)]  # (prompt, response) tokens of each sequence
 
 
@@ -66,9 +74,14 @@ def capture_of(tokens: TokenRows, seed: int, last_row: bool) -> Capture:
 def manifest(**changes: object) -> dict[str, object]:
     return {
         "configuration": {"weights_sha256": "w", "max_tokens": 5, **changes},
-        "model": {"routing": {"n_experts": N_EXPERTS, "top_k": TOP_K, "decoder_layers": list(LAYERS)}},
+        "moediag_version": "0",
+        "model": {
+            "name": "models/tiny",
+            "routing": {"n_experts": N_EXPERTS, "top_k": TOP_K, "decoder_layers": list(LAYERS)},
+            **dict.fromkeys(("revision", "architecture", "model_type", "n_decoder_layers")),
+        },
         "sampling": {},
-        "prompts": {"n": 3},
+        "prompts": {"n": 3, "source": "p.jsonl", "source_sha256": "p"},
         "completions": False,
         "shards": [vars(shard) for shard in split_into_shards(3, 2)],
     }
@@ -77,7 +90,7 @@ def manifest(**changes: object) -> dict[str, object]:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A complete run of two shards with both arms."""
-    run = create_run(tmp_path / "run", manifest(), b"prompts")
+    run = create_run(tmp_path / "run", manifest(), PROMPTS)
     for arm in ("infer", "train"):
         run.begin_arm(arm, {"configuration": {"dtype": "bfloat16"}})
     for shard in run.shards:
@@ -143,7 +156,7 @@ def test_bytes_per_token_of_qwen3_30b_a3b_are_those_of_the_design() -> None:
 def test_a_flipped_byte_in_any_file_is_found(run: Run) -> None:
     """Damage anywhere in a run's files must be found: 50 random positions of every file, one bit each."""
     rng = np.random.default_rng(0)
-    for path in sorted(p for p in run.path.rglob("*") if p.is_file() and p.name != ".lock"):
+    for path in sorted(p for p in run.path.rglob("*") if p.is_file()):
         original = path.read_bytes()
         positions = range(len(original)) if len(original) < 20 else rng.choice(len(original), 50, replace=False)
         for position in positions:
@@ -172,32 +185,32 @@ def test_a_run_of_a_newer_schema_is_refused_in_one_line(run: Run) -> None:
 def test_another_configuration_is_refused_and_changes_nothing(run: Run) -> None:
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
     with pytest.raises(RunConflictError, match="max_tokens: 5 there, 6 asked"):
-        create_run(run.path, manifest(max_tokens=6), b"prompts")
+        create_run(run.path, manifest(max_tokens=6), PROMPTS)
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
 
 
 def test_the_same_configuration_opens_the_run_that_is_there(run: Run) -> None:
-    assert create_run(run.path, manifest(), b"prompts").is_complete("infer")
+    assert create_run(run.path, manifest(), PROMPTS).is_complete("infer")
 
 
 def test_force_starts_anew(run: Run) -> None:
-    assert create_run(run.path, manifest(max_tokens=6), b"prompts", force=True).arms() == []
+    assert create_run(run.path, manifest(max_tokens=6), PROMPTS, force=True).arms() == []
 
 
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     for force in (False, True):
         with pytest.raises(RunError, match="holds no run.json"):
-            create_run(tmp_path, manifest(), b"prompts", force=force)
+            create_run(tmp_path, manifest(), PROMPTS, force=force)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_kill_while_a_run_is_made_leaves_nothing_that_stops_the_next_try(tmp_path: Path) -> None:
     """A run folder used to be filled in place: a kill before run.json made it a folder that is no run."""
-    half_made = tmp_path / ".run.123.new"
+    half_made = tmp_path / f".run.{process_tag(4194303)}.new"  # above the largest process id
     half_made.mkdir()
     (half_made / "prompts.parquet").write_bytes(b"half")
-    assert create_run(tmp_path / "run", manifest(), b"prompts").missing_shards("infer")
+    assert create_run(tmp_path / "run", manifest(), PROMPTS).missing_shards("infer")
     assert not half_made.exists()
 
 
@@ -242,13 +255,13 @@ def test_the_sign_does_not_depend_on_the_order_asked(run: Run) -> None:
 
 def test_only_dead_attempts_at_this_very_run_are_removed(tmp_path: Path) -> None:
     """Any folder called .run.*.new used to be removed, a user's own and a living process's included."""
-    others = [".run.notes.new", ".run.b.123.new", f".run.{os.getppid()}.new"]
-    for name in (*others, ".run.4194303.new"):
+    others = [".run.notes.new", ".run.b.123.new", f".run.{process_tag(os.getppid())}.new", ".run.other-1.new"]
+    for name in (*others, f".run.{process_tag(4194303)}.new", f".run.{process_tag(4194303)}.old"):
         (tmp_path / name).mkdir()
-    (tmp_path / ".run.7.new").write_text("a file")
-    create_run(tmp_path / "run", manifest(), b"prompts")
+    (tmp_path / f".run.{process_tag(7)}.new").write_text("a file")
+    create_run(tmp_path / "run", manifest(), PROMPTS)
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"run", ".run.notes.new", ".run.b.123.new", f".run.{os.getppid()}.new", ".run.7.new"}
+    assert left == {"run", *others, f".run.{process_tag(7)}.new"}
 
 
 def test_following_the_advice_for_a_damaged_shard_repairs_the_run(run: Run) -> None:
@@ -270,14 +283,16 @@ def test_an_arm_is_not_filled_by_two_versions(run: Run) -> None:
 
 def test_one_arms_writer_leaves_the_tokens_of_another_alone(run: Run) -> None:
     """A train writer used to clean up the temporary token table of a living infer writer."""
+    mine, other = run.shards
     (run.path / "tokens" / ".shard-00000.parquet.1.tmp").write_bytes(b"being written")
-    rows = run.path / "arms" / "infer" / ".rows-abc"
-    rows.mkdir()
-    with run.writing("train"):
+    rows = [run.path / "arms" / "infer" / f"{rows_prefix(shard.stem)}abc" for shard in (mine, other)]
+    for folder in rows:
+        folder.mkdir()
+    with run.claim("train", mine):
         assert (run.path / "tokens" / ".shard-00000.parquet.1.tmp").exists()
-    with run.writing("infer"):
+    with run.claim("infer", mine):
         assert not (run.path / "tokens" / ".shard-00000.parquet.1.tmp").exists()
-        assert not rows.exists()
+        assert [folder.exists() for folder in rows] == [False, True]
 
 
 def test_a_manifest_of_values_that_are_no_json_is_refused(run: Run) -> None:
@@ -292,7 +307,7 @@ def test_the_current_folder_itself_is_refused(tmp_path: Path, monkeypatch: pytes
     """`-o .` used to end in a traceback: the folder is replaced as a whole, which the current one cannot be."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunError, match="the current folder"):
-        create_run(Path(), manifest(), b"prompts")
+        create_run(Path(), manifest(), PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -316,11 +331,7 @@ def _with(capture: Capture, name: str, change: object) -> Capture:
     return Capture(**{**capture.arrays(), name: change(capture.arrays()[name])})  # type: ignore[operator]
 
 
-def test_two_writers_of_one_arm_are_kept_apart(run: Run) -> None:
-    with run.writing("train"), pytest.raises(RunError, match="another process"), run.writing("train"):
-        pass
-
-
+@settings(deadline=None)  # every example is flushed to disk
 @given(st.dictionaries(st.text(max_size=5).filter(lambda k: k != "sha256"), st.integers() | st.text(max_size=5)))
 def test_a_sealed_file_round_trips(content: dict[str, object]) -> None:
     import tempfile

@@ -67,7 +67,7 @@ def main(run_path: str, checkpoint: str, output: str) -> None:
     )
     prompts = [prompt for _, _, prompt, _ in load_prompt_tokens(run)[:8]]
     plain = greedy(llm, prompts)
-    llm.collective_rpc("moediag_install", args=(run.model["routing"], True))
+    llm.collective_rpc("moediag_install", args=(run.model["routing"], "full"))
     tapped = greedy(llm, prompts)
     rows = Path(output).with_suffix(".safetensors")
     llm.collective_rpc("moediag_flush", args=(str(rows),))

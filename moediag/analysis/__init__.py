@@ -1,48 +1,83 @@
 """Analyses: aligned arms in, declared frames out. Pure: no engine, no file, no figure.
 
-Importing this package declares every frame (see :func:`moediag.frames.declared_frames`).
+Importing this package declares every frame (see :func:`moediag.frames.declared_frames`). Every analysis takes any pair,
+so the floors of an engine against itself are the same functions on the same frames.
 """
 
-from moediag.analysis.intervals import Interval, Intervals, mean_interval, quantile_interval, ratio_mean_interval
-from moediag.analysis.logprobs import logp_metrics, tail_curve
-from moediag.analysis.margins import MarginTotals, margin_curve, margin_quantiles, margin_totals
+from moediag.analysis.aliases import ALIASES, Alias, aliases_of
+from moediag.analysis.attribution import flip_costs
+from moediag.analysis.entropies import entropy_quantiles
+from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
+from moediag.analysis.intervals import Interval, Intervals, mean_interval, ratio_mean_interval
+from moediag.analysis.jackknife import jackknife_interval
+from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
+from moediag.analysis.margin_counts import MarginTotals, margin_totals
+from moediag.analysis.margins import margin_curve, margin_noise, margin_quantiles
+from moediag.analysis.measures import binary_kl
 from moediag.analysis.positions import PositionSlope, drift_by_position, position_slope
-from moediag.analysis.routing import (
-    RoutingRates,
-    RoutingTotals,
-    agreement_by_layer,
-    flips_per_token,
-    routing_rates,
-    routing_totals,
+from moediag.analysis.quantiles import quantile_interval
+from moediag.analysis.routing import RoutingRates, agreement_by_layer, flips_per_token, routing_rates
+from moediag.analysis.routing_counts import RoutingTotals, routing_totals
+from moediag.analysis.sequences import (
+    LengthSlope,
+    drift_by_length,
+    first_divergence,
+    length_slope,
+    sequence_frame,
+    worst_tokens,
 )
+from moediag.analysis.strata import metrics_by_stratum
+from moediag.analysis.streaming import RoutingPass, read_pair
 from moediag.analysis.summary import PairAnalysis, analyze_pair, pair_summary
 from moediag.analysis.tokens import logp_diff, scored_tokens, token_frame
 
 __all__ = [
+    "ALIASES",
+    "Alias",
+    "FlipMap",
     "Interval",
     "Intervals",
+    "LengthSlope",
     "MarginTotals",
     "PairAnalysis",
     "PositionSlope",
+    "RoutingPass",
     "RoutingRates",
     "RoutingTotals",
+    "SwapTotals",
     "agreement_by_layer",
+    "aliases_of",
     "analyze_pair",
+    "binary_kl",
+    "drift_by_length",
     "drift_by_position",
+    "entropy_quantiles",
+    "expert_swaps",
+    "first_divergence",
+    "flip_costs",
+    "flips_by_layer_position",
     "flips_per_token",
+    "jackknife_interval",
+    "length_slope",
     "logp_diff",
     "logp_metrics",
     "margin_curve",
+    "margin_noise",
     "margin_quantiles",
     "margin_totals",
     "mean_interval",
+    "metrics_by_stratum",
     "pair_summary",
     "position_slope",
     "quantile_interval",
     "ratio_mean_interval",
+    "ratio_quantiles",
+    "read_pair",
     "routing_rates",
     "routing_totals",
     "scored_tokens",
+    "sequence_frame",
     "tail_curve",
     "token_frame",
+    "worst_tokens",
 ]

@@ -1,9 +1,9 @@
-"""Log-probability mismatch: the metric table and the tail curve.
+"""Log-probability mismatch over all tokens: the metric table, the tail curve, the spread of ratios.
 
 Invariants:
     - only tokens scored by both arms count, and ``n_tokens`` says how many; a metric over none is NaN;
-    - reductions run in float64, and k3 uses expm1: at diffs of 1e-6 the plain form is all rounding error;
-    - estimator and direction stand in the name; on text not sampled from infer none of k1, k2, k3 is a KL.
+    - reductions run in float64 over the prompts' own sums, so shards may come in any order;
+    - a statistic whose interval was measured not to cover gets none, and ``note`` says so.
 """
 
 from __future__ import annotations
@@ -17,40 +17,50 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moediag.analysis.declarations import LOGP_METRICS, TAIL_CURVE
-from moediag.analysis.intervals import Interval, Kind, cluster_sums, mean_interval, quantile_interval
-from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.analysis.declarations import LOGP_METRICS, RATIO_QUANTILES, TAIL_CURVE
+from moediag.analysis.intervals import Interval, Kind, mean_interval, ratio_mean_interval
+from moediag.analysis.jackknife import jackknife_interval
+from moediag.analysis.measures import (
+    EXTREME_TAU,
+    LOWER,
+    ONE,
+    QUANTILE_MEASURES,
+    TOKEN_MEASURES,
+    ZERO,
+    Scored,
+    TokenMeasure,
+    abs_diff,
+    prob_diff,
+    scored_arrays,
+)
+from moediag.analysis.quantiles import quantile_of_rows
+from moediag.analysis.tokens import scored_tokens
 
 Float64 = NDArray[np.float64]
 
-EXTREME_TAU: Final = 2.0
-"""Headline threshold of the extreme share: max(ratio, 1/ratio) > 2 (R3; AReaL's "abs d > ln 2")."""
 TAIL_THRESHOLDS: Final = np.unique(np.r_[np.logspace(-4, 1, 51), math.log(EXTREME_TAU)])
 """Ten thresholds per decade of abs(logp_diff), 1e-4 to 10 nat, and ln 2 itself."""
+RATIO_PROBABILITIES: Final = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 
-_LOWER: Final = "lower is better"
-_ZERO: Final = "0 is best"
-_ONE: Final = "1 is best"
 _NO_MAX: Final = "no honest interval exists for a maximum"
-_NOT_A_MEAN: Final = "not a mean: no interval is given"
+_SPREAD_CLUSTERS: Final = 256
+"""Prompts from which on the interval of a standard deviation or a correlation covers: both hang on single tokens."""
+_UNCOVERED: Final = "no interval: none that was tried covers for this statistic"
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """Scored tokens as float64 arrays, and the same per sequence."""
+class _Data:
+    """Scored tokens, and per sequence: n, sums of diff, of logp_train and of logp_infer, and the prompt."""
 
-    diff_T: Float64
-    p_train_T: Float64
-    p_infer_T: Float64
-    prompt_T: NDArray[Any]
-    diff_mean_S: Float64
-    diff_sum_S: Float64
-    nll_train_S: Float64
-    nll_infer_S: Float64
+    tokens: Scored
+    n_S: Float64
+    diff_S: Float64
+    train_S: Float64
+    infer_S: Float64
     prompt_S: NDArray[Any]
 
 
-_Measure = Callable[[_Scored], Interval]
+_Measure = Callable[[_Data], Interval]
 
 
 def logp_metrics(tokens: pd.DataFrame) -> pd.DataFrame:
@@ -65,14 +75,13 @@ def logp_metrics(tokens: pd.DataFrame) -> pd.DataFrame:
     Source: formulas and users of each in the project's DOMAIN page, section 2; IcePop Fig. 1 for
     ``abs_logp_diff``, R3 (arXiv 2510.11370) for ``extreme_share_2``, verl for prob diffs, ppl, ESS, chi2.
     """
-    rows = scored_tokens(tokens)
-    scored = _arrays(rows)
-    with np.errstate(over="ignore"):  # exp of an absurd diff is inf, and inf is what the table shows
-        records = [_record(name, unit, direction, measure(scored)) for name, unit, direction, measure in _METRICS]
+    data = _data(tokens)
+    with np.errstate(over="ignore", invalid="ignore"):  # exp of an absurd diff is inf, and inf is what the table shows
+        records = [_record(name, unit, direction, measure(data)) for name, unit, direction, measure in _METRICS]
     frame = pd.DataFrame.from_records(records)
-    frame["n_tokens"] = len(rows)
-    frame["n_prompts"] = rows["prompt_id"].nunique()
-    if not len(rows):
+    frame["n_tokens"] = len(data.tokens)
+    frame["n_prompts"] = data.tokens.n_prompts
+    if not len(data.tokens):
         frame["note"] = "no token was scored by both arms"
     return LOGP_METRICS.validate(frame)
 
@@ -82,40 +91,73 @@ def tail_curve(tokens: pd.DataFrame, thresholds: Float64 = TAIL_THRESHOLDS) -> p
 
     Args:
         tokens: token frame of a pair.
-        thresholds: abs(logp_diff) thresholds [nat].
+        thresholds: abs(logp_diff) thresholds [nat]; rows are in ascending order.
 
     Returns:
-        Frame ``tail_curve``: exact counts strictly above; lower is better; NaN shares when nothing is scored.
+        Frame ``tail_curve``: exact counts strictly above, with intervals of the shares; lower is better; NaN shares
+        when nothing is scored.
 
     Source: R3 (arXiv 2510.11370), F(tau) with tau = exp(threshold).
     """
-    sorted_T = np.sort(np.abs(logp_diff(scored_tokens(tokens))))
-    n_above = len(sorted_T) - np.searchsorted(sorted_T, thresholds, side="right")
-    frame = pd.DataFrame({"threshold": thresholds, "n_above": n_above})
-    frame["share_above"] = n_above / len(sorted_T) if len(sorted_T) else np.nan
-    frame["n_tokens"] = len(sorted_T)
+    scored = scored_arrays(tokens)
+    thresholds = np.sort(thresholds)
+    size = len(thresholds) + 1
+    # a token lies above the first `rank` thresholds: counting ranks by prompt gives every threshold at once
+    rank_T = np.searchsorted(thresholds, abs_diff(scored), side="left")
+    count = np.bincount(scored.prompt_row_T * size + rank_T, minlength=scored.n_prompts * size)
+    above_CM = count.reshape(scored.n_prompts, size)[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+    interval = ratio_mean_interval(above_CM, scored.n_by_prompt[:, None], "rate")
+    frame = pd.DataFrame({"threshold": thresholds, "n_above": above_CM.sum(axis=0)})
+    frame["share_above"] = frame["n_above"] / len(scored) if len(scored) else np.nan
+    frame["share_above_ci_low"], frame["share_above_ci_high"] = interval.low_M, interval.high_M
+    frame["n_tokens"] = len(scored)
     return TAIL_CURVE.validate(frame)
 
 
-def _arrays(rows: pd.DataFrame) -> _Scored:
-    diff_T = logp_diff(rows)
-    train_T = rows["logp_train"].to_numpy().astype(np.float64)
-    infer_T = rows["logp_infer"].to_numpy().astype(np.float64)
-    seq_T, prompt_T = rows["seq_id"].to_numpy(), rows["prompt_id"].to_numpy()
-    sums = cluster_sums(np.stack([np.ones_like(diff_T), diff_T, train_T, infer_T], axis=1), seq_T)
-    first_S = np.unique(seq_T, return_index=True)[1]
-    means = sums / sums[:, :1]
-    return _Scored(
-        diff_T=diff_T,
-        p_train_T=np.exp(train_T),
-        p_infer_T=np.exp(infer_T),
-        prompt_T=prompt_T,
-        diff_mean_S=means[:, 1],
-        diff_sum_S=sums[:, 1],
-        nll_train_S=-means[:, 2],
-        nll_infer_S=-means[:, 3],
-        prompt_S=prompt_T[first_S],
+def ratio_quantiles(tokens: pd.DataFrame) -> pd.DataFrame:
+    """How the ratios spread: of tokens, and of whole sequences as product and as geometric mean.
+
+    What sequence-level corrections cut is decided by these: a product over a thousand tokens spreads about thirty
+    times wider than a token's ratio, the geometric mean thirty times less.
+
+    Args:
+        tokens: token frame of a pair.
+
+    Returns:
+        Frame ``ratio_quantiles`` of log-ratios [nat], 0 is best; a quantile beyond 1 % or 99 % is NaN unless
+        20 tokens or sequences of 10 prompts lie beyond.
+
+    Source: GSPO, Geo-RS and Seq-MIS for the two sequence ratios.
+    """
+    data = _data(tokens)
+    prompts, row_S = np.unique(data.prompt_S, return_inverse=True)
+    with np.errstate(invalid="ignore"):
+        levels = (
+            ("token", data.tokens.diff_T, data.tokens.prompt_row_T, data.tokens.n_prompts),
+            ("sequence_product", data.diff_S, row_S, len(prompts)),
+            ("sequence_geometric", data.diff_S / data.n_S, row_S, len(prompts)),
+        )
+    records = []
+    for level, values, row, n_rows in levels:
+        for q in RATIO_PROBABILITIES:
+            # the lower tail is the upper tail of the negative: one rule for both
+            sign = -1.0 if q < 0.5 else 1.0
+            interval = quantile_of_rows(sign * values, row, n_rows, max(q, 1 - q))
+            bounds = sorted((sign * interval.low, sign * interval.high))
+            records.append((level, q, sign * interval.value, *bounds, len(values)))
+    names = [column.name for column in RATIO_QUANTILES.columns]
+    return RATIO_QUANTILES.validate(pd.DataFrame.from_records(records, columns=names))
+
+
+def _data(tokens: pd.DataFrame) -> _Data:
+    scored = scored_arrays(tokens)
+    rows = scored_tokens(tokens)
+    _, first_S, seq_T = np.unique(rows["seq_id"].to_numpy(), return_index=True, return_inverse=True)
+    n_S, diff_S, train_S, infer_S = (
+        np.bincount(seq_T, weights=values_T, minlength=len(first_S)).astype(np.float64)
+        for values_T in (None, scored.diff_T, scored.logp_train_T, scored.logp_infer_T)
     )
+    return _Data(scored, n_S, diff_S, train_S, infer_S, rows["prompt_id"].to_numpy()[first_S])
 
 
 def _record(name: str, unit: str, direction: str, interval: Interval) -> dict[str, Any]:
@@ -130,45 +172,55 @@ def _record(name: str, unit: str, direction: str, interval: Interval) -> dict[st
     }
 
 
-def _mean(kind: Kind, of: Callable[[_Scored], Float64]) -> _Measure:
-    return lambda x: mean_interval(of(x), x.prompt_T, kind)
+def _token_mean(measure: TokenMeasure) -> _Measure:
+    return lambda x: measure.intervals(x.tokens, x.tokens.by_prompt, x.tokens.n_by_prompt).one()
 
 
-def _sequence_mean(kind: Kind, of: Callable[[_Scored], Float64]) -> _Measure:
+def _sequence_mean(kind: Kind, of: Callable[[_Data], Float64]) -> _Measure:
     return lambda x: mean_interval(of(x), x.prompt_S, kind)
 
 
-def _quantile(q: float, of: Callable[[_Scored], Float64]) -> _Measure:
-    return lambda x: quantile_interval(of(x), x.prompt_T, q)
+def _quantile(q: float, of: Callable[[Scored], Float64]) -> _Measure:
+    return lambda x: quantile_of_rows(of(x.tokens), x.tokens.prompt_row_T, x.tokens.n_prompts, q)
 
 
-def _point(of: Callable[[_Scored], float], note: str) -> _Measure:
-    def measure(x: _Scored) -> Interval:
-        value = of(x) if len(x.diff_T) else np.nan
-        return Interval(float(value), np.nan, np.nan, len(np.unique(x.prompt_T)), note)
+def _point(of: Callable[[_Data], float], note: str) -> _Measure:
+    def measure(x: _Data) -> Interval:
+        value = of(x) if len(x.tokens) else np.nan
+        return Interval(float(value), np.nan, np.nan, x.tokens.n_prompts, note)
 
     return measure
 
 
-def _abs_diff(x: _Scored) -> Float64:
-    return np.abs(x.diff_T)
+def std_interval(x: Scored) -> Interval:
+    """Standard deviation of abs(p_train - p_infer), ddof = 1 as in verl, with its interval."""
+    size_T = prob_diff(x)
+    columns = (np.ones(len(x)), size_T, np.square(size_T))
+    return jackknife_interval(
+        np.stack([x.by_prompt(column) for column in columns], axis=1), _std, "log", _SPREAD_CLUSTERS
+    )
 
 
-def _prob_diff(x: _Scored) -> Float64:
-    return np.abs(x.p_train_T - x.p_infer_T)
+def pearson_interval(x: Scored) -> Interval:
+    """Correlation of p_train and p_infer with its interval; 1 is best."""
+    # centred at 1/2: products then keep their digits
+    train_T, infer_T = np.exp(x.logp_train_T) - 0.5, np.exp(x.logp_infer_T) - 0.5
+    columns = (np.ones(len(x)), train_T, infer_T, np.square(train_T), np.square(infer_T), train_T * infer_T)
+    return jackknife_interval(
+        np.stack([x.by_prompt(column) for column in columns], axis=1), _pearson, "fisher", _SPREAD_CLUSTERS
+    )
 
 
-def _prob_diff_std(x: _Scored) -> float:
-    # ddof=1 as in torch.std, which verl's rollout_probs_diff_std calls
-    return float(_prob_diff(x).std(ddof=1)) if len(x.diff_T) > 1 else float("nan")
+def _std(sums: Float64) -> Float64:
+    """ddof=1 as in torch.std, which verl's rollout_probs_diff_std calls."""
+    n, first, second = np.moveaxis(sums, -1, 0)
+    return np.asarray(np.sqrt(np.maximum(second - first**2 / n, 0.0) / np.where(n > 1, n - 1, np.nan)))
 
 
-def _is_extreme(x: _Scored) -> Float64:
-    return (_abs_diff(x) > math.log(EXTREME_TAU)).astype(np.float64)
-
-
-def _k3(x: _Scored) -> Float64:
-    return np.asarray(np.expm1(x.diff_T) - x.diff_T)
+def _pearson(sums: Float64) -> Float64:
+    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    spread = np.maximum(xx - x**2 / n, 0.0) * np.maximum(yy - y**2 / n, 0.0)
+    return np.asarray((xy - x * y / n) / np.sqrt(np.where(spread > 0, spread, np.nan)))
 
 
 def _effective_share(log_weight: Float64) -> float:
@@ -177,36 +229,23 @@ def _effective_share(log_weight: Float64) -> float:
     return float(weight.sum() ** 2 / (len(weight) * np.square(weight).sum()))
 
 
-def _pearson(x: _Scored) -> float:
-    train_T, infer_T = x.p_train_T - x.p_train_T.mean(), x.p_infer_T - x.p_infer_T.mean()
-    scale = math.sqrt(float(np.square(train_T).sum() * np.square(infer_T).sum()))
-    return float(train_T @ infer_T) / scale if scale > 0 else float("nan")
-
-
 _METRICS: Final[tuple[tuple[str, str, str, _Measure], ...]] = (
-    ("abs_logp_diff.mean", "nat", _LOWER, _mean("positive", _abs_diff)),
-    ("abs_logp_diff.p50", "nat", _LOWER, _quantile(0.5, _abs_diff)),
-    ("abs_logp_diff.p90", "nat", _LOWER, _quantile(0.9, _abs_diff)),
-    ("abs_logp_diff.p99", "nat", _LOWER, _quantile(0.99, _abs_diff)),
-    ("abs_logp_diff.p999", "nat", _LOWER, _quantile(0.999, _abs_diff)),
-    ("abs_logp_diff.max", "nat", _LOWER, _point(lambda x: float(_abs_diff(x).max()), _NO_MAX)),
-    ("abs_prob_diff.mean", "1", _LOWER, _mean("positive", _prob_diff)),
-    ("abs_prob_diff.p99", "1", _LOWER, _quantile(0.99, _prob_diff)),
-    ("abs_prob_diff.max", "1", _LOWER, _point(lambda x: float(_prob_diff(x).max()), _NO_MAX)),
-    ("abs_prob_diff.std", "1", _LOWER, _point(_prob_diff_std, _NOT_A_MEAN)),
-    ("kl_infer_train_k1", "nat", _ZERO, _mean("signed", lambda x: -x.diff_T)),
-    ("kl_infer_train_k2", "nat", _LOWER, _mean("positive", lambda x: np.square(x.diff_T) / 2)),
-    ("kl_infer_train_k3", "nat", _LOWER, _mean("positive", _k3)),
-    ("mean_ratio", "1", _ONE, _mean("signed", lambda x: np.exp(x.diff_T))),
-    ("extreme_share_2", "1", _LOWER, _mean("rate", _is_extreme)),
-    ("prob_mult_error", "1", _ONE, _mean("positive", lambda x: np.exp(_abs_diff(x)))),
-    ("pearson_p", "1", _ONE, _point(_pearson, _NOT_A_MEAN)),
-    ("ess_token", "1", _ONE, _point(lambda x: _effective_share(x.diff_T), _NOT_A_MEAN)),
-    ("ess_sequence", "1", _ONE, _point(lambda x: _effective_share(x.diff_sum_S), _NOT_A_MEAN)),
-    ("chi2_token", "1", _ZERO, _mean("signed", lambda x: np.expm1(2 * x.diff_T))),
-    ("chi2_sequence", "1", _ZERO, _sequence_mean("signed", lambda x: np.expm1(2 * x.diff_sum_S))),
-    ("ppl_train", "1", _LOWER, _sequence_mean("positive", lambda x: np.exp(x.nll_train_S))),
-    ("ppl_infer", "1", _LOWER, _sequence_mean("positive", lambda x: np.exp(x.nll_infer_S))),
-    ("log_ppl_gap", "nat", _ZERO, _sequence_mean("signed", lambda x: -x.diff_mean_S)),
-    ("log_ppl_abs_gap", "nat", _LOWER, _sequence_mean("positive", lambda x: np.abs(x.diff_mean_S))),
+    *((m.name, m.unit, m.direction, _token_mean(m)) for m in TOKEN_MEASURES[:1]),
+    *((name, "nat", LOWER, _quantile(q, of)) for name, q, of in QUANTILE_MEASURES),
+    ("abs_logp_diff.p999", "nat", LOWER, _quantile(0.999, abs_diff)),
+    ("abs_logp_diff.max", "nat", LOWER, _point(lambda x: float(abs_diff(x.tokens).max()), _NO_MAX)),
+    *((m.name, m.unit, m.direction, _token_mean(m)) for m in TOKEN_MEASURES[1:2]),
+    ("abs_prob_diff.p99", "1", LOWER, _quantile(0.99, prob_diff)),
+    ("abs_prob_diff.max", "1", LOWER, _point(lambda x: float(prob_diff(x.tokens).max()), _NO_MAX)),
+    ("abs_prob_diff.std", "1", LOWER, lambda x: std_interval(x.tokens)),
+    *((m.name, m.unit, m.direction, _token_mean(m)) for m in TOKEN_MEASURES[2:]),
+    ("pearson_p", "1", ONE, lambda x: pearson_interval(x.tokens)),
+    ("ess_token", "1", ONE, _point(lambda x: _effective_share(x.tokens.diff_T), _UNCOVERED)),
+    ("ess_sequence", "1", ONE, _point(lambda x: _effective_share(x.diff_S), _UNCOVERED)),
+    ("chi2_token", "1", ZERO, _point(lambda x: float(np.expm1(2 * x.tokens.diff_T).mean()), _UNCOVERED)),
+    ("chi2_sequence", "1", ZERO, _point(lambda x: float(np.expm1(2 * x.diff_S).mean()), _UNCOVERED)),
+    ("ppl_train", "1", LOWER, _sequence_mean("positive", lambda x: np.exp(-x.train_S / x.n_S))),
+    ("ppl_infer", "1", LOWER, _sequence_mean("positive", lambda x: np.exp(-x.infer_S / x.n_S))),
+    ("log_ppl_gap", "nat", ZERO, _sequence_mean("signed", lambda x: -x.diff_S / x.n_S)),
+    ("log_ppl_abs_gap", "nat", LOWER, _sequence_mean("positive", lambda x: np.abs(x.diff_S / x.n_S))),
 )

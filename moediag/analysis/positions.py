@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moediag.analysis.declarations import DRIFT_BY_POSITION
 from moediag.analysis.intervals import cluster_sums, ratio_mean_interval
-from moediag.analysis.logprobs import EXTREME_TAU
+from moediag.analysis.measures import EXTREME_TAU
 from moediag.analysis.tokens import logp_diff, scored_tokens
 
 Float64 = NDArray[np.float64]

@@ -1,141 +1,67 @@
-"""Routing agreement of two arms: one streaming pass into per-prompt counts, then frames.
+"""Routing agreement of two arms as frames and rates, from mergeable counts.
 
 Invariants:
-    - :class:`RoutingTotals` holds integer counts per (prompt, layer); ``merge(parts)`` equals the whole, so
-      blocks may be counted anywhere and in any order (gate mass is float64: equal to rounding);
-    - a (token, layer) with an absent id in either arm is not compared; quantities over all layers of a token
-      (any-layer share, flips per token, cumulative agreement) use only what is compared in all of them;
+    - everything here is computed from :class:`~moediag.analysis.routing_counts.RoutingTotals` (and the token frame
+      for costs), never from (token, layer, K) arrays;
     - rows are those *behind* the response tokens (see :mod:`moediag.run.align`), whether or not a
-      log-probability came with them.
+      log-probability came with them;
+    - a pair whose arms have no expert ids gives NaN with n = 0 in every rate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import AGREEMENT_BY_LAYER, FLIPS_PER_TOKEN
-from moediag.analysis.expert_sets import ExpertComparison, compare_block
-from moediag.analysis.intervals import Interval, Intervals, cluster_sums, ratio_mean_interval
+from moediag.analysis.intervals import Interval, Intervals, ratio_mean_interval
+from moediag.analysis.jackknife import jackknife_interval
+from moediag.analysis.routing_counts import RoutingTotals
 from moediag.analysis.tokens import logp_diff
-from moediag.errors import MoediagError
-from moediag.run.align import Pair, PairBlock
 
 Float64 = NDArray[np.float64]
-Int64 = NDArray[np.int64]
 
-
-@dataclass(frozen=True)
-class RoutingTotals:
-    """Counts over (token, layer) choices by prompt (C, ascending ``prompt_id_C``) and MoE layer (L).
-
-    Args:
-        prompt_id_C: the prompts seen.
-        n_compared_CL, n_same_CL, n_reorder_CL: choices compared, with equal sets, equal but reordered.
-        n_common_CL: experts in both sets, summed over choices.
-        n_prefix_CL, n_prefix_same_CL: tokens compared, and same, in all layers 0..l.
-        n_complete_C, n_any_flip_C: tokens compared in every layer, and those with at least one flip.
-        mass_CL, n_mass_CL: train's gate weight on experts that infer did not choose, and choices behind it.
-        top_k: K.
-    """
-
-    prompt_id_C: Int64
-    n_compared_CL: Int64
-    n_same_CL: Int64
-    n_reorder_CL: Int64
-    n_common_CL: Int64
-    n_prefix_CL: Int64
-    n_prefix_same_CL: Int64
-    n_complete_C: Int64
-    n_any_flip_C: Int64
-    mass_CL: Float64
-    n_mass_CL: Int64
-    top_k: int
-
-    @staticmethod
-    def empty(n_layers: int, top_k: int) -> RoutingTotals:
-        """Totals of nothing: the neutral element of :meth:`merge`."""
-        none_C, none_CL = np.zeros(0, np.int64), np.zeros((0, n_layers), np.int64)
-        counts: dict[str, Any] = {f.name: none_CL for f in fields(RoutingTotals) if f.name.endswith("_CL")}
-        counts["mass_CL"] = none_CL.astype(np.float64)
-        return RoutingTotals(prompt_id_C=none_C, n_complete_C=none_C, n_any_flip_C=none_C, top_k=top_k, **counts)
-
-    @staticmethod
-    def of_block(block: PairBlock, seen: ExpertComparison, top_k: int) -> RoutingTotals:
-        """Totals of one block, given its expert comparison."""
-        add = _adder(block.prompt_id_T)
-        prefix_TL = np.logical_and.accumulate(seen.is_compared_TL, axis=1)
-        same_prefix_TL = np.logical_and.accumulate(seen.is_same_TL, axis=1)
-        complete_T = seen.is_complete_T
-        mass_TL, has_mass_TL = _misrouted_mass(block, seen)
-        return RoutingTotals(
-            np.unique(block.prompt_id_T).astype(np.int64),
-            add(seen.is_compared_TL),
-            add(seen.is_same_TL),
-            add(seen.is_reorder_TL),
-            add(seen.n_common_TL),
-            add(prefix_TL),
-            add(same_prefix_TL),
-            add(complete_T),
-            add(complete_T & seen.is_flip_TL.any(axis=1)),
-            cluster_sums(mass_TL, block.prompt_id_T),
-            add(has_mass_TL),
-            top_k,
-        )
-
-    @staticmethod
-    def merge(parts: Iterable[RoutingTotals]) -> RoutingTotals:
-        """Totals of all parts together; a prompt may appear in several.
-
-        Raises:
-            MoediagError: there is no part at all.
-        """
-        some = list(parts)
-        if not some:
-            raise MoediagError("nothing to merge: pass at least RoutingTotals.empty(n_layers, top_k)")
-        prompt_T = np.concatenate([part.prompt_id_C for part in some])
-        prompt_C, row_T = np.unique(prompt_T, return_inverse=True)
-        merged: dict[str, Any] = {"prompt_id_C": prompt_C, "top_k": max(part.top_k for part in some)}
-        for name in (f.name for f in fields(RoutingTotals) if f.name not in merged):
-            stacked = np.concatenate([getattr(part, name) for part in some])
-            total = np.zeros((len(prompt_C), *stacked.shape[1:]), stacked.dtype)
-            np.add.at(total, row_T, stacked)
-            merged[name] = total
-        return RoutingTotals(**merged)
+_DISPERSION_CLUSTERS: Final = 64
+"""Prompts from which on the interval of the dispersion of flips covers."""
 
 
 @dataclass(frozen=True)
 class RoutingRates:
-    """Routing agreement over all layers; every rate lies in [0, 1] and 0 is perfect agreement.
+    """Routing agreement over all layers.
 
     Args:
-        flip_rate: share of (token, layer) choices whose expert set differs.
-        any_layer_share: share of tokens with at least one flipped layer.
-        misrouted_mass: mean gate weight, train side, on experts that infer did not choose [gate weight].
+        flip_rate: share of (token, layer) choices whose expert set differs; 0 is best.
+        any_layer_share: share of tokens with at least one flipped layer; 0 is best.
+        misrouted_mass: mean gate weight, train side, on experts that infer did not choose [gate weight]; 0 is best.
+        overlap: mean abs(A & B) / K; 1 is best.
+        jaccard: mean abs(A & B) / abs(A | B); 1 is best.
+        top1_rate: share of choices whose heaviest expert agrees; 1 is best. NaN unless both arms gave gate weights:
+            engines list experts in an order of their own, so the first id of a list means nothing.
+        reorder_rate: share of choices with the same set in another order; harmless.
         independent_any_layer_share: 1 - prod(1 - p_l), what independent layers would give.
+        clustering_ratio: any_layer_share over that; below 1 = flips gather in fewer tokens than chance.
+        flip_dispersion: variance of flipped layers per token over what independent layers would give; above 1 =
+            flips cluster. More telling than the ratio where nearly every token flips somewhere.
         n_choices, n_tokens: choices compared; tokens compared in every layer.
     """
 
     flip_rate: Interval
     any_layer_share: Interval
     misrouted_mass: Interval
+    overlap: Interval
+    jaccard: Interval
+    top1_rate: Interval
+    reorder_rate: Interval
     independent_any_layer_share: float
+    clustering_ratio: Interval
+    flip_dispersion: Interval
     n_choices: int
     n_tokens: int
-
-
-def routing_totals(pair: Pair) -> RoutingTotals:
-    """Counts of the whole pair, in one pass over its blocks."""
-    parts = [RoutingTotals.empty(pair.n_layers, pair.top_k)]
-    for block in pair.blocks():
-        if (seen := compare_block(block)) is not None:
-            parts.append(RoutingTotals.of_block(block, seen, pair.top_k))
-    return RoutingTotals.merge(parts)
 
 
 def agreement_by_layer(totals: RoutingTotals, decoder_layer_L: tuple[int, ...]) -> pd.DataFrame:
@@ -150,39 +76,57 @@ def agreement_by_layer(totals: RoutingTotals, decoder_layer_L: tuple[int, ...]) 
 
     Source: IcePop post (one sentence, no definition); R3 (arXiv 2510.11370) for the per-layer share.
     """
-    same = ratio_mean_interval(totals.n_same_CL, totals.n_compared_CL, "rate")
+    n_CL = totals.n_compared_CL
+    reorder = ratio_mean_interval(totals.n_reorder_CL, n_CL, "rate")
+    mass = ratio_mean_interval(totals.mass_CL, totals.n_mass_CL, "positive")
     cumulative = ratio_mean_interval(totals.n_prefix_same_CL, totals.n_prefix_CL, "rate")
-    overlap = ratio_mean_interval(totals.n_common_CL, totals.n_compared_CL * totals.top_k, "rate")
-    reorder = ratio_mean_interval(totals.n_reorder_CL, totals.n_compared_CL, "rate")
     frame = pd.DataFrame(
         {
             "layer": np.arange(len(decoder_layer_L)),
             "decoder_layer": np.array(decoder_layer_L, dtype=np.int64),
-            "n_tokens": totals.n_compared_CL.sum(axis=0),
-            **_with_bounds("same_set_rate", same),
+            "n_tokens": n_CL.sum(axis=0),
+            **_with_bounds("same_set_rate", ratio_mean_interval(totals.n_same_CL, n_CL, "rate")),
             **_with_bounds("cumulative_same_set_rate", cumulative),
-            **_with_bounds("overlap", overlap),
+            **_with_bounds("overlap", ratio_mean_interval(totals.n_common_CL, n_CL * totals.top_k, "rate")),
             "reorder_rate": reorder.value_M,
+            **_with_bounds("jaccard", ratio_mean_interval(totals.jaccard_CL, n_CL, "rate")),
+            **_with_bounds("top1_rate", ratio_mean_interval(totals.n_top1_CL, totals.n_top1_known_CL, "rate")),
+            **_with_bounds("misrouted_mass", mass),
         }
     )
     return AGREEMENT_BY_LAYER.validate(frame)
 
 
 def routing_rates(totals: RoutingTotals) -> RoutingRates:
-    """Flip rate over all choices and any-layer share over tokens, with intervals clustered by prompt.
+    """Agreement over all choices and tokens, with intervals clustered by prompt.
 
-    Source: R3 (arXiv 2510.11370): about 10 % of choices and 94 % of tokens on Qwen3-30B-A3B.
+    Args:
+        totals: counts of the pair.
+
+    Returns:
+        Rates in [0, 1] and ratios; see :class:`RoutingRates` for the good end of each. NaN with n = 0 where
+        nothing was compared.
+
+    Source: R3 (arXiv 2510.11370): about 10 % of choices and 94 % of tokens on Qwen3-30B-A3B, where independent
+    layers would give 99.4 %; the dispersion index is ours.
     """
-    n_compared_C = totals.n_compared_CL.sum(axis=1)
-    flip = ratio_mean_interval(n_compared_C - totals.n_same_CL.sum(axis=1), n_compared_C, "rate")
-    any_layer = ratio_mean_interval(totals.n_any_flip_C, totals.n_complete_C, "rate")
-    mass = ratio_mean_interval(totals.mass_CL.sum(axis=1), totals.n_mass_CL.sum(axis=1), "positive")
+    n_C = totals.n_compared_CL.sum(axis=1)
+
+    def rate(count_CL: NDArray[Any]) -> Interval:
+        return ratio_mean_interval(count_CL.sum(axis=1), n_C, "rate").one()
+
     return RoutingRates(
-        flip_rate=flip.one(),
-        any_layer_share=any_layer.one(),
-        misrouted_mass=mass.one(),
-        independent_any_layer_share=float(1 - _independent_flips(layer_flip_rates(totals))[0]),
-        n_choices=int(n_compared_C.sum()),
+        flip_rate=rate(totals.n_compared_CL - totals.n_same_CL),
+        any_layer_share=ratio_mean_interval(totals.n_any_flip_C, totals.n_complete_C, "rate").one(),
+        misrouted_mass=ratio_mean_interval(totals.mass_CL.sum(axis=1), totals.n_mass_CL.sum(axis=1), "positive").one(),
+        overlap=ratio_mean_interval(totals.n_common_CL.sum(axis=1), n_C * totals.top_k, "rate").one(),
+        jaccard=rate(totals.jaccard_CL),
+        top1_rate=ratio_mean_interval(totals.n_top1_CL.sum(axis=1), totals.n_top1_known_CL.sum(axis=1), "rate").one(),
+        reorder_rate=rate(totals.n_reorder_CL),
+        independent_any_layer_share=float(1 - independent_flips(layer_flip_rates(totals))[0]),
+        clustering_ratio=clustering_ratio_interval(_clustering_sums(totals)),
+        flip_dispersion=flip_dispersion_interval(_clustering_sums(totals)),
+        n_choices=int(n_C.sum()),
         n_tokens=int(totals.n_complete_C.sum()),
     )
 
@@ -195,6 +139,9 @@ def layer_flip_rates(totals: RoutingTotals) -> Float64:
 
 def flips_per_token(tokens: pd.DataFrame, totals: RoutingTotals) -> pd.DataFrame:
     """How many layers flip per token, against what independent layers would give, and what it costs in logp.
+
+    The costs here are bare means, which mix in that hard tokens flip more; :mod:`moediag.analysis.attribution`
+    compares like with like.
 
     Args:
         tokens: token frame of the pair.
@@ -217,7 +164,7 @@ def flips_per_token(tokens: pd.DataFrame, totals: RoutingTotals) -> pd.DataFrame
             "n_flipped_layers": np.arange(n_rows),
             "n_tokens": count_N,
             "share": count_N / max(int(known_T.sum()), 1),
-            "independent_share": _independent_flips(layer_flip_rates(totals))[:n_rows],
+            "independent_share": independent_flips(layer_flip_rates(totals))[:n_rows],
             "abs_logp_diff_mean": [_or_nan(np.mean, group) for group in groups],
             "abs_logp_diff_p99": [_or_nan(lambda x: np.quantile(x, 0.99), group) for group in groups],
         }
@@ -225,39 +172,52 @@ def flips_per_token(tokens: pd.DataFrame, totals: RoutingTotals) -> pd.DataFrame
     return FLIPS_PER_TOKEN.validate(frame)
 
 
-def _adder(prompt_id_T: Int64) -> Callable[[NDArray[Any]], Int64]:
-    """Sum token rows by prompt into int64 counts."""
-    order = np.argsort(prompt_id_T, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(prompt_id_T[order]) != 0]) if len(order) else order
-
-    def add(values: NDArray[Any]) -> Int64:
-        if not len(starts):
-            return np.zeros((0, *values.shape[1:]), np.int64)
-        return np.asarray(np.add.reduceat(values[order], starts, axis=0, dtype=np.int64))
-
-    return add
-
-
-def _misrouted_mass(block: PairBlock, seen: ExpertComparison) -> tuple[Float64, NDArray[np.bool_]]:
-    """Train's gate weight on experts that infer did not choose, (T, L), and where it is known."""
-    mass_TL = np.zeros(seen.is_compared_TL.shape)
-    weights_TLK = block.gate_weights_train_TLK
-    if weights_TLK is None or block.expert_ids_train_TLK is None or block.expert_ids_infer_TLK is None:
-        return mass_TL, np.zeros(mass_TL.shape, bool)
-    known_TL = seen.is_compared_TL & np.isfinite(weights_TLK).all(axis=2)
-    flipped = np.nonzero(known_TL & seen.is_flip_TL)  # only flips carry mass: a few per cent of the rows
-    train_NK, infer_NK = block.expert_ids_train_TLK[flipped], block.expert_ids_infer_TLK[flipped]
-    only_train_NK = ~(train_NK[:, :, None] == infer_NK[:, None, :]).any(axis=2)
-    mass_TL[flipped] = (weights_TLK[flipped].astype(np.float64) * only_train_NK).sum(axis=1)
-    return mass_TL, known_TL
-
-
-def _independent_flips(rate_L: Float64) -> Float64:
+def independent_flips(rate_L: Float64) -> Float64:
     """P(n layers flip), n = 0..L, when layers flip independently (Poisson-binomial, by convolution)."""
     share = np.ones(1)
     for rate in rate_L:
         share = np.convolve(share, [1 - rate, rate])
     return share
+
+
+def clustering_ratio_interval(sums_CM: Float64) -> Interval:
+    """Share of tokens with a flip over 1 - prod(1 - p_l); below 1 = flips gather in fewer tokens than chance.
+
+    Args:
+        sums_CM: per prompt: tokens, tokens with a flip, flips, flips squared, flips of every layer, choices of every
+            layer.
+    """
+    return jackknife_interval(sums_CM, _clustering_ratio, "log")
+
+
+def flip_dispersion_interval(sums_CM: Float64) -> Interval:
+    """Variance of the flipped layers per token over sum p_l (1 - p_l); above 1 = flips cluster. Args as above."""
+    return jackknife_interval(sums_CM, _flip_dispersion, "log", _DISPERSION_CLUSTERS)
+
+
+def _clustering_sums(totals: RoutingTotals) -> Float64:
+    """Per prompt: tokens, tokens with a flip, flips, flips squared, then flips and choices of every layer."""
+    n_flip_CL = totals.n_compared_CL - totals.n_same_CL
+    heads = (totals.n_complete_C, totals.n_any_flip_C, totals.n_flipped_C, totals.n_flipped_square_C)
+    return np.column_stack([*heads, n_flip_CL, totals.n_compared_CL]).astype(np.float64)
+
+
+def _layer_rates(sums: Float64) -> Float64:
+    n_layers = (sums.shape[-1] - 4) // 2
+    return np.asarray(sums[..., 4 : 4 + n_layers] / sums[..., 4 + n_layers :])
+
+
+def _clustering_ratio(sums: Float64) -> Float64:
+    """Share of tokens with a flip over 1 - prod(1 - p_l)."""
+    independent = 1 - np.prod(1 - _layer_rates(sums), axis=-1)
+    return np.asarray(sums[..., 1] / sums[..., 0] / independent)
+
+
+def _flip_dispersion(sums: Float64) -> Float64:
+    """Variance of the flipped layers per token over sum p_l (1 - p_l)."""
+    rate = _layer_rates(sums)
+    mean = sums[..., 2] / sums[..., 0]
+    return np.asarray((sums[..., 3] / sums[..., 0] - mean**2) / (rate * (1 - rate)).sum(axis=-1))
 
 
 def _with_bounds(name: str, intervals: Intervals) -> dict[str, Float64]:

@@ -15,19 +15,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moediag.analysis.expert_sets import compare_block
+from moediag.analysis.attribution import flip_costs
+from moediag.analysis.entropies import entropy_quantiles
+from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
 from moediag.analysis.intervals import Interval
-from moediag.analysis.logprobs import logp_metrics, tail_curve
-from moediag.analysis.margins import SPACES, MarginTotals, margin_curve, margin_quantiles
+from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
+from moediag.analysis.margins import margin_curve, margin_noise, margin_quantiles
 from moediag.analysis.positions import PositionSlope, drift_by_position, position_slope
-from moediag.analysis.routing import (
-    RoutingRates,
-    RoutingTotals,
-    agreement_by_layer,
-    flips_per_token,
-    routing_rates,
+from moediag.analysis.routing import RoutingRates, agreement_by_layer, flips_per_token, routing_rates
+from moediag.analysis.sequences import (
+    LengthSlope,
+    drift_by_length,
+    first_divergence,
+    length_slope,
+    sequence_frame,
+    worst_tokens,
 )
-from moediag.analysis.tokens import concatenate_tokens, scored_tokens, token_columns
+from moediag.analysis.strata import metrics_by_stratum
+from moediag.analysis.streaming import RoutingPass, read_pair
+from moediag.analysis.tokens import scored_tokens
 from moediag.corrections import icepop
 from moediag.run.align import Pair
 
@@ -39,18 +45,45 @@ _SUMMARISED = (
     "abs_logp_diff.p999",
     "abs_logp_diff.max",
     "abs_prob_diff.mean",
+    "abs_prob_diff.p99",
     "abs_prob_diff.max",
+    "abs_prob_diff.std",
     "kl_infer_train_k1",
     "kl_infer_train_k2",
     "kl_infer_train_k3",
     "mean_ratio",
     "extreme_share_2",
+    "prob_mult_error",
+    "binary_kl_infer_train",
+    "binary_kl_train_infer",
+    "pearson_p",
+    "ess_token",
+    "ess_sequence",
+    "chi2_token",
+    "chi2_sequence",
+    "ppl_train",
+    "ppl_infer",
+    "log_ppl_gap",
+    "log_ppl_abs_gap",
+)
+_RATES = (
+    "flip_rate",
+    "any_layer_share",
+    "misrouted_mass",
+    "overlap",
+    "jaccard",
+    "top1_rate",
+    "reorder_rate",
+    "clustering_ratio",
+    "flip_dispersion",
 )
 
 
 @dataclass(frozen=True)
 class PairAnalysis:
     """Everything moediag says about a pair; routing parts are None for a dense model.
+
+    Margin frames are None, too, where neither arm captured margins.
 
     Args:
         pair_name, minuend, subtrahend: as in :class:`~moediag.run.align.Pair`.
@@ -68,14 +101,26 @@ class PairAnalysis:
     tokens: pd.DataFrame
     logp_metrics: pd.DataFrame
     tail_curve: pd.DataFrame
+    ratio_quantiles: pd.DataFrame
+    metrics_by_stratum: pd.DataFrame
+    entropy_quantiles: pd.DataFrame
     drift_by_position: pd.DataFrame
     position_slope: PositionSlope
+    sequences: pd.DataFrame
+    worst_tokens: pd.DataFrame
+    drift_by_length: pd.DataFrame
+    length_slope: LengthSlope
     corrections: pd.DataFrame
     routing_rates: RoutingRates | None = None
     agreement_by_layer: pd.DataFrame | None = None
     flips_per_token: pd.DataFrame | None = None
+    flips_by_layer_position: pd.DataFrame | None = None
+    expert_swaps: pd.DataFrame | None = None
+    first_divergence: pd.DataFrame | None = None
+    flip_costs: pd.DataFrame | None = None
     margin_curve: pd.DataFrame | None = None
     margin_quantiles: pd.DataFrame | None = None
+    margin_noise: pd.DataFrame | None = None
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """The frames present, by declared name."""
@@ -91,31 +136,31 @@ def analyze_pair(pair: Pair) -> PairAnalysis:
     Returns:
         Declared frames and scalars; a pair without tokens gives NaN values with n = 0.
     """
-    token_parts, routing_parts = [], [RoutingTotals.empty(pair.n_layers, pair.top_k)]
-    margins = {space: MarginTotals.empty(pair.n_layers) for space in SPACES} if pair.is_routed else {}
-    for block in pair.blocks():
-        seen = compare_block(block) if pair.is_routed else None
-        token_parts.append(token_columns(block, seen))
-        if seen is not None:
-            routing_parts.append(RoutingTotals.of_block(block, seen, pair.top_k))
-            margins = {space: total.add_block(block, seen, space) for space, total in margins.items()}
-    tokens = concatenate_tokens(token_parts)
-    scored = scored_tokens(tokens)
+    tokens, routing = read_pair(pair)
+    n_scored = len(scored_tokens(tokens))
+    sequences = sequence_frame(tokens, pair.n_layers)
     return PairAnalysis(
         pair_name=pair.name,
         minuend=pair.minuend,
         subtrahend=pair.subtrahend,
-        n_sequences=tokens["seq_id"].nunique(),
+        n_sequences=len(sequences),
         n_prompts=tokens["prompt_id"].nunique(),
-        n_tokens=len(scored),
-        n_unscored=len(tokens) - len(scored),
+        n_tokens=n_scored,
+        n_unscored=len(tokens) - n_scored,
         tokens=tokens,
         logp_metrics=logp_metrics(tokens),
         tail_curve=tail_curve(tokens),
+        ratio_quantiles=ratio_quantiles(tokens),
+        metrics_by_stratum=metrics_by_stratum(tokens, pair.n_layers),
+        entropy_quantiles=entropy_quantiles(tokens),
         drift_by_position=drift_by_position(tokens, pair.n_layers),
         position_slope=position_slope(tokens),
+        sequences=sequences,
+        worst_tokens=worst_tokens(tokens),
+        drift_by_length=drift_by_length(sequences),
+        length_slope=length_slope(sequences),
         corrections=icepop.corrections_table(tokens),
-        **_routing_parts(pair, tokens, RoutingTotals.merge(routing_parts), margins),
+        **(_routing_parts(pair, tokens, routing, sequences) if pair.is_routed else {}),
     )
 
 
@@ -143,22 +188,33 @@ def pair_summary(analysis: PairAnalysis) -> dict[str, Any]:
             "n_tokens": slope.n_tokens,
             "n_sequences": slope.n_sequences,
         },
+        "length": {
+            "log_ratio_slope_per_1k_tokens": _number(analysis.length_slope.value),
+            "log_ratio_slope_per_1k_tokens_ci": _bounds(analysis.length_slope.low, analysis.length_slope.high),
+            "n_sequences": analysis.length_slope.n_sequences,
+        },
+        "flip_cost": _flip_cost_summary(analysis.flip_costs),
         "corrections": {str(row["method"]): _correction_summary(row) for _, row in analysis.corrections.iterrows()},
     }
 
 
-def _routing_parts(
-    pair: Pair, tokens: pd.DataFrame, totals: RoutingTotals, margins: dict[str, MarginTotals]
-) -> dict[str, Any]:
-    if not pair.is_routed:
-        return {}
-    return {
+def _routing_parts(pair: Pair, tokens: pd.DataFrame, routing: RoutingPass, sequences: pd.DataFrame) -> dict[str, Any]:
+    totals, layers = routing.totals, pair.decoder_layer_L
+    swaps = routing.swaps or SwapTotals.empty(pair.n_layers, pair.n_experts)
+    parts: dict[str, Any] = {
         "routing_rates": routing_rates(totals),
-        "agreement_by_layer": agreement_by_layer(totals, pair.decoder_layer_L),
+        "agreement_by_layer": agreement_by_layer(totals, layers),
         "flips_per_token": flips_per_token(tokens, totals),
-        "margin_curve": margin_curve(margins),
-        "margin_quantiles": margin_quantiles(margins),
+        "flips_by_layer_position": flips_by_layer_position(routing.flips or FlipMap.empty(pair.n_layers), layers),
+        "expert_swaps": expert_swaps(swaps, layers),
+        "first_divergence": first_divergence(sequences),
+        "flip_costs": flip_costs(tokens),
     }
+    if margins := routing.known_margins:
+        parts["margin_curve"] = margin_curve(margins)
+        parts["margin_quantiles"] = margin_quantiles(margins)
+        parts["margin_noise"] = margin_noise(margins)
+    return parts
 
 
 def _number(value: Any) -> float | None:
@@ -191,18 +247,17 @@ def _routing_summary(analysis: PairAnalysis) -> dict[str, Any] | None:
     if rates is None or layers is None:
         return None
     return {
-        **_entry("flip_rate", rates.flip_rate),
-        **_entry("any_layer_share", rates.any_layer_share),
-        **_entry("misrouted_mass", rates.misrouted_mass),
+        **{key: value for name in _RATES for key, value in _entry(name, getattr(rates, name)).items()},
         "independent_any_layer_share": _number(rates.independent_any_layer_share),
         "n_choices": rates.n_choices,
+        "n_tokens": rates.n_tokens,
         "by_layer": [_layer_summary(row) for _, row in layers.iterrows()],
     }
 
 
 def _layer_summary(row: pd.Series[Any]) -> dict[str, Any]:
     summary: dict[str, Any] = {name: int(row[name]) for name in ("layer", "decoder_layer", "n_tokens")}
-    for name in ("same_set_rate", "cumulative_same_set_rate", "overlap"):
+    for name in ("same_set_rate", "cumulative_same_set_rate", "overlap", "jaccard", "top1_rate", "misrouted_mass"):
         summary[name] = _number(row[name])
         summary[f"{name}_ci"] = _bounds(row[f"{name}_ci_low"], row[f"{name}_ci_high"])
     return summary
@@ -216,6 +271,7 @@ def _margin_summary(quantiles: pd.DataFrame | None) -> dict[str, Any] | None:
     for _, row in quantiles.iterrows():
         n_choices = int(row["n_choices"])
         summary.setdefault(str(row["space"]), {})[str(row["group"])] = {
+            "side": str(row["side"]),
             "n_choices": n_choices,
             "exact_tie_share": int(row["n_exact_ties"]) / n_choices if n_choices else None,
             **{name: _number(row[name]) for name in ("p01", "p10", "p50", "p90", "p99")},
@@ -225,6 +281,18 @@ def _margin_summary(quantiles: pd.DataFrame | None) -> dict[str, Any] | None:
     summary["median_logit_margin_flipped"] = logit.get("flipped", {}).get("p50")
     summary["exact_tie_share"] = summary.get("choice", {}).get("all", {}).get("exact_tie_share")
     return summary
+
+
+def _flip_cost_summary(costs: pd.DataFrame | None) -> dict[str, Any] | None:
+    """What flips cost over all flipped tokens; None for a dense model or without a flip."""
+    rows = costs[costs["grouping"] == "any_flip"] if costs is not None else None
+    if rows is None or rows.empty:
+        return None
+    row = rows.iloc[0]
+    names = ("flipped_mean", "unflipped_mean", "cost", "ratio", "raw_ratio")
+    counts = {name: int(row[name]) for name in ("n_tokens", "n_unmatched")}
+    bounds = _bounds(row["cost_ci_low"], row["cost_ci_high"])
+    return {**{name: _number(row[name]) for name in names}, "cost_ci": bounds, **counts}
 
 
 def _correction_summary(row: pd.Series[Any]) -> dict[str, Any]:

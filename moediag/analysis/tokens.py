@@ -1,14 +1,14 @@
 """The token frame: one row per response token, the base of every log-probability analysis.
 
 Invariants:
-    - routing arrays are read block by block and dropped; what stays is 56 bytes per token;
+    - routing arrays are read block by block and dropped; what stays is 56 bytes per token (``BYTES_PER_TOKEN``);
     - a token counts as *scored* when both arms gave a finite log-probability. NaN and infinities are
       excluded and counted, never averaged (rule D31: -inf is a defect to report, not a number).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -16,9 +16,13 @@ from numpy.typing import NDArray
 
 from moediag.analysis.declarations import TOKENS
 from moediag.analysis.expert_sets import NOT_COMPARED, ExpertComparison, compare_block
+from moediag.analysis.misrouting import MisroutedMass, misrouted_mass
 from moediag.run.align import Pair, PairBlock
 
 Float64 = NDArray[np.float64]
+
+BYTES_PER_TOKEN: Final = sum(np.dtype(column.dtype).itemsize for column in TOKENS.columns)
+"""What a token keeps once its block is gone; 64 is the most allowed."""
 
 
 def token_frame(pair: Pair) -> pd.DataFrame:
@@ -34,10 +38,15 @@ def token_frame(pair: Pair) -> pd.DataFrame:
 
 
 def concatenate_tokens(parts: list[dict[str, NDArray[Any]]]) -> pd.DataFrame:
-    """The token frame of blocks' columns as :func:`token_columns` gives them; no block, no rows."""
-    empty = {column.name: np.zeros(0) for column in TOKENS.columns}
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in empty} if parts else empty
-    return TOKENS.validate(pd.DataFrame(columns))
+    """The token frame of blocks' columns as :func:`token_columns` gives them; no block, no rows.
+
+    The parts are emptied column by column as they are joined, so that the tokens are never held twice.
+    """
+    columns = {}
+    for column in TOKENS.columns:
+        taken = [part.pop(column.name) for part in parts]
+        columns[column.name] = np.concatenate(taken) if taken else np.zeros(0, column.dtype)
+    return TOKENS.validate(pd.DataFrame(columns, copy=False))
 
 
 def scored_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
@@ -53,15 +62,21 @@ def logp_diff(tokens: pd.DataFrame) -> Float64:
     return np.asarray(train_T - tokens["logp_infer"].to_numpy().astype(np.float64))
 
 
-def token_columns(block: PairBlock, seen: ExpertComparison | None) -> dict[str, NDArray[Any]]:
-    """Columns of frame ``tokens`` for one block.
+def token_columns(
+    block: PairBlock, seen: ExpertComparison | None, mass: MisroutedMass | None = None
+) -> dict[str, NDArray[Any]]:
+    """Columns of frame ``tokens`` for one block, in their final dtypes.
 
     Args:
         block: aligned response tokens.
-        seen: its expert comparison; None = dense.
+        seen: its expert comparison; None = dense, or no expert ids.
+        mass: its misrouted mass, where it is at hand already.
     """
     n_flipped_T, first_T = _flipped_layers(len(block), seen)
-    return {
+    mass_T = np.full(len(block), np.nan, np.float32)
+    if seen is not None:
+        mass_T = (mass or misrouted_mass(block, seen)).by_token(seen)
+    columns = {
         "seq_id": block.seq_id_T,
         "prompt_id": block.prompt_id_T,
         "sample_index": block.sample_index_T,
@@ -73,16 +88,18 @@ def token_columns(block: PairBlock, seen: ExpertComparison | None) -> dict[str, 
         "entropy_infer": block.entropy_infer_T,
         "n_flipped_layers": n_flipped_T,
         "first_flipped_layer": first_T,
+        "misrouted_mass": mass_T,
     }
+    return {column.name: np.asarray(columns[column.name], column.dtype) for column in TOKENS.columns}
 
 
 def _flipped_layers(n_tokens: int, seen: ExpertComparison | None) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
     """(number of flipped layers, first of them) per token; -1 for rows not routed in every layer."""
     absent_T = np.full(n_tokens, NOT_COMPARED, dtype=np.int16)
-    if seen is None or not seen.is_compared_TL.shape[1]:
+    if seen is None or not seen.shape[1]:
         return absent_T, absent_T
-    flip_TL, complete_T = seen.is_flip_TL, seen.is_complete_T
     # a row known in some layers only would count too few flips: it belongs to neither group
-    n_flipped_T = np.where(complete_T, flip_TL.sum(axis=1), NOT_COMPARED).astype(np.int16)
-    first_T = np.where(complete_T & flip_TL.any(axis=1), flip_TL.argmax(axis=1), NOT_COMPARED).astype(np.int16)
-    return n_flipped_T, first_T
+    complete_T, n_flipped_T = seen.is_complete_T, seen.n_flipped_T
+    n_known_T = np.where(complete_T, n_flipped_T, NOT_COMPARED).astype(np.int16)
+    first_T = np.where(complete_T & (n_flipped_T > 0), seen.first_flip_T, NOT_COMPARED).astype(np.int16)
+    return n_known_T, first_T

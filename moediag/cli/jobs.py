@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
+from moediag.engines.arms import HOOKS, PREFILL, ArmRequest, arm_request
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
-from moediag.engines.launch import arm_configuration, infer_options, run_infer, run_train, train_options
+from moediag.engines.launch import infer_options, run_arm, train_options
 from moediag.engines.plan import Plan, Sampling, make_plan, needed_length
 from moediag.engines.versions import require_infer_engine, require_train_engine
-from moediag.errors import CheckpointError, DiskFullError
-from moediag.notation import INFER, TRAIN_REPLAY, engine_side
+from moediag.errors import CheckpointError, CorruptRunError, DiskFullError, IncompleteRunError
+from moediag.notation import INFER, TRAIN, TRAIN_REPLAY, engine_side
 from moediag.results import analyze_run, report_run
-from moediag.run.directory import Run, open_run, refuse_other_configuration
+from moediag.run.directory import MANIFEST, Run, open_run, refuse_other_configuration
 
 __all__ = [
+    "ArmRequest",
     "Plan",
     "Sampling",
     "announce",
+    "arm_request",
     "capture",
     "finish",
     "infer_options",
     "join",
-    "plan",
+    "make_plan",
+    "open_checkpoint",
+    "profile_requests",
     "require",
     "train_options",
     "wrote",
 ]
-
-_TITLES = {"infer": "vLLM (infer)", "train": "transformers (train)", "train-replay": "transformers (train-replay)"}
 
 
 def require(arms: Iterable[str]) -> None:
@@ -45,31 +48,32 @@ def require(arms: Iterable[str]) -> None:
         (require_infer_engine if engine_side(arm) == INFER else require_train_engine)()
 
 
-def plan(
-    ckpt: str,
-    revision: str | None,
-    prompts: Path,
-    limit: int | None,
-    sampling: Sampling,
-    router_logits: str,
-    shard_size: int,
-    max_model_len: int | None,
-    trust_remote_code: bool = False,
-) -> Plan:
-    """Look at the checkpoint and the prompts; refuses what cannot be done before anything starts."""
-    return make_plan(
-        open_checkpoint(ckpt, revision, trust_remote_code),
-        prompts,
-        sampling,
-        limit=limit,
-        router_logits=router_logits,
-        shard_size=shard_size,
-        max_model_len=max_model_len,
-        trust_remote_code=trust_remote_code,
-    )
+def profile_requests(
+    plan: Plan,
+    infer: dict[str, Any],
+    train: dict[str, Any],
+    replay: bool,
+    observer: str = HOOKS,
+    scoring: str = PREFILL,
+    batching: dict[str, Any] | None = None,
+) -> list[ArmRequest]:
+    """The arms of the main job, in the order in which they are captured."""
+    given = plan.completion_ids is not None
+    arms = [INFER, TRAIN, *([TRAIN_REPLAY] if replay else [])]
+    return [
+        arm_request(
+            arm,
+            infer if engine_side(arm) == INFER else train,
+            given,
+            observer=observer,
+            scoring=scoring,
+            batching=batching,
+        )
+        for arm in arms
+    ]
 
 
-def announce(plan: Plan, output: Path, arms: tuple[str, ...], dtype: str) -> None:
+def announce(plan: Plan, output: Path, arms: Sequence[str], dtype: str) -> None:
     """Print what will be done and how much will be written.
 
     Raises:
@@ -114,34 +118,74 @@ def join(
 
     Raises:
         RunConflictError: the checkpoint is not the one the run was made with.
+        CorruptRunError: run.json does not say how sequences are sampled.
     """
     run, checkpoint = open_run(output), open_checkpoint(ckpt, revision, trust_remote_code)
+    lacking = [key for key in ("max_tokens", "n", "seed") if key not in run.manifest["sampling"]]
+    if lacking:
+        raise CorruptRunError(f"{output / MANIFEST} does not say sampling {lacking}, so no arm can join it; restore it")
     there = {key: run.configuration.get(key) for key in checkpoint.digests}
     refuse_other_configuration(there, checkpoint.digests, str(output))
     return run, checkpoint, max_model_len or needed_length(run, checkpoint)
 
 
 def capture(
-    run: Run, checkpoint: Checkpoint, options: dict[str, dict[str, Any]], replay: dict[str, Any] | None = None
+    run: Run,
+    checkpoint: Checkpoint,
+    requests: Sequence[ArmRequest],
+    is_shared: bool = False,
 ) -> None:
-    """Fill the arms that are named in ``options``, each in an engine process of its own.
+    """Fill the worker's slice of the arms asked for, each in an engine process of its own.
+
+    Args:
+        is_shared: shards may be left to other workers; else every arm must be complete before the next begins.
 
     Raises:
         CheckpointError: replay was asked of a dense model, which has no routes.
+        IncompleteRunError: other workers still hold shards, and the arm is not ``is_shared``.
     """
-    if replay and not run.decoder_layers:
+    if any(request.replay for request in requests) and not run.decoder_layers:
         raise CheckpointError(f"{checkpoint.name} is dense: it has no routes to replay; leave the replay arm out")
-    for arm, engine_options in options.items():
-        forced = replay if arm == TRAIN_REPLAY else None
-        if arm in run.arms() and run.is_complete(arm):
-            run.begin_arm(arm, {"configuration": arm_configuration(engine_options, forced)})  # refuses other options
-            note(f"{_TITLES[arm]}: complete, nothing to capture")
-            continue
-        with bar(_TITLES[arm]) as progress:
-            if arm == INFER:
-                run_infer(run, checkpoint, engine_options, progress.on_event)
+    with run.in_use():
+        for request in requests:
+            if run.own_missing_shards(request.arm):
+                with bar(title(request.arm)) as progress:
+                    run_arm(run, checkpoint, request, progress.on_event)
             else:
-                run_train(run, checkpoint, engine_options, progress.on_event, forced)
+                _check_captured(run, request)
+            _tell_what_remains(run, request.arm, is_shared)
+
+
+def title(arm: str) -> str:
+    """The arm as progress calls it."""
+    return f"{'vLLM' if engine_side(arm) == INFER else 'transformers'} ({arm})"
+
+
+def _check_captured(run: Run, request: ArmRequest) -> None:
+    """Nothing to do, if what is there was made as asked."""
+    arm = request.arm
+    if arm in run.arms():
+        run.begin_arm(arm, {"configuration": request.configuration()})  # refuses other options
+    elif run.is_complete(arm):
+        raise IncompleteRunError(
+            f"{run.path / 'arms' / arm} holds every shard but no arm.json, which says how they were made; "
+            f"restore it, or delete the folder and capture {arm} again"
+        )
+    slice_ = "" if run.is_complete(arm) else f"slice {run.worker} is "
+    note(f"{title(arm)}: {slice_}complete, nothing to capture")
+
+
+def _tell_what_remains(run: Run, arm: str, is_shared: bool) -> None:
+    """Shards of other workers: a remark where the arm is shared, else the end of the command."""
+    missing = run.missing_shards(arm)
+    if not missing:
+        return
+    n_held = sum(run.is_claimed(arm, shard) for shard in missing)
+    remain = f"{len(missing)} of {len(run.shards)} shards of arm {arm} remain ({n_held} being captured by others now)"
+    if not is_shared:
+        raise IncompleteRunError(f"{run.path}: {remain}; run the same command again when the other workers are done")
+    is_done = not run.own_missing_shards(arm)
+    note(f"{title(arm)}: {f'slice {run.worker} is complete; ' if is_done else ''}{remain}")
 
 
 def finish(run: Run, training_window: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """Entry point ``moediag``: maps errors to one line and an exit code.
 
-Exit codes: 0 done, 1 a moediag error (one line on stderr), 2 usage, 130 interrupted. Nothing heavy
-is imported until a command runs.
+Exit codes: 0 done, 1 a moediag error (one line on stderr), 2 usage, 130 interrupted, 143 ended by SIGTERM.
+Nothing heavy is imported until a command runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import sys
 
 import typer
 
-from moediag.cli import analyze, capture, compare, demo, env, inspect, profile, report, schema, validate
+from moediag.cli import analyze, capture, compare, demo, diff_env, env, inspect, profile, report, schema, validate
+from moediag.cli.signals import Interrupted, interruptible
 from moediag.errors import MoediagError
 
 app = typer.Typer(
@@ -21,21 +22,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, profile, capture, analyze, compare, report, validate, inspect, schema, env):
+for module in (demo, profile, capture, analyze, compare, report, validate, inspect, schema, env, diff_env):
     app.command(module.NAME)(module.command)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
+        with interruptible():
+            return _run(arguments)
+    except Interrupted as signal:
+        print(signal.line, file=sys.stderr)
+        return signal.exit_code
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
         result = app(args=arguments, standalone_mode=False)
         return int(result or 0)
     except MoediagError as error:
         print(f"moediag: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("moediag: interrupted; what was captured is kept, run the same command again to resume", file=sys.stderr)
-        return 130
     except typer.Exit as leave:
         return leave.exit_code
     except BrokenPipeError:  # the reader of a pipe (head, less) has gone

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from moediag.errors import EngineError
+from moediag.errors import EngineError, RunError
+from moediag.run.shards import Slice
 
 
 class RouterLogits(StrEnum):
@@ -17,6 +18,28 @@ class RouterLogits(StrEnum):
 
     none = "none"
     full = "full"
+
+
+class Observer(StrEnum):
+    """How vLLM's routing is seen."""
+
+    hooks = "hooks"
+    native = "native"
+    both = "both"
+
+
+class Layout(StrEnum):
+    """How the sequences of one transformers forward lie in it."""
+
+    padded = "padded"
+    packed = "packed"
+
+
+class Scoring(StrEnum):
+    """How vLLM scores given completions."""
+
+    prefill = "prefill"
+    decode = "decode"
 
 
 class ModelDtype(StrEnum):
@@ -58,6 +81,27 @@ Samples = Annotated[int, typer.Option("--n", "-n", min=1, help="Responses per pr
 Seed = Annotated[int, typer.Option(help="Sampling seed; each shard or request derives its own from it.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at the end-of-text token.")]
 Logits = Annotated[RouterLogits, typer.Option(help="Keep full router logits as well.")]
+IdsOnly = Annotated[
+    bool, typer.Option("--ids-only", help="Keep expert ids only: no gate weights, no margins (the smallest capture).")
+]
+StopTokenIds = Annotated[
+    list[int] | None, typer.Option("--stop-token-ids", metavar="ID", help="vLLM's stop_token_ids; may be repeated.")
+]
+ObserverOption = Annotated[
+    Observer,
+    typer.Option(
+        "--observer",
+        help="How vLLM's routing is seen: hooks; native: vLLM's own record, ids only (needs the V2 runner, hence "
+        "Triton); both: each row of one held against the other.",
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, help="transformers: sequences per forward; 1, unpadded, is the reference.")
+]
+LayoutOption = Annotated[Layout, typer.Option("--batching", help="transformers: layout where --batch-size is above 1.")]
+ScoringOption = Annotated[
+    Scoring, typer.Option("--scoring", help="vLLM, given completions only: prefill, or decode with each token forced.")
+]
 ShardSize = Annotated[int, typer.Option(min=1, help="Sequences per shard: the unit of resuming.")]
 MaxModelLen = Annotated[int | None, typer.Option(min=2, help="vLLM's max_model_len; default: what the prompts need.")]
 TensorParallel = Annotated[int, typer.Option("--tensor-parallel-size", min=1, help="vLLM's tensor_parallel_size.")]
@@ -82,6 +126,13 @@ ReplayLayers = Annotated[
 TrainingWindow = Annotated[
     int | None, typer.Option(min=1, help="Length the model was trained on [tokens]; marked in the drift figure.")
 ]
+ShardIndex = Annotated[
+    int | None, typer.Option("--shard-index", metavar="I", help="Which of --num-shards workers this one is, from 0.")
+]
+NumShards = Annotated[
+    int | None,
+    typer.Option("--num-shards", metavar="N", help="Workers that fill the run; this one takes every N-th shard."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Start anew: the run that is there is removed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -104,6 +155,36 @@ def parse_layers(text: str | None) -> dict[str, int | None]:
     if not colon or is_wrong or (None not in numbers and numbers[0] > numbers[1]):  # type: ignore[operator]
         raise EngineError(f"--replay-layers {text}: wanted FIRST:LAST, e.g. --replay-layers 0:11")
     return {"first_layer": numbers[0], "last_layer": numbers[1]}
+
+
+def parse_batching(batch_size: int, layout: Layout) -> dict[str, Any] | None:
+    """The train arms' batching; None for the reference.
+
+    Example:
+        >>> parse_batching(4, Layout.padded)
+        {'batch_size': 4, 'layout': 'padded'}
+    """
+    return None if batch_size == 1 else {"batch_size": batch_size, "layout": layout.value}
+
+
+def parse_slice(shard_index: int | None, num_shards: int | None) -> Slice:
+    """The worker's slice; without both options it takes every shard it can get.
+
+    Raises:
+        RunError: only one of the two is given, or there is no such worker.
+
+    Example:
+        >>> str(parse_slice(1, 4))
+        '1/4'
+    """
+    if (shard_index is None) != (num_shards is None):
+        given, lacking = "--shard-index", "--num-shards"
+        if shard_index is None:
+            given, lacking = lacking, given
+        raise RunError(
+            f"{given} is given without {lacking}; a worker is named by both, e.g. --shard-index 0 --num-shards 2"
+        )
+    return Slice(shard_index or 0, 1 if num_shards is None else num_shards).check()
 
 
 def parse_vllm_options(pairs: list[str] | None) -> dict[str, Any]:

@@ -23,7 +23,9 @@ def command(
     n: o.Samples = 1,
     seed: o.Seed = 0,
     ignore_eos: o.IgnoreEos = False,
+    stop_token_ids: o.StopTokenIds = None,
     router_logits: o.Logits = o.RouterLogits.none,
+    ids_only: o.IdsOnly = False,
     shard_size: o.ShardSize = 32,
     max_model_len: o.MaxModelLen = None,
     tensor_parallel_size: o.TensorParallel = 1,
@@ -31,9 +33,13 @@ def command(
     max_num_seqs: o.MaxNumSeqs = None,
     max_num_batched_tokens: o.MaxBatched = None,
     vllm_option: o.VllmOption = None,
+    observer: o.ObserverOption = o.Observer.hooks,
+    scoring: o.ScoringOption = o.Scoring.prefill,
     attn_implementation: o.AttnImplementation = None,
     experts_implementation: o.ExpertsImplementation = None,
     device_map: o.DeviceMap = None,
+    batch_size: o.BatchSize = 1,
+    batching: o.LayoutOption = o.Layout.padded,
     replay: o.Replay = False,
     training_window: o.TrainingWindow = None,
     force: o.Force = False,
@@ -42,12 +48,22 @@ def command(
     from moediag.cli import jobs
 
     jobs.require(("infer", "train"))
-    sampling = jobs.Sampling(temperature, top_p, top_k, min_p, max_tokens, n, seed, ignore_eos)
-    plan = jobs.plan(
-        ckpt, revision, prompts, limit, sampling, router_logits.value, shard_size, max_model_len, trust_remote_code
+    stops = tuple(stop_token_ids or ())
+    sampling = jobs.Sampling(temperature, top_p, top_k, min_p, max_tokens, n, seed, ignore_eos, stops)
+    plan = jobs.make_plan(
+        jobs.open_checkpoint(ckpt, revision, trust_remote_code),
+        prompts,
+        sampling,
+        limit=limit,
+        router_logits=router_logits.value,
+        shard_size=shard_size,
+        max_model_len=max_model_len,
+        trust_remote_code=trust_remote_code,
+        ids_only=ids_only,
     )
     infer = jobs.infer_options(
         o.parse_vllm_options(vllm_option),
+        observer.value,
         dtype=dtype.value,
         trust_remote_code=trust_remote_code or None,
         max_model_len=plan.max_model_len,
@@ -64,8 +80,10 @@ def command(
         experts_implementation=experts_implementation,
         device_map=device_map,
     )
-    arms = {"infer": infer, "train": train, **({"train-replay": train} if replay else {})}
-    jobs.announce(plan, output, tuple(arms), dtype.value)
+    requests = jobs.profile_requests(
+        plan, infer, train, replay, observer.value, scoring.value, o.parse_batching(batch_size, batching)
+    )
+    jobs.announce(plan, output, [request.arm for request in requests], dtype.value)
     run = plan.create(output, force)
-    jobs.capture(run, plan.checkpoint, arms, {"source": "infer"} if replay else None)
+    jobs.capture(run, plan.checkpoint, requests)
     jobs.finish(run, training_window)

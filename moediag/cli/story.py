@@ -73,15 +73,14 @@ def _checkpoints(output: Path) -> dict[str, Path]:
 
 def _profile(checkpoint: Path, prompts: Path, output: Path, force: bool) -> None:
     sampling = jobs.Sampling(max_tokens=MAX_TOKENS)
-    plan = jobs.plan(str(checkpoint), None, prompts, None, sampling, "full", 32, None)
+    plan = jobs.make_plan(jobs.open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full")
     infer = jobs.infer_options(
         {}, dtype="bfloat16", max_model_len=plan.max_model_len, seed=sampling.seed, tensor_parallel_size=1
     )
     train = jobs.train_options(dtype="bfloat16")
-    arms = {"infer": infer, "train": train}
-    if plan.checkpoint.routing:
-        arms["train-replay"] = train  # how much of the mismatch is routing?
-    jobs.announce(plan, output, tuple(arms), "bfloat16")
+    # The replay arm says how much of the mismatch is routing.
+    requests = jobs.profile_requests(plan, infer, train, replay=plan.checkpoint.routing is not None)
+    jobs.announce(plan, output, [request.arm for request in requests], "bfloat16")
     run = plan.create(output, force)
-    jobs.capture(run, plan.checkpoint, arms, {"source": "infer"} if plan.checkpoint.routing else None)
+    jobs.capture(run, plan.checkpoint, requests)
     jobs.finish(run, MOE.window)

@@ -1,30 +1,107 @@
-"""``moediag validate``: is everything there, whole and possible?"""
+"""``moediag validate``: is everything there, whole and possible, and is nothing silently wrong?"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moediag.cli import options as o
 
+if TYPE_CHECKING:
+    from moediag.hygiene import Finding, Inspection
+
 NAME = "validate"
 
+Target = Annotated[
+    Path | None,
+    typer.Argument(metavar="RUN|FILE", help="Run directory, or a dump (JSON lines or .parquet) with vLLM's own names."),
+]
+NumExperts = Annotated[
+    int | None, typer.Option("--num-experts", min=1, help="FILE: experts per layer; default: largest id + 1.")
+]
+FirstRow = Annotated[
+    int, typer.Option("--first-row", min=0, help="FILE: position of the first routing row in its sequence.")
+]
+ListRules = Annotated[bool, typer.Option("--list-rules", help="Print the table of rules and exit.")]
 
-def command(run: o.RunPath, as_json: o.Json = False) -> None:
-    """Check every file and every row of a run; exit code 1 when something is wrong."""
-    from moediag.cli.console import say, say_json
-    from moediag.run.check import check_run
+
+def command(
+    target: Target = None,
+    num_experts: NumExperts = None,
+    first_row: FirstRow = 0,
+    list_rules: ListRules = False,
+    as_json: o.Json = False,
+) -> None:
+    """Check every file and every row of a run, or a dump of another tool; exit code 1 when something is wrong.
+
+    A dump has one row per sequence: prompt_token_ids, token_ids, and of logprobs, routed_experts ([rows][layers][K]),
+    train_logprobs, train_routed_experts what is there.
+    """
+    if list_rules:
+        _show_rules(as_json)
+        return
+    if target is None:
+        raise typer.BadParameter("give a run directory or a dump, or --list-rules", param_hint="RUN|FILE")
+    inspection = _inspect(target, num_experts, first_row)
+    _show(target, inspection, as_json)
+    if inspection.n_errors:
+        raise typer.Exit(1)
+
+
+def _inspect(target: Path, num_experts: int | None, first_row: int) -> Inspection:
+    from moediag.hygiene import inspect_run
+    from moediag.hygiene.foreign import check_dump
     from moediag.run.directory import open_run
 
-    opened = open_run(run)
-    findings = check_run(opened)
-    n_errors = sum(finding.level == "error" for finding in findings)
+    if target.is_file():
+        return check_dump(target, num_experts, first_row)
+    return inspect_run(open_run(target))
+
+
+def _show(target: Path, inspection: Inspection, as_json: bool) -> None:
+    from moediag.cli.console import say, say_json
+
+    findings = inspection.findings
     if as_json:
-        say_json({"n_errors": n_errors, "findings": [asdict(finding) for finding in findings]})
-    else:
-        for finding in findings:
-            say(finding.line())
-        say(f"{run}: {n_errors} errors; arms {', '.join(opened.arms()) or 'none'}, {len(opened.shards)} shards")
-    if n_errors:
-        raise typer.Exit(1)
+        say_json(
+            {
+                "n_errors": inspection.n_errors,
+                "n_rules": inspection.n_rules,
+                "n_rows": inspection.n_rows,
+                "findings": [finding.record() for finding in findings],
+            }
+        )
+        return
+    for finding in findings:
+        for line in _lines(finding):
+            say(line)
+    counts = ", ".join(
+        f"{sum(finding.level == level for finding in findings)} {level}s" for level in ("error", "warning", "note")
+    )
+    say(f"{target}: {counts}; {inspection.n_rules} rules on {inspection.n_rows:,} token rows")
+
+
+def _lines(finding: Finding) -> list[str]:
+    """The finding, then where, how often by chance, why and what next."""
+    lines = [f"{finding.level}: {finding.rule}: {finding.where}: {finding.message}"]
+    if finding.places:
+        lines.append(f"    first: {'; '.join(place.text() for place in finding.places)}")
+    if finding.base_rate is not None:
+        lines.append(f"    by chance: at most {finding.base_rate:.2g}")
+    lines.append(f"    likely: {finding.cause}; next: {finding.next_check}")
+    return lines
+
+
+def _show_rules(as_json: bool) -> None:
+    from moediag.cli.console import say, say_json
+    from moediag.hygiene.rules import RULES
+
+    if as_json:
+        say_json([vars(rule) for rule in RULES.values()])
+        return
+    for rule in RULES.values():
+        say(f"{rule.name}  [{rule.level}]")
+        say(f"    {rule.symptom}")
+        say(f"    likely: {rule.cause}; next: {rule.next_check}")

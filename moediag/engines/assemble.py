@@ -60,6 +60,22 @@ def order_rows(
     return {name: _placed(rows[name], source_T, target_T, len(tokens)) for name in _ROUTING if name in rows}
 
 
+def recomputed_rows(tokens: TokenRows, rows: dict[str, NDArray[Any]], request_seq_ids: list[int]) -> dict[str, int]:
+    """How many rows the engine computed more than once (preemption), and for how many of them it chose otherwise.
+
+    The first computation is the one behind the sampled token; what came later rebuilt the KV cache.
+    """
+    seq_T = np.array(request_seq_ids, dtype=np.int64)[rows["request_T"]]
+    target_T = _target_rows(tokens, seq_T, rows["position_T"])
+    _, first, inverse = np.unique(target_T, return_index=True, return_inverse=True)
+    is_again_T = (first[inverse] != np.arange(len(target_T))) & (target_T >= 0)
+    n_otherwise = 0
+    if "expert_ids_TLK" in rows and is_again_T.any():
+        sets_TLK = np.sort(rows["expert_ids_TLK"], axis=2)
+        n_otherwise = int((sets_TLK[is_again_T] != sets_TLK[first[inverse][is_again_T]]).any(axis=(1, 2)).sum())
+    return {"n_rows_recomputed": int(is_again_T.sum()), "n_recomputed_otherwise": n_otherwise}
+
+
 def capture_of(logp_T: NDArray[Any], entropy_T: NDArray[Any], routing: dict[str, NDArray[Any]]) -> Capture:
     """A capture in memory dtypes from an engine's arrays."""
     scores = {name: array.astype(np.float32) for name, array in routing.items() if name != "expert_ids_TLK"}

@@ -3,7 +3,7 @@
 Invariants:
     - the engine's own chatter goes to a log file; progress and errors come as JSON lines over a pipe;
     - the child's standard input is its lifeline: when the parent goes, however it goes, the child ends at
-      once. Shards are atomic, so that is always safe.
+      once, with the processes it started. Shards are atomic, so that is always safe.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from typing import Any, TextIO
 
 from moediag import errors
 from moediag.errors import EngineError, MoediagError
-from moediag.run.files import write_error
+from moediag.run import logs
 
 _CHANNEL = "MOEDIAG_CHANNEL_FD"
 OnEvent = Callable[[dict[str, Any]], None]
@@ -41,13 +42,8 @@ def run_child(task: str, options: dict[str, Any], log: Path, on_event: OnEvent, 
         MoediagError: what the child raised, by its own type.
         EngineError: the child died without a word.
     """
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log_file = log.open("w")
-    except OSError as error:
-        raise write_error(error, log) from error
-    read_fd, write_fd = os.pipe()
-    with log_file:
+    with logs.kept(log) as log_file:
+        read_fd, write_fd = os.pipe()
         child = subprocess.Popen(
             [sys.executable, "-m", "moediag.engines.child", task],
             stdin=subprocess.PIPE,
@@ -57,24 +53,28 @@ def run_child(task: str, options: dict[str, Any], log: Path, on_event: OnEvent, 
             env={**env, **os.environ, _CHANNEL: str(write_fd)},
             start_new_session=True,  # Ctrl-C reaches the parent only, which then cuts the lifeline
         )
-    os.close(write_fd)
-    try:
-        with os.fdopen(read_fd) as events:
-            _start(child, options)
-            failure = _follow(events, on_event)
-        status = child.wait()
-    except BaseException:
-        child.kill()
-        child.wait()
-        raise
-    finally:
-        with contextlib.suppress(OSError):  # a child that died early leaves nobody to flush to
-            if child.stdin:
-                child.stdin.close()
+        os.close(write_fd)
+        try:
+            with os.fdopen(read_fd) as events:
+                _start(child, options)
+                failure = _follow(events, on_event)
+            status = child.wait()
+        finally:
+            _kill(child)  # also after a good end: vLLM's workers and engine core outlive the process that started them
+            with contextlib.suppress(OSError):  # a child that died early leaves nobody to flush to
+                if child.stdin:
+                    child.stdin.close()
     if failure is not None:
         raise failure
     if status:
         raise EngineError(f"the {task} engine died (exit status {status}) without a word; its output is in {log}")
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """The engine and the processes it started: the child leads a group of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def _start(child: subprocess.Popen[bytes], options: dict[str, Any]) -> None:
@@ -128,6 +128,8 @@ def hold_lifeline() -> dict[str, Any]:
 
     def wait_for_parent() -> None:
         sys.stdin.read()
+        if os.getpgrp() == os.getpid():  # started by run_child: end the engine's own processes as well
+            os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(130)
 
     threading.Thread(target=wait_for_parent, daemon=True).start()

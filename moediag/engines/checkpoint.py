@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moediag.engines.redaction import redact
 from moediag.engines.routers import RouterSpec, router_spec, text_config
+from moediag.engines.tensor_digest import weights_digest
 from moediag.errors import CheckpointError
 from moediag.run.files import digest_of
 
@@ -62,26 +63,29 @@ class Checkpoint:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """sha256 of weights and tokenizer files, independent of where the folder lies."""
-        with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-            digests = list(pool.map(_sha256, self.weight_files))
-        files = {file.name: digest for file, digest in zip(self.weight_files, digests, strict=True)}
+        """sha256 of weights, tokenizer and config, independent of where the folder lies.
+
+        The weights' is one of tensors, not of files: the same weights saved in other shards are the same.
+
+        Raises:
+            CheckpointError: a weight file is not a whole safetensors file.
+        """
         tokenizer = [self.path / name for name in _TOKENIZER_DIGESTED]
         # generation_config.json may change sampling, but moediag asks vLLM to leave it alone.
         config = {
             key: value for key, value in self.config.items() if key not in ("_name_or_path", "transformers_version")
         }
         return {
-            "weights_sha256": digest_of(files),
+            "weights_sha256": weights_digest(self.weight_files),
             "tokenizer_sha256": digest_of({f.name: _sha256(f) for f in tokenizer if f.exists()}),
             "config_sha256": digest_of(config),
         }
 
     def record(self) -> dict[str, Any]:
-        """The ``model`` entry of run.json, without digests."""
+        """The ``model`` entry of run.json, without digests; where the checkpoint lies at home is nobody's business."""
         return {
-            "name": self.name,
-            "revision": self.revision,
+            "name": redact(self.name),
+            "revision": redact(self.revision),
             "architecture": self.architecture,
             "model_type": str(self.config.get("model_type")),
             "n_decoder_layers": int(text_config(self.config).get("num_hidden_layers", 0)),

@@ -10,20 +10,21 @@ from typing import Any
 
 from moediag.engines.channel import Reporter, hold_lifeline
 from moediag.errors import DiskFullError, EngineError, MoediagError
-from moediag.run.directory import open_run
+from moediag.run.directory import Run, open_run
 from moediag.run.files import write_error
+from moediag.run.shards import Slice
 
 
-def _infer(options: dict[str, Any], reporter: Reporter) -> None:
+def _infer(run: Run, options: dict[str, Any], reporter: Reporter) -> None:
     from moediag.engines.vllm_engine import capture_infer
 
-    capture_infer(open_run(options.pop("run")), options, reporter)
+    capture_infer(run, options, reporter)
 
 
-def _train(options: dict[str, Any], reporter: Reporter) -> None:
+def _train(run: Run, options: dict[str, Any], reporter: Reporter) -> None:
     from moediag.engines.hf_engine import capture_train
 
-    capture_train(open_run(options.pop("run")), options, reporter)
+    capture_train(run, options, reporter)
 
 
 _TASKS = {"infer": _infer, "train": _train}
@@ -33,9 +34,11 @@ def main() -> int:
     """Run the task named on the command line; every failure reaches the parent as one line."""
     reporter = Reporter()
     options = hold_lifeline()
-    run_path = Path(options["run"])
+    run_path = Path(options.pop("run"))
     try:
-        _TASKS[sys.argv[1]](options, reporter)
+        run = open_run(run_path, Slice(**options.pop("worker", {})))
+        with run.in_use():
+            _TASKS[sys.argv[1]](run, options, reporter)
     except MoediagError as error:
         traceback.print_exc()
         reporter.error(error)

@@ -1,9 +1,12 @@
-"""The loop both engines share: capture the shards that are missing, tell how far it is."""
+"""The loop both engines share: capture the shards that are missing, beside other workers, tell how far it is.
+
+Invariant: a shard is captured only under its claim and only while it is not committed, so that workers who
+know nothing of each other never capture one twice.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from moediag.engines.channel import Reporter
 from moediag.run.directory import Run, Shard
@@ -13,15 +16,38 @@ OnDone = Callable[[float], None]
 
 
 def fill_missing_shards(run: Run, arm: str, reporter: Reporter, capture_shard: Callable[[Shard, OnDone], None]) -> None:
-    """Call ``capture_shard`` for every shard of the arm that is not committed yet, in order."""
-    n_all = sum(shard.n_sequences for shard in run.shards)
-    n_done = n_all - sum(shard.n_sequences for shard in run.missing_shards(arm))
-    for shard in run.missing_shards(arm):
-        _tell(reporter, n_done, n_all, 0.0)
-        capture_shard(shard, partial(_tell, reporter, n_done, n_all))
-        n_done += shard.n_sequences
-    _tell(reporter, n_done, n_all, 0.0)
+    """Call ``capture_shard`` for every shard of the worker's slice that is neither committed nor held by another.
+
+    Passes are repeated until one finds nothing to do: what a worker that was killed meanwhile had held is free
+    again. Shards that living workers still hold are left to them.
+    """
+    while sum(_fill_shard(run, arm, shard, reporter, capture_shard) for shard in run.own_missing_shards(arm)):
+        pass
+    run.remove_dead_claims(arm)
+    _tell(reporter, run, _n_done(run, arm))
 
 
-def _tell(reporter: Reporter, n_before: int, n_all: int, n_in_shard: float) -> None:
-    reporter.progress(n_before + n_in_shard, n_all, "sequences")
+def _fill_shard(
+    run: Run, arm: str, shard: Shard, reporter: Reporter, capture_shard: Callable[[Shard, OnDone], None]
+) -> bool:
+    """Capture one shard; False when another worker holds it or has committed it meanwhile."""
+    with run.claim(arm, shard) as is_mine:
+        if not is_mine or run.has_capture(arm, shard):
+            return False
+        n_done = _n_done(run, arm)
+        _tell(reporter, run, n_done)
+        capture_shard(shard, lambda n_in_shard: _tell(reporter, run, n_done + n_in_shard))
+    return True
+
+
+def _n_done(run: Run, arm: str) -> int:
+    """Sequences of this worker's slice that are committed, whoever captured them."""
+    return _n_all(run) - sum(shard.n_sequences for shard in run.own_missing_shards(arm))
+
+
+def _n_all(run: Run) -> int:
+    return sum(shard.n_sequences for shard in run.shards if run.worker.has(shard))
+
+
+def _tell(reporter: Reporter, run: Run, n_done: float) -> None:
+    reporter.progress(n_done, _n_all(run), "sequences")

@@ -1,13 +1,13 @@
-"""The train arm: transformers scores the run's tokens teacher-forced, one unpadded sequence per forward.
+"""The train arm: transformers scores the run's tokens teacher-forced, by default one unpadded sequence per forward.
 
 Runs in an engine process of its own. One sequence per forward is the reference: batching and padding are
-numerics knobs of their own. The hooks only copy what routers and experts were given.
+numerics knobs of their own (:mod:`.batching`). The hooks only copy what routers and experts were given.
 """
 
 from __future__ import annotations
 
-import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,13 +16,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moediag.engines.arms import ArmRequest
 from moediag.engines.assemble import capture_of
+from moediag.engines.batching import PACKED, Batch, Batching, alone, refuse_leak
 from moediag.engines.channel import Reporter
 from moediag.engines.fill import OnDone, fill_missing_shards
 from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps, find_blocks, stage_dtypes
-from moediag.engines.launch import TRAIN_ENVIRONMENT
+from moediag.engines.perturbation import Perturbed, seed_of
+from moediag.engines.provenance import arm_sections, process_facts
+from moediag.engines.redaction import redact
 from moediag.engines.routers import RouterSpec
-from moediag.engines.versions import installed, require_train_engine
+from moediag.engines.routing_rows import level_of
+from moediag.engines.selected import train_dtypes, train_engine_config, train_kernels
+from moediag.engines.versions import numeric_versions, require_train_engine
 from moediag.errors import CheckpointError, IncompleteRunError
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.directory import Run, Shard
@@ -31,27 +37,24 @@ _LOGIT_ROWS = 512  # rows of vocabulary-wide float32 held at a time: 512 x 152k 
 
 
 def capture_train(run: Run, options: dict[str, Any], reporter: Reporter) -> None:
-    """Fill the missing shards of the run's train arm, or of one of its kind (``train-replay``).
+    """Fill the missing shards of one of the run's train arms.
 
     Args:
-        options: ``checkpoint`` (folder), ``engine`` (transformers options by their own names), ``arm``, and for
-            a replay arm ``replay`` (see :class:`Replay`).
+        options: ``checkpoint`` (folder), ``request`` (fields of :class:`ArmRequest`), ``configuration``.
 
     Raises:
         IncompleteRunError: the run's tokens, or the routes to replay, are not there yet.
         CaptureError: a layer never fired; nothing of that shard is stored.
     """
-    arm = str(options["arm"])
-    with run.writing(arm):
-        missing = run.missing_shards(arm)
-        source = Replay(**options["replay"]).source if options.get("replay") else None
-        _refuse_missing_input(run, missing, source)
-        if not missing:
-            return
-        reporter.stage("loading transformers")
-        engine = TrainEngine(run, options["checkpoint"], options["engine"], options.get("replay"))
-        run.begin_arm(arm, engine.arm_record(options["configuration"]))
-        fill_missing_shards(run, arm, reporter, partial(engine.capture_shard, arm))
+    request = ArmRequest(**options["request"])
+    missing = run.own_missing_shards(request.arm)
+    _refuse_missing_input(run, missing, Replay(**request.replay).source if request.replay else None)
+    if not missing:
+        return
+    reporter.stage("loading transformers")
+    engine = TrainEngine(run, options["checkpoint"], request)
+    run.begin_arm(request.arm, engine.arm_record(options["configuration"]))
+    fill_missing_shards(run, request.arm, reporter, engine.capture_shard)
 
 
 def _refuse_missing_input(run: Run, shards: list[Shard], source: str | None) -> None:
@@ -59,9 +62,10 @@ def _refuse_missing_input(run: Run, shards: list[Shard], source: str | None) -> 
     has_input = run.has_tokens if source is None else partial(run.has_capture, source)
     waiting = [shard for shard in shards if not has_input(shard)]
     if waiting:
+        named = ", ".join(shard.stem for shard in waiting[:3]) + (", ..." if len(waiting) > 3 else "")
         raise IncompleteRunError(
-            f"{run.path} has no {'routes' if source else 'tokens'} yet for {len(waiting)} of {len(run.shards)} shards; "
-            f"run first: moediag capture {needed} CKPT -o {run.path}"
+            f"{run.path} has no {'routes' if source else 'tokens'} yet for {len(waiting)} of {len(run.shards)} shards "
+            f"({named}); run first: moediag capture {needed} CKPT -o {run.path}"
         )
 
 
@@ -96,80 +100,96 @@ class Replay:
 class TrainEngine:
     """One transformers model with its taps."""
 
-    def __init__(
-        self, run: Run, checkpoint: str, engine_options: dict[str, Any], replay: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, run: Run, checkpoint: str, request: ArmRequest) -> None:
         self.version = require_train_engine()
         self.run = run
-        self.replay = Replay(**replay) if replay else None
-        self.model = load_model(checkpoint, engine_options)
+        self.request = request
+        self.replay = Replay(**request.replay) if request.replay else None
+        self.batching = Batching(**(request.batching or {})).check()
+        self.model = load_model(checkpoint, request.engine)
         routing = run.model["routing"]
         self.spec = RouterSpec.from_record(routing) if routing else None
-        self.keep_logits = run.configuration["router_logits"] == "full"
+        self.level = level_of(run.configuration)
         if self.spec:
             _check_loaded(self.model, self.spec)
+        if self.batching.layout == PACKED and self.batching.batch_size > 1:
+            refuse_leak(self.model, torch.from_numpy(run.tokens(run.shards[0]).token_id_T.copy()))
 
     def arm_record(self, configuration: dict[str, Any]) -> dict[str, Any]:
         """What arm.json says of this arm."""
         config = self.model.config
         parameters = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters()}
-        return {
+        facts = {
+            "model_class": type(self.model).__name__,
+            "parameter_dtypes": sorted(parameters),
+            "attn_implementation": config._attn_implementation,
+            "experts_implementation": getattr(config, "_experts_implementation", None),
+            "device": str(self.model.device),
+            "n_threads": torch.get_num_threads(),
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "kernels": train_kernels(self.model),
+            "dtypes": train_dtypes(self.model),
+            "process": process_facts(),
+        }
+        record = {
             "configuration": configuration,
             "engine": "transformers",
-            "versions": {
-                "transformers": self.version,
-                "torch": torch.__version__,
-                "accelerate": installed("accelerate"),
-            },
-            "path": "teacher-forced, one unpadded sequence per forward",
+            "versions": {**numeric_versions(), "transformers": self.version},
+            "path": f"teacher-forced, {self.batching.words}",
             "replay": asdict(self.replay) if self.replay else None,
+            "perturbation": self.request.perturbation or None,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "loaded": {
-                "model_class": type(self.model).__name__,
-                "parameter_dtypes": sorted(parameters),
-                "attn_implementation": config._attn_implementation,
-                "experts_implementation": getattr(config, "_experts_implementation", None),
-                "device": str(self.model.device),
-                "n_threads": torch.get_num_threads(),
-                "tf32": torch.backends.cuda.matmul.allow_tf32,
-            },
+            **arm_sections(facts),
+            "engine_config": train_engine_config(self.model),
             "router_dtypes": stage_dtypes(find_blocks(self.model)[0], self.spec, self.model.dtype)
             if self.spec
             else None,
             "observer": "forward hooks on routers and experts" if self.spec else "none needed",
-            "environment": {name: os.environ.get(name, "") for name in ("OMP_NUM_THREADS", *TRAIN_ENVIRONMENT)},
         }
+        return dict(redact(record))
 
-    def capture_shard(self, arm: str, shard: Shard, on_done: OnDone) -> None:
+    def capture_shard(self, shard: Shard, on_done: OnDone) -> None:
         """Score one shard's sequences and commit the arrays."""
         started = time.monotonic()
         tokens = self.run.tokens(shard)
         source = self.run.capture(self.replay.source, shard) if self.replay else None
-        parts = []
-        for n_done, (start, end) in enumerate(tokens.sequence_bounds(), 1):
+        parts, n_done = [], 0
+        for batch in self.batching.split(tokens.sequence_bounds()):
+            start, end = batch.bounds[0][0], batch.bounds[-1][1]
             forced = self.replay.routes(source, start, end) if self.replay and source else None
-            parts.append(self.score(tokens, start, end, forced))
+            with self._perturbed(f"{shard.index}:{start}"):
+                parts.append(self.score(tokens, batch, forced))
+            n_done += len(batch.bounds)
             on_done(n_done)
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in rows.items() if t.is_floating_point()}
         arrays = {name: _to_numpy(tensor) for name, tensor in rows.items()}
         capture = capture_of(arrays.pop("logp_T"), arrays.pop("entropy_T"), arrays)
         facts = {"seconds": round(time.monotonic() - started, 3)}
-        self.run.write_capture(arm, shard, tokens, capture, facts, dtypes)
+        self.run.write_capture(self.request.arm, shard, tokens, capture, facts, dtypes)
 
-    def score(
-        self, tokens: TokenRows, start: int, end: int, forced: ForcedRoutes | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Arrays of one sequence, rows [start, end) of the token table."""
+    def _perturbed(self, name: str) -> AbstractContextManager[object]:
+        if not self.request.perturbation:
+            return nullcontext()
+        return Perturbed(find_blocks(self.model), self.request.perturbation, seed_of(name))
+
+    def score(self, tokens: TokenRows, batch: Batch, forced: ForcedRoutes | None = None) -> dict[str, torch.Tensor]:
+        """Arrays of the sequences of one forward, in the order of the token table.
+
+        Args:
+            forced: routes of the batch's token rows; padding routes as the model likes.
+        """
+        start, end = batch.bounds[0][0], batch.bounds[-1][1]
         token_id_T = torch.from_numpy(tokens.token_id_T[start:end].copy())
         is_response_T = torch.from_numpy(tokens.is_response_T[start:end].copy())
         with torch.inference_mode():
             if self.spec is None:
-                logp_T, entropy_T = score_sequence(self.model, token_id_T, is_response_T)
+                logp_T, entropy_T = score_batch(self.model, batch, token_id_T, is_response_T)
                 return {"logp_T": logp_T, "entropy_T": entropy_T}
-            with RoutingTaps(self.model, self.spec, self.keep_logits, forced) as taps:
-                logp_T, entropy_T = score_sequence(self.model, token_id_T, is_response_T)
-                return {"logp_T": logp_T, "entropy_T": entropy_T, **taps.take(end - start)}
+            spread = None if forced is None else forced.spread(batch.row_of_token, batch.n_rows)
+            with RoutingTaps(self.model, self.spec, self.level, spread) as taps:
+                logp_T, entropy_T = score_batch(self.model, batch, token_id_T, is_response_T)
+                return {"logp_T": logp_T, "entropy_T": entropy_T, **taps.take(batch.row_of_token)}
 
 
 def load_model(checkpoint: str, options: dict[str, Any]) -> Any:
@@ -189,22 +209,34 @@ def load_model(checkpoint: str, options: dict[str, Any]) -> Any:
 def score_sequence(
     model: Any, token_id_T: torch.Tensor, is_response_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and entropy [nat] of every response token of one sequence; NaN on prompt rows.
+    """As :func:`score_batch`, for one sequence on its own: the reference."""
+    return score_batch(model, alone(0, len(token_id_T)), token_id_T, is_response_T)
+
+
+def score_batch(
+    model: Any, batch: Batch, token_id_T: torch.Tensor, is_response_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy [nat] of every response token of a batch; NaN on prompt rows.
 
     The vocabulary-wide rows are taken a few hundred at a time: float32 log-softmax of all of them would not fit.
+
+    Args:
+        token_id_T, is_response_T: token rows of the batch's sequences, one after the other.
     """
-    n_rows = len(token_id_T)
-    logp_T = torch.full((n_rows,), torch.nan)
-    entropy_T = torch.full((n_rows,), torch.nan)
+    logp_T = torch.full((len(token_id_T),), torch.nan)
+    entropy_T = torch.full((len(token_id_T),), torch.nan)
     row_N = torch.nonzero(is_response_T).flatten()
-    ids = token_id_T.to(model.device)
-    logits_NV = model(input_ids=ids[None], use_cache=False, logits_to_keep=(row_N - 1).to(model.device)).logits[0]
+    line_N, column_N = batch.places(row_N - 1)  # a token is scored by the row before it
+    columns, column_N = torch.unique(column_N, return_inverse=True)
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs(token_id_T).items()}
+    logits_BCV = model(**inputs, use_cache=False, logits_to_keep=columns.to(model.device)).logits
+    line_N, column_N = line_N.to(logits_BCV.device), column_N.to(logits_BCV.device)
     for first in range(0, len(row_N), _LOGIT_ROWS):
-        chunk = row_N[first : first + _LOGIT_ROWS]
-        log_probs = torch.log_softmax(logits_NV[first : first + _LOGIT_ROWS].float(), dim=-1)
-        target = token_id_T[chunk].to(log_probs.device)
-        logp_T[chunk] = log_probs.gather(1, target[:, None])[:, 0].cpu()
-        entropy_T[chunk] = torch.special.entr(log_probs.exp()).sum(-1).cpu()
+        rows = slice(first, first + _LOGIT_ROWS)
+        log_probs = torch.log_softmax(logits_BCV[line_N[rows], column_N[rows]].float(), dim=-1)
+        target = token_id_T[row_N[rows]].to(log_probs.device)
+        logp_T[row_N[rows]] = log_probs.gather(1, target[:, None])[:, 0].cpu()
+        entropy_T[row_N[rows]] = torch.special.entr(log_probs.exp()).sum(-1).cpu()
     return logp_T, entropy_T
 
 

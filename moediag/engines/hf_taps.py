@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from moediag.engines.routers import RouterSpec, margins
+from moediag.engines.routers import RouterSpec
+from moediag.engines.routing_rows import kept_by, routing_arrays
 from moediag.errors import CaptureError
 
 _GATE_NAMES = ("gate", "router")
@@ -51,15 +52,26 @@ class ForcedRoutes:
     weights_TLK: torch.Tensor | None
     layers: range
 
+    def spread(self, row_T: torch.Tensor, n_rows: int) -> ForcedRoutes:
+        """The routes at their rows of a forward of ``n_rows`` rows; the model routes the rest (padding) itself."""
+        ids = self.ids_TLK.new_full((n_rows, *self.ids_TLK.shape[1:]), -1)
+        ids[row_T] = self.ids_TLK
+        weights = None
+        if self.weights_TLK is not None:
+            weights = self.weights_TLK.new_zeros((n_rows, *self.weights_TLK.shape[1:]))
+            weights[row_T] = self.weights_TLK
+        return ForcedRoutes(ids, weights, self.layers)
+
 
 class RoutingTaps:
     """Hooks on every MoE block: router logits as the router gave them, ids and weights as the experts used them."""
 
     def __init__(
-        self, model: torch.nn.Module, spec: RouterSpec, keep_logits: bool, forced: ForcedRoutes | None = None
+        self, model: torch.nn.Module, spec: RouterSpec, level: str, forced: ForcedRoutes | None = None
     ) -> None:
         self.spec = spec
-        self.keep_logits = keep_logits
+        self.level = level
+        self.kept = kept_by(level)
         self.blocks = find_blocks(model)
         self.forced = forced
         self._logits_index = _declared_logits_index(model)
@@ -81,23 +93,33 @@ class RoutingTaps:
         for block in self.blocks:
             block.gate.__dict__.pop("forward", None)
 
-    def take(self, n_rows: int) -> dict[str, torch.Tensor]:
+    def take(self, row_T: torch.Tensor) -> dict[str, torch.Tensor]:
         """The forward's rows on the host, (T, L, ...), and forget them.
 
+        Args:
+            row_T: rows of the forward to keep, in the order wanted: padding is left out here.
+
         Raises:
-            CaptureError: a layer did not fire, or gave another number of rows.
+            CaptureError: a layer did not fire, or gave too few rows.
         """
         rows, self._rows = self._rows, {}
+        n_rows = int(row_T.max()) + 1
         for layer in range(self.spec.n_layers):
             found = rows.get(layer, {})
-            if "expert_ids_TLK" not in found:
+            if "ids" not in found:
                 raise CaptureError(f"MoE layer {layer} never fired in transformers; nothing was stored")
-            if len(found["expert_ids_TLK"]) != n_rows:
+            if len(found["ids"]) < n_rows:
                 raise CaptureError(
-                    f"MoE layer {layer} gave {len(found['expert_ids_TLK'])} rows for {n_rows} tokens; "
-                    "nothing was stored"
+                    f"MoE layer {layer} gave {len(found['ids'])} rows for {n_rows} tokens; nothing was stored"
                 )
-        return {name: torch.stack([rows[i][name] for i in range(self.spec.n_layers)], dim=1).cpu() for name in rows[0]}
+        kept = {name: _stacked([rows[i][name] for i in range(self.spec.n_layers)], row_T) for name in self.kept}
+        biases = [block.correction_bias for block in self.blocks]
+        bias_LE = (
+            torch.stack([bias.cpu() for bias in biases if bias is not None])
+            if all(bias is not None for bias in biases)
+            else None
+        )
+        return routing_arrays(kept, self.spec, bias_LE, self.level)
 
     def _force(self, layer: int, block: Block) -> None:
         """Run the router with its TopK answered by the forced ids."""
@@ -121,10 +143,11 @@ class RoutingTaps:
             logits = output[self._logits_index] if isinstance(output, tuple) else output
             logits = logits.detach().reshape(-1, logits.shape[-1])
             self._check_logits(layer, logits)
-            self._rows.setdefault(layer, {})["router_logits_TLE"] = logits
+            if "logits" in self.kept:
+                self._rows.setdefault(layer, {})["logits"] = logits
             if self.spec.gate == "sigmoid":  # llama4: the experts get scaled inputs, ids and weights end here
                 weights, ids = torch.topk(output[0], self.spec.top_k, dim=-1)
-                self._store(layer, block, ids, weights)
+                self._store(layer, ids, weights)
 
         return hook
 
@@ -137,19 +160,18 @@ class RoutingTaps:
             if forced is not None and self.forced is not None and layer in self.forced.layers:
                 is_forced = self.forced.ids_TLK[:, layer] >= 0
                 weights = torch.where(is_forced, forced[:, layer].to(weights), weights)
-            self._store(layer, block, ids.reshape(-1, self.spec.top_k), weights.reshape(-1, self.spec.top_k))
+            self._store(layer, ids.reshape(-1, self.spec.top_k), weights.reshape(-1, self.spec.top_k))
             return None if forced is None else (hidden, ids, weights, *rest)
 
         return hook
 
-    def _store(self, layer: int, block: Block, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def _store(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
         rows = self._rows.setdefault(layer, {})
-        if "expert_ids_TLK" in rows:
+        if "ids" in rows:
             raise CaptureError(f"MoE layer {layer} fired twice in one forward; nothing was stored")
-        rows["expert_ids_TLK"] = ids.detach().clone()
-        rows["gate_weights_TLK"] = weights.detach().clone()
-        logits = rows["router_logits_TLE"] if self.keep_logits else rows.pop("router_logits_TLE")
-        rows["margin_TL"], rows["logit_margin_TL"] = margins(logits, ids, self.spec, block.correction_bias)
+        rows["ids"] = ids.detach().clone()
+        if "weights" in self.kept:
+            rows["weights"] = weights.detach().clone()
 
     def _check_logits(self, layer: int, logits: torch.Tensor) -> None:
         if not logits.is_floating_point() or logits.shape[-1] != self.spec.n_experts:
@@ -159,6 +181,15 @@ class RoutingTaps:
             )
         if looks_like_probabilities(logits):
             raise CaptureError(f"MoE layer {layer}: the router gives probabilities under the name of logits")
+
+
+def _stacked(layers: list[torch.Tensor], row_T: torch.Tensor) -> torch.Tensor:
+    """(L, T, width) of the rows wanted; on the host where the layers lie on several devices."""
+    is_spread = len({layer.device for layer in layers}) > 1
+    rows = [layer.cpu() if is_spread else layer for layer in layers]
+    stacked = torch.stack(rows)
+    is_all = len(row_T) == stacked.shape[1] and bool((row_T == torch.arange(len(row_T))).all())
+    return stacked if is_all else stacked[:, row_T.to(stacked.device)]
 
 
 class _ForcedTopK(TorchFunctionMode):

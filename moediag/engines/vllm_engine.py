@@ -1,7 +1,8 @@
-"""The infer arm: vLLM samples responses (or scores given ones) while the taps record what it routed.
+"""The infer arms: vLLM samples responses, or scores recorded ones, while the taps record what it routed.
 
 Runs in an engine process of its own. Shards are submitted one by one, each seeded by itself, so that a
-resumed capture equals an undisturbed one. See :mod:`moediag.engines.vllm_worker` for the taps.
+resumed capture equals an undisturbed one. See :mod:`moediag.engines.vllm_worker` for the taps and
+:mod:`moediag.engines.vllm_paths` for the ways to a score.
 """
 
 from __future__ import annotations
@@ -10,249 +11,244 @@ import hashlib
 import os
 import tempfile
 import time
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.engines.assemble import capture_of, order_rows, token_rows
+from moediag.engines.arms import BOTH, DECODE, HOOKS, NATIVE, OBSERVERS, PATHS, PREFILL, SAMPLED, UNOBSERVED, ArmRequest
+from moediag.engines.assemble import capture_of, order_rows, recomputed_rows, token_rows
 from moediag.engines.channel import Reporter
 from moediag.engines.fill import OnDone, fill_missing_shards
-from moediag.engines.launch import FORCED, INFER_ENVIRONMENT
+from moediag.engines.launch import OBSERVER_FORCES
+from moediag.engines.native import cross_check, native_rows, require_native_observer
 from moediag.engines.plan import load_prompt_tokens
-from moediag.engines.versions import installed, require_infer_engine
-from moediag.errors import CaptureError, CheckpointError
+from moediag.engines.provenance import arm_sections
+from moediag.engines.redaction import redact
+from moediag.engines.routing_rows import IDS, level_of
+from moediag.engines.selected import vllm_engine_config, vllm_sampling
+from moediag.engines.versions import numeric_versions, require_infer_engine
+from moediag.engines.vllm_loaded import agreed, disagreements, refuse_unseen_routing
+from moediag.engines.vllm_paths import Response, Sequence, entropies, forcing_options, logps, sampling_parameters
+from moediag.errors import IncompleteRunError
 from moediag.run.capture import TokenRows
 from moediag.run.directory import Run, Shard
+from moediag.run.files import rows_prefix
 
 _WORKER = "moediag.engines.vllm_worker.MoediagWorkerExtension"
 _DTYPE_NAMES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
 
 
 def capture_infer(run: Run, options: dict[str, Any], reporter: Reporter) -> None:
-    """Fill the missing shards of the run's infer arm.
+    """Fill the missing shards of one of the run's infer arms.
 
     Args:
-        options: ``checkpoint`` (folder), ``engine`` (vLLM options by their own names).
+        options: ``checkpoint`` (folder), ``request`` (fields of :class:`ArmRequest`), ``configuration``.
 
     Raises:
         CaptureError: rows are missing or were computed for other tokens; nothing of that shard is stored.
+        IncompleteRunError: the tokens to score are not there yet.
     """
-    with run.writing("infer"):
-        if run.is_complete("infer"):
-            return
-        reporter.stage("loading vLLM")
-        engine = InferEngine(run, options["checkpoint"], options["engine"])
-        run.begin_arm("infer", engine.arm_record(options["configuration"]))
-        fill_missing_shards(run, "infer", reporter, engine.capture_shard)
-
-
-@dataclass
-class Response:
-    """What vLLM has given for one request so far: token ids and, per token, a map id -> logprob."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Any] = field(default_factory=list)
-    prompt_logprobs: list[Any] = field(default_factory=list)
-    is_finished: bool = False
-
-    def add(self, output: Any) -> None:
-        """Take one step's delta."""
-        delta = output.outputs[0]
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs or []
-        self.prompt_logprobs = list(output.prompt_logprobs or self.prompt_logprobs)
-        self.is_finished = bool(output.finished)
-
-    def share_done(self, max_tokens: int) -> float:
-        """How far this sequence is, in [0, 1]."""
-        return 1.0 if self.is_finished else len(self.token_ids) / max_tokens
+    request = ArmRequest(**options["request"])
+    missing = run.own_missing_shards(request.arm)
+    if not missing:
+        return
+    if request.path != SAMPLED:
+        waiting = [shard for shard in missing if not run.has_tokens(shard)]
+        if waiting:
+            raise IncompleteRunError(
+                f"{run.path} has no tokens yet for {len(waiting)} of its shards, first {waiting[0].stem}; "
+                f"run first: moediag capture infer CKPT -o {run.path}"
+            )
+    reporter.stage("loading vLLM")
+    engine = InferEngine(run, options["checkpoint"], request)
+    run.begin_arm(request.arm, engine.arm_record(options["configuration"]))
+    fill_missing_shards(run, request.arm, reporter, engine.capture_shard)
 
 
 class InferEngine:
-    """One vLLM engine with the taps set."""
+    """One vLLM engine, observed as the request says: by hooks, by vLLM's own record of experts, both, or not at all."""
 
-    def __init__(self, run: Run, checkpoint: str, engine_options: dict[str, Any]) -> None:
+    def __init__(self, run: Run, checkpoint: str, request: ArmRequest) -> None:
         from vllm import LLM
 
+        if request.observer in (NATIVE, BOTH):
+            require_native_observer()
         self.run = run
+        self.request = request
+        self.path = request.path
         self.version = require_infer_engine()
         self.prompts = load_prompt_tokens(run)
-        self.options = {**engine_options, **FORCED}
+        forcing = forcing_options(os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1") if self.path == DECODE else {}
+        self.options = {**request.engine, **OBSERVER_FORCES[request.observer], **forcing}
+        if self.path == PREFILL and self.options.get("max_model_len"):
+            self.options["max_model_len"] += 1  # vLLM samples a token behind what it prefills; it is thrown away
         self.llm = LLM(model=checkpoint, worker_extension_cls=_WORKER, **self.options)
-        keep_logits = run.configuration["router_logits"] == "full"
-        facts = self.llm.collective_rpc("moediag_install", args=(run.model["routing"], keep_logits))
-        self.facts: dict[str, Any] = facts[0]
-        self._check_loaded()
+        self.level = IDS if request.observer == NATIVE else level_of(run.configuration)
+        self.facts: dict[str, Any] = self._install()[0]
+        refuse_unseen_routing(self.facts, run.model["routing"], request.observer)
+
+    @property
+    def has_taps(self) -> bool:
+        """True where hooks are set."""
+        return self.request.observer in (HOOKS, BOTH)
+
+    def _install(self) -> list[dict[str, Any]]:
+        """Set the taps where they are asked for; what every rank has loaded."""
+        if not self.has_taps:
+            return list(self.llm.collective_rpc("moediag_describe"))
+        return list(self.llm.collective_rpc("moediag_install", args=(self.run.model["routing"], self.level)))
 
     @property
     def is_cpu(self) -> bool:
         """True on vLLM's CPU build."""
         return str(self.facts["device"]) == "cpu"
 
+    @property
+    def seeds_shards(self) -> bool:
+        """True where a request cannot carry a seed: the V1 runner on CPU cannot take one under chunked prefill."""
+        return self.is_cpu and not self.facts["is_v2_runner"]
+
     def arm_record(self, configuration: dict[str, Any]) -> dict[str, Any]:
         """What arm.json says of this arm."""
-        import torch
-
-        config = self.llm.llm_engine.vllm_config
-        return {
+        engine, config = self.llm.llm_engine, self.llm.llm_engine.vllm_config
+        prompt = self.prompts[0][2]
+        record = {
             "configuration": configuration,
             "engine": "vllm",
-            "versions": {"vllm": self.version, "torch": torch.__version__, "transformers": installed("transformers")},
-            "path": "prefill (given completions)" if self.run.manifest["completions"] else "decode (sampled)",
+            "versions": {**numeric_versions(), "vllm": self.version},
+            "path": PATHS[self.path],
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "max_model_len": config.model_config.max_model_len,
-            "loaded": self.facts,
-            "disagreements": self._disagreements(),
-            "observer": "hooks on router.select_experts, the model's inputs and the sampler",
-            "forced_by_observation": FORCED,
-            "seeding": "per shard (workers reseeded)" if self.is_cpu else "per request",
-            "environment": {name: os.environ.get(name, "") for name in INFER_ENVIRONMENT},
+            **arm_sections(self.facts),
+            "engine_config": vllm_engine_config(config),
+            "sampling": vllm_sampling(engine, self._parameters(0, Sequence(prompt, prompt[:1])), prompt),
+            "disagreements": disagreements(self.facts, self.run.model["routing"]),
+            "observer": OBSERVERS[self.request.observer],
+            "forced_by_observation": OBSERVER_FORCES[self.request.observer],
+            "seeding": "per shard (workers reseeded)" if self.seeds_shards else "per request",
         }
-
-    def _disagreements(self) -> list[str]:
-        """Where vLLM's routers follow another rule than config.json: told, not refused, since that is a finding."""
-        routing, rule = self.run.model["routing"], self.facts["router_rule"]
-        if not routing or routing["gate"] != "scores":
-            return []
-        wanted = {"renormalize": routing["renormalize"], "scoring_func": routing["score_function"]}
-        if routing["n_group"] > 1:
-            wanted |= {"num_expert_group": routing["n_group"], "topk_group": routing["topk_group"]}
-        return [
-            f"vLLM's routers have {name} = {rule[name]!r}, config.json says {value!r}"
-            for name, value in wanted.items()
-            if name in rule and rule[name] != value
-        ]
+        return dict(redact(record))
 
     def capture_shard(self, shard: Shard, on_done: OnDone) -> None:
-        """Sample or score one shard's sequences and commit tokens and arrays."""
+        """Sample or score one shard's sequences and commit the arrays, and the tokens where they were sampled."""
         started = time.monotonic()
-        self.llm.collective_rpc("moediag_begin", args=(self._seed("shard", shard.index) if self.is_cpu else None,))
-        responses = self._generate(shard, on_done)
-        told, rows = self._rows()
-        given = bool(self.run.manifest["completions"])
-        samples = [self._sample(seq_id, response) for seq_id, response in zip(shard.seq_ids, responses, strict=True)]
-        tokens = token_rows(shard.seq_ids, samples)
-        request_seq_ids = [int(request) for request in told["requests"]]
-        numpy_rows = {name: _to_numpy(tensor) for name, tensor in rows.items() if name != "entropy"}
-        routing = order_rows(tokens, numpy_rows, request_seq_ids, needs_last_row=given)
-        logp_T = _logps(tokens, responses, given)
-        entropy_T = _entropies(tokens, rows["entropy"].numpy(), request_seq_ids)
-        dtypes = {n: _DTYPE_NAMES[str(t.dtype)] for n, t in rows.items() if str(t.dtype) in _DTYPE_NAMES}
-        facts = {"seconds": round(time.monotonic() - started, 3), "router_dtypes": told["router_dtypes"]}
+        sequences = self._sequences(shard)
+        self.llm.collective_rpc("moediag_begin", args=(self._shard_seed(shard),))
+        responses = self._generate(shard, sequences, on_done)
+        tokens = self._tokens(shard, responses)
+        told, routing, dtypes, entropy_T = self._observed(tokens, shard, responses)
+        capture = capture_of(logps(tokens, responses, self.path), entropy_T, routing)
+        facts = {"seconds": round(time.monotonic() - started, 3), **told}
         # Arrays first, tokens last: other arms take a shard up once its tokens are committed.
-        self.run.write_capture("infer", shard, tokens, capture_of(logp_T, entropy_T, routing), facts, dtypes)
-        if not self.run.manifest["completions"]:
+        self.run.write_capture(self.request.arm, shard, tokens, capture, facts, dtypes)
+        if self.path == SAMPLED:
             self.run.write_tokens(shard, tokens)
 
-    def _generate(self, shard: Shard, on_done: OnDone) -> list[Response]:
+    def _sequences(self, shard: Shard) -> list[Sequence]:
+        if self.path == SAMPLED:
+            return [Sequence(self.prompts[seq_id][2], []) for seq_id in shard.seq_ids]
+        tokens = self.run.tokens(shard)
+        sequences = []
+        for start, end in tokens.sequence_bounds():
+            ids, is_response = tokens.token_id_T[start:end], tokens.is_response_T[start:end]
+            sequences.append(Sequence(ids[~is_response].tolist(), ids[is_response].tolist()))
+        return sequences
+
+    def _tokens(self, shard: Shard, responses: list[Response]) -> TokenRows:
+        if self.path != SAMPLED:
+            return self.run.tokens(shard)
+        samples = [
+            (*self.prompts[seq_id][:3], response.token_ids)
+            for seq_id, response in zip(shard.seq_ids, responses, strict=True)
+        ]
+        return token_rows(shard.seq_ids, samples)
+
+    def _generate(self, shard: Shard, sequences: list[Sequence], on_done: OnDone) -> list[Response]:
         """Submit the shard at once, step until it is done; responses in the order of sequences."""
+        entries = list(zip(shard.seq_ids, sequences, strict=True))
+        waves = [entries]
+        if self.request.reversed_order:
+            entries, half = entries[::-1], (len(entries) + 1) // 2
+            waves = [entries[:half], entries[half:]]
+        max_tokens = self.run.manifest["sampling"]["max_tokens"]
+        n_to_come = {seq_id: sequence.n_to_come(self.path, max_tokens) for seq_id, sequence in entries}
+        responses: dict[int, Response] = {}
+        for wave in waves:
+            self._run_wave(wave, responses, partial(_report, responses, n_to_come, on_done))
+        return [responses[seq_id] for seq_id in shard.seq_ids]
+
+    def _run_wave(self, wave: list[tuple[int, Sequence]], responses: dict[int, Response], report: Any) -> None:
         engine = self.llm.llm_engine
-        responses = {}
-        for seq_id in shard.seq_ids:
-            _, _, prompt, completion = self.prompts[seq_id]
+        for seq_id, sequence in wave:
             responses[seq_id] = Response()
-            prompt_tokens = {"prompt_token_ids": [*prompt, *(completion or [])]}
-            engine.add_request(str(seq_id), prompt_tokens, self._sampling_params(seq_id))
-        max_tokens = 1 if self.run.manifest["completions"] else self.run.manifest["sampling"]["max_tokens"]
+            prompt = {"prompt_token_ids": sequence.submitted(self.path)}
+            engine.add_request(str(seq_id), prompt, self._parameters(seq_id, sequence))
         while engine.has_unfinished_requests():
             for output in engine.step():
                 responses[int(output.request_id)].add(output)
-            on_done(sum(response.share_done(max_tokens) for response in responses.values()))
-        return list(responses.values())
+            report()
 
-    def _sampling_params(self, seq_id: int) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        if self.run.manifest["completions"]:
-            return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    def _parameters(self, seq_id: int, sequence: Sequence) -> Any:
+        extra: dict[str, Any] = {}
+        if self.request.observer in (NATIVE, BOTH):  # rows of the prefix cache would be another request's
+            extra["skip_reading_prefix_cache"] = True
+        if self.path == SAMPLED and not self.seeds_shards:
+            extra["seed"] = self._seed("sequence", seq_id)
         sampling = {k: v for k, v in self.run.manifest["sampling"].items() if k not in ("n", "seed")}
-        # The CPU runner cannot take a per-request seed together with chunked prefill.
-        seed = None if self.is_cpu else self._seed("sequence", seq_id)
-        return SamplingParams(
-            n=1, seed=seed, logprobs=0, output_kind=RequestOutputKind.DELTA, detokenize=False, **sampling
-        )
+        return sampling_parameters(self.path, sequence, sampling, self.facts["is_v2_runner"], **extra)
+
+    def _shard_seed(self, shard: Shard) -> int | None:
+        return self._seed("shard", shard.index) if self.seeds_shards else None
 
     def _seed(self, kind: str, index: int) -> int:
         digest = hashlib.sha256(f"{self.run.manifest['sampling']['seed']}:{kind}:{index}".encode()).digest()
         return int.from_bytes(digest[:6], "big")
 
-    def _rows(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _observed(
+        self, tokens: TokenRows, shard: Shard, responses: list[Response]
+    ) -> tuple[dict[str, Any], dict[str, NDArray[Any]], dict[str, str], NDArray[np.float32]]:
+        """Facts for the sidecar, the routing arrays in token order, their dtypes, and the entropies."""
+        if not self.has_taps:
+            nothing_T = np.full(len(tokens), np.nan, dtype=np.float32)
+            return {}, self._native_routing(tokens, shard, responses), {}, nothing_T
+        told, rows = self._rows(shard)
+        request_seq_ids = [int(request) for request in told["requests"]]
+        numpy_rows = {name: _to_numpy(tensor) for name, tensor in rows.items() if name != "entropy"}
+        routing = order_rows(tokens, numpy_rows, request_seq_ids, needs_last_row=self.path == PREFILL)
+        if self.request.observer == BOTH and "expert_ids_TLK" in routing:
+            native = self._native_routing(tokens, shard, responses)
+            cross_check(tokens, routing["expert_ids_TLK"], native["expert_ids_TLK"])
+        entropy_T = entropies(tokens, rows["entropy"].numpy(), request_seq_ids)
+        dtypes = {n: _DTYPE_NAMES[str(t.dtype)] for n, t in rows.items() if str(t.dtype) in _DTYPE_NAMES}
+        facts = recomputed_rows(tokens, numpy_rows, request_seq_ids)
+        return {"router_dtypes": told["router_dtypes"], **facts}, routing, dtypes, entropy_T
+
+    def _native_routing(self, tokens: TokenRows, shard: Shard, responses: list[Response]) -> dict[str, NDArray[Any]]:
+        if not self.run.model["routing"] or self.request.observer == UNOBSERVED:
+            return {}
+        rows = native_rows(
+            [response.routed_experts for response in responses],
+            [tokens.token_id_T[start:end].tolist() for start, end in tokens.sequence_bounds()],
+            list(self.run.model["routing"]["decoder_layers"]),
+        )
+        return order_rows(tokens, rows, list(shard.seq_ids), needs_last_row=self.path == PREFILL)
+
+    def _rows(self, shard: Shard) -> tuple[dict[str, Any], dict[str, Any]]:
         from safetensors.torch import load_file
 
-        with tempfile.TemporaryDirectory(prefix=".rows-", dir=self.run.path / "arms" / "infer") as folder:
+        prefix, beside = rows_prefix(shard.stem), self.run.path / "arms" / self.request.arm
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=beside) as folder:
             path = Path(folder) / "rows.safetensors"
-            told = next(t for t in self.llm.collective_rpc("moediag_flush", args=(str(path),)) if t is not None)
+            ranks = self.llm.collective_rpc("moediag_flush", args=(str(path),))
             rows = load_file(path)
-        if told["n_problems"]:
-            raise CaptureError(
-                f"the taps saw {told['n_problems']} irregular steps, first: {told['problems'][0]}; nothing was stored"
-            )
-        return told, rows
-
-    def _sample(self, seq_id: int, response: Response) -> tuple[int, int, list[int], list[int]]:
-        prompt_id, sample_index, prompt, completion = self.prompts[seq_id]
-        return prompt_id, sample_index, prompt, completion or response.token_ids
-
-    def _check_loaded(self) -> None:
-        """Hold what vLLM loaded against what config.json says; refuse what the taps cannot see."""
-        routing = self.run.model["routing"]
-        wanted = list(routing["decoder_layers"]) if routing else []
-        if self.facts["decoder_layers"] != wanted:
-            raise CheckpointError(
-                f"vLLM's model has MoE routers in decoder layers {self.facts['decoder_layers']}, "
-                f"config.json says {wanted}"
-            )
-        if not routing:
-            return
-        found = (self.facts["n_experts"], self.facts["top_k"])
-        if found != ([routing["n_experts"]], [routing["top_k"]]):
-            raise CheckpointError(
-                f"vLLM's routers have (E, K) = {found}, config.json {routing['n_experts'], routing['top_k']}"
-            )
-        if self.facts["has_correction_bias"] != routing["has_correction_bias"]:
-            raise CheckpointError(
-                f"vLLM's routers have {'a' if self.facts['has_correction_bias'] else 'no'} correction bias, "
-                f"the family {routing['family']} {'has one' if routing['has_correction_bias'] else 'has none'}; "
-                "check config.json"
-            )
-        if self.facts["is_monolithic"]:
-            raise CaptureError(
-                f"vLLM selected a monolithic MoE kernel ({', '.join(self.facts['experts_kernel'])}) that never shows "
-                "which experts it used; choose a modular one with --vllm-option moe_backend=triton"
-            )
-        if self.facts["eplb"]:
-            raise CaptureError("expert-parallel load balancing renames experts (physical ids); turn enable_eplb off")
+        return agreed(ranks), rows
 
 
-def _logps(tokens: TokenRows, responses: list[Response], given: bool) -> NDArray[np.float32]:
-    """Log-probability of every response token, taken by token id; NaN on prompt rows."""
-    logp_T = np.full(len(tokens), np.nan, dtype=np.float32)
-    for (start, end), response in zip(tokens.sequence_bounds(), responses, strict=True):
-        is_response = tokens.is_response_T[start:end]
-        first = start + int(np.argmax(is_response)) if is_response.any() else end
-        entries = response.prompt_logprobs[first - start : end - start] if given else response.logprobs
-        if len(entries) != end - first:
-            raise CaptureError(f"vLLM gave {len(entries)} log-probabilities for {end - first} response tokens")
-        ids = tokens.token_id_T[first:end].tolist()
-        logp_T[first:end] = [entry[token].logprob for entry, token in zip(entries, ids, strict=True)]
-    return logp_T
-
-
-def _entropies(tokens: TokenRows, entropy: NDArray[Any], request_seq_ids: list[int]) -> NDArray[np.float32]:
-    """Entropy behind every sampled token: the distribution after position p belongs to the token at p + 1."""
-    entropy_T = np.full(len(tokens), np.nan, dtype=np.float32)
-    start_of = {int(tokens.seq_id_T[start]): (start, end) for start, end in tokens.sequence_bounds()}
-    for request, position, value in entropy.tolist():
-        start, end = start_of[request_seq_ids[int(request)]]
-        row = start + int(position) + 1
-        # the first value stays: preemption samples again only what it has to recompute
-        if row < end and tokens.is_response_T[row] and np.isnan(entropy_T[row]):
-            entropy_T[row] = value
-    return entropy_T
+def _report(responses: dict[int, Response], n_to_come: dict[int, int], on_done: OnDone) -> None:
+    on_done(sum(1.0 if r.is_finished else len(r.token_ids) / n_to_come[seq_id] for seq_id, r in responses.items()))
 
 
 def _to_numpy(tensor: Any) -> NDArray[Any]:

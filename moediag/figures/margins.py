@@ -35,8 +35,8 @@ from moediag.figures.style import (
 Space = Literal["choice", "logit"]
 
 SPACE_LABEL: Final[dict[str, str]] = {
-    "choice": "margin of the infer arm [choice score, what TopK compares]",
-    "logit": "margin of the infer arm [raw router logits]",
+    "choice": "margin of the {side} arm [choice score, what TopK compares]",
+    "logit": "margin of the {side} arm [raw router logits]",
 }
 
 MIN_LAYER_CHOICES: Final = 20
@@ -242,7 +242,8 @@ def _dress(ax: Axes, pooled: pd.DataFrame, space: str) -> None:
     if (pooled.loc[_ties(pooled), "n_choices"] > 0).any() and len(bins):
         ax.axvline(float(edges[0]), color=INK, linewidth=0.6, linestyle=(0, (1, 2)))
         ax.text(tie_place(edges), 0.99, "ties", transform=ax.get_xaxis_transform(), ha="center", va="top", fontsize=8)
-    ax.set_xlabel(SPACE_LABEL[space])
+    side = next(iter(pooled["side"]), "infer")
+    ax.set_xlabel(SPACE_LABEL[space].format(side=side))
 
 
 def _tick_decades(ax: Axes, low: float, high: float) -> None:

@@ -231,12 +231,13 @@ def margin_words(frames: Frames) -> str:
     if frame is None or frame.empty:
         return ""
     rows = frame[frame["space"] == "choice"].set_index("group")
+    whose = f"Margins are the {next(iter(rows['side']), 'infer')} arm's. "
     medians = {group: float(rows["p50"].get(group, float("nan"))) for group in ("flipped", "kept")}
     if not is_number(medians["flipped"]):
-        return "No choice flipped."
+        return f"{whose}No choice flipped."
     return (
-        f"The median margin of flipped choices is {sig(medians['flipped'])}, of kept ones {sig(medians['kept'])} "
-        f"({times(medians['kept'], medians['flipped'])})."
+        f"{whose}The median margin of flipped choices is {sig(medians['flipped'])}, "
+        f"of kept ones {sig(medians['kept'])} ({times(medians['kept'], medians['flipped'])})."
     )
 
 

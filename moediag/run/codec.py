@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors
@@ -24,7 +23,8 @@ from moediag.errors import CorruptRunError
 from moediag.notation import NOT_ROUTED
 from moediag.run.capture import Capture, TokenRows
 
-_NUMPY_DTYPE = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "U16": np.uint16}
+_ID_DTYPES = {"U8": np.uint8, "U16": np.uint16}
+_SCORE_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _CAPTURE_DIMENSIONS = {
     "logp_T": 1,
     "entropy_T": 1,
@@ -101,12 +101,62 @@ def decode_tokens(data: bytes, where: str) -> TokenRows:
     Raises:
         CorruptRunError: not parquet, or not the declared columns, or not whole sequences in order.
     """
-    try:
-        frame: pd.DataFrame = pq.read_table(io.BytesIO(data)).to_pandas()
-        arrays = {f"{name}_T": frame[name].to_numpy(dtype=dtype) for name, dtype in TOKEN_COLUMNS.items()}
-    except (pa.ArrowException, KeyError, ValueError, TypeError, OSError) as error:
-        raise CorruptRunError(f"{where} is not a moediag token table ({error}); capture that shard again") from None
+    table = _read_table(data, where, "a moediag token table")
+    arrays = {}
+    for name, dtype in TOKEN_COLUMNS.items():
+        column = table[name] if name in table.column_names else None
+        if column is None or column.null_count or column.type != pa.from_numpy_dtype(dtype):
+            found = "absent" if column is None else f"{column.type} with {column.null_count} nulls"
+            raise CorruptRunError(f"{where}: column {name} should be {dtype}, found {found}; capture that shard again")
+        arrays[f"{name}_T"] = column.to_numpy()
     return TokenRows(**arrays).check(where)
+
+
+def encode_prompts(prompt_ids: list[list[int]], completion_ids: list[list[int]] | None) -> bytes:
+    """Serialise the tokenised prompts, and the completions where they are given, as parquet."""
+    kind = pa.list_(pa.int64())
+    completions = completion_ids if completion_ids is not None else [None] * len(prompt_ids)
+    columns = {"prompt_token_ids": pa.array(prompt_ids, kind), "completion_token_ids": pa.array(completions, kind)}
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def decode_prompts(data: bytes, where: str) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Read the prompts table: token ids of every prompt, and of every given completion or None.
+
+    Raises:
+        CorruptRunError: not parquet, or not lists of token ids.
+    """
+    table = _read_table(data, where, "a table of prompts")
+    prompts = _token_lists(table, "prompt_token_ids", where)
+    has_completions = "completion_token_ids" in table.column_names and (
+        table["completion_token_ids"].null_count < len(table)
+    )
+    completions = _token_lists(table, "completion_token_ids", where) if has_completions else None
+    return prompts, completions
+
+
+def _read_table(data: bytes, where: str, what: str) -> pa.Table:
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        table.validate(full=True)
+    except (pa.ArrowException, KeyError, ValueError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorruptRunError(f"{where} is not {what} ({reason}); restore it or capture again") from None
+    return table
+
+
+def _token_lists(table: pa.Table, name: str, where: str) -> list[list[int]]:
+    """A column of non-empty lists of token ids."""
+    lists: list[Any] = table[name].to_pylist() if name in table.column_names else [None]
+    is_lists = bool(lists) and all(
+        isinstance(ids, list) and ids and all(type(token) is int and 0 <= token < 2**31 for token in ids)
+        for ids in lists
+    )
+    if not is_lists:
+        raise CorruptRunError(f"{where}: {name} should be lists of token ids; restore it or capture again")
+    return lists
 
 
 def bytes_per_token(
@@ -163,13 +213,21 @@ def _from_storage(name: str, tensor: Mapping[str, Any], where: str) -> NDArray[A
     dtype, shape = tensor["dtype"], tuple(tensor["shape"])
     if _CAPTURE_DIMENSIONS.get(name) != len(shape):
         raise CorruptRunError(f"{where}: unexpected array {name} of shape {shape}; capture that shard again")
+    is_ids = name == "expert_ids_TLK"
+    known: dict[str, Any] = _ID_DTYPES if is_ids else _SCORE_DTYPES
+    if dtype not in known:
+        raise CorruptRunError(f"{where}: array {name} has dtype {dtype}, which it never has; capture that shard again")
+    array: NDArray[Any] = np.frombuffer(tensor["data"], dtype=known[dtype]).reshape(shape)
+    if is_ids:
+        return _ids_from_storage(array, where)
     if dtype == "BF16":
-        bits = np.frombuffer(tensor["data"], dtype=np.uint16).astype(np.uint32) << 16
-        return bits.view(np.float32).reshape(shape)
-    if dtype not in _NUMPY_DTYPE:
-        raise CorruptRunError(f"{where}: array {name} has dtype {dtype}, which captures never have")
-    array: NDArray[Any] = np.frombuffer(tensor["data"], dtype=_NUMPY_DTYPE[dtype]).reshape(shape)
-    if name == "expert_ids_TLK":
-        wide = array.astype(np.int32)
-        return np.where(wide == np.iinfo(array.dtype).max, NOT_ROUTED, wide).astype(np.int16)
+        return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
+
+
+def _ids_from_storage(array: NDArray[Any], where: str) -> NDArray[np.int16]:
+    wide = array.astype(np.int32)
+    wide[wide == np.iinfo(array.dtype).max] = NOT_ROUTED
+    if wide.max(initial=0) > np.iinfo(np.int16).max:
+        raise CorruptRunError(f"{where}: expert id {wide.max()} is one that no model has; capture that shard again")
+    return wide.astype(np.int16)

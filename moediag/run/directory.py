@@ -17,170 +17,61 @@ Invariants:
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moediag.errors import (
-    AlignmentError,
-    CorruptRunError,
-    IncompleteRunError,
-    RunConflictError,
-    RunError,
-    SchemaVersionError,
-)
-from moediag.notation import INFER, SCHEMA_VERSION, minuend_first, pair_name
-from moediag.run import codec
+from moediag.errors import AlignmentError, CorruptRunError, IncompleteRunError, RunConflictError
+from moediag.notation import INFER, minuend_first, pair_name
+from moediag.run import claims, codec
 from moediag.run.align import Pair, PairBlock, align
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.files import (
     digest_of,
-    read_checked,
-    read_sealed,
+    host_tag,
+    make_folder,
     remove_leftovers,
     sha256_bytes,
     write_atomic,
-    write_error,
     write_sealed,
 )
+from moediag.run.layout import RunFiles
+from moediag.run.manifest import (
+    KIND,
+    MANIFEST,
+    PROMPTS,
+    check_schema_version,
+    read_manifest,
+    read_sidecar,
+    refuse_other_configuration,
+)
+from moediag.run.shards import WHOLE, Shard, Slice
 
-MANIFEST = "run.json"
-PROMPTS = "prompts.parquet"
-KIND = "moediag run"
+__all__ = [
+    "KIND",
+    "MANIFEST",
+    "PROMPTS",
+    "Run",
+    "Shard",
+    "check_schema_version",
+    "make_folder",
+    "open_run",
+    "refuse_other_configuration",
+    "tokens_sha256",
+]
+
+CLAIMS = ".claims"
+"""Folder of the claim files, empty or absent when nobody captures."""
+
+_MADE_AS = ("configuration", "versions", "loaded")
+"""What of arm.json is the same for every shard of an arm."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A range of whole sequences; every arm has the same shards."""
-
-    index: int
-    first_sequence: int
-    n_sequences: int
-
-    @property
-    def stem(self) -> str:
-        """File name without suffix."""
-        return f"shard-{self.index:05d}"
-
-    @property
-    def seq_ids(self) -> range:
-        """Sequence ids of the shard."""
-        return range(self.first_sequence, self.first_sequence + self.n_sequences)
-
-
-class Run:
+class Run(RunFiles):
     """A run directory that exists; :func:`open_run` gives one."""
-
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path = path
-        self.manifest = manifest
-
-    @cached_property
-    def shards(self) -> tuple[Shard, ...]:
-        """The shard table, the same for every arm."""
-        try:
-            return tuple(Shard(**entry) for entry in self.manifest["shards"])
-        except (KeyError, TypeError) as error:
-            raise CorruptRunError(f"{self.path / MANIFEST}: unusable shard table ({error})") from None
-
-    @property
-    def configuration(self) -> dict[str, Any]:
-        """What was asked for; the same configuration resumes, another one is refused."""
-        return dict(self.manifest["configuration"])
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """Path, digests, architecture, routing and layer map of the model."""
-        return dict(self.manifest["model"])
-
-    @property
-    def n_experts(self) -> int:
-        """E; 0 for a dense model."""
-        return int((self.model["routing"] or {}).get("n_experts", 0))
-
-    @property
-    def decoder_layers(self) -> tuple[int, ...]:
-        """Decoder layer of every MoE layer; empty for a dense model."""
-        return tuple((self.model["routing"] or {}).get("decoder_layers", ()))
-
-    def arms(self) -> list[str]:
-        """Names of the arms begun, infer first."""
-        found = {path.parent.name for path in self.path.glob("arms/*/arm.json")}
-        return sorted(found, key=lambda name: (name != "infer", name))
-
-    def arm(self, name: str) -> dict[str, Any]:
-        """The arm's record (engine, versions, dtypes, options).
-
-        Raises:
-            IncompleteRunError: the arm was never begun.
-        """
-        if not self._arm_folder(name).joinpath("arm.json").exists():
-            raise IncompleteRunError(
-                f"{self.path} has no arm {name} (found: {', '.join(self.arms()) or 'none'}); "
-                f"run: moediag capture {name} CKPT -o {self.path}"
-            )
-        return read_sealed(self._arm_folder(name) / "arm.json")
-
-    def has_tokens(self, shard: Shard) -> bool:
-        """True when the shard's token table is committed."""
-        return self._is_committed("tokens", shard, ".parquet")
-
-    def has_capture(self, arm: str, shard: Shard) -> bool:
-        """True when the arm's arrays for the shard, and its tokens, are committed."""
-        return self._is_committed(f"arms/{arm}", shard, ".safetensors") and self.has_tokens(shard)
-
-    def missing_shards(self, arm: str) -> list[Shard]:
-        """Shards the arm has still to capture, in order."""
-        return [shard for shard in self.shards if not self.has_capture(arm, shard)]
-
-    def is_complete(self, arm: str) -> bool:
-        """True when every shard of the arm is committed."""
-        return not self.missing_shards(arm)
-
-    def prompts(self) -> bytes:
-        """The tokenised prompts, as parquet.
-
-        Raises:
-            CorruptRunError: missing or changed.
-        """
-        return read_checked(self.path / PROMPTS, str(self.manifest["prompts"]["data_sha256"]))
-
-    def tokens(self, shard: Shard) -> TokenRows:
-        """The shard's token table, checked.
-
-        Raises:
-            IncompleteRunError: not captured yet.
-            CorruptRunError: damaged, or other sequences than the shard table says.
-        """
-        data, sidecar, path = self._read("tokens", shard, ".parquet", "infer")
-        tokens = codec.decode_tokens(data, str(path))
-        if sorted(set(tokens.seq_id_T.tolist())) != list(shard.seq_ids) or len(tokens) != sidecar.get("n_rows"):
-            raise CorruptRunError(f"{path} does not hold sequences {shard.seq_ids.start}..{shard.seq_ids.stop - 1}")
-        return tokens
-
-    def capture(self, arm: str, shard: Shard) -> Capture:
-        """The arm's arrays for the shard, checked against its sidecar.
-
-        Raises:
-            IncompleteRunError: not captured yet.
-            CorruptRunError: damaged.
-        """
-        data, _, path = self._read(f"arms/{arm}", shard, ".safetensors", arm)
-        return codec.decode_capture(data, str(path))
-
-    def capture_sidecar(self, arm: str, shard: Shard) -> dict[str, Any]:
-        """Sidecar of the arm's shard: digest, rows, tokens scored, bytes, seconds."""
-        return read_sealed(self._sidecar(f"arms/{arm}", shard))
-
-    def tokens_digest(self, shard: Shard) -> str:
-        """Digest of which tokens the shard holds (content, not file bytes)."""
-        return str(read_sealed(self._sidecar("tokens", shard))["tokens_sha256"])
 
     def block(self, minuend: str, subtrahend: str, shard: Shard) -> PairBlock:
         """Align one shard of two arms.
@@ -195,7 +86,37 @@ class Run:
                     f"{where}: arm {arm} scored other tokens than {MANIFEST}'s token table holds; "
                     f"delete arms/{arm} and capture it again"
                 )
-        return align(self.tokens(shard), self.capture(minuend, shard), self.capture(subtrahend, shard), where)
+        minuend_capture, subtrahend_capture = (
+            self._readable(arm, shard, self.capture(arm, shard)) for arm in (minuend, subtrahend)
+        )
+        return align(self.tokens(shard), minuend_capture, subtrahend_capture, where)
+
+    def _readable(self, arm: str, shard: Shard, capture: Capture) -> Capture:
+        """The capture, when its arrays are of the model's layers and experts; what no ``--force`` gets past.
+
+        Raises:
+            AlignmentError: they are not.
+        """
+        n_layers, top_k = len(self.decoder_layers), int((self.model["routing"] or {}).get("top_k", 0))
+        wanted = {
+            "expert_ids_TLK": (n_layers, top_k),
+            "gate_weights_TLK": (n_layers, top_k),
+            "margin_TL": (n_layers,),
+            "logit_margin_TL": (n_layers,),
+            "router_logits_TLE": (n_layers, self.n_experts),
+        }
+        where = f"{self.path} {arm} {shard.stem}"
+        for name, array in capture.arrays().items():
+            if name in wanted and array.shape[1:] != wanted[name]:
+                raise AlignmentError(
+                    f"{where}: {name} is {array.shape[1:]} per token, {MANIFEST} says {wanted[name]}; capture it again"
+                )
+        ids_TLK = capture.expert_ids_TLK
+        if (ids_TLK is not None) != bool(n_layers) or (
+            ids_TLK is not None and ids_TLK.max(initial=-1) >= self.n_experts
+        ):
+            raise AlignmentError(f"{where}: its expert ids are not those of {MANIFEST}'s model; capture it again")
+        return capture
 
     def pair(self, arm_a: str, arm_b: str) -> Pair:
         """Two arms as a pair; the order does not matter, the sign is train minus infer.
@@ -230,6 +151,8 @@ class Run:
     def begin_arm(self, name: str, record: dict[str, Any]) -> None:
         """Write arm.json, or check that the arm begun before was made the same way.
 
+        Workers that begin an arm at the same instant take turns: one writes, the others compare.
+
         Args:
             record: ``configuration``, and what the engine says of itself (versions, dtypes, kernels) where one has
                 been started: an arm is never filled by two versions.
@@ -238,57 +161,96 @@ class Run:
             RunConflictError: it was made another way.
         """
         folder = self._arm_folder(name)
-        if (folder / "arm.json").exists():
-            there = self.arm(name)
-            for part in ("configuration", "versions", "loaded"):
-                if part in record:
-                    refuse_other_configuration(there[part], record[part], f"arm {name} of {self.path}")
-            return
-        make_folder(folder)
-        write_sealed(folder / "arm.json", {"kind": "moediag arm", "arm": name, **record})
+        if not (folder / "arm.json").exists():
+            with claims.claim(self._claim_file(name, "arm"), wait=True):
+                make_folder(folder)
+                remove_leftovers(folder, "arm.json")
+                if not (folder / "arm.json").exists():
+                    write_sealed(folder / "arm.json", {"kind": "moediag arm", "arm": name, **record})
+                    return
+        there = self.arm(name)
+        for part in _MADE_AS:
+            if part in record:
+                refuse_other_configuration(there.get(part) or {}, record[part], f"arm {name} of {self.path}")
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep ``--force`` of another process from removing the run while this one writes to it.
+
+        Raises:
+            RunConflictError: the run was replaced since it was opened.
+        """
+        path = self.path / MANIFEST
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise RunConflictError(f"{path} has gone ({error.strerror}); was the run started anew?") from None
+        try:
+            claims.lock(file, path, exclusive=False, wait=True)
+            if not claims.is_at(file, path) or read_manifest(self.path) != self.manifest:
+                raise RunConflictError(f"{self.path} was started anew by another process; run the same command again")
+            yield
+        finally:
+            claims.release(file)
+
+    @contextmanager
+    def claim(self, arm: str, shard: Shard) -> Iterator[bool]:
+        """Hold one shard of an arm while it is captured; gives False when another process holds it.
+
+        What a killed holder left of this shard is removed: nobody else writes files of that name.
+        """
+        with claims.claim(self._claim_file(arm, shard.stem)) as is_mine:
+            if is_mine:
+                remove_leftovers(self._arm_folder(arm), shard.stem)
+                if arm == INFER:  # only the infer arm writes tokens
+                    remove_leftovers(self.path / "tokens", shard.stem)
+            yield is_mine
+
+    def is_claimed(self, arm: str, shard: Shard) -> bool:
+        """True while a living process of this file system captures the shard."""
+        return claims.is_claimed(self._claim_file(arm, shard.stem))
+
+    def remove_dead_claims(self, arm: str) -> None:
+        """Remove claim files that killed workers left of shards that are committed by now: nobody wants those."""
+        for path in (self.path / CLAIMS).glob(f"{arm}.*"):
+            if path.name not in {f"{arm}.{shard.stem}" for shard in self.missing_shards(arm)}:
+                with claims.claim(path):
+                    pass
 
     def write_tokens(self, shard: Shard, tokens: TokenRows) -> None:
-        """Commit the shard's token table."""
+        """Commit the shard's token table; the same table again changes nothing, so that readers are not disturbed."""
         data = codec.encode_tokens(tokens.check(shard.stem))
         facts = {"n_rows": len(tokens), "tokens_sha256": tokens_sha256(tokens)}
-        self._commit("tokens", shard, ".parquet", data, facts)
+        with claims.claim(self._claim_file("tokens", shard.stem), wait=True):
+            if not self._holds("tokens", shard, ".parquet", data):
+                self._commit("tokens", shard, ".parquet", data, facts)
 
     def write_capture(
         self, arm: str, shard: Shard, tokens: TokenRows, capture: Capture, facts: dict[str, Any], dtypes: dict[str, str]
     ) -> None:
-        """Commit an arm's arrays for a shard, saying which tokens they score."""
+        """Commit an arm's arrays for a shard, saying which tokens they score and who made them."""
         data = codec.encode_capture(capture, self.n_experts, dtypes)
         facts = {**facts, "n_rows": len(tokens), "tokens_sha256": tokens_sha256(tokens)}
-        self._commit(f"arms/{arm}", shard, ".safetensors", data, facts)
+        made = {"made_as": self.made_as(arm), "worker": str(self.worker), "host": host_tag()}
+        self._commit(f"arms/{arm}", shard, ".safetensors", data, {**facts, **made})
 
-    @contextmanager
-    def writing(self, arm: str) -> Iterator[None]:
-        """Hold the arm's lock, so that two processes never fill one arm at the same time.
+    def made_as(self, arm: str) -> str:
+        """Digest of how the arm is made; merged from two machines, every shard must say the same as arm.json."""
+        record = self.arm(arm)
+        return digest_of({part: record.get(part) for part in _MADE_AS})
 
-        Raises:
-            RunError: another process holds it. A kill releases it.
-        """
-        folder = self._arm_folder(arm)
-        make_folder(folder)
-        with (folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"another process is capturing arm {arm} of {self.path}; wait for it") from None
-            remove_leftovers(folder)
-            if arm == INFER:  # only the infer arm writes tokens: another arm must not touch what it is writing
-                remove_leftovers(self.path / "tokens")
-            yield
+    def _claim_file(self, arm: str, what: str) -> Path:
+        return self.path / CLAIMS / f"{arm}.{what}"
 
-    def _arm_folder(self, arm: str) -> Path:
-        return self.path / "arms" / arm
-
-    def _is_committed(self, folder: str, shard: Shard, suffix: str) -> bool:
+    def _holds(self, folder: str, shard: Shard, suffix: str, data: bytes) -> bool:
+        """True when exactly these bytes are committed."""
         sidecar = self._sidecar(folder, shard)
-        return sidecar.exists() and sidecar.with_suffix(suffix).exists()
-
-    def _sidecar(self, folder: str, shard: Shard) -> Path:
-        return self.path / folder / f"{shard.stem}.json"
+        if not self._is_committed(folder, shard, suffix) or sidecar.with_suffix(suffix).read_bytes() != data:
+            return False
+        try:
+            return bool(read_sidecar(sidecar)["data_sha256"] == sha256_bytes(data))
+        except CorruptRunError:
+            return False
 
     def _commit(self, folder: str, shard: Shard, suffix: str, data: bytes, facts: dict[str, Any]) -> None:
         sidecar = self._sidecar(folder, shard)
@@ -296,74 +258,23 @@ class Run:
         write_atomic(sidecar.with_suffix(suffix), data)
         write_sealed(sidecar, {**facts, "data_sha256": sha256_bytes(data), "n_bytes": len(data)})
 
-    def _read(self, folder: str, shard: Shard, suffix: str, arm: str) -> tuple[bytes, dict[str, Any], Path]:
-        sidecar = self._sidecar(folder, shard)
-        path = sidecar.with_suffix(suffix)
-        if not sidecar.exists():
-            raise IncompleteRunError(f"{path} has not been captured; run: moediag capture {arm} CKPT -o {self.path}")
-        facts = read_sealed(sidecar)
-        return read_checked(path, str(facts.get("data_sha256"))), facts, path
 
-
-def open_run(path: str | Path) -> Run:
+def open_run(path: str | Path, worker: Slice = WHOLE) -> Run:
     """Open a run directory for reading or adding arms.
+
+    Args:
+        worker: the slice of the run that this process fills, when it fills one.
 
     Raises:
         RunError: not a run directory.
-        CorruptRunError: its manifest was changed.
+        CorruptRunError: its manifest was changed, or makes no sense.
         SchemaVersionError: written by another schema version.
     """
     folder = Path(path)
-    if not (folder / MANIFEST).is_file():
-        raise RunError(f"{folder} is not a moediag run directory (no {MANIFEST}); make one with: moediag profile")
-    manifest = read_sealed(folder / MANIFEST)
-    if manifest.get("kind") != KIND:
-        raise RunError(f"{folder / MANIFEST} is of kind {manifest.get('kind')!r}, wanted {KIND!r}")
-    check_schema_version(manifest, folder / MANIFEST)
-    for key in ("configuration", "model", "shards", "sampling", "prompts"):
-        if key not in manifest:
-            raise CorruptRunError(f"{folder / MANIFEST} lacks {key!r}; capture the run again")
-    return Run(folder, manifest)
-
-
-def refuse_other_configuration(there: dict[str, Any], asked: dict[str, Any], where: str) -> None:
-    """Raise unless the two configurations are the same.
-
-    Raises:
-        RunConflictError: names what differs.
-    """
-    if digest_of(there) == digest_of(asked):
-        return
-    keys = sorted(key for key in {*there, *asked} if there.get(key) != asked.get(key))
-    differences = "; ".join(f"{key}: {there.get(key)!r} there, {asked.get(key)!r} asked" for key in keys)
-    raise RunConflictError(f"{where} was made with another configuration ({differences}); use another -o or --force")
-
-
-def check_schema_version(content: dict[str, Any], path: Path) -> None:
-    """Refuse a file of another schema version.
-
-    Raises:
-        SchemaVersionError: newer, older or absent.
-    """
-    found = content.get("schema_version")
-    if found != SCHEMA_VERSION:
-        advice = "upgrade moediag" if isinstance(found, int) and found > SCHEMA_VERSION else "capture the run again"
-        raise SchemaVersionError(f"{path} has schema_version {found}, this moediag reads {SCHEMA_VERSION}; {advice}")
+    return Run(folder, read_manifest(folder), worker)
 
 
 def tokens_sha256(tokens: TokenRows) -> str:
     """Digest of which tokens stand where; file format and compression do not enter."""
     columns = [tokens.seq_id_T, tokens.position_T, tokens.token_id_T, tokens.is_response_T]
     return sha256_bytes(b"".join(np.ascontiguousarray(column, dtype="<i8").tobytes() for column in columns))
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and its parents.
-
-    Raises:
-        MoediagError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(error, path) from error

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         DiskFullError: no space; the temporary file is removed.
         RunError: the folder cannot be written for another reason.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{process_tag()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -56,12 +57,39 @@ def write_error(error: OSError, path: Path, n_bytes: int = 0) -> MoediagError:
     return RunError(f"cannot write {path}: {error.strerror or error}; choose another folder with -o")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed writer left in ``folder``; call it only under the lock of those who write there."""
-    for leftover in folder.glob(".*.tmp"):
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents.
+
+    Raises:
+        MoediagError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(error, path) from error
+
+
+def rows_prefix(stem: str) -> str:
+    """Start of the name of a folder for an engine's raw rows of a shard, beside the shard's files."""
+    return f".rows-{stem}-"
+
+
+def remove_leftovers(folder: Path, stem: str) -> None:
+    """Remove what a killed writer of the files called ``stem`` left; call it only under the claim to them."""
+    for leftover in folder.glob(f".{stem}.*.tmp"):
         leftover.unlink(missing_ok=True)
-    for leftover in folder.glob(".rows-*"):
+    for leftover in folder.glob(f"{rows_prefix(stem)}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def host_tag() -> str:
+    """This machine's name, hashed: tells workers apart without giving names away."""
+    return sha256_bytes(socket.gethostname().encode())[:12]
+
+
+def process_tag(pid: int | None = None) -> str:
+    """Names a process on every machine that shares the file system."""
+    return f"{host_tag()}-{os.getpid() if pid is None else pid}"
 
 
 def sha256_bytes(data: bytes) -> str:

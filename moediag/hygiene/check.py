@@ -1,0 +1,291 @@
+"""Hygiene of a run or of plain arrays: everything found at once, not an exception at the first.
+
+Invariants: one pass over the shards in bounded memory (two arms' arrays of one shard, and counts); findings depend
+neither on the order of sequences nor on where shards end. A second, cheap pass over the token tables is made only
+where rows are missing at the beginning of sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from moediag.errors import RunError
+from moediag.hygiene.completeness import Completeness, count_prefixes
+from moediag.hygiene.filler import Filler
+from moediag.hygiene.findings import Finding, by_level, finding
+from moediag.hygiene.identifiers import Identifiers
+from moediag.hygiene.lags import LayerLag, RowLag, TokenLag
+from moediag.hygiene.logps import Logps
+from moediag.hygiene.router_scores import RouterScores
+from moediag.hygiene.rows import Rows, Shape
+from moediag.hygiene.rules import ERROR, RULES
+from moediag.hygiene.sides import ContradictedZeros, GateFactor
+from moediag.hygiene.stale import Stale
+from moediag.notation import INFER, pair_name
+from moediag.run.capture import Capture, TokenRows
+from moediag.run.derived import derived_damage
+from moediag.run.directory import Run, Shard
+
+_DENSE = Shape(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found, and on how much: findings (errors first), rules applied, token rows read over all arms."""
+
+    findings: list[Finding]
+    n_rules: int
+    n_rows: int
+
+    @property
+    def n_errors(self) -> int:
+        """Findings of level error."""
+        return sum(found.level == ERROR for found in self.findings)
+
+
+class _ArmRule(Protocol):
+    def add(self, rows: Rows) -> None: ...
+
+    def findings(self, where: str) -> list[Finding]: ...
+
+
+class _PairRule(Protocol):
+    def add(self, train: Rows, infer: Rows) -> None: ...
+
+    def findings(self, where: str) -> list[Finding]: ...
+
+
+class ArmHygiene:
+    """Every rule about one arm, fed shard by shard."""
+
+    def __init__(self, arm: str, shape: Shape) -> None:
+        self._rules: list[_ArmRule] = [Logps()]
+        self._completeness = Completeness(arm)
+        if shape.n_layers:
+            self._rules += [Identifiers(shape), Filler(shape), Stale(shape), RouterScores(shape)]
+        self.n_rows = 0
+
+    def add(self, rows: Rows) -> None:
+        """Feed a shard's whole sequences."""
+        self.n_rows += len(rows)
+        if not len(rows):
+            return
+        if rows.shape.n_layers:
+            self._completeness.add(rows)
+        for rule in self._rules:
+            rule.add(rows)
+
+    @property
+    def gap_lengths(self) -> set[int]:
+        """Prefix lengths that :meth:`findings` wants counted over all sequences."""
+        return self._completeness.gap_lengths
+
+    def findings(self, where: str, prefixes: dict[tuple[int, int], int]) -> list[Finding]:
+        """All findings of the arm."""
+        found = self._completeness.findings(where, prefixes)
+        return found + [item for rule in self._rules for item in rule.findings(where)]
+
+
+class PairHygiene:
+    """Every rule about two arms of the same tokens, fed shard by shard."""
+
+    def __init__(self, arms: tuple[str, str], shape: Shape) -> None:
+        self._zeros = [ContradictedZeros(arm) for arm in arms]
+        self._rules: list[_PairRule] = [TokenLag()]
+        if shape.n_layers:
+            self._rules += [RowLag(shape), LayerLag(shape), GateFactor(shape)]
+
+    def add(self, train: Rows, infer: Rows) -> None:
+        """Feed a shard of both arms."""
+        self._zeros[0].add(train, infer)
+        self._zeros[1].add(infer, train)
+        for rule in self._rules:
+            rule.add(train, infer)
+
+    def findings(self, where: str) -> list[Finding]:
+        """All findings of the pair."""
+        found = [item for rule in self._rules for item in rule.findings(where)]
+        return found + [item for side in self._zeros for item in side.findings(where)]
+
+
+def check_run(run: Run, arms: Sequence[str] | None = None) -> list[Finding]:
+    """Check every committed shard of the arms; an empty list means nothing to say. See :func:`inspect_run`."""
+    return inspect_run(run, arms).findings
+
+
+def inspect_run(run: Run, arms: Sequence[str] | None = None) -> Inspection:
+    """Check files, token tables and every committed shard of the arms, each further arm beside infer as well.
+
+    Missing shards are errors: a partial arm is not analysed.
+
+    Args:
+        arms: the arms to check; None = all, and every derived file and log as well: an analysis of some arms is not
+            kept from being made by a damaged figure, which it replaces.
+    """
+    found = _check_prompts(run) if arms is not None else _check_beside_arms(run)
+    names = list(run.arms() if arms is None else arms)
+    found += [item for arm in names for item in _check_record(run, arm)]
+    shape = _shape_of(run)
+    hygiene = {arm: ArmHygiene(arm, shape) for arm in names}
+    pairs = {arm: PairHygiene((arm, INFER), shape) for arm in names if arm != INFER and INFER in names}
+    for shard in run.shards:
+        found += _check_shard(run, shard, hygiene, pairs, shape)
+    prefixes = _prefixes_of(run, set().union(*(rule.gap_lengths for rule in hygiene.values())))
+    found += [item for arm, rules in hygiene.items() for item in rules.findings(arm, prefixes)]
+    found += [item for arm, rules in pairs.items() for item in rules.findings(pair_name(arm, INFER))]
+    if not run.arms():
+        found.append(finding("no-arm", str(run.path), "no arm has been captured"))
+    return Inspection(by_level(found), len(RULES), sum(rules.n_rows for rules in hygiene.values()))
+
+
+def check_capture(
+    tokens: TokenRows, capture: Capture, *, n_experts: int = 0, arm: str = INFER, renormalize: bool | None = None
+) -> list[Finding]:
+    """Check one arm's arrays against its tokens.
+
+    Args:
+        tokens: whole sequences, T rows.
+        capture: the arm's arrays, T rows.
+        n_experts: E; 0 for a dense model.
+        arm: its name; an infer arm's last rows may lack routing, and findings are of it.
+        renormalize: whether gate weights are divided by their sum; None = unknown.
+    """
+    shape = _shape_of_arrays(capture, n_experts, renormalize)
+    wrong = _misfits(tokens, capture, shape, arm)
+    if wrong:
+        return wrong
+    hygiene = ArmHygiene(arm, shape)
+    hygiene.add(Rows(tokens, capture, shape))
+    prefixes: dict[tuple[int, int], int] = {}
+    if hygiene.gap_lengths:
+        count_prefixes(tokens, hygiene.gap_lengths, prefixes)
+    return by_level(hygiene.findings(arm, prefixes))
+
+
+def check_pair(
+    tokens: TokenRows, train: Capture, infer: Capture, *, n_experts: int = 0, where: str = "infer~train"
+) -> list[Finding]:
+    """Check two arms of the same tokens beside each other; each alone is :func:`check_capture`'s business."""
+    shape = _shape_of_arrays(infer, n_experts, None)
+    wrong = _misfits(tokens, infer, shape, where) or _misfits(tokens, train, shape, where)
+    if wrong:
+        return wrong
+    hygiene = PairHygiene((where.partition("~")[2], where.partition("~")[0]), shape)
+    hygiene.add(Rows(tokens, train, shape), Rows(tokens, infer, shape))
+    return by_level(hygiene.findings(where))
+
+
+def _check_beside_arms(run: Run) -> list[Finding]:
+    return [finding("damaged", where, message) for where, message in derived_damage(run.path)]
+
+
+def _check_prompts(run: Run) -> list[Finding]:
+    try:
+        run.prompts()
+    except RunError as error:
+        return [finding("damaged", "prompts", str(error))]
+    return []
+
+
+def _check_record(run: Run, arm: str) -> list[Finding]:
+    try:
+        told = run.arm(arm).get("disagreements") or []
+    except RunError as error:
+        return [finding("damaged", f"{arm} arm.json", str(error))]
+    return [finding("D14-other-rule", f"{arm} arm.json", disagreement) for disagreement in told]
+
+
+def _check_shard(
+    run: Run, shard: Shard, hygiene: dict[str, ArmHygiene], pairs: dict[str, PairHygiene], shape: Shape
+) -> list[Finding]:
+    """Feed one shard to every arm's and pair's rules; returns what is wrong with its files."""
+    found: list[Finding] = []
+    tokens = _read_tokens(run, shard, found)
+    infer: Rows | None = None
+    for arm in sorted(hygiene, key=lambda name: name != INFER):
+        rows = _read_rows(run, arm, shard, tokens, shape, found)
+        if rows is None:
+            continue
+        hygiene[arm].add(rows)
+        if arm == INFER:
+            infer = rows
+        elif infer is not None:
+            pairs[arm].add(rows, infer)
+    return found
+
+
+def _read_tokens(run: Run, shard: Shard, found: list[Finding]) -> TokenRows | None:
+    if not run.has_tokens(shard):
+        found.append(finding("missing-shard", f"tokens {shard.stem}", "token table not written yet"))
+        return None
+    try:
+        return run.tokens(shard)
+    except RunError as error:
+        found.append(finding("damaged", f"tokens {shard.stem}", str(error)))
+        return None
+
+
+def _read_rows(
+    run: Run, arm: str, shard: Shard, tokens: TokenRows | None, shape: Shape, found: list[Finding]
+) -> Rows | None:
+    where = f"{arm} {shard.stem}"
+    if not run.has_capture(arm, shard):
+        found.append(finding("missing-shard", where, "not captured yet; run the capture again"))
+        return None
+    try:
+        is_of_these = run.capture_sidecar(arm, shard).get("tokens_sha256") == run.tokens_digest(shard)
+        capture = run.capture(arm, shard)
+    except RunError as error:
+        found.append(finding("damaged", where, str(error)))
+        return None
+    if not is_of_these:
+        found.append(finding("token-identity", where, "scored other tokens than the token table"))
+    if tokens is None:
+        return None
+    wrong = _misfits(tokens, capture, shape, where)
+    found += wrong
+    return None if wrong else Rows(tokens, capture, shape)
+
+
+def _misfits(tokens: TokenRows, capture: Capture, shape: Shape, where: str) -> list[Finding]:
+    """Arrays that are not of the model's shape; the rules cannot be applied to them."""
+    if len(capture.logp_T) != len(tokens):
+        return [finding("completeness", where, f"{len(capture.logp_T)} rows for {len(tokens)} tokens")]
+    if capture.is_routed != bool(shape.n_layers):
+        return [finding("completeness", where, "expert ids and the model's routing do not belong together")]
+    sizes = {"T": len(tokens), "L": shape.n_layers, "K": shape.top_k, "E": shape.n_experts}
+    for name, array in capture.arrays().items():
+        letters = name.rpartition("_")[2]
+        wanted = tuple(sizes[letter] for letter in letters)
+        if array.shape != wanted:
+            return [
+                finding("completeness", where, f"{name} is ({', '.join(letters)}) = {array.shape}, wanted {wanted}")
+            ]
+    return []
+
+
+def _prefixes_of(run: Run, lengths: set[int]) -> dict[tuple[int, int], int]:
+    counts: dict[tuple[int, int], int] = {}
+    for shard in run.shards if lengths else ():
+        tokens = _read_tokens(run, shard, [])
+        if tokens is not None:
+            count_prefixes(tokens, lengths, counts)
+    return counts
+
+
+def _shape_of(run: Run) -> Shape:
+    routing: dict[str, Any] = run.model["routing"] or {}
+    if not run.decoder_layers:
+        return _DENSE
+    return Shape(len(run.decoder_layers), run.n_experts, int(routing["top_k"]), routing.get("renormalize"))
+
+
+def _shape_of_arrays(capture: Capture, n_experts: int, renormalize: bool | None) -> Shape:
+    if capture.expert_ids_TLK is None:
+        return _DENSE
+    n_layers, top_k = np.shape(capture.expert_ids_TLK)[1:]
+    return replace(_DENSE, n_layers=n_layers, n_experts=n_experts, top_k=top_k, renormalize=renormalize)

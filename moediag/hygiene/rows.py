@@ -1,0 +1,201 @@
+"""One shard of one arm with what every rule asks of it, computed once: sets as bits, which rows are routed.
+
+Sets of experts are bit sets, E bits in W words of 64, so that equality, overlap and duplicates cost a few word
+operations per (token, layer) whatever K is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moediag.notation import NOT_ROUTED
+from moediag.run.capture import Bool, Capture, TokenRows
+
+Bits = NDArray[np.uint64]
+MIN_ROWS = 20
+"""Rows below which no pattern of a whole layer is named: 2^-20 = 1e-6 even where each row shows it half the time."""
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the model's routing is: L, E, K and whether gate weights are renormalised (None = unknown)."""
+
+    n_layers: int
+    n_experts: int
+    top_k: int
+    renormalize: bool | None = None
+
+    @property
+    def is_choice(self) -> bool:
+        """False where every expert is always chosen, so that ids say nothing."""
+        return self.top_k < self.n_experts
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Whole sequences of one arm; every derived array is made on first use."""
+
+    tokens: TokenRows
+    capture: Capture
+    shape: Shape
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def starts(self) -> Bool:
+        """(T,) First row of its sequence."""
+        return _booleans(np.r_[True, self.tokens.seq_id_T[1:] != self.tokens.seq_id_T[:-1]][: len(self)])
+
+    @cached_property
+    def ends(self) -> Bool:
+        """(T,) Last row of its sequence."""
+        return _booleans(np.r_[self.starts[1:], True][: len(self)])
+
+    def follows(self, lag: int) -> Bool:
+        """(T - lag,) True where row t + lag belongs to the sequence of row t."""
+        seq_id_T = self.tokens.seq_id_T
+        return _booleans(seq_id_T[lag:] == seq_id_T[: len(seq_id_T) - lag])
+
+    @cached_property
+    def prefixes(self) -> Bits:
+        """(T,) Hash of each row's prefix, its own token included."""
+        return prefix_hashes(self.tokens)
+
+    @property
+    def ids(self) -> NDArray[Any]:
+        """(T, L, K) Expert ids; only of a routed capture."""
+        assert self.capture.expert_ids_TLK is not None
+        return self.capture.expert_ids_TLK
+
+    @cached_property
+    def routed(self) -> Bool:
+        """(T, L) K different experts: what a TopK gives; anything else is left to D03 and completeness."""
+        return _booleans(n_members(self.sets) == self.shape.top_k)
+
+    @cached_property
+    def absent(self) -> Bool:
+        """(T, L) No expert id at all."""
+        absent_TL = ~self.routed  # looked at closer only where it can be: few rows as a rule
+        absent_TL[absent_TL] = (self.ids[absent_TL] == NOT_ROUTED).all(axis=1)
+        return absent_TL
+
+    @cached_property
+    def gate_totals(self) -> NDArray[np.float32] | None:
+        """(T, L) Sum of gate weights."""
+        gates_TLK = self.capture.gate_weights_TLK
+        return None if gates_TLK is None else over_slots(np.add, gates_TLK)
+
+    @cached_property
+    def routed_throughout(self) -> Bool:
+        """(T,) Routed in every layer."""
+        return _booleans(self.routed.all(axis=1))
+
+    @cached_property
+    def sets(self) -> Bits:
+        """(T, L, W) Chosen experts as bit sets; ids that are no expert leave no bit."""
+        return bit_sets(self.ids, self.shape.n_experts)
+
+    @cached_property
+    def tied(self) -> Bool | None:
+        """(T, L) Every score the same, as zero logits give: equal gate weights and no logit margin; None = unknown.
+
+        With K = 1 gate weights say nothing and with K = E margins do; where neither speaks there is no evidence.
+        """
+        gates_TLK, margin_TL = self.capture.gate_weights_TLK, self.capture.logit_margin_TL
+        has_gates = gates_TLK is not None and self.shape.top_k > 1
+        has_margin = margin_TL is not None and self.shape.is_choice
+        if not (has_gates or has_margin):
+            return None
+        tied_TL = self.routed.copy()
+        if has_gates and gates_TLK is not None:
+            tied_TL &= gates_TLK[:, :, 0] == gates_TLK[:, :, -1]
+            tied_TL[tied_TL] = (gates_TLK[tied_TL][:, 1:] == gates_TLK[tied_TL][:, :1]).all(axis=1)
+        if has_margin and margin_TL is not None:
+            tied_TL &= margin_TL == 0
+        return tied_TL
+
+    @cached_property
+    def first_set(self) -> Bool:
+        """(T, L) The set is {0, .., K-1}."""
+        return self._is_set(range(self.shape.top_k))
+
+    @cached_property
+    def last_set(self) -> Bool:
+        """(T, L) The set is {E-K, .., E-1}."""
+        return self._is_set(range(self.shape.n_experts - self.shape.top_k, self.shape.n_experts))
+
+    @cached_property
+    def filler(self) -> Bool:
+        """(T,) Rows that look like filler in all layers: other rules leave them to D03, D04 and D34."""
+        filler_T = _booleans(self.ids[:, 0, 0] == 0)
+        filler_T[filler_T] = (self.ids[filler_T] == 0).all(axis=(1, 2))
+        if self.shape.is_choice:
+            filler_T = filler_T | self.first_set.all(axis=1) | self.last_set.all(axis=1)
+        if self.tied is not None:
+            filler_T = filler_T | self.tied.all(axis=1)
+        return filler_T
+
+    def take_tokens(self, part: slice) -> TokenRows:
+        """A part of the token rows; it may cut sequences."""
+        return TokenRows(**{f.name: getattr(self.tokens, f.name)[part] for f in fields(TokenRows)})
+
+    def _is_set(self, experts: range) -> Bool:
+        wanted_W = bit_sets(np.array([[list(experts)]]), self.shape.n_experts)[0, 0]
+        return over_slots(np.logical_and, self.sets == wanted_W) & self.routed
+
+
+def bit_sets(ids_TLK: NDArray[Any], n_experts: int) -> Bits:
+    """Rows of ids as bit sets of ceil(E / 64) words; ids outside 0 .. E-1 are left out.
+
+    Example:
+        >>> bit_sets(np.array([[[0, 2]], [[1, -1]]]), 4)[:, 0, 0].tolist()
+        [5, 2]
+    """
+    n_words = -(-n_experts // 64)
+    expert_E = np.arange(n_experts)
+    bit_WE = np.zeros((n_words, n_experts + 1), dtype=np.uint64)  # one column more: no bit
+    bit_WE[expert_E // 64, expert_E] = np.uint64(1) << (expert_E % 64).astype(np.uint64)
+    sets_TLW = np.zeros((*ids_TLK.shape[:2], n_words), dtype=np.uint64)
+    for start in range(0, len(ids_TLK), _CHUNK):  # chunks that stay in cache, slots first: three times faster
+        ids_KTL = np.ascontiguousarray(np.moveaxis(ids_TLK[start : start + _CHUNK], 2, 0)).astype(np.intp)
+        np.putmask(ids_KTL, (ids_KTL < 0) | (ids_KTL > n_experts), n_experts)
+        for word in range(n_words):
+            for ids_TL in ids_KTL:
+                sets_TLW[start : start + _CHUNK, :, word] |= bit_WE[word].take(ids_TL)
+    return sets_TLW
+
+
+def n_members(sets_NW: Bits) -> NDArray[np.int16]:
+    """Number of experts in each bit set, over the last axis."""
+    return over_slots(np.add, np.bitwise_count(sets_NW).astype(np.int16))
+
+
+def over_slots(combine: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
+    """``combine.reduce`` over a short last axis, slot by slot: numpy is five times slower on axes of 2 to 8."""
+    total = values[..., 0].copy()
+    for slot in range(1, values.shape[-1]):
+        combine(total, values[..., slot], out=total)
+    return total
+
+
+def prefix_hashes(tokens: TokenRows) -> NDArray[np.uint64]:
+    """Hash of each row's prefix, its own token included; equal prefixes have equal hashes."""
+    weight_T = (tokens.position_T.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    weight_T = (weight_T ^ (weight_T >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) | np.uint64(1)
+    mixed_T = (tokens.token_id_T.astype(np.uint64) + np.uint64(1)) * np.uint64(0x94D049BB133111EB)
+    sum_T = np.cumsum((mixed_T ^ (mixed_T >> np.uint64(31))) * weight_T, dtype=np.uint64)
+    before_T = np.r_[np.uint64(0), sum_T[:-1]]
+    start_T = np.maximum.accumulate(np.where(tokens.position_T == 0, np.arange(len(tokens)), 0))
+    return np.asarray(sum_T - before_T[start_T], dtype=np.uint64)
+
+
+def _booleans(values: Any) -> Bool:
+    return np.asarray(values, dtype=np.bool_)

@@ -1,0 +1,172 @@
+"""Damage outside what the arms' readers see: derived files, logs, and files that do not belong to the run.
+
+What is derived (frames, summary.json, figures, report.md) can be deleted and made again, but a changed byte in a
+page or a figure is a wrong number shown, so it has to be found as well. Every derived file is named with its
+sha256 by a sealed file written after it: frames by summary.json, figures and report.md by report.json.
+
+Invariant: a *stale* analysis (arms changed since) is not damage; ``analyze`` and ``report`` tell that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from moediag.errors import RunError
+from moediag.run.directory import Run, open_run
+from moediag.run.files import read_checked, read_sealed, sha256_bytes, write_error, write_sealed
+from moediag.run.logs import log_damage
+from moediag.run.manifest import MANIFEST, PROMPTS, check_schema_version
+
+SUMMARY = "summary.json"
+REPORT_SEAL = "report.json"
+Damage = tuple[str, str]
+"""(where, message): a path relative to the run, and what is wrong with it."""
+
+
+def begin_report(folder: Path) -> None:
+    """Take the seal of an earlier report away: it must not vouch for files that are about to change.
+
+    Raises:
+        RunError: it cannot be removed.
+    """
+    try:
+        (folder / REPORT_SEAL).unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(error, folder / REPORT_SEAL) from error
+
+
+def seal_report(folder: Path, files: Iterable[Path]) -> None:
+    """Write report.json, which names every file of the report with its digest; last, when all of them are there."""
+    digests = {path.relative_to(folder).as_posix(): sha256_bytes(path.read_bytes()) for path in files}
+    write_sealed(folder / REPORT_SEAL, {"kind": "moediag report", "files": digests})
+
+
+def derived_damage(run_path: Path) -> list[Damage]:
+    """Everything wrong in files that no arm's reader looks at.
+
+    Logs are checked as far as they are sealed: to the end of the last engine process that was not killed.
+
+    Returns:
+        One (where, message) for the prompts table; per derived file that is damaged, missing, of another version
+        or unknown to its seal; per damaged log; per file among the shards that is no shard of this run; and per
+        shard that was made by another configuration or version than its arm.json says. Empty = nothing to say.
+
+    Raises:
+        RunError: ``run_path`` is not a run that can be opened.
+    """
+    run = open_run(run_path)
+    return [*_prompts(run), *_foreign_files(run), *_other_makers(run), *_frames(run), *_report(run), *_logs(run)]
+
+
+def _prompts(run: Run) -> Iterator[Damage]:
+    """Prompts that are whole, but not those that run.json tells of."""
+    try:
+        prompts, completions = run.prompt_tokens()
+    except RunError as error:
+        yield PROMPTS, str(error)
+        return
+    if (len(prompts), completions is not None) != (run.manifest["prompts"]["n"], run.manifest["completions"]):
+        yield PROMPTS, f"does not hold the prompts and completions that {MANIFEST} tells of; restore it"
+
+
+def _foreign_files(run: Run) -> Iterator[Damage]:
+    """Files in the places of shards that are none: outside the shard table, or of no arm."""
+    arms = [run.path / "arms" / arm for arm in run.arms()]
+    data_suffix = {run.path / "tokens": "parquet", **dict.fromkeys(arms, "safetensors")}
+    known = {
+        folder / f"{shard.stem}.{suffix}"
+        for folder, data in data_suffix.items()
+        for shard in run.shards
+        for suffix in ("json", data)
+    }
+    there = {*run.path.glob("tokens/*"), *run.path.glob("arms/*/*")}
+    there |= {path for path in run.path.glob("arms/*") if not path.is_dir()}
+    for path in sorted(there - known - {arm / "arm.json" for arm in arms}):
+        if not path.name.startswith("."):
+            yield _where(run, path), "does not belong to this run (no such shard or arm); move it elsewhere"
+
+
+def _other_makers(run: Run) -> Iterator[Damage]:
+    """Shards merged into an arm of another configuration or version: a plain copy keeps one arm.json."""
+    for arm in run.arms():
+        for shard in run.shards:
+            if not run.has_capture(arm, shard):
+                continue
+            try:
+                made_as = run.capture_sidecar(arm, shard).get("made_as")
+                if made_as in (None, run.made_as(arm)):
+                    continue
+            except RunError:  # found by whoever reads the arm
+                continue
+            yield (
+                f"arms/{arm}/{shard.stem}",
+                "was captured with another configuration or version than arm.json says; "
+                "delete the shard and run the same capture again",
+            )
+
+
+def _frames(run: Run) -> Iterator[Damage]:
+    """Frames against summary.json."""
+    folder, advice = run.path / "analysis", f"run: moediag analyze {run.path}"
+    named: dict[str, Any] = {}
+    if (run.path / SUMMARY).exists():
+        try:
+            summary = read_sealed(run.path / SUMMARY)
+            check_schema_version(summary, run.path / SUMMARY)
+            named = _digests(summary)
+        except RunError as error:
+            yield SUMMARY, str(error)
+            return
+        except (KeyError, TypeError, AttributeError):
+            yield SUMMARY, f"does not name its frames; {advice}"
+            return
+    yield from _held_against(run, named, _files(folder), SUMMARY, advice)
+
+
+def _digests(summary: dict[str, Any]) -> dict[str, Any]:
+    frames = summary["provenance"]["frames"]
+    return {f"analysis/{pair}/{name}.parquet": sha for pair, digests in frames.items() for name, sha in digests.items()}
+
+
+def _report(run: Run) -> Iterator[Damage]:
+    """Figures and report against report.json."""
+    seal, advice = run.path / REPORT_SEAL, f"run: moediag report {run.path}"
+    there = [*_files(run.path / "figures"), *(path for path in run.path.glob("report.*") if path != seal)]
+    named: dict[str, Any] = {}
+    if seal.exists():
+        try:
+            named = read_sealed(seal).get("files", {})
+        except RunError as error:
+            yield REPORT_SEAL, str(error)
+            return
+        if not isinstance(named, dict):
+            yield REPORT_SEAL, f"does not name its files; {advice}"
+            return
+    yield from _held_against(run, named, there, REPORT_SEAL, advice)
+
+
+def _held_against(run: Run, named: dict[str, Any], there: Iterable[Path], seal: str, advice: str) -> Iterator[Damage]:
+    for where, digest in sorted(named.items()):
+        try:
+            read_checked(run.path / where, str(digest))
+        except RunError:
+            yield where, f"is missing or not what {seal} says was written; {advice}"
+    for where in sorted({_where(run, path) for path in there} - {*named}):
+        yield where, f"is not named by {seal}, so nothing says that it is whole; delete it, or {advice}"
+
+
+def _logs(run: Run) -> Iterator[Damage]:
+    for log in sorted((run.path / "logs").glob("*.log")):
+        damage = log_damage(log)
+        if damage:
+            yield _where(run, log), damage
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+
+
+def _where(run: Run, path: Path) -> str:
+    return path.relative_to(run.path).as_posix()

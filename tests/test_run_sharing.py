@@ -1,0 +1,301 @@
+"""Several workers, one run: nothing captured twice or lost, whoever dies when, and merging is a plain copy."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_engine import (
+    Death,
+    create_scripted_run,
+    fill_scripted_run,
+    make_scripted_run,
+    scripted_record,
+    start_worker,
+    write_scripted_shard,
+)
+
+from moediag.errors import RunConflictError
+from moediag.hygiene import check_run
+from moediag.run import claims
+from moediag.run.derived import derived_damage
+from moediag.run.directory import open_run
+from moediag.run.shards import Shard, Slice
+
+LAYOUT: dict[str, Any] = {"n_prompts": 12, "shard_size": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_scripted_run(tmp_path_factory.mktemp("undisturbed") / "run", **LAYOUT).path
+
+
+def captured(run: Path) -> dict[str, bytes]:
+    """Content of every captured array and token table."""
+    files = [*run.glob("arms/*/*.safetensors"), *run.glob("tokens/*.parquet"), run / "prompts.parquet"]
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def assert_whole(run: Path, undisturbed: Path) -> None:
+    """Complete, clean, and byte for byte what an undisturbed worker captures; no temporary file is left.
+
+    A claim may be: of a worker that died between committing its last shard and saying so.
+    """
+    assert check_run(open_run(run)) == []
+    assert derived_damage(run) == []
+    assert captured(run) == captured(undisturbed)
+    assert {path.name for path in run.rglob(".*")} <= {".claims"}
+
+
+def finish(processes: list[Any], exitcode: int | None = 0) -> None:
+    for process in processes:
+        process.join(60)
+        assert exitcode is None or process.exitcode == exitcode
+
+
+@pytest.mark.parametrize(
+    "workers",
+    [(Slice(),), (Slice(), Slice(), Slice()), (Slice(0, 3), Slice(1, 3), Slice(2, 3)), (Slice(), Slice(1, 2))],
+)
+def test_workers_that_start_together_fill_one_run_and_capture_nothing_twice(
+    tmp_path: Path, undisturbed: Path, workers: tuple[Slice, ...]
+) -> None:
+    run, journal = tmp_path / "run", tmp_path / "journal"
+    options = {"pause": 0.01, "journal": journal, "arms": ("infer",)}
+    finish([start_worker(run, LAYOUT, worker, **options) for worker in workers])
+    finish([start_worker(run, LAYOUT, worker, **{**options, "arms": ("train",)}) for worker in workers])
+    assert_whole(run, undisturbed)
+    assert not (run / ".claims").exists()
+    events = Counter(line.rsplit(" ", 1)[0] for line in journal.read_text().splitlines())
+    assert len(events) == 2 * 2 * 6
+    assert set(events.values()) == {1}
+
+
+def test_every_shard_says_which_worker_made_it(tmp_path: Path) -> None:
+    fill_scripted_run(tmp_path / "run", LAYOUT, Slice(1, 2), ("infer",))
+    run = open_run(tmp_path / "run")
+    done = [shard for shard in run.shards if run.has_capture("infer", shard)]
+    assert [shard.index for shard in done] == [1, 3, 5]
+    facts = run.capture_sidecar("infer", done[0])
+    assert facts["worker"] == "1/2"
+    assert len(facts["host"]) == 12
+    assert "seconds" in facts
+
+
+def test_a_shard_that_another_process_holds_is_left_to_it(tmp_path: Path) -> None:
+    run = create_scripted_run(tmp_path / "run", **LAYOUT)
+    with run.claim("infer", run.shards[2]) as is_mine:
+        assert is_mine
+        assert run.is_claimed("infer", run.shards[2])
+        finish([start_worker(run.path, LAYOUT, arms=("infer",))])
+    assert [shard.index for shard in run.missing_shards("infer")] == [2]
+    assert not run.is_claimed("infer", run.shards[2])
+
+
+def test_what_a_worker_that_died_had_held_is_captured_by_one_that_is_still_there(tmp_path: Path) -> None:
+    """A worker that passes a held shard comes back to it: its holder may have died meanwhile."""
+    run = create_scripted_run(tmp_path / "run", **LAYOUT)
+    doomed = start_worker(run.path, LAYOUT, Slice(0, 6), ("infer",), pause=60)
+    while not run.is_claimed("infer", run.shards[0]):
+        time.sleep(0.005)
+    other = start_worker(run.path, LAYOUT, arms=("infer",), pause=0.05)
+    while not run.has_capture("infer", run.shards[1]):
+        time.sleep(0.005)
+    doomed.kill()
+    finish([doomed], -signal.SIGKILL)
+    finish([other])
+    assert run.is_complete("infer")
+
+
+def test_a_worker_looks_again_once_it_holds_a_shard(tmp_path: Path) -> None:
+    """Between listing the missing shards and claiming one, another worker may have committed it."""
+    run = create_scripted_run(tmp_path / "run", **LAYOUT)
+    run.begin_arm("infer", scripted_record("infer"))
+    taken: list[int] = []
+
+    def capture_shard(shard: Shard, on_done: object) -> None:
+        taken.append(shard.index)
+        write_scripted_shard(run, "infer", shard)
+        if shard.index == 0:  # another worker commits the next two while this one is busy
+            for other in run.shards[1:3]:
+                write_scripted_shard(run, "infer", other)
+
+    from moediag.engines.fill import fill_missing_shards
+
+    class Silent:
+        def progress(self, done: float, total: int, unit: str) -> None:
+            assert done <= total
+
+    fill_missing_shards(run, "infer", Silent(), capture_shard)  # type: ignore[arg-type]
+    assert taken == [0, 3, 4, 5]
+
+
+def test_only_leftovers_of_the_shard_that_is_claimed_are_removed(tmp_path: Path) -> None:
+    """Another worker's temporary files used to be swept away by whoever began the arm next."""
+    run = create_scripted_run(tmp_path / "run", **LAYOUT)
+    run.begin_arm("infer", scripted_record("infer"))
+    names = [f".{shard.stem}.safetensors.host-1.tmp" for shard in run.shards[:2]]
+    for name in names:
+        (run.path / "arms/infer" / name).write_bytes(b"half")
+    with run.claim("infer", run.shards[0]):
+        assert [(run.path / "arms/infer" / name).exists() for name in names] == [False, True]
+
+
+def test_a_claim_is_never_held_twice_while_files_come_and_go(tmp_path: Path) -> None:
+    """Removing a lock file that others may have open lets two in, unless the name is looked at again."""
+    inside, worst = [0], [0]
+
+    def work() -> None:
+        for _ in range(300):
+            with claims.claim(tmp_path / ".claims" / "x", wait=True) as is_mine:
+                assert is_mine
+                inside[0] += 1
+                worst[0] = max(worst[0], inside[0])
+                inside[0] -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(work) for _ in range(4)]:
+            future.result()
+    assert worst == [1]
+    assert not (tmp_path / ".claims").exists()
+
+
+def test_two_workers_that_begin_an_arm_differently_at_the_same_instant_do_not_both_get_it(tmp_path: Path) -> None:
+    run = create_scripted_run(tmp_path / "run", **LAYOUT)
+    refused: list[str] = []
+    barrier = threading.Barrier(4)
+
+    def begin(version: str) -> None:
+        barrier.wait()
+        try:
+            open_run(run.path).begin_arm("infer", {**scripted_record("infer"), "versions": {"scripted": version}})
+        except RunConflictError as error:
+            refused.append(str(error))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(begin, "1122"))
+    assert len(refused) == 2
+    assert all("versions" in line or "scripted" in line for line in refused)
+
+
+def test_workers_that_make_the_run_at_the_same_instant_both_find_it_made(tmp_path: Path) -> None:
+    """The second of two used to remove the first one's run folder, with what it had captured."""
+    for attempt in range(5):
+        path = tmp_path / f"run-{attempt}"
+        finish([start_worker(path, LAYOUT, arms=()) for _ in range(3)])
+        assert open_run(path).manifest["prompts"]["n"] == 12
+    assert {folder.name for folder in tmp_path.iterdir()} == {f"run-{attempt}" for attempt in range(5)}
+
+
+def test_force_never_removes_a_run_that_another_worker_fills(tmp_path: Path) -> None:
+    """--force used to remove a run under a living writer, which then wrote into the run that took its place."""
+    run = create_scripted_run(tmp_path / "run", **LAYOUT)
+    worker = start_worker(run.path, LAYOUT, arms=("infer",), pause=0.1)
+    while not run.missing_shards("infer") or run.has_capture("infer", run.shards[0]) is False:
+        time.sleep(0.005)
+    with pytest.raises(RunConflictError, match="being filled by another process"):
+        create_scripted_run(run.path, **LAYOUT, force=True)
+    finish([worker])
+    assert run.is_complete("infer")
+    assert create_scripted_run(run.path, **LAYOUT, force=True).arms() == []
+
+
+def test_a_run_that_was_started_anew_is_not_written_to(tmp_path: Path) -> None:
+    """A worker that had opened the run before --force used to capture into the new one."""
+    early = create_scripted_run(tmp_path / "run", **LAYOUT)
+    create_scripted_run(tmp_path / "run", **{**LAYOUT, "seed": 1}, force=True)
+    with pytest.raises(RunConflictError, match="started anew"), early.in_use():
+        pass
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(RunConflictError, match="has gone"), early.in_use():
+        pass
+
+
+def test_given_tokens_written_again_do_not_disturb_a_reader(tmp_path: Path) -> None:
+    """A second worker of given completions used to take the committed tokens away for a moment."""
+    run = make_scripted_run(tmp_path / "run", **LAYOUT)
+    path = run.path / "tokens" / "shard-00000.parquet"
+    before = path.stat()
+    run.write_tokens(run.shards[0], run.tokens(run.shards[0]))
+    assert path.stat().st_ino == before.st_ino
+
+
+def copy_missing(source: Path, target: Path) -> None:
+    subprocess.run(["cp", "-rn", f"{source}/.", f"{target}/"], check=True)
+
+
+def test_merging_two_machines_runs_is_a_plain_copy(tmp_path: Path, undisturbed: Path) -> None:
+    for name, worker in (("a", Slice(0, 2)), ("b", Slice(1, 2))):
+        fill_scripted_run(tmp_path / name, LAYOUT, worker)
+        assert not open_run(tmp_path / name).is_complete("infer")
+    copy_missing(tmp_path / "b", tmp_path / "a")
+    assert_whole(tmp_path / "a", undisturbed)
+
+
+def test_shards_merged_from_another_version_are_found(tmp_path: Path) -> None:
+    """A plain copy keeps one arm.json: shards that another version made used to pass under its name."""
+    for name, worker, version in (("a", Slice(0, 2), "1"), ("b", Slice(1, 2), "2")):
+        run = create_scripted_run(tmp_path / name, **LAYOUT)
+        run.worker = worker
+        run.begin_arm("infer", {**scripted_record("infer"), "versions": {"scripted": version}})
+        for shard in run.own_missing_shards("infer"):
+            write_scripted_shard(run, "infer", shard)
+    copy_missing(tmp_path / "b", tmp_path / "a")
+    assert [where for where, _ in derived_damage(tmp_path / "a")] == [f"arms/infer/shard-0000{i}" for i in (1, 3, 5)]
+
+
+SUDDEN = (-signal.SIGKILL, -signal.SIGXFSZ)
+
+
+def deaths(seed: int) -> Iterator[tuple[tuple[Slice, ...], tuple[str, ...], Death | None, float | None]]:
+    """Who works on what, and how they die: at a file operation, in the middle of a write, after so many seconds."""
+    rng = random.Random(seed)
+    while True:
+        slices = rng.choice([(Slice(),), (Slice(), Slice()), (Slice(0, 2), Slice(1, 2))])
+        arms = rng.choice([("infer",), ("infer", "train"), ("infer", "train")])
+        yield slices, arms, Death(at_event=rng.randint(1, 250)), None
+        yield slices, arms, Death(at_byte=rng.choice([rng.randint(1, 400), rng.randint(1, 2200)])), None
+        yield slices, arms, None, rng.uniform(0.0, 0.25)
+
+
+def test_killed_at_random_moments_a_sharded_capture_resumes_to_the_same_arrays(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    """40 sudden deaths of workers, alone and two at a time, in the middle of anything; a whole run is begun anew."""
+    seed, n_kills, n_runs = random.SystemRandom().randrange(2**32), 0, 0
+    print(f"seed {seed}")  # shown when the test fails
+    for slices, arms, death, seconds in deaths(seed):
+        run, journal = tmp_path / f"run-{n_runs}", tmp_path / f"{n_runs}.journal"
+        workers = [start_worker(run, LAYOUT, slice_, arms, 0.02, death, journal) for slice_ in slices]
+        if seconds is not None:
+            time.sleep(seconds)
+            for worker in workers:
+                worker.kill()
+        for worker in workers:
+            worker.join(60)
+            assert worker.exitcode in (0, *SUDDEN)
+        n_kills += sum(worker.exitcode in SUDDEN for worker in workers)
+        if n_kills >= 40:
+            break
+        if run.exists() and "train" in open_run(run).arms() and open_run(run).is_complete("train"):
+            assert_whole(run, undisturbed)
+            n_runs += 1
+    fill_scripted_run(run, LAYOUT)
+    assert_whole(run, undisturbed)
+    for journal in tmp_path.glob("*.journal"):
+        assert_nothing_done_twice(journal)
+
+
+def assert_nothing_done_twice(journal: Path) -> None:
+    lines = [line.rsplit(" ", 1)[0] for line in journal.read_text().splitlines()]
+    assert set(Counter(line for line in lines if line.startswith("done")).values()) <= {1}
