@@ -110,6 +110,7 @@ def bytes_written(checkpoint: str, folder: Path) -> None:
     for level, option in (("ids", ["--ids-only"]), ("margins", []), ("full", ["--router-logits", "full"])):
         run = folder / f"run-{level}"
         command = ["profile", checkpoint, "--prompts", folder / "prompts.txt", "-o", run, "--max-tokens", MAX_TOKENS]
+        command += ["--no-floors"]
         script = Path(sys.executable).with_name("moediag")
         subprocess.run([script, *map(str, command), *option], check=True, capture_output=True)
         opened = open_run(run)

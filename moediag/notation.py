@@ -39,6 +39,7 @@ NOT_ROUTED: Final = -1
 TRAIN: Final = "train"
 INFER: Final = "infer"
 TRAIN_REPLAY: Final = "train-replay"
+INFER_PRODUCTION: Final = "infer-production"
 ARMS: Final = {
     INFER: "vLLM: samples the responses, or scores given ones",
     TRAIN: "transformers: scores the same tokens, teacher-forced",
@@ -46,6 +47,7 @@ ARMS: Final = {
     "infer-rescore": "vLLM again, prefill of the same tokens",
     "infer-redecode": "vLLM again, decode path with the same tokens forced, same batches",
     "infer-repeat": "vLLM again, by the path of the infer arm, in other batches",
+    "infer-production": "vLLM as rollouts run it (graphs, prefix cache, own options); log-probabilities only",
     "train-repeat": "transformers again, in padded batches of 4",
     "train-fp32": "transformers in float32",
     "train-perturbed": "transformers with router inputs moved by one unit in the last place",
@@ -53,6 +55,10 @@ ARMS: Final = {
     "train-router-fp8": "transformers with the routers' weights and inputs rounded to float8",
 }
 """Arms this version captures, and what each is."""
+
+
+PREFILLED: Final = "prefill (given tokens)"
+"""``path`` of an infer arm that scored given tokens in one go and not one by one."""
 
 
 def pair_name(arm_a: str, arm_b: str) -> str:

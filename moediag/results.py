@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 import moediag.analysis  # noqa: F401 - declares the frames
+from moediag.analysis.floors import NOISE_ARMS, floors, own_side_pairs, verdict
 from moediag.analysis.intervals import cluster_sums, ratio_mean_interval
 from moediag.analysis.summary import PairAnalysis, analyze_pair, pair_summary
 from moediag.analysis.tokens import logp_diff
@@ -29,7 +30,7 @@ from moediag.errors import CorruptRunError, IncompleteRunError, RunError
 from moediag.figures import draw_comparison_figures, draw_run_figures, first_of_each_kind
 from moediag.frames import declared_frames
 from moediag.hygiene import check_run
-from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
+from moediag.notation import INFER, PREFILLED, SCHEMA_VERSION, TRAIN
 from moediag.report import MAIN_PAIR, REPLAY_PAIR, comparison_report, run_report
 from moediag.run.derived import begin_report, seal_report
 from moediag.run.directory import Run, check_schema_version, open_run
@@ -48,7 +49,7 @@ _RATIO_METRICS = ("abs_logp_diff.mean", "abs_logp_diff.p99", "abs_logp_diff.max"
 
 
 def analyze_run(run: Run, force: bool = False) -> dict[str, Any]:
-    """Analyse infer~train and infer~every further complete arm; write frames and summary.json, return the summary.
+    """Analyse infer~train, further complete arms against infer, and each engine against itself; return the summary.
 
     Only the arms analysed are validated: a further arm that is half captured is left for later, it does not
     keep infer~train from being read.
@@ -61,7 +62,7 @@ def analyze_run(run: Run, force: bool = False) -> dict[str, Any]:
         RunError: validation found errors.
     """
     arms = [INFER, TRAIN, *_further_arms(run)]
-    pairs = [run.pair(arm, INFER) for arm in arms[1:]]
+    pairs = [run.pair(*names) for names in _pairs_to_analyse(arms)]
     errors = [finding for finding in check_run(run, arms=arms) if finding.level == "error"]
     if errors and not force:
         raise RunError(
@@ -84,6 +85,9 @@ def summarize(run: Run, analyses: Sequence[PairAnalysis], provenance: dict[str, 
         provenance: what the analysis adds: digests of its frames, number of validation errors overridden.
     """
     model, routing = run.model, run.model["routing"] or {}
+    pairs = {analysis.pair_name: pair_summary(analysis) for analysis in analyses}
+    floor = floors(pairs, is_prefilled=run.arm(INFER).get("path") == PREFILLED)
+    replay = _replay_summary(analyses)
     analysed = {arm for analysis in analyses for arm in (analysis.minuend, analysis.subtrahend)}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -105,8 +109,10 @@ def summarize(run: Run, analyses: Sequence[PairAnalysis], provenance: dict[str, 
             "captures": _captures_digest(run),
             **provenance,
         },
-        "pairs": {analysis.pair_name: pair_summary(analysis) for analysis in analyses},
-        "routing_replay": _replay_summary(analyses),
+        "verdict": verdict(pairs[MAIN_PAIR], floor, provenance["validation_errors"], replay),
+        "pairs": pairs,
+        "floors": floor,
+        "routing_replay": replay,
     }
 
 
@@ -203,8 +209,15 @@ def compare_runs(paths: Sequence[Path], output: Path, training_window: int | Non
     return {**read_sealed(output / "summary.json"), "runs": summaries}  # in the order asked for: JSON sorts by label
 
 
+def _pairs_to_analyse(arms: list[str]) -> list[tuple[str, str]]:
+    """infer~train first; then what changes the train side against infer, then each engine against itself."""
+    own = own_side_pairs(arms)
+    floor_only = {arm for _, arm in own if arm not in NOISE_ARMS or arm == "train-perturbed"}
+    return [*((arm, INFER) for arm in arms[1:] if arm not in floor_only), *own]
+
+
 def _further_arms(run: Run) -> list[str]:
-    """Complete arms beside infer and train, each compared with infer."""
+    """Complete arms beside infer and train."""
     return [arm for arm in run.arms() if arm not in (INFER, TRAIN) and run.is_complete(arm)]
 
 

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from moediag.engines.launch import INFER_ENVIRONMENT
+
+# A machine that is busy makes an example slow, not wrong.
+settings.register_profile("moediag", deadline=None)
+settings.load_profile("moediag")
 
 REPOSITORY = Path(__file__).parent.parent
 MOEDIAG = Path(sys.executable).with_name("moediag")
 
 
 def run_moediag(*arguments: object, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
-    """The installed command in a process of its own, as a user runs it."""
+    """The installed command in a process of its own, as a user runs it.
+
+    A test that ran vLLM in this process has set its variables here; the command is to set them itself.
+    """
     return subprocess.run(
         [str(MOEDIAG), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, **env},
+        env={**{name: value for name, value in os.environ.items() if name not in INFER_ENVIRONMENT}, **env},
         check=False,
     )
 
@@ -31,14 +43,30 @@ def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
     return path
 
 
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first test process to ask makes, for all of them (pytest-xdist runs several)."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / f"shared-{name}"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder / ".made"
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the real `moediag demo` leaves: trained pair, both runs, comparison."""
-    folder = tmp_path_factory.mktemp("demo") / "out"
-    done = run_moediag("demo", "-o", folder, timeout=1500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "stdout.txt").write_text(done.stdout)
-    return folder
+
+    def make(folder: Path) -> None:
+        done = run_moediag("demo", "-o", folder / "out", timeout=1500)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder / "out" / "stdout.txt").write_text(done.stdout)
+
+    return made_once(tmp_path_factory, "demo", make) / "out"
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ SETTINGS = {
     "tp2-float32": Setting("tensor parallel 2, float32", {"tensor_parallel_size": 2}, dtype="float32",
                            reference="float32", is_same_arithmetic=False),
     "multiprocess": Setting("engine core in a process of its own", group="mp"),
-    "v2": Setting("V2 model runner (Triton's interpreter)", group="v2"),
-    "v2-both": Setting("V2 runner, hooks held against vLLM's own record", group="v2", observer="both"),
+    "v2-both": Setting("V2 runner (Triton's interpreter), hooks held against vLLM's own record", group="v2",
+                       observer="both"),
     "v2-native": Setting("V2 runner, vLLM's own record only", {"enforce_eager": True}, group="v2", observer="native"),
 }  # fmt: skip

@@ -92,7 +92,9 @@ def test_profile_of_a_ring_shaped_checkpoint_end_to_end(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"The ring of {word}" for word in ("gold", "fire", "bells", "truth")))
     run = tmp_path / "run"
-    done = run_moediag("profile", RING, "--prompts", prompts, "-o", run, "--max-tokens", "16", "--replay")
+    done = run_moediag(
+        "profile", RING, "--prompts", prompts, "-o", run, "--max-tokens", "16", "--replay", "--no-floors"
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert summary["model"]["decoder_layers"] == [1, 2]

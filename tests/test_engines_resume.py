@@ -35,7 +35,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(random_moe: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run_moediag("profile", random_moe, "--prompts", prompts, "-o", run, *OPTIONS)
+    done = run_moediag("profile", random_moe, "--prompts", prompts, "-o", run, "--no-floors", *OPTIONS)
     assert done.returncode == 0, done.stderr
     return run
 
@@ -79,7 +79,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_arrays(
 ) -> None:
     """kill -9 twice in each arm at a random moment, SIGTERM in between, then the same command to the end."""
     run = tmp_path / "run"
-    command = list(map(str, [MOEDIAG, "profile", random_moe, "--prompts", prompts, "-o", run, *OPTIONS]))
+    command = list(map(str, [MOEDIAG, "profile", random_moe, "--prompts", prompts, "-o", run, "--no-floors", *OPTIONS]))
     rng = random.Random(os.getpid())
 
     def n_done(arm: str) -> int:
@@ -147,7 +147,7 @@ def test_workers_share_a_run_and_two_machines_runs_are_merged_by_copying(
 
 def test_a_complete_run_is_reported_as_complete(random_moe: Path, prompts: Path, undisturbed: Path) -> None:
     before = captured(undisturbed)
-    done = run_moediag("profile", random_moe, "--prompts", prompts, "-o", undisturbed, *OPTIONS)
+    done = run_moediag("profile", random_moe, "--prompts", prompts, "-o", undisturbed, "--no-floors", *OPTIONS)
     assert done.returncode == 0
     assert done.stderr.count("complete, nothing to capture") == 2
     assert captured(undisturbed) == before
@@ -156,7 +156,9 @@ def test_a_complete_run_is_reported_as_complete(random_moe: Path, prompts: Path,
 def test_another_configuration_is_refused(random_moe: Path, prompts: Path, undisturbed: Path) -> None:
     before = captured(undisturbed)
     for option, complaint in (("--max-tokens=13", "max_tokens: 12 there, 13 asked"), ("--dtype=float32", "dtype")):
-        done = run_moediag("profile", random_moe, "--prompts", prompts, "-o", undisturbed, *OPTIONS, option)
+        done = run_moediag(
+            "profile", random_moe, "--prompts", prompts, "-o", undisturbed, "--no-floors", *OPTIONS, option
+        )
         assert done.returncode == 1
         assert complaint in done.stderr.strip().splitlines()[-1]
     assert captured(undisturbed) == before

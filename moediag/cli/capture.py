@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moediag.cli import options as o
-from moediag.notation import ARMS, INFER, engine_side
+from moediag.notation import ARMS, INFER, INFER_PRODUCTION, engine_side
 
 NAME = "capture"
 
@@ -73,6 +73,7 @@ def command(
     and --num-shards they also share the work across machines; merging is then a plain copy (cp -rn B/. A/).
     """
     from moediag.cli import jobs
+    from moediag.engines.arms import UNOBSERVED
 
     worker = o.parse_slice(shard_index, num_shards)
 
@@ -90,6 +91,7 @@ def command(
             max_model_len=max_model_len,
             trust_remote_code=trust_remote_code,
             ids_only=ids_only,
+            sampled_by=INFER_PRODUCTION if arm.value == INFER_PRODUCTION else INFER,
         )
         jobs.announce(plan, output, (arm.value,), dtype.value)
         run, checkpoint, needed_length = plan.create(output, force), plan.checkpoint, plan.max_model_len
@@ -100,7 +102,7 @@ def command(
     if engine_side(arm.value) == INFER:
         options = jobs.infer_options(
             o.parse_vllm_options(vllm_option),
-            observer.value,
+            UNOBSERVED if arm.value == INFER_PRODUCTION else observer.value,
             dtype=dtype.value,
             trust_remote_code=trust_remote_code or None,
             max_model_len=needed_length,
@@ -123,6 +125,7 @@ def command(
         arm.value,
         options,
         run.manifest["completions"],
+        sampler=run.sampler,
         observer=observer.value,
         scoring=scoring.value,
         batching=o.parse_batching(batch_size, batching),

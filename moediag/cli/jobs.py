@@ -9,17 +9,18 @@ from typing import Any
 
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
-from moediag.engines.arms import HOOKS, PREFILL, ArmRequest, arm_request
+from moediag.engines.arms import HOOKS, PREFILL, UNOBSERVED, ArmRequest, arm_request
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
-from moediag.engines.launch import infer_options, run_arm, train_options
+from moediag.engines.launch import infer_options, observable, run_arm, train_options
 from moediag.engines.plan import Plan, Sampling, make_plan, needed_length
 from moediag.engines.versions import require_infer_engine, require_train_engine
 from moediag.errors import CheckpointError, CorruptRunError, DiskFullError, IncompleteRunError
-from moediag.notation import INFER, TRAIN, TRAIN_REPLAY, engine_side
+from moediag.notation import INFER, INFER_PRODUCTION, TRAIN, TRAIN_REPLAY, engine_side
 from moediag.results import analyze_run, report_run
 from moediag.run.directory import MANIFEST, Run, open_run, refuse_other_configuration
 
 __all__ = [
+    "UNOBSERVED",
     "ArmRequest",
     "Plan",
     "Sampling",
@@ -30,6 +31,7 @@ __all__ = [
     "infer_options",
     "join",
     "make_plan",
+    "observable",
     "open_checkpoint",
     "profile_requests",
     "require",
@@ -53,18 +55,29 @@ def profile_requests(
     infer: dict[str, Any],
     train: dict[str, Any],
     replay: bool,
+    with_floors: bool,
     observer: str = HOOKS,
     scoring: str = PREFILL,
     batching: dict[str, Any] | None = None,
+    production: dict[str, Any] | None = None,
 ) -> list[ArmRequest]:
-    """The arms of the main job, in the order in which they are captured."""
+    """The arms of the main job, in the order in which they are captured.
+
+    Args:
+        with_floors: each engine against itself as well, and for a MoE the scale of one-ulp noise.
+        production: vLLM's options where unobserved rollouts sample the tokens.
+    """
     given = plan.completion_ids is not None
-    arms = [INFER, TRAIN, *([TRAIN_REPLAY] if replay else [])]
+    floors = ["infer-repeat", "train-repeat", *(["train-perturbed"] if plan.checkpoint.routing else [])]
+    engines = {INFER_PRODUCTION: production, INFER: infer, TRAIN: train}
+    sampler = [INFER_PRODUCTION] if production is not None else []
+    arms = [*sampler, INFER, TRAIN, *([TRAIN_REPLAY] if replay else []), *(floors if with_floors else [])]
     return [
         arm_request(
             arm,
-            infer if engine_side(arm) == INFER else train,
+            engines.get(arm) or engines[engine_side(arm)] or {},
             given,
+            sampler=plan.sampled_by,
             observer=observer,
             scoring=scoring,
             batching=batching,

@@ -117,6 +117,21 @@ DeviceMap = Annotated[str | None, typer.Option(help="transformers' device_map.")
 Replay = Annotated[
     bool, typer.Option("--replay", help="Add the arm train-replay: transformers with vLLM's experts forced (MoE only).")
 ]
+Floors = Annotated[
+    bool,
+    typer.Option(
+        "--floors/--no-floors",
+        help="Measure noise floors: each engine against itself in other batches, and the scale of one-ulp noise.",
+    ),
+]
+ProductionRollouts = Annotated[
+    bool,
+    typer.Option(
+        "--production-rollouts",
+        help="Sample as rollouts run (graphs, prefix cache, your own --vllm-option), unobserved; then decode the same "
+        "tokens again, observed: what did observation change?",
+    ),
+]
 ReplayWeights = Annotated[
     bool, typer.Option("--replay-weights", help="train-replay: force vLLM's gate weights too, not only its experts.")
 ]

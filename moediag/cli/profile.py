@@ -41,11 +41,14 @@ def command(
     batch_size: o.BatchSize = 1,
     batching: o.LayoutOption = o.Layout.padded,
     replay: o.Replay = False,
+    floors: o.Floors = True,
+    production_rollouts: o.ProductionRollouts = False,
     training_window: o.TrainingWindow = None,
     force: o.Force = False,
 ) -> None:
     """Sample in vLLM, score in transformers, analyse, draw and report: both arms of one checkpoint."""
     from moediag.cli import jobs
+    from moediag.notation import INFER, INFER_PRODUCTION
 
     jobs.require(("infer", "train"))
     stops = tuple(stop_token_ids or ())
@@ -60,19 +63,23 @@ def command(
         max_model_len=max_model_len,
         trust_remote_code=trust_remote_code,
         ids_only=ids_only,
+        sampled_by=INFER_PRODUCTION if production_rollouts else INFER,
     )
-    infer = jobs.infer_options(
-        o.parse_vllm_options(vllm_option),
-        observer.value,
-        dtype=dtype.value,
-        trust_remote_code=trust_remote_code or None,
-        max_model_len=plan.max_model_len,
-        seed=seed,
-        tensor_parallel_size=tensor_parallel_size,
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-    )
+    vllm_options = o.parse_vllm_options(vllm_option)
+    vllm_named = {
+        "dtype": dtype.value,
+        "trust_remote_code": trust_remote_code or None,
+        "max_model_len": plan.max_model_len,
+        "seed": seed,
+        "tensor_parallel_size": tensor_parallel_size,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+    }
+    production = jobs.infer_options(vllm_options, jobs.UNOBSERVED, **vllm_named) if production_rollouts else None
+    # What only rollouts may do is left out where the same tokens are decoded again, observed.
+    observable = jobs.observable(vllm_options) if production_rollouts else vllm_options
+    infer = jobs.infer_options(observable, observer.value, **vllm_named)
     train = jobs.train_options(
         dtype=dtype.value,
         trust_remote_code=trust_remote_code or None,
@@ -81,7 +88,15 @@ def command(
         device_map=device_map,
     )
     requests = jobs.profile_requests(
-        plan, infer, train, replay, observer.value, scoring.value, o.parse_batching(batch_size, batching)
+        plan,
+        infer,
+        train,
+        replay,
+        floors,
+        observer.value,
+        scoring.value,
+        o.parse_batching(batch_size, batching),
+        production,
     )
     jobs.announce(plan, output, [request.arm for request in requests], dtype.value)
     run = plan.create(output, force)

@@ -79,7 +79,7 @@ def _profile(checkpoint: Path, prompts: Path, output: Path, force: bool) -> None
     )
     train = jobs.train_options(dtype="bfloat16")
     # The replay arm says how much of the mismatch is routing.
-    requests = jobs.profile_requests(plan, infer, train, replay=plan.checkpoint.routing is not None)
+    requests = jobs.profile_requests(plan, infer, train, replay=plan.checkpoint.routing is not None, with_floors=True)
     jobs.announce(plan, output, [request.arm for request in requests], "bfloat16")
     run = plan.create(output, force)
     jobs.capture(run, plan.checkpoint, requests)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from moediag.cli.console import say
-from moediag.notation import INFER, TRAIN, pair_name
+from moediag.notation import INFER, TRAIN, TRAIN_REPLAY, pair_name
 from moediag.report.headline import text_origin
 
+Column = Callable[[str], str]
+"""A cell of the column by the metric's dotted name in the summary of a pair."""
+
 _MAIN_PAIR = pair_name(TRAIN, INFER)
+_REPLAY_PAIR = pair_name(TRAIN_REPLAY, INFER)
 _K3 = "k3 of KL(infer || train)"
 _HEADLINES = (
     ("response tokens compared", "token", "n_tokens"),
@@ -24,16 +30,15 @@ _HEADLINES = (
 
 
 def show_table(summaries: dict[str, dict[str, Any]]) -> None:
-    """The headline numbers, one column per run."""
-    pairs = {
-        label if name == _MAIN_PAIR else f"{label} ({name})": pair
-        for label, summary in summaries.items()
-        for name, pair in summary["pairs"].items()
-    }
+    """The headline numbers, one column per run with its floor and its replay beside it, and the verdicts."""
+    columns = {title: column for label, summary in summaries.items() for title, column in _columns(label, summary)}
     origins = sorted({text_origin(summary) for summary in summaries.values()} - {""})
     names = {_K3: f"k3 statistic ({' or '.join(origins)}: no KL)"} if origins else {}
-    rows = [_row(names.get(name, name), unit, path, pairs) for name, unit, path in _HEADLINES]
-    header = [_MAIN_PAIR, *pairs, "unit"]
+    header = [_MAIN_PAIR, *columns, "unit"]
+    rows = [
+        [names.get(name, name), *(column(dotted) for column in columns.values()), unit]
+        for name, unit, dotted in _HEADLINES
+    ]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         say(
@@ -42,10 +47,48 @@ def show_table(summaries: dict[str, dict[str, Any]]) -> None:
                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
         )
+    for label, summary in summaries.items():
+        for line in _words(summary):
+            say(f"{label}: {line}")
 
 
-def _row(name: str, unit: str, dotted: str, pairs: dict[str, Any]) -> list[str]:
-    return [name, *(_cell(pair, dotted) for pair in pairs.values()), unit]
+def _columns(label: str, summary: dict[str, Any]) -> Iterator[tuple[str, Column]]:
+    pairs, floors = summary["pairs"], summary.get("floors")
+    yield label, partial(_cell, pairs[_MAIN_PAIR])
+    if floors:
+        yield f"{label}: floor (ratio)", partial(_floor_cell, floors["metrics"])
+    if _REPLAY_PAIR in pairs:
+        yield f"{label}: replay", partial(_cell, pairs[_REPLAY_PAIR])
+
+
+def _words(summary: dict[str, Any]) -> Iterator[str]:
+    """Verdict and what the further A/A pairs say."""
+    verdict = summary.get("verdict")
+    if verdict:
+        yield f"{verdict['word']}: {'; '.join([verdict['reason'], *verdict['evidence']])}"
+    floors = summary.get("floors") or {}
+    prefilled = floors.get("decode_vs_prefill")
+    if prefilled:
+        far = "bit-exact" if prefilled["is_bit_exact"] else f"mean abs logp diff {prefilled['mean']:.3g} nat"
+        yield f"decode against prefill inside vLLM: {far} (n = {prefilled['n_tokens']:,} tokens)"
+    production = floors.get("observation")
+    if production:
+        far = "nothing" if production["is_bit_exact"] else f"mean abs logp diff {production['mean']:.3g} nat"
+        yield f"what observing vLLM changed: {far} (n = {production['n_tokens']:,} tokens)"
+    for line in floors.get("noise") or []:
+        flips = "" if line["flip_rate"] is None else f", flip rate {line['flip_rate']:.3g}"
+        yield f"noise scale, {line['what']}: mean abs logp diff {line['mean']:.3g} nat{flips}"
+
+
+def _floor_cell(metrics: dict[str, Any], dotted: str) -> str:
+    """Floor and ratio; a bit-exact floor has no ratio, half a floor says which side it lacks."""
+    line = metrics.get(dotted.removeprefix("logp.").removeprefix("routing."))
+    if line is None or line["floor"] is None:
+        return "-"
+    if line["is_bit_exact"]:
+        return "bit-exact"
+    ratio = "" if line["ratio"] is None else f" ({line['ratio']:.3g}x)"
+    return f"{line['floor']:.3g}{ratio}" + (f" {line['note']}" if line["note"] else "")
 
 
 def _cell(pair: dict[str, Any], dotted: str) -> str:

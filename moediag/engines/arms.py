@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from moediag.engines.redaction import redact
-from moediag.notation import INFER, TRAIN, TRAIN_REPLAY, engine_side
+from moediag.errors import EngineError
+from moediag.notation import INFER, INFER_PRODUCTION, PREFILLED, TRAIN, TRAIN_REPLAY, engine_side
 
 HOOKS, NATIVE, BOTH, UNOBSERVED = "hooks", "native", "both", "none"
 OBSERVERS = {
@@ -22,7 +23,7 @@ OBSERVERS = {
 SAMPLED, PREFILL, DECODE = "sampled", "prefill", "decode"
 PATHS = {
     SAMPLED: "decode (sampled)",
-    PREFILL: "prefill (given tokens)",
+    PREFILL: PREFILLED,
     DECODE: "decode (given tokens, forced one by one)",
 }
 
@@ -79,6 +80,7 @@ def arm_request(
     engine: dict[str, Any],
     given: bool,
     *,
+    sampler: str = INFER,
     observer: str = HOOKS,
     scoring: str = PREFILL,
     batching: dict[str, Any] | None = None,
@@ -89,6 +91,7 @@ def arm_request(
     Args:
         engine: options of vLLM or transformers, by their own names.
         given: the run's completions were given with its prompts.
+        sampler: else, the arm that samples them; every other arm scores what it sampled.
         scoring: how vLLM scores given completions, ``prefill`` or ``decode``.
         batching, replay: for the arms that have one; ``train-repeat`` defaults to padded batches of 4.
     """
@@ -100,12 +103,20 @@ def arm_request(
             batching=batching or (_REPEAT_BATCHING if arm == "train-repeat" else None),
             perturbation=_PERTURBATIONS.get(arm, ""),
         )
-    own_path = scoring if given else SAMPLED
-    repeated_path = scoring if given else DECODE
+    if arm == sampler and not given:
+        path = SAMPLED
+    elif arm == INFER_PRODUCTION:
+        how = "given" if given else f"sampled by {sampler}"
+        raise EngineError(
+            f"{arm} samples, and this run's tokens were {how}; begin a run with it: "
+            "moediag capture infer-production CKPT --prompts FILE -o RUN"
+        )
+    else:
+        path = _FIXED_PATHS.get(arm, scoring if given else DECODE)
     return ArmRequest(
         arm,
         engine,
-        observer=observer,
-        path=own_path if arm == INFER else _FIXED_PATHS.get(arm, repeated_path),
+        observer=UNOBSERVED if arm == INFER_PRODUCTION else observer,
+        path=path,
         reversed_order=arm == "infer-repeat",
     )

@@ -98,6 +98,11 @@ def infer_options(extra: dict[str, Any], observer: str = HOOKS, **named: Any) ->
     return {**{name: value for name, value in named.items() if value is not None}, **extra}
 
 
+def observable(extra: dict[str, Any]) -> dict[str, Any]:
+    """The vLLM options without those that only unobserved rollouts may have."""
+    return {name: value for name, value in extra.items() if name not in _HARMLESS[UNOBSERVED]}
+
+
 def infer_environment(observer: str = HOOKS) -> dict[str, str]:
     """Variables set for vLLM's process where the user has not set them."""
     environment = dict(INFER_ENVIRONMENT)

@@ -18,6 +18,7 @@ from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.redaction import redact
 from moediag.engines.routers import SIGMOID, refuse_ambiguous_rule, text_config
 from moediag.errors import CheckpointError, EngineError, PromptsError
+from moediag.notation import INFER
 from moediag.prompts import Prompt, read_prompts
 from moediag.run.codec import bytes_per_token, encode_prompts
 from moediag.run.create import create_run, split_into_shards
@@ -90,6 +91,7 @@ class Plan:
     source_sha256: str
     ignored_keys: tuple[str, ...] = ()
     ids_only: bool = False
+    sampled_by: str = INFER
 
     @property
     def n_sequences(self) -> int:
@@ -129,6 +131,7 @@ class Plan:
             **({} if self.completion_ids else self.sampling.record()),
             "router_logits": self.router_logits,
             **({"ids_only": True} if self.ids_only else {}),
+            **({} if self.sampled_by == INFER else {"sampled_by": self.sampled_by}),
             "shard_size": self.shard_size,
         }
 
@@ -144,6 +147,7 @@ class Plan:
                 "n": len(self.prompt_ids),
             },
             "completions": self.completion_ids is not None,
+            "sampled_by": self.sampled_by,
             "sampling": self.sampling.record(),
             "shards": [asdict(shard) for shard in split_into_shards(self.n_sequences, self.shard_size)],
         }
@@ -164,6 +168,7 @@ def make_plan(
     max_model_len: int | None = None,
     trust_remote_code: bool = False,
     ids_only: bool = False,
+    sampled_by: str = INFER,
 ) -> Plan:
     """Read and tokenise the prompts and check every length.
 
@@ -179,6 +184,8 @@ def make_plan(
     refuse_ambiguous_rule(checkpoint.config, str(checkpoint.path))
     prompt_ids = _tokenise(checkpoint, prompts, prompts_path, trust_remote_code)
     has_completions = prompts[0].completion_token_ids is not None
+    if sampled_by != INFER and has_completions:
+        raise EngineError(f"{prompts_path} gives completions: there is nothing for {sampled_by} to sample")
     completions = [list(p.completion_token_ids or ()) for p in prompts] if has_completions else None
     room = min(filter(None, (max_model_len, checkpoint.max_length)), default=None)
     _check_lengths(prompts, prompt_ids, completions, room, prompts_path)
@@ -200,6 +207,7 @@ def make_plan(
         source,
         tuple(sorted({key for prompt in prompts for key in prompt.ignored_keys})),
         ids_only,
+        sampled_by,
     )
 
 

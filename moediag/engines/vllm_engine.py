@@ -127,6 +127,7 @@ class InferEngine:
             "sampling": vllm_sampling(engine, self._parameters(0, Sequence(prompt, prompt[:1])), prompt),
             "disagreements": disagreements(self.facts, self.run.model["routing"]),
             "observer": OBSERVERS[self.request.observer],
+            "is_routed": bool(self.run.model["routing"]) and self.request.observer != UNOBSERVED,
             "forced_by_observation": OBSERVER_FORCES[self.request.observer],
             "seeding": "per shard (workers reseeded)" if self.seeds_shards else "per request",
         }

@@ -129,11 +129,15 @@ def inspect_run(run: Run, arms: Sequence[str] | None = None) -> Inspection:
     found = _check_prompts(run) if arms is not None else _check_beside_arms(run)
     names = list(run.arms() if arms is None else arms)
     found += [item for arm in names for item in _check_record(run, arm)]
-    shape = _shape_of(run)
-    hygiene = {arm: ArmHygiene(arm, shape) for arm in names}
-    pairs = {arm: PairHygiene((arm, INFER), shape) for arm in names if arm != INFER and INFER in names}
+    shapes = {arm: _shape_of_arm(run, arm) for arm in names}
+    hygiene = {arm: ArmHygiene(arm, shape) for arm, shape in shapes.items()}
+    pairs = {
+        arm: PairHygiene((arm, INFER), min(shape, shapes[INFER], key=lambda one: one.n_layers))
+        for arm, shape in shapes.items()
+        if arm != INFER and INFER in names
+    }
     for shard in run.shards:
-        found += _check_shard(run, shard, hygiene, pairs, shape)
+        found += _check_shard(run, shard, hygiene, pairs, shapes)
     prefixes = _prefixes_of(run, set().union(*(rule.gap_lengths for rule in hygiene.values())))
     found += [item for arm, rules in hygiene.items() for item in rules.findings(arm, prefixes)]
     found += [item for arm, rules in pairs.items() for item in rules.findings(pair_name(arm, INFER))]
@@ -179,6 +183,14 @@ def check_pair(
     return by_level(hygiene.findings(where))
 
 
+def _shape_of_arm(run: Run, arm: str) -> Shape:
+    """The model's shape, or a dense one's where the arm's routing was not observed; damage is found elsewhere."""
+    try:
+        return _shape_of(run) if run.is_routed(arm) else _DENSE
+    except RunError:
+        return _shape_of(run)
+
+
 def _check_beside_arms(run: Run) -> list[Finding]:
     return [finding("damaged", where, message) for where, message in derived_damage(run.path)]
 
@@ -200,14 +212,14 @@ def _check_record(run: Run, arm: str) -> list[Finding]:
 
 
 def _check_shard(
-    run: Run, shard: Shard, hygiene: dict[str, ArmHygiene], pairs: dict[str, PairHygiene], shape: Shape
+    run: Run, shard: Shard, hygiene: dict[str, ArmHygiene], pairs: dict[str, PairHygiene], shapes: dict[str, Shape]
 ) -> list[Finding]:
     """Feed one shard to every arm's and pair's rules; returns what is wrong with its files."""
     found: list[Finding] = []
     tokens = _read_tokens(run, shard, found)
     infer: Rows | None = None
     for arm in sorted(hygiene, key=lambda name: name != INFER):
-        rows = _read_rows(run, arm, shard, tokens, shape, found)
+        rows = _read_rows(run, arm, shard, tokens, shapes[arm], found)
         if rows is None:
             continue
         hygiene[arm].add(rows)

@@ -33,6 +33,7 @@ class PairBlock:
         entropy_train_T, entropy_infer_T: entropy of the next-token distribution [nat]; NaN = not to be had.
         expert_ids_train_TLK, expert_ids_infer_TLK: experts used while consuming the token before; -1 = none.
         gate_weights_*_TLK, margin_*_TL, logit_margin_*_TL: as in :class:`~moediag.run.capture.Capture`.
+        router_logits_*_TLE: raw router logits, where both captures kept them and they were asked for.
     """
 
     seq_id_T: Int64
@@ -52,6 +53,8 @@ class PairBlock:
     margin_infer_TL: Float32 | None = None
     logit_margin_train_TL: Float32 | None = None
     logit_margin_infer_TL: Float32 | None = None
+    router_logits_train_TLE: Float32 | None = None
+    router_logits_infer_TLE: Float32 | None = None
 
     def __len__(self) -> int:
         return len(self.seq_id_T)
@@ -92,7 +95,7 @@ class Pair:
         return self.read_blocks()
 
 
-def align(tokens: TokenRows, train: Capture, infer: Capture, where: str) -> PairBlock:
+def align(tokens: TokenRows, train: Capture, infer: Capture, where: str, with_logits: bool = False) -> PairBlock:
     """Align two captures of the same token rows, keeping the response tokens.
 
     Args:
@@ -100,6 +103,7 @@ def align(tokens: TokenRows, train: Capture, infer: Capture, where: str) -> Pair
         train: minuend capture, rows as in ``tokens``.
         infer: subtrahend capture, rows as in ``tokens``.
         where: what is aligned, for the error message.
+        with_logits: copy router logits, too: E numbers per choice that only predictions of flips read.
 
     Raises:
         AlignmentError: row counts differ, or one capture is routed and the other is not.
@@ -132,6 +136,8 @@ def align(tokens: TokenRows, train: Capture, infer: Capture, where: str) -> Pair
         margin_infer_TL=_rows(infer.margin_TL, routing_row_T),
         logit_margin_train_TL=_rows(train.logit_margin_TL, routing_row_T),
         logit_margin_infer_TL=_rows(infer.logit_margin_TL, routing_row_T),
+        router_logits_train_TLE=_rows(train.router_logits_TLE, routing_row_T) if with_logits else None,
+        router_logits_infer_TLE=_rows(infer.router_logits_TLE, routing_row_T) if with_logits else None,
     )
 
 

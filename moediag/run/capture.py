@@ -85,6 +85,10 @@ class Capture:
         """True for a mixture-of-experts capture."""
         return self.expert_ids_TLK is not None
 
+    def unrouted(self) -> Capture:
+        """The capture without its routing arrays."""
+        return Capture(self.logp_T, self.entropy_T)
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays present, by legend name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}

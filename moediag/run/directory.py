@@ -73,8 +73,8 @@ _MADE_AS = ("configuration", "versions", "loaded")
 class Run(RunFiles):
     """A run directory that exists; :func:`open_run` gives one."""
 
-    def block(self, minuend: str, subtrahend: str, shard: Shard) -> PairBlock:
-        """Align one shard of two arms.
+    def block(self, minuend: str, subtrahend: str, shard: Shard, with_logits: bool = False) -> PairBlock:
+        """Align one shard of two arms; router logits only on request.
 
         Raises:
             AlignmentError: an arm scored other tokens than the run's token table holds.
@@ -89,7 +89,9 @@ class Run(RunFiles):
         minuend_capture, subtrahend_capture = (
             self._readable(arm, shard, self.capture(arm, shard)) for arm in (minuend, subtrahend)
         )
-        return align(self.tokens(shard), minuend_capture, subtrahend_capture, where)
+        if minuend_capture.is_routed != subtrahend_capture.is_routed:  # one arm was not observed
+            minuend_capture, subtrahend_capture = minuend_capture.unrouted(), subtrahend_capture.unrouted()
+        return align(self.tokens(shard), minuend_capture, subtrahend_capture, where, with_logits)
 
     def _readable(self, arm: str, shard: Shard, capture: Capture) -> Capture:
         """The capture, when its arrays are of the model's layers and experts; what no ``--force`` gets past.
@@ -112,14 +114,17 @@ class Run(RunFiles):
                     f"{where}: {name} is {array.shape[1:]} per token, {MANIFEST} says {wanted[name]}; capture it again"
                 )
         ids_TLK = capture.expert_ids_TLK
-        if (ids_TLK is not None) != bool(n_layers) or (
+        if (ids_TLK is not None) != self.is_routed(arm) or (
             ids_TLK is not None and ids_TLK.max(initial=-1) >= self.n_experts
         ):
             raise AlignmentError(f"{where}: its expert ids are not those of {MANIFEST}'s model; capture it again")
         return capture
 
-    def pair(self, arm_a: str, arm_b: str) -> Pair:
+    def pair(self, arm_a: str, arm_b: str, with_logits: bool = False) -> Pair:
         """Two arms as a pair; the order does not matter, the sign is train minus infer.
+
+        Args:
+            with_logits: let the blocks hold router logits, where both arms kept them.
 
         Raises:
             IncompleteRunError: an arm is missing or has missing shards.
@@ -135,15 +140,16 @@ class Run(RunFiles):
                 )
 
         def read_blocks() -> Iterator[PairBlock]:
-            return (self.block(minuend, subtrahend, shard) for shard in self.shards)
+            return (self.block(minuend, subtrahend, shard, with_logits) for shard in self.shards)
 
-        routing = self.model["routing"] or {}
+        is_routed = self.is_routed(minuend) and self.is_routed(subtrahend)
+        routing = (self.model["routing"] or {}) if is_routed else {}
         return Pair(
             name=pair_name(minuend, subtrahend),
             minuend=minuend,
             subtrahend=subtrahend,
-            decoder_layer_L=self.decoder_layers,
-            n_experts=self.n_experts,
+            decoder_layer_L=self.decoder_layers if is_routed else (),
+            n_experts=self.n_experts if is_routed else 0,
             top_k=int(routing.get("top_k", 0)),
             read_blocks=read_blocks,
         )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moediag.errors import CorruptRunError, IncompleteRunError
+from moediag.notation import INFER
 from moediag.run import codec
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.files import read_checked
@@ -75,6 +76,15 @@ class RunFiles:
                 f"run: moediag capture {name} CKPT -o {self.path}"
             )
         return read_arm(self._arm_folder(name) / "arm.json", name)
+
+    @property
+    def sampler(self) -> str:
+        """The arm that sampled the run's tokens; every other arm scores them."""
+        return str(self.manifest.get("sampled_by", INFER))
+
+    def is_routed(self, arm: str) -> bool:
+        """True when the arm kept expert ids: a MoE model, observed."""
+        return bool(self.decoder_layers) and bool(self.arm(arm).get("is_routed", True))
 
     def has_tokens(self, shard: Shard) -> bool:
         """True when the shard's token table is committed."""
