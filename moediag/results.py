@@ -24,14 +24,26 @@ import pandas as pd
 import moediag.analysis  # noqa: F401 - declares the frames
 from moediag.analysis.floors import NOISE_ARMS, floors, own_side_pairs, verdict
 from moediag.analysis.intervals import cluster_sums, ratio_mean_interval
+from moediag.analysis.prediction import predict_flips
 from moediag.analysis.summary import PairAnalysis, analyze_pair, pair_summary
 from moediag.analysis.tokens import logp_diff
 from moediag.errors import CorruptRunError, IncompleteRunError, RunError
 from moediag.figures import draw_comparison_figures, draw_run_figures, first_of_each_kind
+from moediag.figures.floors import summary_floors
 from moediag.frames import declared_frames
 from moediag.hygiene import check_run
 from moediag.notation import INFER, PREFILLED, SCHEMA_VERSION, TRAIN
-from moediag.report import MAIN_PAIR, REPLAY_PAIR, comparison_report, run_report
+from moediag.report import (
+    MAIN_PAIR,
+    REPLAY_PAIR,
+    comparison_page,
+    html_page,
+    markdown_page,
+    run_page,
+    token_texts,
+)
+from moediag.report.blocks import Page
+from moediag.run import environment
 from moediag.run.derived import begin_report, seal_report
 from moediag.run.directory import Run, check_schema_version, open_run
 from moediag.run.files import (
@@ -71,8 +83,10 @@ def analyze_run(run: Run, force: bool = False) -> dict[str, Any]:
         )
     analyses = [analyze_pair(pair) for pair in pairs]
     frames = {
-        analysis.pair_name: _write_frames(_frames_folder(run, analysis.pair_name), analysis) for analysis in analyses
+        analysis.pair_name: _write_frames(_frames_folder(run, analysis.pair_name), analysis.frames())
+        for analysis in analyses
     }
+    frames[MAIN_PAIR] |= _write_frames(_frames_folder(run, MAIN_PAIR), predict_flips(run))
     provenance = {"frames": frames, "validation_errors": len(errors)}
     write_sealed(run.path / "summary.json", summarize(run, analyses, provenance))
     return read_sealed(run.path / "summary.json")
@@ -149,11 +163,15 @@ def load_frames(run: Run) -> dict[str, pd.DataFrame]:
     return _read_frames(run, load_summary(run))
 
 
-def report_run(run: Run, training_window: int | None = None) -> Path:
-    """Draw the figures and write report.md; returns the report's path.
+def report_run(
+    run: Run, training_window: int | None = None, tokenizer: Path | None = None, no_text: bool = False
+) -> Path:
+    """Draw the figures and write report.md and report.html; returns the path of report.md.
 
     Args:
         training_window: length the model was trained on [tokens], marked in the drift figure.
+        tokenizer: ``tokenizer.json`` or its folder, to show tokens as text; None = the checkpoint's, if at hand.
+        no_text: keep tokens and the text around them out of the pages.
     """
     summary = load_summary(run)
     frames = _read_frames(run, summary)
@@ -164,20 +182,21 @@ def report_run(run: Run, training_window: int | None = None) -> Path:
         _label(run),
         training_window=training_window,
         prompt_length=_longest_prompt(run),
+        floors=summary_floors(summary["floors"]),
     )
-    report = run.path / "report.md"
     force = ["--force"] if summary["provenance"]["validation_errors"] else []
     commands = (
         _command("analyze", run.path, *force),
-        _command("report", run.path, *_window_option(training_window)),
+        _command("report", run.path, *_window_option(training_window), *_text_options(tokenizer, no_text)),
     )
-    write_atomic(report, run_report(summary, frames, figures, regenerate=commands).encode())
-    seal_report(run.path, [*figures, report])
-    return report
+    texts = token_texts(run, frames.get("worst_tokens"), tokenizer, no_text)
+    pages = _write_pages(run.path, run_page(summary, frames, figures, regenerate=commands, texts=texts))
+    seal_report(run.path, [*figures, *pages])
+    return pages[0]
 
 
 def compare_runs(paths: Sequence[Path], output: Path, training_window: int | None = None) -> dict[str, Any]:
-    """Compare analysed runs side by side; writes summary.json, figures and report.md under ``output``.
+    """Compare analysed runs side by side; writes summary.json, figures and both pages under ``output``.
 
     Raises:
         RunError: fewer than two runs, two of one name, or ``output`` holds something else.
@@ -203,9 +222,12 @@ def compare_runs(paths: Sequence[Path], output: Path, training_window: int | Non
         output / "figures",
         training_window=training_window,
         prompt_length=max(_longest_prompt(run) for run in runs.values()),
+        floors={label: summary_floors(one["floors"]) for label, one in summaries.items()},
     )
     command = _command("compare", *paths, "-o", output, *_window_option(training_window))
-    write_atomic(output / "report.md", comparison_report(summary, frames, figures, regenerate=(command,)).encode())
+    first, *others = runs
+    environments = {f"A = {first}, B = {b}": environment.compare_runs(runs[first], runs[b]) for b in others}
+    _write_pages(output, comparison_page(summary, frames, figures, regenerate=(command,), environments=environments))
     return {**read_sealed(output / "summary.json"), "runs": summaries}  # in the order asked for: JSON sorts by label
 
 
@@ -225,10 +247,10 @@ def _frames_folder(run: Run, pair: str) -> Path:
     return run.path / "analysis" / pair
 
 
-def _write_frames(folder: Path, analysis: PairAnalysis) -> dict[str, str]:
+def _write_frames(folder: Path, frames: dict[str, pd.DataFrame]) -> dict[str, str]:
     """Write every frame; returns name -> sha256 of its file."""
     digests = {}
-    for name, frame in analysis.frames().items():
+    for name, frame in frames.items():
         sink = io.BytesIO()
         frame.to_parquet(sink, index=False)
         write_atomic(folder / f"{name}.parquet", sink.getvalue())
@@ -264,6 +286,18 @@ def _analyze_again(run: Run) -> str:
 def _command(*words: object) -> str:
     """A moediag command as a shell takes it, paths as the user gave them."""
     return " ".join(["moediag", *(shlex.quote(str(word)) for word in words)])
+
+
+def _write_pages(folder: Path, page: Page) -> list[Path]:
+    """report.md, then report.html: the same page twice."""
+    paths = [folder / "report.md", folder / "report.html"]
+    for path, render in zip(paths, (markdown_page, html_page), strict=True):
+        write_atomic(path, render(page).encode())
+    return paths
+
+
+def _text_options(tokenizer: Path | None, no_text: bool) -> list[object]:
+    return [*(["--tokenizer", tokenizer] if tokenizer else []), *(["--no-text"] if no_text else [])]
 
 
 def _window_option(training_window: int | None) -> list[object]:

@@ -8,20 +8,32 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis import declarations as declared
+from moediag.analysis.attribution import flip_costs
+from moediag.analysis.routing import independent_flips
+from moediag.analysis.sequences import drift_by_length, sequence_frame
+from moediag.analysis.strata import metrics_by_stratum
 
 MARGIN_EDGES = np.concatenate([[0.0], 10.0 ** np.arange(-5, 0.01, 0.25)])
 
 
-def make_run(n_tokens=16384, n_layers=6, scale=1.0, seed=0, n_prompts=64, first_decoder_layer=1, n_bins=16):
-    """One run's frames; ``n_layers=0`` is a dense run, ``scale=0`` a self comparison."""
+def make_run(
+    n_tokens=16384, n_layers=6, scale=1.0, seed=0, n_prompts=64, first_decoder_layer=1, n_bins=16, n_experts=16
+):
+    """One run's frames; ``n_layers=0`` is a dense run, ``scale=0`` a self comparison.
+
+    Frames that exist only as tables of counts are made of counts here; those of tokens by their own analyses.
+    """
     rng = np.random.default_rng(seed)
     diff = _differences(rng, n_tokens, dense=n_layers == 0) * scale
     last = 0.968 if n_layers <= 8 else 0.95
     rates = np.where(scale > 0, 0.99 - (0.99 - last) * (1 - np.exp(-0.5 * np.arange(n_layers))), 1.0)
-    flips = rng.random((n_tokens, n_layers)) > rates if n_layers else np.zeros((n_tokens, 0), bool)
+    # Flips come together, as they do in engines: some tokens have noisier router inputs than others.
+    noisy = np.minimum(np.random.default_rng(seed + 1).lognormal(-0.5, 1.0, (n_tokens, 1)), 10.0)
+    flips = rng.random((n_tokens, n_layers)) > 1 - (1 - rates) * noisy if n_layers else np.zeros((n_tokens, 0), bool)
     tokens = _tokens(rng, diff, flips, n_prompts)
+    tokens = declared.TOKENS.validate(tokens)
     return {
-        "tokens": declared.TOKENS.validate(tokens),
+        "tokens": tokens,
         "logp_metrics": declared.LOGP_METRICS.validate(_metrics(diff, n_prompts)),
         "tail_curve": declared.TAIL_CURVE.validate(_tail(diff)),
         "agreement_by_layer": declared.AGREEMENT_BY_LAYER.validate(_agreement(flips, first_decoder_layer)),
@@ -29,12 +41,33 @@ def make_run(n_tokens=16384, n_layers=6, scale=1.0, seed=0, n_prompts=64, first_
         "margin_curve": declared.MARGIN_CURVE.validate(_margin_curve(rng, n_tokens, n_layers, scale)),
         "margin_quantiles": declared.MARGIN_QUANTILES.validate(_margin_quantiles(n_tokens * n_layers)),
         "drift_by_position": declared.DRIFT_BY_POSITION.validate(_drift(diff, flips, tokens, n_bins)),
+        "margin_noise": declared.MARGIN_NOISE.validate(_margin_noise(n_tokens, n_layers, scale)),
+        "flips_by_layer_position": declared.FLIPS_BY_LAYER_POSITION.validate(_flip_map(flips, tokens, n_bins)),
+        "expert_swaps": declared.EXPERT_SWAPS.validate(_swaps(rng, flips, n_experts)),
+        "flip_costs": flip_costs(tokens),
+        "sequences": sequence_frame(tokens, n_layers),
+        "drift_by_length": drift_by_length(sequence_frame(tokens, n_layers)),
+        "metrics_by_stratum": metrics_by_stratum(tokens, n_layers),
         "corrections": declared.CORRECTIONS.validate(_corrections(diff)),
     }
 
 
 def empty_frame(spec):
     return spec.validate(pd.DataFrame({c.name: pd.Series(dtype=c.dtype) for c in spec.columns}))
+
+
+def blank_run(frames):
+    """Every measured value absent: an engine that scored nothing."""
+    keep = {"threshold", "bin_low", "bin_high"}
+    blank = {
+        name: frame.assign(**{c: np.nan for c in frame.columns if frame[c].dtype.kind == "f" and c not in keep})
+        for name, frame in frames.items()
+    }
+    blank["tail_curve"] = blank["tail_curve"].assign(n_above=0, n_tokens=0)
+    for name in ("flip_costs", "metrics_by_stratum", "drift_by_length"):
+        blank[name] = frames[name].iloc[:0]
+    blank["sequences"] = blank["sequences"].assign(n_tokens=0, worst_position=-1)
+    return blank
 
 
 def _differences(rng, n, dense):
@@ -125,8 +158,9 @@ def _agreement(flips, first_decoder_layer):
 def _flips_per_token(flips, diff):
     counts = np.bincount(flips.sum(1), minlength=flips.shape[1] + 1) if flips.shape[1] else np.zeros(0)
     share = counts / max(counts.sum(), 1)
+    alone = independent_flips(flips.mean(0)) if len(counts) else share
     return pd.DataFrame(
-        {"n_flipped_layers": np.arange(len(counts)), "n_tokens": counts, "share": share, "independent_share": share,
+        {"n_flipped_layers": np.arange(len(counts)), "n_tokens": counts, "share": share, "independent_share": alone,
          "abs_logp_diff_mean": np.abs(diff).mean(), "abs_logp_diff_p99": np.abs(diff).max()}
     )  # fmt: skip
 
@@ -165,6 +199,50 @@ def _layer_bins(rng, n_tokens, factor, noise):
     return np.concatenate([[tie.sum()], n]), np.concatenate([[(tie & flipped).sum()], k])
 
 
+def _margin_noise(n_tokens, n_layers, scale):
+    rows = [
+        {"space": space, "layer": layer, "side": "infer", "n_choices": n_tokens, "n_flipped": n_tokens // 30,
+         "n_exact_ties": n_tokens // 500, "sigma": 0.002 * factor * (2 + layer) if scale else np.nan}
+        for space, factor in (("choice", 1.0), ("logit", 10.0)) for layer in range(-1, n_layers) if n_layers
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=[c.name for c in declared.MARGIN_NOISE.columns])
+
+
+def _flip_map(flips, tokens, n_bins):
+    n_layers = flips.shape[1]
+    position = tokens["position"].to_numpy()
+    width = -(-(int(position.max()) + 1) // n_bins)
+    rows = []
+    for low in range(0, int(position.max()) + 1 if n_layers else 0, width):
+        here = (position >= low) & (position < low + width)
+        for layer in range(n_layers):
+            n, flipped = int(here.sum()), int(flips[here, layer].sum())
+            rows.append({"layer": layer, "decoder_layer": layer + 1, "position_low": low, "n_choices": n,
+                         "position_high": low + width - 1, "n_flipped": flipped, "flip_rate": flipped / n})  # fmt: skip
+    return pd.DataFrame(rows, columns=[c.name for c in declared.FLIPS_BY_LAYER_POSITION.columns])
+
+
+def _swaps(rng, flips, n_experts, top=500):
+    """Neighbours in load swap: a few favourite pairs per layer and a wide rest, both ways about equally often."""
+    rows = []
+    for layer, n_flips in enumerate(flips.sum(0)):
+        first = np.minimum(rng.geometric(4 / n_experts, n_flips) - 1, n_experts - 1)
+        pair = rng.permutation(n_experts)
+        other = (first + rng.geometric(0.3, n_flips)) % n_experts
+        train, infer = pair[first], pair[other]
+        turn = rng.random(n_flips) < 0.5
+        counts = np.zeros((n_experts, n_experts), int)
+        np.add.at(counts, (np.where(turn, train, infer), np.where(turn, infer, train)), train != infer)
+        rows += [
+            {"layer": layer, "decoder_layer": layer + 1, "expert_train": a, "expert_infer": b, "n_swaps": counts[a, b],
+             "n_reverse": counts[b, a], "share_of_flips": counts[a, b] / n_flips, "n_flips": n_flips,
+             "n_single_flips": counts.sum()}
+            for a, b in np.argwhere(counts)
+        ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=[c.name for c in declared.EXPERT_SWAPS.columns])
+    return frame.sort_values("n_swaps", ascending=False, kind="stable").head(top)
+
+
 def _margin_quantiles(n):
     rows = [
         {"space": s, "group": g, "side": "infer",
@@ -198,7 +276,7 @@ def _drift(diff, flips, tokens, n_bins):
 def _corrections(diff):
     below, above = np.mean(diff < np.log(0.5)), np.mean(diff > np.log(5))
     return pd.DataFrame(
-        [{"method": "IcePop(0.5, 5)", "source": "Ring-1T (arXiv 2510.18855)", "n_tokens": len(diff),
+        [{"method": "icepop_0.5_5.0", "source": "Ring-1T (arXiv 2510.18855)", "n_tokens": len(diff),
           "masked_share": below + above, "masked_share_ci_low": 0.0, "masked_share_ci_high": 2 * below + 1e-3,
           "below_share": below, "above_share": above}]
     )  # fmt: skip

@@ -11,13 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.text import Text
-from synthetic_frames import empty_frame, make_run
+from synthetic_frames import blank_run, empty_frame, make_run
 
 from moediag.analysis import declarations as declared
 from moediag.errors import DiskFullError, RunError
 from moediag.figures import (
-    draw_comparison_figures,
-    draw_run_figures,
     plot_agreement_by_depth,
     plot_figure1,
     plot_margins,
@@ -217,13 +215,25 @@ def test_files_are_deterministic_whole_and_text_stays_text(moe, tmp_path):
     frame = moe["agreement_by_layer"]
     first = save_figure(plot_agreement_by_depth({"moe": frame}), tmp_path / "a", "x")
     second = save_figure(plot_agreement_by_depth({"moe": frame}), tmp_path / "b", "x")
-    assert [p.suffix for p in first] == [".png", ".svg"]
+    assert [p.suffix for p in first] == [".png", ".svg", ".pdf"]
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
     svg = first[1].read_text()
     assert "Each layer on its own" in svg
     assert "<dc:date>" not in svg
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["x.png", "x.svg"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["x.pdf", "x.png", "x.svg"]
+
+
+def test_fonts_are_embedded_as_truetype_and_files_carry_their_words(moe, tmp_path):
+    figure = plot_agreement_by_depth({"moe": moe["agreement_by_layer"]}, caption="4,096 tokens")
+    png, svg, pdf = (path.read_bytes() for path in save_figure(figure, tmp_path, "x"))
+    assert b"/FontFile2" in pdf
+    assert b"/Type3" not in pdf
+    assert b"CreationDate" not in pdf
+    assert b"'DejaVu Sans', Verdana, sans-serif" in svg
+    for data in (png, svg):
+        assert b"Same experts, moe" in data
+        assert b"4,096 tokens" in data
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_rest(moe, tmp_path, monkeypatch):
@@ -250,29 +260,6 @@ def test_a_file_where_the_folder_should_be_is_a_clear_refusal(moe, tmp_path):
     assert (tmp_path / "figures").read_text() == "mine"
 
 
-def test_comparison_writes_every_figure(moe, dense, tmp_path):
-    paths = draw_comparison_figures({"moe": moe, "dense": dense}, tmp_path)
-    stems = [p.stem for p in paths]
-    assert stems == [n for n in ("figure1", "agreement_by_depth", "margins", "position_drift") for _ in range(2)]
-    assert all(p.stat().st_size > 5000 for p in paths)
-
-
-def test_dense_run_writes_no_routing_figure(dense, tmp_path):
-    small = {**make_run(n_tokens=64, n_layers=0), "margin_curve": None}
-    assert {p.stem for p in draw_run_figures(small, tmp_path, "dense")} == {"figure1", "position_drift"}
-
-
-def _blank(frames):
-    """Every measured value absent: an engine that scored nothing."""
-    keep = {"threshold", "bin_low", "bin_high"}
-    blank = {
-        name: frame.assign(**{c: np.nan for c in frame.columns if frame[c].dtype.kind == "f" and c not in keep})
-        for name, frame in frames.items()
-    }
-    blank["tail_curve"] = blank["tail_curve"].assign(n_above=0, n_tokens=0)
-    return blank
-
-
 @pytest.mark.parametrize(
     ("case", "said"),
     [
@@ -287,7 +274,7 @@ def test_odd_runs_are_drawn_with_a_statement_and_no_warning(case, said):
     frames = {
         "self": lambda: make_run(n_tokens=256, scale=0),
         "one token": lambda: make_run(n_tokens=1, n_prompts=1),
-        "blank": lambda: _blank(make_run(n_tokens=128)),
+        "blank": lambda: blank_run(make_run(n_tokens=128)),
         "hostile label": lambda: make_run(n_tokens=128, n_layers=2),
     }[case]()
     with warnings.catch_warnings():

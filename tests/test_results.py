@@ -211,7 +211,7 @@ def test_an_interrupted_comparison_is_made_whole_by_the_same_command(
         raise KeyboardInterrupt
 
     command = ["compare", "moe", "dense", "-o", "c"]
-    for step in ("draw_comparison_figures", "comparison_report"):
+    for step in ("draw_comparison_figures", "comparison_page"):
         with monkeypatch.context() as patch:
             patch.setattr(results, step, interrupt)
             assert main(command) == 130

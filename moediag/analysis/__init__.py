@@ -6,8 +6,12 @@ so the floors of an engine against itself are the same functions on the same fra
 
 from moediag.analysis.aliases import ALIASES, Alias, aliases_of
 from moediag.analysis.attribution import flip_costs
+from moediag.analysis.choice_scores import RoutingRule, choice_scores
 from moediag.analysis.entropies import entropy_quantiles
+from moediag.analysis.explain import Explanation, explain_pair, explained_flips
 from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
+from moediag.analysis.flip_probability import border_flip_probability, set_flip_probability
+from moediag.analysis.forecast import forecast_flips
 from moediag.analysis.intervals import Interval, Intervals, mean_interval, ratio_mean_interval
 from moediag.analysis.jackknife import jackknife_interval
 from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
@@ -15,6 +19,7 @@ from moediag.analysis.margin_counts import MarginTotals, margin_totals
 from moediag.analysis.margins import margin_curve, margin_noise, margin_quantiles
 from moediag.analysis.measures import binary_kl
 from moediag.analysis.positions import PositionSlope, drift_by_position, position_slope
+from moediag.analysis.prediction import predict_flips
 from moediag.analysis.quantiles import quantile_interval
 from moediag.analysis.routing import RoutingRates, agreement_by_layer, flips_per_token, routing_rates
 from moediag.analysis.routing_counts import RoutingTotals, routing_totals
@@ -34,6 +39,7 @@ from moediag.analysis.tokens import logp_diff, scored_tokens, token_frame
 __all__ = [
     "ALIASES",
     "Alias",
+    "Explanation",
     "FlipMap",
     "Interval",
     "Intervals",
@@ -43,20 +49,26 @@ __all__ = [
     "PositionSlope",
     "RoutingPass",
     "RoutingRates",
+    "RoutingRule",
     "RoutingTotals",
     "SwapTotals",
     "agreement_by_layer",
     "aliases_of",
     "analyze_pair",
     "binary_kl",
+    "border_flip_probability",
+    "choice_scores",
     "drift_by_length",
     "drift_by_position",
     "entropy_quantiles",
     "expert_swaps",
+    "explain_pair",
+    "explained_flips",
     "first_divergence",
     "flip_costs",
     "flips_by_layer_position",
     "flips_per_token",
+    "forecast_flips",
     "jackknife_interval",
     "length_slope",
     "logp_diff",
@@ -69,6 +81,7 @@ __all__ = [
     "metrics_by_stratum",
     "pair_summary",
     "position_slope",
+    "predict_flips",
     "quantile_interval",
     "ratio_mean_interval",
     "ratio_quantiles",
@@ -77,6 +90,7 @@ __all__ = [
     "routing_totals",
     "scored_tokens",
     "sequence_frame",
+    "set_flip_probability",
     "tail_curve",
     "token_frame",
     "worst_tokens",

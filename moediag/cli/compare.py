@@ -30,4 +30,5 @@ def command(
         say_json(summary)
         return
     show_table(summary["runs"])
+    wrote(output / "report.html")
     wrote(output / "report.md")

@@ -210,4 +210,5 @@ def finish(run: Run, training_window: int | None = None) -> None:
         report = report_run(run, training_window)
     show_table({run.path.resolve().name: summary})
     wrote(run.path / "summary.json")
+    wrote(report.with_suffix(".html"))
     wrote(report)

@@ -1,16 +1,38 @@
-"""``moediag report``: figures and report.md of an analysed run."""
+"""``moediag report``: figures, report.md and report.html of an analysed run."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from moediag.cli import options as o
 
 NAME = "report"
 
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="tokenizer.json, or its folder, to show tokens as text; default: the checkpoint's, if it is at its place.",
+    ),
+]
+NoText = Annotated[
+    bool, typer.Option("--no-text", help="Keep prompts and responses out of the pages: no token, no text around it.")
+]
 
-def command(run: o.RunPath, training_window: o.TrainingWindow = None) -> None:
-    """Draw the figures and write report.md; needs no engine."""
+
+def command(
+    run: o.RunPath, training_window: o.TrainingWindow = None, tokenizer: Tokenizer = None, no_text: NoText = False
+) -> None:
+    """Draw the figures and write report.md and report.html; needs no engine."""
     from moediag.cli.console import wrote
     from moediag.results import report_run
     from moediag.run.directory import open_run
 
-    wrote(report_run(open_run(run), training_window))
+    if tokenizer is not None and no_text:
+        raise typer.BadParameter("--tokenizer shows text and --no-text leaves it out: give one of the two")
+    report = report_run(open_run(run), training_window, tokenizer, no_text)
+    wrote(report)
+    wrote(report.with_suffix(".html"))

@@ -46,6 +46,7 @@ def tell(output: Path, force: bool = False) -> None:
     summary = compare_runs([output / name for name in checkpoints], output / "compare", MOE.window)
     show_table(summary["runs"])
     wrote(output / "compare" / "figures" / "figure1.png")
+    wrote(output / "compare" / "report.html")
     wrote(output / "compare" / "report.md")
 
 

@@ -19,20 +19,26 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.figures.catalogue import is_moe
+from moediag.figures.floors import FloorArgument, floor_value, floor_words
 from moediag.figures.numbers import percent, sig, times
 from moediag.figures.style import (
+    FULL_WIDTH,
     GREY,
     INK,
     RunStyle,
     add_words,
     caption_text,
     figure_text,
+    figure_width,
     first_of_each_kind,
     house_style,
+    is_column,
     new_figure,
     run_styles,
     state,
 )
+from moediag.figures.ticks import log_axis, power
 
 FLOAT_EDGE: Final = 1e-6
 """Differences below this [nat] share one bar with the exact zeros: float32 log-probs resolve no finer."""
@@ -54,11 +60,6 @@ def abs_logp_diff(tokens: pd.DataFrame) -> npt.NDArray[np.float64]:
     return absolute
 
 
-def is_moe(tokens: pd.DataFrame) -> bool:
-    """Whether a token frame is of a run with routing (a dense run has -1 in every row)."""
-    return bool((tokens["n_flipped_layers"] >= 0).any())
-
-
 def token_counts(tokens: Mapping[str, pd.DataFrame]) -> dict[str, tuple[int, int]]:
     """label -> (tokens scored by both arms, prompts), for captions."""
     return {label: (len(abs_logp_diff(frame)), int(frame["prompt_id"].nunique())) for label, frame in tokens.items()}
@@ -72,6 +73,8 @@ def plot_figure1(
     *,
     styles: Mapping[str, RunStyle] | None = None,
     caption: str | None = None,
+    floor: FloorArgument = None,
+    width: float = FULL_WIDTH,
 ) -> Figure:
     """Draw abs(logp_diff) of one or several runs: the body per run on the left, the tails on the right.
 
@@ -80,15 +83,23 @@ def plot_figure1(
         tail_curves: label -> ``tail_curve`` frame.
         metrics: label -> ``logp_metrics`` frame; mean, p99 and max are read from it.
         styles: how runs are drawn; by default from the frames.
-        caption: replaces the counts and the floor statement.
+        caption: replaces the counts.
+        floor: of the mean abs(logp_diff) [nat].
+        width: of the figure [inch]; in a column the tail stands under the body.
     """
     styles = styles or run_styles({label: is_moe(frame) for label, frame in tokens.items()})
-    figure = new_figure(10.0, 3.5 + 0.75 * max(len(tokens), 1))
-    body, tail = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    draw_body(body, tokens, metrics, styles)
+    rows = max(len(tokens), 1)
+    if is_column(width):
+        figure = new_figure(width, 4.0 + 0.8 * rows)
+        body, tail = figure.subplots(2, 1, height_ratios=(1 + 0.8 * rows, 2.6))
+    else:
+        figure = new_figure(width, 2.3 + 0.7 * rows)
+        body, tail = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    draw_body(body, tokens, metrics, styles, floor)
     draw_tail(tail, tail_curves, styles)
     note = caption_text(token_counts(tokens)) if caption is None else caption
-    add_words(figure, figure1_finding(metrics, styles), f"{note} {_READING} {FIGURE1_NOTE}")
+    floored = floor_words(floor, "the mean", tokens)
+    add_words(figure, figure1_finding(metrics, styles), f"{note} {floored} {_READING} {FIGURE1_NOTE}")
     return figure
 
 
@@ -125,10 +136,11 @@ def draw_body(
     tokens: Mapping[str, pd.DataFrame],
     metrics: Mapping[str, pd.DataFrame],
     styles: Mapping[str, RunStyle],
+    floor: FloorArgument = None,
 ) -> None:
     """One histogram row per run on a shared log axis; differences of 0 stand apart on the left."""
     values = {label: abs_logp_diff(frame) for label, frame in tokens.items()}
-    ax.set_title("Body: tokens by size of the difference")
+    ax.set_title("Body: tokens by difference")
     if not any(len(v) for v in values.values()):
         state(ax, "No token was scored by both arms.")
         return
@@ -144,6 +156,7 @@ def draw_body(
         ax.stairs(shares[label] * scale + base, edges, baseline=base, fill=True, color=styles[label].colour, alpha=0.55)
         _draw_zero_bar(ax, values[label], base, scale, styles[label].colour)
         _mark_row(ax, values[label], metrics.get(label), base, styles[label].colour)
+        _mark_floor(ax, floor_value(floor, label), base)
     _dress_body(ax, list(reversed(list(values))), float(edges[-1]))
 
 
@@ -178,36 +191,44 @@ def _mark_row(ax: Axes, values: npt.NDArray[np.float64], frame: pd.DataFrame | N
     ax.plot(beyond, np.full(len(beyond), base - 0.06), "|", color=colour, markersize=6, markeredgewidth=0.6, alpha=0.6)
 
 
+def _mark_floor(ax: Axes, value: float | None, base: float) -> None:
+    if value is not None and value >= FLOAT_EDGE:
+        ax.plot([value, value], [base, base + _BODY], color=INK, linestyle=(0, (6, 2)), linewidth=1.0)
+        words = "floor of the mean "
+        ax.text(value, base + _BODY - 0.02, words, ha="right", va="top", fontsize=8, color=INK, rotation=90)
+
+
 def _dress_body(ax: Axes, labels: list[str], top: float) -> None:
     ax.set_xscale("log")
-    ax.set_xlim(_ZERO_BAR[0] * 0.8, top * 1.5)
+    ax.set_xlim(_ZERO_BAR[0] * 0.8, top * 4)
     decades = [10.0**k for k in range(math.floor(math.log10(FLOAT_EDGE)), math.floor(math.log10(top)) + 1)]
     zero = math.sqrt(_ZERO_BAR[0] * _ZERO_BAR[1])
-    ax.xaxis.set_major_locator(FixedLocator([zero, *decades]))
+    narrow = is_column(figure_width(ax))
+    ax.xaxis.set_major_locator(FixedLocator([zero, *(decades[1::2] if narrow else decades)]))
     ax.xaxis.set_minor_locator(FixedLocator([d * k for d in decades for k in range(2, 10)]))
-    ax.xaxis.set_major_formatter(lambda x, _: "0" if x < FLOAT_EDGE / 1.01 else f"$10^{{{round(math.log10(x))}}}$")
+    ax.xaxis.set_major_formatter(lambda x, _: "0" if x < FLOAT_EDGE / 1.01 else power(x))
     ax.set_ylim(-0.14, (len(labels) - 1) * _ROW + 0.86)
-    ax.set_yticks([row * _ROW + _BODY / 2 for row in range(len(labels))], [figure_text(label, 20) for label in labels])
+    names = [figure_text(label, 14) for label in labels]
+    middles = [row * _ROW + _BODY / 2 for row in range(len(labels))]
+    ax.set_yticks(middles, names, rotation=90 if narrow else 0, va="center")
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
     for row in range(len(labels)):
         ax.axhline(row * _ROW, color=GREY, linewidth=0.6)
     ax.set_xlabel("abs(logp_train − logp_infer) [nat]")
-    ax.set_ylabel("share of tokens per bin, one scale")
+    ax.set_ylabel("share per bin, one scale")
 
 
 def draw_tail(ax: Axes, curves: Mapping[str, pd.DataFrame], styles: Mapping[str, RunStyle]) -> None:
     """The share of tokens with a larger difference, log-log, down to the resolution limit 1/n."""
-    ax.set_title("Tail: share of tokens beyond a difference")
-    ax.set_xlabel("threshold x of abs(logp_train − logp_infer) [nat]")
-    ax.set_ylabel("share of tokens beyond x [1]")
+    ax.set_title("Tail: tokens beyond a difference")
+    ax.set_xlabel("x = abs(logp_train − logp_infer) [nat]")
+    ax.set_ylabel("share of tokens beyond x")
     shown = {k: f for k, f in curves.items() if (f["n_above"] > 0).any()}
     if not shown:
         scored = any((frame["n_tokens"] > 0).any() for frame in curves.values())
         state(ax, "No token differs: every tail is empty." if scored else "No token was scored by both arms.")
         return
-    ax.set_xscale("log")
-    ax.set_yscale("log")
     for label, frame in shown.items():
         line = frame[(frame["n_above"] > 0) & (frame["threshold"] > 0)]
         style = styles[label]
@@ -222,18 +243,18 @@ def _draw_resolution(ax: Axes, curves: Mapping[str, pd.DataFrame], styles: Mappi
     for label, frame in curves.items():
         n = int(frame["n_tokens"].max())
         ax.axhline(1 / n, color=styles[label].colour, linestyle=(0, (1, 2)), linewidth=1.0)
-    ax.plot([], [], color=GREY, linestyle=(0, (1, 2)), linewidth=1.0, label="1/n: one token, the resolution limit")
+    ax.plot([], [], color=GREY, linestyle=(0, (1, 2)), linewidth=1.0, label="1/n: one token")
 
 
 def _dress_tail(ax: Axes, curves: Mapping[str, pd.DataFrame]) -> None:
     last = max(float(f.loc[f["n_above"] > 0, "threshold"].max()) for f in curves.values())
     first = min(float(f.loc[f["threshold"] > 0, "threshold"].min()) for f in curves.values())
     lowest = min(0.1, *(1 / int(f["n_tokens"].max()) for f in curves.values()))
-    ax.set_xlim(max(first, 1e-4), max(last * 1.5, 2.2))
-    ax.set_ylim(lowest * 0.6, 1.5)
+    log_axis(ax, "x", max(first, 1e-4), max(last * 1.5, 2.2))
+    log_axis(ax, "y", lowest * 0.6, 1.5)
     for ratio in (2, 5):
         ax.axvline(math.log(ratio), color=GREY, linewidth=0.8)
         ax.text(
             math.log(ratio) * 0.96, 1.3, f"ratio {ratio}", rotation=90, ha="right", va="top", fontsize=8, color=GREY
         )
-    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.08))
+    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.08), handlelength=1.5)

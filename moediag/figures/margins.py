@@ -16,10 +16,12 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
+from moediag.figures.floors import FloorArgument, floor_words, share
 from moediag.figures.numbers import count, percent, sig
 from moediag.figures.style import (
+    FULL_WIDTH,
     GREY,
     INK,
     LIGHT,
@@ -27,15 +29,17 @@ from moediag.figures.style import (
     add_words,
     figure_text,
     house_style,
-    new_figure,
+    legend_below,
+    panel_grid,
     run_styles,
     state,
 )
+from moediag.figures.ticks import tick_decades
 
 Space = Literal["choice", "logit"]
 
 SPACE_LABEL: Final[dict[str, str]] = {
-    "choice": "margin of the {side} arm [choice score, what TopK compares]",
+    "choice": "margin of the {side} arm [choice score]",
     "logit": "margin of the {side} arm [raw router logits]",
 }
 
@@ -50,6 +54,8 @@ def plot_margins(
     space: Space = "choice",
     styles: Mapping[str, RunStyle] | None = None,
     caption: str = "",
+    floor: FloorArgument = None,
+    width: float = FULL_WIDTH,
 ) -> Figure:
     """Draw the margins of flipped and kept choices, and P(flip | margin), one row per MoE run.
 
@@ -57,13 +63,15 @@ def plot_margins(
         frames: label -> ``margin_curve`` frame; runs without choices (dense) are left out.
         space: ``choice`` (the score TopK compares) or ``logit`` (raw router logits).
         styles: how runs are drawn; by default every run with rows is a MoE.
-        caption: counts and floor statement, drawn under the axes.
+        caption: counts, drawn under the axes.
+        floor: of the flip rate over all layers [1]; said in the caption.
+        width: of the figure [inch].
     """
     curves = {label: frame[frame["space"] == space].sort_values("bin_low") for label, frame in frames.items()}
     curves = {label: frame for label, frame in curves.items() if frame["n_choices"].sum() > 0}
     styles = styles or run_styles(dict.fromkeys(curves, True))
-    figure = new_figure(10.0, 1.3 + 2.9 * max(len(curves), 1))
-    rows = figure.subplots(max(len(curves), 1), 2, squeeze=False)
+    figure, panels = panel_grid(2 * max(len(curves), 1), width, 3.5)
+    rows = [(panels[i], panels[i + 1]) for i in range(0, len(panels), 2)]
     for (left, right), (label, frame) in zip(rows, curves.items(), strict=False):
         draw_margin_groups(left, _pooled(frame), label, styles[label])
         draw_flip_curve(right, frame, styles[label])
@@ -75,7 +83,8 @@ def plot_margins(
     banded = any(frame["flip_rate_ci_low"].notna().any() for frame in curves.values())
     note = f"Thin lines: single layers, bins of at least {MIN_LAYER_CHOICES} choices. "
     note += "Bars: 95 %, clustered by prompt." if banded else "No interval could be given."
-    add_words(figure, margin_finding(curves), " ".join(filter(None, [caption, note if curves else ""])))
+    floored = floor_words(floor, "the flip rate", curves, share) if curves else ""
+    add_words(figure, margin_finding(curves), " ".join(filter(None, [caption, floored, note if curves else ""])))
     return figure
 
 
@@ -170,7 +179,7 @@ def draw_margin_groups(ax: Axes, pooled: pd.DataFrame, label: str, style: RunSty
         if tied:
             place = tie_place(edges) * 10 ** (0.14 * (nth - 0.5))
             ax.bar(place, tied / n, place * 0.3, color=fill, alpha=0.5, edgecolor=colour, hatch="///")
-    ax.set_title(f"{figure_text(label)}: margins, flipped against kept")
+    ax.set_title(f"{figure_text(label)}: margins")
     ax.set_ylabel("share of the group per bin [1]")
     ax.set_ylim(bottom=0)
     handles, names = ax.get_legend_handles_labels()
@@ -178,7 +187,7 @@ def draw_margin_groups(ax: Axes, pooled: pd.DataFrame, label: str, style: RunSty
         negative = int(pooled.loc[pooled["bin_low"] < 0, "n_choices"].sum())
         below = f"\nbelow 0, not drawn: {count(negative, 'choice')}" if negative else ""
         title = f"exact ties: {', '.join(reversed(tie_words))}{below}"
-        ax.legend(handles, names, loc="best", title=title, title_fontsize=8)
+        legend_below(ax, handles, names, columns=1, title=title, title_fontsize=8)
 
 
 def draw_flip_curve(ax: Axes, curve: pd.DataFrame, style: RunStyle) -> None:
@@ -203,7 +212,7 @@ def draw_flip_curve(ax: Axes, curve: pd.DataFrame, style: RunStyle) -> None:
     ax.set_ylabel("P(flip | margin bin)")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     ax.set_ylim(0, max(0.02, 1.15 * float(pooled["flip_rate"].max())) if pooled["flip_rate"].notna().any() else 1)
-    ax.legend(loc="best")
+    legend_below(ax, *ax.get_legend_handles_labels())
 
 
 def _draw_layers(ax: Axes, curve: pd.DataFrame, centre: dict[float, float]) -> None:
@@ -238,17 +247,10 @@ def _dress(ax: Axes, pooled: pd.DataFrame, space: str) -> None:
     if len(bins):
         edges = bin_edges(bins)
         ax.set_xlim(tie_place(edges) / 10**0.3, float(edges[-1]) * 1.1)
-        _tick_decades(ax, float(edges[0]), float(edges[-1]))
+        # Ticks within the bins only: left of them stand the exact ties, which have no place on the axis.
+        tick_decades(ax.xaxis, float(edges[0]), float(edges[-1]))
     if (pooled.loc[_ties(pooled), "n_choices"] > 0).any() and len(bins):
         ax.axvline(float(edges[0]), color=INK, linewidth=0.6, linestyle=(0, (1, 2)))
         ax.text(tie_place(edges), 0.99, "ties", transform=ax.get_xaxis_transform(), ha="center", va="top", fontsize=8)
     side = next(iter(pooled["side"]), "infer")
     ax.set_xlabel(SPACE_LABEL[space].format(side=side))
-
-
-def _tick_decades(ax: Axes, low: float, high: float) -> None:
-    """Ticks within the bins only: left of them stand the exact ties, which have no place on the axis."""
-    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    minor = np.outer(decades, np.arange(2, 10)).ravel()
-    ax.xaxis.set_major_locator(FixedLocator(decades[(decades >= low) & (decades <= high)].tolist()))
-    ax.xaxis.set_minor_locator(FixedLocator(minor[(minor >= low) & (minor <= high)].tolist()))

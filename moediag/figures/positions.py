@@ -16,8 +16,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words
 from moediag.figures.numbers import count, sig, times
-from moediag.figures.style import GREY, RunStyle, add_words, figure_text, house_style, new_figure, run_styles, state
+from moediag.figures.style import (
+    FULL_WIDTH,
+    GREY,
+    RunStyle,
+    add_words,
+    figure_text,
+    house_style,
+    is_column,
+    new_figure,
+    run_styles,
+    state,
+)
+from moediag.figures.ticks import log_axis
 
 DECADES: Final = 5
 """The log axis shows at most this many; a median of 1e-9 nat would press the rest into a line."""
@@ -33,6 +46,8 @@ def plot_position_drift(
     prompt_length: int | None = None,
     styles: Mapping[str, RunStyle] | None = None,
     caption: str = "",
+    floor: FloorArgument = None,
+    width: float = FULL_WIDTH,
 ) -> Figure:
     """Draw abs(logp_diff) by position in the response: mean with interval, p50, p90, p99, and n.
 
@@ -42,15 +57,14 @@ def plot_position_drift(
             line at the response position where it ends.
         prompt_length: longest prompt [token], taken off the window; 0 if not known.
         styles: how runs are drawn; by default from the frames (no flip rate = dense).
-        caption: counts and floor statement, drawn under the axes.
+        caption: counts, drawn under the axes.
+        floor: of the mean abs(logp_diff) [nat].
+        width: of the figure [inch]; in a column the runs stand one under the other.
     """
     styles = styles or run_styles({k: bool(f["flip_rate"].notna().any()) for k, f in frames.items()})
-    columns = max(len(frames), 1)
-    figure = new_figure(max(6.5, min(4.4 * columns, 13.0)), 4.8)
-    panels = figure.subplots(2, columns, squeeze=False, sharey="row", sharex="col", height_ratios=(3.2, 1))
+    figure, panels = _panel_pairs(max(len(frames), 1), width)
     limits = drift_limits(frames)
-    for column, (label, frame) in enumerate(frames.items()):
-        top, bottom = panels[0][column], panels[1][column]
+    for (top, bottom), (label, frame) in zip(panels, frames.items(), strict=False):
         draw_drift(top, frame, styles[label], limits)
         top.set_title(figure_text(label))
         draw_bin_counts(bottom, frame, styles[label])
@@ -59,11 +73,28 @@ def plot_position_drift(
     _dress(panels, frames, limits)
     banded = any(frame["abs_logp_diff_mean_ci_low"].notna().any() for frame in frames.values())
     band = "Band: 95 % interval of the mean, clustered by prompt." if banded else "No interval could be given."
-    notes = [caption, band, _clip_note(frames, limits)]
+    for (top, _), label in zip(panels, frames, strict=False):
+        draw_floor(top, floor_value(floor, label))
+    notes = [caption, floor_words(floor, "the mean", frames) if frames else "", band, _clip_note(frames, limits)]
     notes.append(_thin_note(frames))
     notes.append(_window_note(frames, training_window, prompt_length))
     add_words(figure, drift_finding(frames), " ".join(filter(None, notes)))
     return figure
+
+
+def _panel_pairs(n_runs: int, width: float) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """Drift above, counts below, for every run; at most three runs beside each other."""
+    columns = 1 if is_column(width) else min(n_runs, 3)
+    blocks = -(-n_runs // columns)
+    figure = new_figure(width, 3.4 * blocks)
+    axes = figure.subplots(2 * blocks, columns, squeeze=False, height_ratios=(3.2, 1) * blocks)
+    pairs = [(axes[2 * (n // columns)][n % columns], axes[2 * (n // columns) + 1][n % columns]) for n in range(n_runs)]
+    for ax in set(axes.ravel()) - {ax for pair in pairs for ax in pair}:
+        ax.remove()
+    for top, bottom in pairs:
+        bottom.sharex(top)
+        top.tick_params(labelbottom=False)
+    return figure, pairs
 
 
 def drift_finding(frames: Mapping[str, pd.DataFrame]) -> str:
@@ -80,11 +111,16 @@ def drift_finding(frames: Mapping[str, pd.DataFrame]) -> str:
             rows = rows[rows["n_tokens"] >= 0.2 * rows["n_tokens"].max()]
             first, last = rows.iloc[0], rows.iloc[-1]
             a, b = float(first["abs_logp_diff_mean"]), float(last["abs_logp_diff_mean"])
-            span = f"{sig(a)} nat at {first['position_low']:.0f}–{first['position_high']:.0f}"
+            span = f"{sig(a)} nat at {_span(first)}"
             if len(rows) > 1:
-                span += f", {sig(b)} at {last['position_low']:.0f}–{last['position_high']:.0f} ({times(b, a)})"
+                span += f", {sig(b)} at {_span(last)} ({times(b, a)})"
             parts.append(f"{figure_text(label)}: {span}")
     return "\n".join(f"Mean by position, {part}" for part in parts) or "No run"
+
+
+def _span(row: pd.Series) -> str:
+    low, high = int(row["position_low"]), int(row["position_high"])
+    return f"{low}" if low == high else f"{low}–{high}"
 
 
 def drift_limits(frames: Mapping[str, pd.DataFrame]) -> tuple[float, float] | None:
@@ -95,8 +131,8 @@ def drift_limits(frames: Mapping[str, pd.DataFrame]) -> tuple[float, float] | No
     drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
     if not len(drawn):
         return None
-    # A third of a decade of head room for the legend.
-    top = 2.2 * drawn.max()
+    # Head room for the legend.
+    top = 4.5 * drawn.max()
     return float(max(10 ** np.floor(np.log10(drawn.min())), top / 10**DECADES)), float(top)
 
 
@@ -141,22 +177,21 @@ def draw_bin_counts(ax: Axes, frame: pd.DataFrame, style: RunStyle) -> None:
 
 
 def _dress(
-    panels: npt.NDArray[np.object_], frames: Mapping[str, pd.DataFrame], limits: tuple[float, float] | None
+    panels: list[tuple[Axes, Axes]], frames: Mapping[str, pd.DataFrame], limits: tuple[float, float] | None
 ) -> None:
-    first, below = panels[0][0], panels[1][0]
-    if limits is not None:
-        first.set_yscale("log")
-        first.set_ylim(*limits)
-    else:
-        first.set_yticks([])
-    first.set_ylabel("abs(logp_train − logp_infer)\n[nat]" + ("" if limits is None else ", log axis"))
-    below.set_ylabel("tokens\nper bin")
-    for ax, frame in zip(panels[0], frames.values(), strict=False):
+    for (top, bottom), frame in zip(panels, frames.values(), strict=False):
+        if limits is None:
+            top.set_yticks([])
+        else:
+            log_axis(top, "y", *limits)
+        if top.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+            top.set_ylabel("abs(logp_train − logp_infer)\n[nat]" + ("" if limits is None else ", log axis"))
+            bottom.set_ylabel("tokens\nper bin")
         if len(frame):
-            ax.set_xlim(0, float(frame["position_high"].max()) + 1)
-    named = next((ax for ax in panels[0] if ax.get_legend_handles_labels()[0]), None)
+            top.set_xlim(0, float(frame["position_high"].max()) + 1)
+    named = next((top for top, _ in panels if top.get_legend_handles_labels()[0]), None)
     if named is not None:
-        named.legend(loc="upper right", ncols=4, columnspacing=1.0, handlelength=1.8)
+        named.legend(loc="upper right", ncols=4, columnspacing=0.8, handlelength=1.6)
 
 
 def _clip_note(frames: Mapping[str, pd.DataFrame], limits: tuple[float, float] | None) -> str:

@@ -15,10 +15,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words, share
 from moediag.figures.numbers import count, percent
-from moediag.figures.style import RunStyle, add_words, figure_text, house_style, new_figure, run_styles, state
-
-_MAX_TICKS = 12
+from moediag.figures.style import (
+    FULL_WIDTH,
+    RunStyle,
+    add_words,
+    figure_text,
+    house_style,
+    panel_grid,
+    run_styles,
+    state,
+)
+from moediag.figures.ticks import layer_ticks
 
 
 @house_style
@@ -27,23 +36,29 @@ def plot_agreement_by_depth(
     *,
     styles: Mapping[str, RunStyle] | None = None,
     caption: str = "",
+    floor: FloorArgument = None,
+    width: float = FULL_WIDTH,
 ) -> Figure:
     """Draw per-layer and cumulative same-set rates over the MoE layers, with 95 % intervals.
 
     Args:
         frames: label -> ``agreement_by_layer`` frame; runs without rows (dense) are left out.
         styles: how runs are drawn; by default every run with rows is a MoE.
-        caption: counts and floor statement, drawn under the axes.
+        caption: counts, drawn under the axes.
+        floor: of the flip rate over all layers [1]; drawn as agreement, 1 - floor, for single layers.
+        width: of the figure [inch].
     """
     routed = {label: frame for label, frame in frames.items() if frame["same_set_rate"].notna().any()}
     styles = styles or run_styles(dict.fromkeys(routed, True))
-    figure = new_figure(10.0, 4.0)
-    panels = figure.subplots(1, 2)
+    figure, panels = panel_grid(2, width, 3.0)
     columns = (("same_set_rate", "Each layer on its own"), ("cumulative_same_set_rate", "All layers up to this one"))
     for ax, (column, title) in zip(panels, columns, strict=True):
         ax.set_title(title)
         draw_agreement(ax, routed, column, styles)
-    add_words(figure, agreement_finding(routed), " ".join(filter(None, [caption, _interval_note(routed)])))
+    for value in {floor_value(floor, label) for label in routed}:
+        draw_floor(panels[0], None if value is None else 1 - value, beyond=1.0)
+    floored = floor_words(floor, "the flip rate", routed, share) if routed else ""
+    add_words(figure, agreement_finding(routed), " ".join(filter(None, [caption, floored, _interval_note(routed)])))
     return figure
 
 
@@ -52,6 +67,9 @@ def agreement_finding(frames: Mapping[str, pd.DataFrame]) -> str:
     parts = []
     for label, frame in frames.items():
         first, last = frame.iloc[0], frame.iloc[-1]
+        if len(frame) == 1:
+            parts.append(f"{figure_text(label)}: {percent(first['same_set_rate'])} in the only MoE layer")
+            continue
         parts.append(
             f"{figure_text(label)}: {percent(first['same_set_rate'])} at layer {first['layer']:.0f}, "
             f"{percent(last['same_set_rate'])} at layer {last['layer']:.0f}, "
@@ -91,9 +109,7 @@ def _layer_ticks(ax: Axes, frames: Mapping[str, pd.DataFrame]) -> None:
     """At most a dozen ticks; the decoder index in brackets where all runs agree on it."""
     pairs = pd.concat([frame[["layer", "decoder_layer"]] for frame in frames.values()]).drop_duplicates()
     deepest = int(pairs["layer"].max())
-    step = next(s for s in (1, 2, 4, 5, 8, 10, 20, 50, 100, 10**6) if deepest / s <= _MAX_TICKS)
-    # The deepest layer is the one readers look for: its tick stays, a neighbour too close goes.
-    ticks = [tick for tick in range(0, deepest, step) if deepest - tick > step / 2] + [deepest]
+    ticks = layer_ticks(deepest, 8)
     bracketed = pairs["layer"].is_unique
     decoder = dict(zip(pairs["layer"], pairs["decoder_layer"], strict=True))
     ax.set_xticks(ticks, [f"{t}\n({decoder[t]})" if bracketed and t in decoder else str(t) for t in ticks])
@@ -112,4 +128,4 @@ def _rate_axis(ax: Axes, frames: Mapping[str, pd.DataFrame], column: str) -> Non
     ax.set_ylim(start, 1 + 0.03 * (1 - start))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     zoom = f"\naxis starts at {100 * start:.0f} %, not at 0" if start > 0 else ""
-    ax.set_ylabel(f"share of tokens, same expert set{zoom}")
+    ax.set_ylabel(f"tokens with the same expert set{zoom}")

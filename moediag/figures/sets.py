@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Final
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from moediag.figures.logp import is_moe, plot_figure1, token_counts
+from moediag.figures.catalogue import FIGURES, Frames, is_moe, reason_left_out
+from moediag.figures.costs import plot_flip_costs
+from moediag.figures.density import plot_logp_diff_by_p_infer
+from moediag.figures.flip_counts import plot_flips_per_token
+from moediag.figures.flip_maps import plot_flip_map, plot_margins_by_layer
+from moediag.figures.floors import AnyFloor
+from moediag.figures.logp import plot_figure1, token_counts
 from moediag.figures.margins import plot_margins
 from moediag.figures.positions import plot_position_drift
+from moediag.figures.ratios import plot_ratio_histogram
 from moediag.figures.routing import plot_agreement_by_depth
-from moediag.figures.style import caption_text, run_styles, save_figure
+from moediag.figures.sequences import plot_sequence_drift
+from moediag.figures.style import FULL_WIDTH, KINDS, caption_text, figure_text, run_styles, save_figure
+from moediag.figures.swaps import plot_expert_swaps
+from moediag.figures.tails import plot_tail_curve
 
-Frames = Mapping[str, pd.DataFrame]
-"""Frame name, as declared, -> frame, of one run."""
+FIGURE_NAMES: Final = tuple(FIGURES)
 
-FIGURE_NAMES = ("figure1", "agreement_by_depth", "margins", "position_drift")
+_PLOTS: Final[dict[str, Callable[..., Figure]]] = {
+    "figure1": plot_figure1,
+    "tail_curve": plot_tail_curve,
+    "ratio_histogram": plot_ratio_histogram,
+    "logp_diff_by_p_infer": plot_logp_diff_by_p_infer,
+    "position_drift": plot_position_drift,
+    "sequence_drift": plot_sequence_drift,
+    "agreement_by_depth": plot_agreement_by_depth,
+    "flips_per_token": plot_flips_per_token,
+    "flip_map": plot_flip_map,
+    "margins": plot_margins,
+    "margins_by_layer": plot_margins_by_layer,
+    "flip_costs": plot_flip_costs,
+    "expert_swaps": plot_expert_swaps,
+}
+
+Floors = Mapping[str, AnyFloor]
+"""Statistic (:attr:`FigureKind.floor_of`) -> its floor, of one run."""
 
 
 def draw_run_figures(
@@ -26,18 +54,30 @@ def draw_run_figures(
     *,
     training_window: int | None = None,
     prompt_length: int | None = None,
+    floors: Floors | None = None,
+    width: float = FULL_WIDTH,
+    kinds: Sequence[str] = KINDS,
 ) -> list[Path]:
     """Draw and save one run's figures; see :func:`draw_comparison_figures`.
 
     Args:
         frames: frame name -> frame.
-        folder: where PNG and SVG go; made if missing.
+        folder: where the files go; made if missing.
         label: how the run is called in legends.
         training_window: trained context length [token, prompt + response], marked in position_drift.
         prompt_length: longest prompt [token].
+        floors: statistic -> floor.
+        width: of the figures [inch].
+        kinds: formats to write.
     """
     return draw_comparison_figures(
-        {label: frames}, folder, training_window=training_window, prompt_length=prompt_length
+        {label: frames},
+        folder,
+        training_window=training_window,
+        prompt_length=prompt_length,
+        floors=None if floors is None else {label: floors},
+        width=width,
+        kinds=kinds,
     )
 
 
@@ -47,42 +87,60 @@ def draw_comparison_figures(
     *,
     training_window: int | None = None,
     prompt_length: int | None = None,
+    floors: Mapping[str, Floors] | None = None,
+    width: float = FULL_WIDTH,
+    kinds: Sequence[str] = KINDS,
 ) -> list[Path]:
     """Draw and save the figures of several runs side by side, each run with one colour throughout.
 
-    Dense runs are left out of the routing figures; with dense runs only, those figures are not written.
+    Runs that cannot fill a figure are left out of it; a figure that no run fills is not written, and
+    :func:`figures_left_out` says why.
 
     Args:
         runs: label -> (frame name -> frame).
-        folder: where PNG and SVG go; made if missing.
+        folder: where PNG, SVG and PDF go; made if missing.
         training_window: trained context length [token, prompt + response], marked in position_drift.
         prompt_length: longest prompt [token].
+        floors: label -> (statistic -> floor).
+        width: of the figures [inch].
+        kinds: formats to write.
 
     Returns:
-        The files written, PNG before SVG, in the order of :data:`FIGURE_NAMES`.
+        The files written, PNG before SVG before PDF, in the order of :data:`FIGURES`.
     """
-    tokens = _each(runs, "tokens")
-    styles = run_styles({label: is_moe(frame) for label, frame in tokens.items()})
-    caption = caption_text(token_counts(tokens))
-    figures = {
-        "figure1": plot_figure1(
-            tokens, _each(runs, "tail_curve"), _each(runs, "logp_metrics"), styles=styles, caption=caption
-        ),
-        "position_drift": plot_position_drift(
-            _each(runs, "drift_by_position"),
-            training_window=training_window,
-            prompt_length=prompt_length,
+    styles = run_styles({label: is_moe(frames["tokens"]) for label, frames in runs.items() if "tokens" in frames})
+    drift: dict[str, Any] = {"training_window": training_window, "prompt_length": prompt_length}
+    written = []
+    for name, kind in FIGURES.items():
+        shown = {label: runs[label] for label in styles if not reason_left_out(name, runs[label])}
+        if not shown:
+            continue
+        figure = _PLOTS[name](
+            *(_each(shown, frame) for frame in kind.frames),
             styles=styles,
-            caption=caption,
-        ),
-    }
-    moe_runs = {label: frames for label, frames in runs.items() if label in styles and styles[label].is_moe}
-    if moe_runs:
-        layers, curves = _each(moe_runs, "agreement_by_layer"), _each(moe_runs, "margin_curve")
-        routed = caption_text(token_counts(_each(moe_runs, "tokens")))
-        figures["agreement_by_depth"] = plot_agreement_by_depth(layers, styles=styles, caption=routed)
-        figures["margins"] = plot_margins(curves, styles=styles, caption=routed)
-    return [path for name in FIGURE_NAMES if name in figures for path in save_figure(figures[name], folder, name)]
+            caption=caption_text(token_counts(_each(shown, "tokens"))),
+            floor={label: (floors or {}).get(label, {}).get(kind.floor_of) for label in shown},
+            width=width,
+            **(drift if name == "position_drift" else {}),
+        )
+        written += save_figure(figure, folder, name, kinds)
+    return written
+
+
+def figures_left_out(runs: Mapping[str, Frames]) -> dict[str, str]:
+    """Figure name -> why it is not written, for the figures that none of the runs fills.
+
+    Args:
+        runs: label -> (frame name -> frame); one run for what :func:`draw_run_figures` leaves out.
+    """
+    reasons: dict[str, str] = {}
+    for name in FIGURES:
+        why = {label: reason_left_out(name, frames) for label, frames in runs.items()}
+        if all(why.values()):
+            said = dict.fromkeys(why.values())
+            each = (f"{figure_text(label)}: {reason}" for label, reason in why.items())
+            reasons[name] = next(iter(said), "no run") if len(said) <= 1 else "; ".join(each)
+    return reasons
 
 
 def _each(runs: Mapping[str, Frames], name: str) -> dict[str, pd.DataFrame]:

@@ -10,8 +10,10 @@ still reads in grey print.
 from __future__ import annotations
 
 import io
+import math
+import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,8 +22,9 @@ from typing import Any, Final, cast
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.transforms import ScaledTranslation
 
 from moediag.figures.numbers import count
 from moediag.run.files import write_atomic
@@ -36,20 +39,32 @@ DENSE_LINES: Final = ((0, (3, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1, 1, 1)))
 MARKERS: Final = ("o", "s", "^", "D", "v", "P")
 
 NO_FLOOR: Final = "no A/A floor was measured"
-"""The floor statement of this version; a number without a floor is about the pair, not about the engines."""
+"""Said where no floor is given: such a number is about the pair, not about the engines."""
+
+FULL_WIDTH: Final = 7.0
+COLUMN_WIDTH: Final = 3.4
+"""Width [inch] of a figure across the page, and in one column of a two-column page."""
+
+HEAT: Final = "magma_r"
+"""The map of every heat map: lightness falls evenly (grey print, colour blindness), empty cells stay white."""
+
+KINDS: Final = ("png", "svg", "pdf")  # PDF takes longest: its fonts are cut to the letters used
+_DPI: Final = 200
+_TITLE_SIZE: Final = 9.5
+_FINE: Final = 10
 
 _RC: Final[dict[str, Any]] = {
     "font.family": ["DejaVu Sans"],
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
-    "axes.labelsize": 9.0,
+    "font.size": 8.0,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8.0,
     "xtick.labelsize": 8.0,
     "ytick.labelsize": 8.0,
     "legend.fontsize": 8.0,
     "legend.frameon": True,
     "legend.framealpha": 0.85,
     "legend.edgecolor": LIGHT,
-    "figure.titlesize": 11.0,
+    "figure.titlesize": _TITLE_SIZE,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "text.color": INK,
@@ -64,8 +79,10 @@ _RC: Final[dict[str, Any]] = {
     "axes.axisbelow": True,
     "grid.color": LIGHT,
     "grid.linewidth": 0.5,
-    "lines.linewidth": 1.6,
+    "lines.linewidth": 1.5,
+    "image.cmap": HEAT,
     "svg.fonttype": "none",  # text stays text: searchable, small
+    "pdf.fonttype": 42,  # TrueType: publishers refuse Type 3
     "svg.hashsalt": "moediag",  # else element ids differ from run to run
     "path.simplify": False,
 }
@@ -140,32 +157,93 @@ def figure_text(text: str, width: int = 32) -> str:
 
 
 def caption_text(tokens: Mapping[str, tuple[int, int]]) -> str:
-    """The line under a figure: n tokens and n prompts per run, then the statement about the floor.
+    """The line under a figure: n tokens and n prompts per run.
 
     Args:
         tokens: label -> (scored response tokens, prompts).
 
     Example:
         >>> caption_text({"moe": (16384, 64)})
-        'moe: 16,384 tokens of 64 prompts. Floor: no A/A floor was measured.'
+        'moe: 16,384 tokens of 64 prompts.'
     """
     parts = [f"{figure_text(k)}: {count(n, 'token')} of {count(p, 'prompt')}" for k, (n, p) in tokens.items()]
-    return f"{'; '.join(parts) or 'no tokens'}. Floor: {NO_FLOOR}."
+    return f"{'; '.join(parts) or 'no tokens'}."
+
+
+def is_column(width: float) -> bool:
+    """Whether a figure of that width [inch] has room for one panel beside another."""
+    return width < 5.0
+
+
+def figure_width(ax: Axes) -> float:
+    """Width [inch] of the figure that a panel stands in."""
+    figure = ax.get_figure(root=True)
+    return FULL_WIDTH if figure is None else figure.get_figwidth()
 
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure [inch] with constrained layout; no pyplot, so nothing to close."""
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06))
+    return Figure(figsize=(width, height), dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05))
+
+
+def panel_grid(
+    n_panels: int, width: float, height: float, columns: int = 2, **subplots: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure with that many panels, row by row; one under the other where the figure is a column wide.
+
+    Args:
+        n_panels: panels wanted, at least one is made.
+        width: of the figure [inch].
+        height: of one row [inch].
+        columns: panels beside each other at full width.
+        subplots: passed to ``Figure.subplots``.
+    """
+    n_panels = max(n_panels, 1)
+    columns = 1 if is_column(width) else min(columns, n_panels)
+    rows = math.ceil(n_panels / columns)
+    figure = new_figure(width, rows * height)
+    axes = list(figure.subplots(rows, columns, squeeze=False, **subplots).ravel())
+    for ax in axes[n_panels:]:
+        ax.remove()
+    return figure, axes[:n_panels]
+
+
+def wrapped(text: str, width: float, size: float, weight: str = "normal") -> str:
+    """``text`` in lines of at most ``width`` [inch], measured in the font that draws it."""
+    font = get_font(findfont(FontProperties(family="DejaVu Sans", weight=weight)))
+    font.set_size(size, 72 * _FINE)  # at the drawn size every letter is rounded up to a pixel
+    lines = [""]
+    for word in re.split(" (?!%)", text):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        font.set_text(longer)
+        if lines[-1] and font.get_width_height()[0] / 64 > width * 72 * _FINE:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def add_words(figure: Figure, title: str, caption: str) -> None:
-    """Set the finding above and the caption (small) below the axes, wrapped to the figure's width."""
-    width = figure.get_figwidth()
-    # Characters per inch of DejaVu Sans, a little on the safe side: 11 pt and 8 pt.
-    words = "\n".join(textwrap.fill(line, int(width * 10.5)) for line in title.split("\n"))
+    """Set the finding above and the caption (small) below the axes; the figure grows by their lines."""
+    width, height = figure.get_size_inches()
+    words = "\n".join(wrapped(line, width - 0.15, _TITLE_SIZE, "bold") for line in title.split("\n"))
     figure.suptitle(words, x=0.01, ha="left", fontweight="bold")
+    note = wrapped(caption, width - 0.15, 8)
     if caption:
-        figure.supxlabel(textwrap.fill(caption, int(width * 14.5)), x=0.01, ha="left", fontsize=8, color="#444444")
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#444444")
+    lines = (1 + words.count("\n")) * _TITLE_SIZE * 1.25 + (1 + note.count("\n")) * 8 * 1.25 * bool(caption)
+    figure.set_size_inches(width, height + lines / 72)
+
+
+def legend_below(
+    ax: Axes, handles: Sequence[Any], names: Sequence[str], *, columns: int = 2, down: float = 0.4, **options: Any
+) -> None:
+    """A legend under the axis label, ``down`` [inch] below the axis, where it cannot cover data."""
+    if handles:
+        columns = 1 if is_column(figure_width(ax)) else columns
+        below = ax.transAxes + ScaledTranslation(0, -down, ax.figure.dpi_scale_trans)
+        ax.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=columns,
+                  columnspacing=1.0, handlelength=1.6, borderaxespad=0, **options)  # fmt: skip
 
 
 def state(ax: Axes, words: str) -> None:
@@ -177,21 +255,46 @@ def state(ax: Axes, words: str) -> None:
 
 
 @house_style
-def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``name.png`` (160 dpi) and ``name.svg``, deterministic and each whole or not at all.
+def save_figure(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = KINDS) -> list[Path]:
+    """Write ``name.png`` (200 dpi), ``name.svg`` and ``name.pdf``, deterministic and each whole or not at all.
+
+    The finding and the caption stand in the files' metadata, too: a picture that travels keeps its words.
 
     Returns:
-        The two paths, PNG first.
+        The paths, PNG first.
 
     Raises:
         DiskFullError: no space.
         RunError: the folder cannot be written.
     """
-    metadata: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": "moediag"}}
+    # Laid out once: the three files are one figure, and the layout is what takes the time.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    metadata = _metadata(figure)
     paths = []
-    for kind in ("png", "svg"):
+    for kind in kinds:
         sink = io.BytesIO()
-        figure.savefig(sink, format=kind, dpi=160, metadata=metadata[kind])
-        write_atomic(folder / f"{name}.{kind}", sink.getvalue())
+        figure.savefig(sink, format=kind, dpi=_DPI, metadata=metadata[kind])
+        data = sink.getvalue()
+        if kind == "svg":  # where the reader has no DejaVu, a sans with its widths, not the browser's serif
+            data = data.replace(b"'DejaVu Sans'", b"'DejaVu Sans', Verdana, sans-serif")
+        write_atomic(folder / f"{name}.{kind}", data)
         paths.append(folder / f"{name}.{kind}")
     return paths
+
+
+def _metadata(figure: Figure) -> dict[str, dict[str, Any]]:
+    """Title and caption for each format; no time and no version, which would change the bytes."""
+    title, caption = (" ".join(words.replace(r"\$", "$").split()) for words in (
+        figure.get_suptitle(), figure.get_supxlabel()))  # fmt: skip
+    return {
+        "png": {"Software": None, "Title": _latin(title), "Description": _latin(caption)},
+        "svg": {"Date": None, "Creator": "moediag", "Title": title, "Description": caption},
+        "pdf": {"Creator": "moediag", "Producer": None, "CreationDate": None, "Title": title, "Subject": caption},
+    }
+
+
+def _latin(text: str) -> str:
+    """PNG's plain text chunks hold Latin-1 only."""
+    plain = text.translate({0x2212: "-", 0x2013: "-", 0x2026: "...", 0x2265: ">=", 0x2264: "<="})
+    return plain.encode("latin-1", "replace").decode("latin-1")

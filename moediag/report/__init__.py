@@ -1,6 +1,19 @@
-"""Reports: a summary and its frames in, one page of markdown out; every number with its n and interval."""
+"""Reports: a summary and its frames in; report.md and report.html out, two renderings of the same blocks."""
 
-from moediag.report.markdown import comparison_report, run_report
+from moediag.report.comparison_page import comparison_page
+from moediag.report.decode import TokenTexts, token_texts
+from moediag.report.html import html_page
+from moediag.report.markdown import markdown_page
 from moediag.report.pairs import MAIN_PAIR, REPLAY_PAIR
+from moediag.report.run_page import run_page
 
-__all__ = ["MAIN_PAIR", "REPLAY_PAIR", "comparison_report", "run_report"]
+__all__ = [
+    "MAIN_PAIR",
+    "REPLAY_PAIR",
+    "TokenTexts",
+    "comparison_page",
+    "html_page",
+    "markdown_page",
+    "run_page",
+    "token_texts",
+]

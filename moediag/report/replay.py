@@ -11,38 +11,49 @@ from typing import Any, Final
 
 from moediag.figures.numbers import count, is_number, percent
 from moediag.notation import TRAIN_REPLAY
-from moediag.report.headline import Measured, Summary, logp_measure, logp_rows, routing_measures
+from moediag.report.blocks import Block, interval, table
+from moediag.report.measures import Measured, Summary, logp_measure, logp_rows, routing_measures
 from moediag.report.pairs import MAIN_PAIR, REPLAY_PAIR
-from moediag.report.tables import Markdown, interval, plain, table
+from moediag.report.text import Markdown, plain
 
 _METRICS: Final = (
     "abs_logp_diff.mean", "abs_logp_diff.p99", "abs_logp_diff.max", "kl_infer_train_k3", "extreme_share_2"
 )  # fmt: skip
 
+LIMIT_WORDS: Final = Markdown(
+    "Forcing fixes which experts run, not how anything is computed: what is left (kernels, attention, head) is not "
+    "routing. A flip rate above 0 with all layers forced would say that the replay was not obeyed."
+)
 
-def replay_section(summary: Summary, origin: str) -> Markdown:
-    """Table and words of the pair infer~train-replay beside infer~train; empty without that pair.
+
+def replay_blocks(summary: Summary, origin: str) -> list[Block]:
+    """Table and words of the pair infer~train-replay beside infer~train; nothing without that pair.
 
     Args:
-        origin: as :func:`moediag.report.headline.text_origin` gives it.
+        origin: as :func:`moediag.report.measures.text_origin` gives it.
     """
     pairs: Mapping[str, Summary] = summary.get("pairs") or {}
     if MAIN_PAIR not in pairs or REPLAY_PAIR not in pairs:
-        return Markdown("")
+        return []
     columns = [_measures(pairs[name], origin) for name in (MAIN_PAIR, REPLAY_PAIR)]
     rows: list[list[object]] = []
-    for plainly, replayed in zip(*columns, strict=True):
-        _, *without, unit, _, _ = plainly.cells()
-        rows.append([plainly.name, unit, *without, *replayed.cells()[1:3]])
-    header = ["number", "unit", MAIN_PAIR, "95 %", REPLAY_PAIR, "95 %"]
-    body = table(header, rows, right=range(2, 6))
+    for without, replayed in zip(*columns, strict=True):
+        unit, n = without.cells()[5:7]
+        rows.append([without.name, unit, *without.cells()[1:3], *replayed.cells()[1:3], n])
+    header = ["number", "unit", MAIN_PAIR, "95 %", REPLAY_PAIR, "95 %", "n"]
     words = " ".join(filter(None, [_forced_words(summary), _share_words(summary.get("routing_replay") or {})]))
-    return Markdown(f"{body}\n\nNo honest interval exists for a maximum. {words}")
+    return [
+        table(
+            header, rows, range(2, 7), "The pair as it is, and with infer's experts forced on train; lower is better"
+        ),
+        Markdown(f"No honest interval exists for a maximum. {words}"),
+        LIMIT_WORDS,
+    ]
 
 
 def _measures(pair: Summary, origin: str) -> list[Measured]:
     by_metric = {row[0]: row for row in logp_rows(origin)}
-    return [*(logp_measure(*by_metric[metric], pair, {}) for metric in _METRICS), *routing_measures(pair, {})[:1]]
+    return [*(logp_measure(*by_metric[metric], pair, {}) for metric in _METRICS), *routing_measures({}, pair, {})[:1]]
 
 
 def _forced_words(summary: Summary) -> str:

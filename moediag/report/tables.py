@@ -1,137 +1,34 @@
-"""Markdown that is safe by construction: user text is neutralised, tables are built, never pasted.
-
-Invariant: only :class:`Markdown` is trusted as markup. Any other text, whatever its origin (a model path, a
-prompt's name, an engine's version string), goes through :func:`plain` or :func:`code` first.
-"""
+"""Frames of routing and of log-probabilities as tables; every row with its n and its interval."""
 
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import pandas as pd
 
-from moediag.figures.numbers import NONE, count, is_number, percent, sig
+from moediag.figures.numbers import count, sig
+from moediag.frames import declared_frames
+from moediag.report.blocks import Table, interval, number, table
+from moediag.report.text import Markdown, code
 
-MAX_TEXT: Final = 300
-"""User text longer than this is cut: a report is no place for a pasted prompt."""
-
-_UNSEEN: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode categories that can make a page lie, or cannot be written: control, direction, half characters."""
-
-_ACTIVE: Final = re.compile(r"([\\`*_\[\]#|~$!@{}])")
+_HIGHEST_TAUS: Final = (1.01, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+"""Ratios at which the tail is read off the curve, as far as its thresholds allow."""
 
 
-class Markdown(str):
-    """Text that is markup on purpose; whoever makes one vouches for what went into it."""
-
-    __slots__ = ()
-
-
-def one_line(text: object) -> str:
-    """Text as one line without control and direction characters (they can make a page lie), cut if long."""
-    kept = (" " if unicodedata.category(c) in _UNSEEN else c for c in str(text))
-    line = " ".join("".join(kept).split())
-    return line if len(line) <= MAX_TEXT else line[: MAX_TEXT - 1] + "…"
-
-
-def plain(text: object) -> Markdown:
-    r"""User text as literal text: no markup, no HTML, no automatic link.
-
-    Example:
-        >>> plain("<b>*x*</b> | [a](https://e.org)")
-        '&lt;b&gt;\\*x\\*&lt;/b&gt; \\| \\[a\\](https\\://e.org)'
-    """
-    line = _ACTIVE.sub(r"\\\1", one_line(text))
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return Markdown(line.replace("://", r"\://").replace("www.", r"www\."))
-
-
-def code(text: object) -> Markdown:
-    r"""User text as a code span, whatever backticks and pipes it holds.
-
-    Example:
-        >>> code("a`b|c")
-        '``a`b\\|c``'
-    """
-    line = one_line(text)
-    if not line:
-        return Markdown(NONE)
-    fence = _fence(line)
-    pad = " " if line.startswith("`") or line.endswith("`") else ""
-    # A pipe ends a table cell even inside a code span; GitHub takes the backslash off again.
-    return Markdown(f"{fence}{pad}{line}{pad}{fence}".replace("|", r"\|"))
-
-
-def shell_block(commands: Iterable[str]) -> Markdown:
-    """Commands to copy, whole: one that is cut or re-spaced would be another command."""
-    kept = ("".join("?" if unicodedata.category(c) in _UNSEEN else c for c in line) for line in commands)
-    body = "\n".join(kept)
-    fence = _fence(body, 3)
-    return Markdown(f"{fence}sh\n{body}\n{fence}")
-
-
-def _fence(text: str, least: int = 1) -> str:
-    """Backticks that no run of them in ``text`` can close."""
-    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = ()) -> Markdown:
-    """A GitHub table; columns in ``right`` are right-aligned; cells that are not Markdown are neutralised.
-
-    Example:
-        >>> print(table(["what", "n"], [["a|b", "3"]], right=[1]))
-        | what | n |
-        |:--|--:|
-        | a\\|b | 3 |
-    """
-    aligned = set(right)
-    rule = "|".join("--:" if i in aligned else ":--" for i in range(len(header)))
-    lines = [f"| {' | '.join(map(_cell, header))} |", f"|{rule}|"]
-    lines += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
-    return Markdown("\n".join(lines))
-
-
-def _cell(value: object) -> str:
-    return value if isinstance(value, Markdown) else plain(value)
-
-
-def folded(title: str, body: str) -> Markdown:
-    """A block that GitHub shows folded under its title."""
-    return Markdown(f"<details><summary>{title}</summary>\n\n{body}\n\n</details>")
-
-
-def number(value: Any, unit: str = "nat") -> Markdown:
-    """A value in its unit's habit: shares as per cent, anything else with three significant digits."""
-    if not is_number(value):
-        return Markdown(NONE)
-    return Markdown(percent(value) if unit == "share" else sig(value))
-
-
-def interval(low: Any, high: Any, unit: str = "nat", note: str = "") -> Markdown:
-    """``low to high``, or the en dash with the reason."""
-    if is_number(low) and is_number(high):
-        if unit != "share" and abs(low - 1) < 0.01 and abs(high - 1) < 0.01:
-            return Markdown(f"{sig(low, 5)} to {sig(high, 5)}")  # a ratio near 1: three digits would say 1.00
-        return Markdown(f"{number(low, unit)} to {number(high, unit)}")
-    return Markdown(f"{NONE} ({plain(note)})" if note else NONE)
-
-
-def agreement_table(frame: pd.DataFrame) -> Markdown:
+def agreement_table(frame: pd.DataFrame) -> Table:
     """Per layer: same-set rate, cumulative rate, overlap, reorder rate, each with its interval."""
     rows = [
         [
             f"{row['layer']:.0f} ({row['decoder_layer']:.0f})",
-            *_rate(row, "same_set_rate"),
-            *_rate(row, "cumulative_same_set_rate"),
+            *rate(row, "same_set_rate"),
+            *rate(row, "cumulative_same_set_rate"),
             number(row["overlap"], "share"),
             number(row["reorder_rate"], "share"),
             count(row["n_tokens"]),
         ]
-        for row in _records(frame)
+        for row in records(frame)
     ]
     header = [
         "layer (decoder)",
@@ -143,34 +40,84 @@ def agreement_table(frame: pd.DataFrame) -> Markdown:
         "reordered (harmless)",
         "n rows",
     ]
-    return table(header, rows, right=range(1, len(header)))
+    caption = "Agreement of expert sets by MoE layer [share of n]; higher is better"
+    return table(header, rows, range(1, len(header)), caption)
 
 
-def _rate(row: Mapping[str, Any], name: str) -> list[Markdown]:
-    return [number(row[name], "share"), interval(row[f"{name}_ci_low"], row[f"{name}_ci_high"], "share")]
+def rate(row: Mapping[str, Any], name: str, unit: str = "share") -> list[Markdown]:
+    """A value and its interval, from the columns of that name."""
+    return [number(row[name], unit), interval(row[f"{name}_ci_low"], row[f"{name}_ci_high"], unit)]
 
 
-def margin_quantile_table(frame: pd.DataFrame) -> Markdown:
+def flips_per_token_table(frame: pd.DataFrame) -> Table:
+    """Tokens by number of flipped layers, beside what independent layers would give, and their mismatch."""
+    rows = [
+        [
+            f"{row['n_flipped_layers']:.0f}",
+            number(row["share"], "share"),
+            number(row["independent_share"], "share"),
+            number(row["abs_logp_diff_mean"]),
+            number(row["abs_logp_diff_p99"]),
+            count(row["n_tokens"]),
+        ]
+        for row in records(frame[frame["n_tokens"] > 0])
+    ]
+    header = ["flipped layers", "tokens", "if independent", "mean [nat]", "p99 [nat]", "n tokens"]
+    return table(header, rows, range(1, 6), "Tokens by flipped layers [share], and their abs(logp_diff); no interval")
+
+
+def swap_table(frame: pd.DataFrame, n_rows: int = 12) -> Table:
+    """The most frequent exchanges of exactly one expert for another."""
+    rows = [
+        [
+            f"{row['layer']:.0f} ({row['decoder_layer']:.0f})",
+            f"{row['expert_infer']:.0f} → {row['expert_train']:.0f}",
+            count(row["n_swaps"]),
+            count(row["n_reverse"]),
+            number(row["share_of_flips"], "share"),
+            count(row["n_flips"]),
+        ]
+        for row in records(frame.head(n_rows))
+    ]
+    header = ["layer (decoder)", "infer's → train's", "swaps", "the other way", "of the layer's flips", "n flips"]
+    return table(header, rows, range(2, 6), f"Experts that stand in for each other, the {len(rows)} most frequent")
+
+
+def margin_quantile_table(frame: pd.DataFrame) -> Table:
     """Margins of all, flipped and kept choices, in both score spaces."""
     rows = [
         [row["space"], row["group"], count(row["n_choices"]), count(row["n_exact_ties"])]
         + [number(row[q]) for q in ("p01", "p10", "p50", "p90", "p99")]
-        for row in _records(frame)
+        for row in records(frame)
     ]
     header = ["score", "choices", "n", "exact ties", "p1", "p10", "median", "p90", "p99"]
-    return table(header, rows, right=range(2, 9))
+    return table(header, rows, range(2, 9), "Margins by score space and group of choices; larger is safer")
 
 
-def flip_bin_table(curve: pd.DataFrame, n_lowest: int = 6) -> Markdown:
+def noise_table(frame: pd.DataFrame) -> Table:
+    """Noise of the score difference per layer, as the flips imply it."""
+    rows = [
+        [row["space"], "all" if row["layer"] < 0 else f"{row['layer']:.0f}", number(row["sigma"])]
+        + [count(row[name]) for name in ("n_flipped", "n_exact_ties", "n_choices")]
+        for row in records(frame)
+    ]
+    header = ["score", "MoE layer", "sigma", "flipped", "exact ties", "n choices"]
+    caption = "Noise sigma [score] that P(flip | margin) = Phi(−margin / sigma) needs; lower is better; no interval"
+    return table(header, rows, range(2, 6), caption)
+
+
+def flip_bin_table(curve: pd.DataFrame, n_lowest: int = 6) -> Table:
     """P(flip) of exact ties and of the lowest margin bins that hold choices, pooled, and of the highest."""
     pooled = curve[(curve["layer"] == -1) & (curve["space"] == "choice") & (curve["n_choices"] > 0)]
     pooled = pooled.sort_values(["bin_low", "bin_high"])
     shown = pooled if len(pooled) <= n_lowest + 1 else pd.concat([pooled.head(n_lowest), pooled.tail(1)])
     rows = [
-        [_margin_words(row), *_rate(row, "flip_rate"), count(row["n_flipped"]), count(row["n_choices"])]
-        for row in _records(shown)
+        [_margin_words(row), *rate(row, "flip_rate"), count(row["n_flipped"]), count(row["n_choices"])]
+        for row in records(shown)
     ]
-    return table(["margin (choice score)", "P(flip)", "95 %", "flipped", "n choices"], rows, right=range(1, 5))
+    header = ["margin (choice score)", "P(flip)", "95 %", "flipped", "n choices"]
+    caption = "P(flip) by margin, all layers [share of n]: exact ties and lowest bins first, highest bin last"
+    return table(header, rows, range(1, 5), caption)
 
 
 def _margin_words(row: Mapping[str, Any]) -> str:
@@ -183,42 +130,120 @@ def _margin_words(row: Mapping[str, Any]) -> str:
     return f"{sig(row['bin_low'], 2)} to {sig(row['bin_high'], 2)}"
 
 
-def drift_table(frame: pd.DataFrame, n_rows: int = 12) -> Markdown:
-    """abs(logp_diff) by position; of many bins, an even choice with the first and the last."""
-    if len(frame) > n_rows:
-        frame = frame.iloc[[round(i * (len(frame) - 1) / (n_rows - 1)) for i in range(n_rows)]]
-    name = "abs_logp_diff_mean"
+def tail_table(frame: pd.DataFrame) -> Table:
+    """F(tau) at the thresholds of the curve nearest to ratios that are easy to read."""
+    wanted = [math.log(tau) for tau in _HIGHEST_TAUS]
+    nearest = sorted({int((frame["threshold"] - threshold).abs().argmin()) for threshold in wanted})
     rows = [
-        [f"{row['position_low']:.0f}–{row['position_high']:.0f}", number(row[name])]
-        + [interval(row[f"{name}_ci_low"], row[f"{name}_ci_high"])]
-        + [number(row[f"abs_logp_diff_{q}"]) for q in ("p50", "p90", "p99")]
-        + [number(row["flip_rate"], "share"), count(row["n_tokens"]), count(row["n_sequences"])]
-        for row in _records(frame)
+        [
+            sig(row["threshold"]),
+            sig(math.exp(row["threshold"])),
+            *rate(row, "share_above"),
+            count(row["n_above"]),
+            count(row["n_tokens"]),
+        ]
+        for row in records(frame.iloc[nearest])
     ]
-    header = ["position", "mean [nat]", "95 %", "p50", "p90", "p99", "flip rate", "n tokens", "n sequences"]
-    return table(header, rows, right=range(1, 9))
+    header = ["abs(logp_diff) above [nat]", "tau", "F(tau)", "95 %", "tokens above", "n tokens"]
+    caption = "Tail: share of tokens whose ratio or its inverse exceeds tau; lower is better"
+    return table(header, rows, range(6), caption)
 
 
-def correction_table(frame: pd.DataFrame) -> Markdown:
+def quantile_table(frame: pd.DataFrame) -> Table:
+    """Quantiles of the log-ratio of tokens and of whole responses."""
+    rows = [
+        [
+            str(row["level"]).replace("_", " "),
+            f"{100 * row['q']:g} %",
+            *rate(row, "log_ratio", "nat"),
+            sig(_exp(row["log_ratio"]), 4),
+            count(row["n"]),
+        ]
+        for row in records(frame)
+    ]
+    header = ["ratio of", "quantile", "log-ratio [nat]", "95 %", "ratio", "n"]
+    return table(header, rows, range(1, 6), "Quantiles of pi_train / pi_infer; 0 nat is best", n_markdown=9)
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))  # a longer response may leave the range of a float
+
+
+def correction_table(frame: pd.DataFrame) -> Table:
     """What each band would mask, below and above, with the source of its preset."""
     rows = [
         [
             code(row["method"]),
-            *_rate(row, "masked_share"),
+            *rate(row, "masked_share"),
             number(row["below_share"], "share"),
             number(row["above_share"], "share"),
             count(row["n_tokens"]),
             row["source"],
         ]
-        for row in _records(frame)
+        for row in records(frame)
     ]
     header = ["correction", "masked", "95 %", "below the band", "above the band", "n tokens", "preset from"]
-    return table(header, rows, right=range(1, 6))
+    caption = "Tokens that a correction would mask [share of n]; fewer masked tokens lose less data"
+    return table(header, rows, range(1, 6), caption)
 
 
-def facts_table(facts: Mapping[str, Any]) -> Markdown:
+def entropy_table(frame: pd.DataFrame) -> Table:
+    """Entropy of masked and of kept tokens."""
+    rows = [
+        [
+            row["side"],
+            row["group"],
+            *rate(row, "mean", "nat"),
+            *(number(row[q]) for q in ("p10", "p50", "p90")),
+            count(row["n_tokens"]),
+        ]
+        for row in records(frame)
+    ]
+    header = ["side", "tokens", "mean [nat]", "95 %", "p10", "median", "p90", "n tokens"]
+    band = " and ".join(f"{sig(frame[end].iloc[0], 2)}" for end in ("alpha", "beta"))
+    return table(header, rows, range(2, 8), f"Entropy of kept and masked tokens; band of the ratio {band}")
+
+
+_SHARES: Final = ("share", "rate", "observed", "explained", "forecast", "predicted")
+_LAYERS: Final = ("layer", "decoder_layer")
+
+
+def declared_table(name: str, frame: pd.DataFrame, n_markdown: int = 12) -> Table:
+    """Any declared frame as it is: columns with their units; bounds of intervals join their value."""
+    spec = next((spec for spec in declared_frames() if spec.name == name), None)
+    unit_of = {column.name: column.unit for column in spec.columns} if spec else {}
+    shown = [c for c in map(str, frame.columns) if not c.endswith(("_ci_low", "_ci_high"))]
+    header: list[str] = []
+    for column in shown:
+        unit = unit_of.get(column, "1")
+        words = column.replace("_", " ")
+        header += [words if unit == "1" else f"{words} [{unit}]"]
+        header += ["95 %"] if f"{column}_ci_low" in frame.columns else []
+    rows = [[cell for column in shown for cell in _declared_cells(row, column)] for row in records(frame)]
+    numeric = [i for i in range(len(header)) if any(isinstance(row[i], Markdown) for row in rows)]
+    what = f"one row per {spec.one_row_per}" if spec else name
+    return table(header, rows, numeric, what, is_list=len(rows) > n_markdown, n_markdown=n_markdown)
+
+
+def _declared_cells(row: Mapping[str, Any], column: str) -> list[Markdown | str]:
+    value = row[column]
+    if isinstance(value, str):
+        return [value]
+    if column in _LAYERS:
+        return [Markdown("all" if value < 0 else f"{value:.0f}")]
+    is_share = column.endswith(("_rate", "_share")) or column in _SHARES
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    unit = "share" if is_share else "nat"
+    cell: Markdown = Markdown(count(value) if is_count else number(value, unit))
+    if f"{column}_ci_low" not in row:
+        return [cell]
+    return [cell, interval(row[f"{column}_ci_low"], row[f"{column}_ci_high"], unit)]
+
+
+def facts_table(facts: Mapping[str, Any], caption: str, n_markdown: int | None = None) -> Table:
     """Nested facts as dotted names and values; empty branches are left out."""
-    return table(["what", "value"], [[code(name), code(value)] for name, value in _flat(facts)])
+    rows = [[code(name), code(value)] for name, value in _flat(facts)]
+    return table(["what", "value"], rows, caption=caption, is_list=len(rows) > 12, n_markdown=n_markdown)
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
@@ -229,5 +254,6 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, obj
             yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain dictionaries."""
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]

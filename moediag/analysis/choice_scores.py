@@ -1,0 +1,167 @@
+"""What TopK compares, from recorded router logits and the routing rule of run.json; in numpy, without an engine.
+
+Invariants:
+    - the arithmetic is float32 and in the order of :func:`moediag.engines.routers.choice_scores`, so the two agree to
+      rounding for every family's rule (a test holds them side by side);
+    - a rule whose choice depends on the *order* of the logits alone (no bias, no group limit) is read in logit space:
+      softmax squeezes a logit gap by the size of the probabilities, so no single scale holds there;
+    - a learned bias is not part of a capture: a rule that has one needs it given, and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from moediag.errors import MoediagError
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
+Space = Literal["logit", "choice"]
+
+SOFTMAX: Final = "softmax"
+SIGMOID: Final = "sigmoid"
+LOGIT: Final = "logit"
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """The part of a router's rule that decides which experts are chosen.
+
+    Args:
+        n_experts, top_k: E and K.
+        score_function: ``softmax``, ``sigmoid`` or ``logit``.
+        has_correction_bias: a learned bias per expert enters the choice.
+        n_group, topk_group: group limit; equal numbers = off.
+    """
+
+    n_experts: int
+    top_k: int
+    score_function: str
+    has_correction_bias: bool = False
+    n_group: int = 1
+    topk_group: int = 1
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RoutingRule:
+        """From ``model.routing`` of run.json, the record of a RouterSpec.
+
+        Raises:
+            MoediagError: the record lacks an entry, or names a score function that this version does not know.
+        """
+        try:
+            rule = cls(
+                n_experts=int(record["n_experts"]),
+                top_k=int(record["top_k"]),
+                score_function=str(record["score_function"]),
+                has_correction_bias=bool(record["has_correction_bias"]),
+                n_group=int(record["n_group"]),
+                topk_group=int(record["topk_group"]),
+            )
+        except KeyError as error:
+            raise MoediagError(f"the routing record lacks {error}; capture the run again with this version") from None
+        if rule.score_function not in (SOFTMAX, SIGMOID, LOGIT):
+            raise MoediagError(f"unknown score function {rule.score_function!r}; wanted softmax, sigmoid or logit")
+        return rule
+
+    @property
+    def is_grouped(self) -> bool:
+        """Some groups of experts lose before TopK compares single experts."""
+        return self.topk_group != self.n_group
+
+    @property
+    def space(self) -> Space:
+        """Where gaps and noise are measured: ``logit`` where the order of the logits decides, else ``choice``."""
+        return "choice" if self.has_correction_bias or self.is_grouped else "logit"
+
+    @property
+    def is_shift_invariant(self) -> bool:
+        """Adding one number to all logits changes no choice, so that much of a difference is no noise."""
+        return self.score_function != SIGMOID or self.space == "logit"
+
+    @property
+    def is_unrivalled(self) -> bool:
+        """K = E: every expert is always chosen."""
+        return self.top_k >= self.n_experts
+
+
+def choice_scores(logits: NDArray[Any], rule: RoutingRule, bias: NDArray[Any] | None = None) -> Float32:
+    """What TopK compares: (..., E) -> (..., E) in float32; experts of groups that lost are -inf.
+
+    Args:
+        logits: raw router logits.
+        bias: correction bias, broadcastable to ``logits``; needed where the rule has one.
+
+    Raises:
+        MoediagError: the rule has a correction bias and none is given.
+
+    Example:
+        >>> rule = RoutingRule(n_experts=2, top_k=1, score_function="softmax")
+        >>> choice_scores(np.log([[3.0, 1.0]]), rule).round(2).tolist()
+        [[0.75, 0.25]]
+    """
+    scores = _ungrouped_scores(logits, rule, bias)
+    if not rule.is_grouped:
+        return scores
+    grouped = scores.reshape(*scores.shape[:-1], rule.n_group, -1)
+    best = -np.sort(-grouped, axis=-1)[..., :2].sum(axis=-1, dtype=np.float32)
+    order = np.argsort(-best, axis=-1, kind="stable")
+    is_lost = np.ones(best.shape, bool)
+    np.put_along_axis(is_lost, order[..., : rule.topk_group], False, axis=-1)
+    return np.where(is_lost[..., None], np.float32(-np.inf), grouped).reshape(scores.shape)
+
+
+def chosen_experts(logits: NDArray[Any], rule: RoutingRule, bias: NDArray[Any] | None = None) -> Int64:
+    """The rule's K experts, best first; of equal scores the lower id, where engines are free to differ."""
+    scores = choice_scores(logits, rule, bias)
+    return np.asarray(np.argsort(-scores, axis=-1, kind="stable")[..., : rule.top_k], dtype=np.int64)
+
+
+def compared_scores(logits: NDArray[Any], rule: RoutingRule, bias: NDArray[Any] | None = None) -> Float64:
+    """Scores in the rule's working space, float64: raw logits, or score plus bias without the group mask."""
+    if rule.space == "logit":
+        return np.asarray(logits, dtype=np.float64)
+    return _ungrouped_scores(logits, rule, bias).astype(np.float64)
+
+
+def score_slopes(logits: NDArray[Any], rule: RoutingRule) -> Float64:
+    """Change of a compared score per change of its own logit [1]: how logit noise reaches the choice.
+
+    A saturated sigmoid passes hardly any noise on, so noise is measured in logits and mapped.
+
+    Source: delta method; the noise of a router is small against the width of the sigmoid.
+    """
+    values = np.asarray(logits, dtype=np.float64)
+    if rule.space == "logit" or rule.score_function == LOGIT:
+        return np.ones_like(values)
+    scores = special.expit(values) if rule.score_function == SIGMOID else special.softmax(values, axis=-1)
+    return np.asarray(scores * (1 - scores), dtype=np.float64)
+
+
+def border_gap(scores: Float64, top_k: int) -> Float64:
+    """K-th minus (K+1)-th largest score: (..., E) -> (...), >= 0; infinite where nothing competes."""
+    if top_k >= scores.shape[-1]:
+        return np.full(scores.shape[:-1], np.inf)
+    best = -np.partition(-scores, [top_k - 1, top_k], axis=-1)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(best[..., top_k - 1] - best[..., top_k], dtype=np.float64)
+
+
+def _ungrouped_scores(logits: NDArray[Any], rule: RoutingRule, bias: NDArray[Any] | None) -> Float32:
+    values = np.asarray(logits, dtype=np.float32)
+    scores = values
+    if rule.score_function == SOFTMAX:
+        scores = special.softmax(values, axis=-1)
+    elif rule.score_function == SIGMOID:
+        scores = special.expit(values)
+    if rule.has_correction_bias:
+        if bias is None:
+            raise MoediagError("this router adds a learned correction bias; give it, a capture does not hold it")
+        scores = scores + np.asarray(bias, dtype=np.float32)
+    return np.asarray(scores, dtype=np.float32)

@@ -1,0 +1,155 @@
+"""What a flip costs: flipped tokens beside unflipped tokens of the same confidence and position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words
+from moediag.figures.numbers import count, sig
+from moediag.figures.style import (
+    FULL_WIDTH,
+    GREY,
+    RunStyle,
+    add_words,
+    figure_text,
+    house_style,
+    legend_below,
+    panel_grid,
+    run_styles,
+    state,
+)
+from moediag.figures.ticks import layer_ticks, log_axis
+
+_NOTE: Final = (
+    "Matched on p_infer and position; an association, only forced routes show a cause. "
+    "Bars: 95 % of the cost; pale: too few prompts."
+)
+
+
+@house_style
+def plot_flip_costs(
+    frames: Mapping[str, pd.DataFrame],
+    *,
+    styles: Mapping[str, RunStyle] | None = None,
+    caption: str = "",
+    floor: FloorArgument = None,
+    width: float = FULL_WIDTH,
+) -> Figure:
+    """Draw abs(logp_diff) of flipped tokens against matched ones, by flipped layers; cost by first flipped layer.
+
+    Args:
+        frames: label -> ``flip_costs`` frame.
+        styles: how runs are drawn; by default every run is a MoE.
+        caption: counts, drawn under the axes.
+        floor: of the mean abs(logp_diff) [nat]; drawn on the left.
+        width: of the figure [inch].
+    """
+    styles = styles or run_styles(dict.fromkeys(frames, True))
+    figure, panels = panel_grid(2 * len(frames), width, 3.3)
+    for nth, (label, frame) in enumerate(frames.items()):
+        left, right = panels[2 * nth], panels[2 * nth + 1]
+        left.set_title(f"{figure_text(label, 16)}: by flipped layers")
+        right.set_title("Cost by first flipped layer")
+        _draw_pairs(left, _group(frame, "n_flipped_layers"), styles[label])
+        draw_floor(left, floor_value(floor, label))
+        _draw_costs(right, _group(frame, "first_flipped_layer"), styles[label])
+    floored = floor_words(floor, "the mean", frames) if frames else ""
+    notes = [caption, floored, _NOTE, _unmatched(frames)]
+    add_words(figure, cost_finding(frames), " ".join(filter(None, notes)))
+    return figure
+
+
+def cost_finding(frames: Mapping[str, pd.DataFrame]) -> str:
+    """The title: tokens with any flip against unflipped ones like them, with the interval of the cost."""
+    parts = []
+    for label, frame in frames.items():
+        rows = frame[(frame["grouping"] == "any_flip") & frame["cost"].notna()]
+        if rows.empty:
+            parts.append(f"{figure_text(label)}: no flipped token has an unflipped one like it")
+            continue
+        row = rows.iloc[0]
+        low, high = row["cost_ci_low"], row["cost_ci_high"]
+        bounds = "" if math.isnan(low) else f" (95 %: {sig(low, 2)} to {sig(high, 2)})"
+        ratio = "" if math.isnan(row["ratio"]) else f", {sig(row['ratio'], 2)}× unflipped tokens like them"
+        parts.append(
+            f"{figure_text(label)}: flipped tokens differ by {sig(row['flipped_mean'], 2)} nat{ratio}; "
+            f"cost {sig(row['cost'], 2)} nat{bounds}"
+        )
+    return "\n".join(parts) or "No run"
+
+
+def _group(frame: pd.DataFrame, grouping: str) -> pd.DataFrame:
+    rows: pd.DataFrame = frame[(frame["grouping"] == grouping) & frame["cost"].notna()]
+    return rows.sort_values("group_low")
+
+
+def _unmatched(frames: Mapping[str, pd.DataFrame]) -> str:
+    n = sum(int(frame.loc[frame["grouping"] == "any_flip", "n_unmatched"].sum()) for frame in frames.values())
+    return f"Left out, no unflipped token like them: {count(n, 'token')}." if n else ""
+
+
+def _names(rows: pd.DataFrame) -> list[str]:
+    """Group ends as words, with the tokens behind them: a last group of two tokens must not look like a trend."""
+    ends = zip(rows["group_low"].astype(int), rows["group_high"].astype(int), rows["n_tokens"], strict=True)
+    return [f"{low}\n{_short(n)}" if low == high else f"{low}–{high}\n{_short(n)}" for low, high, n in ends]
+
+
+def _short(n: int) -> str:
+    """A count that fits under a tick."""
+    return f"{n:,}" if n < 10_000 else f"{n / 1e3:.0f}k" if n < 999_500 else f"{n / 1e6:.1f}M"
+
+
+def _bars(rows: pd.DataFrame, at: pd.Series[float]) -> npt.NDArray[np.float64]:
+    """Lengths of the cost's interval around a drawn value, never negative."""
+    low, high = rows["cost"] - rows["cost_ci_low"], rows["cost_ci_high"] - rows["cost"]
+    return np.vstack([np.minimum(low.clip(lower=0), 0.999 * at.abs()), high.clip(lower=0)]).astype(np.float64)
+
+
+def _draw_pairs(ax: Axes, rows: pd.DataFrame, style: RunStyle) -> None:
+    """Flipped and matched unflipped mean of each group, joined: the gap is the cost."""
+    values = rows[["flipped_mean", "unflipped_mean"]].to_numpy(np.float64)
+    values = values[values > 0]
+    if not len(values):
+        state(ax, "No flipped token has an unflipped one like it.")
+        return
+    x = np.arange(len(rows))
+    pale: Any = np.where(rows["cost_ci_low"].isna(), 0.35, 1.0)
+    ax.vlines(x, rows["unflipped_mean"], rows["flipped_mean"], color=GREY, linewidth=1.0, linestyle=(0, (1, 1.5)))
+    ax.errorbar(x, rows["flipped_mean"], _bars(rows, rows["flipped_mean"]), fmt="none", color=style.colour,
+                capsize=2, elinewidth=1.0)  # fmt: skip
+    ax.scatter(x, rows["flipped_mean"], s=28, marker=style.marker, color=style.colour, alpha=pale, linewidths=0,
+               label="flipped tokens", zorder=3)  # fmt: skip
+    ax.plot(x, rows["unflipped_mean"], style.marker, color="white", markeredgecolor=GREY, markersize=5,
+            markeredgewidth=1.3, label="unflipped tokens like them")  # fmt: skip
+    highest = np.nanmax((rows["flipped_mean"] + _bars(rows, rows["flipped_mean"])[1]).fillna(rows["flipped_mean"]))
+    log_axis(ax, "y", float(values.min()) / 1.6, float(highest) * 1.6)
+    ax.set_xticks(x, _names(rows))
+    ax.set_xlim(-0.5, len(rows) - 0.5)
+    ax.set_xlabel("flipped MoE layers (below: tokens)")
+    ax.set_ylabel("mean abs(logp diff) [nat]")
+    legend_below(ax, *ax.get_legend_handles_labels(), columns=1, down=0.64)
+
+
+def _draw_costs(ax: Axes, rows: pd.DataFrame, style: RunStyle) -> None:
+    """Cost with its interval over the first flipped layer; tokens flip later on as well."""
+    if rows.empty:
+        state(ax, "No flipped token has an unflipped one like it.")
+        return
+    bars = np.vstack([(rows["cost"] - rows["cost_ci_low"]).clip(lower=0),
+                      (rows["cost_ci_high"] - rows["cost"]).clip(lower=0)])  # fmt: skip
+    size = 5 if len(rows) <= 16 else 3
+    ax.errorbar(rows["group_low"], rows["cost"], bars, fmt=style.marker, color=style.colour, markersize=size,
+                capsize=2 if len(rows) <= 16 else 0, elinewidth=1.0)  # fmt: skip
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ticks = layer_ticks(int(rows["group_low"].max()), 8)
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xlabel("first flipped MoE layer")
+    ax.set_ylabel("cost: flipped − unflipped [nat]")

@@ -1,0 +1,130 @@
+"""Floors: what the same engine shows against itself, drawn beside the numbers that have to rise above it.
+
+Invariant: a floor that was not measured is said, never drawn as 0; a floor of exactly 0 is "bit-exact" and is
+said, not drawn: a line at 0 would look like a measured size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+
+from moediag.figures.numbers import percent, sig
+from moediag.figures.style import GREY, NO_FLOOR, figure_text
+from moediag.notation import INFER, TRAIN
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A measured floor of one statistic.
+
+    Args:
+        value: in the unit of the statistic; 0 where no token of the engine's own repetition shows any.
+        name: which comparisons it comes from, e.g. ``infer~infer-repeat + train~train-repeat``.
+    """
+
+    value: float
+    name: str
+
+
+AnyFloor = Floor | Literal["bit-exact"] | None
+"""A number with its name, bit-exact, or None = no floor measured."""
+
+FloorArgument = AnyFloor | Mapping[str, AnyFloor]
+"""One floor for every run of a figure, or run label -> floor."""
+
+
+def summary_floors(floors: Mapping[str, Any] | None) -> dict[str, AnyFloor]:
+    """The entry ``floors`` of summary.json as figures take it; nothing where nothing was measured.
+
+    Example:
+        >>> metrics = {"flip_rate": {"floor": 0.004}, "mean_ratio": {"floor": None}}
+        >>> summary_floors({"train": {"pair": "train~train-repeat"}, "infer": None, "metrics": metrics})
+        {'flip_rate': Floor(value=0.004, name='train~train-repeat only')}
+    """
+    if floors is None:
+        return {}
+    sides = [str(floors[side]["pair"]) for side in (TRAIN, INFER) if floors.get(side)]
+    name = " + ".join(sides) if len(sides) == 2 else f"{' '.join(sides)} only"
+    known = {metric: found for metric, found in floors["metrics"].items() if found["floor"] is not None}
+    return {
+        metric: "bit-exact" if found.get("is_bit_exact") else Floor(float(found["floor"]), name)
+        for metric, found in known.items()
+    }
+
+
+def floor_of(floor: FloorArgument, label: str) -> AnyFloor:
+    """The floor of one run."""
+    return floor.get(label) if isinstance(floor, Mapping) else floor
+
+
+def nat(value: float) -> str:
+    """A size in nat, for captions."""
+    return f"{sig(value, 2)} nat"
+
+
+def floor_words(
+    floor: FloorArgument, of: str, labels: Mapping[str, object], words: Callable[[float], str] = nat
+) -> str:
+    """The caption's sentence about the floor; runs with the same floor share it.
+
+    Args:
+        floor: as given to a figure.
+        of: the statistic in words.
+        labels: the runs drawn.
+        words: how a value is printed.
+
+    Example:
+        >>> floor_words(None, "mean", {"moe": 1})
+        'Floor: no A/A floor was measured.'
+        >>> floor_words(Floor(0.0031, "repeats"), "the mean", {"moe": 1})
+        'Floor of the mean: 0.0031 nat (repeats).'
+    """
+    said: dict[str, list[str]] = {}
+    for label in labels:
+        said.setdefault(_statement(floor_of(floor, label), of, words), []).append(figure_text(label))
+    if len(said) == 1:
+        return next(iter(said))
+    return " ".join(f"{', '.join(runs)}: {statement}" for statement, runs in said.items())
+
+
+def _statement(floor: AnyFloor, of: str, words: Callable[[float], str]) -> str:
+    if floor is None:
+        return f"Floor: {NO_FLOOR}."
+    if not isinstance(floor, Floor):
+        return f"Floor of {of}: bit-exact."
+    return f"Floor of {of}: {words(floor.value)} ({figure_text(floor.name, 60)})."
+
+
+def share(value: float) -> str:
+    """A share as per cent, for captions."""
+    return percent(value)
+
+
+def floor_value(floor: FloorArgument, label: str) -> float | None:
+    """The value to draw: None where there is no floor, or one of exactly 0."""
+    found = floor_of(floor, label)
+    return found.value if isinstance(found, Floor) and found.value > 0 else None
+
+
+def draw_floor(ax: Axes, value: float | None, *, beyond: float = 0.0) -> None:
+    """A labelled line at the floor and a light band from it towards agreement.
+
+    Args:
+        ax: its y axis is the statistic.
+        value: where; None draws nothing.
+        beyond: the value of perfect agreement, where the band ends.
+    """
+    if value is None:
+        return
+    low, high = sorted((value, beyond))
+    limits = ax.get_ylim()
+    ax.axhspan(max(low, limits[0]), min(high, limits[1]), color=GREY, alpha=0.13, linewidth=0)
+    ax.axhline(value, color=GREY, linewidth=1.0, linestyle=(0, (6, 2)))
+    side = "bottom" if value < beyond else "top"
+    ax.annotate("floor", (1.0, value), (-2, 1 if side == "bottom" else -1), xycoords=ax.get_yaxis_transform(),
+                textcoords="offset points", ha="right", va=side, fontsize=8, color=GREY)  # fmt: skip
+    ax.set_ylim(limits)

@@ -1,0 +1,193 @@
+"""What a page is made of: sections of text, tables, pictures and commands, said once and written twice.
+
+Invariant: markdown and HTML are two renderings of the same blocks, so that no number can differ between them; a
+table that markdown shows in part says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from moediag.figures import FIGURES
+from moediag.figures.numbers import NONE, is_number, percent, sig
+from moediag.report.text import Markdown, fence_for, plain, whole_line
+
+_NEAR_ONE: Final = 0.1
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose cells are already neutralised; :func:`table` makes one.
+
+    Args:
+        header, rows: cells as inline markdown.
+        right: columns that are right-aligned (numbers).
+        caption: what it shows; HTML needs one for readers who do not see the page.
+        is_list: a long list that readers sort and filter.
+        n_markdown: rows shown in markdown; None = all of them.
+    """
+
+    header: tuple[Markdown, ...]
+    rows: tuple[tuple[Markdown, ...], ...]
+    right: frozenset[int]
+    caption: Markdown
+    is_list: bool = False
+    n_markdown: int | None = None
+
+    def __str__(self) -> str:
+        rule = "|".join("--:" if i in self.right else ":--" for i in range(len(self.header)))
+        lines = [_line(self.header), f"|{rule}|", *map(_line, self.rows[: self.n_markdown])]
+        left_out = len(self.rows) - len(self.rows[: self.n_markdown])
+        if left_out:
+            lines += ["", f"The first {self.n_markdown} of {len(self.rows)} rows; all of them stand in report.html."]
+        return "\n".join(lines)
+
+
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    right: Iterable[int] = (),
+    caption: str = "",
+    *,
+    is_list: bool = False,
+    n_markdown: int | None = None,
+) -> Table:
+    """A table; whatever is not :class:`Markdown` is neutralised on its way in.
+
+    Example:
+        >>> print(table(["what", "n"], [["a|b", "3"]], right=[1]))
+        | what | n |
+        |:--|--:|
+        | a\\|b | 3 |
+    """
+    cells = tuple(tuple(map(_cell, row)) for row in rows)
+    return Table(tuple(map(_cell, header)), cells, frozenset(right), _cell(caption), is_list, n_markdown)
+
+
+def _cell(value: object) -> Markdown:
+    return value if isinstance(value, Markdown) else plain(value)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure file that stands in a folder beside the page."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Key of the catalogue of figures."""
+        return self.path.stem
+
+    @property
+    def title(self) -> str:
+        """What it shows: the alternative text."""
+        return FIGURES[self.name].title if self.name in FIGURES else self.name
+
+    @property
+    def caption(self) -> str:
+        """How to read it; empty for a figure that the catalogue does not know."""
+        return FIGURES[self.name].caption if self.name in FIGURES else ""
+
+    def __str__(self) -> str:
+        target = self.path.relative_to(self.path.parent.parent)
+        return f"![{plain(self.title)}]({quote(target.as_posix())})"
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Commands to copy."""
+
+    commands: tuple[str, ...]
+
+    @property
+    def body(self) -> str:
+        """The commands, one a line."""
+        return "\n".join(map(whole_line, self.commands))
+
+    def __str__(self) -> str:
+        fence = fence_for(self.body, 3)
+        return f"{fence}sh\n{self.body}\n{fence}"
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of inline markdown."""
+
+    items: tuple[Markdown, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(f"- {item}" for item in self.items)
+
+
+Block = Markdown | Table | Picture | Shell | Bullets
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question of the reader's; folded in markdown, open in HTML."""
+
+    anchor: str
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict of one run.
+
+    Args:
+        label: the run's name in a comparison; empty on a run's own page.
+        word: at floor, above floor, bug signature or cannot tell.
+        reason: why that word.
+        evidence: lines that carry it.
+        seen: what was measured, in sentences.
+    """
+
+    label: str
+    word: str
+    reason: Markdown
+    evidence: tuple[Markdown, ...]
+    seen: Markdown
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole page: first screen (verdicts, key picture, first numbers), then sections."""
+
+    title: str
+    verdicts: tuple[Verdict, ...]
+    picture: Picture | None
+    first: tuple[Block, ...]
+    sections: tuple[Section, ...]
+
+
+def section(anchor: str, title: str, *blocks: Block | None) -> Section | None:
+    """A section of the blocks that are there; None when there are none."""
+    present = tuple(block for block in blocks if block)
+    return Section(anchor, title, present) if present else None
+
+
+def number(value: Any, unit: str = "nat") -> Markdown:
+    """A value in its unit's habit: shares as per cent, else three significant digits, more for a ratio near 1."""
+    if not is_number(value):
+        return Markdown(NONE)
+    if unit == "share":
+        return Markdown(percent(value))
+    is_near_one = unit == "1" and abs(value - 1) < _NEAR_ONE
+    return Markdown(sig(value, 5 if is_near_one else 3))  # three digits would say 1.00
+
+
+def interval(low: Any, high: Any, unit: str = "nat", note: str = "") -> Markdown:
+    """``low to high``, or the en dash with the reason."""
+    if is_number(low) and is_number(high):
+        return Markdown(f"{number(low, unit)} to {number(high, unit)}")
+    return Markdown(f"{NONE} ({plain(note)})" if note else NONE)

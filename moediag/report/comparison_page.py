@@ -1,0 +1,259 @@
+"""The page of several runs side by side, as blocks.
+
+Invariant: every run stands with its own interval and its own floor; a ratio of two runs is given only for numbers that
+have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from moediag.errors import MoediagError
+from moediag.figures.numbers import NONE, count, times
+from moediag.figures.style import first_of_each_kind
+from moediag.report import definitions, tables
+from moediag.report.blocks import Block, Bullets, Page, Picture, Section, Shell, Table, section, table
+from moediag.report.facts import model_facts, provenance_table
+from moediag.report.floors import RULE_WORDS, floor_words, has_floor
+from moediag.report.headline import sampling_words, verdict_of
+from moediag.report.measures import (
+    ANY_LAYER,
+    FLIP_RATE,
+    LOGP_ROWS,
+    MEASURED_HEADER,
+    Frames,
+    Measured,
+    Summary,
+    logp_measures,
+    routing_measures,
+    text_origin,
+)
+from moediag.report.run_page import KEY_FIGURE, check_version, main_pair
+from moediag.report.text import Markdown, code, one_line, plain
+from moediag.run.environment import ArmComparison
+
+DENSE: Final = "dense"
+"""Why a run has no routing numbers."""
+
+Environments = Mapping[str, Sequence[ArmComparison]]
+"""``A against B`` -> what :func:`moediag.run.environment.compare_runs` found."""
+
+_HEADLINE: Final = ("abs_logp_diff.mean", "abs_logp_diff.p99", "kl_infer_train_k3", "extreme_share_2")
+_NO_RATIO: Final = ("kl_infer_train_k1", "mean_ratio")  # signed, or 1 at best: a ratio says nothing
+_N_DIFFERENCES: Final = 300
+_N_MARKDOWN: Final = 30
+_PLACES: Final = (
+    ("tail", "The tail", ("tail_curve", "ratio_histogram", "logp_diff_by_p_infer")),
+    ("depth", "Expert agreement by layer", ("agreement_by_depth", "flips_per_token", "flip_map", "expert_swaps")),
+    ("margins", "Near ties: margins and flips", ("margins", "margins_by_layer")),
+    ("cost", "What a flip costs", ("flip_costs",)),
+    ("drift", "Drift by position and by length", ("position_drift", "sequence_drift")),
+)
+
+
+def comparison_page(
+    summary: Summary,
+    frames: Mapping[str, Frames],
+    figures: Sequence[Path],
+    *,
+    regenerate: Sequence[str] = ("moediag compare RUN RUN ... -o DIR",),
+    environments: Environments | None = None,
+) -> Page:
+    """The page of several runs.
+
+    Args:
+        summary: ``{"schema_version", "runs": {label: run summary}, "ratios": {...}}``.
+        frames: label -> (frame name -> frame).
+        figures: what ``draw_comparison_figures`` returned; the page stands beside their folder.
+        regenerate: the commands that make this page again.
+        environments: what ran differently, for pairs of runs.
+
+    Raises:
+        MoediagError: a summary has another schema version, or no run or pair.
+    """
+    check_version(summary)
+    runs: Mapping[str, Summary] = summary.get("runs") or {}
+    if not runs:
+        raise MoediagError("a comparison wants a summary with at least one entry under runs, found none")
+    pairs = {label: main_pair(run) for label, run in runs.items()}
+    origin = _joint_origin(text_origin(run) for run in runs.values())
+    measures = {label: _measures(runs[label], pair, frames.get(label, {}), origin) for label, pair in pairs.items()}
+    pictures = {path.stem: Picture(path) for path in figures if path.suffix == ".png"}
+    first = [*_cautions(summary, runs), _headline(pairs, measures), _ratio_words(pairs, measures), _floor_words(runs)]
+    sections = [
+        section("numbers", "All numbers side by side", _side_by_side(pairs, measures), _all_numbers(measures)),
+        *_picture_sections(pairs, frames, pictures),
+        *_closing_sections(runs, environments or {}, regenerate),
+    ]
+    return Page(
+        one_line(f"Routing mismatch compared: {', '.join(runs)}"),
+        tuple(verdict_of(run, pairs[label], frames.get(label, {}), label) for label, run in runs.items()),
+        pictures.get(KEY_FIGURE),
+        (*(block for block in first if block), definitions.SIGN_WORDS),
+        tuple(part for part in sections if part is not None),
+    )
+
+
+def _closing_sections(
+    runs: Mapping[str, Summary], environments: Environments, regenerate: Sequence[str]
+) -> list[Section | None]:
+    models = tables.facts_table({label: model_facts(run) for label, run in runs.items()}, "Models")
+    return [
+        section("environments", "What ran differently", *_environment_blocks(environments)),
+        section("definitions", "What these numbers mean", definitions.definition_table(), definitions.DASH_WORDS),
+        section("limits", "What this comparison cannot show", definitions.comparison_limits()),
+        section("published", "Published elsewhere; other stacks; not thresholds", definitions.reference_table()),
+        section("models", "Models", models),
+        section("provenance", "Provenance", *_provenance(runs)),
+        section("regenerate", "How to make this page again", Shell(tuple(regenerate))),
+    ]
+
+
+def _cautions(summary: Summary, runs: Mapping[str, Summary]) -> list[Block]:
+    """What makes these runs hard to compare."""
+    said = [
+        Markdown(f"**Caution, {plain(label)}.** {words}")
+        for label, run in runs.items()
+        if (words := sampling_words(run))
+    ]
+    if summary.get("same_prompts") is False:
+        other = "**The runs were made from different prompts**: their numbers differ for that reason too."
+        said.insert(0, Markdown(other))
+    return [Bullets(tuple(said))] if said else []
+
+
+def _measures(summary: Summary, pair: Summary, frames: Frames, origin: str) -> list[Measured]:
+    """Rows of :data:`LOGP_ROWS`, then flip rate and any-layer share."""
+    routing = routing_measures(summary, pair, frames)
+    missing = [Measured(words, None, None, None, "", "share", note=DENSE) for words in (FLIP_RATE, ANY_LAYER)]
+    return logp_measures(summary, pair, frames, origin) + (routing[:2] or missing)
+
+
+def _joint_origin(origins: Iterable[str]) -> str:
+    """One origin for rows that several runs share."""
+    found = set(origins)
+    named = " or ".join(sorted(found - {""}))
+    return f"{named} in some runs" if named and len(found) > 1 else named
+
+
+def _headline(pairs: Mapping[str, Summary], measures: Mapping[str, list[Measured]]) -> Table:
+    """Headline numbers, one row per number and run."""
+    chosen = [nth for nth, (metric, _, _) in enumerate(LOGP_ROWS) if metric in _HEADLINE]
+    chosen += [len(LOGP_ROWS), len(LOGP_ROWS) + 1]
+    return _long_table(measures, chosen, f"Headline numbers of {len(pairs)} runs, each with its interval and floor")
+
+
+def _all_numbers(measures: Mapping[str, list[Measured]]) -> Table:
+    n_rows = len(LOGP_ROWS) + 2
+    return _long_table(measures, range(n_rows), "Every number of every run, with interval and floor")
+
+
+def _long_table(measures: Mapping[str, list[Measured]], chosen: Iterable[int], caption: str) -> Table:
+    rows = []
+    for nth in chosen:
+        for label, column in measures.items():
+            row = column[nth]
+            if row.note != DENSE:
+                name, *cells = row.cells()
+                rows.append([name, plain(label), *cells])
+    header = [MEASURED_HEADER[0], "run", *MEASURED_HEADER[1:]]
+    return table(header, rows, (2, 3, 4, 5, 7), caption, is_list=len(rows) > 12)
+
+
+def _kinds(pairs: Mapping[str, Summary]) -> tuple[str | None, str | None]:
+    return first_of_each_kind({label: bool(pair.get("routing")) for label, pair in pairs.items()})
+
+
+def _ratio_words(pairs: Mapping[str, Summary], measures: Mapping[str, list[Measured]]) -> Markdown:
+    """The first MoE run over the first dense one, in a sentence."""
+    moe, dense = _kinds(pairs)
+    if moe is None or dense is None:
+        return Markdown("")
+    said = []
+    for nth, (metric, _, _) in enumerate(LOGP_ROWS):
+        above, below = measures[moe][nth], measures[dense][nth]
+        ratio = times(above.value, below.value)
+        if metric in _HEADLINE and ratio != NONE:
+            said.append(f"{plain(above.name)} {ratio}")
+    if not said:
+        return Markdown("")
+    words = "a ratio of two pairs of engines on their own tokens, without an interval"
+    return Markdown(f"**{plain(moe)} over {plain(dense)}**: {'; '.join(said)} ({words}).")
+
+
+def _floor_words(runs: Mapping[str, Summary]) -> Block:
+    if not any(map(has_floor, runs.values())):
+        words = "No A/A floor was measured in these runs: what is noise of one engine alone is not known."
+        return Markdown(words)
+    return Bullets((*(Markdown(f"{plain(label)}: {floor_words(run)}") for label, run in runs.items()), RULE_WORDS))
+
+
+def _side_by_side(pairs: Mapping[str, Summary], measures: Mapping[str, list[Measured]]) -> Table:
+    """Metrics as rows, runs as columns, and the first MoE run over the first dense one."""
+    moe, dense = _kinds(pairs)
+    header = ["number", "unit", *pairs, *([f"{moe} / {dense}"] if moe and dense else [])]
+    skip = [nth for nth, (metric, _, _) in enumerate(LOGP_ROWS) if metric in _NO_RATIO]
+    rows: list[list[object]] = []
+    for nth, row in enumerate(zip(*measures.values(), strict=True)):
+        cells: list[object] = [row[0].name, "share of n" if row[0].unit == "share" else row[0].unit]
+        cells += [Markdown(f"{NONE} ({DENSE})") if m.note == DENSE else m.shown for m in row]
+        if moe and dense:
+            by_label = dict(zip(measures, row, strict=True))
+            above, below = by_label[moe].value, by_label[dense].value
+            cells.append(Markdown(NONE if nth in skip else times(above, below)))
+        rows.append(cells)
+    rows.append(["tokens scored by both arms", "token", *[count(pair.get("n_tokens")) for pair in pairs.values()]])
+    rows.append(["prompts (unit of resampling)", "prompt", *[count(pair.get("n_prompts")) for pair in pairs.values()]])
+    rows = [row + [NONE] * (len(header) - len(row)) for row in rows]
+    return table(header, rows, range(2, len(header)), "Values side by side; intervals and floors stand below")
+
+
+def _picture_sections(
+    pairs: Mapping[str, Summary], frames: Mapping[str, Frames], pictures: Mapping[str, Picture]
+) -> list[Section | None]:
+    sections = []
+    placed = {KEY_FIGURE}
+    for anchor, title, names in _PLACES:
+        placed.update(names)
+        blocks: list[Block] = [pictures[name] for name in names if name in pictures]
+        blocks = [*_agreement_blocks(pairs, frames), *blocks] if anchor == "depth" else blocks
+        sections.append(section(anchor, title, *blocks))
+    rest = [picture for name, picture in pictures.items() if name not in placed]
+    return [*sections, section("further-figures", "Further figures", *rest)]
+
+
+def _agreement_blocks(pairs: Mapping[str, Summary], frames: Mapping[str, Frames]) -> list[Block]:
+    blocks: list[Block] = []
+    for label, pair in pairs.items():
+        frame = frames.get(label, {}).get("agreement_by_layer")
+        if not pair.get("routing"):
+            blocks.append(Markdown(f"{plain(label)} is a dense model: it has no routing to compare."))
+        elif frame is not None and len(frame):
+            blocks += [Markdown(f"**{plain(label)}**"), tables.agreement_table(frame)]
+    is_any_moe = any(pair.get("routing") for pair in pairs.values())
+    return [*blocks, definitions.REORDER_WORDS] if is_any_moe else blocks
+
+
+def _environment_blocks(environments: Environments) -> list[Block]:
+    """One table per pair of runs: which facts differ, arm by arm; whether it matters is for the floors to say."""
+    blocks: list[Block] = []
+    for what, comparisons in environments.items():
+        found = [(arm.arm, difference) for arm in comparisons for difference in arm.differences]
+        missing = [f"arm {plain(arm.arm)}: {arm.missing_in} has none" for arm in comparisons if arm.missing_in]
+        n_facts = sum(arm.n_facts for arm in comparisons)
+        words = [f"**{plain(what)}**: {count(len(found))} of {count(n_facts, 'fact')} differ", *missing]
+        blocks.append(Markdown("; ".join(words) + "."))
+        if found:
+            rows = [[arm, d.section, code(d.name), code(d.a), code(d.b)] for arm, d in found[:_N_DIFFERENCES]]
+            header = ["arm", "section", "fact", "A", "B"]
+            cut = f", the first {_N_DIFFERENCES}" if len(found) > _N_DIFFERENCES else ""
+            blocks.append(
+                table(header, rows, caption=f"{what}: what differs{cut}", is_list=True, n_markdown=_N_MARKDOWN)
+            )
+    return blocks
+
+
+def _provenance(runs: Mapping[str, Summary]) -> list[Block]:
+    return [block for label, run in runs.items() for block in (Markdown(f"**{plain(label)}**"), provenance_table(run))]

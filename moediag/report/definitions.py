@@ -1,0 +1,121 @@
+"""What every number of a page means, which end is good, and what no number here can show."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from moediag.report.blocks import Bullets, Table, table
+from moediag.report.text import Markdown
+
+SIGN_WORDS: Final = Markdown(
+    "Sign: **logp_diff = logp_train − logp_infer** [nat], ratio = exp(logp\\_diff) = π_train / π_infer. "
+    "Intervals are 95 %, clustered by prompt."
+)
+
+REORDER_WORDS: Final = Markdown(
+    "*Reordered* is the same set in another order: harmless, since gate weights go with their ids. A rate near 100 % "
+    "only says that one engine does not sort its experts by score (vLLM's CPU router does not)."
+)
+
+_ROWS: Final = (
+    ("abs logp diff", "abs(logp_train − logp_infer) of the sampled token", "nat", "lower is better",
+     "the mean tells the body, p99 and F(2) the tail; reports of collapse point at the tail"),
+    ("k1, k2, k3", "mean of −logp_diff; of logp_diff² / 2; of ratio − 1 − logp_diff", "nat", "0 is best",
+     "estimates of KL(infer ‖ train) from tokens sampled by infer: at temperature 1 without top-p, top-k or min-p, k1 "
+     "and k3 are unbiased, k2 is biased; on forced or truncated sampling none is a KL"),
+    ("mean ratio", "mean of pi_train / pi_infer", "1", "1 is best",
+     "1 in expectation under honest sampling: the cheapest check that both arms mean the same thing"),
+    ("F(tau)", "share of tokens whose ratio or its inverse exceeds tau", "share of n", "lower is better",
+     "F(2) is what R3 plots; a tail, so few tokens carry it"),
+    ("abs prob diff", "abs(p_train − p_infer)", "1", "lower is better", "blind to unlikely tokens"),
+    ("prob mult error", "mean of exp(abs(logp_diff))", "1", "1 is best", "NeMo-RL's token_mult_prob_error"),
+    ("effective sample size", "(sum w)² / (n sum w²), w = ratio", "share of n", "1 is best",
+     "what importance weights leave of the sample"),
+    ("chi2", "mean of ratio² − 1", "1", "0 is best", "dominated by the largest ratios"),
+    ("log perplexity gap", "log ppl_train − log ppl_infer of a response", "nat", "0 is best", "as verl prints it"),
+    ("flip", "the top-K expert set differs between the arms", "share of n", "lower is better",
+     "the same set in another order is a reorder, which is harmless; the routing behind a token's log-probability is "
+     "that of the token before it"),
+    ("margin", "K-th minus (K+1)-th choice score", "score", "larger is safer",
+     "a choice can flip only where the margin is smaller than the perturbation"),
+    ("overlap", "mean share of the K experts that both arms chose", "share of n", "higher is better", ""),
+    ("cost of a flip", "mean of flipped tokens − mean of unflipped tokens of the same p_infer and position", "nat",
+     "lower is better", "an association: only replay shows a cause"),
+    ("log-ratio of a response", "sum of logp_diff over its tokens", "nat", "0 is best",
+     "what sequence-level corrections see"),
+    ("masked", "tokens whose ratio leaves the closed band: weight 0, no update", "share of n", "lower loses less",
+     "presets are not portable between stacks"),
+    ("floor", "the same number of one engine against itself", "the number's", "lower is better",
+     "a number without a floor says nothing of noise"),
+)  # fmt: skip
+
+
+def definition_table() -> Table:
+    """Every number: formula, unit, direction, what it tells."""
+    return table(["number", "formula", "unit", "good end", "what to know"], _ROWS, caption="Definitions")
+
+
+DASH_WORDS: Final = Markdown(
+    "**–** means there is no number, and the reason stands beside it where there is one; it never means 0. Shares that "
+    "were never (or always) seen have bounds that count every prompt as a single trial, the most cautious reading."
+)
+
+
+def limits(is_floored: bool) -> Bullets:
+    """What the numbers of a run cannot show."""
+    engines = (
+        "A floor says how far an engine is from itself, not from the truth: both may be off in the same way."
+        if is_floored
+        else "No A/A floor was measured: neither arm was compared with itself, so a part of the mismatch, perhaps all, "
+        "may be each engine's own noise."
+    )
+    return Bullets(
+        (
+            Markdown(
+                "**That training will be stable.** No offline number can show that: these are two engines at one set "
+                "of weights, before any update."
+            ),
+            Markdown(f"**Which engine is off.** {engines}"),
+            Markdown(
+                "**What causes what.** Flips and mismatch standing together on a token do not show that the flip made "
+                "the mismatch."
+            ),
+            Markdown(
+                "**Other text.** The intervals cover other prompts like these, not other domains, lengths, batch "
+                "sizes or checkpoints."
+            ),
+        )
+    )
+
+
+def comparison_limits() -> Bullets:
+    """What a comparison of runs cannot show."""
+    return Bullets(
+        (
+            Markdown("**That training will be stable.** No offline number can show that."),
+            Markdown(
+                "**That routing alone makes the difference.** The runs differ in more than their routers: weights, "
+                "sizes, and the text each of them sampled."
+            ),
+            Markdown(
+                "**What is noise.** Where a run has no floor, a ratio of two mismatches is not a ratio of two effects "
+                "above a floor; intervals that overlap do not show that two runs are equal."
+            ),
+        )
+    )
+
+
+def reference_table() -> Table:
+    """Numbers published elsewhere."""
+    rows = [
+        ("k3 [nat]", "1.535e-3", "Qwen3-30B-A3B, SGLang against Megatron", "R3, arXiv 2510.11370"),
+        ("k3 [nat]", "6.4e-4", "Qwen3-8B (dense), same stack", "R3"),
+        ("k3 [nat]", "8.4e-4", "Qwen3-30B-A3B, two Megatron forwards of the same text", "R3"),
+        ("k3 [nat]", "7.5e-4", "Qwen3-30B-A3B, infer's routing replayed", "R3"),
+        ("flip rate", "about 10 %", "Qwen3-30B-A3B; 94 % of tokens differ somewhere", "R3"),
+        ("F(2)", "2.54e-4", "Qwen3-30B-A3B; 5.83e-6 with replay", "R3"),
+        ("mean abs logp diff [nat]", "0.019", "Qwen3-30B-A3B; 0.013 with replay", "vime"),
+        ("mean abs logp diff [nat]", "0.018", "Qwen3-30B-A3B", "vLLM, GB200"),
+    ]
+    caption = "Published elsewhere; other stacks; not thresholds"
+    return table(["number", "published", "model and stack", "source"], rows, [1], caption)

@@ -1,0 +1,93 @@
+"""What was compared and how it was made: engines side by side, model, sampling, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from moediag.figures.numbers import NONE
+from moediag.notation import INFER, TRAIN
+from moediag.report.blocks import Block, Table, table
+from moediag.report.measures import Summary, lookup
+from moediag.report.tables import facts_table
+from moediag.report.text import Markdown, code, one_line, plain
+
+_N_MARKDOWN: Final = 40
+
+_ARM_FACTS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
+    ("dtype", ("dtype",)),
+    ("how it scored", ("path",)),
+    ("device", ("loaded.device",)),
+    ("accelerator", ("loaded.accelerator",)),
+    ("torch", ("versions.torch",)),
+    ("attention", ("loaded.attention_backends", "loaded.attn_implementation")),
+    ("experts", ("loaded.experts_kernel", "loaded.experts_implementation")),
+    ("router: weight", ("router_dtypes.weight",)),
+    ("router: matmul", ("router_dtypes.matmul",)),
+    ("router: score", ("router_dtypes.score",)),
+    ("router: gate", ("router_dtypes.gate",)),
+    ("threads", ("loaded.n_threads",)),
+)
+"""Words and the names, by engine, under which arm.json keeps the fact."""
+
+_SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "n", "seed", "ignore_eos")
+
+
+def model_name(summary: Summary) -> str:
+    """The last part of the model's path, else its architecture."""
+    model = summary.get("model") or {}
+    return one_line(Path(str(model.get("path") or model.get("architecture") or "model")).name) or "model"
+
+
+def model_facts(summary: Summary) -> dict[str, Any]:
+    """The few facts that tell models apart."""
+    model = summary.get("model") or {}
+    return {key: model.get(key) for key in ("path", "architecture", "n_moe_layers", "n_experts", "top_k")}
+
+
+def compared_blocks(summary: Summary) -> list[Block]:
+    """Both arms side by side, then model and sampling."""
+    arms: Mapping[str, Any] = summary.get("arms") or {}
+    both = [arms.get(arm) or {} for arm in (INFER, TRAIN)]
+    rows = [["engine", *map(_engine, both)]]
+    rows += [[words, *(_fact(arm, names) for arm in both)] for words, names in _ARM_FACTS]
+    rows = [row for row in rows if any(cell != NONE for cell in row[1:])]
+    return [table(["", INFER, TRAIN], rows, caption="The two arms"), _model_words(summary), _sampling_words(summary)]
+
+
+def _engine(arm: Mapping[str, Any]) -> Markdown:
+    name = str(arm.get("engine") or "")
+    version = (arm.get("versions") or {}).get(name) or arm.get("version") or ""
+    return code(f"{name} {version}".strip())
+
+
+def _fact(arm: Mapping[str, Any], names: tuple[str, ...]) -> Markdown:
+    found = next((value for name in names if (value := lookup(arm, name)) is not None), None)
+    return code(", ".join(map(str, found)) if isinstance(found, list) else "" if found is None else found)
+
+
+def _model_words(summary: Summary) -> Markdown:
+    model = summary.get("model") or {}
+    layers = model.get("n_moe_layers")
+    routing = (
+        f"{layers} MoE layers of {model.get('n_decoder_layers') or '?'}, top-{model.get('top_k')} of "
+        f"{model.get('n_experts')} experts"
+        if layers
+        else "dense"
+    )
+    return Markdown(f"Model {code(model_name(summary))}: {plain(model.get('architecture') or '?')}; {plain(routing)}.")
+
+
+def _sampling_words(summary: Summary) -> Markdown:
+    sampling = summary.get("sampling") or {}
+    said = ", ".join(f"{key} {sampling[key]}" for key in _SAMPLING if sampling.get(key) is not None)
+    how = "given completions, scored and not sampled" if sampling.get("given_completions") else "sampled by infer"
+    return Markdown(f"Responses: {how}; {plain(said or 'parameters not recorded')}.")
+
+
+def provenance_table(summary: Summary) -> Table:
+    """Engines, versions, dtypes, sampling, seeds, digests."""
+    facts = {key: dict(summary.get(key) or {}) for key in ("model", "sampling", "provenance", "arms")}
+    facts["provenance"].pop("frames", None)  # digests of derived files: for the reader of summary.json, not of a page
+    return facts_table(facts, "Engines, versions, dtypes, sampling, seeds, digests", _N_MARKDOWN)

@@ -1,0 +1,151 @@
+"""The figures of a run as a set: which are written, which are left out and why, and that odd runs end in words."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from synthetic_frames import blank_run, make_run
+
+from moediag.figures import (
+    COLUMN_WIDTH,
+    FIGURES,
+    FULL_WIDTH,
+    draw_comparison_figures,
+    draw_run_figures,
+    figures_left_out,
+    plot_expert_swaps,
+    plot_figure1,
+    plot_flip_costs,
+    plot_flip_map,
+    plot_flips_per_token,
+    plot_logp_diff_by_p_infer,
+    plot_margins,
+    plot_margins_by_layer,
+    plot_ratio_histogram,
+    plot_sequence_drift,
+    plot_tail_curve,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+ROUTING = {name for name, kind in FIGURES.items() if kind.is_routing}
+DIFFERENCES = {"tail_curve", "ratio_histogram", "logp_diff_by_p_infer", "position_drift", "sequence_drift"}
+
+
+@pytest.fixture(scope="module")
+def moe():
+    return make_run(n_tokens=4096)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return make_run(n_tokens=2048, n_layers=0, seed=1)
+
+
+def ids_only(frames):
+    return {**frames, "margin_curve": frames["margin_curve"].iloc[:0], "margin_noise": frames["margin_noise"].iloc[:0]}
+
+
+def test_comparison_writes_every_figure_in_every_format_and_modest_size(moe, dense, tmp_path):
+    paths = draw_comparison_figures({"moe": moe, "dense": dense}, tmp_path)
+    assert [path.name for path in paths] == [f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg", "pdf")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
+    for path in paths:
+        assert 5_000 < path.stat().st_size < 250_000, path.name
+
+
+def test_the_same_frames_give_the_same_bytes(moe, tmp_path):
+    first, second = (draw_run_figures(moe, tmp_path / nth, "moe", kinds=("svg",)) for nth in ("a", "b"))
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
+
+
+def test_a_dense_run_has_no_routing_figure_and_the_reason_is_there(dense, tmp_path):
+    written = {
+        path.stem for path in draw_run_figures({**dense, "margin_curve": None}, tmp_path, "dense", kinds=["png"])
+    }
+    left_out = figures_left_out({"dense": dense})
+    assert written == {*FIGURES} - ROUTING == {*FIGURES} - {*left_out}
+    assert set(left_out.values()) == {"a dense model has no routing"}
+
+
+def test_ids_without_margins_leave_out_the_margin_figures_only(moe):
+    assert figures_left_out({"moe": ids_only(moe)}) == dict.fromkeys(
+        ("margins", "margins_by_layer"), "no margins were captured (expert ids only)"
+    )
+
+
+def test_a_self_pair_leaves_out_what_would_be_an_empty_axis():
+    frames = make_run(n_tokens=512, scale=0)
+    left_out = figures_left_out({"moe": frames})
+    assert {name for name, why in left_out.items() if why == "no scored token differs, bit for bit"} == DIFFERENCES
+    assert left_out["flip_map"] == "no expert set flipped in 3,072 choices"
+    assert {"figure1", "agreement_by_depth", "margins"} == {*FIGURES} - {*left_out}
+
+
+def test_a_frame_that_an_older_analysis_did_not_write_is_named(moe):
+    older = {name: frame for name, frame in moe.items() if name != "expert_swaps"}
+    assert figures_left_out({"moe": older}) == {
+        "expert_swaps": "its analysis holds no frame expert_swaps; run moediag analyze again"
+    }
+
+
+def test_reasons_of_several_runs_are_told_apart(dense):
+    assert (
+        "a: a dense model has no routing; b: no expert set flipped"
+        in (figures_left_out({"a": dense, "b": make_run(n_tokens=512, scale=0)})["flip_map"])
+    )
+
+
+@pytest.mark.parametrize("width", [COLUMN_WIDTH, 7.0])
+@pytest.mark.parametrize(
+    "case", ["one token", "few tokens", "blank", "self", "one layer", "ids only", "deep", "hostile label", "far ratios"]
+)
+def test_odd_runs_are_drawn_or_left_out_without_a_warning(case, width, tmp_path):
+    """Laid out, not saved: a warning or an error of any figure fails the test."""
+    frames = {
+        "one token": lambda: make_run(n_tokens=1, n_prompts=1),
+        "few tokens": lambda: make_run(n_tokens=8, n_prompts=4),
+        "blank": lambda: blank_run(make_run(n_tokens=128)),
+        "self": lambda: make_run(n_tokens=128, scale=0),
+        "one layer": lambda: make_run(n_tokens=512, n_layers=1),
+        "ids only": lambda: ids_only(make_run(n_tokens=512)),
+        "deep": lambda: make_run(n_tokens=1024, n_layers=94, n_experts=256),
+        "hostile label": lambda: make_run(n_tokens=512, n_layers=2),
+        "far ratios": lambda: make_run(n_tokens=512, scale=60.0),
+    }[case]()
+    label = "_$\\frac{$ 模型\n<b>" if case == "hostile label" else "run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw_run_figures(frames, tmp_path, label, kinds=(), width=width) == []
+    assert set(figures_left_out({label: frames})) <= {*FIGURES} - {"figure1"}
+
+
+PLOTS = {
+    "figure1": plot_figure1,
+    "tail_curve": plot_tail_curve,
+    "ratio_histogram": plot_ratio_histogram,
+    "logp_diff_by_p_infer": plot_logp_diff_by_p_infer,
+    "sequence_drift": plot_sequence_drift,
+    "flips_per_token": plot_flips_per_token,
+    "flip_map": plot_flip_map,
+    "margins": plot_margins,
+    "margins_by_layer": plot_margins_by_layer,
+    "flip_costs": plot_flip_costs,
+    "expert_swaps": plot_expert_swaps,
+}
+
+
+@pytest.mark.parametrize("width", [COLUMN_WIDTH, FULL_WIDTH])
+@pytest.mark.parametrize("name", PLOTS)
+def test_nothing_runs_out_of_the_figure_in_a_column_or_across_the_page(name, width, moe):
+    """In a column a legend and a title ran over the edge and were cut."""
+    figure = PLOTS[name](*({"Qwen3-30B-A3B": moe[frame]} for frame in FIGURES[name].frames), width=width)
+    figure.draw_without_rendering()
+    box, (drawn_width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert drawn_width == width
+    assert box.x0 > -0.02
+    assert box.y0 > -0.02
+    assert box.x1 < width + 0.02
+    assert box.y1 < height + 0.02

@@ -1,0 +1,383 @@
+"""report.html: one file, nothing loaded, every text escaped, and the numbers of report.md and summary.json."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from synthetic_frames import empty_frame, make_run, make_summary
+
+from moediag.analysis import declarations as declared
+from moediag.frames import declared_frames
+from moediag.report import TokenTexts, comparison_page, html_page, markdown_page, run_page
+from moediag.report.blocks import Table
+from moediag.report.decode import WITHHELD, TokenText
+from moediag.report.text import code, one_line, plain, to_html, visible
+from moediag.run.environment import ArmComparison, Difference
+
+HOSTILE = (
+    "<script>alert(1)</script>\"'><img src=http://e.org/x onerror=alert(1)>\u202eabc\x00\x1b[31m\ud800 `*b*` [l](#x)"
+)
+ALLOWED = {
+    "html", "head", "meta", "title", "style", "body", "a", "header", "h1", "div", "section", "p", "span", "ul", "li",
+    "main", "table", "caption", "thead", "tbody", "tr", "th", "td", "figure", "img", "figcaption", "strong", "em",
+    "code", "pre", "nav", "h2", "script",
+}  # fmt: skip
+ISSUE_LIMIT = 65536  # characters that a code host takes in one comment
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+M8AAAMBAQAY3Y2wAAAAAElFTkSuQmCC")
+FLOORS = {
+    "train": {"arm": "train-repeat", "pair": "train~train-repeat", "what": "padded batches of 4",
+              "is_bit_exact": False, "n_tokens": 2048, "mean": 0.0007, "p99": 0.004, "max": 0.05, "flip_rate": 0.001},
+    "infer": {"arm": "infer-redecode", "pair": "infer~infer-redecode", "what": "decode again",
+              "is_bit_exact": True, "n_tokens": 2048, "mean": 0.0, "p99": 0.0, "max": 0.0, "flip_rate": 0.0},
+    "metrics": {
+        "abs_logp_diff.mean": {"floor": 0.0007, "rule": "sum", "is_bit_exact": False, "ratio": 25.9, "note": ""},
+        "abs_logp_diff.p99": {"floor": 0.004, "rule": "larger", "is_bit_exact": False, "ratio": 50.2, "note": ""},
+        "kl_infer_train_k3": {"floor": 0.0, "rule": "larger", "is_bit_exact": False, "ratio": None, "note": ""},
+        "extreme_share_2": {"floor": None, "rule": "larger", "is_bit_exact": False, "ratio": None, "note": ""},
+        "flip_rate": {"floor": 0.001, "rule": "sum", "is_bit_exact": False, "ratio": 23.4, "note": ""},
+        "any_layer_share": {"floor": 0.005, "rule": "sum", "is_bit_exact": False, "ratio": 21.9,
+                            "note": "infer side not measured"},
+    },
+    "decode_vs_prefill": {"pair": "infer~infer-rescore", "what": "prefill", "mean": 0.0, "p99": 0.0, "max": 0.0,
+                          "is_bit_exact": True},
+    "noise": [{"arm": "train-perturbed", "pair": "train~train-perturbed", "what": "one ulp", "mean": 0.016,
+               "flip_rate": 0.024}],
+}  # fmt: skip
+VERDICT = {"word": "above floor", "reason": "more than each from itself", "evidence": ["25.9 times its floor"]}
+
+
+class Parsed(HTMLParser):
+    """Elements, attributes, and text as a browser would show it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self._cell: list[str] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("th", "td"):
+            self._cell = []
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("th", "td") and self._cell is not None:
+            self.tables[-1][-1].append(" ".join("".join(self._cell).split()))
+            self._cell = None
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._cell is not None:
+            self._cell.append(data)
+
+
+@pytest.fixture(scope="module")
+def moe() -> dict[str, pd.DataFrame]:
+    return with_worst(make_run(n_tokens=1024))
+
+
+@pytest.fixture(scope="module")
+def dense() -> dict[str, pd.DataFrame]:
+    return with_worst(make_run(n_tokens=512, n_layers=0, seed=1))
+
+
+def with_worst(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    tokens = frames["tokens"].head(15)
+    worst = tokens.assign(rank=range(len(tokens)), logp_diff=tokens["logp_train"].astype(float) - tokens["logp_infer"])
+    columns = [column.name for column in declared.WORST_TOKENS.columns]
+    return {**frames, "worst_tokens": declared.WORST_TOKENS.validate(worst[columns])}
+
+
+def summary_of(frames: dict[str, pd.DataFrame], floors: object = FLOORS, **model: object) -> dict[str, object]:
+    return {**make_summary(frames, **model), "floors": floors, "verdict": VERDICT}
+
+
+def open_lines(text: str) -> int:
+    return re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL).count("\n")
+
+
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    """Tables of a markdown page as a code host renders them."""
+    text = re.sub(r"</?details>(<summary>.*?</summary>)?", "\n", text)
+    return Parsed(MarkdownIt("commonmark", {"html": False}).enable("table").render(text)).tables
+
+
+def hostile_page(frames: dict[str, pd.DataFrame]) -> object:
+    summary = summary_of(frames, path=HOSTILE, architecture=HOSTILE)
+    summary["verdict"] = {"word": "cannot tell", "reason": HOSTILE, "evidence": [HOSTILE]}
+    summary["arms"]["infer"].update(engine=HOSTILE, path=HOSTILE)
+    summary["provenance"][HOSTILE] = HOSTILE
+    summary["floors"] = json.loads(json.dumps(FLOORS).replace("padded batches of 4", json.dumps(HOSTILE)[1:-1]))
+    stored = HOSTILE.replace("\ud800", "")  # parquet takes no half characters
+    frames = {**frames, "corrections": frames["corrections"].assign(source=stored, method=stored)}
+    keys = zip(frames["worst_tokens"]["seq_id"], frames["worst_tokens"]["position"], strict=True)
+    texts = TokenTexts({(int(s), int(p)): TokenText(HOSTILE * 9, HOSTILE) for s, p in keys}, HOSTILE)
+    return run_page(summary, frames, [], texts=texts, regenerate=[f"moediag report '{HOSTILE}'"])
+
+
+def test_nothing_is_loaded_and_a_policy_says_so(moe: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    figure = tmp_path / "figures" / "figure1.png"
+    figure.parent.mkdir()
+    figure.write_bytes(PNG)
+    text = html_page(run_page(summary_of(moe), moe, [figure]))
+    parsed = Parsed(text)
+    for tag, attributes in parsed.elements:
+        assert tag in ALLOWED
+        assert not {"srcset", "action", "data", "poster", "style"} & attributes.keys()
+        assert not [name for name in attributes if name.startswith("on")]
+        assert (attributes.get("src") or "data:").startswith("data:")
+        assert (attributes.get("href") or "#").startswith("#")
+    policy = next(a["content"] for t, a in parsed.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:; ")
+    for tag in ("style", "script"):
+        (body,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        assert not re.search(r"url\(|@import|fetch\(|https?:", body)
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy, "else the browser would not run our own"
+    image = next(a for t, a in parsed.elements if t == "img")
+    assert base64.b64decode(image["src"].partition(",")[2]) == PNG
+    assert (image["width"], image["height"]) == ("1", "1")
+    assert len(image["alt"]) > 20
+
+
+def test_hostile_text_is_text(moe: dict[str, pd.DataFrame]) -> None:
+    """A model's path, an engine's name, a floor's words, a token: markup, control and direction characters in each."""
+    text = html_page(hostile_page(moe))
+    parsed = Parsed(text)
+    assert {tag for tag, _ in parsed.elements} <= ALLOWED
+    assert [tag for tag, _ in parsed.elements].count("script") == 1
+    assert "img" not in {tag for tag, _ in parsed.elements}
+    assert all((a.get("href") or "#").startswith("#") for _, a in parsed.elements)
+    assert parsed.text.count("<script>alert(1)</script>") > 20, "it is there to be read"
+    for hidden in "\u202e\x00\x1b\ud800":
+        assert hidden not in text
+    assert r"\u202eabc\x00\x1b[31m\ud800" in parsed.text, "what cannot be seen in a token is spelt out"
+    markdown = markdown_page(hostile_page(moe))
+    rendered = Parsed(MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown))
+    assert "script" not in {tag for tag, _ in rendered.elements}
+    assert "img" not in {tag for tag, _ in rendered.elements}
+    for page in (text, markdown):
+        page.encode()
+
+
+@given(st.text())
+def test_any_text_comes_through_both_ways_unchanged(text: str) -> None:
+    wanted = one_line(text)
+    for make in (plain, code):
+        markup = make(text)
+        parsed = Parsed(str(to_html(markup)))
+        assert {tag for tag, _ in parsed.elements} <= ({"code"} if make is code else set())
+        assert parsed.text.replace("\u00a0", " ") == (wanted or ("–" if make is code else ""))
+
+
+@given(st.text(alphabet=st.characters(codec=None)))
+def test_visible_text_is_one_line_that_can_be_written(text: str) -> None:
+    shown = visible(text, 50)
+    shown.encode()
+    assert "\n" not in shown
+    assert shown == one_line(shown) or "  " in shown
+
+
+def test_numbers_are_the_same_in_markdown_html_and_summary(moe: dict[str, pd.DataFrame]) -> None:
+    summary = summary_of(moe)
+    page = run_page(summary, moe, [])
+    shown, written = Parsed(html_page(page)).tables, markdown_tables(markdown_page(page))
+    blocks = [block for block in page.first if isinstance(block, Table)]
+    blocks += [block for part in page.sections for block in part.blocks if isinstance(block, Table)]
+    assert len(shown) == len(written) == len(blocks) > 15
+    for block, in_html, in_markdown in zip(blocks, shown, written, strict=True):
+        assert len(in_html) == 1 + len(block.rows)
+        assert in_markdown == in_html[: len(in_markdown)], block.caption
+        assert len(in_markdown) == 1 + len(block.rows[: block.n_markdown])
+    pair = summary["pairs"]["infer~train"]
+    logp, routing = pair["logp"], pair["routing"]
+    wanted = [*(logp["abs_logp_diff"][name] for name in ("mean", "p99")), logp["kl_infer_train_k3"]]
+    wanted += [routing["flip_rate"], routing["any_layer_share"]]
+    found = [float(row[1].removesuffix(" %")) / (100 if row[1].endswith("%") else 1) for row in shown[0][1:]]
+    assert found == pytest.approx(wanted, rel=0.01)
+
+
+def test_every_table_says_what_it_shows_and_headings_are_in_order(moe: dict[str, pd.DataFrame]) -> None:
+    page = run_page(summary_of(moe), moe, [])
+    text = html_page(page)
+    tags = [tag for tag, _ in Parsed(text).elements]
+    assert tags.count("table") == tags.count("caption")
+    assert tags.count("h1") == 1
+    assert tags.count("h2") == len(page.sections)
+    assert all(re.search(r"<caption>.{8,}", part) for part in text.split("<table>")[1:])
+    anchors = re.findall(r'<section id="([\w-]+)"', text)
+    assert len(anchors) == len(set(anchors))
+    assert set(re.findall(r'href="#([\w-]+)"', text)) <= set(anchors)
+
+
+def test_floors_stand_beside_the_numbers(moe: dict[str, pd.DataFrame]) -> None:
+    rows = {row[0]: row for row in Parsed(html_page(run_page(summary_of(moe), moe, []))).tables[0]}
+    assert rows["abs logp diff, mean"][3:5] == ["0.000700", "26×"]
+    assert rows["KL(infer‖train), k3"][3:5] == ["0", "–"], "no ratio to a floor of 0"
+    assert rows["flip rate: expert set differs"][3:5] == ["0.10 %", "23×"]
+    assert rows["tokens with a flip in any layer"][3] == "0.50 % (infer side not measured)"
+    text = markdown_page(run_page(summary_of(moe), moe, []))
+    assert "**Verdict: above floor**: more than each from itself." in text
+    assert "- 25.9 times its floor\n" in text
+    assert "infer's from `infer~infer-redecode` (decode again): bit-exact" in text
+    assert "| noise scale | `train~train-perturbed` | one ulp | 0.0160 |" in text
+
+
+def test_a_bit_exact_floor_is_called_so_and_half_a_floor_names_the_other_half(moe: dict[str, pd.DataFrame]) -> None:
+    mean = {"floor": 0.0, "rule": "sum", "is_bit_exact": True, "ratio": None, "note": ""}
+    floors = {**FLOORS, "train": None, "metrics": {"abs_logp_diff.mean": mean}}
+    text = html_page(run_page(summary_of(moe, floors), moe, []))
+    first = Parsed(text).tables[0]
+    assert first[1][3:5] == ["bit-exact", "–"]
+    assert first[2][3:5] == ["–", "–"], "a number that has no floor is not said to lack one"
+    assert "train's was not measured" in Parsed(text).text
+
+
+def test_without_text_no_token_is_on_any_page(moe: dict[str, pd.DataFrame]) -> None:
+    marked = {**moe, "worst_tokens": moe["worst_tokens"].assign(token_id=987654321)}
+    for texts, is_shown in ((TokenTexts(), True), (WITHHELD, False)):
+        page = run_page(summary_of(marked), marked, [], texts=texts)
+        for text in (html_page(page), markdown_page(page)):
+            assert ("987654321" in text) == is_shown
+            assert bool(re.search(r">before it</th>|\| before it \| token", text)) == is_shown
+            assert plain(texts.note) in text
+
+
+def test_the_token_stands_after_what_is_before_it(moe: dict[str, pd.DataFrame]) -> None:
+    row = moe["worst_tokens"].iloc[0]
+    texts = TokenTexts({(int(row["seq_id"]), int(row["position"])): TokenText("to be or", " not")}, "Decoded.")
+    page = run_page(summary_of(moe), moe, [], texts=texts)
+    table = next(t for t in Parsed(html_page(page)).tables if "before it" in t[0])
+    assert table[1][-2:] == ["to be or", "␣not"]
+    assert table[2][-2] == "–", "no text for this one: its id"
+
+
+def test_the_same_input_gives_the_same_bytes(moe: dict[str, pd.DataFrame]) -> None:
+    first, second = (html_page(run_page(summary_of(moe), moe, [])) for _ in range(2))
+    assert first == second
+    assert not re.search(r"20[2-9]\d-\d\d-\d\d", first), "no date"
+
+
+@pytest.mark.parametrize("n_layers", [0, 6, 96])
+def test_markdown_is_short_enough_for_an_issue(n_layers: int) -> None:
+    frames = with_worst(make_run(n_tokens=256, n_layers=n_layers))
+    summary = summary_of(frames)
+    summary["verdict"] = {**VERDICT, "evidence": ["a line"] * 8}
+    summary["sampling"]["top_p"] = 0.9
+    summary["provenance"]["more"] = {f"fact{i}": "x" * 200 for i in range(500)}
+    figures = [Path("run/figures") / f"{name}.png" for name in ("figure1", "tail_curve", "margins", "flip_map", "new")]
+    text = markdown_page(run_page(summary, frames, figures))
+    assert open_lines(text) < 60
+    assert len(text) < ISSUE_LIMIT
+    assert text.count("<details>") == text.count("</details>")
+
+
+@pytest.mark.parametrize("n_runs", [2, 5, 30])
+def test_any_number_of_runs_is_compared_on_one_page(
+    moe: dict[str, pd.DataFrame], dense: dict[str, pd.DataFrame], n_runs: int
+) -> None:
+    frames = {f"run{i}": (moe, dense)[i % 2] for i in range(n_runs)}
+    runs = {label: summary_of(frame) for label, frame in frames.items()}
+    page = comparison_page({"schema_version": 1, "runs": runs}, frames, [])
+    text = markdown_page(page)
+    assert open_lines(text) < 60
+    parsed = Parsed(html_page(page))
+    headline = parsed.tables[0]
+    means = [row for row in headline if row[0] == "abs logp diff, mean"]
+    assert [row[1] for row in means] == list(runs)
+    assert all(" to " in row[3] and row[4] == "0.000700" and row[5] == "26×" for row in means)
+    assert len([row for row in headline if row[0].startswith("flip rate")]) == (n_runs + 1) // 2, "dense runs have none"
+    assert markdown_tables(text)[0] == headline
+    assert {tag for tag, _ in parsed.elements} <= ALLOWED
+
+
+def test_what_ran_differently_is_on_the_comparison(moe: dict[str, pd.DataFrame]) -> None:
+    found = ArmComparison("infer", 40, (Difference("versions", "torch", "2.9<b>", "2.10"),))
+    absent = ArmComparison("train-replay", 0, (), missing_in="B")
+    runs = {"a": summary_of(moe), "b": summary_of(moe)}
+    page = comparison_page({"schema_version": 1, "runs": runs}, {}, [], environments={"A = a, B = b": [found, absent]})
+    text = html_page(page)
+    table = next(t for t in Parsed(text).tables if t[0] == ["arm", "section", "fact", "A", "B"])
+    assert table[1] == ["infer", "versions", "torch", "2.9<b>", "2.10"]
+    assert "1 of 40 facts differ; arm train-replay: B has none." in text
+
+
+def nothing_scored() -> tuple[dict[str, object], dict[str, pd.DataFrame]]:
+    frames = with_worst(make_run(n_tokens=64, n_prompts=4))
+    blank = frames["logp_metrics"].assign(value=np.nan, ci_low=np.nan, ci_high=np.nan, note="nothing scored")
+    summary = summary_of(frames)
+    pair = summary["pairs"]["infer~train"]
+    pair["logp"] = {}
+    pair["routing"] = {"flip_rate": None, "flip_rate_ci": None, "any_layer_share": None, "by_layer": []}
+    pair["flip_cost"] = None
+    return summary, {**frames, "logp_metrics": blank}
+
+
+def degenerate(kind: str) -> tuple[dict[str, object], dict[str, pd.DataFrame]]:
+    if kind == "nothing scored":
+        return nothing_scored()
+    n_layers, n_tokens = (0 if kind == "dense" else 3), (1 if kind == "one token" else 64)
+    frames = with_worst(make_run(n_tokens=n_tokens, n_prompts=1, n_layers=n_layers, n_bins=1))
+    summary = summary_of(frames)
+    if kind == "ids only":
+        frames = {name: frame for name, frame in frames.items() if not name.startswith("margin")}
+    if kind == "empty frames":
+        frames = {spec.name: empty_frame(spec) for spec in declared_frames()}
+    if kind == "no frames":
+        frames = {}
+    if kind == "nothing known":
+        frames, keep = {}, ("schema_version", "pairs")
+        summary = {key: summary[key] for key in keep}
+    if kind == "no floors":
+        summary["floors"] = None
+    if kind == "all NaN":
+        frames = {name: all_nan(name, frame) for name, frame in frames.items()}
+    return summary, frames
+
+
+def all_nan(name: str, frame: pd.DataFrame) -> pd.DataFrame:
+    spec = next(spec for spec in declared_frames() if spec.name == name)
+    return frame.assign(**{column.name: np.nan for column in spec.columns if column.nullable})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["dense", "one token", "ids only", "empty frames", "no frames", "nothing known", "no floors", "all NaN",
+     "nothing scored"],
+)  # fmt: skip
+def test_degenerate_runs_make_a_page(kind: str) -> None:
+    summary, frames = degenerate(kind)
+    page = run_page(summary, frames, [])
+    text, markdown = html_page(page), markdown_page(page)
+    assert not re.search(r"\bnan\b|\bNone\b", Parsed(text).text.replace("None of", ""))
+    assert not re.search(r"\bnan\b|\bNone\b", markdown)
+    assert open_lines(markdown) < 60
+    assert "That training will be stable" in text
+
+
+def test_frames_of_explained_and_forecast_flips_are_shown_when_there(moe: dict[str, pd.DataFrame]) -> None:
+    specs = {spec.name: spec for spec in declared_frames()}
+    wanted = {name: specs[name] for name in ("explained_flips", "forecast_flips") if name in specs}
+    for name, spec in wanted.items():
+        row = {c.name: "words" if c.dtype == "str" else -1 if "layer" in c.name else 0.25 for c in spec.columns}
+        frame = pd.DataFrame([row]).astype({c.name: c.dtype for c in spec.columns})
+        text = html_page(run_page(summary_of(moe), {**moe, name: frame}, []))
+        assert "25.00\u00a0%" in text
+        assert "the noise comes from" in text
