@@ -115,7 +115,7 @@ def test_every_response_is_a_point_and_bins_are_the_frame():
     [
         (None, "Floor: no A/A floor was measured.", 0),
         ("bit-exact", "Floor of the mean: bit-exact.", 0),
-        (Floor(0.0, "repeats"), "Floor of the mean: bit-exact (repeats).", 0),
+        (Floor(0.0, "repeats"), "Floor of the mean: 0 nat (repeats).", 0),
         (Floor(0.0021, "repeats"), "Floor of the mean: 0.0021 nat (repeats).", 1),
     ],
 )

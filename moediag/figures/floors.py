@@ -1,7 +1,7 @@
 """Floors: what the same engine shows against itself, drawn beside the numbers that have to rise above it.
 
-Invariant: a floor that was not measured is said, never drawn as 0; a floor of exactly 0 is "bit-exact" and is
-said, not drawn: a line at 0 would look like a measured size.
+Invariant: a floor that was not measured is said, never drawn as 0; a floor of 0 is said, not drawn: a line at 0 would
+look like a measured size. It is "bit-exact" only where both engines repeated themselves bit for bit.
 """
 
 from __future__ import annotations
