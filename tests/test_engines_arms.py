@@ -58,3 +58,20 @@ def test_unobserved_rollouts_may_have_what_hooks_may_not() -> None:
     assert observable(options) == {"block_size": 32}
     assert "TORCHDYNAMO_DISABLE" in infer_environment(HOOKS)
     assert "TORCHDYNAMO_DISABLE" not in infer_environment(UNOBSERVED)
+
+
+def test_one_ulp_noise_moves_every_value_to_a_neighbour_and_the_same_seed_moves_it_alike() -> None:
+    import torch
+
+    from moediag.engines.perturbation import neighbour, rounded_to_fp8, seed_of
+
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    moved, again = (neighbour(values, torch.Generator().manual_seed(seed_of("a"))) for _ in range(2))
+    assert torch.equal(moved, again)
+    assert bool((moved != values).all())
+    for towards in (torch.inf, -torch.inf):
+        back = torch.nextafter(moved, torch.full_like(moved, towards))
+        assert bool((back == values).any())
+    assert float((moved - values).abs().max() / values.abs().max()) <= torch.finfo(torch.bfloat16).eps
+    rounded = rounded_to_fp8(values)
+    assert 0 < float((rounded - values).abs().max()) <= float(values.abs().max()) / 16  # e4m3: 3 bits of mantissa
