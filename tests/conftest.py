@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,17 +23,27 @@ REPOSITORY = Path(__file__).parent.parent
 MOEDIAG = Path(sys.executable).with_name("moediag")
 
 
-def run_moediag(*arguments: object, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
-    """The installed command in a process of its own, as a user runs it.
+_ENGINE_VARIABLES = {name: os.environ.get(name) for name in INFER_ENVIRONMENT}
 
-    A test that ran vLLM in this process has set its variables here; the command is to set them itself.
+
+@pytest.fixture(autouse=True, scope="module")
+def engine_variables_left_alone() -> Iterator[None]:
+    """Bug: the helper scripts set vLLM's variables when imported, and an option of pytest imported them all.
+
+    The commands of other tests then ran with other threads than the runs they were compared with.
     """
+    yield
+    assert {name: os.environ.get(name) for name in INFER_ENVIRONMENT} == _ENGINE_VARIABLES
+
+
+def run_moediag(*arguments: object, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own, as a user runs it."""
     return subprocess.run(
         [str(MOEDIAG), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**{name: value for name, value in os.environ.items() if name not in INFER_ENVIRONMENT}, **env},
+        env={**os.environ, **env},
         check=False,
     )
 

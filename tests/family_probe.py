@@ -21,8 +21,6 @@ from moediag.engines.fill import fill_missing_shards
 from moediag.engines.launch import INFER_ENVIRONMENT
 from moediag.run.directory import Run, open_run
 
-os.environ.update({name: value for name, value in INFER_ENVIRONMENT.items() if name not in os.environ})
-
 
 class Silent:
     def progress(self, done: float, total: int, unit: str) -> None:
@@ -66,6 +64,7 @@ def main(jobs: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.update({name: value for name, value in INFER_ENVIRONMENT.items() if name not in os.environ})
     main(sys.argv[1:])
     sys.stdout.flush()
     os._exit(0)

@@ -17,8 +17,6 @@ from moediag.engines.launch import FORCED, INFER_ENVIRONMENT
 from moediag.engines.plan import load_prompt_tokens
 from moediag.run.directory import Run, open_run
 
-os.environ.update({name: value for name, value in INFER_ENVIRONMENT.items() if name not in os.environ})
-
 
 def greedy(llm: Any, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     from vllm import SamplingParams
@@ -82,6 +80,7 @@ def main(run_path: str, checkpoint: str, output: str) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.update({name: value for name, value in INFER_ENVIRONMENT.items() if name not in os.environ})
     main(*sys.argv[1:])
     sys.stdout.flush()
     os._exit(0)
