@@ -4,7 +4,7 @@ Synthetic (see tests/synthetic_flips.py): the noise of a token is a log-normal m
 depth and with flips above; experts are popular by Zipf's law. *Explained* is cross-fit on one pair; *forecast* takes
 the noise of one pair to the scores of another with other tokens and other popular experts, then counts its flips.
 
-On a run with router logits on both sides, the variants of DOMAIN.md beside them: one Gaussian sigma, a robust sigma,
+On a run with router logits on both sides, simpler variants beside them: one Gaussian sigma, a robust sigma,
 each token's own sigma (which has seen the token's flip), border noise shuffled between tokens.
 
 Usage: python benchmarks/flip_calibration.py [--prompts 64] [--tokens 300] [--run RUN ...] [--runs-only]

@@ -6,6 +6,7 @@ The table in reports/families.md is this script's output; test_engines_families.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,9 @@ import numpy as np
 import torch
 from families import FAMILIES, make_checkpoint
 
+from moediag.analysis.calibration import POOLED
+from moediag.analysis.prediction import predict_flips
+from moediag.analysis.vocabulary import exact_divergences
 from moediag.engines.arms import ArmRequest
 from moediag.engines.batching import alone
 from moediag.engines.checkpoint import open_checkpoint
@@ -28,6 +32,7 @@ from moediag.engines.rules import rule_agreement_by_layer
 from moediag.hygiene import check_run
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.directory import Run, open_run
+from moediag.run.files import read_sealed, write_sealed
 
 RING = Path(__file__).parent / "fixtures" / "ring-tiny"
 NAMES = (*FAMILIES, "bailing_moe")
@@ -54,6 +59,10 @@ class FamilyMeasures:
     mean_abs_logp_diff: float
     mean_abs_logp_diff_replayed: float
     disagreements: tuple[str, ...]
+    biases: dict[str, list[list[float]] | None]
+    explained: dict[str, float]
+    explained_without_bias: dict[str, float]
+    kl_exact: float
 
 
 def measure(names: tuple[str, ...], dtype: torch.dtype, folder: Path) -> dict[str, FamilyMeasures]:
@@ -67,7 +76,7 @@ def measure(names: tuple[str, ...], dtype: torch.dtype, folder: Path) -> dict[st
         if name == "bailing_moe" and dtype != torch.float32:
             checkpoint = _converted(RING, folder / name, dtype)
         sampling = Sampling(max_tokens=MAX_TOKENS, ignore_eos=True)
-        plan = make_plan(open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full")
+        plan = make_plan(open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full", full_vocab=None)
         runs[name] = plan.create(folder / f"run-{name}", force=False), checkpoint
     told = _capture_in_vllm(runs)
     return {name: _measure(run, checkpoint, told[str(run.path)]) for name, (run, checkpoint) in runs.items()}
@@ -104,6 +113,10 @@ def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures
     tokens, infer = run.tokens(shard), run.capture("infer", shard)
     train, again, replayed = _score_three_ways(engine, tokens, infer)
     rules = rule_agreement_by_layer(run, engine.model)
+    run.begin_arm("train", engine.arm_record({}), engine.correction_bias())
+    engine.capture_shard(shard, lambda n_done: None)
+    exact = exact_divergences(run)
+    assert exact is not None
     routed_T = infer.expert_ids_TLK[:, 0, 0] >= 0  # type: ignore[index]
     logp = {name: torch.cat([part["logp_T"] for part in parts]).numpy() for name, parts in
             (("train", train), ("replayed", replayed))}  # fmt: skip
@@ -132,7 +145,32 @@ def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures
         mean_abs_logp_diff=mean_abs_diff("train"),
         mean_abs_logp_diff_replayed=mean_abs_diff("replayed"),
         disagreements=tuple(run.arm("infer")["disagreements"]),
+        biases={arm: _listed(run.correction_bias(arm)) for arm in ("infer", "train")},
+        explained=_explained(run),
+        explained_without_bias=_explained(_forgetting_bias(run)),
+        kl_exact=float(exact.measures["value"].iloc[0]),
     )
+
+
+def _listed(bias_LE: np.ndarray | None) -> list[list[float]] | None:
+    return None if bias_LE is None else bias_LE.tolist()
+
+
+def _explained(run: Run) -> dict[str, float]:
+    """Explained flip rate of all layers, by method."""
+    frame = predict_flips(run)["explained_flips"]
+    return dict(frame[frame["layer"] == POOLED].set_index("method")["explained"])
+
+
+def _forgetting_bias(run: Run) -> Run:
+    """The run as one from before biases were kept."""
+    old = Path(f"{run.path}-old")
+    shutil.copytree(run.path, old)
+    for arm in ("infer", "train"):
+        record = read_sealed(old / "arms" / arm / "arm.json")
+        record.pop("correction_bias_sha256", None)
+        write_sealed(old / "arms" / arm / "arm.json", record)
+    return open_run(old)
 
 
 def _hooks_change_nothing(engine: TrainEngine, tokens: TokenRows) -> bool:

@@ -14,17 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from families import ENGINE_OPTIONS
-from vllm_probe import greedy
+from vllm_probe import Silent, greedy
 
 from moediag.engines.arms import ArmRequest
 from moediag.engines.fill import fill_missing_shards
 from moediag.engines.launch import INFER_ENVIRONMENT
 from moediag.run.directory import Run, open_run
-
-
-class Silent:
-    def progress(self, done: float, total: int, unit: str) -> None:
-        pass
 
 
 def capture(run: Run, checkpoint: str) -> dict[str, Any]:
@@ -33,7 +28,7 @@ def capture(run: Run, checkpoint: str) -> dict[str, Any]:
     options = ENGINE_OPTIONS.get(Path(checkpoint).name, {})
     request = ArmRequest("infer", {"dtype": run.model["stored_dtype"], "max_model_len": 256, **options})
     engine = InferEngine(run, checkpoint, request)
-    run.begin_arm("infer", engine.arm_record(request.configuration()))
+    run.begin_arm("infer", engine.arm_record(request.configuration()), engine.correction_bias())
     fill_missing_shards(run, "infer", Silent(), engine.capture_shard)  # type: ignore[arg-type]
     prompts = [prompt for _, _, prompt, _ in engine.prompts[:4]]
     results = [greedy(engine.llm, prompts)]

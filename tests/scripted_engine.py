@@ -73,6 +73,7 @@ def create_scripted_run(
     seed: int = 0,
     dense: bool = False,
     force: bool = False,
+    full_vocab: int = 0,
 ) -> Run:
     """The run directory alone, no arm captured; the same arguments open the one that is there."""
     sampling = {
@@ -92,7 +93,13 @@ def create_scripted_run(
     prompts = [_prompt(seed, i) for i in range(n_prompts)]
     manifest = {
         "moediag_version": "0",
-        "configuration": {**sampling, "weights_sha256": "w", "n_prompts": n_prompts, "model": model},
+        "configuration": {
+            **sampling,
+            "weights_sha256": "w",
+            "n_prompts": n_prompts,
+            "model": model,
+            **({"full_vocab": full_vocab} if full_vocab else {}),
+        },
         "model": model,
         "prompts": {"n": n_prompts, "source": "prompts.jsonl", "source_sha256": f"{seed}:{n_prompts}"},
         "completions": False,

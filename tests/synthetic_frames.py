@@ -9,6 +9,7 @@ import pandas as pd
 
 from moediag.analysis import declarations as declared
 from moediag.analysis.attribution import flip_costs
+from moediag.analysis.flip_declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS
 from moediag.analysis.routing import independent_flips
 from moediag.analysis.sequences import drift_by_length, sequence_frame
 from moediag.analysis.strata import metrics_by_stratum
@@ -44,6 +45,7 @@ def make_run(
         "margin_noise": declared.MARGIN_NOISE.validate(_margin_noise(n_tokens, n_layers, scale)),
         "flips_by_layer_position": declared.FLIPS_BY_LAYER_POSITION.validate(_flip_map(flips, tokens, n_bins)),
         "expert_swaps": declared.EXPERT_SWAPS.validate(_swaps(rng, flips, n_experts)),
+        **_predicted(flips, first_decoder_layer),
         "flip_costs": flip_costs(tokens),
         "sequences": sequence_frame(tokens, n_layers),
         "drift_by_length": drift_by_length(sequence_frame(tokens, n_layers)),
@@ -241,6 +243,42 @@ def _swaps(rng, flips, n_experts, top=500):
         ]  # fmt: skip
     frame = pd.DataFrame(rows, columns=[c.name for c in declared.EXPERT_SWAPS.columns])
     return frame.sort_values("n_swaps", ascending=False, kind="stable").head(top)
+
+
+def _predicted(flips, first_decoder_layer):
+    """Explained and forecast flips: the explanation a little too low, an fp8 router flipping twice as much."""
+    n, n_layers = flips.shape
+    rates = [(layer, flips[:, layer].mean(), n) for layer in range(n_layers)]
+    rates = [(-1, flips.mean(), n * n_layers), *rates] if n_layers else []
+    explained, forecasts, curve = [], [], []
+    for layer, rate, choices in rates:
+        half = 2 * np.sqrt(rate * (1 - rate) / choices)
+        where = {"layer": layer, "decoder_layer": layer + first_decoder_layer if layer >= 0 else -1,
+                 "n_choices": choices, "observed": rate, "observed_ci_low": max(rate - half, 0),
+                 "observed_ci_high": rate + half, "calibration_error": 0.03 * rate,
+                 "calibration_error_expected": 0.02 * rate, "calibration_slope": 0.99}  # fmt: skip
+        for method, factor in (("all_pairs", 0.95), ("margin_change", 0.9)):
+            value = factor * rate
+            explained.append({**where, "method": method, "side": "infer", "explained": value, "note": "",
+                              "explained_ci_low": 0.97 * value, "explained_ci_high": 1.03 * value, "gap": rate - value,
+                              "gap_ci_low": rate - value - half, "gap_ci_high": rate - value + half})  # fmt: skip
+            curve += [{"method": method, "layer": layer, "bin_low": low, "bin_high": high, "n_choices": choices // 6,
+                       "predicted": (low + high) / 2, "observed": min(2.0 * low, 1) if rate else 0.0,
+                       "observed_ci_low": low, "observed_ci_high": min(3 * high, 1)}
+                      for low, high in pairwise([0.0, 1e-4, 1e-3, 0.01, 0.1, 0.3, 1.0])]  # fmt: skip
+        sources = (("rounding to fp8", 2, 1.0), ("infer~infer-repeat", 0, 1.0), ("train~train-perturbed", 1, 1.0),
+                   ("train~train-perturbed", 3, 4.0))  # fmt: skip
+        for source, factor, multiplier in sources:
+            value = min(factor * rate, 1.0)
+            forecasts.append({**where, "noise_from": source, "target": "infer", "method": "all_pairs",
+                              "multiplier": multiplier, "forecast": value, "forecast_ci_low": 0.9 * value,
+                              "forecast_ci_high": min(1.1 * value, 1.0), "assumption": f"{source} as is"})  # fmt: skip
+    made = {"explained_flips": explained, "flip_calibration": curve, "forecast_flips": forecasts}
+    specs = (EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS)
+    return {
+        spec.name: spec.validate(pd.DataFrame(made[spec.name], columns=[c.name for c in spec.columns]))
+        for spec in specs
+    }
 
 
 def _margin_quantiles(n):

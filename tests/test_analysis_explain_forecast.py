@@ -104,12 +104,17 @@ def test_a_run_without_the_rule_or_without_arms_predicts_nothing(tmp_path: Path)
     assert predict_flips(make_run(tmp_path / "dense", is_moe=False)) == {}
 
 
-def ruled_run(path: Path, arms: tuple[str, ...]) -> Run:
+def ruled_run(
+    path: Path,
+    arms: tuple[str, ...],
+    rule: RoutingRule = RoutingRule(8, 2, "softmax"),  # noqa: B008 - frozen
+    bias_by_arm: dict[str, list[list[float]]] | None = None,
+) -> Run:
     """Ten prompts, one of each arm's captures in two shards; the manifest names the whole rule."""
     sink = io.BytesIO()
     pd.DataFrame({"prompt_token_ids": [[1, 2]] * 10}).to_parquet(sink)
     facts = dict.fromkeys(("revision", "architecture", "model_type", "n_decoder_layers"))
-    routing = {**asdict(RoutingRule(8, 2, "softmax")), "decoder_layers": [1, 3]}
+    routing = {**asdict(rule), "decoder_layers": [1, 3]}
     run = create_run(path, {
         "configuration": {}, "completions": False, "moediag_version": "0",
         "model": {"name": "tiny", "routing": routing, **facts},
@@ -119,7 +124,7 @@ def ruled_run(path: Path, arms: tuple[str, ...]) -> Run:
     for shard in run.shards:
         run.write_tokens(shard, tokens_of(shard.first_sequence, [(2, 6)] * shard.n_sequences))
     for number, arm in enumerate(arms):
-        run.begin_arm(arm, {"configuration": {}, "engine": arm})
+        run.begin_arm(arm, {"configuration": {}, "engine": arm}, (bias_by_arm or {}).get(arm))
         for shard in run.shards:
             tokens = run.tokens(shard)
             logits = np.random.default_rng(number).normal(size=(len(tokens), 2, 8)).astype(np.float32)

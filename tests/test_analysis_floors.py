@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from synthetic import make_block, make_pair, self_block
 
 from moediag.analysis.floors import LARGER, SUMMED, floors, metric_value, own_side_pairs, verdict
-from moediag.analysis.summary import analyze_pair, pair_summary
+from moediag.analysis.pair_analysis import analyze_pair
+from moediag.analysis.summary import pair_summary
 
 MAIN, TRAIN_FLOOR, INFER_FLOOR = "infer~train", "train-repeat~train", "infer-repeat~infer"
 

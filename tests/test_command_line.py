@@ -220,9 +220,9 @@ _LAYERS = (
     ("notation", "errors", "frames", "prompts"),
     ("run",),
     ("analysis", "corrections", "hygiene"),
-    ("figures",),
+    ("figures", "audit"),
     ("report",),
-    ("results",),
+    ("results", "simulation", "trend", "trend_sources"),
     ("cli",),
 )
 
@@ -230,7 +230,7 @@ _LAYERS = (
 def test_imports_only_point_downwards() -> None:
     """notation, errors <- run <- analysis, corrections, hygiene <- figures <- report <- results <- cli.
 
-    Engines see notation, errors and run only.
+    Engines see notation, errors and run only; the gradient audit sees engines, analysis and corrections.
     """
     level = {name: i for i, names in enumerate(_LAYERS) for name in names}
     level["engines"] = level["demo"] = level["run"] + 0.5  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""IcePop weights and the table of presets."""
+"""Weights of every correction: against plain loops, at their bounds, at the ends of the number line, in any order."""
 
 from __future__ import annotations
 
@@ -6,85 +6,297 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_block, make_pair
+from plain_corrections import plain_weights
 
-from moediag.analysis import scored_tokens, token_frame
-from moediag.corrections import ICEPOP_PRESETS, IcepopPreset, corrections_table, icepop_weights
+from moediag.corrections import METHODS, PRESETS, compose, find_presets, parse_correction, weights
+from moediag.corrections.correction import Correction, Step
+from moediag.corrections.exact_sums import sums_by_sequence
 from moediag.errors import MoediagError
 
-LOGP = st.floats(-30, 0)
+LOGP = st.one_of(st.floats(-30, 0), st.sampled_from([0.0, -math.inf, math.nan, -1e-9, -1000.0, -700.5]))
+TOKENS = st.lists(st.tuples(LOGP, LOGP, st.integers(0, 3), st.floats(-2, 2)), max_size=25)
 
 
-@given(st.lists(st.tuples(LOGP, LOGP), max_size=30), st.floats(0.01, 1), st.floats(1, 50))
-def test_weights_equal_a_plain_loop(pairs: list[tuple[float, float]], alpha: float, beta: float) -> None:
-    weights = icepop_weights([a for a, _ in pairs], [b for _, b in pairs], alpha, beta)
-    assert weights.dtype == np.float64
-    for weight, (train, infer) in zip(weights, pairs, strict=True):
-        diff = train - infer
-        inside = np.log(alpha) <= diff <= np.log(beta)
-        assert weight == (pytest.approx(math.exp(diff)) if inside else 0.0)
+WIDENED = [
+    ("icepop", {"alpha": 0.5, "beta": 2}, {"alpha": 0.2, "beta": 5}),
+    ("icepop_hard", {"alpha": 0.9, "beta": 1.1}, {"alpha": 0, "beta": math.inf}),
+    ("mis_token", {"cap": 1.5}, {"cap": 3}),
+    ("mis_sequence", {"cap": 1.5}, {"cap": 3}),
+    ("sequence_band", {"low": 0.5, "high": 2}, {"low": 0.1, "high": 9}),
+    ("geometric_band", {"low": 0.99, "high": 1.01}, {"low": 0.9, "high": 1.1}),
+    ("veto", {"floor": 0.5}, {"floor": 0.1}),
+    ("kpop", {"phi": 0.01}, {"phi": 0.5}),
+    ("ipo", {"eps": 0.05}, {"eps": 0.3}),
+    ("dppo_tv", {"eps_low": 0.02, "eps_high": 0.1}, {"eps_low": 0.2, "eps_high": 0.3}),
+    ("dppo_kl", {"eps": 0.01}, {"eps": 0.2}),
+    ("trm_max", {"delta": 0.01}, {"delta": 0.5}),
+    ("trm_mean", {"delta": 0.001}, {"delta": 0.1}),
+    ("k3_mean", {"limit": 0.001}, {"limit": 0.1}),
+]
 
 
-def test_band_is_closed_and_exact_at_its_bounds() -> None:
-    low, high = np.log(0.5), np.log(5.0)
-    just_outside = [np.nextafter(low, -1), np.nextafter(high, 9)]
-    assert icepop_weights([low, high], [0.0, 0.0]) == pytest.approx([0.5, 5.0])
-    assert icepop_weights(just_outside, [0.0, 0.0]).tolist() == [0.0, 0.0]
+def split(tokens):
+    return [list(column) for column in zip(*tokens, strict=True)] if tokens else [[], [], [], []]
 
 
-def test_unscored_tokens_have_no_weight_rather_than_zero() -> None:
-    weights = icepop_weights([np.nan, -1.0, -np.inf, -1.0], [-1.0, np.nan, -1.0, -1.0])
-    np.testing.assert_array_equal(weights, [np.nan, np.nan, np.nan, 1.0])
+@given(tokens=TOKENS)
+@settings(max_examples=100)
+def test_weights_equal_a_plain_loop(tokens) -> None:
+    train, infer, seq, advantage = split(tokens)
+    narrow = [(name, parameters) for name, parameters, _ in WIDENED]
+    for name, parameters in [*((name, method.parameters) for name, method in METHODS.items()), *narrow]:
+        found = weights(name, train, infer, seq, advantage_T=advantage, **parameters)
+        expected = plain_weights(name, train, infer, seq, advantage, **parameters)
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, expected, rtol=1e-13, atol=0, err_msg=name)
 
 
-def test_open_bands_and_absurd_ratios_stay_finite() -> None:
-    weights = icepop_weights([0.0, -900.0], [-900.0, 0.0], 0.0, math.inf)
-    assert weights == pytest.approx([math.exp(20), math.exp(-20)])
+@given(tokens=TOKENS, seed=st.integers(0, 99))
+@settings(max_examples=50)
+def test_rows_in_any_order_and_any_company_give_the_same_bits(tokens, seed: int) -> None:
+    train, infer, seq, advantage = map(np.array, split(tokens))
+    order = np.random.default_rng(seed).permutation(len(seq))
+    for name in METHODS:
+        whole = weights(name, train, infer, seq, advantage_T=advantage)
+        shuffled = weights(name, train[order], infer[order], seq[order], advantage_T=advantage[order])
+        np.testing.assert_array_equal(shuffled, whole[order])
+        for one in np.unique(seq):
+            here = seq == one
+            alone = weights(name, train[here], infer[here], seq[here], advantage_T=advantage[here])
+            np.testing.assert_array_equal(alone, whole[here])
 
 
-def test_empty_arrays_give_empty_weights() -> None:
-    assert icepop_weights([], []).shape == (0,)
+@pytest.mark.parametrize(
+    ("method", "parameters", "low", "high"),
+    [
+        ("icepop", {"alpha": 0.5, "beta": 5.0}, 0.5, 5.0),
+        ("icepop_hard", {"alpha": 0.2, "beta": 3.0}, 0.2, 3.0),
+        ("mis_token", {"cap": 2.0}, None, 2.0),
+        ("mis_sequence", {"cap": 3.0}, None, 3.0),
+        ("sequence_band", {"low": 0.5, "high": 2.0}, 0.5, 2.0),
+        ("geometric_band", {"low": 0.999, "high": 1.001}, 0.999, 1.001),
+        ("veto", {"floor": 1e-4}, 1e-4, None),
+    ],
+)
+def test_bounds_are_closed_to_the_last_bit(method, parameters, low, high) -> None:
+    for bound, outwards in ((low, -np.inf), (high, np.inf)):
+        if bound is not None:
+            on = np.log(bound)
+            beyond = np.nextafter(on, outwards)
+            assert weights(method, [on], [0.0], [0], **parameters)[0] > 0
+            assert weights(method, [beyond], [0.0], [0], **parameters)[0] == 0
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(2.0, 1.0), (-0.1, 5.0), (math.nan, 5.0), (0.5, math.nan), (0.0, 0.0)])
-def test_an_impossible_band_is_an_error(alpha: float, beta: float) -> None:
-    with pytest.raises(MoediagError, match="band"):
-        icepop_weights([0.0], [0.0], alpha, beta)
+def test_bounds_on_divergences_and_probabilities_are_closed() -> None:
+    assert weights("ipo", np.log([0.75]), np.log([0.5]), [0], eps=0.25)[0] == pytest.approx(1.5)
+    assert weights("ipo", np.log([0.75]), np.log([0.5]), [0], eps=np.nextafter(0.25, 0))[0] == 0
+    for advantage, train, infer in ((1.0, 0.75, 0.5), (-1.0, 0.5, 0.75)):
+        arrays = {"logp_train_T": np.log([train]), "logp_infer_T": np.log([infer]), "seq_id_T": [0]}
+        for eps, is_kept in ((0.25, True), (np.nextafter(0.25, 0), False)):
+            found = weights("dppo_tv", **arrays, advantage_T=[advantage], eps_low=eps, eps_high=eps)[0]
+            assert (found > 0) == is_kept
+        # an update that moves back towards infer is never blocked
+        assert weights("dppo_tv", **arrays, advantage_T=[-advantage], eps_low=0, eps_high=0)[0] > 0
+        assert weights("dppo_kl", **arrays, advantage_T=[-advantage], eps=0)[0] > 0
+        assert weights("dppo_kl", **arrays, advantage_T=[advantage], eps=0)[0] == 0
+    train, infer = np.log([0.7, 0.5, 0.7, 0.5]), np.log([0.5, 0.7, 0.5, 0.7])
+    both = weights("dppo_tv", train, infer, range(4), advantage_T=[1, -1, -1, 1], eps_low=0.1, eps_high=0.3)
+    assert (both > 0).tolist() == [True, False, True, True]  # only the second moves too far away, and below
+    assert weights("trm_max", [-0.5], [0.0], [0], delta=0.125)[0] == 1
+    assert weights("trm_max", [-0.5], [0.0], [0], delta=np.nextafter(0.125, 0))[0] == 0
 
 
-def test_different_shapes_are_an_error() -> None:
-    with pytest.raises(MoediagError, match="shape"):
-        icepop_weights([0.0, 1.0], [0.0])
+@given(st.lists(st.floats(-3, 3), max_size=20), st.floats(0.1, 10))
+def test_icepop_open_below_equals_truncation_up_to_the_cap(diffs: list[float], cap: float) -> None:
+    icepop = weights("icepop", diffs, np.zeros(len(diffs)), np.zeros(len(diffs)), alpha=0, beta=cap)
+    tis = weights("tis_token", diffs, np.zeros(len(diffs)), np.zeros(len(diffs)), cap=cap)
+    mis = weights("mis_token", diffs, np.zeros(len(diffs)), np.zeros(len(diffs)), cap=cap)
+    np.testing.assert_array_equal(icepop, mis)
+    below = np.array(diffs) < np.log(cap)
+    np.testing.assert_array_equal(icepop[below], tis[below])
+    beyond = np.array(diffs) > np.log(cap)
+    assert (icepop[beyond] == 0).all()
+    assert (tis[beyond] == cap).all()
 
 
-def test_table_equals_the_weights() -> None:
-    block = make_block(diff_scale=1.0)
-    block.logp_infer_T[::11] = np.nan
-    tokens = token_frame(make_pair(block))
-    scored = scored_tokens(tokens)
-    frame = corrections_table(tokens)
-    assert frame["method"].tolist() == ["icepop_0.5_5.0", "icepop_0.5_2.0", "icepop_0.2_5.0"]
-    for preset, (_, row) in zip(ICEPOP_PRESETS, frame.iterrows(), strict=True):
-        weights = icepop_weights(scored["logp_train"], scored["logp_infer"], preset.alpha, preset.beta)
-        assert row["n_tokens"] == len(scored)
-        assert row["masked_share"] == pytest.approx(np.mean(weights == 0))
-        assert row["masked_share"] == pytest.approx(row["below_share"] + row["above_share"])
-        assert row["masked_share_ci_low"] < row["masked_share"] < row["masked_share_ci_high"]
+@given(tokens=TOKENS)
+@settings(max_examples=50)
+def test_a_wider_band_never_masks_more(tokens) -> None:
+    train, infer, seq, advantage = split(tokens)
+    for method, tight, wide in WIDENED:
+        narrow, broad = (weights(method, train, infer, seq, advantage_T=advantage, **p) for p in (tight, wide))
+        assert not ((broad == 0) & (narrow > 0)).any(), method
 
 
-def test_table_of_nothing_scored_is_nan_and_of_no_preset_is_empty() -> None:
-    block = make_block()
-    block.logp_train_T[:] = np.nan
-    tokens = token_frame(make_pair(block))
-    frame = corrections_table(tokens)
-    assert frame["masked_share"].isna().all()
-    assert (frame["n_tokens"] == 0).all()
-    assert corrections_table(tokens, ()).empty
+@pytest.mark.parametrize("size", [100.0, 1000.0])
+def test_absurd_log_ratios_stay_finite(size: float) -> None:
+    train, infer = [0.0, -size], [-size, 0.0]
+    assert weights("none", train, infer, [0, 1]).tolist() == [1, 1]
+    assert weights("icepop", train, infer, [0, 1]).tolist() == [0, 0]
+    assert weights("tis_token", train, infer, [0, 1]).tolist() == [2, pytest.approx(math.exp(-20))]
+    assert weights("tis_sequence", train, infer, [0, 1]).tolist() == [2, pytest.approx(math.exp(-20))]
+    assert weights("tis_token", train, infer, [0, 1], cap=math.inf)[0] == pytest.approx(math.exp(20))
+    assert weights("icepop", train, infer, [0, 1], alpha=0, beta=math.inf)[0] == pytest.approx(math.exp(20))
 
 
-def test_a_wider_band_masks_no_more() -> None:
-    tokens = token_frame(make_pair(make_block(diff_scale=1.0)))
-    bands = tuple(IcepopPreset(1 / width, width, "test") for width in (1.1, 2.0, 5.0, 50.0))
-    assert corrections_table(tokens, bands)["masked_share"].is_monotonic_decreasing
+def test_probability_0_on_one_side() -> None:
+    """-inf is a value: left out as not scored, the worst token of a batch would be the one that no mask sees."""
+    train, infer, seq = [-np.inf, -1.0, -1.0], [-1.0, -np.inf, -1.0], [0, 1, 2]
+    for method in ("icepop", "kpop", "trm_max", "k3_mean", "sequence_band", "geometric_band"):
+        assert weights(method, train, infer, seq).tolist() == [0, 0, 1]
+    assert weights("veto", train, infer, seq).tolist() == [0, 1, 1]
+    assert weights("mis_token", train, infer, seq)[1] == 0
+    # 0 * inf: the product ratio is undefined, and the sequence is dropped
+    for method in ("tis_sequence", "mis_sequence", "sequence_band", "geometric_band"):
+        assert weights(method, train, infer, [0, 0, 0]).tolist() == [0, 0, 0]
+
+
+def test_padding_has_no_say() -> None:
+    train = [np.nan, -1.0, -1.5, np.nan, -2.0]
+    infer = [-1.0, -1.2, -1.5, np.nan, -2.0]
+    seq = ["a", "a", "a", "b", "b"]
+    for name in METHODS:
+        padded = weights(name, train, infer, seq, advantage_T=[np.nan, 1, 1, np.nan, 1])
+        bare = weights(name, [-1.0, -1.5, -2.0], [-1.2, -1.5, -2.0], ["a", "a", "b"], advantage_T=[1, 1, 1])
+        assert padded.tolist() == [0, *bare[:2], 0, bare[2]]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_and_nothing_scored(name: str) -> None:
+    assert weights(name, [], [], [], advantage_T=[]).shape == (0,)
+    assert weights(name, [np.nan] * 2, [-1.0] * 2, [0, 1], advantage_T=[np.nan] * 2).tolist() == [0, 0]
+
+
+def test_one_token_is_its_own_sequence() -> None:
+    diffs = np.array([-0.8, -0.1, 0.0, 0.3, 0.69, 0.7, 2.0])
+    one_each = np.arange(len(diffs))
+    zero = np.zeros(len(diffs))
+    for token, sequence in (("tis_token", "tis_sequence"), ("mis_token", "mis_sequence")):
+        np.testing.assert_array_equal(weights(token, diffs, zero, one_each), weights(sequence, diffs, zero, one_each))
+    hard = weights("icepop_hard", diffs, zero, one_each, alpha=0.5, beta=2)
+    for band in ("sequence_band", "geometric_band"):
+        np.testing.assert_array_equal(weights(band, diffs, zero, one_each, low=0.5, high=2), hard)
+
+
+def test_compositions_multiply() -> None:
+    rng = np.random.default_rng(0)
+    train, seq = 0.3 * rng.standard_t(2, 60), np.arange(60) // 6
+    both = weights("tis_token:cap=1.5+geometric_band:low=0.8,high=1.2+veto:floor=0.3", train, np.zeros(60), seq)
+    parts = [
+        weights("tis_token", train, np.zeros(60), seq, cap=1.5),
+        weights("geometric_band", train, np.zeros(60), seq, low=0.8, high=1.2),
+        weights("veto", train, np.zeros(60), seq, floor=0.3),
+    ]
+    np.testing.assert_array_equal(both, np.prod(parts, axis=0))
+    assert 0 < (both == 0).mean() < 1
+
+
+def test_words_are_read_back_as_they_were_written() -> None:
+    for text in (
+        "icepop:alpha=0.123456789012345,beta=5",
+        "veto:floor=1e-05",
+        "tis_token:cap=inf+veto",
+        "kpop:phi=1e+2",
+    ):
+        correction = parse_correction(text)
+        assert str(parse_correction(str(correction))) == str(correction)
+        assert parse_correction(str(correction)) == correction
+    assert str(compose("tis_token", parse_correction("veto"))) == "tis_token:cap=2+veto:floor=0.0001"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("icepopp", "no correction is named 'icepopp'"),
+        ("icepop:alfa=1", "icepop has alpha, beta; found alfa"),
+        ("none:cap=1", "none has no parameters"),
+        ("icepop:alpha=x", "icepop wants alpha=number"),
+        ("icepop:alpha=2,beta=1", "alpha <= beta"),
+        ("icepop:alpha=nan", "alpha >= 0"),
+        ("tis_token:cap=0", "cap > 0"),
+        ("tis_token+icepop", "its square"),
+        ("", "method"),
+        ("tis_token+", "method"),
+    ],
+)
+def test_words_that_cannot_be_read(words: str, message: str) -> None:
+    with pytest.raises(MoediagError, match=message):
+        parse_correction(words)
+
+
+def test_arrays_that_do_not_fit() -> None:
+    with pytest.raises(MoediagError, match="one length"):
+        weights("none", [0.0, 1.0], [0.0], [0, 0])
+    with pytest.raises(MoediagError, match="one length"):
+        weights("none", [[0.0]], [[0.0]], [[0]])
+    with pytest.raises(MoediagError, match="none is given"):
+        weights("dppo_tv", [0.0], [0.0], [0])
+    with pytest.raises(MoediagError, match="finite number for every scored token"):
+        weights("dppo_tv", [0.0], [0.0], [0], advantage_T=[np.nan])
+    with pytest.raises(MoediagError, match="logits"):
+        weights("none", [np.inf], [0.0], [0])
+    with pytest.raises(MoediagError, match="the sequence of every token"):
+        weights("none", [0.0], [0.0], [None])
+    with pytest.raises(MoediagError, match="at least one method"):
+        Correction(())
+    with pytest.raises(MoediagError, match="cap"):
+        Step("icepop", {"cap": 1.0})
+
+
+@given(
+    st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 2)), max_size=40),
+    st.integers(0, 99),
+)
+def test_sums_are_rounded_at_most_twice_and_know_no_order(pairs: list[tuple[float, int]], seed: int) -> None:
+    values = np.array([value for value, _ in pairs])
+    rows = np.array([row for _, row in pairs], dtype=np.intp)
+    counts = np.bincount(rows, minlength=3)
+    found = sums_by_sequence(values, rows, counts)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    np.testing.assert_array_equal(sums_by_sequence(values[order], rows[order], counts), found)
+    for row in range(3):
+        exact = math.fsum(values[rows == row])
+        assert abs(found[row] - exact) <= 2 * np.spacing(abs(exact)) + len(rows) * 2.0**-84
+        alone = values[rows == row]
+        alone_sum = sums_by_sequence(alone, np.zeros(len(alone), np.intp), np.array([len(alone)]))
+        assert alone_sum[0] == found[row]
+
+
+def test_sums_of_what_the_grid_does_not_hold() -> None:
+    values = np.array([1e300, 1.0, -1e300, 1e308, 1e308, 2.0, np.inf, np.inf, -np.inf])
+    rows = np.array([0, 0, 0, 1, 1, 2, 3, 4, 4])
+    found = sums_by_sequence(values, rows, np.bincount(rows))
+    np.testing.assert_array_equal(found, [1.0, np.inf, 2.0, np.inf, np.nan])
+
+
+def test_every_preset_can_be_read_and_belongs_to_a_group() -> None:
+    for name, preset in PRESETS.items():
+        assert preset.name == name
+        assert str(preset.correction)
+        assert preset.source
+        assert preset in find_presets(preset.group)
+        assert find_presets(name) == (preset,)
+    with pytest.raises(MoediagError, match="no preset is named 'icepopp'; there are ring-1t"):
+        find_presets("icepopp")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ring-1t", "icepop:alpha=0.5,beta=5"),
+        ("glm-5", "icepop:alpha=0.5,beta=2"),
+        ("prime-rl-icepop", "icepop:alpha=0.2,beta=5"),
+        ("trl-token-tis", "tis_token:cap=3"),
+        ("minirl", "tis_token:cap=5"),
+        ("verl-geo-rs", "geometric_band:low=0.999,high=1.001"),
+        ("areal-kpop", "kpop:phi=2"),
+        ("prime-rl-dppo", "dppo_tv:eps_low=0.2,eps_high=0.2"),
+        ("dppo-kl", "dppo_kl:eps=0.05"),
+        ("trm-max", "trm_max:delta=0.05"),
+        ("verl-k3-rs", "k3_mean:limit=0.01"),
+    ],
+)
+def test_presets_are_those_of_the_domain_page(name: str, words: str) -> None:
+    assert str(PRESETS[name].correction) == words

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, run_moediag
@@ -49,6 +50,32 @@ def test_a_family_is_captured_completely_exactly_and_can_be_replayed(
     assert found.same_set_rate > 0.9
     assert found.mean_abs_logp_diff < 0.05
     assert found.mean_abs_logp_diff_replayed <= found.mean_abs_logp_diff
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_correction_bias_is_kept_and_flips_are_predicted_with_it(
+    families: dict[str, FamilyMeasures], name: str
+) -> None:
+    """Both engines had the same bias; from logits and bias, flips are explained for every rule, groups too."""
+    found = families[name]
+    assert found.biases["infer"] == found.biases["train"]
+    assert (found.biases["infer"] is not None) == (name in BIASED)
+    assert {"all_pairs", "simulated"} & found.explained.keys()
+    by_logits = [rate for method, rate in found.explained.items() if method != "margin_change"]
+    assert all(0 <= rate < 0.2 for rate in by_logits)
+    if name in BIASED:
+        assert np.unique(found.biases["infer"]).size > 1  # not a buffer of zeros
+        assert found.explained_without_bias.keys() <= {"margin_change"}
+    else:
+        assert found.explained_without_bias.keys() == found.explained.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_distributions_are_of_one_vocabulary_in_both_engines(
+    families: dict[str, FamilyMeasures], name: str
+) -> None:
+    """Scaled logits (granitemoe), padded heads: each row is held against its token's logp while it is captured."""
+    assert 0 < families[name].kl_exact < 0.05
 
 
 def test_the_committed_table_names_every_family() -> None:

@@ -10,15 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_jsonl
 
-from moediag.analysis.summary import analyze_pair, pair_summary
+from moediag.analysis.pair_analysis import analyze_pair
+from moediag.analysis.summary import pair_summary
+from moediag.analysis.vocabulary import exact_divergences
+from moediag.engines.checkpoint import open_checkpoint
+from moediag.engines.plan import Sampling, make_plan
 from moediag.engines.routing_rows import FULL, MARGINS
 from moediag.errors import CaptureError
 from moediag.hygiene import check_run
 from moediag.run.directory import Run, open_run
 
 pytestmark = pytest.mark.engines
+N_PREFILLED = 4
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +32,24 @@ def moe(demo: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def probe(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """What vLLM gives with and without taps, and its full distributions (see vllm_probe.py)."""
-    output = tmp_path_factory.mktemp("probe") / "probe.npz"
-    script = REPOSITORY / "tests" / "vllm_probe.py"
-    command = [sys.executable, script, demo / "moe", demo / "checkpoints" / "moe", output]
+def prefilled(demo: Path, moe: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, np.ndarray]]:
+    """A run whose given completions are the demo's own responses, prefilled; and what vllm_probe.py saw beside it."""
+    folder = tmp_path_factory.mktemp("probe")
+    tokens = moe.tokens(moe.shards[0])
+    bounds = tokens.sequence_bounds()[:N_PREFILLED]
+    records = [
+        {"prompt_token_ids": ids[~is_response].tolist(), "completion_token_ids": ids[is_response].tolist()}
+        for ids, is_response in ((tokens.token_id_T[a:b], tokens.is_response_T[a:b]) for a, b in bounds)
+    ]
+    prompts = write_jsonl(folder / "given.jsonl", records)
+    checkpoint = demo / "checkpoints" / "moe"
+    plan = make_plan(open_checkpoint(str(checkpoint)), prompts, Sampling(), full_vocab=N_PREFILLED)
+    run = plan.create(folder / "run", force=False)
+    command = [sys.executable, REPOSITORY / "tests" / "vllm_probe.py", run.path, checkpoint, folder / "probe.npz"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    with np.load(output) as arrays:
-        return dict(arrays)
+    with np.load(folder / "probe.npz") as arrays:
+        return run, dict(arrays)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +71,41 @@ def sequences(run: Run) -> Iterator[tuple[Any, Any]]:
             )
 
 
-def test_vllm_gives_the_same_tokens_and_logprobs_with_and_without_capture(probe: dict[str, np.ndarray]) -> None:
-    """One engine, temperature 0: before the taps, with them, and after they were taken off; equal bit for bit."""
-    for name in ("tapped", "after"):
-        np.testing.assert_array_equal(probe["plain_ids"], probe[f"{name}_ids"])
-        np.testing.assert_array_equal(probe["plain_logps"], probe[f"{name}_logps"])
+def test_vllm_gives_the_same_tokens_and_logprobs_with_and_without_capture(
+    prefilled: tuple[Run, dict[str, np.ndarray]],
+) -> None:
+    """One engine, temperature 0: with the taps, with whole distributions kept, and after all came off; bit for bit."""
+    _, seen = prefilled
+    for name in ("tapped", "vocabulary"):
+        np.testing.assert_array_equal(seen["after_ids"], seen[f"{name}_ids"])
+        np.testing.assert_array_equal(seen["after_logps"], seen[f"{name}_logps"])
+    # each of the 48 tokens and of the prompt rows that end a step is sampled from a row of its own
+    assert seen["n_kept"] >= seen["after_ids"].size
+
+
+def test_prefilled_and_decoded_tokens_have_the_same_distributions(
+    moe: Run, prefilled: tuple[Run, dict[str, np.ndarray]]
+) -> None:
+    """On this CPU vLLM's prefill gives what its decode gave, bit for bit; so do the distributions of both."""
+    run, _ = prefilled
+    given, sampled = run.load_vocab("infer", run.shards[0]), moe.load_vocab("infer", moe.shards[0])
+    assert given is not None
+    assert sampled is not None
+    np.testing.assert_array_equal(given.row_N, sampled.row_N[: len(given)])
+    np.testing.assert_array_equal(given.logps_NV, sampled.logps_NV[: len(given)])
+    assert check_run(run, arms=["infer"]) == []
+
+
+def test_a_distribution_is_the_one_that_the_tokens_logp_comes_from(moe: Run) -> None:
+    """Bit for bit, in both engines: every response token of the demo."""
+    for shard in moe.shards:
+        tokens = moe.tokens(shard)
+        for arm in ("infer", "train"):
+            vocab, capture = moe.load_vocab(arm, shard), moe.capture(arm, shard)
+            assert vocab is not None
+            assert vocab.logps_NV.shape == (tokens.is_response_T.sum(), 257)
+            own = vocab.logps_NV[np.arange(len(vocab)), tokens.token_id_T[vocab.row_N]]
+            np.testing.assert_array_equal(own, capture.logp_T[vocab.row_N])
 
 
 def test_hooked_and_unhooked_logits_of_transformers_are_bit_equal(moe: Run, model: Any) -> None:
@@ -187,36 +231,22 @@ def _run_router(gate: Any, logits: Any) -> Any:
         return gate(torch.zeros(len(logits), gate.weight.shape[1], dtype=gate.weight.dtype))[2]
 
 
-def test_k1_and_k3_agree_with_the_exact_kl_over_the_same_prefixes(
-    moe: Run, model: Any, probe: dict[str, np.ndarray]
-) -> None:
-    """The demo's vocabulary is small, so KL(infer || train) can be computed and not only estimated.
+def test_k1_and_k3_agree_with_the_exact_kl_over_the_same_prefixes(moe: Run) -> None:
+    """The demo's vocabulary is small, so KL(infer || train) is computed and not only estimated.
 
     On other arithmetic than CI's the sample is another one, and a 95 % interval may miss: see how far before worrying.
     """
-    import torch
-
-    exact, chosen = [], []
-    first = 0
-    for ids, is_response in sequences(moe):
-        with torch.inference_mode():
-            logits = model(input_ids=ids[None], use_cache=False).logits[0]
-        row = torch.nonzero(is_response).flatten()
-        train = torch.log_softmax(logits[row - 1].double(), dim=-1).numpy()
-        infer = probe["log_probs"][first : first + len(row)].astype(np.float64)
-        first += len(row)
-        np.testing.assert_allclose(np.exp(infer).sum(1), 1.0, atol=1e-3)
-        exact.append((np.exp(infer) * (infer - train)).sum(1))
-        chosen.append(infer[np.arange(len(row)), ids[row].numpy()])
-    recorded = np.concatenate([block.logp_infer_T for block in moe.pair("train", "infer").blocks()])
-    # on this CPU vLLM's prefill gives what its decode gave, bit for bit: the distributions are those sampled from
-    np.testing.assert_array_equal(np.concatenate(chosen).astype(np.float32), recorded)
-    kl = float(np.concatenate(exact).mean())
-    summary = pair_summary(analyze_pair(moe.pair("train", "infer")))["logp"]
+    exact = exact_divergences(moe)
+    assert exact is not None
+    measures = exact.measures.set_index("measure")
+    kl = float(measures.loc["kl_infer_train_exact", "value"])  # type: ignore[arg-type]
+    assert (measures["n_tokens"] == sum(len(block) for block in moe.pair("train", "infer").blocks())).all()
     for name in ("kl_infer_train_k1", "kl_infer_train_k3"):
-        low, high = summary[f"{name}_ci"]
-        print(f"exact KL {kl:.3e}; {name} {summary[name]:.3e} [{low:.3e}, {high:.3e}]")
+        value, low, high = measures.loc[name, ["value", "ci_low", "ci_high"]]
+        print(f"exact KL {kl:.3e}; {name} {value:.3e} [{low:.3e}, {high:.3e}]")
         assert low <= kl <= high
+    width = {name: measures.loc[name, "ci_high"] - measures.loc[name, "ci_low"] for name in measures.index}
+    assert width["kl_infer_train_exact"] < width["kl_infer_train_k3"] < width["kl_infer_train_k1"]
 
 
 def test_an_arm_against_itself_is_exactly_0_and_exactly_1(moe: Run) -> None:

@@ -15,6 +15,7 @@ from moediag.figures import (
     draw_run_figures,
     figures_left_out,
     plot_expert_swaps,
+    plot_explained_flips,
     plot_figure1,
     plot_flip_costs,
     plot_flip_map,
@@ -132,6 +133,7 @@ PLOTS = {
     "flip_map": plot_flip_map,
     "margins": plot_margins,
     "margins_by_layer": plot_margins_by_layer,
+    "explained_flips": plot_explained_flips,
     "flip_costs": plot_flip_costs,
     "expert_swaps": plot_expert_swaps,
 }

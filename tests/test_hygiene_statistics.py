@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
+from moediag.hygiene import check_capture, check_pair
 from moediag.hygiene.chance import (
     ALPHA,
     GROUP_POSITIONS,
@@ -82,6 +83,14 @@ def test_stale_pairs_are_counted_as_a_plain_loop_counts_them() -> None:
     assert [c.n_of for c in stale._sets[1:]] == [n_of[lag] for lag in range(1, MAX_LAG + 1)]
     assert [c.n for c in stale._sets[1:]] == [same[lag] for lag in range(1, MAX_LAG + 1)]
     np.testing.assert_array_equal(stale._neighbours_L, layers)
+
+
+def test_a_signalling_nan_is_counted_without_a_warning() -> None:
+    """Bug: a flipped bit made a NaN that signals, and its conversion to float64 warned instead of being a finding."""
+    tokens, train, infer = make(Healthy(n_prompts=4))
+    infer.logp_T.view(np.uint32)[np.flatnonzero(tokens.is_response_T)[3]] = 0x7FA00000
+    found = check_capture(tokens, infer) + check_pair(tokens, train, infer)
+    assert [item.rule for item in found if item.level == "error"] == ["D31-nan-logp"]
 
 
 @pytest.mark.parametrize("shape", [(8, 2, 3), (70, 3, 4), (4, 2, 1)])

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from test_results import make_run
 
-from moediag import results
+from moediag.cli import jobs
 from moediag.cli.main import main
 from moediag.errors import RunError
 from moediag.report.decode import WITHHELD, token_texts
-from moediag.results import analyze_run, report_run
+from moediag.results import analyze_run, load_frames, load_summary, report, report_run
 from moediag.run.directory import Run, open_run
 from moediag.run.files import digest_of, sha256_bytes, write_sealed
 
@@ -21,7 +21,7 @@ from moediag.run.files import digest_of, sha256_bytes, write_sealed
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run whose checkpoint folder holds a tokenizer of one word per id."""
-    monkeypatch.setattr(results, "draw_run_figures", lambda *_, **__: [])
+    monkeypatch.setattr(report, "draw_run_figures", lambda *_, **__: [])
     path = make_run(tmp_path / "run").path
     folder = tmp_path / "checkpoint"
     folder.mkdir()
@@ -126,3 +126,28 @@ def test_the_same_run_gives_the_same_bytes(run: Run) -> None:
 def test_text_and_no_text_are_not_asked_for_at_once(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run.path), "--tokenizer", "x", "--no-text"]) == 2
     assert "give one of the two" in capsys.readouterr().err
+
+
+def test_an_analysis_without_text_makes_pages_without_text(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", str(run.path), "--no-text"]) == 0
+    for name in ("tokens", "worst_tokens"):
+        assert (load_frames(run)[name]["token_id"] == -1).all()
+    assert main(["report", str(run.path)]) == 0
+    for page in (run.path / "report.md", run.path / "report.html"):
+        assert "secret" not in page.read_text()
+        assert f"moediag analyze {run.path} --no-text\n" in page.read_text()
+    assert main(["report", str(run.path), "--tokenizer", "x"]) == 1
+    assert "was analysed without text" in capsys.readouterr().err
+    analyze_run(run)
+    assert (load_frames(run)["tokens"]["token_id"] >= 0).all()
+    assert "secret" in report_run(run).read_text()
+
+
+def test_profile_and_demo_keep_text_out_from_the_start(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both end in ``finish``, which hands the wish to the analysis and to the pages."""
+    jobs.finish(run, no_text=True)
+    assert load_summary(run)["provenance"]["no_text"]
+    assert "secret" not in (run.path / "report.html").read_text()
+    for command in ("profile", "demo", "analyze", "report"):
+        assert main([command, "--help"]) == 0
+        assert "--no-text" in capsys.readouterr().out

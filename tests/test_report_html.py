@@ -18,6 +18,8 @@ from markdown_it import MarkdownIt
 from synthetic_frames import empty_frame, make_run, make_summary
 
 from moediag.analysis import declarations as declared
+from moediag.analysis.predicted import predicted_flips
+from moediag.figures.numbers import percent
 from moediag.frames import declared_frames
 from moediag.report import TokenTexts, comparison_page, html_page, markdown_page, run_page
 from moediag.report.blocks import Table
@@ -372,12 +374,42 @@ def test_degenerate_runs_make_a_page(kind: str) -> None:
     assert "That training will be stable" in text
 
 
-def test_frames_of_explained_and_forecast_flips_are_shown_when_there(moe: dict[str, pd.DataFrame]) -> None:
-    specs = {spec.name: spec for spec in declared_frames()}
-    wanted = {name: specs[name] for name in ("explained_flips", "forecast_flips") if name in specs}
-    for name, spec in wanted.items():
-        row = {c.name: "words" if c.dtype == "str" else -1 if "layer" in c.name else 0.25 for c in spec.columns}
-        frame = pd.DataFrame([row]).astype({c.name: c.dtype for c in spec.columns})
-        text = html_page(run_page(summary_of(moe), {**moe, name: frame}, []))
-        assert "25.00\u00a0%" in text
-        assert "the noise comes from" in text
+def test_explained_and_forecast_flips_are_the_frames_by_the_best_method(moe: dict[str, pd.DataFrame]) -> None:
+    summary = {**summary_of(moe), "predicted_flips": predicted_flips(moe)}
+    text = markdown_page(run_page(summary, moe, []))
+    assert "the noise comes from" in text
+    pooled = moe["explained_flips"].iloc[0]
+    assert f"explain **{percent(pooled['explained'])}** of choices flipping" in text
+    tables = {tuple(table[0][:2]): table[1:] for table in markdown_tables(text)}
+    explained = tables["layer (decoder)", "from"]
+    assert [line[0] for line in explained] == ["all", "all", *(f"{i} ({i + 1})" for i in range(6))]
+    assert [line[1] for line in explained] == ["all pairs", "margins", *["all pairs"] * 6]
+    forecasts = tables["noise from", "forecast for infer"]
+    assert [line[0] for line in forecasts] == [
+        "router logits in fp8",
+        "noise of infer-repeat",
+        "noise of train-perturbed",
+    ]
+    assert [line[-1] for line in forecasts] == [
+        f"{source} as is" for source in ("rounding to fp8", "infer~infer-repeat", "train~train-perturbed")
+    ]
+    (louder,) = tables["noise from", "× 1.0"]
+    assert louder[1:] == [percent(pooled["observed"]), percent(3 * pooled["observed"])]
+    assert len(tables["P(flip)", "predicted"]) == 6
+
+
+def test_without_predictions_the_page_says_nothing_of_them(moe: dict[str, pd.DataFrame]) -> None:
+    names = ("explained_flips", "flip_calibration", "forecast_flips")
+    frames = {name: frame for name, frame in moe.items() if name not in names}
+    assert "Explained" not in markdown_page(run_page(summary_of(moe), frames, []))
+
+
+def test_exact_divergences_stand_beside_their_estimates(moe: dict[str, pd.DataFrame]) -> None:
+    spec = next(spec for spec in declared_frames() if spec.name == "exact_divergences")
+    row = {"value": 1.048e-3, "ci_low": 0.9e-3, "ci_high": 1.2e-3, "n_tokens": 640, "n_prompts": 64,
+           "n_vocabulary": 257, "unit": "nat", "direction": "lower is better", "note": ""}  # fmt: skip
+    frame = spec.validate(pd.DataFrame([{**row, "measure": m} for m in ("kl_infer_train_exact", "kl_infer_train_k3")]))
+    text = markdown_page(run_page(summary_of(moe), {**moe, "exact_divergences": frame}, []))
+    found = next(table for table in markdown_tables(text) if table[1][0] == "KL(infer‖train), exact")
+    assert found[1][1:] == ["0.00105", "0.000900 to 0.00120", "nat", "640 tokens", "lower is better"]
+    assert found[2][0] == "k3 of the same tokens"

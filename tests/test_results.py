@@ -13,10 +13,9 @@ import pandas as pd
 import pytest
 from test_run_directory import LAYERS, N_EXPERTS, TOP_K, capture_of, tokens_of
 
-from moediag import results
 from moediag.cli.main import main
 from moediag.errors import CorruptRunError, IncompleteRunError, MoediagError, RunError
-from moediag.results import analyze_run, compare_runs, load_frames, load_summary, report_run
+from moediag.results import analyze_run, compare, compare_runs, load_frames, load_summary, report, report_run
 from moediag.run.capture import Capture
 from moediag.run.create import create_run, split_into_shards
 from moediag.run.directory import Run, open_run
@@ -88,8 +87,8 @@ def folder(analysed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take seconds; tests of what is said leave them out."""
-    monkeypatch.setattr(results, "draw_run_figures", lambda *_, **__: [])
-    monkeypatch.setattr(results, "draw_comparison_figures", lambda *_, **__: [])
+    monkeypatch.setattr(report, "draw_run_figures", lambda *_, **__: [])
+    monkeypatch.setattr(compare, "draw_comparison_figures", lambda *_, **__: [])
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -188,7 +187,7 @@ def test_a_file_in_the_way_of_figures_is_one_line(
     """RUN/figures being a file ended in a traceback."""
     (folder / "moe" / "figures").write_text("mine")
     (folder / "c").mkdir()
-    write_sealed(folder / "c" / "summary.json", {"kind": results.COMPARISON})
+    write_sealed(folder / "c" / "summary.json", {"kind": compare.COMPARISON})
     (folder / "c" / "figures").write_text("mine")
     assert "cannot write" in refused(capsys, *command)
     assert (folder / "moe" / "figures").read_text() == "mine"
@@ -213,7 +212,7 @@ def test_an_interrupted_comparison_is_made_whole_by_the_same_command(
     command = ["compare", "moe", "dense", "-o", "c"]
     for step in ("draw_comparison_figures", "comparison_page"):
         with monkeypatch.context() as patch:
-            patch.setattr(results, step, interrupt)
+            patch.setattr(compare, step, interrupt)
             assert main(command) == 130
         assert not (folder / "c" / "report.md").exists()
     assert main(command) == 0

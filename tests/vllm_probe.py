@@ -1,21 +1,27 @@
-"""Runs vLLM in a process of its own for test_engines_observation.py: `python vllm_probe.py RUN OUT.npz`.
+"""Runs vLLM in a process of its own for test_engines_observation.py: `python vllm_probe.py RUN CKPT OUT.npz`.
 
-One engine start answers two questions: are greedy tokens and log-probabilities the same with the taps, without
-them and after they were taken off; and what is the full next-token distribution behind every response token?
+One engine start answers two questions: are greedy tokens and log-probabilities the same with the taps, with whole
+distributions kept, without any of it and after it was taken off; and does the prefill of given tokens keep the same
+distributions as their decoding did? RUN is a run of given completions, made with ``--full-vocab``.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moediag.engines.launch import FORCED, INFER_ENVIRONMENT
-from moediag.engines.plan import load_prompt_tokens
-from moediag.run.directory import Run, open_run
+from moediag.engines.arms import PREFILL, ArmRequest
+from moediag.engines.fill import fill_missing_shards
+from moediag.engines.launch import INFER_ENVIRONMENT
+from moediag.run.directory import open_run
+
+
+class Silent:
+    def progress(self, done: float, total: int, unit: str) -> None:
+        pass
 
 
 def greedy(llm: Any, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -31,52 +37,26 @@ def greedy(llm: Any, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(ids), np.array(logps)
 
 
-def distributions(llm: Any, run: Run, n_vocabulary: int) -> np.ndarray:
-    """Full log-probabilities (response tokens, V) of every response token, in the order of the token table."""
-    from vllm import SamplingParams
-
-    # flat and not decoded: a dict of 257 objects per position would take minutes to build
-    parameters = SamplingParams(max_tokens=1, prompt_logprobs=n_vocabulary, flat_logprobs=True, detokenize=False)
-    rows = []
-    for shard in run.shards:
-        tokens = run.tokens(shard)
-        for start, end in tokens.sequence_bounds():
-            ids = tokens.token_id_T[start:end].tolist()
-            flat = llm.generate([{"prompt_token_ids": ids}], parameters, use_tqdm=False)[0].prompt_logprobs
-            first = int(np.argmax(tokens.is_response_T[start:end]))
-            row = np.full((len(ids), n_vocabulary), np.nan, np.float32)
-            counts = np.array(flat.end_indices) - np.array(flat.start_indices)
-            row[np.repeat(np.arange(len(ids)), counts), flat.token_ids] = flat.logprobs
-            rows.append(row[first:])
-    return np.concatenate(rows)
-
-
 def main(run_path: str, checkpoint: str, output: str) -> None:
-    from vllm import LLM
+    from moediag.engines.vllm_engine import InferEngine
 
     run = open_run(run_path)
-    llm = LLM(
-        model=checkpoint,
-        dtype="bfloat16",
-        max_model_len=1024,
-        max_logprobs=257,
-        worker_extension_cls="moediag.engines.vllm_worker.MoediagWorkerExtension",
-        **FORCED,
-    )
-    prompts = [prompt for _, _, prompt, _ in load_prompt_tokens(run)[:8]]
-    plain = greedy(llm, prompts)
-    llm.collective_rpc("moediag_install", args=(run.model["routing"], "full"))
-    tapped = greedy(llm, prompts)
-    rows = Path(output).with_suffix(".safetensors")
-    llm.collective_rpc("moediag_flush", args=(str(rows),))
-    llm.collective_rpc("moediag_remove")
-    after = greedy(llm, prompts)
-    np.savez(
-        output,
-        **{f"{name}_{what}": array for name, pair in (("plain", plain), ("tapped", tapped), ("after", after))
-           for what, array in zip(("ids", "logps"), pair, strict=True)},
-        log_probs=distributions(llm, run, 257),
-    )  # fmt: skip
+    request = ArmRequest("infer", {"dtype": "bfloat16", "max_model_len": 512}, path=PREFILL)
+    engine = InferEngine(run, checkpoint, request)
+    run.begin_arm("infer", engine.arm_record(request.configuration()), engine.correction_bias())
+    fill_missing_shards(run, "infer", Silent(), engine.capture_shard)  # type: ignore[arg-type]
+    prompts = [prompt for _, _, prompt, _ in engine.prompts[:8]]
+    seen = {"tapped": greedy(engine.llm, prompts)}
+    # vLLM counts its own requests; whichever numbers it has reached, all of them keep whole distributions
+    everyone = {str(request_id): 0 for request_id in range(1000)}
+    engine.llm.collective_rpc("moediag_begin", args=(None, everyone))
+    seen["vocabulary"] = greedy(engine.llm, prompts)
+    n_kept = engine._rows(run.shards[0])[1]["vocab_logps_NV"].shape[0]
+    engine.llm.collective_rpc("moediag_remove")
+    seen["after"] = greedy(engine.llm, prompts)
+    arrays = {f"{name}_{what}": array for name, pair in seen.items()
+              for what, array in zip(("ids", "logps"), pair, strict=True)}  # fmt: skip
+    np.savez(output, n_kept=n_kept, **arrays)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,18 @@ from moediag.analysis.explain import Explanation, explain_pair, explained_flips
 from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
 from moediag.analysis.flip_probability import border_flip_probability, set_flip_probability
 from moediag.analysis.forecast import forecast_flips
+from moediag.analysis.gradients import load_audit
 from moediag.analysis.intervals import Interval, Intervals, mean_interval, ratio_mean_interval
 from moediag.analysis.jackknife import jackknife_interval
 from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
 from moediag.analysis.margin_counts import MarginTotals, margin_totals
 from moediag.analysis.margins import margin_curve, margin_noise, margin_quantiles
 from moediag.analysis.measures import binary_kl
+from moediag.analysis.pair_analysis import PairAnalysis, analyze_pair
 from moediag.analysis.positions import PositionSlope, drift_by_position, position_slope
 from moediag.analysis.prediction import predict_flips
 from moediag.analysis.quantiles import quantile_interval
+from moediag.analysis.recurrence import Recurrence, fit_recurrence
 from moediag.analysis.routing import RoutingRates, agreement_by_layer, flips_per_token, routing_rates
 from moediag.analysis.routing_counts import RoutingTotals, routing_totals
 from moediag.analysis.sequences import (
@@ -31,14 +34,17 @@ from moediag.analysis.sequences import (
     sequence_frame,
     worst_tokens,
 )
+from moediag.analysis.series import step_metrics, trend_of, trend_recurrence
 from moediag.analysis.strata import metrics_by_stratum
 from moediag.analysis.streaming import RoutingPass, read_pair
-from moediag.analysis.summary import PairAnalysis, analyze_pair, pair_summary
+from moediag.analysis.summary import pair_summary
 from moediag.analysis.tokens import logp_diff, scored_tokens, token_frame
+from moediag.analysis.vocabulary import ExactDivergences, divergences, exact_divergences
 
 __all__ = [
     "ALIASES",
     "Alias",
+    "ExactDivergences",
     "Explanation",
     "FlipMap",
     "Interval",
@@ -47,6 +53,7 @@ __all__ = [
     "MarginTotals",
     "PairAnalysis",
     "PositionSlope",
+    "Recurrence",
     "RoutingPass",
     "RoutingRates",
     "RoutingRule",
@@ -58,19 +65,23 @@ __all__ = [
     "binary_kl",
     "border_flip_probability",
     "choice_scores",
+    "divergences",
     "drift_by_length",
     "drift_by_position",
     "entropy_quantiles",
+    "exact_divergences",
     "expert_swaps",
     "explain_pair",
     "explained_flips",
     "first_divergence",
+    "fit_recurrence",
     "flip_costs",
     "flips_by_layer_position",
     "flips_per_token",
     "forecast_flips",
     "jackknife_interval",
     "length_slope",
+    "load_audit",
     "logp_diff",
     "logp_metrics",
     "margin_curve",
@@ -91,7 +102,10 @@ __all__ = [
     "scored_tokens",
     "sequence_frame",
     "set_flip_probability",
+    "step_metrics",
     "tail_curve",
     "token_frame",
+    "trend_of",
+    "trend_recurrence",
     "worst_tokens",
 ]

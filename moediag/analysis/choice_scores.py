@@ -5,7 +5,8 @@ Invariants:
       rounding for every family's rule (a test holds them side by side);
     - a rule whose choice depends on the *order* of the logits alone (no bias, no group limit) is read in logit space:
       softmax squeezes a logit gap by the size of the probabilities, so no single scale holds there;
-    - a learned bias is not part of a capture: a rule that has one needs it given, and nothing is guessed.
+    - a learned bias stands beside an arm (``Run.correction_bias``): a rule that has one needs it given, and nothing is
+      guessed.
 """
 
 from __future__ import annotations
@@ -162,6 +163,6 @@ def _ungrouped_scores(logits: NDArray[Any], rule: RoutingRule, bias: NDArray[Any
         scores = special.expit(values)
     if rule.has_correction_bias:
         if bias is None:
-            raise MoediagError("this router adds a learned correction bias; give it, a capture does not hold it")
+            raise MoediagError("this router adds a learned correction bias, and none is known; capture the arm again")
         scores = scores + np.asarray(bias, dtype=np.float32)
     return np.asarray(scores, dtype=np.float32)

@@ -5,7 +5,7 @@ Invariants:
       and divergences obey no such bound, so the larger side is shown and named so;
     - a floor of exactly 0 is *bit-exact* and gives no ratio; a side that was not measured makes no floor of 0.
 
-Source: DOMAIN.md section 1 (floor of a pair).
+Source: ours, from the triangle inequality of mean distances.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ from typing import Any, Final
 
 from moediag.notation import ARMS, INFER, INFER_PRODUCTION, TRAIN, engine_side, pair_name
 
-SUMMED: Final = ("abs_logp_diff.mean", "abs_prob_diff.mean", "flip_rate", "any_layer_share")
-"""Means of a distance, for which the triangle bound holds."""
+SUMMED: Final = ("abs_logp_diff.mean", "abs_prob_diff.mean", "flip_rate", "any_layer_share", "abs_log_ratio_mean")
+"""Means of a distance (of tokens, choices or whole responses), for which the triangle bound holds."""
 LARGER: Final = (
     "abs_logp_diff.p50", "abs_logp_diff.p90", "abs_logp_diff.p99", "abs_logp_diff.max", "kl_infer_train_k2",
-    "kl_infer_train_k3", "extreme_share_2", "prob_mult_error",
+    "kl_infer_train_k3", "extreme_share_2", "prob_mult_error", "masked_share",
 )  # fmt: skip
 """Tails and divergences: the larger side, beside which the pair is to be read."""
 _AT_BEST: Final = {"prob_mult_error": 1.0}  # value of perfect agreement where it is not 0
+_PLACES: Final = {
+    "flip_rate": ("routing", "flip_rate"),
+    "any_layer_share": ("routing", "any_layer_share"),
+    "abs_log_ratio_mean": ("length", "abs_log_ratio_mean"),
+    "masked_share": ("corrections", "icepop_0.5_5.0", "masked_share"),
+}
+"""Where a metric stands in a pair's summary, if not by its dotted name under ``logp``."""
 
 # The first that was captured: other batches say more than the same once again.
 FLOOR_ARMS: Final = {TRAIN: ("train-repeat",), INFER: ("infer-repeat", "infer-redecode")}
@@ -68,8 +75,8 @@ def floors(pairs: Mapping[str, Summary], is_prefilled: bool) -> dict[str, Any] |
 
 def metric_value(pair: Summary, metric: str) -> float | None:
     """A headline metric of a pair's summary by its dotted name; None where there is none."""
-    value: Any = pair["routing"] if metric in ("flip_rate", "any_layer_share") else pair["logp"]
-    for key in metric.split("."):
+    value: Any = pair
+    for key in _PLACES.get(metric, ("logp", *metric.split("."))):
         value = None if value is None else value.get(key)
     return None if value is None else float(value)
 
@@ -164,7 +171,7 @@ def _evidence(pair: Summary, floor: Summary | None, replay: Summary | None) -> l
         lines.append(f"{100 * routing['any_layer_share']:.3g} % of tokens have a flip somewhere")
     removed = (replay or {}).get("removed_share")
     if removed is not None:
-        # 50 % and 20 %: DIAGNOSIS.md, rules D23 and D24
+        # 50 % and 20 %: our own reading (rules D23 and D24), no published thresholds
         rule = "D23: routing" if removed > 0.5 else "D24: not routing" if removed < 0.2 else "routing in part"
         lines.append(f"replay of infer's experts removes {100 * removed:.3g} % of the mean ({rule})")
     if not routing:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from moediag.analysis.calibration import PredictionTotals
 from moediag.analysis.choice_scores import RoutingRule, chosen_experts, compared_scores, score_slopes
-from moediag.analysis.declarations import FORECAST_FLIPS
 from moediag.analysis.explain import (
     MAX_CELLS,
     PairNoise,
@@ -29,6 +28,7 @@ from moediag.analysis.explain import (
     thinned_views,
     why_no_prediction,
 )
+from moediag.analysis.flip_declarations import FORECAST_FLIPS
 from moediag.analysis.flip_predictor import MEASURE_OF, FlipPredictor
 from moediag.analysis.flip_probability import set_flip_probability
 from moediag.analysis.margin_counts import Side

@@ -72,8 +72,8 @@ def logp_metrics(tokens: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Frame ``logp_metrics``; unit and good end stand in each row, ``note`` says why a bound is absent.
 
-    Source: formulas and users of each in the project's DOMAIN page, section 2; IcePop Fig. 1 for
-    ``abs_logp_diff``, R3 (arXiv 2510.11370) for ``extreme_share_2``, verl for prob diffs, ppl, ESS, chi2.
+    Source: IcePop Fig. 1 for ``abs_logp_diff``, R3 (arXiv 2510.11370) for ``extreme_share_2``, verl for prob diffs,
+    ppl, ESS, chi2; who uses which under what name stands in :data:`~moediag.analysis.aliases.ALIASES`.
     """
     data = _data(tokens)
     with np.errstate(over="ignore", invalid="ignore"):  # exp of an absurd diff is inf, and inf is what the table shows

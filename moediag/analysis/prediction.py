@@ -13,8 +13,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.choice_scores import RoutingRule
-from moediag.analysis.declarations import FORECAST_FLIPS
 from moediag.analysis.explain import PairNoise, explain_measured, frame_of, measure_noise
+from moediag.analysis.flip_declarations import FORECAST_FLIPS
 from moediag.analysis.forecast import forecast_from, rounding_forecast
 from moediag.notation import INFER, TRAIN, TRAIN_REPLAY, engine_side
 from moediag.run.directory import Run
@@ -25,12 +25,12 @@ _NOT_NOISE: Final = (INFER, TRAIN, TRAIN_REPLAY)
 """Arms that are no repetition of their engine: the two compared, and the one with forced experts."""
 
 
-def predict_flips(run: Run, bias_LE: Float64 | None = None) -> dict[str, pd.DataFrame]:
+def predict_flips(run: Run) -> dict[str, pd.DataFrame]:
     """Explained and forecast flips of infer~train, by frame name; empty for a dense model, or without arms or rule.
 
     Args:
-        run: a run with complete arms infer and train.
-        bias_LE: the routers' correction bias by layer, where the rule has one; without it margins are used.
+        run: a run with complete arms infer and train. Where the rule has a correction bias, each arm's scores are
+            read with the bias that its own engine had; an arm captured without it is read by its margins.
 
     Returns:
         Frames ``score_noise``, ``explained_flips``, ``flip_calibration`` (of infer~train, from infer's scores) and
@@ -43,11 +43,16 @@ def predict_flips(run: Run, bias_LE: Float64 | None = None) -> dict[str, pd.Data
         return {}
     rule = RoutingRule.from_record(routing)
     main = _measured(run, TRAIN, INFER, rule)
-    explanation = explain_measured(main, bias_LE)
-    forecasts = [rounding_forecast(main, bias_LE)]
+    bias_LE = {side: _bias(run, side) for side in (INFER, TRAIN)}
+    explanation = explain_measured(main, bias_LE[INFER])
+    forecasts = [rounding_forecast(main, bias_LE[INFER])]
     for arm in noise_arms(run):
-        noise = _measured(run, arm, engine_side(arm), rule)
-        forecasts += [forecast_from(main, noise, bias_LE=bias_LE), forecast_from(noise, noise, (1.0,), bias_LE)]
+        side = engine_side(arm)
+        noise = _measured(run, arm, side, rule)
+        forecasts += [
+            forecast_from(main, noise, bias_LE=bias_LE[INFER]),
+            forecast_from(noise, noise, (1.0,), bias_LE[side]),
+        ]
     some = [frame for frame in forecasts if len(frame)]
     return {
         "score_noise": explanation.score_noise,
@@ -60,6 +65,11 @@ def predict_flips(run: Run, bias_LE: Float64 | None = None) -> dict[str, pd.Data
 def noise_arms(run: Run) -> list[str]:
     """Complete, routed arms that repeat or perturb their own engine."""
     return [arm for arm in run.arms() if arm not in _NOT_NOISE and run.is_complete(arm) and run.is_routed(arm)]
+
+
+def _bias(run: Run, arm: str) -> Float64 | None:
+    bias_LE = run.correction_bias(arm)
+    return None if bias_LE is None else bias_LE.astype(np.float64)
 
 
 def _measured(run: Run, arm: str, reference: str, rule: RoutingRule) -> PairNoise:

@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import DRIFT_BY_LENGTH, FIRST_DIVERGENCE, SEQUENCES, WORST_TOKENS
-from moediag.analysis.intervals import cluster_sums, mean_interval, ratio_mean_interval
+from moediag.analysis.intervals import Interval, cluster_sums, mean_interval, ratio_mean_interval
 from moediag.analysis.measures import is_extreme
 from moediag.analysis.tokens import logp_diff, scored_tokens
 
@@ -146,7 +146,7 @@ def drift_by_length(sequences: pd.DataFrame) -> pd.DataFrame:
         Frame ``drift_by_length`` [nat]; 0 is best. Independent errors make the absolute value grow like the root of
         the length, a bias makes the mean grow like the length itself.
 
-    Source: FP16 paper ("Defeating the Training-Inference Mismatch via FP16"), as DOMAIN section 2 lists it.
+    Source: FP16 paper ("Defeating the Training-Inference Mismatch via FP16", arXiv 2510.26788).
     """
     rows = sequences[sequences["n_tokens"] > 0]
     length_S = rows["n_tokens"].to_numpy()
@@ -164,6 +164,18 @@ def drift_by_length(sequences: pd.DataFrame) -> pd.DataFrame:
     return DRIFT_BY_LENGTH.validate(pd.DataFrame.from_records(records, columns=names))
 
 
+def abs_log_ratio_mean(sequences: pd.DataFrame) -> Interval:
+    """Mean over responses of abs(log(pi_train / pi_infer)) of the whole response [nat], clustered by prompt; 0 is best.
+
+    Args:
+        sequences: frame ``sequences`` of a pair; those without a scored token are left out.
+
+    Source: FP16 paper (arXiv 2510.26788).
+    """
+    rows = sequences[sequences["n_tokens"] > 0]
+    return mean_interval(np.abs(rows["log_ratio_sum"].to_numpy()), rows["prompt_id"].to_numpy(), "positive")
+
+
 def length_slope(sequences: pd.DataFrame) -> LengthSlope:
     """Slope of log(pi_train / pi_infer) of the whole response against its length, over sequences.
 
@@ -173,7 +185,7 @@ def length_slope(sequences: pd.DataFrame) -> LengthSlope:
     Returns:
         Slope in nat per 1000 tokens with an interval clustered by prompt; 0 is best, the sign is train minus infer.
 
-    Source: FP16 paper, as DOMAIN section 2 lists it; ordinary least squares.
+    Source: FP16 paper (arXiv 2510.26788); ordinary least squares.
     """
     rows = sequences[sequences["n_tokens"] > 0]
     x_S, y_S = (rows[name].to_numpy().astype(np.float64) for name in ("n_tokens", "log_ratio_sum"))

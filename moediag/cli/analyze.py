@@ -14,6 +14,9 @@ NAME = "analyze"
 def command(
     run: o.RunPath,
     as_json: o.Json = False,
+    no_text: Annotated[
+        bool, typer.Option("--no-text", help="Keep token ids out of the frames, and text out of pages made from them.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Analyse in spite of validation errors.")] = False,
 ) -> None:
     """Compute every frame and summary.json from the captured arms; needs no engine."""
@@ -23,7 +26,7 @@ def command(
     from moediag.run.directory import open_run
 
     opened = open_run(run)
-    summary = analyze_run(opened, force)
+    summary = analyze_run(opened, force, no_text)
     if as_json:
         say_json(summary)
         return

@@ -98,10 +98,16 @@ def announce(plan: Plan, output: Path, arms: Sequence[str], dtype: str) -> None:
     how = (
         "scoring the given completions" if plan.completion_ids else f"sampling up to {sampling.max_tokens} tokens each"
     )
-    n_bytes = plan.max_bytes(len(arms), dtype)
+    n_bytes = plan.max_bytes(arms, dtype)
     note(f"Model    {plan.checkpoint.name} ({model}; {layers})")
     note(f"Tokens   {len(plan.prompt_ids)} prompts, {plan.n_sequences} sequences, {how}")
     note(f"Arms     {', '.join(arms)}; hooks force eager execution and no prefix cache in vLLM")
+    if plan.full_vocab:
+        n_vocab = plan.vocabulary_bytes(plan.full_vocab)
+        note(
+            f"Vocab    whole next-token distributions of {plan.full_vocab} of {plan.n_sequences} sequences, "
+            f"at most {n_vocab / 1e6:,.1f} MB per arm of infer and train (--full-vocab 0: none)"
+        )
     note(f"Writes   at most {n_bytes / 1e6:,.1f} MB under {output} ({n_bytes / plan.max_token_rows:,.0f} B per token)")
     if not plan.completion_ids and not sampling.is_neutral:
         note("Note     sampling is not neutral (temperature 1, no truncation): k1 and k3 are then no KL estimates")
@@ -117,7 +123,7 @@ def _refuse_full_disk(output: Path, n_bytes: int) -> None:
     if free < needed:
         raise DiskFullError(
             f"{output} may need {needed / 1e6:,.1f} MB more, {existing} has {free / 1e6:,.1f} MB free; "
-            "free some space, or lower --limit, --max-tokens or --router-logits"
+            "free some space, or lower --limit, --max-tokens, --full-vocab or --router-logits"
         )
 
 
@@ -201,13 +207,13 @@ def _tell_what_remains(run: Run, arm: str, is_shared: bool) -> None:
     note(f"{title(arm)}: {f'slice {run.worker} is complete; ' if is_done else ''}{remain}")
 
 
-def finish(run: Run, training_window: int | None = None) -> None:
+def finish(run: Run, training_window: int | None = None, no_text: bool = False) -> None:
     """Analyse, draw, report; a short table and where things are."""
     with bar("analysis") as progress:
         progress.on_event({"stage": "metrics"})
-        summary = analyze_run(run)
+        summary = analyze_run(run, no_text=no_text)
         progress.on_event({"stage": "figures and report"})
-        report = report_run(run, training_window)
+        report = report_run(run, training_window, no_text=no_text)
     show_table({run.path.resolve().name: summary})
     wrote(run.path / "summary.json")
     wrote(report.with_suffix(".html"))

@@ -10,7 +10,21 @@ import sys
 
 import typer
 
-from moediag.cli import analyze, capture, compare, demo, diff_env, env, inspect, profile, report, schema, validate
+from moediag.cli import (
+    analyze,
+    capture,
+    compare,
+    demo,
+    diff_env,
+    env,
+    inspect,
+    profile,
+    report,
+    schema,
+    simulate,
+    trend,
+    validate,
+)
 from moediag.cli.signals import Interrupted, interruptible
 from moediag.errors import MoediagError
 
@@ -22,7 +36,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, profile, capture, analyze, compare, report, validate, inspect, schema, env, diff_env):
+for module in (
+    demo,
+    profile,
+    capture,
+    analyze,
+    compare,
+    simulate,
+    trend,
+    report,
+    validate,
+    inspect,
+    schema,
+    env,
+    diff_env,
+):
     app.command(module.NAME)(module.command)
 
 

@@ -12,6 +12,8 @@ import typer
 from moediag.errors import EngineError, RunError
 from moediag.run.shards import Slice
 
+_ALL_SEQUENCES = 2**31
+
 
 class RouterLogits(StrEnum):
     """How much of the router logits is kept."""
@@ -84,6 +86,15 @@ Logits = Annotated[RouterLogits, typer.Option(help="Keep full router logits as w
 IdsOnly = Annotated[
     bool, typer.Option("--ids-only", help="Keep expert ids only: no gate weights, no margins (the smallest capture).")
 ]
+FullVocab = Annotated[
+    str | None,
+    typer.Option(
+        "--full-vocab",
+        metavar="N|all",
+        help="Keep whole next-token distributions of N sequences in infer and train, for an exact KL (4 bytes x "
+        "vocabulary per response token); 0 = none; default: all where they take at most 64 MB per arm, else none.",
+    ),
+]
 StopTokenIds = Annotated[
     list[int] | None, typer.Option("--stop-token-ids", metavar="ID", help="vLLM's stop_token_ids; may be repeated.")
 ]
@@ -141,6 +152,9 @@ ReplayLayers = Annotated[
 TrainingWindow = Annotated[
     int | None, typer.Option(min=1, help="Length the model was trained on [tokens]; marked in the drift figure.")
 ]
+NoText = Annotated[
+    bool, typer.Option("--no-text", help="Keep prompts and responses out of the pages: no token, no text around it.")
+]
 ShardIndex = Annotated[
     int | None, typer.Option("--shard-index", metavar="I", help="Which of --num-shards workers this one is, from 0.")
 ]
@@ -150,6 +164,26 @@ NumShards = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Start anew: the run that is there is removed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def parse_full_vocab(text: str | None, observer: Observer) -> int | None:
+    """Sequences that keep whole distributions; more than there are for ``all``, None to let the plan decide.
+
+    Raises:
+        EngineError: not a number, or vLLM's routing is not seen by hooks, which see the distributions, too.
+
+    Example:
+        >>> parse_full_vocab("8", Observer.hooks), parse_full_vocab(None, Observer.native)
+        (8, 0)
+    """
+    if text is None:
+        return None if observer == Observer.hooks else 0
+    if text != "all" and not text.isdecimal():
+        raise EngineError(f"--full-vocab {text}: wanted a number of sequences, or all")
+    n_chosen = _ALL_SEQUENCES if text == "all" else int(text)
+    if n_chosen and observer != Observer.hooks:
+        raise EngineError(f"--full-vocab {text} needs --observer hooks: vLLM's own record holds expert ids only")
+    return n_chosen
 
 
 def parse_layers(text: str | None) -> dict[str, int | None]:

@@ -18,13 +18,10 @@ Tokenizer = Annotated[
         help="tokenizer.json, or its folder, to show tokens as text; default: the checkpoint's, if it is at its place.",
     ),
 ]
-NoText = Annotated[
-    bool, typer.Option("--no-text", help="Keep prompts and responses out of the pages: no token, no text around it.")
-]
 
 
 def command(
-    run: o.RunPath, training_window: o.TrainingWindow = None, tokenizer: Tokenizer = None, no_text: NoText = False
+    run: o.RunPath, training_window: o.TrainingWindow = None, tokenizer: Tokenizer = None, no_text: o.NoText = False
 ) -> None:
     """Draw the figures and write report.md and report.html; needs no engine."""
     from moediag.cli.console import wrote

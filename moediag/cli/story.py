@@ -9,23 +9,30 @@ from pathlib import Path
 
 from moediag.cli import jobs
 from moediag.cli.console import bar, note, wrote
+from moediag.cli.simulate import Asked
+from moediag.cli.simulation_table import show_sentences
 from moediag.cli.table import show_table
+from moediag.corrections.chosen import choose
 from moediag.demo.corpus import demo_prompts
 from moediag.demo.pair import build_pair
 from moediag.demo.train import MOE
+from moediag.notation import pair_name
 from moediag.results import compare_runs
-from moediag.run.directory import make_folder
+from moediag.run.derived import SIMULATIONS
+from moediag.run.directory import make_folder, open_run
 from moediag.run.files import write_atomic, write_error
+from moediag.simulation import Grid
 
 N_PROMPTS = 64
 MAX_TOKENS = 320  # prompt (about 120 bytes) + response stay inside the training window of 512
 
 
-def tell(output: Path, force: bool = False) -> None:
+def tell(output: Path, force: bool = False, no_text: bool = False) -> None:
     """Make everything under ``output`` and end by saying where the report is.
 
     Args:
         force: make the runs anew, also when they are there from another version.
+        no_text: keep prompts and responses out of frames and pages.
 
     Raises:
         MoediagError: as ``profile`` and ``compare`` do.
@@ -41,13 +48,24 @@ def tell(output: Path, force: bool = False) -> None:
     write_atomic(prompts, "".join(lines).encode())
     for name, checkpoint in checkpoints.items():
         note(f"\n== {name}: sampled by vLLM, scored by transformers ==")
-        _profile(checkpoint, prompts, output / name, force)
+        _profile(checkpoint, prompts, output / name, force, no_text)
+    note("\n== moe: what IcePop and its rivals would mask ==")
+    _simulate(output / "moe")
     note("\n== moe against dense ==")
     summary = compare_runs([output / name for name in checkpoints], output / "compare", MOE.window)
     show_table(summary["runs"])
     wrote(output / "compare" / "figures" / "figure1.png")
     wrote(output / "compare" / "report.html")
     wrote(output / "compare" / "report.md")
+
+
+def _simulate(path: Path) -> None:
+    asked = Asked(path, choose([], [], everything=True), Grid())
+    simulation = asked.simulate(open_run(path))
+    pages = asked.write(simulation, path / SIMULATIONS / pair_name(*asked.arms), force=False)
+    show_sentences(simulation)
+    for page in pages:
+        wrote(page)
 
 
 def cache_folder() -> Path:
@@ -72,9 +90,11 @@ def _checkpoints(output: Path) -> dict[str, Path]:
     return folders
 
 
-def _profile(checkpoint: Path, prompts: Path, output: Path, force: bool) -> None:
+def _profile(checkpoint: Path, prompts: Path, output: Path, force: bool, no_text: bool) -> None:
     sampling = jobs.Sampling(max_tokens=MAX_TOKENS)
-    plan = jobs.make_plan(jobs.open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full")
+    plan = jobs.make_plan(
+        jobs.open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full", full_vocab=None
+    )
     infer = jobs.infer_options(
         {}, dtype="bfloat16", max_model_len=plan.max_model_len, seed=sampling.seed, tensor_parallel_size=1
     )
@@ -84,4 +104,4 @@ def _profile(checkpoint: Path, prompts: Path, output: Path, force: bool) -> None
     jobs.announce(plan, output, [request.arm for request in requests], "bfloat16")
     run = plan.create(output, force)
     jobs.capture(run, plan.checkpoint, requests)
-    jobs.finish(run, MOE.window)
+    jobs.finish(run, MOE.window, no_text)

@@ -6,7 +6,6 @@ read, is refused here in one line, before anything is started or written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from moediag.engines.redaction import redact
 from moediag.engines.routers import RouterSpec, router_spec, text_config
 from moediag.engines.tensor_digest import weights_digest
 from moediag.errors import CheckpointError
-from moediag.run.files import digest_of
+from moediag.run.files import digest_of, tokenizer_digest
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
-_TOKENIZER_DIGESTED = (*_TOKENIZER_FILES, "merges.txt", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,13 @@ class Checkpoint:
         Raises:
             CheckpointError: a weight file is not a whole safetensors file.
         """
-        tokenizer = [self.path / name for name in _TOKENIZER_DIGESTED]
         # generation_config.json may change sampling, but moediag asks vLLM to leave it alone.
         config = {
             key: value for key, value in self.config.items() if key not in ("_name_or_path", "transformers_version")
         }
         return {
             "weights_sha256": weights_digest(self.weight_files),
-            "tokenizer_sha256": digest_of({f.name: _sha256(f) for f in tokenizer if f.exists()}),
+            "tokenizer_sha256": tokenizer_digest(self.path),
             "config_sha256": digest_of(config),
         }
 
@@ -172,8 +169,3 @@ def _hub_snapshot(name: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"checkpoint {name} is neither a folder nor to be had from the hub ({type(error).__name__}: {reason})"
         ) from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from moediag.engines.channel import Reporter, hold_lifeline
 from moediag.errors import DiskFullError, EngineError, MoediagError
@@ -14,20 +15,17 @@ from moediag.run.directory import Run, open_run
 from moediag.run.files import write_error
 from moediag.run.shards import Slice
 
-
-def _infer(run: Run, options: dict[str, Any], reporter: Reporter) -> None:
-    from moediag.engines.vllm_engine import capture_infer
-
-    capture_infer(run, options, reporter)
-
-
-def _train(run: Run, options: dict[str, Any], reporter: Reporter) -> None:
-    from moediag.engines.hf_engine import capture_train
-
-    capture_train(run, options, reporter)
+_TASKS: Final = {
+    "infer": ("moediag.engines.vllm_engine", "capture_infer"),
+    "train": ("moediag.engines.hf_engine", "capture_train"),
+    "gradients": ("moediag.audit.gradients", "audit"),
+}
+"""Where a task lives: each is imported in its own process only, and one may lie in a room above the engines."""
 
 
-_TASKS = {"infer": _infer, "train": _train}
+def _run_task(name: str, run: Run, options: dict[str, Any], reporter: Reporter) -> None:
+    module, function = _TASKS[name]
+    getattr(importlib.import_module(module), function)(run, options, reporter)
 
 
 def main() -> int:
@@ -38,7 +36,7 @@ def main() -> int:
     try:
         run = open_run(run_path, Slice(**options.pop("worker", {})))
         with run.in_use():
-            _TASKS[sys.argv[1]](run, options, reporter)
+            _run_task(sys.argv[1], run, options, reporter)
     except MoediagError as error:
         traceback.print_exc()
         reporter.error(error)

@@ -7,6 +7,7 @@ numerics knobs of their own (:mod:`.batching`). The hooks only copy what routers
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,8 +33,12 @@ from moediag.engines.versions import numeric_versions, require_train_engine
 from moediag.errors import CheckpointError, IncompleteRunError
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.directory import Run, Shard
+from moediag.run.vocabulary import VocabRows
 
 _LOGIT_ROWS = 512  # rows of vocabulary-wide float32 held at a time: 512 x 152k x 4 B = 0.3 GB
+
+OnLogProbs = Callable[[torch.Tensor, torch.Tensor], None]
+"""Told, some rows at a time, token rows of the batch (M,) and their next-token log-probabilities (M, V), float32."""
 
 
 def capture_train(run: Run, options: dict[str, Any], reporter: Reporter) -> None:
@@ -53,7 +58,7 @@ def capture_train(run: Run, options: dict[str, Any], reporter: Reporter) -> None
         return
     reporter.stage("loading transformers")
     engine = TrainEngine(run, options["checkpoint"], request)
-    run.begin_arm(request.arm, engine.arm_record(options["configuration"]))
+    run.begin_arm(request.arm, engine.arm_record(options["configuration"]), engine.correction_bias())
     fill_missing_shards(run, request.arm, reporter, engine.capture_shard)
 
 
@@ -148,17 +153,26 @@ class TrainEngine:
         }
         return dict(redact(record))
 
+    def correction_bias(self) -> list[list[float]] | None:
+        """The routers' correction bias by MoE layer and expert; None where the rule has none."""
+        if self.spec is None or not self.spec.has_correction_bias:
+            return None
+        biases = [block.correction_bias for block in find_blocks(self.model)]
+        return [bias.detach().float().cpu().tolist() for bias in biases if bias is not None]
+
     def capture_shard(self, shard: Shard, on_done: OnDone) -> None:
         """Score one shard's sequences and commit the arrays."""
         started = time.monotonic()
         tokens = self.run.tokens(shard)
+        chosen = self.run.vocab_sequences(self.request.arm, shard)
+        vocab = VocabRows(tokens, chosen, self.model.config.get_text_config().vocab_size)
         source = self.run.capture(self.replay.source, shard) if self.replay else None
         parts, n_done = [], 0
         for batch in self.batching.split(tokens.sequence_bounds()):
             start, end = batch.bounds[0][0], batch.bounds[-1][1]
             forced = self.replay.routes(source, start, end) if self.replay and source else None
             with self._perturbed(f"{shard.index}:{start}"):
-                parts.append(self.score(tokens, batch, forced))
+                parts.append(self.score(tokens, batch, forced, vocab))
             n_done += len(batch.bounds)
             on_done(n_done)
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -166,29 +180,34 @@ class TrainEngine:
         arrays = {name: _to_numpy(tensor) for name, tensor in rows.items()}
         capture = capture_of(arrays.pop("logp_T"), arrays.pop("entropy_T"), arrays)
         facts = {"seconds": round(time.monotonic() - started, 3)}
-        self.run.write_capture(self.request.arm, shard, tokens, capture, facts, dtypes)
+        whole = vocab.whole(tokens, capture.logp_T, chosen) if len(chosen) else None
+        self.run.write_capture(self.request.arm, shard, tokens, capture, facts, dtypes, whole)
 
     def _perturbed(self, name: str) -> AbstractContextManager[object]:
         if not self.request.perturbation:
             return nullcontext()
         return Perturbed(find_blocks(self.model), self.request.perturbation, seed_of(name))
 
-    def score(self, tokens: TokenRows, batch: Batch, forced: ForcedRoutes | None = None) -> dict[str, torch.Tensor]:
+    def score(
+        self, tokens: TokenRows, batch: Batch, forced: ForcedRoutes | None = None, vocab: VocabRows | None = None
+    ) -> dict[str, torch.Tensor]:
         """Arrays of the sequences of one forward, in the order of the token table.
 
         Args:
             forced: routes of the batch's token rows; padding routes as the model likes.
+            vocab: takes the distributions that it wants.
         """
         start, end = batch.bounds[0][0], batch.bounds[-1][1]
         token_id_T = torch.from_numpy(tokens.token_id_T[start:end].copy())
         is_response_T = torch.from_numpy(tokens.is_response_T[start:end].copy())
+        keep = None if vocab is None or not len(vocab) else partial(_keep, vocab, start)
         with torch.inference_mode():
             if self.spec is None:
-                logp_T, entropy_T = score_batch(self.model, batch, token_id_T, is_response_T)
+                logp_T, entropy_T = score_batch(self.model, batch, token_id_T, is_response_T, keep)
                 return {"logp_T": logp_T, "entropy_T": entropy_T}
             spread = None if forced is None else forced.spread(batch.row_of_token, batch.n_rows)
             with RoutingTaps(self.model, self.spec, self.level, spread) as taps:
-                logp_T, entropy_T = score_batch(self.model, batch, token_id_T, is_response_T)
+                logp_T, entropy_T = score_batch(self.model, batch, token_id_T, is_response_T, keep)
                 return {"logp_T": logp_T, "entropy_T": entropy_T, **taps.take(batch.row_of_token)}
 
 
@@ -213,8 +232,20 @@ def score_sequence(
     return score_batch(model, alone(0, len(token_id_T)), token_id_T, is_response_T)
 
 
+def _keep(vocab: VocabRows, first: int, row_M: torch.Tensor, log_probs_MV: torch.Tensor) -> None:
+    """Hand over the rows that are wanted; ``first`` is the batch's first row in the token table."""
+    wanted_M = vocab.wants(first + row_M.numpy())
+    if wanted_M.any():
+        rows = log_probs_MV[torch.from_numpy(wanted_M).to(log_probs_MV.device)]
+        vocab.add(first + row_M.numpy()[wanted_M], rows.cpu().numpy())
+
+
 def score_batch(
-    model: Any, batch: Batch, token_id_T: torch.Tensor, is_response_T: torch.Tensor
+    model: Any,
+    batch: Batch,
+    token_id_T: torch.Tensor,
+    is_response_T: torch.Tensor,
+    on_log_probs: OnLogProbs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy [nat] of every response token of a batch; NaN on prompt rows.
 
@@ -222,6 +253,7 @@ def score_batch(
 
     Args:
         token_id_T, is_response_T: token rows of the batch's sequences, one after the other.
+        on_log_probs: sees every vocabulary-wide row that the log-probabilities are read from.
     """
     logp_T = torch.full((len(token_id_T),), torch.nan)
     entropy_T = torch.full((len(token_id_T),), torch.nan)
@@ -237,6 +269,8 @@ def score_batch(
         target = token_id_T[row_N[rows]].to(log_probs.device)
         logp_T[row_N[rows]] = log_probs.gather(1, target[:, None])[:, 0].cpu()
         entropy_T[row_N[rows]] = torch.special.entr(log_probs.exp()).sum(-1).cpu()
+        if on_log_probs is not None:
+            on_log_probs(row_N[rows], log_probs)
     return logp_T, entropy_T
 
 

@@ -7,7 +7,8 @@ so a difference in tokenisation can never enter a pair.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,26 @@ from moediag.engines.assemble import token_rows
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.redaction import redact
 from moediag.engines.routers import SIGMOID, refuse_ambiguous_rule, text_config
-from moediag.errors import CheckpointError, EngineError, PromptsError
+from moediag.engines.tokenised import check_lengths, tokenise
+from moediag.errors import CheckpointError, EngineError
 from moediag.notation import INFER
-from moediag.prompts import Prompt, read_prompts
+from moediag.prompts import read_prompts
 from moediag.run.codec import bytes_per_token, encode_prompts
 from moediag.run.create import create_run, split_into_shards
 from moediag.run.directory import Run
 from moediag.run.files import digest_of
+from moediag.run.shards import Shard
+from moediag.run.vocabulary import VOCABULARY_ARMS, chosen_in
 
 _SCORE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+VOCABULARY_BYTES_BY_DEFAULT = 64e6
+"""Whole distributions are kept unasked where every sequence's fit in so many bytes per arm.
+
+Reading and reducing both arms' then takes seconds (2 x 20 MB: 1.6 s on a busy core), and they are no larger than the
+routing of 40,000 tokens of a 48-layer, top-8 model. Byte vocabularies pass with up to 62,000 response tokens; a
+vocabulary of 152k would fill the room with 105, so that real models keep distributions only when asked.
+"""
 
 SequenceTokens = tuple[int, int, list[int], list[int] | None]
 """(prompt_id, sample_index, prompt token ids, given completion token ids or None)."""
@@ -92,6 +104,7 @@ class Plan:
     ignored_keys: tuple[str, ...] = ()
     ids_only: bool = False
     sampled_by: str = INFER
+    full_vocab: int = 0
 
     @property
     def n_sequences(self) -> int:
@@ -106,10 +119,27 @@ class Plan:
         longest = (min(len(p) + self.sampling.max_tokens, self.max_model_len) for p in self.prompt_ids)
         return self.sampling.n * sum(longest)
 
-    def max_bytes(self, n_arms: int, dtype: str) -> int:
+    @property
+    def n_vocabulary(self) -> int:
+        """V, as config.json has it; 0 where it does not say."""
+        return int(text_config(self.checkpoint.config).get("vocab_size") or 0)
+
+    def vocabulary_bytes(self, n_chosen: int) -> int:
+        """Largest number of bytes that the whole distributions of so many sequences take in one arm."""
+        if self.completion_ids:
+            lengths = [len(completion) for completion in self.completion_ids]
+        else:
+            room = (min(self.sampling.max_tokens, self.max_model_len - len(prompt)) for prompt in self.prompt_ids)
+            lengths = [length for length in room for _ in range(self.sampling.n)]
+        whole = Shard(0, 0, len(lengths))
+        chosen = (i * len(lengths) // n_chosen for i in chosen_in(whole, n_chosen, len(lengths)))
+        return 4 * self.n_vocabulary * sum(lengths[sequence] for sequence in chosen)
+
+    def max_bytes(self, arms: Sequence[str], dtype: str) -> int:
         """Largest number of bytes the arms will write.
 
         Args:
+            arms: their names: only those of the main pair keep whole distributions.
             dtype: model dtype as asked for; routers that score in float32 whatever it is are counted so.
         """
         routing = self.checkpoint.routing
@@ -120,7 +150,9 @@ class Plan:
         sizes = bytes_per_token(layers, k, e, weight_bytes=4, logits_bytes=logits)
         if self.ids_only:
             sizes = {name: sizes[name] for name in sizes if name in ("logp_T", "entropy_T", "expert_ids_TLK")}
-        return self.max_token_rows * (n_arms * sum(sizes.values()) + 8)
+        n_keeping = sum(arm in VOCABULARY_ARMS for arm in arms)
+        vocabulary = n_keeping * self.vocabulary_bytes(self.full_vocab)
+        return self.max_token_rows * (len(arms) * sum(sizes.values()) + 8) + vocabulary
 
     def configuration(self) -> dict[str, Any]:
         """What makes two runs the same; digests and not paths."""
@@ -132,6 +164,7 @@ class Plan:
             "router_logits": self.router_logits,
             **({"ids_only": True} if self.ids_only else {}),
             **({} if self.sampled_by == INFER else {"sampled_by": self.sampled_by}),
+            **({"full_vocab": self.full_vocab} if self.full_vocab else {}),
             "shard_size": self.shard_size,
         }
 
@@ -169,12 +202,17 @@ def make_plan(
     trust_remote_code: bool = False,
     ids_only: bool = False,
     sampled_by: str = INFER,
+    full_vocab: int | None = 0,
 ) -> Plan:
     """Read and tokenise the prompts and check every length.
 
+    Args:
+        full_vocab: sequences whose whole next-token distributions infer and train keep; more than there are = all;
+            None = all where that is small (:data:`VOCABULARY_BYTES_BY_DEFAULT`), else none.
+
     Raises:
         PromptsError: unusable file, or a prompt that the model has no room for.
-        CheckpointError: the tokenizer does not load.
+        CheckpointError: the tokenizer does not load, or distributions are wanted of a vocabulary of unknown size.
     """
     sampling.check()
     if ids_only and router_logits == "full":
@@ -182,20 +220,20 @@ def make_plan(
     prompts = read_prompts(prompts_path, limit)
     _check_architecture(checkpoint, trust_remote_code)
     refuse_ambiguous_rule(checkpoint.config, str(checkpoint.path))
-    prompt_ids = _tokenise(checkpoint, prompts, prompts_path, trust_remote_code)
+    prompt_ids = tokenise(checkpoint, prompts, prompts_path, trust_remote_code)
     has_completions = prompts[0].completion_token_ids is not None
     if sampled_by != INFER and has_completions:
         raise EngineError(f"{prompts_path} gives completions: there is nothing for {sampled_by} to sample")
     completions = [list(p.completion_token_ids or ()) for p in prompts] if has_completions else None
     room = min(filter(None, (max_model_len, checkpoint.max_length)), default=None)
-    _check_lengths(prompts, prompt_ids, completions, room, prompts_path)
+    check_lengths(prompts, prompt_ids, completions, room, prompts_path)
     wanted = max(len(p) for p in prompt_ids) + sampling.max_tokens
     if completions:
         wanted = max(len(p) + len(c) for p, c in zip(prompt_ids, completions, strict=True)) + 1
     length = max_model_len or _room(checkpoint, wanted)
     # Of the prompts as written, so that runs of models with different tokenizers can be recognised as comparable.
     source = digest_of([[p.text, p.messages, p.token_ids, p.completion_token_ids] for p in prompts])
-    return Plan(
+    plan = Plan(
         checkpoint,
         prompts_path,
         prompt_ids,
@@ -209,6 +247,18 @@ def make_plan(
         ids_only,
         sampled_by,
     )
+    return replace(plan, full_vocab=_sequences_with_vocabulary(plan, full_vocab))
+
+
+def _sequences_with_vocabulary(plan: Plan, asked: int | None) -> int:
+    if asked is None:
+        n_bytes = plan.vocabulary_bytes(plan.n_sequences)
+        return plan.n_sequences if 0 < n_bytes <= VOCABULARY_BYTES_BY_DEFAULT else 0
+    if asked and not plan.n_vocabulary:
+        raise CheckpointError(
+            f"{plan.checkpoint.path}/config.json does not say vocab_size; capture with --full-vocab 0"
+        )
+    return min(asked, plan.n_sequences)
 
 
 def needed_length(run: Run, checkpoint: Checkpoint) -> int:
@@ -265,65 +315,3 @@ def _check_architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> None
         f"{checkpoint.path}: the installed transformers does not know the architecture {model_type!r} "
         f"({checkpoint.architecture}); check config.json or upgrade transformers"
     )
-
-
-def _tokenise(checkpoint: Checkpoint, prompts: list[Prompt], path: Path, trust_remote_code: bool) -> list[list[int]]:
-    if all(prompt.token_ids is not None for prompt in prompts):
-        tokenizer = None
-    else:
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-        except Exception as error:  # tokenizer classes raise anything; all mean: not usable
-            raise CheckpointError(
-                f"{checkpoint.path}: its tokenizer does not load ({type(error).__name__}: {error})"
-            ) from None
-    ids = [_prompt_ids(tokenizer, prompt, path) for prompt in prompts]
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        if not tokens:
-            raise PromptsError(f"{path}:{prompt.line}: the prompt has no tokens")
-    _check_vocabulary(checkpoint, prompts, ids, path)
-    return ids
-
-
-def _prompt_ids(tokenizer: Any, prompt: Prompt, path: Path) -> list[int]:
-    if prompt.token_ids is not None:
-        return list(prompt.token_ids)
-    if prompt.text is not None:
-        return list(tokenizer(prompt.text, verbose=False)["input_ids"])
-    if not getattr(tokenizer, "chat_template", None):
-        raise PromptsError(f"{path}:{prompt.line}: messages given, but the tokenizer has no chat template; use prompt")
-    try:
-        text = tokenizer.apply_chat_template(list(prompt.messages or ()), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates are programs that raise what they like at messages they dislike
-        raise PromptsError(f"{path}:{prompt.line}: the chat template refuses these messages ({error})") from None
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _check_vocabulary(checkpoint: Checkpoint, prompts: list[Prompt], ids: list[list[int]], path: Path) -> None:
-    n_vocabulary = int(text_config(checkpoint.config).get("vocab_size") or 0)
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        largest = max([*tokens, *(prompt.completion_token_ids or ())])
-        if n_vocabulary and largest >= n_vocabulary:
-            raise PromptsError(f"{path}:{prompt.line}: token id {largest} is outside the vocabulary of {n_vocabulary}")
-
-
-def _check_lengths(
-    prompts: list[Prompt],
-    prompt_ids: list[list[int]],
-    completions: list[list[int]] | None,
-    room: int | None,
-    path: Path,
-) -> None:
-    """vLLM wants room for at least one token after what it is given."""
-    for i, (prompt, tokens) in enumerate(zip(prompts, prompt_ids, strict=True)):
-        length = len(tokens) + (len(completions[i]) if completions else 0)
-        if room is not None and length >= room:
-            what = "prompt and completion" if completions else "prompt"
-            raise PromptsError(
-                f"{path}:{prompt.line}: {what} of {length} tokens, the model allows {room} with at least one "
-                "to follow; shorten it or leave it out"
-            )

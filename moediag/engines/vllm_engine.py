@@ -11,6 +11,7 @@ import hashlib
 import os
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,17 @@ from moediag.engines.routing_rows import IDS, level_of
 from moediag.engines.selected import vllm_engine_config, vllm_sampling
 from moediag.engines.versions import numeric_versions, require_infer_engine
 from moediag.engines.vllm_loaded import agreed, disagreements, refuse_unseen_routing
-from moediag.engines.vllm_paths import Response, Sequence, entropies, forcing_options, logps, sampling_parameters
-from moediag.errors import IncompleteRunError
+from moediag.engines.vllm_paths import (
+    DISTRIBUTIONS,
+    Response,
+    Sequence,
+    distributions,
+    entropies,
+    forcing_options,
+    logps,
+    sampling_parameters,
+)
+from moediag.errors import EngineError, IncompleteRunError
 from moediag.run.capture import TokenRows
 from moediag.run.directory import Run, Shard
 from moediag.run.files import rows_prefix
@@ -64,7 +74,7 @@ def capture_infer(run: Run, options: dict[str, Any], reporter: Reporter) -> None
             )
     reporter.stage("loading vLLM")
     engine = InferEngine(run, options["checkpoint"], request)
-    run.begin_arm(request.arm, engine.arm_record(options["configuration"]))
+    run.begin_arm(request.arm, engine.arm_record(options["configuration"]), engine.correction_bias())
     fill_missing_shards(run, request.arm, reporter, engine.capture_shard)
 
 
@@ -89,6 +99,20 @@ class InferEngine:
         self.level = IDS if request.observer == NATIVE else level_of(run.configuration)
         self.facts: dict[str, Any] = self._install()[0]
         refuse_unseen_routing(self.facts, run.model["routing"], request.observer)
+        self._refuse_unseen_distributions()
+
+    def _refuse_unseen_distributions(self) -> None:
+        keeps_some = any(self.run.keeps_vocab(self.request.arm, shard) for shard in self.run.shards)
+        if keeps_some and (not self.has_taps or (self.facts["is_v2_runner"] and self.path == PREFILL)):
+            raise EngineError(
+                f"whole distributions of arm {self.request.arm} need --observer hooks, and vLLM's V1 runner where "
+                "given tokens are prefilled; begin the run with --full-vocab 0"
+            )
+
+    def correction_bias(self) -> list[list[float]] | None:
+        """The routers' correction bias by MoE layer and expert, as rank 0 has it; None where the rule has none."""
+        bias_LE: list[list[float]] | None = self.llm.collective_rpc("moediag_bias")[0]
+        return bias_LE
 
     @property
     def has_taps(self) -> bool:
@@ -137,16 +161,24 @@ class InferEngine:
         """Sample or score one shard's sequences and commit the arrays, and the tokens where they were sampled."""
         started = time.monotonic()
         sequences = self._sequences(shard)
-        self.llm.collective_rpc("moediag_begin", args=(self._shard_seed(shard),))
+        chosen = self.run.vocab_sequences(self.request.arm, shard)
+        wanted = {str(seq_id): len(self.prompts[seq_id][2]) - 1 for seq_id in chosen.tolist()}
+        self.llm.collective_rpc("moediag_begin", args=(self._shard_seed(shard), wanted))
         responses = self._generate(shard, sequences, on_done)
         tokens = self._tokens(shard, responses)
-        told, routing, dtypes, entropy_T = self._observed(tokens, shard, responses)
-        capture = capture_of(logps(tokens, responses, self.path), entropy_T, routing)
-        facts = {"seconds": round(time.monotonic() - started, 3), **told}
+        seen = self._observed(tokens, shard, responses)
+        capture = capture_of(logps(tokens, responses, self.path), seen.entropy_T, seen.routing)
+        vocab = distributions(tokens, seen.rows, seen.seq_ids, chosen, self._n_vocabulary) if len(chosen) else None
+        whole = None if vocab is None else vocab.whole(tokens, capture.logp_T, chosen)
+        facts = {"seconds": round(time.monotonic() - started, 3), **seen.facts}
         # Arrays first, tokens last: other arms take a shard up once its tokens are committed.
-        self.run.write_capture(self.request.arm, shard, tokens, capture, facts, dtypes)
+        self.run.write_capture(self.request.arm, shard, tokens, capture, facts, seen.dtypes, whole)
         if self.path == SAMPLED:
             self.run.write_tokens(shard, tokens)
+
+    @property
+    def _n_vocabulary(self) -> int:
+        return int(self.llm.llm_engine.vllm_config.model_config.get_vocab_size())
 
     def _sequences(self, shard: Shard) -> list[Sequence]:
         if self.path == SAMPLED:
@@ -208,24 +240,24 @@ class InferEngine:
         digest = hashlib.sha256(f"{self.run.manifest['sampling']['seed']}:{kind}:{index}".encode()).digest()
         return int.from_bytes(digest[:6], "big")
 
-    def _observed(
-        self, tokens: TokenRows, shard: Shard, responses: list[Response]
-    ) -> tuple[dict[str, Any], dict[str, NDArray[Any]], dict[str, str], NDArray[np.float32]]:
-        """Facts for the sidecar, the routing arrays in token order, their dtypes, and the entropies."""
+    def _observed(self, tokens: TokenRows, shard: Shard, responses: list[Response]) -> _Observed:
         if not self.has_taps:
             nothing_T = np.full(len(tokens), np.nan, dtype=np.float32)
-            return {}, self._native_routing(tokens, shard, responses), {}, nothing_T
+            return _Observed({}, self._native_routing(tokens, shard, responses), {}, nothing_T, {}, [])
         told, rows = self._rows(shard)
         request_seq_ids = [int(request) for request in told["requests"]]
-        numpy_rows = {name: _to_numpy(tensor) for name, tensor in rows.items() if name != "entropy"}
+        apart = {name: rows.pop(name) for name in (*DISTRIBUTIONS, "entropy") if name in rows}
+        numpy_rows = {name: _to_numpy(tensor) for name, tensor in rows.items()}
         routing = order_rows(tokens, numpy_rows, request_seq_ids, needs_last_row=self.path == PREFILL)
         if self.request.observer == BOTH and "expert_ids_TLK" in routing:
             native = self._native_routing(tokens, shard, responses)
             cross_check(tokens, routing["expert_ids_TLK"], native["expert_ids_TLK"])
-        entropy_T = entropies(tokens, rows["entropy"].numpy(), request_seq_ids)
+        entropy_T = entropies(tokens, apart.pop("entropy").numpy(), request_seq_ids)
         dtypes = {n: _DTYPE_NAMES[str(t.dtype)] for n, t in rows.items() if str(t.dtype) in _DTYPE_NAMES}
         facts = recomputed_rows(tokens, numpy_rows, request_seq_ids)
-        return {"router_dtypes": told["router_dtypes"], **facts}, routing, dtypes, entropy_T
+        facts_told = {"router_dtypes": told["router_dtypes"], **facts}
+        distribution_rows = {name: tensor.numpy() for name, tensor in apart.items()}
+        return _Observed(facts_told, routing, dtypes, entropy_T, distribution_rows, request_seq_ids)
 
     def _native_routing(self, tokens: TokenRows, shard: Shard, responses: list[Response]) -> dict[str, NDArray[Any]]:
         if not self.run.model["routing"] or self.request.observer == UNOBSERVED:
@@ -246,6 +278,25 @@ class InferEngine:
             ranks = self.llm.collective_rpc("moediag_flush", args=(str(path),))
             rows = load_file(path)
         return agreed(ranks), rows
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What was seen of a shard.
+
+    Args:
+        facts: for the sidecar.
+        routing: routing arrays in token order; ``dtypes``: their dtypes in the engine.
+        rows: distributions as the worker gave them, :data:`~moediag.engines.vllm_paths.DISTRIBUTIONS`.
+        seq_ids: sequence id of every request number in ``rows``.
+    """
+
+    facts: dict[str, Any]
+    routing: dict[str, NDArray[Any]]
+    dtypes: dict[str, str]
+    entropy_T: NDArray[np.float32]
+    rows: dict[str, NDArray[Any]]
+    seq_ids: list[int]
 
 
 def _report(responses: dict[int, Response], n_to_come: dict[int, int], on_done: OnDone) -> None:

@@ -18,8 +18,11 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from moediag.engines.arms import PREFILL, SAMPLED
 from moediag.errors import CaptureError
 from moediag.run.capture import TokenRows
+from moediag.run.vocabulary import VocabRows
 
 _FORCED = "moediag_forced_token_ids"
+DISTRIBUTIONS = ("vocab_request_N", "vocab_position_N", "vocab_logps_NV")
+"""Whole next-token distributions among a worker's rows: whose, after which position, and log-probabilities."""
 
 
 @dataclass
@@ -157,3 +160,29 @@ def entropies(tokens: TokenRows, entropy: NDArray[Any], request_seq_ids: list[in
         if row < end and tokens.is_response_T[row] and np.isnan(entropy_T[row]):
             entropy_T[row] = value
     return entropy_T
+
+
+def distributions(
+    tokens: TokenRows,
+    rows: dict[str, NDArray[Any]],
+    request_seq_ids: list[int],
+    chosen: NDArray[np.int64],
+    n_vocabulary: int,
+) -> VocabRows:
+    """Distributions behind the response tokens of the chosen sequences: that after position p is the token's at p + 1.
+
+    Args:
+        rows: :data:`DISTRIBUTIONS` as the worker gave them, in the order of its steps; of a row that preemption made
+            compute again the first stays, the one that was sampled from.
+    """
+    vocab = VocabRows(tokens, chosen, n_vocabulary)
+    if not rows:
+        return vocab
+    seq_N = np.array(request_seq_ids, dtype=np.int64)[rows["vocab_request_N"]]
+    start_S = np.array([start for start, _ in tokens.sequence_bounds()], dtype=np.int64)
+    row_N = start_S[np.searchsorted(tokens.seq_id_T[start_S], seq_N)] + rows["vocab_position_N"] + 1
+    is_own_N = row_N < len(tokens)  # vLLM samples a token behind what it prefills
+    is_own_N[is_own_N] = tokens.seq_id_T[row_N[is_own_N]] == seq_N[is_own_N]
+    is_own_N[is_own_N] = vocab.wants(row_N[is_own_N])
+    vocab.add(row_N[is_own_N], rows["vocab_logps_NV"][is_own_N])
+    return vocab

@@ -27,6 +27,7 @@ def tap_runner(runner: Any, recorder: StepRecorder) -> list[Undo]:
         _tap_model(runner.model, adapter, recorder),
         _tap_steps(runner, adapter, recorder),
         adapter.tap_sampler(recorder.on_sample),
+        *adapter.tap_prompts(recorder.on_prompt),
     ]
 
 
@@ -63,6 +64,31 @@ class _V1Runner:
 
         handle = self.runner.sampler.register_forward_pre_hook(before_sampling, with_kwargs=True)
         return handle.remove  # type: ignore[no-any-return]
+
+    def tap_prompts(self, on_prompt: Callable[[int, torch.Tensor], None]) -> list[Undo]:
+        """Logits behind prompt log-probabilities: computed request by request, from consecutive rows of the step.
+
+        Which rows they are is seen from where the view that the head is given lies in the step's hidden states.
+        """
+        runner, original = self.runner, self.runner._get_prompt_logprobs_dict
+
+        def with_tapped_head(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            model, head = runner.model, runner.model.compute_logits
+            n_bytes = hidden_states.stride(0) * hidden_states.element_size()
+
+            def compute_logits(rows: torch.Tensor, *more: Any, **options: Any) -> Any:
+                logits = head(rows, *more, **options)
+                on_prompt((rows.data_ptr() - hidden_states.data_ptr()) // n_bytes, logits)
+                return logits
+
+            model.compute_logits = compute_logits
+            try:
+                return original(hidden_states, *args, **kwargs)
+            finally:
+                del model.compute_logits
+
+        runner._get_prompt_logprobs_dict = with_tapped_head
+        return [lambda: delattr(runner, "_get_prompt_logprobs_dict")]
 
 
 class _V2Runner:
@@ -111,6 +137,10 @@ class _V2Runner:
             runner.sampler = original
 
         return undo
+
+    def tap_prompts(self, on_prompt: Callable[[int, torch.Tensor], None]) -> list[Undo]:
+        """None: the V2 runner's kernel never makes whole rows of prompt log-probabilities (the engine refuses)."""
+        return []
 
 
 def _tap_steps(runner: Any, adapter: _V1Runner | _V2Runner, recorder: StepRecorder) -> Undo:

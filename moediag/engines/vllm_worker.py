@@ -67,12 +67,22 @@ class MoediagWorkerExtension:
             undo()
         self._moediag_undo = []
 
-    def moediag_begin(self, seed: int | None) -> None:
-        """Start a shard: forget rows; with a seed, reseed this worker's default generator."""
+    def moediag_begin(self, seed: int | None, wanted: dict[str, int] | None = None) -> None:
+        """Start a shard: forget rows; with a seed, reseed this worker's default generator.
+
+        Args:
+            wanted: requests whose whole next-token distributions rank 0 keeps, each from a position on.
+        """
         if seed is not None:
             torch.manual_seed(seed)
         if hasattr(self, "_moediag_recorder"):
             self._moediag_recorder.begin()
+            self._moediag_recorder.want_distributions((wanted or {}) if self.rank == 0 else {})
+
+    def moediag_bias(self) -> list[list[float]] | None:
+        """The routers' correction bias by MoE layer and expert; None where the rule has none."""
+        bias_LE = correction_bias([router for _, _, router in find_routers(self.model_runner.model)])
+        return None if bias_LE is None else [[float(bias) for bias in row] for row in bias_LE.tolist()]
 
     def moediag_flush(self, path: str) -> dict[str, Any]:
         """Rank 0 writes its rows to ``path``; every rank tells what it saw."""

@@ -28,6 +28,7 @@ NO_DIFFERENCE: Final = "no scored token differs, bit for bit"
 NOT_SCORED: Final = "no token was scored by both arms"
 NO_FLIP: Final = "no expert set flipped"
 TOO_FEW: Final = "no cell of the map holds 20 choices"
+NO_EXPLANATION: Final = "no flip could be explained (neither margins nor router logits of both arms)"
 NO_MARGINS: Final = "no margins were captured (expert ids only)"
 
 
@@ -119,6 +120,15 @@ FIGURES: Final[dict[str, FigureKind]] = {
         "Margins and flips layer by layer",
         "Left: where the margins of a layer lie. Right: P(flip | margin) of each layer; the mark is its noise sigma.",
         ("margin_curve", "margin_noise"),
+        "flip_rate",
+        is_routing=True,
+    ),
+    "explained_flips": FigureKind(
+        "Flips observed, explained by noise at near ties, and forecast for other noise",
+        "Left: flip rate by layer; explained from one side's scores and the noise of other prompts of this pair, "
+        "forecast from noise measured elsewhere. Right: predicted against observed shares; on the diagonal the "
+        "explanation is right.",
+        ("explained_flips", "flip_calibration", "forecast_flips"),
         "flip_rate",
         is_routing=True,
     ),
@@ -221,6 +231,13 @@ def _no_margins_by_layer(frames: Frames) -> str:
     return "" if rows["n_flipped"].sum() else f"{NO_FLIP} in {count(_pooled_choices(rows), 'choice')}"
 
 
+def _no_explanation(frames: Frames) -> str:
+    rows = frames["explained_flips"]
+    if not rows["explained"].notna().any():
+        return NO_EXPLANATION
+    return "" if rows["observed"].max() > 0 else f"{NO_FLIP} in {count(rows['n_choices'].max(), 'choice')}"
+
+
 def _pooled_choices(rows: pd.DataFrame) -> int:
     first = next(iter(rows["space"]))
     return int(rows.loc[(rows["layer"] == -1) & (rows["space"] == first), "n_choices"].sum())
@@ -250,6 +267,7 @@ _REASONS: Final[dict[str, Callable[[Frames], str]]] = {
     "flip_map": _no_flip_in_map,
     "margins": _no_margins,
     "margins_by_layer": _no_margins_by_layer,
+    "explained_flips": _no_explanation,
     "flip_costs": _no_costs,
     "expert_swaps": _no_swaps,
 }

@@ -23,8 +23,8 @@ from moediag.figures.style import (
     house_style,
     legend_below,
     panel_grid,
-    run_styles,
     state,
+    styles_of,
 )
 from moediag.figures.ticks import layer_ticks, log_axis
 
@@ -52,7 +52,7 @@ def plot_flip_costs(
         floor: of the mean abs(logp_diff) [nat]; drawn on the left.
         width: of the figure [inch].
     """
-    styles = styles or run_styles(dict.fromkeys(frames, True))
+    styles = styles or styles_of(frames)
     figure, panels = panel_grid(2 * len(frames), width, 3.3)
     for nth, (label, frame) in enumerate(frames.items()):
         left, right = panels[2 * nth], panels[2 * nth + 1]
@@ -61,9 +61,9 @@ def plot_flip_costs(
         _draw_pairs(left, _group(frame, "n_flipped_layers"), styles[label])
         draw_floor(left, floor_value(floor, label))
         _draw_costs(right, _group(frame, "first_flipped_layer"), styles[label])
-    floored = floor_words(floor, "the mean", frames) if frames else ""
+    floored = floor_words(floor, "the mean", frames)
     notes = [caption, floored, _NOTE, _unmatched(frames)]
-    add_words(figure, cost_finding(frames), " ".join(filter(None, notes)))
+    add_words(figure, cost_finding(frames), *notes)
     return figure
 
 

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from moediag.analysis.tokens import logp_diff, scored_tokens
-from moediag.figures.catalogue import is_moe
 from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words
 from moediag.figures.heat import count_bar, count_norm, draw_cells
 from moediag.figures.numbers import sig
@@ -33,8 +32,8 @@ from moediag.figures.style import (
     figure_width,
     house_style,
     panel_grid,
-    run_styles,
     state,
+    styles_of,
 )
 from moediag.figures.ticks import power, tick_decades
 
@@ -70,7 +69,7 @@ def plot_logp_diff_by_p_infer(
         floor: of the mean abs(logp_diff) [nat].
         width: of the figure [inch].
     """
-    styles = styles or run_styles({label: is_moe(frame) for label, frame in tokens.items()})
+    styles = styles or styles_of(tokens)
     points = {label: _points(frame) for label, frame in tokens.items()}
     means = {label: p_strata((strata or {}).get(label)) for label in tokens}
     figure, panels = panel_grid(len(points), width, 3.0, sharex=True, sharey=True)
@@ -83,8 +82,8 @@ def plot_logp_diff_by_p_infer(
         ax.set_title(figure_text(label))
         if limits is not None:
             draw_floor(ax, floor_value(floor, label))
-    notes = [caption, floor_words(floor, "the mean", tokens) if tokens else "", _notes(points, limits)]
-    add_words(figure, p_finding(means), " ".join(filter(None, notes)))
+    notes = [caption, floor_words(floor, "the mean", tokens), _notes(points, limits)]
+    add_words(figure, p_finding(means), *notes)
     return figure
 
 

@@ -25,7 +25,7 @@ from moediag.figures.style import (
     figure_text,
     house_style,
     panel_grid,
-    run_styles,
+    styles_of,
 )
 from moediag.figures.ticks import log_axis
 
@@ -48,14 +48,14 @@ def plot_flips_per_token(
         floor: of the share of tokens with a flip [1]; said in the caption.
         width: of the figure [inch].
     """
-    styles = styles or run_styles(dict.fromkeys(frames, True))
+    styles = styles or styles_of(frames)
     figure, panels = panel_grid(len(frames), width, 2.7)
     for ax, (label, frame) in zip(panels, frames.items(), strict=False):
         ax.set_title(f"{figure_text(label)}: {count(frame['n_tokens'].sum(), 'routed token')}")
         _draw_shares(ax, frame, styles[label])
-    floored = floor_words(floor, "the share of tokens with a flip", frames, share) if frames else ""
+    floored = floor_words(floor, "the share of tokens with a flip", frames, share)
     note = "Independence: layers that flip at the same rates, each on its own."
-    add_words(figure, flips_finding(frames), " ".join(filter(None, [caption, floored, note])))
+    add_words(figure, flips_finding(frames), caption, floored, note)
     return figure
 
 

@@ -61,8 +61,8 @@ def plot_flip_map(
         ax.set_title(f"{figure_text(label)}: {count(frame['n_choices'].sum(), 'choice')}")
         mesh = _draw_positions(ax, frame)
         rate_bar(mesh, ax, "flip rate", floor_value(floor, label))
-    floored = floor_words(floor, "the flip rate", frames, share) if frames else ""
-    add_words(figure, map_finding(frames), " ".join(filter(None, [caption, floored, _thin_note(frames)])))
+    floored = floor_words(floor, "the flip rate", frames, share)
+    add_words(figure, map_finding(frames), caption, floored, _thin_note(frames))
     return figure
 
 
@@ -145,11 +145,11 @@ def plot_margins_by_layer(
         left.set_title(f"{figure_text(label, 24)}: where margins lie")
         right.set_title("How often a choice flips")
         _draw_margin_maps(left, right, rows, sigmas[label], space)
-    floored = floor_words(floor, "the flip rate", curves, share) if curves else ""
+    floored = floor_words(floor, "the flip rate", curves, share)
     note = f"{_THIN} First column: exact ties."
     if any(len(rows) for rows in sigmas.values()):
         note += " Marks: sigma, the noise of the score difference that would make as many flips."
-    add_words(figure, noise_finding(curves, sigmas), " ".join(filter(None, [caption, floored, note])))
+    add_words(figure, noise_finding(curves, sigmas), caption, floored, note)
     return figure
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from matplotlib.axes import Axes
 
 from moediag.figures.numbers import percent, sig
-from moediag.figures.style import GREY, NO_FLOOR, figure_text
+from moediag.figures.style import GREY, HALO, NO_FLOOR, figure_text
 from moediag.notation import INFER, TRAIN
 
 
@@ -32,6 +32,9 @@ class Floor:
 
 AnyFloor = Floor | Literal["bit-exact"] | None
 """A number with its name, bit-exact, or None = no floor measured."""
+
+_LOWEST_LABEL: Final = 0.08
+"""Share of a panel's height that a label under a line takes."""
 
 FloorArgument = AnyFloor | Mapping[str, AnyFloor]
 """One floor for every run of a figure, or run label -> floor."""
@@ -69,7 +72,7 @@ def nat(value: float) -> str:
 def floor_words(
     floor: FloorArgument, of: str, labels: Mapping[str, object], words: Callable[[float], str] = nat
 ) -> str:
-    """The caption's sentence about the floor; runs with the same floor share it.
+    """The caption's sentence about the floor; runs with the same floor share it, without a run there is none.
 
     Args:
         floor: as given to a figure.
@@ -111,7 +114,7 @@ def floor_value(floor: FloorArgument, label: str) -> float | None:
 
 
 def draw_floor(ax: Axes, value: float | None, *, beyond: float = 0.0) -> None:
-    """A labelled line at the floor and a light band from it towards agreement.
+    """A labelled line at the floor and a light band from it towards agreement; nothing where it is off the axis.
 
     Args:
         ax: its y axis is the statistic.
@@ -122,9 +125,13 @@ def draw_floor(ax: Axes, value: float | None, *, beyond: float = 0.0) -> None:
         return
     low, high = sorted((value, beyond))
     limits = ax.get_ylim()
+    if not limits[0] <= value <= limits[1]:
+        return
     ax.axhspan(max(low, limits[0]), min(high, limits[1]), color=GREY, alpha=0.13, linewidth=0)
     ax.axhline(value, color=GREY, linewidth=1.0, linestyle=(0, (6, 2)))
-    side = "bottom" if value < beyond else "top"
+    above_axis = ax.transAxes.inverted().transform(ax.transData.transform((1.0, value)))[1]
+    # The label stands on the far side of agreement's band, unless it would fall out of the panel there.
+    side = "bottom" if value < beyond or above_axis < _LOWEST_LABEL else "top"
     ax.annotate("floor", (1.0, value), (-2, 1 if side == "bottom" else -1), xycoords=ax.get_yaxis_transform(),
-                textcoords="offset points", ha="right", va=side, fontsize=8, color=GREY)  # fmt: skip
+                textcoords="offset points", ha="right", va=side, fontsize=8, color=GREY, path_effects=HALO)  # fmt: skip
     ax.set_ylim(limits)

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from moediag.analysis.tokens import logp_diff, scored_tokens
-from moediag.figures.catalogue import is_moe
 from moediag.figures.floors import FloorArgument, floor_value, floor_words
 from moediag.figures.numbers import percent, sig, times
 from moediag.figures.style import (
@@ -35,8 +34,8 @@ from moediag.figures.style import (
     house_style,
     is_column,
     new_figure,
-    run_styles,
     state,
+    styles_of,
 )
 from moediag.figures.ticks import log_axis, power
 
@@ -87,7 +86,7 @@ def plot_figure1(
         floor: of the mean abs(logp_diff) [nat].
         width: of the figure [inch]; in a column the tail stands under the body.
     """
-    styles = styles or run_styles({label: is_moe(frame) for label, frame in tokens.items()})
+    styles = styles or styles_of(tokens)
     rows = max(len(tokens), 1)
     if is_column(width):
         figure = new_figure(width, 4.0 + 0.8 * rows)
@@ -99,7 +98,7 @@ def plot_figure1(
     draw_tail(tail, tail_curves, styles)
     note = caption_text(token_counts(tokens)) if caption is None else caption
     floored = floor_words(floor, "the mean", tokens)
-    add_words(figure, figure1_finding(metrics, styles), f"{note} {floored} {_READING} {FIGURE1_NOTE}")
+    add_words(figure, figure1_finding(metrics, styles), note, floored, _READING, FIGURE1_NOTE)
     return figure
 
 

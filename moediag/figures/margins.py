@@ -31,8 +31,8 @@ from moediag.figures.style import (
     house_style,
     legend_below,
     panel_grid,
-    run_styles,
     state,
+    styles_of,
 )
 from moediag.figures.ticks import tick_decades
 
@@ -69,7 +69,7 @@ def plot_margins(
     """
     curves = {label: frame[frame["space"] == space].sort_values("bin_low") for label, frame in frames.items()}
     curves = {label: frame for label, frame in curves.items() if frame["n_choices"].sum() > 0}
-    styles = styles or run_styles(dict.fromkeys(curves, True))
+    styles = styles or styles_of(curves)
     figure, panels = panel_grid(2 * max(len(curves), 1), width, 3.5)
     rows = [(panels[i], panels[i + 1]) for i in range(0, len(panels), 2)]
     for (left, right), (label, frame) in zip(rows, curves.items(), strict=False):
@@ -83,8 +83,8 @@ def plot_margins(
     banded = any(frame["flip_rate_ci_low"].notna().any() for frame in curves.values())
     note = f"Thin lines: single layers, bins of at least {MIN_LAYER_CHOICES} choices. "
     note += "Bars: 95 %, clustered by prompt." if banded else "No interval could be given."
-    floored = floor_words(floor, "the flip rate", curves, share) if curves else ""
-    add_words(figure, margin_finding(curves), " ".join(filter(None, [caption, floored, note if curves else ""])))
+    floored = floor_words(floor, "the flip rate", curves, share)
+    add_words(figure, margin_finding(curves), caption, floored, note if curves else "")
     return figure
 
 

@@ -6,7 +6,7 @@ late bins hold only the sequences that got that far.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -27,8 +27,8 @@ from moediag.figures.style import (
     house_style,
     is_column,
     new_figure,
-    run_styles,
     state,
+    styles_of,
 )
 from moediag.figures.ticks import log_axis
 
@@ -61,9 +61,9 @@ def plot_position_drift(
         floor: of the mean abs(logp_diff) [nat].
         width: of the figure [inch]; in a column the runs stand one under the other.
     """
-    styles = styles or run_styles({k: bool(f["flip_rate"].notna().any()) for k, f in frames.items()})
+    styles = styles or styles_of(frames)
     figure, panels = _panel_pairs(max(len(frames), 1), width)
-    limits = drift_limits(frames)
+    limits = drift_limits(frames, [value for label in frames if (value := floor_value(floor, label)) is not None])
     for (top, bottom), (label, frame) in zip(panels, frames.items(), strict=False):
         draw_drift(top, frame, styles[label], limits)
         top.set_title(figure_text(label))
@@ -75,10 +75,10 @@ def plot_position_drift(
     band = "Band: 95 % interval of the mean, clustered by prompt." if banded else "No interval could be given."
     for (top, _), label in zip(panels, frames, strict=False):
         draw_floor(top, floor_value(floor, label))
-    notes = [caption, floor_words(floor, "the mean", frames) if frames else "", band, _clip_note(frames, limits)]
+    notes = [caption, floor_words(floor, "the mean", frames), band, _clip_note(frames, limits)]
     notes.append(_thin_note(frames))
     notes.append(_window_note(frames, training_window, prompt_length))
-    add_words(figure, drift_finding(frames), " ".join(filter(None, notes)))
+    add_words(figure, drift_finding(frames), *notes)
     return figure
 
 
@@ -123,8 +123,8 @@ def _span(row: pd.Series) -> str:
     return f"{low}" if low == high else f"{low}–{high}"
 
 
-def drift_limits(frames: Mapping[str, pd.DataFrame]) -> tuple[float, float] | None:
-    """Lower and upper end [nat] of the shared log axis; None when nothing is above 0."""
+def drift_limits(frames: Mapping[str, pd.DataFrame], floors: Sequence[float] = ()) -> tuple[float, float] | None:
+    """Lower and upper end [nat] of the shared log axis, floors included; None when no value is above 0."""
     names = [f"abs_logp_diff_{k}" for k in ("mean", "mean_ci_high", "p50", "p90", "p99")]
     values = [frame[names].to_numpy(np.float64).ravel() for frame in frames.values()]
     drawn = np.concatenate(values) if values else np.empty(0)
@@ -133,7 +133,8 @@ def drift_limits(frames: Mapping[str, pd.DataFrame]) -> tuple[float, float] | No
         return None
     # Head room for the legend.
     top = 4.5 * drawn.max()
-    return float(max(10 ** np.floor(np.log10(drawn.min())), top / 10**DECADES)), float(top)
+    lowest = min([float(drawn.min()), *(0.8 * floor for floor in floors)])
+    return float(max(10 ** np.floor(np.log10(lowest)), top / 10**DECADES)), float(top)
 
 
 def _middle(frame: pd.DataFrame) -> npt.NDArray[np.float64]:

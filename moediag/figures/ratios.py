@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from moediag.analysis.tokens import logp_diff, scored_tokens
-from moediag.figures.catalogue import is_moe
 from moediag.figures.floors import FloorArgument, floor_words, share
 from moediag.figures.numbers import count, percent
 from moediag.figures.style import (
@@ -27,8 +26,8 @@ from moediag.figures.style import (
     figure_text,
     house_style,
     panel_grid,
-    run_styles,
     state,
+    styles_of,
 )
 from moediag.figures.ticks import log_axis
 
@@ -60,7 +59,7 @@ def plot_ratio_histogram(
         floor: of the share outside the band [1]; said in the caption.
         width: of the figure [inch].
     """
-    styles = styles or run_styles({label: is_moe(frame) for label, frame in tokens.items()})
+    styles = styles or styles_of(tokens)
     ratios = {label: logp_diff(scored_tokens(frame)) for label, frame in tokens.items()}
     figure, panels = panel_grid(len(ratios), width, 2.5, sharex=True, sharey=True)
     edges = band_edges(np.concatenate([*ratios.values(), np.zeros(1)]))
@@ -74,9 +73,9 @@ def plot_ratio_histogram(
         state(panels[0], "No token was scored by both arms.")
     else:
         _dress(panels, ratios, edges)
-    floored = floor_words(floor, "the share outside", tokens, share) if tokens else ""
+    floored = floor_words(floor, "the share outside", tokens, share)
     note = f"Bins of {edges[1] - edges[0]:.2g} nat. Outside the closed band (grey) the mask sets the weight to 0."
-    add_words(figure, ratio_finding(tokens, corrections or {}), " ".join(filter(None, [caption, floored, note])))
+    add_words(figure, ratio_finding(tokens, corrections or {}), caption, floored, note)
     return figure
 
 

@@ -24,8 +24,8 @@ from moediag.figures.style import (
     figure_text,
     house_style,
     panel_grid,
-    run_styles,
     state,
+    styles_of,
 )
 from moediag.figures.ticks import layer_ticks
 
@@ -49,7 +49,7 @@ def plot_agreement_by_depth(
         width: of the figure [inch].
     """
     routed = {label: frame for label, frame in frames.items() if frame["same_set_rate"].notna().any()}
-    styles = styles or run_styles(dict.fromkeys(routed, True))
+    styles = styles or styles_of(routed)
     figure, panels = panel_grid(2, width, 3.0)
     columns = (("same_set_rate", "Each layer on its own"), ("cumulative_same_set_rate", "All layers up to this one"))
     for ax, (column, title) in zip(panels, columns, strict=True):
@@ -57,8 +57,8 @@ def plot_agreement_by_depth(
         draw_agreement(ax, routed, column, styles)
     for value in {floor_value(floor, label) for label in routed}:
         draw_floor(panels[0], None if value is None else 1 - value, beyond=1.0)
-    floored = floor_words(floor, "the flip rate", routed, share) if routed else ""
-    add_words(figure, agreement_finding(routed), " ".join(filter(None, [caption, floored, _interval_note(routed)])))
+    floored = floor_words(floor, "the flip rate", routed, share)
+    add_words(figure, agreement_finding(routed), caption, floored, _interval_note(routed))
     return figure
 
 

@@ -17,6 +17,7 @@ from moediag.figures.numbers import count, sig
 from moediag.figures.style import (
     FULL_WIDTH,
     GREY,
+    HALO,
     INK,
     RunStyle,
     add_words,
@@ -24,8 +25,8 @@ from moediag.figures.style import (
     house_style,
     legend_below,
     panel_grid,
-    run_styles,
     state,
+    styles_of,
 )
 
 MIN_SEQUENCES: Final = 5
@@ -54,7 +55,7 @@ def plot_sequence_drift(
         floor: of the mean abs(log-ratio) of a response [nat]; drawn on both sides of 0.
         width: of the figure [inch].
     """
-    styles = styles or run_styles({k: bool(f["flip_rate"].notna().any()) for k, f in sequences.items()})
+    styles = styles or styles_of(sequences)
     bins = {label: (by_length or {}).get(label, pd.DataFrame()) for label in sequences}
     figure, panels = panel_grid(len(sequences), width, 3.0, sharex=True, sharey=True)
     for ax, (label, frame) in zip(panels, sequences.items(), strict=False):
@@ -66,9 +67,9 @@ def plot_sequence_drift(
         _draw_sequences(ax, rows, bins[label], styles[label])
         _draw_floor_band(ax, floor_value(floor, label))
     _dress(panels, sequences)
-    floored = floor_words(floor, "the mean abs(log-ratio)", sequences) if sequences else ""
+    floored = floor_words(floor, "the mean abs(log-ratio)", sequences)
     note = f"Means of bins of at least {MIN_SEQUENCES} responses; grey: 95 %, clustered by prompt, where there is one."
-    add_words(figure, sequence_finding(sequences, bins), " ".join(filter(None, [caption, floored, note])))
+    add_words(figure, sequence_finding(sequences, bins), caption, floored, note)
     return figure
 
 
@@ -110,7 +111,7 @@ def _draw_floor_band(ax: Axes, value: float | None) -> None:
     if value is not None:
         ax.axhspan(-value, value, color=GREY, alpha=0.18, linewidth=0)
         ax.annotate("floor", (1.0, value), (-2, 1), xycoords=ax.get_yaxis_transform(), textcoords="offset points",
-                    ha="right", va="bottom", fontsize=8, color=GREY)  # fmt: skip
+                    ha="right", va="bottom", fontsize=8, color=INK, path_effects=HALO)  # fmt: skip
 
 
 def _left_end(sequences: Mapping[str, pd.DataFrame]) -> float:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from moediag.figures.catalogue import FIGURES, Frames, is_moe, reason_left_out
 from moediag.figures.costs import plot_flip_costs
 from moediag.figures.density import plot_logp_diff_by_p_infer
+from moediag.figures.explained import plot_explained_flips
 from moediag.figures.flip_counts import plot_flips_per_token
 from moediag.figures.flip_maps import plot_flip_map, plot_margins_by_layer
 from moediag.figures.floors import AnyFloor
@@ -39,6 +40,7 @@ _PLOTS: Final[dict[str, Callable[..., Figure]]] = {
     "flip_map": plot_flip_map,
     "margins": plot_margins,
     "margins_by_layer": plot_margins_by_layer,
+    "explained_flips": plot_explained_flips,
     "flip_costs": plot_flip_costs,
     "expert_swaps": plot_expert_swaps,
 }
@@ -108,23 +110,38 @@ def draw_comparison_figures(
     Returns:
         The files written, PNG before SVG before PDF, in the order of :data:`FIGURES`.
     """
-    styles = run_styles({label: is_moe(frames["tokens"]) for label, frames in runs.items() if "tokens" in frames})
-    drift: dict[str, Any] = {"training_window": training_window, "prompt_length": prompt_length}
+    drift = {"training_window": training_window, "prompt_length": prompt_length}
     written = []
-    for name, kind in FIGURES.items():
-        shown = {label: runs[label] for label in styles if not reason_left_out(name, runs[label])}
-        if not shown:
-            continue
-        figure = _PLOTS[name](
-            *(_each(shown, frame) for frame in kind.frames),
-            styles=styles,
-            caption=caption_text(token_counts(_each(shown, "tokens"))),
-            floor={label: (floors or {}).get(label, {}).get(kind.floor_of) for label in shown},
-            width=width,
-            **(drift if name == "position_drift" else {}),
-        )
-        written += save_figure(figure, folder, name, kinds)
+    for name in FIGURES:
+        options = {**(drift if name == "position_drift" else {}), "width": width}
+        figure = draw_figure(name, runs, floors, **options)
+        written += [] if figure is None else save_figure(figure, folder, name, kinds)
     return written
+
+
+def draw_figure(
+    name: str, runs: Mapping[str, Frames], floors: Mapping[str, Floors] | None = None, **options: Any
+) -> Figure | None:
+    """One figure of the catalogue, of the runs that fill it; None when none does.
+
+    Args:
+        name: key of :data:`FIGURES`.
+        runs: label -> (frame name -> frame).
+        floors: label -> (statistic -> floor).
+        options: what the figure's own function takes beside frames, styles, caption and floor.
+    """
+    kind = FIGURES[name]
+    styles = run_styles({label: is_moe(frames["tokens"]) for label, frames in runs.items() if "tokens" in frames})
+    shown = {label: runs[label] for label in styles if not reason_left_out(name, runs[label])}
+    if not shown:
+        return None
+    return _PLOTS[name](
+        *(_each(shown, frame) for frame in kind.frames),
+        styles=styles,
+        caption=caption_text(token_counts(_each(shown, "tokens"))),
+        floor={label: (floors or {}).get(label, {}).get(kind.floor_of) for label in shown},
+        **options,
+    )
 
 
 def figures_left_out(runs: Mapping[str, Frames]) -> dict[str, str]:

@@ -19,11 +19,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, cast
 
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patheffects import withStroke
 from matplotlib.transforms import ScaledTranslation
 
 from moediag.figures.numbers import count
@@ -38,6 +40,9 @@ MOE_LINES: Final = ("-", (0, (7, 1.5)), (0, (4, 1, 1, 1)))
 DENSE_LINES: Final = ((0, (3, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1, 1, 1)))
 MARKERS: Final = ("o", "s", "^", "D", "v", "P")
 
+HALO: Final = (withStroke(linewidth=2.5, foreground="white"),)
+"""Path effect of words that may stand on data."""
+
 NO_FLOOR: Final = "no A/A floor was measured"
 """Said where no floor is given: such a number is about the pair, not about the engines."""
 
@@ -50,6 +55,7 @@ HEAT: Final = "magma_r"
 
 KINDS: Final = ("png", "svg", "pdf")  # PDF takes longest: its fonts are cut to the letters used
 _DPI: Final = 200
+_SCREEN_DPI: Final = 120
 _TITLE_SIZE: Final = 9.5
 _FINE: Final = 10
 
@@ -121,6 +127,17 @@ def run_styles(is_moe: Mapping[str, bool]) -> dict[str, RunStyle]:
     return styles
 
 
+def styles_of(frames: Mapping[str, pd.DataFrame]) -> dict[str, RunStyle]:
+    """The styles of runs of which only one frame is known: MoE, unless the frame says that nothing was routed."""
+    return run_styles({label: _is_routed(frame) for label, frame in frames.items()})
+
+
+def _is_routed(frame: pd.DataFrame) -> bool:
+    if "n_flipped_layers" in frame.columns:
+        return bool((frame["n_flipped_layers"] >= 0).any())
+    return "flip_rate" not in frame.columns or bool(frame["flip_rate"].notna().any())
+
+
 def first_of_each_kind(is_moe: Mapping[str, bool]) -> tuple[str | None, str | None]:
     """The first MoE run and the first dense run, in the order given: the two that ratios are of.
 
@@ -181,9 +198,19 @@ def figure_width(ax: Axes) -> float:
     return FULL_WIDTH if figure is None else figure.get_figwidth()
 
 
+class ShownFigure(Figure):
+    """A figure that a notebook shows by itself: no pyplot, no backend to choose."""
+
+    @house_style
+    def _repr_png_(self) -> bytes:
+        sink = io.BytesIO()
+        self.savefig(sink, format="png", dpi=_SCREEN_DPI)
+        return sink.getvalue()
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure [inch] with constrained layout; no pyplot, so nothing to close."""
-    return Figure(figsize=(width, height), dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05))
+    return ShownFigure(figsize=(width, height), dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05))
 
 
 def panel_grid(
@@ -223,8 +250,9 @@ def wrapped(text: str, width: float, size: float, weight: str = "normal") -> str
     return "\n".join(lines)
 
 
-def add_words(figure: Figure, title: str, caption: str) -> None:
-    """Set the finding above and the caption (small) below the axes; the figure grows by their lines."""
+def add_words(figure: Figure, title: str, *notes: str) -> None:
+    """Set the finding above and the notes (small, empty ones left out) below; the figure grows by their lines."""
+    caption = " ".join(filter(None, notes))
     width, height = figure.get_size_inches()
     words = "\n".join(wrapped(line, width - 0.15, _TITLE_SIZE, "bold") for line in title.split("\n"))
     figure.suptitle(words, x=0.01, ha="left", fontweight="bold")

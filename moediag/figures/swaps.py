@@ -29,7 +29,7 @@ from moediag.figures.style import (
     is_column,
     legend_below,
     new_figure,
-    run_styles,
+    styles_of,
 )
 
 TOP_PAIRS: Final = 12
@@ -55,7 +55,7 @@ def plot_expert_swaps(
         floor: of the flip rate over all layers [1]; said in the caption.
         width: of the figure [inch]; in a column the maps stand under the pairs.
     """
-    styles = styles or run_styles(dict.fromkeys(frames, True))
+    styles = styles or styles_of(frames)
     narrow = is_column(width)
     figure = new_figure(width, (6.2 if narrow else 3.6) * max(len(frames), 1))
     outer = figure.add_gridspec(max(len(frames), 1), 1)
@@ -67,8 +67,8 @@ def plot_expert_swaps(
         bars.set_title(f"{figure_text(label, 24)}: most frequent pairs")
         _draw_pairs(bars, frame, styles[label])
         _draw_maps(figure, inner[1].subgridspec(2, 2), frame)
-    floored = floor_words(floor, "the flip rate", frames, share) if frames else ""
-    add_words(figure, swap_finding(frames), " ".join(filter(None, [caption, floored, _coverage(frames)])))
+    floored = floor_words(floor, "the flip rate", frames, share)
+    add_words(figure, swap_finding(frames), caption, floored, _coverage(frames))
     return figure
 
 

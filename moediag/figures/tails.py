@@ -23,8 +23,8 @@ from moediag.figures.style import (
     figure_text,
     house_style,
     panel_grid,
-    run_styles,
     state,
+    styles_of,
 )
 from moediag.figures.ticks import log_axis
 
@@ -53,7 +53,7 @@ def plot_tail_curve(
         floor: of F(2) [1], drawn at tau = 2.
         width: of the figure [inch].
     """
-    styles = styles or run_styles(dict.fromkeys(curves, True))
+    styles = styles or styles_of(curves)
     shown = {label: frame for label, frame in curves.items() if (frame["n_above"] > 0).any()}
     figure, (ax,) = panel_grid(1, width, 3.3)
     if shown:
@@ -67,8 +67,8 @@ def plot_tail_curve(
         ax.plot([], [], color=GREY, linestyle=(0, (1, 2)), linewidth=1.0, label="1/n: one token")
         ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.06))
     note = "Bands: 95 %, clustered by prompt." if _is_banded(shown) else "No interval could be given."
-    floored = floor_words(floor, "F(2)", curves, share) if curves else ""
-    add_words(figure, tail_finding(curves, metrics or {}), " ".join(filter(None, [caption, floored, note])))
+    floored = floor_words(floor, "F(2)", curves, share)
+    add_words(figure, tail_finding(curves, metrics or {}), caption, floored, note)
     return figure
 
 

@@ -59,6 +59,10 @@ class _PairRule(Protocol):
     def findings(self, where: str) -> list[Finding]: ...
 
 
+_DAMAGED_NUMBERS = np.errstate(invalid="ignore", over="ignore")
+"""A flipped bit makes NaNs that signal and floats that overflow: rules count them, numpy need not warn of them."""
+
+
 class ArmHygiene:
     """Every rule about one arm, fed shard by shard."""
 
@@ -69,6 +73,7 @@ class ArmHygiene:
             self._rules += [Identifiers(shape), Filler(shape), Stale(shape), RouterScores(shape)]
         self.n_rows = 0
 
+    @_DAMAGED_NUMBERS
     def add(self, rows: Rows) -> None:
         """Feed a shard's whole sequences."""
         self.n_rows += len(rows)
@@ -99,6 +104,7 @@ class PairHygiene:
         if shape.n_layers:
             self._rules += [RowLag(shape), LayerLag(shape), GateFactor(shape)]
 
+    @_DAMAGED_NUMBERS
     def add(self, train: Rows, infer: Rows) -> None:
         """Feed a shard of both arms."""
         self._zeros[0].add(train, infer)
@@ -154,7 +160,7 @@ def check_capture(
     Args:
         tokens: whole sequences, T rows.
         capture: the arm's arrays, T rows.
-        n_experts: E; 0 for a dense model.
+        n_experts: E; 0 = the largest id + 1.
         arm: its name; an infer arm's last rows may lack routing, and findings are of it.
         renormalize: whether gate weights are divided by their sum; None = unknown.
     """
@@ -173,7 +179,11 @@ def check_capture(
 def check_pair(
     tokens: TokenRows, train: Capture, infer: Capture, *, n_experts: int = 0, where: str = "infer~train"
 ) -> list[Finding]:
-    """Check two arms of the same tokens beside each other; each alone is :func:`check_capture`'s business."""
+    """Check two arms of the same tokens beside each other; each alone is :func:`check_capture`'s business.
+
+    Args:
+        n_experts: E; 0 = infer's largest id + 1.
+    """
     shape = _shape_of_arrays(infer, n_experts, None)
     wrong = _misfits(tokens, infer, shape, where) or _misfits(tokens, train, shape, where)
     if wrong:
@@ -206,6 +216,7 @@ def _check_prompts(run: Run) -> list[Finding]:
 def _check_record(run: Run, arm: str) -> list[Finding]:
     try:
         told = run.arm(arm).get("disagreements") or []
+        run.correction_bias(arm)
     except RunError as error:
         return [finding("damaged", f"{arm} arm.json", str(error))]
     return [finding("D14-other-rule", f"{arm} arm.json", disagreement) for disagreement in told]
@@ -259,8 +270,18 @@ def _read_rows(
     if tokens is None:
         return None
     wrong = _misfits(tokens, capture, shape, where)
-    found += wrong
+    found += wrong or _check_distributions(run, arm, shard, tokens, capture)
     return None if wrong else Rows(tokens, capture, shape)
+
+
+def _check_distributions(run: Run, arm: str, shard: Shard, tokens: TokenRows, capture: Capture) -> list[Finding]:
+    where = f"{arm} {shard.stem} vocabulary"
+    try:
+        vocab = run.load_vocab(arm, shard)
+    except RunError as error:
+        return [finding("damaged", where, str(error))]
+    flaw = "" if vocab is None else vocab.flaw(tokens, capture.logp_T, run.vocab_sequences(arm, shard))
+    return [finding("D31-distribution", where, flaw)] if flaw else []
 
 
 def _misfits(tokens: TokenRows, capture: Capture, shape: Shape, where: str) -> list[Finding]:
@@ -300,4 +321,5 @@ def _shape_of_arrays(capture: Capture, n_experts: int, renormalize: bool | None)
     if capture.expert_ids_TLK is None:
         return _DENSE
     n_layers, top_k = np.shape(capture.expert_ids_TLK)[1:]
+    n_experts = n_experts or max(int(np.max(capture.expert_ids_TLK, initial=-1)) + 1, top_k)
     return replace(_DENSE, n_layers=n_layers, n_experts=n_experts, top_k=top_k, renormalize=renormalize)

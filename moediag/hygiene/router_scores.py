@@ -14,8 +14,8 @@ _BF16 = 2.0**-8
 """Relative rounding of one bfloat16 number: half of its ulp, 2^-7, at worst."""
 
 _MANY_TIES = 0.02
-"""Share of exact ties worth a note: bf16 storage gave 5.9 % on synthetic logits (E = 128, K = 8; DIAGNOSIS.md), a
-router that computes in bf16 0.3-1.0 % per layer on the trained demo pair."""
+"""Share of exact ties worth a note: bf16 storage gave 5.9 % on synthetic logits (E = 128, K = 8), a router
+that computes in bf16 0.3-1.0 % per layer on the trained demo pair."""
 
 _CHUNK = 2048
 

@@ -91,6 +91,10 @@ _TABLE = (
          "near-certain tokens, rounded to 0", NOTE, "nothing; means over them are small by nature"),
     Rule("D31-entropy", "entropies missing beside scored tokens, or below 0", "truncated top-k entropies, or padding",
          WARNING, "recompute entropy from full logits"),
+    Rule("D31-distribution", "whole next-token distributions that are of other tokens, do not sum to 1, or give "
+         "their token another logp than the arm stored",
+         "shards of two captures were mixed, or a truncated vocabulary", ERROR,
+         "delete the shard and run the same capture again"),
     Rule("D32-token-ids", "token ids differ between the sides", "re-tokenisation, or another chat template", ERROR,
          "pass token ids, never text, between engines"),
     Rule("D34-flat-router", "a layer's router scores all experts the same in every row",

@@ -20,16 +20,11 @@ import pandas as pd
 from moediag.errors import DependencyError, RunError
 from moediag.run.capture import TokenRows
 from moediag.run.directory import Run
-from moediag.run.files import digest_of, sha256_bytes
+from moediag.run.files import tokenizer_digest
 
 N_BEFORE: Final = 48
 """Tokens of context shown before a token."""
 
-# What a checkpoint's tokenizer digest covers: moediag.engines.checkpoint, which may not be needed to read a run.
-_DIGESTED: Final = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model", "merges.txt",
-    "tokenizer_config.json", "chat_template.jinja",
-)  # fmt: skip
 Decode = Callable[[list[int]], str]
 
 
@@ -133,12 +128,10 @@ def _decoder(run: Run, tokenizer: Path | None) -> tuple[Decode, str]:
 
 
 def _is_the_runs(run: Run, folder: Path) -> bool:
-    files = [folder / name for name in _DIGESTED]
     try:
-        found = digest_of({path.name: sha256_bytes(path.read_bytes()) for path in files if path.exists()})
+        return tokenizer_digest(folder) == run.configuration.get("tokenizer_sha256")
     except OSError:
         return False
-    return found == run.configuration.get("tokenizer_sha256")
 
 
 def _reader(path: Path) -> Decode:

@@ -16,6 +16,7 @@ from moediag.errors import MoediagError
 from moediag.figures.numbers import count, is_number, times
 from moediag.notation import SCHEMA_VERSION
 from moediag.report import definitions, tables, token_tables
+from moediag.report import prediction_tables as predictions
 from moediag.report.blocks import Block, Page, Picture, Section, Shell, interval, number, section
 from moediag.report.decode import TokenTexts
 from moediag.report.facts import compared_blocks, model_name, provenance_table
@@ -37,9 +38,6 @@ from moediag.report.text import Markdown, code, plain
 
 REGENERATE: Final = ("moediag analyze RUN", "moediag report RUN")
 KEY_FIGURE: Final = "figure1"
-FLIP_MODEL_FRAMES: Final = ("explained_flips", "flip_calibration", "forecast_flips", "score_noise")
-"""Flips explained from the pair's own noise, how well calibrated, forecast from noise taken elsewhere; that noise."""
-
 _COST_WORDS: Final = Markdown(
     "Flipped tokens are compared with unflipped ones of the same p_infer and position. It is an association: only "
     "forcing the routes (replay) shows a cause."
@@ -193,6 +191,7 @@ def _mismatch_sections(summary: Summary, pair: Summary, frames: Frames, show: _P
             "numbers",
             "Log-probability mismatch",
             measured_table(logp_measures(summary, pair, frames, origin), "Mismatch of infer and train, every number"),
+            made(frames, "exact_divergences", tables.exact_table),
             measured_table(further, "Numbers that other frameworks print") if further else None,
         ),
         section("floors", "Noise floors", *floor_blocks(summary)),
@@ -211,7 +210,6 @@ def _routing_sections(summary: Summary, pair: Summary, frames: Frames, show: _Pi
     if not pair.get("routing"):
         return [section("depth", "Expert agreement by layer", _DENSE_WORDS)]
     flips = measured_table(routing_measures(summary, pair, frames), "Flips over all layers")
-    models = [made(_pooled(frames), name, partial(tables.declared_table, name)) for name in FLIP_MODEL_FRAMES]
     return [
         section(
             "depth",
@@ -234,7 +232,7 @@ def _routing_sections(summary: Summary, pair: Summary, frames: Frames, show: _Pi
             made(frames, "margin_curve", tables.flip_bin_table),
             *show("margins_by_layer"),
             made(frames, "margin_noise", tables.noise_table),
-            *([_MODEL_WORDS, *models] if any(models) else []),
+            *_prediction_blocks(summary, frames, show),
         ),
         section(
             "cost",
@@ -248,12 +246,17 @@ def _routing_sections(summary: Summary, pair: Summary, frames: Frames, show: _Pi
     ]
 
 
-def _pooled(frames: Frames) -> Frames:
-    """Calibration of all layers together only: layer by layer it is a frame to plot, not one to read."""
-    calibration = frames.get("flip_calibration")
-    if calibration is None:
-        return frames
-    return {**frames, "flip_calibration": calibration[calibration["layer"] < 0]}
+def _prediction_blocks(summary: Summary, frames: Frames, show: _Pictures) -> list[Block]:
+    """Flips explained from the pair's own noise, forecast from noise taken elsewhere, and that noise."""
+    tables_made = [
+        *show("explained_flips"),
+        made(frames, "explained_flips", predictions.explained_table),
+        made(frames, "flip_calibration", predictions.calibration_table),
+        made(frames, "forecast_flips", predictions.forecast_table),
+        made(frames, "forecast_flips", predictions.multiplier_table),
+        made(frames, "score_noise", partial(tables.declared_table, "score_noise")),
+    ]
+    return [_MODEL_WORDS, predictions.prediction_words(summary), *tables_made] if any(tables_made) else []
 
 
 def _cost_words(pair: Summary) -> Markdown:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import pandas as pd
 
+from moediag.figures.catalogue import MIN_CHOICES
 from moediag.figures.numbers import count, sig
 from moediag.frames import declared_frames
 from moediag.report.blocks import Table, interval, number, table
@@ -106,18 +107,25 @@ def noise_table(frame: pd.DataFrame) -> Table:
     return table(header, rows, range(2, 6), caption)
 
 
-def flip_bin_table(curve: pd.DataFrame, n_lowest: int = 6) -> Table:
-    """P(flip) of exact ties and of the lowest margin bins that hold choices, pooled, and of the highest."""
-    pooled = curve[(curve["layer"] == -1) & (curve["space"] == "choice") & (curve["n_choices"] > 0)]
-    pooled = pooled.sort_values(["bin_low", "bin_high"])
-    shown = pooled if len(pooled) <= n_lowest + 1 else pd.concat([pooled.head(n_lowest), pooled.tail(1)])
+def flip_bin_table(curve: pd.DataFrame, n_rows: int = 9) -> Table:
+    """P(flip) of exact ties and of an even choice of the margin bins that hold enough choices for a rate, pooled."""
+    pooled = curve[(curve["layer"] == -1) & (curve["space"] == "choice")].sort_values(["bin_low", "bin_high"])
+    held = pooled[pooled["n_choices"] >= MIN_CHOICES]
+    n_left = int(pooled.loc[pooled["n_choices"] < MIN_CHOICES, "n_choices"].sum())
     rows = [
         [_margin_words(row), *rate(row, "flip_rate"), count(row["n_flipped"]), count(row["n_choices"])]
-        for row in records(shown)
+        for row in records(even_choice(held, n_rows))
     ]
     header = ["margin (choice score)", "P(flip)", "95 %", "flipped", "n choices"]
-    caption = "P(flip) by margin, all layers [share of n]: exact ties and lowest bins first, highest bin last"
-    return table(header, rows, range(1, 5), caption)
+    left = f"; bins of fewer than {MIN_CHOICES} are left out ({count(n_left, 'choice')})" if n_left else ""
+    return table(header, rows, range(1, 5), f"P(flip) by margin, all layers [share of n], an even choice of bins{left}")
+
+
+def even_choice(frame: pd.DataFrame, n_rows: int) -> pd.DataFrame:
+    """At most that many rows, evenly spread, the first and the last among them."""
+    if len(frame) <= n_rows:
+        return frame
+    return frame.iloc[[round(i * (len(frame) - 1) / (n_rows - 1)) for i in range(n_rows)]]
 
 
 def _margin_words(row: Mapping[str, Any]) -> str:
@@ -167,6 +175,32 @@ def quantile_table(frame: pd.DataFrame) -> Table:
 
 def _exp(value: float) -> float:
     return math.exp(min(value, 700.0))  # a longer response may leave the range of a float
+
+
+_EXACT_WORDS: Final = {
+    "kl_infer_train_exact": "KL(infer‖train), exact",
+    "kl_train_infer_exact": "KL(train‖infer), exact",
+    "total_variation_exact": "total variation, exact",
+    "kl_infer_train_k1": "k1 of the same tokens",
+    "kl_infer_train_k3": "k3 of the same tokens",
+}
+
+
+def exact_table(frame: pd.DataFrame) -> Table:
+    """Divergences over the whole vocabulary, beside k1 and k3 from the sampled tokens alone."""
+    rows = [
+        [
+            _EXACT_WORDS.get(str(row["measure"]), str(row["measure"])),
+            number(row["value"], str(row["unit"])),
+            interval(row["ci_low"], row["ci_high"], str(row["unit"]), str(row["note"])),
+            row["unit"],
+            count(row["n_tokens"], "token"),
+            row["direction"],
+        ]
+        for row in records(frame)
+    ]
+    caption = f"Over all {count(frame['n_vocabulary'].iloc[0])} tokens of the vocabulary, where both arms kept them"
+    return table(["number", "value", "95 %", "unit", "n", "good end"], rows, (1, 2, 4), caption)
 
 
 def correction_table(frame: pd.DataFrame) -> Table:

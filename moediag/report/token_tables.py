@@ -11,7 +11,7 @@ import pandas as pd
 from moediag.figures.numbers import NONE, count, percent, sig
 from moediag.report.blocks import Table, interval, number, table
 from moediag.report.decode import TokenTexts
-from moediag.report.tables import rate, records
+from moediag.report.tables import even_choice, rate, records
 from moediag.report.text import Markdown, code, visible
 
 N_WORST: Final = 100
@@ -34,16 +34,10 @@ def drift_table(frame: pd.DataFrame, n_rows: int = 12) -> Table:
         [_span(row, "position"), *rate(row, name, "nat")]
         + [number(row[f"abs_logp_diff_{q}"]) for q in ("p50", "p90", "p99")]
         + [number(row["flip_rate"], "share"), count(row["n_tokens"]), count(row["n_sequences"])]
-        for row in records(_even_choice(frame, n_rows))
+        for row in records(even_choice(frame, n_rows))
     ]
     header = ["position", "mean [nat]", "95 %", "p50", "p90", "p99", "flip rate", "n tokens", "n sequences"]
     return table(header, rows, range(1, 9), "abs(logp_diff) by position in the response; lower is better, flat is good")
-
-
-def _even_choice(frame: pd.DataFrame, n_rows: int) -> pd.DataFrame:
-    if len(frame) <= n_rows:
-        return frame
-    return frame.iloc[[round(i * (len(frame) - 1) / (n_rows - 1)) for i in range(n_rows)]]
 
 
 def _span(row: Mapping[str, Any], name: str) -> str:

@@ -2,25 +2,36 @@
 
 What is derived (frames, summary.json, figures, report.md) can be deleted and made again, but a changed byte in a
 page or a figure is a wrong number shown, so it has to be found as well. Every derived file is named with its
-sha256 by a sealed file written after it: frames by summary.json, figures and report.md by report.json.
+sha256 by a sealed file written after it: frames by summary.json, figures and report.md by report.json, what a
+simulation writes by its simulation.json, and the gradient audit by audit.json.
 
 Invariant: a *stale* analysis (arms changed since) is not damage; ``analyze`` and ``report`` tell that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from moediag.errors import RunError
 from moediag.run.directory import Run, open_run
 from moediag.run.files import read_checked, read_sealed, sha256_bytes, write_error, write_sealed
+from moediag.run.layout import BIAS
 from moediag.run.logs import log_damage
 from moediag.run.manifest import MANIFEST, PROMPTS, check_schema_version
 
 SUMMARY = "summary.json"
 REPORT_SEAL = "report.json"
+SIMULATIONS: Final = "simulate"
+"""Folder of a run's simulations, one folder per pair in it."""
+SIMULATION_SEAL: Final = "simulation.json"
+GRADIENTS: Final = "gradients"
+"""Folder of a run's gradient audit: what its engine left (grams, record), frames, and the seal over them."""
+GRAMS: Final = "grams.safetensors"
+AUDIT_RECORD: Final = "record.json"
+AUDIT_SEAL: Final = "audit.json"
+_VERSIONED: Final = (SUMMARY, SIMULATION_SEAL)
 Damage = tuple[str, str]
 """(where, message): a path relative to the run, and what is wrong with it."""
 
@@ -57,7 +68,8 @@ def derived_damage(run_path: Path) -> list[Damage]:
         RunError: ``run_path`` is not a run that can be opened.
     """
     run = open_run(run_path)
-    return [*_prompts(run), *_foreign_files(run), *_other_makers(run), *_frames(run), *_report(run), *_logs(run)]
+    shown = [*_frames(run), *_report(run), *_simulations(run), *_gradient_audit(run)]
+    return [*_prompts(run), *_foreign_files(run), *_other_makers(run), *shown, *_logs(run)]
 
 
 def _prompts(run: Run) -> Iterator[Damage]:
@@ -81,6 +93,14 @@ def _foreign_files(run: Run) -> Iterator[Damage]:
         for shard in run.shards
         for suffix in ("json", data)
     }
+    known |= {
+        run.path / "arms" / arm / f"{shard.stem}.vocab.{suffix}"
+        for arm in run.arms()
+        for shard in run.shards
+        for suffix in ("json", "safetensors")
+        if run.keeps_vocab(arm, shard)
+    }
+    known |= {arm / BIAS for arm in arms}
     there = {*run.path.glob("tokens/*"), *run.path.glob("arms/*/*")}
     there |= {path for path in run.path.glob("arms/*") if not path.is_dir()}
     for path in sorted(there - known - {arm / "arm.json" for arm in arms}):
@@ -109,23 +129,11 @@ def _other_makers(run: Run) -> Iterator[Damage]:
 
 def _frames(run: Run) -> Iterator[Damage]:
     """Frames against summary.json."""
-    folder, advice = run.path / "analysis", f"run: moediag analyze {run.path}"
-    named: dict[str, Any] = {}
-    if (run.path / SUMMARY).exists():
-        try:
-            summary = read_sealed(run.path / SUMMARY)
-            check_schema_version(summary, run.path / SUMMARY)
-            named = _digests(summary)
-        except RunError as error:
-            yield SUMMARY, str(error)
-            return
-        except (KeyError, TypeError, AttributeError):
-            yield SUMMARY, f"does not name its frames; {advice}"
-            return
-    yield from _held_against(run, named, _files(folder), SUMMARY, advice)
+    there, advice = _files(run.path / "analysis"), f"run: moediag analyze {run.path}"
+    yield from _held_against_seal(run, run.path / SUMMARY, _named_frames, there, advice)
 
 
-def _digests(summary: dict[str, Any]) -> dict[str, Any]:
+def _named_frames(summary: dict[str, Any]) -> dict[str, Any]:
     frames = summary["provenance"]["frames"]
     return {f"analysis/{pair}/{name}.parquet": sha for pair, digests in frames.items() for name, sha in digests.items()}
 
@@ -134,17 +142,63 @@ def _report(run: Run) -> Iterator[Damage]:
     """Figures and report against report.json."""
     seal, advice = run.path / REPORT_SEAL, f"run: moediag report {run.path}"
     there = [*_files(run.path / "figures"), *(path for path in run.path.glob("report.*") if path != seal)]
-    named: dict[str, Any] = {}
+    yield from _held_against_seal(run, seal, _named_files, there, advice)
+
+
+def _simulations(run: Run) -> Iterator[Damage]:
+    """Every simulation in RUN/simulate against its own simulation.json, that of the nearest folder above a file."""
+    advice = f"run the same moediag simulate {run.path} again, with --force"
+    there: dict[Path, list[Path]] = {seal: [] for seal in (run.path / SIMULATIONS).rglob(SIMULATION_SEAL)}
+    for path in _files(run.path / SIMULATIONS):
+        if path not in there:
+            above = (folder / SIMULATION_SEAL for folder in path.parents)
+            seal = next((seal for seal in above if seal in there), path.with_name(SIMULATION_SEAL))
+            there.setdefault(seal, []).append(path)
+    for seal, files in sorted(there.items()):
+        yield from _held_against_seal(run, seal, _named_files, files, advice)
+
+
+def _gradient_audit(run: Run) -> Iterator[Damage]:
+    """The gradient audit against audit.json."""
+    seal, advice = run.path / GRADIENTS / AUDIT_SEAL, f"run: moediag simulate {run.path} --gradient-audit"
+    there = [path for path in _files(seal.parent) if path != seal]
+    yield from _held_against_seal(run, seal, _named_by_audit, there, advice)
+
+
+def _named_by_audit(audit: dict[str, Any]) -> dict[str, Any]:
+    frames = {f"{name}.parquet": sha for name, sha in audit["frames"].items()}
+    return {**frames, GRAMS: audit["grams_sha256"], AUDIT_RECORD: audit["record_sha256"]}
+
+
+def _named_files(seal: dict[str, Any]) -> dict[str, Any]:
+    return {**seal["files"]}
+
+
+def _held_against_seal(
+    run: Run, seal: Path, named_by: Callable[[dict[str, Any]], dict[str, Any]], there: Iterable[Path], advice: str
+) -> Iterator[Damage]:
+    """Files in a seal's folder against it; a seal that is not there names none.
+
+    Args:
+        named_by: its content -> file, from the seal's folder, -> sha256; KeyError, TypeError or AttributeError = it
+            names none, as where a kill left the seal of something begun.
+        there: files that it has to name.
+        advice: what makes them again.
+    """
+    folder, named = _where(run, seal.parent), {}
     if seal.exists():
         try:
-            named = read_sealed(seal).get("files", {})
-        except RunError as error:
-            yield REPORT_SEAL, str(error)
+            content = read_sealed(seal)
+            if seal.name in _VERSIONED:
+                check_schema_version(content, seal)
+            named = {(Path(folder) / name).as_posix(): digest for name, digest in named_by(content).items()}
+        except RunError:
+            yield _where(run, seal), f"is damaged, edited, or of another version; {advice}"
             return
-        if not isinstance(named, dict):
-            yield REPORT_SEAL, f"does not name its files; {advice}"
+        except (KeyError, TypeError, AttributeError):
+            yield _where(run, seal), f"does not name its files; {advice}"
             return
-    yield from _held_against(run, named, there, REPORT_SEAL, advice)
+    yield from _held_against(run, named, there, seal.name, advice)
 
 
 def _held_against(run: Run, named: dict[str, Any], there: Iterable[Path], seal: str, advice: str) -> Iterator[Damage]:

@@ -4,7 +4,9 @@
     RUN/prompts.parquet                 token ids of prompts and given completions; digest in run.json
     RUN/tokens/shard-00000.parquet      token table of the shard's whole sequences
     RUN/arms/<arm>/arm.json             sealed: engine, versions, dtypes, options
+    RUN/arms/<arm>/correction-bias.json sealed: the routers' correction bias, where the rule has one
     RUN/arms/<arm>/shard-00000.safetensors
+    RUN/arms/<arm>/shard-00000.vocab.safetensors   whole next-token distributions of chosen sequences, on request
     RUN/.../shard-00000.json            sealed sidecar: sha256, rows, what tokens were scored; written last
 
 Invariants:
@@ -38,7 +40,7 @@ from moediag.run.files import (
     write_atomic,
     write_sealed,
 )
-from moediag.run.layout import RunFiles
+from moediag.run.layout import BIAS, RunFiles
 from moediag.run.manifest import (
     KIND,
     MANIFEST,
@@ -49,6 +51,7 @@ from moediag.run.manifest import (
     refuse_other_configuration,
 )
 from moediag.run.shards import WHOLE, Shard, Slice
+from moediag.run.vocabulary import VocabLogps, encode_vocab
 
 __all__ = [
     "KIND",
@@ -154,7 +157,7 @@ class Run(RunFiles):
             read_blocks=read_blocks,
         )
 
-    def begin_arm(self, name: str, record: dict[str, Any]) -> None:
+    def begin_arm(self, name: str, record: dict[str, Any], bias_LE: list[list[float]] | None = None) -> None:
         """Write arm.json, or check that the arm begun before was made the same way.
 
         Workers that begin an arm at the same instant take turns: one writes, the others compare.
@@ -162,6 +165,8 @@ class Run(RunFiles):
         Args:
             record: ``configuration``, and what the engine says of itself (versions, dtypes, kernels) where one has
                 been started: an arm is never filled by two versions.
+            bias_LE: the routers' correction bias as the engine has it (float32); written before arm.json, which
+                holds its digest.
 
         Raises:
             RunConflictError: it was made another way.
@@ -171,7 +176,11 @@ class Run(RunFiles):
             with claims.claim(self._claim_file(name, "arm"), wait=True):
                 make_folder(folder)
                 remove_leftovers(folder, "arm.json")
+                remove_leftovers(folder, BIAS)
                 if not (folder / "arm.json").exists():
+                    if bias_LE is not None:
+                        write_sealed(folder / BIAS, {"kind": "moediag correction bias", "bias_LE": bias_LE})
+                        record = {**record, "correction_bias_sha256": digest_of(bias_LE)}
                     write_sealed(folder / "arm.json", {"kind": "moediag arm", "arm": name, **record})
                     return
         there = self.arm(name)
@@ -232,12 +241,27 @@ class Run(RunFiles):
                 self._commit("tokens", shard, ".parquet", data, facts)
 
     def write_capture(
-        self, arm: str, shard: Shard, tokens: TokenRows, capture: Capture, facts: dict[str, Any], dtypes: dict[str, str]
+        self,
+        arm: str,
+        shard: Shard,
+        tokens: TokenRows,
+        capture: Capture,
+        facts: dict[str, Any],
+        dtypes: dict[str, str],
+        vocab: VocabLogps | None = None,
     ) -> None:
-        """Commit an arm's arrays for a shard, saying which tokens they score and who made them."""
+        """Commit an arm's arrays for a shard, saying which tokens they score and who made them.
+
+        Args:
+            vocab: distributions of the shard's chosen sequences; committed first, so that a shard that is there has
+                them.
+        """
         data = codec.encode_capture(capture, self.n_experts, dtypes)
         facts = {**facts, "n_rows": len(tokens), "tokens_sha256": tokens_sha256(tokens)}
         made = {"made_as": self.made_as(arm), "worker": str(self.worker), "host": host_tag()}
+        if vocab is not None:
+            of_vocab = {"n_rows": len(vocab), "tokens_sha256": facts["tokens_sha256"], **made}
+            self._commit(f"arms/{arm}", shard, ".safetensors", encode_vocab(vocab), of_vocab, ".vocab")
         self._commit(f"arms/{arm}", shard, ".safetensors", data, {**facts, **made})
 
     def made_as(self, arm: str) -> str:
@@ -258,8 +282,10 @@ class Run(RunFiles):
         except CorruptRunError:
             return False
 
-    def _commit(self, folder: str, shard: Shard, suffix: str, data: bytes, facts: dict[str, Any]) -> None:
-        sidecar = self._sidecar(folder, shard)
+    def _commit(
+        self, folder: str, shard: Shard, suffix: str, data: bytes, facts: dict[str, Any], part: str = ""
+    ) -> None:
+        sidecar = self._sidecar(folder, shard, part)
         sidecar.unlink(missing_ok=True)  # a sidecar never describes data other than the data beside it
         write_atomic(sidecar.with_suffix(suffix), data)
         write_sealed(sidecar, {**facts, "data_sha256": sha256_bytes(data), "n_bytes": len(data)})

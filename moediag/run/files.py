@@ -22,6 +22,10 @@ from typing import Any
 from moediag.errors import CorruptRunError, DiskFullError, MoediagError, RunError
 
 _SEAL = "sha256"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model", "merges.txt",
+    "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -100,6 +104,16 @@ def sha256_bytes(data: bytes) -> str:
 def canonical_json(content: Any) -> str:
     """The one text form of ``content``; NaN is not JSON and raises ValueError."""
     return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """sha256 of the tokenizer in a folder: of every file that makes one, by name; ``tokenizer_sha256`` of run.json.
+
+    Raises:
+        OSError: a file is there and cannot be read.
+    """
+    files = [folder / name for name in _TOKENIZER_FILES]
+    return digest_of({path.name: sha256_bytes(path.read_bytes()) for path in files if path.exists()})
 
 
 def digest_of(content: Any) -> str:

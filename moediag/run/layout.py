@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moediag.errors import CorruptRunError, IncompleteRunError
 from moediag.notation import INFER
 from moediag.run import codec
 from moediag.run.capture import Capture, TokenRows
-from moediag.run.files import read_checked
+from moediag.run.files import digest_of, read_checked, read_sealed
 from moediag.run.manifest import MANIFEST, PROMPTS, read_arm, read_sidecar, shard_table
 from moediag.run.shards import WHOLE, Shard, Slice
+from moediag.run.vocabulary import VOCABULARY_ARMS, VocabLogps, chosen_in, decode_vocab
+
+BIAS = "correction-bias.json"
+"""Beside arm.json: the routers' correction bias as the arm's engine had it."""
 
 
 class RunFiles:
@@ -38,6 +43,11 @@ class RunFiles:
     def shards(self) -> tuple[Shard, ...]:
         """The shard table, the same for every arm."""
         return shard_table(self.manifest, self.path / MANIFEST)
+
+    @property
+    def n_sequences(self) -> int:
+        """S, the sequences of the run."""
+        return self.shards[-1].first_sequence + self.shards[-1].n_sequences
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -92,7 +102,10 @@ class RunFiles:
 
     def has_capture(self, arm: str, shard: Shard) -> bool:
         """True when the arm's arrays for the shard, and its tokens, are committed."""
-        return self._is_committed(f"arms/{arm}", shard, ".safetensors") and self.has_tokens(shard)
+        folder = f"arms/{arm}"
+        if self.keeps_vocab(arm, shard) and not self._is_committed(folder, shard, ".safetensors", ".vocab"):
+            return False
+        return self._is_committed(folder, shard, ".safetensors") and self.has_tokens(shard)
 
     def missing_shards(self, arm: str) -> list[Shard]:
         """Shards the arm has still to capture, in order."""
@@ -148,6 +161,61 @@ class RunFiles:
         data, _, path = self._read(f"arms/{arm}", shard, ".safetensors", arm)
         return codec.decode_capture(data, str(path))
 
+    def vocab_sequences(self, arm: str, shard: Shard) -> NDArray[np.int64]:
+        """Sequences of the shard whose whole next-token distributions the arm keeps; most arms keep none."""
+        which, n_chosen = self._chosen(arm, shard)
+        return (np.array(which, dtype=np.int64) * self.n_sequences) // max(n_chosen, 1)
+
+    def keeps_vocab(self, arm: str, shard: Shard) -> bool:
+        """True when the arm keeps whole distributions of a sequence of the shard."""
+        return len(self._chosen(arm, shard)[0]) > 0
+
+    def _chosen(self, arm: str, shard: Shard) -> tuple[range, int]:
+        n_chosen = int(self.manifest["configuration"].get("full_vocab", 0)) if arm in VOCABULARY_ARMS else 0
+        n_chosen = min(n_chosen, self.n_sequences)
+        return chosen_in(shard, n_chosen, self.n_sequences), n_chosen
+
+    def load_vocab(self, arm: str, shard: Shard) -> VocabLogps | None:
+        """Whole next-token distributions behind the response tokens of the shard's chosen sequences.
+
+        Large: 4 bytes for every token of the vocabulary and row. Nothing loads them unless asked for them here.
+
+        Returns:
+            Rows of the shard's token table and their distributions; None where the arm keeps none in this shard.
+
+        Raises:
+            IncompleteRunError: not captured yet.
+            CorruptRunError: damaged.
+        """
+        if not self.keeps_vocab(arm, shard):
+            return None
+        data, _, path = self._read(f"arms/{arm}", shard, ".safetensors", arm, ".vocab")
+        return decode_vocab(data, str(path))
+
+    def correction_bias(self, arm: str) -> NDArray[np.float32] | None:
+        """The routers' correction bias by MoE layer and expert, (L, E), as the arm's engine had it.
+
+        Returns:
+            None where the rule has no bias, or the arm was captured before biases were kept.
+
+        Raises:
+            CorruptRunError: missing, changed, or not (L, E) numbers.
+        """
+        digest = self.arm(arm).get("correction_bias_sha256")
+        if digest is None:
+            return None
+        path = self._arm_folder(arm) / BIAS
+        rows = read_sealed(path).get("bias_LE")
+        if digest_of(rows) != digest:
+            raise CorruptRunError(f"{path} is not the bias that arm.json tells of; restore it or capture {arm} again")
+        try:
+            bias_LE = np.array(rows, dtype=np.float32)
+        except (TypeError, ValueError):
+            bias_LE = np.zeros(0, dtype=np.float32)
+        if bias_LE.shape != (len(self.decoder_layers), self.n_experts) or not np.isfinite(bias_LE).all():
+            raise CorruptRunError(f"{path} does not hold (MoE layers, experts) finite numbers; capture {arm} again")
+        return bias_LE
+
     def capture_sidecar(self, arm: str, shard: Shard) -> dict[str, Any]:
         """Sidecar of the arm's shard: digest, rows, tokens scored, bytes, seconds."""
         return read_sidecar(self._sidecar(f"arms/{arm}", shard))
@@ -159,15 +227,17 @@ class RunFiles:
     def _arm_folder(self, arm: str) -> Path:
         return self.path / "arms" / arm
 
-    def _is_committed(self, folder: str, shard: Shard, suffix: str) -> bool:
-        sidecar = self._sidecar(folder, shard)
+    def _is_committed(self, folder: str, shard: Shard, suffix: str, part: str = "") -> bool:
+        sidecar = self._sidecar(folder, shard, part)
         return sidecar.exists() and sidecar.with_suffix(suffix).exists()
 
-    def _sidecar(self, folder: str, shard: Shard) -> Path:
-        return self.path / folder / f"{shard.stem}.json"
+    def _sidecar(self, folder: str, shard: Shard, part: str = "") -> Path:
+        return self.path / folder / f"{shard.stem}{part}.json"
 
-    def _read(self, folder: str, shard: Shard, suffix: str, arm: str) -> tuple[bytes, dict[str, Any], Path]:
-        sidecar = self._sidecar(folder, shard)
+    def _read(
+        self, folder: str, shard: Shard, suffix: str, arm: str, part: str = ""
+    ) -> tuple[bytes, dict[str, Any], Path]:
+        sidecar = self._sidecar(folder, shard, part)
         path = sidecar.with_suffix(suffix)
         if not sidecar.exists():
             raise IncompleteRunError(f"{path} has not been captured; run: moediag capture {arm} CKPT -o {self.path}")

@@ -75,7 +75,7 @@ def maybe(shape: Any) -> tuple[Any, None]:
 # A key ending in "?" may be absent.
 _ROUTING = {"n_experts": COUNT, "top_k": COUNT, "decoder_layers": LAYERS}
 _RUN = {
-    "configuration": OBJECT,
+    "configuration": {"full_vocab?": COUNT},
     "model": {
         "name": TEXT,
         "revision": maybe(TEXT),
@@ -107,6 +107,7 @@ _ARM = {
     **dict.fromkeys(("loaded?", "replay?"), maybe(OBJECT)),
     "router_dtypes?": maybe(TEXT_BY_NAME),
     "disagreements?": maybe(TEXTS),
+    "correction_bias_sha256?": maybe(TEXT),
 }
 _SIDECAR = {
     "data_sha256": TEXT,

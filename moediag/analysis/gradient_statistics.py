@@ -1,0 +1,258 @@
+"""Norms, cosines and biases of gradients known by their inner products only, with intervals clustered by prompt.
+
+Invariants:
+    - the gradients themselves are never needed: any resampling of prompts is a quadratic form of the C x C inner
+      products between prompts, exactly;
+    - what says *expected* is free of the noise that a batch adds to its own norm: products of different prompts only.
+      A squared norm of a mean of C noisy gradients is too large by trace / C, and two estimates made of the same
+      tokens share their noise, so that a plain cosine between them is too near to 1;
+    - the same input gives the same interval, bit for bit.
+
+Intervals are BCa (Efron 1987) over 2,000 draws of prompts, the acceleration by the jackknife, its levels those of
+Student's t with the spread that C draws of C prompts lose given back (Hesterberg 2015). A prompt drawn twice counts
+twice but never as a pair with itself. Measured coverage of the nominal 0.95 (signal to noise 20, relative bias 0.3, 250
+sets, standard error 0.014; Gaussian gradients / Student-t with 3 degrees of freedom):
+
+    ================ ============= =============
+    statistic        16 prompts    64 prompts
+    ================ ============= =============
+    cosine           .94 / .93     .94 / .94
+    gain             .93 / .92     .97 / .95
+    relative bias    .95 / .93     .95 / .96
+    norm             .94 / .91     .94 / .94
+    variance ratio   .96 / .94     .97 / .90
+    ================ ============= =============
+
+At no bias at all the intervals of cosine and relative bias are too wide (0.99): squared norms have no linear part
+there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from moediag.analysis.intervals import MIN_CLUSTERS, Interval, too_few
+from moediag.analysis.resampling import N_DRAWS, SEED, TAIL
+
+Float64 = NDArray[np.float64]
+
+_ONE_SIDED: Final = "noise decides: its draws lie on one side of the value; see bias_floor"
+_MAX_UNDEFINED: Final = 0.005
+"""Share of draws that may have no value (a norm of 0 within its noise) before no interval is given."""
+
+
+@dataclass(frozen=True)
+class PromptGradients:
+    """Gradients of M methods by prompt, as combinations of B vectors known by their inner products.
+
+    Args:
+        gram_BB: inner products of the vectors.
+        coefficient_MB: how every method combines them.
+        prompt_B: 0 .. C-1, the prompt of every vector.
+        n_sequences: N; the gradient of a batch is the sum over prompts divided by N.
+        names: of the methods.
+    """
+
+    gram_BB: Float64
+    coefficient_MB: Float64
+    prompt_B: NDArray[np.int64]
+    n_sequences: int
+    names: tuple[str, ...]
+
+    @property
+    def n_prompts(self) -> int:
+        """C."""
+        return int(self.prompt_B.max(initial=-1)) + 1
+
+    def of(self, name: str) -> Float64:
+        """Coefficients of one method."""
+        row_B: Float64 = self.coefficient_MB[self.names.index(name)]
+        return row_B
+
+    def products(self, left_B: Float64, right_B: Float64) -> Float64:
+        """(C, C) inner products of two combinations' gradients by prompt, scaled so that their mean is the batch's."""
+        member_BC = np.zeros((len(self.prompt_B), self.n_prompts))
+        member_BC[np.arange(len(self.prompt_B)), self.prompt_B] = self.n_prompts / self.n_sequences
+        left_CB = (member_BC * left_B[:, None]).T
+        return np.asarray(left_CB @ self.gram_BB @ (member_BC * right_B[:, None]))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one method's gradient is beside a reference; every entry is an interval over prompts."""
+
+    values: dict[str, Interval]
+    bias_floor: float
+
+
+STATISTICS: Final = (
+    "norm",
+    "cosine",
+    "cosine_change",
+    "gain",
+    "relative_bias",
+    "variance",
+    "variance_ratio",
+    "batch_cosine",
+    "batch_cosine_change",
+    "batch_relative_bias",
+)
+
+
+_IN_NOISE: Final = "an expected gradient is not above its own noise; audit more sequences"
+
+
+def compare(gradients: PromptGradients, method: str, reference: str, baseline: str = "none") -> Comparison:
+    """One method's gradient against a reference's.
+
+    Returns:
+        ``norm``: of the expected gradient. ``cosine``: between both expected gradients. ``cosine_change``: that minus
+        the baseline's, paired. ``gain``: length along the reference over the reference's (1 = the right step).
+        ``relative_bias``: norm of the expected difference over the reference's norm. ``variance``: trace of the
+        covariance of prompts' gradients, and ``variance_ratio`` that over the reference's. ``batch_*``: of this very
+        batch, noise and all. ``bias_floor``: 95 % of what ``batch_relative_bias`` would be if the difference had no
+        bias at all.
+
+    Source: unbiased products as in a U-statistic (Hoeffding 1948); BCa, Efron (1987); the floor by random signs of
+        prompts' differences, Fisher's randomisation test.
+    """
+    method_B, reference_B, baseline_B = (gradients.of(name) for name in (method, reference, baseline))
+    # The difference is combined before its norm is taken: m.m - 2 m.r + r.r would cancel.
+    pairs = {
+        "mm": (method_B, method_B),
+        "mr": (method_B, reference_B),
+        "rr": (reference_B, reference_B),
+        "dd": (method_B - reference_B, method_B - reference_B),
+        "nn": (baseline_B, baseline_B),
+        "nr": (baseline_B, reference_B),
+    }
+    products = {name: gradients.products(*pair) for name, pair in pairs.items()}
+    weights_DC = _resamplings(gradients.n_prompts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = _statistics(products, weights_DC)
+    intervals = {name: _bca(values[name], gradients.n_prompts) for name in STATISTICS}
+    batch = intervals["batch_relative_bias"]  # a norm of signal and noise: its floor says what an interval cannot
+    intervals["batch_relative_bias"] = Interval(batch.value, np.nan, np.nan, batch.n_clusters, "see bias_floor")
+    return Comparison(intervals, bias_floor(products["dd"], products["rr"]))
+
+
+def norm_interval(gradients: PromptGradients, name: str) -> tuple[Interval, float]:
+    """Norm of one expected gradient, and its squared norm over what noise alone adds to a batch's (signal to noise)."""
+    product_CC = gradients.products(gradients.of(name), gradients.of(name))
+    weights_DC = _resamplings(gradients.n_prompts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        forms = _forms(product_CC, weights_DC)
+        norm = _bca(np.sqrt(forms.crossed_D), gradients.n_prompts)
+        signal = forms.crossed_D[0] / (forms.variance_D[0] / gradients.n_prompts)
+    return norm, float(signal)
+
+
+def _statistics(products: dict[str, Float64], weights_DC: Float64) -> dict[str, Float64]:
+    forms = {name: _forms(product_CC, weights_DC) for name, product_CC in products.items()}
+    x = {name: form.crossed_D for name, form in forms.items()}
+    own = {name: form.plain_D for name, form in forms.items()}
+    norm_D, norm_r_D, norm_n_D = (np.sqrt(x[name]) for name in ("mm", "rr", "nn"))  # NaN where not above its noise
+    cosine_D = np.clip(x["mr"] / (norm_D * norm_r_D), -1, 1)
+    batch_D = np.clip(own["mr"] / np.sqrt(own["mm"] * own["rr"]), -1, 1)
+    return {
+        "norm": norm_D,
+        "cosine": cosine_D,
+        "cosine_change": cosine_D - np.clip(x["nr"] / (norm_n_D * norm_r_D), -1, 1),
+        "gain": x["mr"] / np.square(norm_r_D),
+        "relative_bias": np.sqrt(np.maximum(x["dd"], 0)) / norm_r_D,
+        "variance": forms["mm"].variance_D,
+        "variance_ratio": forms["mm"].variance_D / forms["rr"].variance_D,
+        "batch_cosine": batch_D,
+        "batch_cosine_change": batch_D - np.clip(own["nr"] / np.sqrt(own["nn"] * own["rr"]), -1, 1),
+        "batch_relative_bias": np.sqrt(np.maximum(own["dd"], 0) / own["rr"]),
+    }
+
+
+def _resamplings(n_prompts: int) -> Float64:
+    """How often each prompt counts: as it is, then the draws, then every prompt left out once."""
+    ones_C = np.ones((1, n_prompts))
+    if n_prompts < MIN_CLUSTERS:
+        return ones_C
+    draws = np.random.default_rng(SEED).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_DRAWS)
+    return np.concatenate([ones_C, draws.astype(np.float64), 1 - np.eye(n_prompts)])
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """Inner products of the means of two gradients, for D ways to weight the prompts.
+
+    Args:
+        crossed_D: by products of different prompts only: unbiased.
+        plain_D: of the means as they are, noise and all.
+        variance_D: trace of the covariance between prompts.
+    """
+
+    crossed_D: Float64
+    plain_D: Float64
+    variance_D: Float64
+
+
+def _forms(product_CC: Float64, weights_DC: Float64) -> _Forms:
+    own_C, square_DC, size_D = np.diagonal(product_CC), np.square(weights_DC), weights_DC.sum(axis=1)
+    total_D = ((weights_DC @ product_CC) * weights_DC).sum(axis=1)
+    plain_D = total_D / np.square(size_D)
+    crossed_D = (total_D - square_DC @ own_C) / (np.square(size_D) - square_DC.sum(axis=1))
+    variance_D = (weights_DC @ own_C / size_D - plain_D) * size_D / (size_D - 1)
+    return _Forms(crossed_D, plain_D, np.maximum(variance_D, 0))
+
+
+def bias_floor(difference_CC: Float64, reference_CC: Float64) -> float:
+    """95 % quantile of the batch's relative bias, had every prompt's difference been as likely the other way round.
+
+    Args:
+        difference_CC: inner products of prompts' differences from the reference; reference_CC: of the reference.
+
+    Returns:
+        In the unit of ``batch_relative_bias``; NaN with fewer than 8 prompts.
+    """
+    n_prompts = len(difference_CC)
+    norm = float(reference_CC.sum())
+    if n_prompts < MIN_CLUSTERS or norm <= 0:
+        return float("nan")
+    signs_DC = np.random.default_rng(SEED).choice([-1.0, 1.0], size=(N_DRAWS, n_prompts))
+    squared_D = ((signs_DC @ difference_CC) * signs_DC).sum(axis=1)
+    return float(np.sqrt(max(float(np.quantile(squared_D, 1 - 2 * TAIL)), 0.0) / norm))
+
+
+def _bca(values_D: Float64, n_prompts: int) -> Interval:
+    """Interval from a value, its draws and its values with every prompt left out once."""
+    value = float(values_D[0])
+    none = float("nan")
+    if not np.isfinite(value):
+        return Interval(none, none, none, n_prompts, _IN_NOISE)
+    if n_prompts < MIN_CLUSTERS:
+        return Interval(value, none, none, n_prompts, too_few(n_prompts))
+    draws_D, left_out_C = values_D[1 : 1 + N_DRAWS], values_D[1 + N_DRAWS :]
+    is_known_D = np.isfinite(draws_D)
+    if 1 - is_known_D.mean() > _MAX_UNDEFINED or not np.isfinite(left_out_C).all():
+        return Interval(none, none, none, n_prompts, _IN_NOISE)
+    if np.ptp(left_out_C) <= 1e-12 * max(1e-300, abs(value)):
+        return Interval(value, none, none, n_prompts, "no variation between prompts")
+    # Norms of differences that are all noise grow when prompts are drawn: no level of such draws bounds anything.
+    if min(np.mean(draws_D[is_known_D] <= value), np.mean(draws_D[is_known_D] >= value)) < TAIL:
+        return Interval(value, none, none, n_prompts, _ONE_SIDED)
+    low, high = np.quantile(draws_D[is_known_D], _levels(value, draws_D[is_known_D], left_out_C))
+    return Interval(value, float(low), float(high), n_prompts)
+
+
+def _levels(value: float, draws_D: Float64, left_out_C: Float64) -> Float64:
+    """Quantiles of the draws that bound the interval, corrected for bias and acceleration."""
+    below = (np.sum(draws_D < value) + 0.5 * np.sum(draws_D == value)) / len(draws_D)
+    bias = special.ndtri(np.clip(below, 1 / len(draws_D), 1 - 1 / len(draws_D)))
+    influence_C = left_out_C.mean() - left_out_C
+    spread = np.square(influence_C).sum()
+    acceleration = (influence_C**3).sum() / (6 * spread**1.5) if spread > 0 else 0.0
+    n_prompts = len(left_out_C)
+    far = float(special.stdtrit(n_prompts - 1.0, 1 - TAIL)) * np.sqrt(n_prompts / (n_prompts - 1))
+    z = bias + np.array([-far, far])
+    return np.asarray(special.ndtr(bias + z / (1 - acceleration * z)))

@@ -1,0 +1,262 @@
+"""The gradient audit as frames: which correction points the update the right way, and how sure that is.
+
+Made from the inner products that an engine left in RUN/gradients; needs no engine. Definitions of gradients and
+references stand in the frames' declarations below and in :mod:`moediag.audit.gradients`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from moediag.analysis.gradient_statistics import STATISTICS, PromptGradients, compare, norm_interval
+from moediag.analysis.intervals import Interval
+from moediag.errors import CorruptRunError, IncompleteRunError
+from moediag.frames import Column, FrameSpec, ci_columns, declare
+from moediag.run.derived import AUDIT_RECORD, AUDIT_SEAL, GRADIENTS, GRAMS
+from moediag.run.directory import Run
+from moediag.run.files import digest_of, read_checked, read_sealed, sha256_bytes, write_atomic, write_sealed
+
+EXACT: Final = "exact"
+SEQUENCE_IS: Final = "sequence_is"
+"""Every token weighted with its sequence's full product ratio."""
+NORMALISED: Final = "sequence_is_normalised"
+
+_GROUPS: Final = ("lm_head", "routers", "attention", "experts")
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def _measured(name: str, unit: str, meaning: str) -> tuple[Column, ...]:
+    return (Column(name, "float64", unit, meaning, nullable=True), *ci_columns(name, unit, name))
+
+
+GRADIENT_AUDIT: Final = declare(
+    "gradient_audit",
+    "parameter group, reference and correction",
+    Column("group", "str", "1", "lm_head (the head's part of a tied matrix), routers, experts or attention"),
+    Column(
+        "reference",
+        "str",
+        "1",
+        "sequence_is: full product ratio of the sequence; sequence_is_normalised: the same over its mean weight; "
+        "exact: train's own expected token reward at infer's prefixes",
+    ),
+    Column("method", "str", "1", "the correction in words"),
+    Column("n_prompts", "int64", "prompt", "clusters behind the intervals"),
+    Column("n_sequences", "int64", "sequence", "sequences whose gradients are averaged"),
+    Column("n_tokens", "int64", "token", "tokens behind them; with exact: prefixes"),
+    Column("kept_share", "float64", "1", "share of tokens with a weight other than 0; NaN with exact", nullable=True),
+    *_measured("cosine", "1", "cosine between both expected gradients, noise removed; 1 = the right direction"),
+    *_measured("cosine_change", "1", "cosine minus that of no correction, paired; above 0 = better than none"),
+    *_measured("gain", "1", "length along the reference over the reference's; 1 = the right step"),
+    *_measured("relative_bias", "1", "norm of the expected difference over the reference's, noise removed; 0 is best"),
+    *_measured("norm", "reward/weight", "norm of the expected gradient, noise removed"),
+    *_measured("variance", "(reward/weight)^2", "trace of the covariance of prompts' gradients; small is good"),
+    *_measured("variance_ratio", "1", "variance over the reference's; below 1 = less noise than the reference"),
+    *_measured("batch_cosine", "1", "cosine between the gradients of this batch, which share their noise"),
+    *_measured("batch_cosine_change", "1", "batch_cosine minus that of none, paired; above 0 = better than none"),
+    Column(
+        "batch_relative_bias",
+        "float64",
+        "1",
+        "norm of this batch's difference over the reference's, noise and all; compare with bias_floor",
+        nullable=True,
+    ),
+    Column("bias_floor", "float64", "1", "95 % of batch_relative_bias if the method had no bias at all", nullable=True),
+    Column("note", "str", "1", "why there is no cosine or no interval; empty otherwise"),
+)
+
+GRADIENT_REFERENCES: Final = declare(
+    "gradient_references",
+    "parameter group and reference",
+    Column("group", "str", "1", "lm_head, routers, experts or attention"),
+    Column("reference", "str", "1", "as in gradient_audit"),
+    Column("n_prompts", "int64", "prompt", "prompts"),
+    Column("n_sequences", "int64", "sequence", "sequences"),
+    Column("n_tokens", "int64", "token", "tokens; with exact: prefixes"),
+    *_measured("norm", "reward/weight", "norm of the reference, noise removed"),
+    Column("signal_to_noise", "float64", "1", "its square over what noise adds to a batch's; large is good", True),
+    Column("ess", "float64", "sequence", "effective sample size of the sequence weights; NaN with exact", True),
+    Column("ess_share", "float64", "1", "ess / n_sequences; near 1 is good", nullable=True),
+    Column("max_weight_share", "float64", "1", "largest sequence weight over the sum of all", nullable=True),
+    Column("note", "str", "1", "why there is no norm or no interval; empty otherwise"),
+)
+
+SPECS: Final = (GRADIENT_AUDIT, GRADIENT_REFERENCES)
+
+HEADLINE: Final = (
+    *("group", "reference", "method"),
+    *("batch_cosine", "batch_cosine_ci_low", "batch_cosine_ci_high"),
+    *("batch_cosine_change", "batch_cosine_change_ci_low", "batch_cosine_change_ci_high"),
+    *("batch_relative_bias", "bias_floor"),
+    *("variance_ratio", "variance_ratio_ci_low", "variance_ratio_ci_high"),
+    *("kept_share", "n_prompts", "n_sequences", "n_tokens"),
+)
+"""Columns of ``gradient_audit`` that a page shows; the others are for who asks further."""
+
+
+def load_audit(run: Run) -> dict[str, pd.DataFrame]:
+    """The frames of a run's gradient audit, of the arms as they are now.
+
+    Raises:
+        IncompleteRunError: never audited, or the arms have changed since.
+        CorruptRunError: not what the audit wrote.
+    """
+    folder = run.path / GRADIENTS
+    again = f"run: moediag simulate {run.path} --gradient-audit"
+    if not (folder / AUDIT_SEAL).exists():
+        raise IncompleteRunError(f"{run.path} has no gradient audit; {again}")
+    audit = read_sealed(folder / AUDIT_SEAL)
+    try:
+        request, frames = audit["request"], audit["frames"]
+        if audit["captures"] != captures_digest(run, request["train"], request["infer"]):
+            raise IncompleteRunError(f"{run.path}: its arms have changed since the gradient audit; {again}")
+        return {spec.name: _read_frame(folder, spec, frames[spec.name]) for spec in SPECS}
+    except (KeyError, TypeError, OSError, ValueError) as error:
+        if isinstance(error, CorruptRunError | IncompleteRunError):
+            raise
+        raise CorruptRunError(f"{folder} is not what this moediag writes ({error}); {again}") from None
+
+
+def load_record(run: Run) -> dict[str, Any]:
+    """What was audited and how: request, engine, groups left out with their reasons, facts and words."""
+    return dict(read_sealed(run.path / GRADIENTS / AUDIT_SEAL))
+
+
+def captures_digest(run: Run, train: str, infer: str) -> dict[str, str]:
+    """Digest of both arms' captures, by arm."""
+    return {
+        arm: digest_of([run.capture_sidecar(arm, shard)["data_sha256"] for shard in run.shards])
+        for arm in (train, infer)
+    }
+
+
+def is_audited(run: Run, told: dict[str, Any]) -> bool:
+    """True when an audit of the same request and arms is there, whole: with what its engine left."""
+    folder = run.path / GRADIENTS
+    try:
+        load_audit(run)
+        record = load_record(run)
+        for name, digest in ((GRAMS, "grams_sha256"), (AUDIT_RECORD, "record_sha256")):
+            read_checked(folder / name, str(record.get(digest)))
+    except (IncompleteRunError, CorruptRunError):
+        return False
+    request = {**told["request"]}
+    same = all(record["request"].get(name) == _as_json(value) for name, value in request.items())
+    return same and record["captures"] == told["captures"]
+
+
+def write_audit(run: Run) -> None:
+    """Make the frames from what the engine left, and seal them; audit.json is written last."""
+    folder = run.path / GRADIENTS
+    record = read_sealed(folder / AUDIT_RECORD)
+    arrays = safetensors.numpy.load(read_checked(folder / GRAMS, record["grams_sha256"]))
+    (folder / AUDIT_SEAL).unlink(missing_ok=True)  # it must not vouch for frames that are about to change
+    digests = {}
+    for name, frame in audit_frames(record, arrays).items():
+        sink = io.BytesIO()
+        frame.to_parquet(sink, index=False)
+        write_atomic(folder / f"{name}.parquet", sink.getvalue())
+        digests[name] = sha256_bytes(sink.getvalue())
+    own = {"record_sha256": sha256_bytes((folder / AUDIT_RECORD).read_bytes()), "frames": digests}
+    write_sealed(folder / AUDIT_SEAL, {**record, "kind": "moediag gradient audit", **own})
+
+
+def audit_frames(record: dict[str, Any], arrays: Arrays) -> dict[str, pd.DataFrame]:
+    """Frames ``gradient_audit`` and ``gradient_references`` from inner products.
+
+    Args:
+        record: what was audited: ``methods`` with the reference last, ``token_methods``.
+        arrays: inner products and combinations, as the engine wrote them.
+    """
+    audits: list[dict[str, Any]] = []
+    references: list[dict[str, Any]] = []
+    for group, reference, gradients, n_tokens in _gradients(record, arrays):
+        sampled = reference != EXACT
+        counts = {"group": group, "reference": reference, "n_prompts": gradients.n_prompts}
+        counts |= {"n_sequences": gradients.n_sequences, "n_tokens": n_tokens}
+        norm, signal = norm_interval(gradients, reference)
+        weights = _weights_facts(arrays) if sampled else dict.fromkeys(("ess", "ess_share", "max_weight_share"), np.nan)
+        references.append({**counts, **_bounds("norm", norm), "signal_to_noise": signal, **weights, "note": norm.note})
+        kept = _kept_shares(record, arrays) if sampled else {}
+        for method in gradients.names:
+            if method in (SEQUENCE_IS, NORMALISED, EXACT):
+                continue
+            found = compare(gradients, method, reference)
+            row = {**counts, "method": method, "kept_share": kept.get(method, np.nan)}
+            for name in STATISTICS:
+                row |= _bounds(name, found.values[name])
+            row["bias_floor"] = found.bias_floor
+            audits.append({**row, "note": found.values["cosine"].note or found.values["batch_cosine"].note})
+    return {
+        spec.name: spec.validate(pd.DataFrame.from_records(rows, columns=[c.name for c in spec.columns]))
+        for spec, rows in ((GRADIENT_AUDIT, audits), (GRADIENT_REFERENCES, references))
+    }
+
+
+def _gradients(record: dict[str, Any], arrays: Arrays) -> Iterator[tuple[str, str, PromptGradients, int]]:
+    """Every group with every reference that there is, and the tokens behind it."""
+    names, combined_MB = tuple(record["methods"]), arrays["coefficient_MB"]
+    weight_S = arrays["sequence_weight_S"]
+    normalised_B = combined_MB[-1] / weight_S.mean()
+    n_tokens = int(record["n_tokens"])
+    for group in [group for group in _GROUPS if f"gram_{group}_BB" in arrays]:
+        gradients = PromptGradients(
+            arrays[f"gram_{group}_BB"],
+            np.concatenate([combined_MB, normalised_B[None]]),
+            arrays["prompt_B"],
+            len(weight_S),
+            (*names, NORMALISED),
+        )
+        yield group, SEQUENCE_IS, gradients, n_tokens
+        yield group, NORMALISED, gradients, n_tokens
+        if group == "lm_head" and "gram_exact" in arrays:
+            exact = (*record["token_methods"], EXACT)
+            n_prompts = len(arrays["gram_exact"]) // len(exact)
+            yield (
+                group,
+                EXACT,
+                PromptGradients(
+                    arrays["gram_exact"],
+                    np.tile(np.eye(len(exact)), n_prompts),
+                    np.repeat(np.arange(n_prompts), len(exact)),
+                    int(record["facts"]["n_prefix_sequences"]),
+                    exact,
+                ),
+                int(record["facts"]["n_prefixes"]),
+            )
+
+
+def _weights_facts(arrays: Arrays) -> dict[str, float]:
+    weight_S = arrays["sequence_weight_S"]
+    ess = float(np.square(weight_S.sum()) / np.square(weight_S).sum())
+    return {
+        "ess": ess,
+        "ess_share": ess / len(weight_S),
+        "max_weight_share": float(weight_S.max() / weight_S.sum()),
+    }
+
+
+def _kept_shares(record: dict[str, Any], arrays: Arrays) -> dict[str, float]:
+    shares_M = arrays["kept_MS"].sum(axis=1) / arrays["n_tokens_S"].sum()
+    return dict(zip(record["methods"], shares_M.tolist(), strict=True))
+
+
+def _bounds(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.value, f"{name}_ci_low": interval.low, f"{name}_ci_high": interval.high}
+
+
+def _read_frame(folder: Path, spec: FrameSpec, digest: str) -> pd.DataFrame:
+    return spec.validate(pd.read_parquet(io.BytesIO(read_checked(folder / f"{spec.name}.parquet", digest))))
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,90 @@
+"""The few numbers of explained and forecast flips that a reader needs first, out of their frames.
+
+Invariants: one method only, the best that gave a prediction, so that no reader picks the one that fits; forecasts are
+those at the noise as measured (multiplier 1), each with what must hold for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import pandas as pd
+
+from moediag.notation import INFER
+
+POOLED: Final = -1
+_EXPLAINED: Final = ("observed", "explained", "gap")
+_CALIBRATION: Final = ("calibration_error", "calibration_error_expected", "calibration_slope")
+
+
+def best_method(explained: pd.DataFrame) -> str | None:
+    """The first method of frame ``explained_flips`` (its order is best first) with a prediction; None = none has."""
+    given = explained.loc[explained["explained"].notna(), "method"]
+    return str(given.iloc[0]) if len(given) else None
+
+
+def forecast_rows(forecasts: pd.DataFrame, target: str = INFER) -> pd.DataFrame:
+    """Rows of frame ``forecast_flips`` of one target under the noise as measured, sources in the frame's order.
+
+    Of a source with two rows (one of a thinned curve of multipliers, one of every choice) the one of more choices.
+    A source without a forecast stays, NaN: its ``assumption`` says why.
+    """
+    rows: pd.DataFrame = forecasts[(forecasts["target"] == target) & (forecasts["multiplier"] == 1)]
+    rows = rows.sort_values("n_choices", kind="stable")
+    return rows.drop_duplicates(["noise_from", "layer"], keep="last").sort_index()
+
+
+def predicted_flips(frames: Mapping[str, pd.DataFrame]) -> dict[str, Any] | None:
+    """Headlines for summary.json; None for a dense model, or where nothing could be predicted.
+
+    Args:
+        frames: ``explained_flips`` and ``forecast_flips``, as :func:`~moediag.analysis.prediction.predict_flips` gives.
+
+    Returns:
+        ``explained``: observed and explained flip rate over all layers, their gap and the calibration, by the best
+        method; ``forecast``: one entry per source of noise, for infer's scores. Rates in [0, 1]; a gap of 0 is best.
+    """
+    explained, forecasts = frames.get("explained_flips"), frames.get("forecast_flips")
+    found = {
+        "explained": None if explained is None else _explained(explained),
+        "forecast": [] if forecasts is None else _forecasts(forecasts),
+    }
+    return found if any(found.values()) else None
+
+
+def _explained(frame: pd.DataFrame) -> dict[str, Any] | None:
+    method = best_method(frame)
+    if method is None:
+        return None
+    row = frame[(frame["method"] == method) & (frame["layer"] == POOLED)].iloc[0]
+    head = {"method": method, "side": str(row["side"]), "n_choices": int(row["n_choices"])}
+    return {**head, **_with_bounds(row, _EXPLAINED), **{name: _number(row[name]) for name in _CALIBRATION}}
+
+
+def _forecasts(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    rows = forecast_rows(frame)
+    return [
+        {
+            "noise_from": str(row["noise_from"]),
+            "method": str(row["method"]),
+            "n_choices": int(row["n_choices"]),
+            **_with_bounds(row, ("forecast", "observed")),
+            "assumption": str(row["assumption"]),
+        }
+        for _, row in rows[rows["layer"] == POOLED].iterrows()
+    ]
+
+
+def _with_bounds(row: pd.Series[Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Each value with its interval, as everywhere in summary.json."""
+    found: dict[str, Any] = {}
+    for name in names:
+        bounds = [_number(row[f"{name}_ci_{end}"]) for end in ("low", "high")]
+        found |= {name: _number(row[name]), f"{name}_ci": None if None in bounds else bounds}
+    return found
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,161 @@
+"""What an audit differentiates: scored tokens of whole sequences, and one coefficient per token and method.
+
+The gradient of a method is sum_s (A_s / len_s) sum_t w_t grad logp_t: methods differ by the coefficients of the same
+token gradients, and per sequence these coefficients span a space of few dimensions (most methods give the plain ratio
+to all but a handful of tokens, sequence-level weights are multiples of no correction at all). So each sequence is
+differentiated once per dimension of that space, not once per method; every method is an exact combination.
+
+Invariant: the combination is a singular value decomposition cut off at 1e-10, float64 rounding; nothing is sampled,
+projected or dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moediag.analysis.gradients import SEQUENCE_IS
+from moediag.corrections import METHODS, parse_correction, weights
+from moediag.corrections.rewards import grpo_advantages, sequence_rewards
+from moediag.errors import EngineError
+from moediag.run.directory import Run
+
+Float64 = NDArray[np.float64]
+
+_NO_RANK: Final = 1e-10
+_TINY: Final = 1e-200
+
+
+@dataclass(frozen=True)
+class AuditTokens:
+    """Scored response tokens, sorted by sequence; S sequences, M methods with the reference last.
+
+    Args:
+        seq_id_S, prompt_id_S: whose tokens they are.
+        bounds_S: [start, end) of every sequence's tokens.
+        token_id_T: the token scored.
+        position_T: its position in the response.
+        logp_train_T, logp_infer_T: log-probabilities at theta_old [nat].
+        reward_S, advantage_S: of every sequence.
+        weights_MT: weight of every method, rows as in ``names``.
+        names: methods in words, then :data:`SEQUENCE_IS`.
+    """
+
+    seq_id_S: NDArray[np.int64]
+    prompt_id_S: NDArray[np.int64]
+    bounds_S: tuple[tuple[int, int], ...]
+    token_id_T: NDArray[np.int64]
+    position_T: NDArray[np.int64]
+    logp_train_T: Float64
+    logp_infer_T: Float64
+    reward_S: Float64
+    advantage_S: Float64
+    weights_MT: Float64
+    names: tuple[str, ...]
+
+    @property
+    def sequence_weight_S(self) -> Float64:  # noqa: N802 - the legend suffix
+        """Full product ratio of every sequence."""
+        return self.weights_MT[-1, [start for start, _ in self.bounds_S]]
+
+    def basis(self, sequence: int) -> SequenceBasis:
+        """Directions to differentiate in one sequence; methods combine them with A / len taken in."""
+        start, end = self.bounds_S[sequence]
+        basis = sequence_basis(self.weights_MT[:, start:end])
+        return SequenceBasis(basis.coefficient_MR * self.advantage_S[sequence] / (end - start), basis.basis_RT)
+
+
+@dataclass(frozen=True)
+class SequenceBasis:
+    """``coefficient_MR @ basis_RT`` are the token coefficients of every method; R is the rank."""
+
+    coefficient_MR: Float64
+    basis_RT: Float64
+
+
+def sequence_basis(weights_MT: Float64) -> SequenceBasis:
+    """The fewest directions over tokens that give every method's weights of one sequence, exactly.
+
+    Args:
+        weights_MT: weight of every method and token.
+
+    Returns:
+        Orthonormal directions; none where all weights are 0.
+
+    Example:
+        >>> basis = sequence_basis(np.array([[1.0, 1.0, 1.0], [0.9, 1.2, 1.1], [3.0, 3.0, 3.0]]))
+        >>> basis.basis_RT.shape
+        (2, 3)
+    """
+    left_MR, size_R, basis_RT = np.linalg.svd(weights_MT, full_matrices=False)
+    is_kept_R = size_R > _NO_RANK * np.max(size_R, initial=_TINY)
+    return SequenceBasis((left_MR * size_R)[:, is_kept_R], basis_RT[is_kept_R])
+
+
+def audit_tokens(run: Run, arms: tuple[str, str], methods: Sequence[str], n_sequences: int | None) -> AuditTokens:
+    """Scored tokens of a run's pair with reward, advantage and the weights of every method.
+
+    Args:
+        arms: train and infer arm.
+        methods: corrections in words (:func:`~moediag.corrections.parse_correction`).
+        n_sequences: only the first so many; None = all.
+
+    Raises:
+        EngineError: no token was scored by both arms.
+    """
+    seq_T, prompt_T, *rest = _columns(run, arms)
+    seq_id_S, first_S, row_T = np.unique(seq_T, return_index=True, return_inverse=True)
+    if n_sequences is not None:
+        seq_id_S, first_S = seq_id_S[:n_sequences], first_S[:n_sequences]
+        is_taken_T = row_T < n_sequences
+        row_T, rest = row_T[is_taken_T], [column[is_taken_T] for column in rest]
+    if not len(row_T):
+        raise EngineError(f"{run.path}: no response token was scored by both {arms[0]} and {arms[1]}; nothing to audit")
+    token_T, position_T, train_T, infer_T = rest
+    logps = train_T.astype(np.float64), infer_T.astype(np.float64)
+    prompt_id_S = prompt_T[first_S].astype(np.int64)
+    reward_S = sequence_rewards(token_T, row_T, len(seq_id_S))
+    advantage_S = grpo_advantages(reward_S, prompt_id_S)
+    product_T = weights("mis_sequence", *logps, row_T, cap=math.inf)  # the product ratio itself, clamped
+    rows = [weights(method, *logps, row_T, advantage_T=advantage_S[row_T]) for method in methods]
+    ends = np.searchsorted(row_T, np.arange(len(seq_id_S)), side="right").tolist()
+    return AuditTokens(
+        seq_id_S=seq_id_S.astype(np.int64),
+        prompt_id_S=prompt_id_S,
+        bounds_S=tuple(zip([0, *ends[:-1]], ends, strict=True)),
+        token_id_T=token_T.astype(np.int64),
+        position_T=position_T.astype(np.int64),
+        logp_train_T=logps[0],
+        logp_infer_T=logps[1],
+        reward_S=reward_S,
+        advantage_S=advantage_S,
+        weights_MT=np.stack([*rows, product_T]),
+        names=(*methods, SEQUENCE_IS),
+    )
+
+
+def _columns(run: Run, arms: tuple[str, str]) -> list[NDArray[Any]]:
+    """Columns of the tokens that both arms scored, sorted by sequence and position."""
+    blocks = list(run.pair(*arms).blocks())
+    columns = [np.concatenate([getattr(block, name) for block in blocks]) for name in _COLUMNS]
+    order_T = np.lexsort((columns[_COLUMNS.index("position_T")], columns[0]))
+    is_scored_T = np.isfinite(columns[-1]) & np.isfinite(columns[-2])
+    return [column[order_T[is_scored_T[order_T]]] for column in columns]
+
+
+_COLUMNS: Final = ("seq_id_T", "prompt_id_T", "token_id_T", "position_T", "logp_train_T", "logp_infer_T")
+
+
+def is_token_level(method: str) -> bool:
+    """True when a correction looks at one token at a time, so that its expectation at a prefix can be had exactly.
+
+    Example:
+        >>> is_token_level("icepop:alpha=0.5,beta=5"), is_token_level("tis_token+veto")
+        (True, False)
+    """
+    return all("of the sequence" not in METHODS[step.method].acts_on for step in parse_correction(method).steps)

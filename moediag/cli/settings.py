@@ -1,0 +1,147 @@
+"""The options that ``profile`` and ``capture`` share, listed once: what is sampled, what is kept, how engines load.
+
+A command that takes ``settings: Settings`` and is decorated with :func:`with_settings` has every field as an option of
+its own, in the place of that parameter.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from moediag.cli import options as o
+
+if TYPE_CHECKING:
+    from moediag.engines.plan import Plan
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The shared options as they were given; each field's type says what it is and which values it takes."""
+
+    limit: o.Limit = None
+    revision: o.Revision = None
+    trust_remote_code: o.TrustRemoteCode = False
+    dtype: o.Dtype = o.ModelDtype.auto
+    temperature: o.Temperature = 1.0
+    top_p: o.TopP = 1.0
+    top_k: o.TopK = 0
+    min_p: o.MinP = 0.0
+    max_tokens: o.MaxTokens = 256
+    n: o.Samples = 1
+    seed: o.Seed = 0
+    ignore_eos: o.IgnoreEos = False
+    stop_token_ids: o.StopTokenIds = None
+    router_logits: o.Logits = o.RouterLogits.none
+    ids_only: o.IdsOnly = False
+    full_vocab: o.FullVocab = None
+    shard_size: o.ShardSize = 32
+    max_model_len: o.MaxModelLen = None
+    tensor_parallel_size: o.TensorParallel = 1
+    gpu_memory_utilization: o.GpuMemory = None
+    max_num_seqs: o.MaxNumSeqs = None
+    max_num_batched_tokens: o.MaxBatched = None
+    vllm_option: o.VllmOption = None
+    observer: o.ObserverOption = o.Observer.hooks
+    scoring: o.ScoringOption = o.Scoring.prefill
+    attn_implementation: o.AttnImplementation = None
+    experts_implementation: o.ExpertsImplementation = None
+    device_map: o.DeviceMap = None
+    batch_size: o.BatchSize = 1
+    batching: o.LayoutOption = o.Layout.padded
+
+    def plan(self, ckpt: str, prompts: Path, sampled_by: str) -> Plan:
+        """The run that the options describe.
+
+        Raises:
+            MoediagError: they cannot be met.
+        """
+        from moediag.engines.checkpoint import open_checkpoint
+        from moediag.engines.plan import Sampling, make_plan
+
+        sampling = Sampling(
+            **{field.name: getattr(self, field.name) for field in fields(Sampling) if field.name != "stop_token_ids"},
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+        )
+        return make_plan(
+            open_checkpoint(ckpt, self.revision, self.trust_remote_code),
+            prompts,
+            sampling,
+            limit=self.limit,
+            router_logits=self.router_logits.value,
+            shard_size=self.shard_size,
+            max_model_len=self.max_model_len,
+            trust_remote_code=self.trust_remote_code,
+            ids_only=self.ids_only,
+            sampled_by=sampled_by,
+            full_vocab=o.parse_full_vocab(self.full_vocab, self.observer),
+        )
+
+    @property
+    def vllm_options(self) -> dict[str, Any]:
+        """What was given with ``--vllm-option``."""
+        return o.parse_vllm_options(self.vllm_option)
+
+    def infer_options(self, extra: dict[str, Any], observer: str, max_model_len: int, seed: int) -> dict[str, Any]:
+        """vLLM's options, by its own names.
+
+        Args:
+            extra: further ones, from ``--vllm-option``.
+            max_model_len: longest sequence that the run needs [tokens].
+            seed: the run's, which an arm that joins one takes over.
+        """
+        from moediag.engines.launch import infer_options
+
+        return infer_options(
+            extra,
+            observer,
+            dtype=self.dtype.value,
+            trust_remote_code=self.trust_remote_code or None,
+            max_model_len=max_model_len,
+            seed=seed,
+            tensor_parallel_size=self.tensor_parallel_size,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+        )
+
+    def train_options(self) -> dict[str, Any]:
+        """transformers' options, by its own names."""
+        from moediag.engines.launch import train_options
+
+        return train_options(
+            dtype=self.dtype.value,
+            trust_remote_code=self.trust_remote_code or None,
+            attn_implementation=self.attn_implementation,
+            experts_implementation=self.experts_implementation,
+            device_map=self.device_map,
+        )
+
+    @property
+    def train_batching(self) -> dict[str, Any] | None:
+        """The train arms' batching; None for the reference."""
+        return o.parse_batching(self.batch_size, self.batching)
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of :class:`Settings` as parameters, where it has ``settings`` itself."""
+    hints = {**get_type_hints(command, include_extras=True), **get_type_hints(Settings, include_extras=True)}
+    shared = [(field.name, field.default) for field in fields(Settings)]
+    listed: list[tuple[str, Any]] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        listed += shared if name == "settings" else [(name, parameter.default)]
+
+    def with_options(**given: Any) -> None:
+        settings = Settings(**{name: given.pop(name) for name, _ in shared})
+        command(settings=settings, **given)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY  # typer calls by name, and defaults may then stand in any order
+    with_options.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, keyword, default=default, annotation=hints[name]) for name, default in listed]
+    )
+    with_options.__annotations__ = {name: hints[name] for name, _ in listed}
+    with_options.__doc__, with_options.__name__ = command.__doc__, command.__name__
+    return with_options

@@ -1,0 +1,248 @@
+"""``moediag simulate``: off-policy corrections on logged tokens, side by side, offline."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moediag.cli import options as o
+from moediag.cli.simulation_table import show_simulation
+from moediag.notation import INFER, TRAIN
+
+if TYPE_CHECKING:
+    from moediag.corrections.chosen import Chosen
+    from moediag.corrections.correction import Correction
+    from moediag.corrections.sources import Source
+    from moediag.corrections.table_files import OnProgress
+    from moediag.run.directory import Run
+    from moediag.simulation import Grid, Simulation
+
+NAME = "simulate"
+
+Target = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN|TABLE",
+        help="Run directory, or a .parquet, .csv or .jsonl with a row per token: seq_id, position, logp_train, "
+        "logp_infer; optionally prompt_id, is_response, reward or advantage, entropy, logp_train_new, token_id.",
+    ),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", metavar="SPEC", help="method[:name=value,...][+method...]; may be repeated."),
+]
+Presets = Annotated[
+    list[str] | None, typer.Option("--preset", metavar="NAME", help="Preset, framework or paper; may be repeated.")
+]
+Everything = Annotated[
+    bool, typer.Option("--all", help="Every preset and every method, with a sweep; the default when nothing is named.")
+]
+Sweep = Annotated[bool, typer.Option("--sweep", help="Sweep IcePop's band and recommend one to start from.")]
+Bounds = Annotated[
+    str | None, typer.Option(metavar="A,B,...", help="Bounds to sweep instead of the default grid; 0 or inf = open.")
+]
+WeightsOut = Annotated[
+    Path | None,
+    typer.Option("--weights-out", metavar="FILE", help="Write each row's keys and its weight under each correction."),
+]
+PairOption = Annotated[str | None, typer.Option("--pair", metavar="A~B", help="RUN: two arms; default infer~train.")]
+Reward = Annotated[
+    str | None,
+    typer.Option(
+        "--reward",
+        metavar="none|hash|COLUMN",
+        help="Where advantages come from; default: the table's advantage or reward, else a synthetic reward of the "
+        "token ids, used only where advantages are needed.",
+    ),
+]
+EpsClip = Annotated[float, typer.Option("--eps-clip", min=0.0, help="PPO's clip, for clip share and objective.")]
+Audit = Annotated[
+    bool, typer.Option("--gradient-audit", help="RUN: also compare the gradients of corrections (needs transformers).")
+]
+Checkpoint = Annotated[
+    str | None, typer.Option("--checkpoint", metavar="CKPT", help="For --gradient-audit; default: the run's own.")
+]
+Folder = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="DIR", help="Frames, figures and report; default: RUN/simulate/PAIR."),
+]
+
+
+def command(
+    target: Target,
+    method: Methods = None,
+    preset: Presets = None,
+    everything: Everything = False,
+    sweep: Sweep = False,
+    alphas: Bounds = None,
+    betas: Bounds = None,
+    weights_out: WeightsOut = None,
+    pair: PairOption = None,
+    reward: Reward = None,
+    eps_clip: EpsClip = 0.2,
+    gradient_audit: Audit = False,
+    checkpoint: Checkpoint = None,
+    output: Folder = None,
+    as_json: o.Json = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a file or into a folder of something else.")
+    ] = False,
+) -> None:
+    """Simulate IcePop and its rivals on the same logged tokens: what each masks, weighs and leaves; needs no engine.
+
+    No offline number shows that training will be stable.
+    """
+    from moediag.cli.console import say_json, wrote
+    from moediag.corrections.chosen import choose
+    from moediag.corrections.weight_files import refuse_weights_path
+    from moediag.simulation import as_json as content_of
+
+    everything = everything or not (method or preset)
+    chosen = choose(method or [], preset or [], everything)
+    if weights_out is not None:
+        refuse_weights_path(weights_out, force)
+    asked = Asked(target, chosen, _grid(sweep or everything, alphas, betas), pair, reward, eps_clip)
+    run = asked.open(gradient_audit, checkpoint)
+    folder = asked.folder(run, output, force)
+    columns = {name: one.correction for name, one in chosen.items() if name != "none" or everything}
+    simulation = asked.simulate(run, weights_out, columns)
+    if run is not None and gradient_audit:
+        _audit(simulation, run, asked.arms, checkpoint, is_named=not everything)
+    pages = [] if folder is None else asked.write(simulation, folder, force)
+    if as_json:
+        say_json(content_of(simulation))
+        return
+    show_simulation(simulation)
+    for path in [*([weights_out] if weights_out else []), *pages]:
+        wrote(path)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a simulation, by the command line or the demo."""
+
+    target: Path
+    chosen: dict[str, Chosen]
+    grid: Grid | None
+    pair: str | None = None
+    reward: str | None = None
+    eps_clip: float = 0.2
+
+    @property
+    def arms(self) -> tuple[str, str]:
+        """The two arms of ``--pair``."""
+        first, mark, second = (self.pair or f"{INFER}~{TRAIN}").partition("~")
+        if not (first and mark and second):
+            raise typer.BadParameter(f"wants two arms as A~B, found {self.pair}", param_hint="--pair")
+        return first, second
+
+    def open(self, gradient_audit: bool, checkpoint: str | None) -> Run | None:
+        """The run, or None for a table."""
+        from moediag.run.directory import open_run
+
+        if checkpoint and not gradient_audit:
+            raise typer.BadParameter("goes with --gradient-audit", param_hint="--checkpoint")
+        if self.target.is_dir():
+            return open_run(self.target)
+        for name, is_given in (
+            ("--pair", self.pair),
+            ("--gradient-audit", gradient_audit),
+            ("--checkpoint", checkpoint),
+        ):
+            if is_given:
+                raise typer.BadParameter(f"{self.target} is no run directory", param_hint=name)
+        return None
+
+    def folder(self, run: Run | None, output: Path | None, force: bool) -> Path | None:
+        """Where the simulation goes; refused before anything is computed."""
+        from moediag.notation import pair_name
+        from moediag.run.derived import SIMULATIONS
+        from moediag.simulation import refuse_folder
+
+        folder = output or (None if run is None else run.path / SIMULATIONS / pair_name(*self.arms))
+        if folder is not None:
+            refuse_folder(folder, force)
+        return folder
+
+    def simulate(
+        self, run: Run | None, weights_out: Path | None = None, columns: dict[str, Correction] | None = None
+    ) -> Simulation:
+        """Read the tokens, simulate, and write the weights of ``columns`` where a file for them is given."""
+        from moediag.cli.console import bar
+        from moediag.corrections.weight_files import write_weights
+        from moediag.notation import pair_name
+        from moediag.simulation import add_sweep, run_floor_k3, simulate
+
+        with bar("reading") as progress:
+            source = self._source(run, progress.show)
+        with bar("simulating") as progress:
+            simulation = simulate(
+                source, self.chosen, self._label(run), eps_clip=self.eps_clip, on_progress=progress.show
+            )
+        if self.grid is not None:
+            floor_k3 = None if run is None else run_floor_k3(run, pair_name(*self.arms))
+            with bar("sweeping") as progress:
+                add_sweep(simulation, self.grid, floor_k3, progress.show)
+        if weights_out is not None:
+            some = {name: one for name, one in (columns or {}).items() if name in simulation.chosen}
+            with bar("writing weights") as progress:
+                write_weights(source, some, weights_out, progress.show)
+        return simulation
+
+    def _source(self, run: Run | None, on_progress: OnProgress) -> Source:
+        from moediag.corrections.sources import run_source, table_source
+
+        if run is None:
+            return table_source(self.target, self.reward, on_progress)
+        return run_source(run, self.arms, self.reward)
+
+    def _label(self, run: Run | None) -> str:
+        from moediag.notation import pair_name
+
+        if run is None:
+            return self.target.name
+        return run.path.resolve().name + (f" {pair_name(*self.arms)}" if self.pair else "")
+
+    def write(self, simulation: Simulation, folder: Path, force: bool) -> list[Path]:
+        """Write the simulation; the page names the command that was given."""
+        from moediag.simulation import write_simulation
+
+        return write_simulation(simulation, folder, [f"moediag {shlex.join(sys.argv[1:])}"], force)
+
+
+def _grid(is_wanted: bool, alphas: str | None, betas: str | None) -> Grid | None:
+    """The bands to sweep; None = no sweep."""
+    from moediag.simulation import Grid
+
+    if not (is_wanted or alphas or betas):
+        return None
+    given = {name: _bounds(text, f"--{name}") for name, text in (("alphas", alphas), ("betas", betas)) if text}
+    return Grid(**given)
+
+
+def _bounds(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"wants numbers with commas between them, found {text}", param_hint=option) from None
+
+
+def _audit(simulation: Simulation, run: Run, arms: tuple[str, str], checkpoint: str | None, *, is_named: bool) -> None:
+    """Run the gradient audit, or take the one that is there: of the corrections named, else of one per family."""
+    from moediag.audit.gradients import METHODS, GradientRequest, run_gradient_audit
+    from moediag.cli.console import bar
+    from moediag.engines.checkpoint import open_checkpoint
+    from moediag.notation import minuend_first
+    from moediag.simulation import add_gradient_audit
+
+    train, infer = minuend_first(*arms)
+    words = tuple(str(one.correction) for one in simulation.chosen.values())
+    request = GradientRequest(methods=words if is_named else METHODS, train=train, infer=infer)
+    with bar("gradient audit") as progress:
+        run_gradient_audit(run, open_checkpoint(checkpoint or run.model["name"]), request, progress.on_event)
+    add_gradient_audit(simulation, run)

@@ -1,0 +1,74 @@
+"""``moediag trend``: the mismatch over training steps, and whether it compounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moediag.cli import options as o
+
+NAME = "trend"
+
+Targets = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN RUN ...|TABLE",
+        help="Run directories, one per step, or one table (.parquet, .csv, .jsonl) with a column step: a row per token "
+        "(seq_id, position, logp_train, logp_infer, ...) or per step (a column per metric, <metric>_se beside it).",
+    ),
+]
+Steps = Annotated[
+    str | None,
+    typer.Option(metavar="0,50,...", help="Steps of the runs, in order; default: numbers at the ends of their names."),
+]
+Fit = Annotated[
+    str | None,
+    typer.Option("--fit", metavar="METRIC", help="Metric to fit; default: the best estimate of the KL that is there."),
+]
+OutputFolder = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder for the table, page and figures.")
+]
+Replace = Annotated[bool, typer.Option("--force", help="Replace the trend that is in the folder.")]
+
+
+def command(
+    targets: Targets,
+    steps: Steps = None,
+    fit: Fit = None,
+    output: OutputFolder = None,
+    force: Replace = False,
+    as_json: o.Json = False,
+) -> None:
+    """Show every metric by training step, and fit delta' = (1 + a) delta - b, or say why the steps cannot tell."""
+    from moediag.cli.console import bar, say, say_json, wrote
+    from moediag.trend import measure_trend, outcome_lines, refuse_output, write_trend
+
+    if output is not None:
+        refuse_output(output, force)
+    with bar("trend") as progress:
+        trend = measure_trend(targets, _numbers(steps), fit, progress.show)
+    written = write_trend(trend, output, force) if output is not None else []
+    if as_json:
+        say_json(trend.summary())
+        return
+    for line in outcome_lines(trend):
+        say(line)
+    for path in written:
+        wrote(path)
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    """``0,50,100`` as numbers.
+
+    Example:
+        >>> _numbers("0, 50"), _numbers(None)
+        ([0, 50], None)
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise typer.BadParameter(f"wanted whole numbers with commas between, e.g. 0,50,100, found {text}")
+    return [int(part) for part in parts]

@@ -1,0 +1,212 @@
+"""Weights of logged tokens by method, alone or composed: the public entrance of this package.
+
+Invariants:
+    - the same arrays give the same weights, bit for bit, in any order of rows and through any route;
+    - a row that an arm did not score (NaN) gets 0: no update, and nothing that would poison a product. Whether a 0
+      means "masked" or "not scored" is told by the log-probabilities, not by the weight.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moediag.corrections.methods import METHODS, Method
+from moediag.corrections.rules import log_bound
+from moediag.corrections.terms import Float64, Terms, scored_terms
+from moediag.errors import MoediagError
+
+_STEP: Final = re.compile(r"\s*([a-z_0-9]+)\s*(?::(.*))?", re.ASCII | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method with its parameters."""
+
+    method: str
+    parameters: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise MoediagError(f"no correction is named {self.method!r}; there are {', '.join(METHODS)}")
+        object.__setattr__(self, "parameters", METHODS[self.method].with_defaults(self.parameters))
+
+    @property
+    def rule(self) -> Method:
+        """The method's declaration."""
+        return METHODS[self.method]
+
+    def __str__(self) -> str:
+        parameters = ",".join(f"{name}={repr(value).removesuffix('.0')}" for name, value in self.parameters.items())
+        return f"{self.method}:{parameters}" if parameters else self.method
+
+
+@dataclass(frozen=True)
+class Correction:
+    """One or more methods multiplied: at most one weight, any number of masks and filters.
+
+    Raises:
+        MoediagError: two weights; their product would carry the ratio squared.
+    """
+
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise MoediagError("a correction wants at least one method; for no correction say 'none'")
+        weighted = [step.method for step in self.steps if step.rule.level == "weight" and step.method != "none"]
+        if len(weighted) > 1:
+            raise MoediagError(
+                f"{' and '.join(weighted)} both carry the ratio, their product its square; combine one of them with "
+                "masks or filters (icepop_hard, sequence_band, geometric_band, veto, trm_max, trm_mean, k3_mean)"
+            )
+
+    @property
+    def needs_advantage(self) -> bool:
+        """Whether a step looks at advantages."""
+        return any(step.rule.needs_advantage for step in self.steps)
+
+    @property
+    def can_mask(self) -> bool:
+        """Whether a step gives any token no update; truncation and ``none`` do not."""
+        return any(step.rule.side for step in self.steps)
+
+    @property
+    def is_mask(self) -> bool:
+        """Every weight is 1 or 0: no step carries a ratio."""
+        return all(step.rule.level != "weight" or step.method == "none" for step in self.steps)
+
+    @property
+    def side(self) -> str:
+        """Whose log-ratio tells on which side a masked token is: token, sequence, or none where steps disagree."""
+        sides = {step.rule.side for step in self.steps if step.rule.side}
+        return sides.pop() if len(sides) == 1 else "none"
+
+    @property
+    def log_cap(self) -> tuple[str, float] | None:
+        """Level and log-ratio from which on ratios are truncated; None = the correction truncates nothing."""
+        for step in self.steps:
+            if step.method in ("tis_token", "tis_sequence"):
+                return step.method.removeprefix("tis_"), log_bound(step.parameters["cap"])
+        return None
+
+    def of_terms(self, x: Terms) -> Float64:
+        """Weights of the scored tokens."""
+        ratio_T, is_kept_T = np.ones(len(x)), np.ones(len(x), dtype=bool)
+        for step in self.steps:
+            factor_T = step.rule.rule(x, **step.parameters)
+            if step.rule.level == "weight":
+                ratio_T = ratio_T * factor_T
+            else:
+                is_kept_T &= factor_T
+        return np.where(is_kept_T, ratio_T, 0.0)
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.steps))
+
+
+def parse_correction(text: str) -> Correction:
+    """A correction from words: ``method[:name=value,...]``, composed with ``+``.
+
+    Raises:
+        MoediagError: an unknown method or parameter, a value that is no number.
+
+    Example:
+        >>> str(parse_correction("icepop:alpha=0.5,beta=2+veto"))
+        'icepop:alpha=0.5,beta=2+veto:floor=0.0001'
+    """
+    # a plus sign inside a number (1e+4) joins nothing
+    return Correction(tuple(_parse_step(part) for part in re.split(r"(?<![eE])\+", text)))
+
+
+def _parse_step(text: str) -> Step:
+    found = _STEP.fullmatch(text)
+    if not found:
+        raise MoediagError(f"a correction reads method[:name=value,...], found {text!r}")
+    parameters = {}
+    for part in filter(None, (found[2] or "").split(",")):
+        name, _, value = part.partition("=")
+        try:
+            parameters[name.strip()] = float(value)
+        except ValueError:
+            raise MoediagError(f"{found[1]} wants {name.strip()}=number, found {part!r}") from None
+    return Step(found[1], parameters)
+
+
+def weights(
+    method: str,
+    logp_train_T: ArrayLike,
+    logp_infer_T: ArrayLike,
+    seq_id_T: ArrayLike,
+    *,
+    advantage_T: ArrayLike | None = None,
+    **params: float,
+) -> Float64:
+    """What a correction multiplies every token's policy-gradient term with.
+
+    Args:
+        method: a name of :data:`~moediag.corrections.methods.METHODS`, or a composition in words
+            (:func:`parse_correction`: ``"tis_token:cap=2+geometric_band"``), which takes no further parameters.
+        logp_train_T, logp_infer_T: log-probabilities of the same tokens at theta_old [nat]; NaN = not scored (prompt,
+            padding); -inf = probability 0.
+        seq_id_T: sequence of every token, any hashable values; rows in any order.
+        advantage_T: advantages [1]; only ``dppo_tv`` and ``dppo_kl`` look at them.
+        **params: the method's parameters; defaults as its source has them.
+
+    Returns:
+        (T,) float64; 0 = no update. Unscored rows get 0. Tests see the log-ratio d as it is, weights see it clamped to
+        +-20: d = +100 weighs the cap under truncation, 0 under every mask with a bound there, exp(20) where nothing
+        bounds it; a probability of 0 on the train side weighs exp(-20) unless a lower bound masks it. Where a sequence
+        holds d = +inf and d = -inf, its product ratio is undefined and the sequence gets no update.
+
+    Raises:
+        MoediagError: unknown method or parameter, empty band, arrays of different lengths, advantages missing.
+
+    Source: every method's in :data:`~moediag.corrections.methods.METHODS`; formulas in reports/corrections.md.
+
+    Example:
+        >>> import numpy as np
+        >>> logp_train_T = np.log([0.4, 0.5, 1.0, 0.1])
+        >>> weights("icepop", logp_train_T, np.log([1.0, 1.0, 1.0, 0.025]), [0, 0, 1, 1]).round(6).tolist()
+        [0.0, 0.5, 1.0, 4.0]
+        >>> weights("veto", logp_train_T, np.zeros(4), [0, 0, 1, 1], floor=0.2).tolist()
+        [1.0, 1.0, 0.0, 0.0]
+    """
+    correction = Correction((Step(method, dict(params)),)) if method in METHODS or params else parse_correction(method)
+    return correction_weights(correction, logp_train_T, logp_infer_T, seq_id_T, advantage_T)
+
+
+def correction_weights(
+    correction: Correction,
+    logp_train_T: ArrayLike,
+    logp_infer_T: ArrayLike,
+    seq_id_T: ArrayLike,
+    advantage_T: ArrayLike | None = None,
+) -> Float64:
+    """:func:`weights` of a :class:`Correction`."""
+    x, is_scored_T = scored_terms(logp_train_T, logp_infer_T, seq_id_T, advantage_T)
+    return spread(correction.of_terms(x), is_scored_T)
+
+
+def compose(*corrections: Correction | str) -> Correction:
+    """One correction that multiplies several.
+
+    Example:
+        >>> str(compose("tis_token", "geometric_band:low=0.99,high=1.01"))
+        'tis_token:cap=2+geometric_band:low=0.99,high=1.01'
+    """
+    parts = [parse_correction(part) if isinstance(part, str) else part for part in corrections]
+    return Correction(tuple(step for part in parts for step in part.steps))
+
+
+def spread(weights_T: Float64, is_scored_T: NDArray[np.bool_]) -> Float64:
+    """Weights of the scored rows at their places among all rows; 0 elsewhere."""
+    if len(weights_T) == len(is_scored_T):
+        return weights_T
+    all_T: NDArray[Any] = np.zeros(len(is_scored_T))
+    all_T[is_scored_T] = weights_T
+    return all_T

@@ -1,0 +1,168 @@
+"""Rows of a log brought into canonical order, response tokens only, with what no log holds refused.
+
+Invariant: every refusal is one line that counts the rows and names the first of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moediag.corrections.table_files import Columns, Ids
+from moediag.errors import DumpError
+
+Float64 = NDArray[np.float64]
+
+
+def canonical_order(columns: Columns, where: str) -> NDArray[np.intp]:
+    """The order of rows by (sequence, position).
+
+    Raises:
+        DumpError: two rows of one place.
+    """
+    row_N, position_N = columns["seq_id"].row_T, columns["position"]
+    order_N = np.arange(len(row_N))
+    steps, forward = np.diff(row_N), np.diff(position_N)
+    if not ((steps > 0) | ((steps == 0) & (forward > 0))).all():
+        order_N = np.lexsort((position_N, row_N))
+        steps, forward = np.diff(row_N[order_N]), np.diff(position_N[order_N])
+        twice = np.flatnonzero((steps == 0) & (forward == 0))
+        if len(twice):
+            first = order_N[twice[0]]
+            name = columns["seq_id"].values_N[row_N[first]]
+            raise DumpError(
+                f"{where}: {len(twice):,} rows stand at a place of another, first seq_id {name} position "
+                f"{position_N[first]}; every (seq_id, position) wants one row"
+            )
+    if (row_N < 0).any():
+        raise DumpError(f"{where}: {int((row_N < 0).sum()):,} rows have no seq_id")
+    return order_N
+
+
+@dataclass(frozen=True)
+class LoggedTokens:
+    """Response tokens in canonical order.
+
+    Args:
+        columns: all rows' columns; where: what they were read from, for messages.
+        input_row_T: row of every token.
+        row_T: 0 .. S-1, its sequence; seq_id_S: the sequence's name; start_S: its first token.
+    """
+
+    columns: Columns
+    where: str
+    input_row_T: NDArray[np.intp]
+    row_T: NDArray[np.intp]
+    seq_id_S: NDArray[Any]
+    start_S: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, columns: Columns, where: str) -> LoggedTokens:
+        """The response tokens among the rows.
+
+        Raises:
+            DumpError: two rows of one place, no response token, or log-probabilities that no model gives.
+        """
+        order_N = canonical_order(columns, where)
+        if "is_response" in columns:
+            order_N = order_N[columns["is_response"][order_N].astype(bool)]
+        if not len(order_N):
+            raise DumpError(f"{where} holds no response token")
+        sequences: Ids = columns["seq_id"]
+        name_T = sequences.row_T[order_N]
+        is_first_T = np.r_[True, np.diff(name_T) != 0]
+        start_S = np.flatnonzero(is_first_T)
+        row_T = np.cumsum(is_first_T) - 1
+        tokens = cls(columns, where, order_N, row_T, sequences.values_N[name_T[start_S]], start_S)
+        tokens._refuse_logps()
+        return tokens
+
+    def get(self, name: str) -> NDArray[Any] | None:
+        """A column's values of the tokens; None where there is none."""
+        return self.columns[name][self.input_row_T] if name in self.columns else None
+
+    def numbers(self, name: str) -> Float64:
+        """A column that is there, as float64."""
+        return np.asarray(self.columns[name][self.input_row_T], dtype=np.float64)
+
+    @property
+    def is_scored_T(self) -> NDArray[np.bool_]:  # noqa: N802 - the legend suffix
+        """Tokens that have a ratio."""
+        with np.errstate(invalid="ignore"):
+            return ~np.isnan(self.numbers("logp_train") - self.numbers("logp_infer"))
+
+    @property
+    def position_T(self) -> NDArray[np.int64]:  # noqa: N802 - the legend suffix
+        """Position in the response, 0 = first response token."""
+        position_T = np.asarray(self.columns["position"])[self.input_row_T].astype(np.int64)
+        return np.asarray(position_T - position_T[self.start_S][self.row_T])
+
+    @property
+    def prompt_row_S(self) -> NDArray[np.intp]:  # noqa: N802
+        """0 .. C-1, the prompt of every sequence; every sequence its own where no prompt is known."""
+        if "prompt_id" not in self.columns:
+            return np.arange(len(self.seq_id_S))
+        row_T = self.columns["prompt_id"].row_T[self.input_row_T]
+        return np.asarray(np.unique(self._constant(row_T, "prompt_id"), return_inverse=True)[1], dtype=np.intp)
+
+    def _refuse_logps(self) -> None:
+        """Refuse log-probabilities that no model gives, and tables where nothing was scored."""
+        for name in ("logp_train", "logp_infer", "logp_train_new"):
+            values_T = self.get(name)
+            if values_T is None:
+                continue
+            is_bad_T = values_T > 0
+            if is_bad_T.any():
+                raise DumpError(
+                    f"{self.where}: {name} is above 0 in {int(is_bad_T.sum()):,} rows, first {self.place(is_bad_T)} "
+                    f"({values_T[is_bad_T][0]:g}); log-probabilities are at most 0: are these logits or probabilities?"
+                )
+        if not self.is_scored_T.any():
+            raise DumpError(f"{self.where}: no response token has both log-probabilities; there is nothing to correct")
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader has to know of these rows."""
+        said = []
+        n_rows, n_tokens = len(self.columns["position"]), len(self.row_T)
+        if n_rows > n_tokens:
+            said.append(f"{n_rows - n_tokens:,} of {n_rows:,} rows are no response token (weight 0)")
+        n_unscored = int((~self.is_scored_T).sum())
+        if n_unscored:
+            said.append(f"{n_unscored:,} of {n_tokens:,} response tokens lack a log-probability (not scored, weight 0)")
+        if "prompt_id" not in self.columns:
+            said.append("no prompt_id: every sequence counts as a prompt of its own, which makes intervals too short "
+                        "where several are samples of one prompt")  # fmt: skip
+        return tuple(said)
+
+    def place(self, is_T: NDArray[np.bool_]) -> str:
+        """The first of some tokens, in words."""
+        first = int(np.argmax(is_T))
+        position = self.columns["position"][self.input_row_T[first]]
+        return f"seq_id {self.seq_id_S[self.row_T[first]]} position {position}"
+
+    def by_sequence(self, name: str) -> Float64:
+        """A number that is the same for all tokens of a sequence.
+
+        Raises:
+            DumpError: it changes within one, or is missing.
+        """
+        values_T = self.numbers(name)
+        if not np.isfinite(values_T).all():
+            is_bad_T = ~np.isfinite(values_T)
+            raise DumpError(
+                f"{self.where}: {name} is missing in {int(is_bad_T.sum()):,} rows, first {self.place(is_bad_T)}"
+            )
+        return self._constant(values_T, name)
+
+    def _constant(self, values_T: NDArray[Any], name: str) -> NDArray[Any]:
+        value_S: NDArray[Any] = values_T[self.start_S]
+        is_other_T = values_T != value_S[self.row_T]
+        if is_other_T.any():
+            raise DumpError(
+                f"{self.where}: {name} changes within {len(np.unique(self.row_T[is_other_T])):,} sequences, first at "
+                f"{self.place(is_other_T)}; a sequence wants one {name}"
+            )
+        return value_S

@@ -1,0 +1,73 @@
+"""What the IcePop bands in use would mask in a run: the table that every analysis of a pair holds."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import pandas as pd
+
+from moediag.analysis.declarations import CORRECTIONS
+from moediag.analysis.intervals import mean_interval
+from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.corrections.presets import PRESETS, Preset
+from moediag.corrections.rules import log_bound
+from moediag.errors import MoediagError
+
+RUN_PRESETS: Final = (PRESETS["ring-1t"], PRESETS["glm-5"], PRESETS["prime-rl-icepop"])
+"""The bands that an analysis tries; ``moediag simulate`` has all corrections."""
+
+
+def masked_shares(tokens: pd.DataFrame, presets: tuple[Preset, ...] = RUN_PRESETS) -> pd.DataFrame:
+    """How many tokens each IcePop band would mask on the logged tokens.
+
+    Args:
+        tokens: token frame of a pair.
+        presets: bands to try.
+
+    Returns:
+        Frame ``corrections``; shares in [0, 1] of the tokens with two finite log-probabilities. A small share is not a
+        verdict: it says what the correction would do, not that training is stable.
+
+    Raises:
+        MoediagError: a preset that is more than one IcePop band.
+
+    Source: IcePop post: 1-2 per mille of tokens at first, rising sharply later.
+    """
+    rows = scored_tokens(tokens)
+    diff_T, prompt_T = logp_diff(rows), rows["prompt_id"].to_numpy()
+    records = []
+    for preset in presets:
+        alpha, beta = _band(preset)
+        below_T, above_T = diff_T < log_bound(alpha), diff_T > log_bound(beta)
+        masked = mean_interval(below_T | above_T, prompt_T, "rate")
+        records.append(
+            {
+                "method": f"icepop_{alpha}_{beta}",
+                "source": _users(preset),
+                "n_tokens": len(rows),
+                "masked_share": masked.value,
+                "masked_share_ci_low": masked.low,
+                "masked_share_ci_high": masked.high,
+                "below_share": float(below_T.mean()) if len(rows) else np.nan,
+                "above_share": float(above_T.mean()) if len(rows) else np.nan,
+            }
+        )
+    columns = [column.name for column in CORRECTIONS.columns]
+    return CORRECTIONS.validate(pd.DataFrame.from_records(records, columns=columns))
+
+
+def _band(preset: Preset) -> tuple[float, float]:
+    steps = preset.correction.steps
+    if [step.method for step in steps] != ["icepop"]:
+        raise MoediagError(
+            f"the table of bands wants presets with one IcePop band, found {preset.name} ({preset.words})"
+        )
+    return steps[0].parameters["alpha"], steps[0].parameters["beta"]
+
+
+def _users(preset: Preset) -> str:
+    """The preset's source, and who else uses the same band."""
+    band = str(preset.correction)
+    others = [other.name for other in PRESETS.values() if other.name != preset.name and str(other.correction) == band]
+    return "; ".join([preset.source, *([f"also {', '.join(others)}"] if others else [])])

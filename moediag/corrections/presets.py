@@ -1,0 +1,226 @@
+"""Corrections in use, by framework and by paper: which method, which bounds, from where, and what is different there.
+
+Invariants:
+    - a preset is a correction in words and nothing else: no preset has a rule of its own;
+    - where a framework's code means something else by the same name, the note says so; the preset keeps the meaning
+      of the method;
+    - bands are not portable between stacks: a preset is a place to start a sweep from.
+
+Replaying routes (R3) and the sequence ratio of GSPO are no presets: the first changes the log-probabilities and not the
+weight, the second compares theta with theta_old and not train with infer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from moediag.corrections.correction import Correction, parse_correction
+from moediag.errors import MoediagError
+
+_NOT_SEEN: Final = "bounds as quoted elsewhere; the source itself was not read"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A correction in use.
+
+    Args:
+        name: what ``--preset`` takes.
+        group: framework, model report or paper it belongs to; ``--preset`` takes it, too.
+        words: the correction, as :func:`~moediag.corrections.correction.parse_correction` reads it.
+        source: paper, or repository and file.
+        note: what the source does differently from the method of that name here; empty = nothing known.
+    """
+
+    name: str
+    group: str
+    words: str
+    source: str
+    note: str = ""
+
+    @property
+    def correction(self) -> Correction:
+        """The correction."""
+        return parse_correction(self.words)
+
+
+_VERL: Final = "verl, verl/trainer/ppo/rollout_corr_helper.py"
+_VERL_LOSS: Final = "rejected tokens leave the loss mask and its denominator, while weights of 0 stay in it"
+_VERL_K1: Final = (
+    "rollout_rs *_k1 compares -log r with the logs of the bounds, so they bound 1 / r: the same for reciprocal bounds, "
+    "another band otherwise; token log-ratios are clamped to +-20 before they are summed; " + _VERL_LOSS
+)
+_SLIME: Final = "slime, examples/train_infer_mismatch_helper"
+_SLIME_MASK: Final = "masked tokens leave the loss mask and its denominator, and keep their unclipped weight"
+_PRIME_KL: Final = (
+    "the ratio is that of the policy being trained, pi_train(theta) / pi_infer; a squared-log-ratio penalty comes on "
+    "top (kl_tau 1e-3) and sees masked tokens, too"
+)
+_OPENRLHF_CLAMP: Final = (
+    "correction type tis clamps the ratio to [0.5, 5] on both sides, so that small ratios are raised to 0.5: no "
+    "truncation in the sense of tis_token; no clamp to +-20"
+)
+
+PRESETS: Final[dict[str, Preset]] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "ring-1t", "ring-1t", "icepop:alpha=0.5,beta=5", "Ring-1T, arXiv 2510.18855",
+            "Ring-1T reports that [0.5, 2] destabilises its training",
+        ),
+        Preset("glm-5", "glm-5", "icepop:alpha=0.5,beta=2", "GLM-5, arXiv 2602.15763", _NOT_SEEN),
+        Preset(
+            "intellect-3", "intellect-3", "icepop:alpha=0.5,beta=5+veto:floor=1e-05", "INTELLECT-3, arXiv 2512.16144",
+            "the ratio is that of the policy being trained, pi_train(theta) / pi_infer(theta_old); mean over all "
+            "tokens of the batch and not per response",
+        ),
+        Preset(
+            "online-icepop", "icepop", "icepop_hard:alpha=0.5,beta=5", "Online IcePop variants, with Ring-1T's bounds",
+            "one update per rollout, so no PPO clip; a public restatement weighs kept tokens by the ratio, like icepop",
+        ),
+        Preset("tis", "tis", "tis_token:cap=2", "Yao et al. 2025, fengyao.notion.site/off-policy-rl"),
+        Preset("minirl", "minirl", "tis_token:cap=5", "Qwen MiniRL", _NOT_SEEN),
+        Preset("token-mis", "mis", "mis_token:cap=2", "Liu et al. 2025, richardli.xyz/rl-collapse"),
+        Preset(
+            "seq-mis", "mis", "mis_sequence:cap=2", "Liu et al. 2025, richardli.xyz/rl-collapse",
+            "verl's preset decoupled_seq_is_rs, documented as Seq-MIS, is verl-seq-mis here and has a lower bound, too",
+        ),
+        Preset("kpop-0.5", "kpop", "kpop:phi=0.5", "KPop post, ringtech.notion.site/kpop", _NOT_SEEN),
+        Preset("kpop-0.75", "kpop", "kpop:phi=0.75", "KPop post, ringtech.notion.site/kpop", _NOT_SEEN),
+        Preset(
+            "dppo-tv", "dppo", "dppo_tv:eps_low=0.15,eps_high=0.15", "DPPO, arXiv 2602.04879",
+            "0.15 to 0.2 in the paper; there p_train is that of the policy being trained (theta), here theta_old's",
+        ),
+        Preset(
+            "dppo-kl", "dppo", "dppo_kl:eps=0.05", "DPPO, arXiv 2602.04879",
+            "there p_train is that of the policy being trained (theta), here theta_old's",
+        ),
+        Preset(
+            "trm-max", "trm", "trm_max:delta=0.05", "TRM, arXiv 2512.23075",
+            "the paper bounds the KL of whole next-token distributions; d^2 / 2 of the sampled token is its estimate",
+        ),
+        Preset(
+            "trm-mean", "trm", "trm_mean:delta=0.001", "TRM, arXiv 2512.23075",
+            "the paper bounds the KL of whole next-token distributions; k3 of the sampled tokens is its estimate",
+        ),
+        Preset(
+            "verl-token-tis", "verl", "tis_token:cap=2", _VERL,
+            "weights may be divided by their batch mean (rollout_is_batch_normalize, off by default)",
+        ),
+        Preset(
+            "verl-seq-tis", "verl", "tis_sequence:cap=2", _VERL,
+            "the default level; weights may be divided by their batch mean (off by default)",
+        ),
+        Preset(
+            "verl-icepop", "verl", "icepop:alpha=0.5,beta=5", _VERL + ' (rollout_is_threshold "0.5_5.0")',
+            "the band is tested on the ratio after exp, not in log space; with rollout_is sequence the same words mean "
+            "a band on the product ratio",
+        ),
+        Preset("verl-seq-mis", "verl", "tis_sequence:cap=2+sequence_band:low=0.5,high=2", _VERL, _VERL_K1),
+        Preset("verl-geo-rs", "verl", "geometric_band:low=0.999,high=1.001", _VERL, _VERL_K1),
+        Preset(
+            "verl-k3-rs", "verl", "k3_mean:limit=0.01", _VERL + " (seq_mean_k3)",
+            "k3 of log-ratios clamped to +-20; " + _VERL_LOSS,
+        ),
+        Preset(
+            "slime-tis", "slime", "tis_token:cap=2+veto:floor=0.0001", _SLIME + "/mis.yaml",
+            "slime's own loss, without this helper, clamps the ratio to [tis_clip_low, tis_clip], on both sides if the "
+            "lower bound is above 0; mode clip does so, too",
+        ),
+        Preset(
+            "slime-seq-mis", "slime", "tis_sequence:cap=2+sequence_band:low=0.5,high=2+veto:floor=0.0001",
+            _SLIME + "/configs/5_seq_is_rs.yaml", _SLIME_MASK,
+        ),
+        Preset(
+            "slime-geo-rs", "slime", "geometric_band:low=0.9999,high=1.0001+veto:floor=0.0001",
+            _SLIME + "/configs/6_geo_rs.yaml", _SLIME_MASK,
+        ),
+        Preset(
+            "trl-token-tis", "trl", "tis_token:cap=3", "TRL, trl/trainer/grpo_trainer.py (token_truncate)",
+            "the cap is vllm_importance_sampling_clip_max, 3; the default mode is sequence_mask (trl-seq-mis); an "
+            "optional lower bound (clip_min) raises small ratios to it; no clamp to +-20",
+        ),
+        Preset(
+            "trl-seq-mis", "trl", "mis_sequence:cap=3", "TRL, trl/trainer/grpo_trainer.py (sequence_mask)",
+            "the default of TRL; an optional lower bound (clip_min) turns it into a band; no clamp to +-20",
+        ),
+        Preset(
+            "openrlhf-icepop", "openrlhf", "icepop:alpha=0.5,beta=5", "OpenRLHF, openrlhf/models/loss.py",
+            _OPENRLHF_CLAMP,
+        ),
+        Preset(
+            "openrlhf-seq-mask-tis", "openrlhf", "tis_token:cap=inf+geometric_band:low=0.5,high=5",
+            "OpenRLHF, openrlhf/models/loss.py",
+            "named TIS, but nothing is truncated: token ratios as they are, in sequences kept by their geometric mean",
+        ),
+        Preset(
+            "nemo-rl-icepop", "nemo-rl", "icepop:alpha=0.5,beta=2", "NeMo-RL, nemo_rl/algorithms/loss_functions.py",
+            "the framework sets no bounds of its own; 0.5 and 2 are those of its tests of seq-mask-tis; a fork with "
+            "the same bounds masks hard, without the ratio as weight",
+        ),
+        Preset(
+            "nemo-rl-seq-mask-tis", "nemo-rl", "tis_token:cap=inf+geometric_band:low=0.5,high=2",
+            "NeMo-RL, nemo_rl/algorithms/loss_functions.py",
+            "the framework sets no bounds of its own; 0.5 and 2 are those of its tests; token ratios are not truncated",
+        ),
+        Preset(
+            "areal-icepop", "areal", "icepop:alpha=0.5,beta=5", "AReaL, areal/utils/functional/functional.py",
+            "infinite log-ratios count as 0, so that a token of probability 0 passes with weight 1; on sequence level "
+            "a ratio is the geometric mean, not the product",
+        ),
+        Preset(
+            "areal-kpop", "areal", "kpop:phi=2", "AReaL, areal/utils/functional/functional.py (binary_kl)",
+            "one bound on the larger of the two directions, which is the same",
+        ),
+        Preset(
+            "prime-rl-icepop", "prime-rl", "icepop:alpha=0.2,beta=5", "prime-rl, src/prime_rl/trainer/rl/loss.py",
+            "the ratio is that of the policy being trained, pi_train(theta) / pi_infer; no PPO clip",
+        ),
+        Preset(
+            "prime-rl-kpop", "prime-rl", "kpop:phi=0.1", "prime-rl, pull request 3283",
+            "probabilities clamped to [1e-6, 1 - 1e-6] before the binary KL; " + _PRIME_KL,
+        ),
+        Preset(
+            "prime-rl-ipo", "prime-rl", "ipo:eps=0.1", "prime-rl, src/prime_rl/trainer/rl/loss.py (ipo_threshold)",
+            "0.2 as the default loss of early 2026, 0.1 to 0.3 in its configurations; " + _PRIME_KL,
+        ),
+        Preset(
+            "prime-rl-dppo", "prime-rl", "dppo_tv:eps_low=0.2,eps_high=0.2",
+            "prime-rl, src/prime_rl/trainer/rl/loss.py", _PRIME_KL,
+        ),
+        Preset(
+            "skyrl-product-mask", "skyrl", "sequence_band:low=0.5,high=2",
+            "SkyRL, skyrl_train/utils/off_policy_correction_utils.py",
+            "bounds are set by the user; further filters are one on the geometric mean (0.99 to 1.01 in its search "
+            "example) and one that drops a sequence with any ratio outside two bounds (1e-4 and 100 in its tests)",
+        ),
+    )
+}  # fmt: skip
+"""Every preset by its name."""
+
+
+def find_presets(name: str) -> tuple[Preset, ...]:
+    """The preset of that name, or all presets of that framework or paper.
+
+    Raises:
+        MoediagError: neither a preset nor a group is named so.
+
+    Example:
+        >>> [preset.name for preset in find_presets("trl")]
+        ['trl-token-tis', 'trl-seq-mis']
+    """
+    if name in PRESETS:
+        return (PRESETS[name],)
+    if found := tuple(preset for preset in PRESETS.values() if preset.group == name):
+        return found
+    groups = list(dict.fromkeys(preset.group for preset in PRESETS.values()))
+    raise MoediagError(
+        f"no preset is named {name!r}; there are {', '.join(PRESETS)}; by framework or paper {', '.join(groups)}"
+    )
+
+
+def distinct_corrections() -> dict[str, Correction]:
+    """Every different correction of the presets once, by its words; ``none`` first."""
+    words = dict.fromkeys(["none", *(str(preset.correction) for preset in PRESETS.values())])
+    return {each: parse_correction(each) for each in words}

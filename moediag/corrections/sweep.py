@@ -1,0 +1,206 @@
+"""IcePop bands swept: what every (alpha, beta) of a grid would mask and leave, from one pass over the tokens.
+
+Invariants:
+    - a band's bounds are closed, exactly as in :func:`~moediag.corrections.rules.icepop`;
+    - every token is put once between the sorted bounds of all bands; a band's sums are differences of prefix sums over
+      these intervals, by cluster of prompts. The bounds are sorted, not the tokens: 40 bounds tell 400 bands apart, and
+      the tokens are read chunk by chunk;
+    - prefix sums run from small ratios to large ones, so the heavy tail above beta never enters a band's difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from moediag.analysis.intervals import divide, ratio_mean_interval
+from moediag.corrections.batch import CHUNK_TOKENS, Batch
+from moediag.corrections.declarations import SWEEP_BY_BAND
+from moediag.corrections.rules import log_bound
+from moediag.corrections.sums import MAX_CLUSTERS
+from moediag.errors import MoediagError
+
+Float64 = NDArray[np.float64]
+OnProgress = Callable[[int, int, str], None]
+
+DEFAULT_ALPHAS: Final = (
+    0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99,
+)  # fmt: skip
+DEFAULT_BETAS: Final = (
+    1.01, 1.02, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 20.0, 100.0, math.inf,
+)  # fmt: skip
+"""400 bands, the presets' among them; 0 and infinity leave a side open (truncation's side without truncation)."""
+
+_N_INTERVALS: Final = 24
+"""Bands with an interval of their k3: each costs a bootstrap."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Sums by cluster and interval between cuts: tokens, w - 1, its square and k3."""
+
+    cuts: Float64
+    n_CB: Float64
+    excess_CB: Float64
+    square_CB: Float64
+    k3_CB: Float64
+
+
+def sweep_by_band(
+    batch: Batch,
+    alphas: Sequence[float] = DEFAULT_ALPHAS,
+    betas: Sequence[float] = DEFAULT_BETAS,
+    on_progress: OnProgress | None = None,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> pd.DataFrame:
+    """What IcePop would mask and leave, for every band [alpha, beta] with alpha <= beta.
+
+    Args:
+        batch: response tokens of whole sequences.
+        alphas, betas: bounds of ratio; 0 and infinity leave a side open.
+        on_progress: called after every chunk.
+        chunk_tokens: tokens at once.
+
+    Returns:
+        Frame ``sweep_by_band``, ascending by alpha and beta. Intervals of the masked share everywhere, of k3 for two
+        dozen bands spread over the frontier. Small masked share and small k3 pull against each other; the frontier
+        holds the bands for which neither can be had cheaper.
+
+    Raises:
+        MoediagError: no band, or a bound that is negative or no number.
+
+    Source: ours; Ring-1T for sweeping the band.
+    """
+    bands = _bands(alphas, betas)
+    low_M = np.array([log_bound(alpha) for alpha, _ in bands])
+    above_M = np.nextafter(np.array([log_bound(beta) for _, beta in bands]), np.inf)  # first log-ratio beyond the band
+    cut = _cut_tokens(batch, np.unique(np.r_[low_M, above_M]), on_progress, chunk_tokens)
+    inside = _inside_sums(cut, low_M, above_M)
+    frame = _frame(bands, cut, inside, low_M, above_M)
+    frame["n_prompts"] = batch.n_scored_prompts
+    _add_k3_intervals(frame, inside)
+    return SWEEP_BY_BAND.validate(frame)
+
+
+def frontier(cost: Float64, gain: Float64) -> NDArray[np.bool_]:
+    """Which of M points no other point dominates: none costs no more and leaves no more, one of them less.
+
+    Args:
+        cost, gain: both better when lower; NaN is dominated.
+
+    Example:
+        >>> frontier(np.array([0.1, 0.2, 0.2, 0.3]), np.array([5.0, 4.0, 4.5, 4.0])).tolist()
+        [True, True, False, False]
+    """
+    is_on = np.zeros(len(cost), dtype=bool)
+    least = np.inf
+    order = np.lexsort((gain, cost))
+    previous: tuple[float, float] | None = None
+    for i in order.tolist():
+        point = (float(cost[i]), float(gain[i]))
+        if point == previous or gain[i] < least:
+            is_on[i] = True
+            least, previous = min(least, point[1]), point
+    return is_on
+
+
+def _bands(alphas: Sequence[float], betas: Sequence[float]) -> list[tuple[float, float]]:
+    bounds = [*alphas, *betas]
+    if not all(bound >= 0 for bound in bounds):  # NaN, too
+        raise MoediagError(f"a sweep wants bounds of ratio of at least 0, found {[b for b in bounds if not b >= 0]}")
+    bands = [(float(a), float(b)) for a in sorted(set(alphas)) for b in sorted(set(betas)) if a <= b and b > 0]
+    if not bands:
+        raise MoediagError(f"a sweep wants alpha <= beta, found alphas {list(alphas)} and betas {list(betas)}")
+    return bands
+
+
+def _cut_tokens(batch: Batch, cuts: Float64, on_progress: OnProgress | None, chunk_tokens: int) -> _Cut:
+    """Put every token between two cuts; interval b holds cuts[b - 1] <= log-ratio < cuts[b]."""
+    n_clusters = min(int(batch.prompt_row_S.max(initial=0)) + 1, MAX_CLUSTERS)
+    shape = n_clusters, len(cuts) + 1
+    sums = [np.zeros(shape[0] * shape[1]) for _ in range(4)]
+    done = 0
+    for part in batch.chunks(chunk_tokens):
+        x, _ = part.scored()
+        cell_T = np.searchsorted(cuts, x.diff_T, side="right") + (part.prompt_row_S % n_clusters * shape[1])[x.row_T]
+        excess_T = x.ratio_T - 1.0
+        for total, values_T in zip(sums, (None, excess_T, np.square(excess_T), x.k3_T), strict=True):
+            total += np.bincount(cell_T, weights=values_T, minlength=len(total))
+        done += len(part)
+        if on_progress is not None:
+            on_progress(done, len(batch), "tokens")
+    return _Cut(cuts, *(total.reshape(shape) for total in sums))
+
+
+def _inside_sums(cut: _Cut, low_M: Float64, above_M: Float64) -> dict[str, Float64]:
+    """(C, M) sums inside every band."""
+    first_M = np.searchsorted(cut.cuts, low_M) + 1
+    last_M = np.searchsorted(cut.cuts, above_M) + 1
+    inside = {}
+    for name in ("n", "excess", "square", "k3"):
+        sums_CB = getattr(cut, f"{name}_CB")
+        prefix_CB = np.concatenate([np.zeros((len(sums_CB), 1)), np.cumsum(sums_CB, axis=1)], axis=1)
+        inside[name] = prefix_CB[:, last_M] - prefix_CB[:, first_M]
+    # an empty band's difference of prefix sums is rounding error, not a sum
+    inside["k3"] = np.where(inside["n"] > 0, np.maximum(inside["k3"], 0.0), 0.0)
+    return inside
+
+
+def _frame(
+    bands: list[tuple[float, float]], cut: _Cut, inside: dict[str, Float64], low_M: Float64, above_M: Float64
+) -> pd.DataFrame:
+    n_C = cut.n_CB.sum(axis=1)
+    n = float(n_C.sum())
+    n_kept_M = inside["n"].sum(axis=0)
+    masked = ratio_mean_interval(n_C[:, None] - inside["n"], np.broadcast_to(n_C[:, None], inside["n"].shape), "rate")
+    prefix_B = np.concatenate([[0.0], np.cumsum(cut.n_CB.sum(axis=0))])
+    below_M = prefix_B[np.searchsorted(cut.cuts, low_M) + 1]
+    above_n_M = n - prefix_B[np.searchsorted(cut.cuts, above_M) + 1]
+    mean_M, square_M, variance_M = _weight_moments(inside, n_kept_M, n)
+    kept_k3_M = divide(inside["k3"].sum(axis=0), n_kept_M)
+    columns: dict[str, Any] = {
+        "alpha": [alpha for alpha, _ in bands],
+        "beta": [beta for _, beta in bands],
+        "n_tokens": int(n),
+        "masked_share": masked.value_M,
+        "masked_share_ci_low": masked.low_M,
+        "masked_share_ci_high": masked.high_M,
+        "below_share": divide(below_M, np.full(len(bands), n)),
+        "above_share": divide(above_n_M, np.full(len(bands), n)),
+        "kept_k3": kept_k3_M,
+        "weight_mean": mean_M,
+        "weight_variance": variance_M,
+        "ess_token": divide(np.square(mean_M), square_M),
+        "is_on_k3_frontier": frontier(masked.value_M, kept_k3_M),
+        "is_on_variance_frontier": frontier(masked.value_M, variance_M),
+    }
+    return pd.DataFrame(columns)
+
+
+def _weight_moments(inside: dict[str, Float64], n_kept_M: Float64, n: float) -> tuple[Float64, Float64, Float64]:
+    """Mean, mean square and variance of the weights; a masked token's w - 1 is -1."""
+    total_M, n_masked_M = np.full(len(n_kept_M), n), n - n_kept_M
+    excess_M = divide(inside["excess"].sum(axis=0) - n_masked_M, total_M)
+    excess_square_M = divide(inside["square"].sum(axis=0) + n_masked_M, total_M)
+    return 1 + excess_M, 1 + 2 * excess_M + excess_square_M, np.maximum(excess_square_M - np.square(excess_M), 0.0)
+
+
+def _add_k3_intervals(frame: pd.DataFrame, inside: dict[str, Float64]) -> None:
+    """Intervals of the remaining k3 for bands spread over the k3 frontier; bands with the same tokens share one."""
+    is_on = frame["is_on_k3_frontier"]
+    point = frame["below_share"].astype(str) + " " + frame["above_share"].astype(str)
+    ranked = point[frame[is_on].sort_values("masked_share", kind="stable").index].drop_duplicates().index.to_numpy()
+    frame["kept_k3_ci_low"] = frame["kept_k3_ci_high"] = np.nan
+    if len(ranked):
+        some = ranked[np.unique(np.linspace(0, len(ranked) - 1, _N_INTERVALS).round().astype(np.intp))]
+        found = ratio_mean_interval(inside["k3"][:, some], inside["n"][:, some], "positive")
+        for end, bound_M in (("low", found.low_M), ("high", found.high_M)):
+            by_point = dict(zip(point[some], bound_M, strict=True))
+            frame[f"kept_k3_ci_{end}"] = point.map(by_point).where(is_on)

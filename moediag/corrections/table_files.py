@@ -1,0 +1,268 @@
+"""Tables of tokens on disk: parquet, csv and JSON lines, one row per token, read into columns.
+
+Invariants:
+    - numbers arrive correctly rounded: a float64 that was written with 17 digits (or by Python's repr) is the same
+      float64 again, so the kind of file changes no weight;
+    - only the columns asked for are read;
+    - whatever cannot be read is one line that names the file and the column.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from moediag.errors import DumpError
+
+KINDS: Final = (".parquet", ".csv", ".jsonl")
+Kind = Literal["id", "whole", "number", "flag"]
+"""id: whole numbers or words; whole: whole numbers; number: float64, empty = NaN; flag: true/false or 1/0."""
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with what is done, of how much, and its unit."""
+
+_ROWS_AT_ONCE: Final = 1 << 20
+_BYTES_AT_ONCE: Final = 16 << 20
+_N_PEEKED: Final = 1000
+"""Lines of JSON whose keys are taken for the table's columns."""
+
+
+@dataclass(frozen=True)
+class Ids:
+    """A column of names: ``values_N[row_T]``, the values ascending."""
+
+    row_T: NDArray[np.intp]
+    values_N: NDArray[Any]
+
+    @classmethod
+    def of(cls, values_T: Any) -> Ids:
+        """Names of rows, whatever their order."""
+        row_T, values_N = pd.factorize(values_T, sort=True)
+        return cls(row_T, np.asarray(values_N))
+
+    def __len__(self) -> int:
+        return len(self.row_T)
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        return np.asarray(self.values_N[self.row_T[rows]])
+
+
+Columns = dict[str, Any]
+"""Name -> :class:`Ids` or an array, one entry per row of the table."""
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A table that exists, with the types of its columns.
+
+    Args:
+        types: column -> arrow type, as far as it is known before everything is read.
+    """
+
+    path: Path
+    types: dict[str, pa.DataType]
+
+    def read(self, kinds: Mapping[str, Kind], on_progress: OnProgress | None = None) -> Columns:
+        """The columns named, in the order of the file.
+
+        Raises:
+            DumpError: a column is of another kind, or has a gap where none may be; the file is damaged or empty.
+        """
+        for name, kind in kinds.items():
+            _refuse_type(self.path, name, kind, self.types[name])
+        with _readable(self.path):
+            batches = list(_READERS[self.path.suffix](self, kinds, on_progress or _silent))
+            table = pa.Table.from_batches(batches) if batches else None
+            if table is None or not len(table):
+                raise DumpError(f"{self.path} holds no row")
+            return {name: _column(self.path, name, kind, table[name]) for name, kind in kinds.items()}
+
+
+def open_table(path: Path) -> TableFile:
+    """A table by the ending of its name.
+
+    Raises:
+        DumpError: no file, no such ending, or nothing that can be read as such a table.
+    """
+    if not path.is_file():
+        raise DumpError(f"{path} is {'not a file' if path.exists() else 'missing'}; give a run directory or a table")
+    if path.suffix not in KINDS:
+        raise DumpError(f"{path} is no table that simulate reads: give a run directory, or {', '.join(KINDS)}")
+    with _readable(path):
+        names, types = _SCHEMAS[path.suffix](path)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DumpError(f"{path} has the column {twice[0]} twice; keep one of them")
+    return TableFile(path, types)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except DumpError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        reason = str(error).split(". Detail:")[0]
+        raise DumpError(f"{path} cannot be read as {path.suffix[1:]}: {reason}; write it again") from None
+
+
+def _parquet_schema(path: Path) -> tuple[list[str], dict[str, pa.DataType]]:
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        return list(schema.names), dict(zip(schema.names, schema.types, strict=True))
+
+
+def _csv_schema(path: Path) -> tuple[list[str], dict[str, pa.DataType]]:
+    with pyarrow.csv.open_csv(path) as reader:
+        schema = reader.schema
+        return list(schema.names), dict(zip(schema.names, schema.types, strict=True))
+
+
+def _jsonl_schema(path: Path) -> tuple[list[str], dict[str, pa.DataType]]:
+    """Columns of the first lines; a column's type is that of its first value."""
+    first: dict[str, Any] = {}
+    with path.open(encoding="utf-8") as file:
+        for nth, line in enumerate(islice(file, _N_PEEKED), 1):
+            if not line.strip():
+                continue
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise DumpError(f"{path} line {nth} is no JSON object")
+            for name, value in record.items():
+                if first.get(name) is None:
+                    first[name] = value
+    types = {name: pa.null() if value is None else pa.infer_type([value]) for name, value in first.items()}
+    return list(types), types
+
+
+def _read_parquet(table: TableFile, kinds: Mapping[str, Kind], on_progress: OnProgress) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(table.path) as file:
+        n_rows, done = file.metadata.num_rows, 0
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(kinds)):
+            done += len(batch)
+            on_progress(done, n_rows, "rows read")
+            yield batch
+
+
+def _read_csv(table: TableFile, kinds: Mapping[str, Kind], on_progress: OnProgress) -> Iterator[pa.RecordBatch]:
+    options = {
+        "read_options": pyarrow.csv.ReadOptions(block_size=_BYTES_AT_ONCE),
+        "convert_options": pyarrow.csv.ConvertOptions(include_columns=list(kinds), column_types=_wanted(table, kinds)),
+    }
+    yield from _read_text(table.path, pyarrow.csv.open_csv, options, on_progress)
+
+
+def _read_jsonl(table: TableFile, kinds: Mapping[str, Kind], on_progress: OnProgress) -> Iterator[pa.RecordBatch]:
+    schema = pa.schema(list(_wanted(table, kinds).items()))
+    options = {
+        "read_options": pyarrow.json.ReadOptions(block_size=_BYTES_AT_ONCE),
+        "parse_options": pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+    }
+    yield from _read_text(table.path, pyarrow.json.open_json, options, on_progress)
+
+
+def _read_text(
+    path: Path, opener: Callable[..., Any], options: dict[str, Any], on_progress: OnProgress
+) -> Iterator[pa.RecordBatch]:
+    size = path.stat().st_size
+    with path.open("rb") as file, opener(file, **options) as reader:
+        for batch in reader:
+            on_progress(file.tell(), size, "bytes read")
+            yield batch
+
+
+def _wanted(table: TableFile, kinds: Mapping[str, Kind]) -> dict[str, pa.DataType]:
+    """The type that text is parsed as."""
+    return {name: _parsed_as(kind, table.types[name]) for name, kind in kinds.items()}
+
+
+def _parsed_as(kind: Kind, found: pa.DataType) -> pa.DataType:
+    if kind == "number":
+        return pa.float64()
+    if kind == "flag":
+        return pa.bool_() if pa.types.is_boolean(found) else pa.int64()
+    return pa.int64() if kind == "whole" or pa.types.is_integer(found) else pa.string()
+
+
+_SCHEMAS: Final[dict[str, Callable[[Path], tuple[list[str], dict[str, pa.DataType]]]]] = {
+    ".parquet": _parquet_schema,
+    ".csv": _csv_schema,
+    ".jsonl": _jsonl_schema,
+}
+_READERS: Final[dict[str, Callable[..., Iterator[pa.RecordBatch]]]] = {
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+}
+
+_ACCEPTED: Final[dict[Kind, tuple[str, Callable[[pa.DataType], bool]]]] = {
+    "id": ("whole numbers or words", lambda kind: pa.types.is_integer(kind) or _is_words(kind)),
+    "whole": ("whole numbers", pa.types.is_integer),
+    "number": ("numbers", lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind)),
+    "flag": ("true/false or 1/0", lambda kind: pa.types.is_boolean(kind) or pa.types.is_integer(kind)),
+}
+
+
+def _is_words(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind))
+
+
+def _refuse_type(path: Path, name: str, kind: Kind, found: pa.DataType) -> None:
+    wanted, is_accepted = _ACCEPTED[kind]
+    if pa.types.is_list(found) or pa.types.is_large_list(found):
+        raise DumpError(f"{path}: column {name} holds lists, not a value a row (pandas: explode)")
+    # a csv that starts with a thousand empty cells has no type yet; parsing decides
+    if not (is_accepted(found) or pa.types.is_null(found)):
+        raise DumpError(f"{path}: column {name} wants {wanted}, found {found}")
+
+
+def _column(path: Path, name: str, kind: Kind, column: pa.ChunkedArray) -> Any:
+    if column.null_count and kind != "number":
+        raise DumpError(f"{path}: column {name} is empty in {column.null_count:,} rows; every row wants one")
+    if kind == "number":
+        return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
+    if kind == "whole":
+        return np.asarray(column.cast(pa.int64()).to_numpy())
+    if kind == "flag":
+        return _flags(path, name, column)
+    if pa.types.is_integer(column.type):
+        return Ids.of(column.cast(pa.int64()).to_numpy())
+    return _words(column)
+
+
+def _words(column: pa.ChunkedArray) -> Ids:
+    encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.unify_dictionaries().combine_chunks()
+    words_N = encoded.dictionary.to_numpy(zero_copy_only=False)
+    order_N = np.argsort(words_N)
+    rank_N = np.empty(len(order_N), np.intp)
+    rank_N[order_N] = np.arange(len(order_N))
+    return Ids(rank_N[encoded.indices.to_numpy()], words_N[order_N])
+
+
+def _flags(path: Path, name: str, column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    values_T = column.to_numpy()
+    if values_T.dtype != bool and not np.isin(values_T, (0, 1)).all():
+        raise DumpError(
+            f"{path}: column {name} wants true/false or 1/0, found {values_T[~np.isin(values_T, (0, 1))][0]}"
+        )
+    return np.asarray(values_T, dtype=bool)
+
+
+def _silent(_done: int, _total: int, _unit: str) -> None:
+    return

@@ -1,0 +1,86 @@
+"""Prompts to token ids, once, with the checkpoint's own tokenizer: both engines then receive ids, never text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moediag.engines.checkpoint import Checkpoint
+from moediag.engines.routers import text_config
+from moediag.errors import CheckpointError, PromptsError
+from moediag.prompts import Prompt
+
+
+def tokenise(checkpoint: Checkpoint, prompts: list[Prompt], path: Path, trust_remote_code: bool) -> list[list[int]]:
+    """Token ids of every prompt, by the checkpoint's own tokenizer where they are not given.
+
+    Raises:
+        PromptsError: a prompt without tokens, or with a token id that the model does not have.
+        CheckpointError: the tokenizer does not load.
+    """
+    if all(prompt.token_ids is not None for prompt in prompts):
+        tokenizer = None
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # tokenizer classes raise anything; all mean: not usable
+            raise CheckpointError(
+                f"{checkpoint.path}: its tokenizer does not load ({type(error).__name__}: {error})"
+            ) from None
+    ids = [_prompt_ids(tokenizer, prompt, path) for prompt in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if not tokens:
+            raise PromptsError(f"{path}:{prompt.line}: the prompt has no tokens")
+    _check_vocabulary(checkpoint, prompts, ids, path)
+    return ids
+
+
+def _prompt_ids(tokenizer: Any, prompt: Prompt, path: Path) -> list[int]:
+    if prompt.token_ids is not None:
+        return list(prompt.token_ids)
+    if prompt.text is not None:
+        return list(tokenizer(prompt.text, verbose=False)["input_ids"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptsError(f"{path}:{prompt.line}: messages given, but the tokenizer has no chat template; use prompt")
+    try:
+        text = tokenizer.apply_chat_template(list(prompt.messages or ()), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates are programs that raise what they like at messages they dislike
+        raise PromptsError(f"{path}:{prompt.line}: the chat template refuses these messages ({error})") from None
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _check_vocabulary(checkpoint: Checkpoint, prompts: list[Prompt], ids: list[list[int]], path: Path) -> None:
+    n_vocabulary = int(text_config(checkpoint.config).get("vocab_size") or 0)
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        largest = max([*tokens, *(prompt.completion_token_ids or ())])
+        if n_vocabulary and largest >= n_vocabulary:
+            raise PromptsError(f"{path}:{prompt.line}: token id {largest} is outside the vocabulary of {n_vocabulary}")
+
+
+def check_lengths(
+    prompts: list[Prompt],
+    prompt_ids: list[list[int]],
+    completions: list[list[int]] | None,
+    room: int | None,
+    path: Path,
+) -> None:
+    """Hold every prompt's length against the room there is: vLLM wants some for at least one token more.
+
+    Args:
+        room: longest sequence that the model, or the user, allows [tokens]; None = no limit.
+
+    Raises:
+        PromptsError: names the first prompt that is too long.
+    """
+    for i, (prompt, tokens) in enumerate(zip(prompts, prompt_ids, strict=True)):
+        length = len(tokens) + (len(completions[i]) if completions else 0)
+        if room is not None and length >= room:
+            what = "prompt and completion" if completions else "prompt"
+            raise PromptsError(
+                f"{path}:{prompt.line}: {what} of {length} tokens, the model allows {room} with at least one "
+                "to follow; shorten it or leave it out"
+            )

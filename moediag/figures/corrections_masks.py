@@ -1,0 +1,166 @@
+"""How much every correction masks, and how far two corrections mask the same tokens."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moediag.corrections.correction import Step, parse_correction
+from moediag.figures.heat import draw_cells, rate_bar, rate_norm
+from moediag.figures.numbers import count, percent
+from moediag.figures.style import (
+    DENSE_COLOURS,
+    FULL_WIDTH,
+    GREY,
+    HALO,
+    INK,
+    MOE_COLOURS,
+    add_words,
+    figure_text,
+    house_style,
+    legend_below,
+    new_figure,
+    state,
+)
+from moediag.figures.ticks import log_axis
+
+_ROW: float = 0.17
+"""Height of a correction's row [inch]: 7-point names stand clear of each other."""
+
+
+@house_style
+def plot_masked_shares(statistics: pd.DataFrame, *, caption: str = "", width: float = FULL_WIDTH) -> Figure:
+    """Draw the share of tokens that every correction masks, with its interval, least first.
+
+    Args:
+        statistics: frame ``correction_statistics``.
+        caption: counts, drawn under the axes.
+        width: of the figure [inch].
+    """
+    rows = statistics.sort_values("masked_share", ascending=False, kind="stable").reset_index(drop=True)
+    figure = new_figure(width, 1.1 + _ROW * max(len(rows), 6))
+    ax = figure.subplots()
+    n = int(rows["n_tokens"].max()) if len(rows) else 0
+    low = 0.4 / max(n, 1)
+    some = rows[rows["masked_share"] > 0]
+    y = len(rows) - 1 - some.index.to_numpy()
+    ax.hlines(y, some["masked_share_ci_low"].clip(lower=low).fillna(some["masked_share"]),
+              some["masked_share_ci_high"].fillna(some["masked_share"]), color=GREY, linewidth=1.4)  # fmt: skip
+    for is_whole, marker, colour, words in (
+        (False, "o", MOE_COLOURS[0], "single tokens"),
+        (True, "s", DENSE_COLOURS[0], "whole sequences only"),
+    ):
+        part = some[_is_by_sequence(some) == is_whole]
+        if part.empty:
+            continue
+        ax.plot(part["masked_share"], len(rows) - 1 - part.index, linestyle="none", marker=marker, markersize=4,
+                color=colour, label=f"masks {words}")  # fmt: skip
+    for nth in rows.index[rows["masked_share"] == 0]:
+        ax.annotate(_nothing_words(rows.loc[nth]), (0.0, len(rows) - 1 - nth), (4, 0), fontsize=7, color=GREY,
+                    xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="center",
+                    path_effects=HALO)  # fmt: skip
+    ax.set_yticks(range(len(rows)), [figure_text(name, 40) for name in rows["correction"][::-1]], fontsize=7)
+    ax.set_ylim(-0.7, len(rows) - 0.3)
+    log_axis(ax, "x", low, 1.3)
+    ax.set_xlabel(f"share of scored tokens masked (weight 0), log axis; one token is {percent(1 / max(n, 1))}")
+    legend_below(ax, *ax.get_legend_handles_labels())
+    note = "Bars: 95 %, clustered by prompt. For scale: the IcePop post saw 1 to 2 per mille of tokens at first."
+    add_words(figure, share_title(rows), caption, note)
+    return figure
+
+
+def share_title(rows: pd.DataFrame) -> str:
+    """The finding: from least to most, and who masks none."""
+    some = rows[rows["masked_share"] > 0]
+    none = len(rows) - len(some)
+    if some.empty:
+        return f"None of {count(len(rows), 'correction')} masks a token"
+    most, least = some.iloc[0], some.iloc[-1]
+    words = (
+        f"The same tokens, {count(len(some), 'mask')}: from {percent(least['masked_share'])} "
+        f"({figure_text(least['correction'], 34)}) to {percent(most['masked_share'])} masked "
+        f"({figure_text(most['correction'], 34)})"
+    )
+    return words + (f"; {none} of {len(rows)} mask none" if none else "")
+
+
+def _nothing_words(row: pd.Series) -> str:
+    high = row["masked_share_ci_high"]
+    return f"masks none (95 %: up to {percent(high)})" if math.isfinite(high) else "cannot mask"
+
+
+def _is_by_sequence(rows: pd.DataFrame) -> pd.Series:
+    """Corrections that mask whole sequences and no single token."""
+    return rows["words"].map(lambda words: not any(map(_masks_tokens, parse_correction(words).steps)))
+
+
+def _masks_tokens(step: Step) -> bool:
+    return step.rule.level != "filter" and step.method not in ("none", "tis_token", "tis_sequence", "mis_sequence")
+
+
+@house_style
+def plot_mask_overlap(overlap: pd.DataFrame, *, caption: str = "", width: float = FULL_WIDTH) -> Figure:
+    """Draw which part of the tokens masked by one correction (row) another one masks, too (column).
+
+    Args:
+        overlap: frame ``overlap``.
+        caption: counts, drawn under the axes.
+        width: of the figure [inch].
+    """
+    some = overlap[overlap["n_masked"] > 0].sort_values("n_masked", kind="stable")
+    names = list(dict.fromkeys(some["correction"]))
+    if len(names) < 2:
+        figure = new_figure(width, 2.0)
+        state(figure.subplots(), "Fewer than two corrections mask a token.")
+        add_words(figure, "No two masks to compare", caption)
+        return figure
+    table = overlap.pivot(index="correction", columns="other", values="share_masked_by_other").reindex(
+        names, columns=names
+    )
+    figure = new_figure(width, 1.9 + _ROW * len(names))
+    ax = figure.subplots()
+    edges = np.asarray(np.arange(len(names) + 1) - 0.5, np.float64)
+    values = table.to_numpy(np.float64)
+    mesh = draw_cells(ax, edges, edges, values, rate_norm(np.ones((1, 1))))
+    _write_cells(ax, values)
+    ax.set_yticks(range(len(names)), [figure_text(name, 34) for name in names], fontsize=7)
+    ax.set_xticks(range(len(names)), [figure_text(name, 34) for name in names], fontsize=7, rotation=90)
+    ax.invert_yaxis()
+    ax.set_ylabel("of the tokens masked by")
+    ax.set_xlabel("this share is masked by")
+    rate_bar(mesh, ax, "share of the row's masked tokens")
+    add_words(
+        figure,
+        overlap_title(overlap, names),
+        caption,
+        "From the smallest mask to the largest; corrections that mask nothing are left out.",
+    )
+    return figure
+
+
+def overlap_title(overlap: pd.DataFrame, names: list[str]) -> str:
+    """The finding: the least alike of the larger masks, by Jaccard."""
+    rows = overlap[
+        overlap["correction"].isin(names) & overlap["other"].isin(names) & (overlap["correction"] < overlap["other"])
+    ]
+    same = int((rows["jaccard"] == 1).sum())
+    apart = int((rows["jaccard"] == 0).sum())
+    middle = float(rows["jaccard"].median())
+    return (
+        f"{len(names)} masks in {len(rows)} pairs: median Jaccard {percent(middle)}, {same} pairs mask the same "
+        f"tokens, {apart} share none"
+    )
+
+
+def _write_cells(ax: Axes, values: np.ndarray) -> None:
+    """Per cent in every cell while there is room to read it."""
+    if len(values) > 20:
+        return
+    for (row, column), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            ax.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=5.5,
+                    color="white" if value > 0.55 else INK)  # fmt: skip

@@ -1,0 +1,230 @@
+"""Flips explained and forecast: what the noise of scores makes of near ties, layer by layer, and how well it fits.
+
+Left: the observed flip rate with its interval, what the pair's own noise explains (cross-fitted by prompt), and what
+noise from elsewhere would flip. Right: the prediction held against what happened, choice by choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from moediag.analysis.predicted import POOLED, best_method, forecast_rows
+from moediag.figures.catalogue import MIN_CHOICES
+from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words, share
+from moediag.figures.numbers import count, percent
+from moediag.figures.style import (
+    DENSE_COLOURS,
+    DENSE_LINES,
+    FULL_WIDTH,
+    GREY,
+    INK,
+    MARKERS,
+    MOE_COLOURS,
+    RunStyle,
+    add_words,
+    figure_text,
+    house_style,
+    legend_below,
+    panel_grid,
+    styles_of,
+)
+from moediag.figures.ticks import layer_ticks, log_axis, power
+
+LEAST: Final = 1e-4
+"""Predictions below it share the lowest bin of the frame; the axes end there."""
+
+_METHOD_WORDS: Final = {
+    "all_pairs": "every pair of experts",
+    "border_pair": "the border pair",
+    "simulated": "simulated choices",
+    "margin_change": "margins alone",
+}
+_SOURCE_WORDS: Final = {
+    "bf16 undone": "router logits in float32",
+    "rounding to fp8": "router logits in fp8",
+    "rounding to bf16": "router logits in bf16",
+}
+_COLOURS: Final = (*DENSE_COLOURS, *MOE_COLOURS[1:])
+_NOTE: Final = "Bars and bands: 95 %, clustered by prompt (of a prediction: its noise taken as known)."
+
+
+@house_style
+def plot_explained_flips(
+    explained: Mapping[str, pd.DataFrame],
+    calibration: Mapping[str, pd.DataFrame],
+    forecasts: Mapping[str, pd.DataFrame] | None = None,
+    *,
+    styles: Mapping[str, RunStyle] | None = None,
+    caption: str = "",
+    floor: FloorArgument = None,
+    width: float = FULL_WIDTH,
+) -> Figure:
+    """Draw observed, explained and forecast flip rates by layer, and the calibration of the explanation.
+
+    Args:
+        explained: label -> ``explained_flips`` frame; of its methods the best with a prediction is drawn.
+        calibration: label -> ``flip_calibration`` frame.
+        forecasts: label -> ``forecast_flips`` frame; infer's scores under each noise as measured are drawn.
+        styles: how runs are drawn; by default every run is a MoE.
+        caption: counts, drawn under the axes.
+        floor: of the flip rate over all layers [1]; drawn on the left.
+        width: of the figure [inch].
+    """
+    styles = styles or styles_of(explained)
+    figure, panels = panel_grid(2 * len(explained), width, 3.6)
+    silent: set[str] = set()
+    for nth, (label, frame) in enumerate(explained.items()):
+        left, right = panels[2 * nth], panels[2 * nth + 1]
+        method = best_method(frame)
+        rows = frame[frame["method"] == method]
+        left.set_title(f"{figure_text(label, 20)}: flip rate by layer")
+        draw_rates(left, rows[rows["layer"] != POOLED], styles[label])
+        silent |= draw_forecasts(left, (forecasts or {}).get(label))
+        _dress_rates(left, rows, floor_value(floor, label))
+        right.set_title("Is the explanation right, choice by choice?")
+        curve = calibration[label]
+        draw_calibration(right, curve[(curve["method"] == method) & (curve["layer"] == POOLED)], styles[label])
+        _say_errors(right, rows[rows["layer"] == POOLED].iloc[0])
+    add_words(
+        figure,
+        explained_finding(explained, forecasts or {}),
+        caption,
+        floor_words(floor, "the flip rate", explained, share),
+        _method_note(explained),
+        _NOTE,
+        f"No flip forecast, not drawn: {', '.join(sorted(silent))}." if silent else "",
+    )
+    return figure
+
+
+def explained_finding(explained: Mapping[str, pd.DataFrame], forecasts: Mapping[str, pd.DataFrame]) -> str:
+    """The title: how many choices flip, how many the pair's noise explains, and the loudest forecast."""
+    parts = []
+    for label, frame in explained.items():
+        row = frame[(frame["method"] == best_method(frame)) & (frame["layer"] == POOLED)].iloc[0]
+        words = (
+            f"{figure_text(label)}: {percent(row['observed'])} of choices flip, near ties under the pair's own noise "
+            f"explain {percent(row['explained'])}"
+        )
+        words += _loudest(forecasts.get(label))
+        parts.append(words)
+    return "\n".join(parts) or "No run"
+
+
+def _loudest(forecasts: pd.DataFrame | None) -> str:
+    """The source of noise that would flip most, for the title."""
+    if forecasts is None:
+        return ""
+    rows = forecast_rows(forecasts)
+    pooled = rows[(rows["layer"] == POOLED) & (rows["forecast"] > 0)].sort_values("forecast")
+    if pooled.empty:
+        return ""
+    most = pooled.iloc[-1]
+    return f"; forecast with {source_words(most['noise_from'])}: {percent(most['forecast'])}"
+
+
+def source_words(noise_from: object) -> str:
+    """A source of noise as a reader says it: the arm that was perturbed or repeated, or the precision of the scores."""
+    name = str(noise_from)
+    return _SOURCE_WORDS.get(name, f"noise of {figure_text(_other_arm(name))}")
+
+
+def _other_arm(pair: str) -> str:
+    """The arm of an A/A pair that is not the engine's main one."""
+    first, _, second = pair.partition("~")
+    return first if len(first) > len(second) else second
+
+
+def _method_note(explained: Mapping[str, pd.DataFrame]) -> str:
+    methods = {label: best_method(frame) for label, frame in explained.items()}
+    said = {_METHOD_WORDS.get(str(method), str(method)) for method in methods.values()}
+    choices = max(int(frame["n_choices"].max()) for frame in explained.values()) if explained else 0
+    return f"Explained from {' or '.join(sorted(said))}, up to {count(choices, 'choice')}." if explained else ""
+
+
+def draw_rates(ax: Axes, rows: pd.DataFrame, style: RunStyle) -> None:
+    """Observed rates with their bars and the explained ones with their band, by layer."""
+    ax.fill_between(
+        rows["layer"], rows["explained_ci_low"], rows["explained_ci_high"], color=INK, alpha=0.15, linewidth=0
+    )
+    ax.plot(rows["layer"], rows["explained"], color=INK, linewidth=1.2, marker="o" if len(rows) <= 16 else "",
+            markersize=4, markerfacecolor="white", label="explained")  # fmt: skip
+    ax.errorbar(rows["layer"], rows["observed"], _bars(rows, "observed"), fmt=style.marker, color=style.colour,
+                markersize=4.5, elinewidth=1.2, label="observed")  # fmt: skip
+
+
+def _bars(rows: pd.DataFrame, name: str) -> npt.NDArray[np.float64]:
+    """Lengths of an interval around its value, never negative: errorbar refuses those."""
+    low, high = rows[name] - rows[f"{name}_ci_low"], rows[f"{name}_ci_high"] - rows[name]
+    return np.vstack([low.clip(lower=0), high.clip(lower=0)]).astype(np.float64)
+
+
+def draw_forecasts(ax: Axes, forecasts: pd.DataFrame | None) -> set[str]:
+    """One dashed line per source of noise; returns the sources that flip nothing, which are not drawn."""
+    silent: set[str] = set()
+    rows = pd.DataFrame() if forecasts is None else forecast_rows(forecasts)
+    rows = rows[rows["layer"] != POOLED] if len(rows) else rows
+    nth = 0
+    for source, of_source in rows.groupby("noise_from", sort=False) if len(rows) else ():
+        if not (of_source["forecast"] > 0).any():
+            silent.add(source_words(source))
+            continue
+        ax.plot(of_source["layer"], of_source["forecast"], color=_COLOURS[nth % len(_COLOURS)],
+                linestyle=DENSE_LINES[nth % len(DENSE_LINES)], linewidth=1.2, markersize=3.5,
+                marker=MARKERS[1 + nth % (len(MARKERS) - 1)], label=f"forecast: {source_words(source)}")  # fmt: skip
+        nth += 1
+    return silent
+
+
+def _dress_rates(ax: Axes, rows: pd.DataFrame, floor: float | None) -> None:
+    deepest = int(rows["layer"].max())
+    ax.set_xticks(layer_ticks(deepest, 8))
+    # Right of the deepest layer there is room for the word "floor", which would hide its points.
+    ax.set_xlim(-0.4, deepest + 0.4 + 0.12 * (deepest + 1))
+    ax.set_xlabel("MoE layer")
+    ax.set_ylabel("share of choices that flip")
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    draw_floor(ax, floor)
+    handles, names = ax.get_legend_handles_labels()
+    # What was seen stands first; matplotlib lists points with bars last.
+    order = sorted(range(len(names)), key=lambda i: names[i] != "observed")
+    legend_below(ax, [handles[i] for i in order], [names[i] for i in order], columns=1)
+
+
+def draw_calibration(ax: Axes, curve: pd.DataFrame, style: RunStyle) -> None:
+    """Observed over predicted share by bin of the prediction, on log axes; a bin without a flip hangs at the bottom."""
+    ax.plot([LEAST, 1], [LEAST, 1], color=GREY, linewidth=1.0, linestyle=(0, (4, 2)), label="a perfect explanation")
+    held = curve[(curve["predicted"] >= LEAST) & (curve["n_choices"] >= MIN_CHOICES)]
+    flipped, none = held[held["observed"] > 0], held[held["observed"] == 0]
+    ax.errorbar(flipped["predicted"], flipped["observed"], _bars(flipped, "observed"), fmt=f"-{style.marker}",
+                color=style.colour, markersize=4.5, linewidth=1.2, elinewidth=1.2, label="all layers")  # fmt: skip
+    if len(none):
+        ax.plot(none["predicted"], np.full(len(none), 1.3 * LEAST), "v", color=style.colour, markersize=4.5,
+                markerfacecolor="white", label="bin without a flip")  # fmt: skip
+    for which in ("x", "y"):
+        log_axis(ax, which, LEAST, 1.0)
+    ax.set_xlabel("P(flip) given one side's scores, by bin")
+    ax.set_ylabel("share that flipped")
+    n_below = int(curve.loc[curve["predicted"] < LEAST, "n_choices"].sum())
+    n_flipped = float((curve["observed"] * curve["n_choices"])[curve["predicted"] < LEAST].sum())
+    words = f"below {power(LEAST)}: {count(n_below, 'choice')}, {round(n_flipped):,} flipped" if n_below else ""
+    legend_below(ax, *ax.get_legend_handles_labels(), columns=1, title=words or None, title_fontsize=8)
+
+
+def _say_errors(ax: Axes, row: pd.Series[Any]) -> None:
+    """The size of the misfit beside what chance alone would show."""
+    words = (
+        f"mean error {percent(row['calibration_error'])}\n"
+        f"(chance alone: {percent(row['calibration_error_expected'])})\n"
+        f"slope {row['calibration_slope']:.2f} (1 is perfect)"
+    )
+    ax.text(0.03, 0.97, words, transform=ax.transAxes, ha="left", va="top", fontsize=8)

@@ -1,0 +1,218 @@
+"""The gradient audit drawn: direction of every correction's update against a reference, its bias and its noise."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from moediag.figures.numbers import count
+from moediag.figures.style import (
+    FULL_WIDTH,
+    INK,
+    LIGHT,
+    add_words,
+    figure_text,
+    house_style,
+    is_column,
+    new_figure,
+    state,
+)
+
+_REFERENCES: Final = {
+    "sequence_is": ("sequence IS", "#0072B2", "o"),
+    "exact": ("exact per prefix", "#D55E00", "D"),
+}
+"""Reference -> how it is called and drawn; the self-normalised one has the same direction."""
+
+_ROW: Final = 0.185
+"""Height [inch] of one method."""
+
+
+@house_style
+def plot_gradient_cosines(audit: pd.DataFrame, *, caption: str = "", width: float = FULL_WIDTH) -> Figure:
+    """Draw the cosine between every correction's gradient and the references, a panel per parameter group.
+
+    Args:
+        audit: frame ``gradient_audit``.
+        caption: said before how to read it: model, counts.
+        width: of the figure [inch].
+    """
+    parts, methods = _by_reference(audit), _methods(audit)
+    columns = 1 if is_column(width) else min(2, max(len(parts), 1))
+    figure, panels = _grid(max(len(parts), 1), columns, len(methods), width)
+    for ax, ((group, reference), rows) in zip(panels, parts, strict=False):
+        _draw(ax, rows, methods, "batch_cosine", reference)
+        if (rows["method"] == "none").any():
+            ax.axvline(_of_none(rows), color=INK, linewidth=0.8, linestyle=(0, (1, 1.5)))
+        ax.set_title(f"{figure_text(group)}, {_REFERENCES[reference][0]}")
+        ax.set_xlabel("cosine to the reference (1 = same direction)")
+    if not parts:
+        state(panels[0], "No gradient was audited.")
+    note = (
+        "Bars: 95 % over prompts, where draws of prompts bound the value. Dotted: no correction. Sequence IS: of this "
+        "batch, whose noise both gradients share; exact: in expectation over the next token, so corrections of whole "
+        "sequences have none."
+    )
+    add_words(figure, cosine_finding(audit), caption, _counts(audit), note)
+    return figure
+
+
+@house_style
+def plot_gradient_bias_variance(audit: pd.DataFrame, *, caption: str = "", width: float = FULL_WIDTH) -> Figure:
+    """Draw bias beside its floor, and variance beside the reference's, of every correction; a row per group.
+
+    Args:
+        audit: frame ``gradient_audit``.
+        caption: said before how to read it.
+        width: of the figure [inch].
+    """
+    parts, methods = _by_reference(audit), _methods(audit)
+    columns = 1 if is_column(width) else 2
+    figure, panels = _grid(max(2 * len(parts), 1), columns, len(methods), width)
+    for nth, ((group, reference), rows) in enumerate(parts):
+        left, right = panels[2 * nth : 2 * nth + 2]
+        _draw_floors(left, rows, methods)
+        _draw(left, rows, methods, "batch_relative_bias", reference)
+        _draw(right, rows, methods, "variance_ratio", reference)
+        left.set_title(f"{figure_text(group)}, {_REFERENCES[reference][0]}: bias")
+        right.set_title("Variance")
+        left.set_xlim(left=0)
+        left.set_xlabel("norm of the difference / reference's norm")
+        right.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (1, 1.5)))
+        right.set_xlabel("variance between prompts / reference's")
+    if not parts:
+        state(panels[0], "No gradient was audited.")
+    note = (
+        "Inside the grey bar a bias is no larger than chance (95 %) makes it for a "
+        "method without any. Variance: the reference's = 1 (dotted), bars: 95 % over prompts."
+    )
+    add_words(figure, bias_finding(audit), caption, _counts(audit), note)
+    return figure
+
+
+def short_method(method: str) -> str:
+    """A correction in words, short enough for an axis.
+
+    Example:
+        >>> short_method("icepop:alpha=0.5,beta=5"), short_method("none"), short_method("tis_token:cap=2+veto")
+        ('icepop 0.5/5', 'none', 'tis_token 2 + veto')
+    """
+    parts = []
+    for step in method.split("+"):
+        name, _, parameters = step.partition(":")
+        values = [pair.partition("=")[2] for pair in parameters.split(",") if pair]
+        parts.append(" ".join([name, "/".join(values)]).strip())
+    return " + ".join(parts)
+
+
+def cosine_finding(audit: pd.DataFrame) -> str:
+    """The title: which corrections point nearer to the reference than none does, beyond their interval."""
+    said: dict[tuple[str, str], list[str]] = {}
+    cosines: dict[str, list[float]] = {}
+    for (group, reference), rows in _by_reference(audit):
+        others = rows[rows["method"] != "none"]
+        nearer = others.loc[others["batch_cosine_change_ci_low"] > 0, "method"]
+        farther = others.loc[others["batch_cosine_change_ci_high"] < 0, "method"]
+        alike = len(others) - len(nearer) - len(farther)
+        words = [f"{_list(nearer)} nearer than no correction" if len(nearer) else ""]
+        words.append(f"{_list(farther)} farther{'' if len(nearer) else ' than no correction'}" if len(farther) else "")
+        words.append(f"{alike} of {len(others)} not told apart from no correction" if alike else "")
+        cosines.setdefault(reference, []).extend(rows["batch_cosine"])
+        said.setdefault((reference, "; ".join(filter(None, words))), []).append(group)
+    return _lines(said, {r: f"; cosines {_cosine(min(x))} to {_cosine(max(x))}" for r, x in cosines.items()})
+
+
+def _cosine(value: float) -> str:
+    """Three decimals, or as many as keep it apart from 1."""
+    gap = 1 - value
+    return f"{value:.{min(7, max(3, 1 - math.floor(math.log10(gap))))}f}" if gap > 1e-7 else f"{value:.3f}"
+
+
+def bias_finding(audit: pd.DataFrame) -> str:
+    """The title: which corrections differ from the reference by more than chance."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for (group, reference), rows in _by_reference(audit):
+        # where one prompt decides everything its difference is the floor, but for rounding
+        above = rows.loc[rows["batch_relative_bias"] > (1 + 1e-9) * rows["bias_floor"], "method"]
+        words = f"bias of {_list(above)} above chance" if len(above) else "no correction's bias is above chance"
+        said.setdefault((reference, words), []).append(group)
+    return _lines(said, {})
+
+
+def _lines(said: dict[tuple[str, str], list[str]], ranges: dict[str, str]) -> str:
+    """One line per finding, the groups that share it together."""
+    lines = [
+        f"{', '.join(map(figure_text, groups))}; {_REFERENCES[reference][0]}: {words}{ranges.get(reference, '')}"
+        for (reference, words), groups in said.items()
+    ]
+    return "\n".join(lines) or "No gradient was audited"
+
+
+def _by_reference(audit: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    drawn = audit[audit["reference"].isin(_REFERENCES)]
+    return [((str(group), str(ref)), rows) for (group, ref), rows in drawn.groupby(["group", "reference"], sort=False)]
+
+
+def _list(methods: pd.Series[str]) -> str:
+    """Up to four names; more are counted."""
+    names = [short_method(method) for method in methods]
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+
+
+def _methods(audit: pd.DataFrame) -> list[str]:
+    return list(dict.fromkeys(audit["method"]))
+
+
+def _grid(n_panels: int, columns: int, n_methods: int, width: float) -> tuple[Figure, list[Axes]]:
+    rows = math.ceil(n_panels / columns)
+    figure = new_figure(width, rows * (0.75 + _ROW * max(n_methods, 3)))
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).ravel())
+    for ax in axes[n_panels:]:
+        ax.remove()
+    return figure, axes[:n_panels]
+
+
+def _draw(ax: Axes, rows: pd.DataFrame, methods: list[str], name: str, reference: str) -> None:
+    """One marker with its interval per method, none at the top."""
+    _, colour, marker = _REFERENCES[reference]
+    own = rows[rows[name].notna()]
+    place = [methods.index(method) for method in own["method"]]
+    values, bars = own[name].to_numpy(), None
+    if f"{name}_ci_low" in own.columns:
+        low, high = own[name] - own[f"{name}_ci_low"], own[f"{name}_ci_high"] - own[name]
+        bars = np.vstack([low.clip(lower=0), high.clip(lower=0)])
+    ax.errorbar(values, place, xerr=bars, fmt=marker, color=colour, markersize=3.6, capsize=1.5, elinewidth=0.9)
+    ax.set_yticks(range(len(methods)), [short_method(method) for method in methods])
+    ax.set_ylim(len(methods) - 0.4, -0.6)
+    ax.grid(axis="y", visible=False)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:.7g}")  # no offset: 0.99999 and not 1e-5 + 1
+
+
+def _of_none(rows: pd.DataFrame) -> float:
+    return float(rows.loc[rows["method"] == "none", "batch_cosine"].to_numpy()[0])
+
+
+def _draw_floors(ax: Axes, rows: pd.DataFrame, methods: list[str]) -> None:
+    for method, floor in zip(rows["method"], rows["bias_floor"], strict=True):
+        if not math.isnan(floor):
+            ax.barh(methods.index(method), floor, height=0.8, color=LIGHT, linewidth=0)
+
+
+def _counts(audit: pd.DataFrame) -> str:
+    parts = []
+    for reference, (words, _, _) in _REFERENCES.items():
+        rows = audit[audit["reference"] == reference]
+        if len(rows):
+            row = rows.iloc[0]
+            unit = "prefix" if reference == "exact" else "token"
+            tokens = count(row["n_tokens"], unit, "prefixes" if reference == "exact" else "tokens")
+            sizes = f"{count(row['n_prompts'], 'prompt')}, {count(row['n_sequences'], 'sequence')}, {tokens}"
+            parts.append(f"{words}: {sizes}.")
+    return " ".join(parts)

@@ -1,0 +1,343 @@
+"""The page of a simulation, as blocks: what each correction would do to the same tokens, and what that cannot show.
+
+Invariant: every sentence is made from the frames it stands beside; the page, the table on the terminal and the JSON
+hold the same numbers.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+
+from moediag.figures.corrections import SIMULATION_FIGURES
+from moediag.figures.numbers import NONE, count, is_number, percent
+from moediag.report import blocks
+from moediag.report.audit_section import audit_section, audit_words
+from moediag.report.blocks import Block, Bullets, Page, Shell, Table, interval, number, section, table
+from moediag.report.definitions import SIGN_WORDS
+from moediag.report.tables import declared_table, records
+from moediag.report.text import Markdown, code, plain
+
+Frames = Mapping[str, pd.DataFrame]
+Row = Mapping[str, Any]
+
+STABILITY: Final = "No offline number shows that training will be stable."
+ADVANTAGE_USERS: Final = "dppo, the objective and the strata of advantages"
+_FRONTIER_ROWS: Final = 20
+_STRATA_ROWS: Final = 24
+
+HEADER: Final = (
+    "correction", "masked", "95 %", "sequences", "below", "above", "ESS token", "ESS seq", "mean w", "95 %",
+    "k3 left [nat]",
+)  # fmt: skip
+"""Columns of the short table, on the page and on the terminal."""
+
+_LIMITS: Final = (
+    f"**That training will be stable.** {STABILITY} These are weights on tokens logged at one moment, before an "
+    "update.",
+    "**Which correction is best.** Masking less, leaving less k3 and keeping more weight pull against each other; none "
+    "of these numbers is an outcome of training.",
+    "**Another stack.** Bands and bounds are not portable: another model, engine pair, precision or training step "
+    "wants its own log and its own sweep.",
+    "**A framework, bit for bit.** Presets are the corrections in one notation; what a framework does differently "
+    "(normalised weights, loss masks, clamps) stands in the table of presets.",
+)
+
+
+@dataclass(frozen=True)
+class Picture(blocks.Picture):
+    """A figure of the simulation's own catalogue; the name of the class is what the templates go by."""
+
+    @property
+    def title(self) -> str:
+        """What it shows: the alternative text."""
+        return SIMULATION_FIGURES[self.name].title if self.name in SIMULATION_FIGURES else super().title
+
+    @property
+    def caption(self) -> str:
+        """How to read it."""
+        return SIMULATION_FIGURES[self.name].caption if self.name in SIMULATION_FIGURES else super().caption
+
+
+def simulation_page(
+    summary: Mapping[str, Any], frames: Frames, figures: Sequence[Path], regenerate: Sequence[str] = ()
+) -> Page:
+    """The page of one simulation.
+
+    Args:
+        summary: :meth:`moediag.simulation.Simulation.summary`.
+        frames: frame name -> frame.
+        figures: files drawn for it; the page stands beside their folder.
+        regenerate: the commands that make this page again.
+    """
+    pictures = {path.stem: Picture(path) for path in figures if path.suffix == ".png"}
+
+    def show(name: str) -> blocks.Picture | None:
+        return pictures.get(name)
+
+    statistics = frames["correction_statistics"]
+    sections = [
+        section("numbers", "Every correction on the same tokens", short_table(statistics), _left_out(summary)),
+        section("entropy", "Do masks take uncertain tokens?", show("masked_entropy"), entropy_table(statistics)),
+        section("flips", "Do masks catch routing flips?", _bullets(flip_words(statistics)), flip_table(statistics)),
+        section("ratios", "Ratios and bands", show("ratio_bands")),
+        section("sweep", "Which band?", *_sweep_blocks(frames, show("band_frontier"))),
+        section("overlap", "Do corrections mask the same tokens?", show("mask_overlap"), _bullets(same_words(frames))),
+        section("strata", "What kind of tokens is masked", *_strata_blocks(frames)),
+        audit_section(frames, pictures),
+        section("all", "All statistics", *_all_blocks(statistics)),
+        section("presets", "Who uses what, and what is different there", preset_table(summary)),
+        section("read", "What was read", _bullets(source_words(summary))),
+        section("limits", "What these numbers cannot show", Bullets(tuple(map(Markdown, _LIMITS)))),
+        section("regenerate", "How to make this page again", Shell(tuple(regenerate)) if regenerate else None),
+    ]
+    words = _bullets(sentences(summary, frames))
+    return Page(
+        f"Corrections simulated: {summary['label']}",
+        (),
+        None,
+        tuple(block for block in (words, SIGN_WORDS, show("masked_shares")) if block),
+        tuple(part for part in sections if part is not None),
+    )
+
+
+def sentences(summary: Mapping[str, Any], frames: Frames) -> list[str]:
+    """What was found, in words."""
+    statistics = frames["correction_statistics"]
+    said = [_base_words(summary, statistics), mask_words(statistics), *same_words(frames), *flip_words(statistics)]
+    said += band_words(frames.get("recommended_band"))
+    said += audit_words(frames.get("gradient_audit"))
+    said += [f"Advantages (looked at by {ADVANTAGE_USERS} only): {summary['reward']}."]
+    said += [f"Left out: {', '.join(summary['left_out'])} (no advantages are known)."] if summary["left_out"] else []
+    return [*filter(None, said), STABILITY]
+
+
+def _base_words(summary: Mapping[str, Any], statistics: pd.DataFrame) -> str:
+    n = int(statistics["n_tokens"].max()) if len(statistics) else 0
+    wholes = f"{count(summary['n_sequences'], 'sequence')}, {count(summary['n_prompts'], 'prompt')}"
+    return f"{count(n, 'scored token')} of {wholes}."
+
+
+def mask_words(statistics: pd.DataFrame) -> str:
+    """How many corrections mask, from least to most."""
+    some = statistics[statistics["masked_share"] > 0].sort_values("masked_share", kind="stable")
+    n_all = count(len(statistics), "correction")
+    if some.empty:
+        return f"None of {n_all} masks a token here; what differs is the weights."
+    if len(some) == 1:
+        row = some.iloc[0]
+        return f"1 of {n_all} masks tokens (weight 0): {row['correction']}, {_share_words(row)}."
+    least, most = (f"{_share_words(row)} for {row['correction']}" for _, row in some.iloc[[0, -1]].iterrows())
+    return f"{len(some)} of {n_all} mask tokens (weight 0): from {least} to {most}."
+
+
+def _share_words(row: pd.Series) -> str:
+    return f"{percent(row['masked_share'])}{_bounds(row, 'masked_share')}"
+
+
+def same_words(frames: Frames) -> list[str]:
+    """Which corrections mask exactly the same tokens."""
+    overlap = frames["overlap"]
+    same = overlap[(overlap["jaccard"] == 1) & (overlap["n_masked"] > 0)]
+    groups = {tuple(sorted(part["other"])) for _, part in same.groupby("correction")}
+    n_masked = dict(zip(overlap["correction"], overlap["n_masked"], strict=True))
+    return [
+        f"Exactly the same {count(n_masked[group[0]], 'token')} masked here by: {', '.join(group)}."
+        for group in sorted(groups)
+        if len(group) > 1
+    ]
+
+
+def flip_words(statistics: pd.DataFrame) -> list[str]:
+    """Whether masked tokens are flipped tokens, and how many of the flipped ones are masked."""
+    known = statistics[statistics["flipped_share"].notna()]
+    if known.empty:
+        return ["Routing is not known for these tokens, so nothing can be said about flips."]
+    base = known.iloc[0]
+    share = f"{percent(base['flipped_share'])} of {count(base['n_routed'], 'token')}"
+    said = [f"Routing flipped behind {share}{_bounds(base, 'flipped_share')}."]
+    some = known[known["n_masked_routed"] > 0]
+    if some.empty:
+        return [*said, "No correction masks a token whose routing is known."]
+    best = some.sort_values(["precision", "n_masked_routed"]).iloc[-1]
+    most = some.sort_values("recall").iloc[-1]
+    words = (
+        f"Do masks catch flips? Highest precision: {best['correction']}, {percent(best['precision'])} of its "
+        f"{count(best['n_masked_routed'], 'masked token')} are flipped{_bounds(best, 'precision')}, yet it catches "
+        f"{percent(best['recall'])} of the flipped tokens."
+    )
+    if most["correction"] != best["correction"]:
+        highest = f"{most['correction']}, {percent(most['recall'])}"
+        words += f" Highest recall: {highest}, at a precision of {percent(most['precision'])}."
+    said.append(words)
+    return [*said, _clear_words(some, float(base["flipped_share"]))]
+
+
+def _clear_words(some: pd.DataFrame, base: float) -> str:
+    found = some.loc[some["precision_ci_low"] > base, "correction"]
+    n_bare = int(some["precision_ci_low"].isna().sum())
+    bare = f" ({n_bare} more have too few prompts for an interval)" if n_bare else ""
+    return (
+        f"Of {count(len(some), 'mask')}, those whose whole interval of precision lies above the base rate: "
+        f"{', '.join(found) or 'none'}{bare}."
+    )
+
+
+def band_words(recommended: pd.DataFrame | None) -> list[str]:
+    """The recommended band with its reason and caveat."""
+    if recommended is None or recommended.empty:
+        return []
+    row = recommended.iloc[0]
+    band = f"Band to start from: [{row['alpha']:g}, {row['beta']:g}], masking {percent(row['masked_share'])} of tokens"
+    caveat = str(row["caveat"]).removesuffix(STABILITY).strip()
+    return [f"{band}{_bounds(row, 'masked_share')}.", f"Why: {row['reason']}", f"Caution: {caveat}"]
+
+
+def _bounds(row: Row | pd.Series, name: str) -> str:
+    low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
+    return f" (95 %: {percent(low)} to {percent(high)})" if is_number(low) and is_number(high) else ""
+
+
+def source_words(summary: Mapping[str, Any]) -> list[str]:
+    """What was read, and how."""
+    return [
+        f"{summary['label']}: {count(summary['n_rows'], 'row')}, {count(summary['n_tokens'], 'response token')}.",
+        *(f"{note}." for note in summary["notes"]),
+        f"Advantages (looked at by {ADVANTAGE_USERS} only): {summary['reward']}.",
+        f"PPO clip for the clip share and the objective: {summary['eps_clip']:g}.",
+    ]
+
+
+def short_rows(statistics: pd.DataFrame) -> list[list[Markdown | str]]:
+    """The rows of the short table, cell by cell under :data:`HEADER`."""
+    return [
+        [
+            row["correction"],
+            number(row["masked_share"], "share"),
+            interval(row["masked_share_ci_low"], row["masked_share_ci_high"], "share"),
+            *(number(row[name], "share") for name in ("masked_sequence_share", "below_share", "above_share")),
+            *(number(row[name], "share") for name in ("ess_token", "ess_sequence")),
+            number(row["weight_mean"], "1"),
+            interval(row["weight_mean_ci_low"], row["weight_mean_ci_high"], "1"),
+            number(row["kept_k3"]),
+        ]
+        for row in records(statistics)
+    ]
+
+
+def short_table(statistics: pd.DataFrame) -> Table:
+    """One row per correction: what it masks, and what that leaves."""
+    n = count(int(statistics["n_tokens"].max()) if len(statistics) else 0, "scored token")
+    caption = (
+        f"Corrections on the same {n}: share of tokens and of whole sequences with weight 0 (lower loses less), on "
+        "which side; effective sample size (1 is best); mean weight; k3 of kept tokens (lower is better)"
+    )
+    return table(HEADER, short_rows(statistics), range(1, len(HEADER)), caption)
+
+
+def entropy_table(statistics: pd.DataFrame) -> Table | None:
+    """Entropy of masked and of kept tokens, of the corrections that mask."""
+    some = statistics[statistics["n_entropy_masked"] > 0]
+    rows = [
+        [
+            row["correction"],
+            *_measured(row, "entropy_masked"),
+            count(row["n_entropy_masked"]),
+            *_measured(row, "entropy_kept"),
+            count(row["n_entropy_kept"]),
+        ]
+        for row in records(some)
+    ]
+    header = ["correction", "masked [nat]", "95 %", "n", "kept [nat]", "95 %", "n"]
+    return table(header, rows, range(1, 7), "Mean infer-side entropy of masked and kept tokens") if rows else None
+
+
+def flip_table(statistics: pd.DataFrame) -> Table | None:
+    """Precision and recall of every mask against flipped tokens."""
+    some = statistics[(statistics["n_masked_routed"] > 0) & statistics["precision"].notna()]
+    rows = [
+        [row["correction"], count(row["n_masked_routed"])]
+        + [cell for name in ("precision", "recall", "flipped_share") for cell in _measured(row, name, "share")]
+        for row in records(some)
+    ]
+    header = ["correction", "n masked", "precision", "95 %", "recall", "95 %", "base rate", "95 %"]
+    caption = "Masks against tokens with at least one flipped layer behind them; at chance, precision is the base rate"
+    return table(header, rows, range(1, 8), caption) if rows else None
+
+
+def _measured(row: Row, name: str, unit: str = "nat") -> list[Markdown]:
+    return [number(row[name], unit), interval(row[f"{name}_ci_low"], row[f"{name}_ci_high"], unit)]
+
+
+def preset_table(summary: Mapping[str, Any]) -> Table:
+    """Every correction in words, the presets that are it, and what differs in their sources."""
+    rows = [
+        [name, code(one["words"]), ", ".join(one["presets"]) or NONE, _whole("; ".join(one["notes"])) or NONE]
+        for name, one in summary["corrections"].items()
+    ]
+    return table(["correction", "in words", "presets", "what their sources do differently"], rows, caption="Presets")
+
+
+def _left_out(summary: Mapping[str, Any]) -> Markdown | None:
+    if not summary["left_out"]:
+        return None
+    names = ", ".join(summary["left_out"])
+    return Markdown(f"Left out: {plain(names)}: {_whole(next(iter(summary['left_out'].values())))}.")
+
+
+def _sweep_blocks(frames: Frames, picture: blocks.Picture | None) -> list[Block | None]:
+    sweep = frames.get("sweep_by_band")
+    if sweep is None or sweep.empty:
+        return []
+    front = sweep[sweep["is_on_k3_frontier"]].sort_values("masked_share", kind="stable")
+    front = front.drop_duplicates(["masked_share", "kept_k3"])
+    rows = [
+        [
+            f"{row['alpha']:g} to {row['beta']:g}",
+            *_measured(row, "masked_share", "share"),
+            *_measured(row, "kept_k3"),
+            number(row["weight_variance"], "1"),
+            number(row["ess_token"], "share"),
+        ]
+        for row in records(front.iloc[_even(len(front), _FRONTIER_ROWS)])
+    ]
+    header = ["band", "masked", "95 %", "k3 left [nat]", "95 %", "variance of w", "ESS"]
+    caption = f"Bands on the frontier, {len(rows)} of {len(front)} different ones; {count(len(sweep), 'band')} swept"
+    words = band_words(frames.get("recommended_band"))
+    return [picture, _bullets(words), table(header, rows, range(1, 7), caption)]
+
+
+def _bullets(lines: Sequence[str]) -> Bullets | None:
+    return Bullets(tuple(map(_whole, lines))) if lines else None
+
+
+def _whole(text: str) -> Markdown:
+    """Our own sentences neutralised piece by piece: as one text they would be cut."""
+    return Markdown(" ".join(map(plain, textwrap.wrap(text, 200, break_on_hyphens=False))))
+
+
+def _even(n: int, most: int) -> list[int]:
+    """At most so many of n places, both ends among them."""
+    return sorted({round(i * (n - 1) / max(min(n, most) - 1, 1)) for i in range(min(n, most))})
+
+
+def _strata_blocks(frames: Frames) -> list[Block]:
+    strata = frames["masked_by_stratum"]
+    statistics = frames["correction_statistics"]
+    masking = statistics.loc[statistics["masked_share"] > 0, "correction"]
+    rows = strata[strata["correction"].isin(masking)]
+    if rows.empty:
+        return []
+    return [declared_table("masked_by_stratum", rows, n_markdown=_STRATA_ROWS)]
+
+
+def _all_blocks(statistics: pd.DataFrame) -> list[Block]:
+    notes = [note for note in dict.fromkeys(statistics["note"]) if note]
+    said: list[Block] = [Markdown(f"Not computed: {_whole('; '.join(notes))}.")] if notes else []
+    shown = statistics.drop(columns=["words", "note"]).dropna(axis=1, how="all")
+    return [*said, declared_table("correction_statistics", shown)]

@@ -1,0 +1,235 @@
+"""The mismatch over training steps, from sources to results on disk: trend.parquet, trend.json, trend.md, figures.
+
+Invariants:
+    - the folder appears whole: it is made beside its place and renamed, so a kill leaves the old one or none;
+    - a folder that is not a trend is never replaced, a trend only with ``force``;
+    - every page says what the fit assumes and what no offline number can show.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+
+from moediag.analysis.recurrence import ASSUMPTIONS, Recurrence
+from moediag.analysis.series import KL_METRICS, MARKS, delta_metric, trend_recurrence
+from moediag.errors import RunError
+from moediag.figures.numbers import sig
+from moediag.figures.series import plot_trend, title_of
+from moediag.figures.style import save_figure
+from moediag.notation import SCHEMA_VERSION
+from moediag.report.blocks import Bullets, interval, number, table
+from moediag.report.text import plain
+from moediag.run.files import make_folder, process_tag, sha256_bytes, write_atomic, write_error, write_sealed
+from moediag.trend_sources import TrendSource, read_trend
+
+KIND: Final = "moediag trend"
+SUMMARY: Final = "trend.json"
+
+LIMITS: Final = (
+    "The theorem is an inequality (Ring-1T, arXiv 2510.18855, appendix); what is fitted is an equality model, "
+    "delta' = (1 + a) delta - b + noise, with a = eta mu and b = kappa mu.",
+    "delta_c = 2 b / a is an estimate under the assumptions listed, all of which may fail.",
+    "No offline number shows that training will be stable: neither a small delta nor a refused fit does.",
+    "k3 of forced text is a statistic and no KL; nor are k1 and k3 of tokens sampled with truncation or another "
+    "temperature.",
+    "Published numbers are named marks of other stacks, often of one run, and no thresholds.",
+)
+
+OnStage = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A series, what stands for delta in it, and whether it compounds."""
+
+    source: TrendSource
+    delta: str | None
+    recurrence: Recurrence
+
+    def summary(self) -> dict[str, Any]:
+        """Strict JSON: steps by metric, the fit, how it was read, and what it cannot show."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": KIND,
+            "step_origin": self.source.step_origin,
+            "notes": list(self.source.notes),
+            "is_kl": self.source.is_kl,
+            "metrics": {metric: _records(rows) for metric, rows in self.source.trend.groupby("metric", sort=False)},
+            "recurrence": {"metric": self.delta, **self.recurrence.record()},
+            "marks": [vars(mark) for mark in MARKS if mark.metric in set(self.source.trend["metric"])],
+            "assumptions": list(ASSUMPTIONS),
+            "limits": list(LIMITS),
+        }
+
+
+def measure_trend(
+    targets: Sequence[Path], steps: Sequence[int] | None, metric: str | None, on_stage: OnStage = lambda *done: None
+) -> Trend:
+    """Read the series and fit the recurrence, or say why it cannot tell.
+
+    Args:
+        targets: run directories, one per step, or one table.
+        steps: of the runs, in order; None = from the folders' names.
+        metric: stands for delta; None = the best KL there is.
+        on_stage: called with (done, of how much, unit).
+
+    Raises:
+        DumpError: the table or --steps cannot be used, or there is no such metric.
+        RunError: a run cannot be read.
+    """
+    source = read_trend(targets, steps, on_stage)
+    trend = source.trend
+    if metric is None and not source.is_kl:  # k1 and k3 of forced text are no KL: only an exact one may stand for it
+        trend = trend[~trend["metric"].isin(KL_METRICS[1:])]
+    delta = delta_metric(trend, metric)
+    return Trend(source, delta, trend_recurrence(trend, delta, lambda done, total: on_stage(done, total, "bounds")))
+
+
+def write_trend(trend: Trend, output: Path, force: bool = False) -> list[Path]:
+    """Write the folder, whole; returns trend.md, trend.json and the figure's PNG.
+
+    Raises:
+        RunError: ``output`` holds something else, or a trend and not ``force``.
+    """
+    refuse_output(output, force)
+    made = output.absolute().parent / f".{output.absolute().name}.{process_tag()}.tmp"
+    shutil.rmtree(made, ignore_errors=True)
+    try:
+        make_folder(made)
+        _fill(made, trend)
+        _swap(made, output)
+    except OSError as error:
+        raise write_error(error, output) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return [output / "trend.md", output / SUMMARY, output / "figures" / "trend.png"]
+
+
+def refuse_output(output: Path, force: bool) -> None:
+    """Before any work: a folder that may not be replaced.
+
+    Raises:
+        RunError: it holds something else, or a trend and not ``force``.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if _kind(output / SUMMARY) != KIND:
+        raise RunError(f"{output} holds something that is not a trend; give -o another folder")
+    if not force:
+        raise RunError(f"{output} holds a trend already; give --force to replace it, or -o another folder")
+
+
+def _fill(folder: Path, trend: Trend) -> None:
+    frame = trend.source.trend
+    sink = io.BytesIO()
+    frame.to_parquet(sink, index=False)
+    write_atomic(folder / "trend.parquet", sink.getvalue())
+    said = " ".join(f"{note[0].upper()}{note[1:]}." for note in trend.source.notes if len(note) < 200)
+    caption = f"Steps: {trend.source.step_origin}. {said}"
+    figure = plot_trend(frame, trend.recurrence, trend.delta, is_kl=trend.source.is_kl, caption=caption)
+    save_figure(figure, folder / "figures", "trend")
+    write_atomic(folder / "trend.md", trend_page(trend).encode())
+    write_sealed(folder / SUMMARY, {**trend.summary(), "frames": {"trend_by_step": sha256_bytes(sink.getvalue())}})
+
+
+def _swap(made: Path, output: Path) -> None:
+    """The new folder in place of the old one, which goes only when the new one is there."""
+    old = made.with_suffix(".old")
+    if output.exists():
+        output.rename(old)
+    try:
+        made.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _kind(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text()).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def trend_page(trend: Trend) -> str:
+    """trend.md: the outcome, a row per metric, the picture, the limits."""
+    name = plain(title_of(trend.delta or "delta", trend.source.is_kl))
+    parts = [
+        "# Mismatch over training steps",
+        f"**{plain(trend.recurrence.outcome)}** ({name}): {plain(trend.recurrence.reason)}.",
+        f"Steps: {plain(trend.source.step_origin)}.",
+        str(Bullets(tuple(plain(note) for note in trend.source.notes))) if trend.source.notes else "",
+        "![every metric by step](figures/trend.png)",
+        str(_ends_table(trend)),
+        "Every step with its interval: trend.parquet (frame trend\\_by\\_step) and trend.json.",
+        "## What the fit assumes",
+        str(Bullets(tuple(plain(assumption) for assumption in ASSUMPTIONS))),
+        "## What this cannot show",
+        str(Bullets(tuple(plain(limit) for limit in LIMITS))),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _ends_table(trend: Trend) -> Any:
+    """First and last step of every metric with n and interval."""
+    rows: list[list[Any]] = []
+    for metric, frame in trend.source.trend.groupby("metric", sort=False):
+        known = frame.dropna(subset=["value"])
+        for row in [] if known.empty else [known.iloc[0], known.iloc[-1]][: len(known)]:
+            unit = str(row["unit"])
+            n = plain("–") if pd.isna(row["n_tokens"]) else plain(f"{row['n_tokens']:,}")
+            bounds = interval(row["value_ci_low"], row["value_ci_high"], unit)
+            name = plain(title_of(str(metric), trend.source.is_kl))
+            rows.append([name, str(row["step"]), number(row["value"], unit), bounds, n, plain(unit), row["direction"]])
+    head = ["metric", "step", "value", "95 % interval", "tokens", "unit", "good end"]
+    return table(head, rows, caption="First and last step")
+
+
+def outcome_lines(trend: Trend) -> list[str]:
+    """What the command prints: a line per metric, then the outcome and what it rests on."""
+    lines = []
+    for metric, rows in trend.source.trend.groupby("metric", sort=False):
+        known = rows.dropna(subset=["value"])
+        if len(known):
+            lines.append(_line(title_of(str(metric), trend.source.is_kl), known))
+    lines += [f"Note: {note}" for note in trend.source.notes]
+    name = title_of(trend.delta, trend.source.is_kl) if trend.delta else "no metric"
+    lines += ["", f"{trend.recurrence.outcome} ({name}): {trend.recurrence.reason}", ""]
+    lines += ["The fit assumes:", *(f"- {assumption}" for assumption in ASSUMPTIONS), "What this cannot show:"]
+    return [*lines, *(f"- {limit}" for limit in LIMITS)]
+
+
+def _line(name: str, known: pd.DataFrame) -> str:
+    ends = [known.iloc[0], known.iloc[-1]][: len(known)]
+    unit = "" if str(ends[0]["unit"]) == "1" else f" {ends[0]['unit']}"
+    return f"{name:<36} " + "  ->  ".join(f"{_value(row)}{unit} at step {row['step']}" for row in ends)
+
+
+def _value(row: pd.Series) -> str:
+    low, high = float(row["value_ci_low"]), float(row["value_ci_high"])
+    bounds = f" [{sig(low)}, {sig(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
+    n = "" if pd.isna(row["n_tokens"]) else f" (n = {row['n_tokens']:,})"
+    return f"{sig(float(row['value']))}{bounds}{n}"
+
+
+def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as strict JSON: what is not finite becomes null."""
+    return [
+        {str(name): None if _is_absent(value) else value for name, value in row.items() if name != "metric"}
+        for row in rows.astype(object).to_dict("records")
+    ]
+
+
+def _is_absent(value: Any) -> bool:
+    return value is pd.NA or (isinstance(value, float) and not math.isfinite(value))

@@ -1,0 +1,138 @@
+"""The figure of explained and forecast flips: what is drawn is what the frames say, by the best method alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.text import Text
+from synthetic_frames import make_run
+
+from moediag.analysis.predicted import best_method, forecast_rows, predicted_flips
+from moediag.figures import Floor, draw_figure, figures_left_out, plot_explained_flips, plot_flip_costs
+from moediag.figures.explained import source_words
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(scope="module")
+def moe():
+    return make_run(n_tokens=4096)
+
+
+def drawn(frames, **options):
+    return plot_explained_flips(
+        *({"moe": frames[name]} for name in ("explained_flips", "flip_calibration", "forecast_flips")), **options
+    )
+
+
+def words(figure):
+    return " ".join(text.get_text() for text in figure.findobj(Text)).replace("\n", " ")
+
+
+def line(ax, label):
+    return next(item for item in ax.get_lines() if item.get_label() == label)
+
+
+def test_rates_of_the_best_method_are_the_frame(moe):
+    frame = moe["explained_flips"]
+    rows = frame[(frame["method"] == "all_pairs") & (frame["layer"] >= 0)]
+    ax = drawn(moe).axes[0]
+    np.testing.assert_array_equal(line(ax, "explained").get_ydata(), rows["explained"])
+    bars = next(item for item in ax.containers if item.get_label() == "observed")
+    np.testing.assert_array_equal(bars.lines[0].get_ydata(), rows["observed"])
+    ends = np.array([segment[:, 1] for segment in bars.lines[2][0].get_segments()])
+    np.testing.assert_allclose(ends, rows[["observed_ci_low", "observed_ci_high"]])
+
+
+def test_forecasts_are_those_of_infer_as_measured_and_silent_ones_are_named(moe):
+    frame = moe["forecast_flips"]
+    ax = drawn(moe).axes[0]
+    rows = frame[(frame["noise_from"] == "rounding to fp8") & (frame["layer"] >= 0)]
+    np.testing.assert_array_equal(line(ax, "forecast: router logits in fp8").get_ydata(), rows["forecast"])
+    perturbed = frame[(frame["noise_from"] == "train~train-perturbed") & (frame["layer"] >= 0)]
+    shown = line(ax, "forecast: noise of train-perturbed").get_ydata()
+    np.testing.assert_array_equal(shown, perturbed.loc[perturbed["multiplier"] == 1, "forecast"])
+    assert "No flip forecast, not drawn: noise of infer-repeat." in words(drawn(moe))
+
+
+def test_calibration_is_the_frame_and_its_error_is_said(moe):
+    frame = moe["flip_calibration"]
+    rows = frame[(frame["method"] == "all_pairs") & (frame["layer"] == -1) & (frame["predicted"] >= 1e-4)]
+    figure = drawn(moe)
+    bars = next(item for item in figure.axes[1].containers if item.get_label() == "all layers")
+    np.testing.assert_array_equal(bars.lines[0].get_ydata(), rows["observed"])
+    pooled = moe["explained_flips"].iloc[0]
+    assert f"mean error {100 * pooled['calibration_error']:.2g} %" in words(figure)
+    below = frame[(frame["method"] == "all_pairs") & (frame["layer"] == -1) & (frame["predicted"] < 1e-4)].iloc[0]
+    assert f"below 10⁻⁴: {below['n_choices']:,} choices, 0 flipped" in words(figure)
+
+
+def test_a_method_without_a_prediction_gives_way_to_the_next(moe):
+    frame = moe["explained_flips"].copy()
+    frame.loc[frame["method"] == "all_pairs", ["explained", "gap"]] = np.nan
+    assert best_method(frame) == "margin_change"
+    assert "margins alone" in words(drawn({**moe, "explained_flips": frame}))
+    frame["explained"] = np.nan
+    assert best_method(frame) is None
+    assert (
+        "no flip could be explained" in figures_left_out({"moe": {**moe, "explained_flips": frame}})["explained_flips"]
+    )
+
+
+def test_a_bin_without_a_flip_is_drawn_as_such(moe):
+    curve = moe["flip_calibration"].copy()
+    nth = curve.index[(curve["layer"] == -1) & (curve["bin_low"] == 1e-4) & (curve["method"] == "all_pairs")]
+    curve.loc[nth, ["observed", "observed_ci_low"]] = 0.0
+    ax = drawn({**moe, "flip_calibration": curve}).axes[1]
+    np.testing.assert_allclose(line(ax, "bin without a flip").get_xdata(), curve.loc[nth, "predicted"])
+
+
+@pytest.mark.parametrize("forecasts", [True, False])
+def test_the_headline_is_the_pooled_row(moe, forecasts):
+    frames = {name: frame for name, frame in moe.items() if forecasts or name != "forecast_flips"}
+    found = predicted_flips(frames)
+    pooled = moe["explained_flips"].iloc[0]
+    assert found["explained"]["explained"] == pooled["explained"]
+    assert found["explained"]["gap_ci"] == [pooled["gap_ci_low"], pooled["gap_ci_high"]]
+    assert [row["noise_from"] for row in found["forecast"]] == (
+        ["rounding to fp8", "infer~infer-repeat", "train~train-perturbed"] if forecasts else []
+    )
+    assert predicted_flips({}) is None
+    assert predicted_flips(make_run(n_tokens=64, n_layers=0)) is None
+
+
+def test_of_two_rows_of_one_source_the_one_of_more_choices_is_taken(moe):
+    """infer-repeat stood twice in every list: once from the thinned curve, once from every choice."""
+    frame = moe["forecast_flips"]
+    thinned = frame.assign(n_choices=frame["n_choices"] // 10, forecast=0.5)
+    doubled = forecast_rows(pd.concat([thinned, frame], ignore_index=True))
+    assert len(doubled) == len(forecast_rows(frame))
+    assert set(doubled["n_choices"]) == set(frame["n_choices"])
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("train~train-perturbed", "noise of train-perturbed"),
+        ("infer-repeat~infer", "noise of infer-repeat"),
+        ("bf16 undone", "router logits in float32"),
+    ],
+)
+def test_sources_are_said_as_readers_know_them(source, said):
+    assert source_words(source) == said
+
+
+def test_a_floor_off_the_axis_leaves_no_words_outside_the_panel(moe):
+    """The label of a floor below the axis stood between two panels."""
+    figure = plot_flip_costs({"moe": moe["flip_costs"]}, floor=Floor(1e-30, "repeats"))
+    assert "floor" not in [text.get_text() for text in figure.axes[0].texts]
+    assert "1.0e-30 nat" in words(figure)
+
+
+def test_a_figure_of_the_catalogue_shows_itself_in_a_notebook(moe):
+    figure = draw_figure("explained_flips", {"moe": moe}, {"moe": {"flip_rate": Floor(0.001, "repeats")}})
+    assert figure is not None
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert "Floor of the flip rate: 0.10 % (repeats)." in words(figure)
+    assert draw_figure("explained_flips", {"dense": make_run(n_tokens=64, n_layers=0)}) is None

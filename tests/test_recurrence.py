@@ -1,0 +1,206 @@
+"""The recurrence: the filter against plain matrices, errors in variables, coverage, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from moediag.analysis.recurrence import ASSUMPTIONS, MIN_STEPS, fit_recurrence, why_not_fitted
+from moediag.analysis.recurrence_filter import Noises, Series, filter_series, powers
+from moediag.analysis.recurrence_intervals import Likelihood
+from moediag.errors import FrameError
+
+A, B, START = 0.03, 0.03 * 5e-4, 1e-3  # delta_c = 1e-3
+
+
+def make_series(rng, n_steps=12, gap=6, a=A, b=B, noise=0.0, error=0.05, start=START):
+    """A series made step by step, measured with an error relative to delta."""
+    delta, path = start, [start]
+    for _ in range(n_steps - 1):
+        for _ in range(gap):
+            delta = (1 + a) * delta - b + noise * rng.standard_normal()
+        path.append(delta)
+    path = np.array(path)
+    se = error * np.abs(path)
+    return Series(gap * np.arange(float(n_steps)), path + se * rng.standard_normal(n_steps), se)
+
+
+def dense_log_likelihood(series, noises, q, a, b, start):
+    """The same likelihood from the covariance matrix of all steps, made one training step at a time."""
+    steps = series.step_N.astype(int) - int(series.step_N[0])
+    variance = noises.by_gap(series)[q]
+    means, rows, mean, row = [start], [np.zeros(steps[-1])], start, np.zeros(steps[-1])
+    for i, (first, last) in enumerate(pairwise(steps)):
+        for k in range(first, last):
+            mean, row = (1 + a) * mean - b, (1 + a) * row
+            row[k] = math.sqrt(variance[i])
+        means.append(mean)
+        rows.append(row.copy())
+    covariance = np.array(rows) @ np.array(rows).T + np.diag(np.square(series.se_N))
+    log = stats.multivariate_normal(means, covariance).logpdf(series.delta_N)
+    return log + len(series) / 2 * math.log(2 * math.pi)
+
+
+@pytest.mark.parametrize("a", [0.04, 0.0, -0.05])
+def test_the_filter_gives_the_likelihood_of_the_whole_covariance(a):
+    """Unequal gaps, noise of both scalings, and the maximum over b and start where the filter says that it lies."""
+    rng = np.random.default_rng(3)
+    series = Series(np.array([2.0, 3.0, 7.0, 8.0, 20.0]), rng.random(5) + 1, rng.random(5) / 10 + 0.05)
+    noises = Noises.up_to(0.3)
+    found = filter_series(series, noises, np.array([math.log1p(a)]))
+    for q in (0, 2, len(noises.sd_Q) - 1):
+        b, start = found.b_RQB[0, q, 0], found.start_RQB[0, q, 0]
+        best = dense_log_likelihood(series, noises, q, a, b, start)
+        assert found.log_RQB[0, q, 0] == pytest.approx(best, rel=1e-9)
+        held = dense_log_likelihood(series, noises, q, a, b + 0.01, start + found.b_start_RQ[0, q] * 0.01 /
+                                    found.b_variance_RQ[0, q])  # fmt: skip
+        assert best - held == pytest.approx(0.01**2 / found.b_variance_RQ[0, q] / 2, rel=1e-5)
+        for b_off, start_off in ((1e-3, 0.0), (-1e-3, 0.0), (0.0, 1e-3), (0.0, -1e-3)):
+            assert dense_log_likelihood(series, noises, q, a, b + b_off, start + start_off) < best
+
+
+@given(rate=st.floats(-0.3, 0.5), gap=st.integers(1, 40))
+def test_a_gap_is_so_many_steps(rate, gap):
+    plain = sum((1 + rate) ** k for k in range(gap))
+    assert powers(np.array([math.log1p(rate)]), float(gap))[0] == pytest.approx(plain, rel=1e-9)
+
+
+def test_many_series_at_once_are_filtered_as_each_alone():
+    rng = np.random.default_rng(0)
+    series = make_series(rng)
+    others = series.delta_N[:, None] * (1 + 0.1 * rng.standard_normal((len(series), 5)))
+    growth, noises = np.linspace(-0.01, 0.05, 4), Noises.up_to(1e-4)
+    together = filter_series(series, noises, growth, others)
+    for i in range(5):
+        alone = filter_series(series, noises, growth, others[:, i : i + 1])
+        np.testing.assert_allclose(together.log_RQB[..., i], alone.log_RQB[..., 0], rtol=1e-12)
+        np.testing.assert_allclose(together.b_RQB[..., i], alone.b_RQB[..., 0], rtol=1e-9, atol=1e-12)
+
+
+def test_least_squares_of_each_delta_on_the_one_before_is_biased_and_the_filter_is_not():
+    """Measured every step with errors of 10 %: the regressor's own error pulls the naive slope down."""
+    rng = np.random.default_rng(1)
+    naive, fitted = [], []
+    for _ in range(60):
+        series = make_series(rng, n_steps=30, gap=1, a=0.1, b=0.1 * 5e-4, error=0.1)
+        naive.append(np.polyfit(series.delta_N[:-1], series.delta_N[1:], 1)[0] - 1)
+        fitted.append(Likelihood.of(series).estimate("a"))
+    error = 2.6 * np.std(fitted) / math.sqrt(len(fitted))  # 99 %
+    assert abs(np.mean(fitted) - 0.1) < error < 0.01
+    assert np.mean(naive) < 0.08, "the naive slope should be far too low"
+    assert abs(np.mean(naive) - 0.1) > 5 * abs(np.mean(fitted) - 0.1)
+
+
+def test_intervals_cover_what_made_the_series():
+    """Of 24 series with process noise, 20 and more accept the truth (19 of 20 on average; 19 or fewer: 1 in 50)."""
+    rng = np.random.default_rng(2)
+    accepted = {"a": 0, "b": 0, "delta_c": 0}
+    truth = {"a": A, "b": B, "delta_c": 2 * B / A}
+    for _ in range(24):
+        likelihood = Likelihood.of(make_series(rng, n_steps=10, noise=1e-5))
+        for parameter in accepted:
+            accepted[parameter] += likelihood.accepts(parameter, truth[parameter])
+    assert min(accepted.values()) >= 20, accepted
+
+
+def test_a_growing_series_is_told_and_holds_its_truth():
+    series = make_series(np.random.default_rng(4), n_steps=14, error=0.03)
+    found = fit_recurrence(series.step_N, series.delta_N, series.se_N)
+    assert found.outcome == "grows"
+    assert found.n_steps == 14
+    for interval, truth in ((found.growth, A), (found.drain, B), (found.boundary, 2 * B / A)):
+        assert interval.low < truth < interval.high
+        assert interval.low < interval.value < interval.high
+    assert found.boundary.value == pytest.approx(2 * found.drain.value / found.growth.value)
+    assert found.mean_at(series.step_N) == pytest.approx(series.delta_N, rel=0.3)
+    record = found.record()
+    assert record["boundary"]["ci"] == [found.boundary.low, found.boundary.high]
+    again = fit_recurrence(series.step_N, series.delta_N, series.se_N)
+    assert again.record() == record, "the same series gave another result"
+
+
+def test_units_change_the_numbers_and_nothing_else():
+    """delta in other units scales b and delta_c; the estimate of a stays."""
+    series = make_series(np.random.default_rng(5), noise=1e-5)
+    scaled = Series(series.step_N + 100, 1000 * series.delta_N, 1000 * series.se_N)
+    one, other = Likelihood.of(series), Likelihood.of(scaled)
+    assert other.estimate("a") == pytest.approx(one.estimate("a"), rel=1e-6)
+    assert other.estimate("b") == pytest.approx(1000 * one.estimate("b"), rel=1e-6)
+    assert other.ratio("delta_c", 1.3)[0] == pytest.approx(one.ratio("delta_c", 1.3e-3)[0], rel=1e-6)
+
+
+def test_flat_series_are_refused():
+    rng = np.random.default_rng(6)
+    refused = 0
+    for _ in range(40):
+        series = make_series(rng, n_steps=16, a=0.0, b=0.0)
+        # the cheap test decides nearly all of them; what passes it goes on to the interval of a
+        if why_not_fitted(series) or not Likelihood.of(series).interval("a").low > 0:
+            refused += 1
+    assert refused >= 39
+
+
+def test_a_random_walk_is_refused():
+    series = make_series(np.random.default_rng(7), a=0.0, b=0.0, noise=4e-5, error=0.02)
+    found = fit_recurrence(series.step_N, series.delta_N, series.se_N)
+    assert found.outcome == "cannot tell"
+    assert "holds 0" in found.reason
+    assert found.boundary is None
+    assert found.growth.low <= 0 <= found.growth.high
+
+
+@settings(max_examples=25)
+@given(n_steps=st.integers(0, MIN_STEPS - 1), seed=st.integers(0, 99))
+def test_short_series_are_always_refused(n_steps, seed):
+    series = make_series(np.random.default_rng(seed), n_steps=max(n_steps, 1), error=0.01)
+    found = fit_recurrence(series.step_N[:n_steps], series.delta_N[:n_steps], series.se_N[:n_steps])
+    assert found.outcome == "cannot tell"
+    assert f"{n_steps} steps" in found.reason
+    assert str(MIN_STEPS) in found.reason
+
+
+def test_a_series_without_errors_is_refused_and_says_so():
+    series = make_series(np.random.default_rng(8))
+    found = fit_recurrence(series.step_N, series.delta_N, np.full(len(series), np.nan))
+    assert found.outcome == "cannot tell"
+    assert f"({len(series)} more have no standard error)" in found.reason
+    assert found.record()["first_step"] is None
+
+
+def test_a_series_that_is_pulled_to_a_level_has_no_boundary():
+    series = make_series(np.random.default_rng(9), n_steps=16, a=-0.06, b=-0.06 * 1e-3, start=5e-3, error=0.02)
+    found = fit_recurrence(series.step_N, series.delta_N, series.se_N)
+    assert found.outcome == "does not grow"
+    assert found.growth.high < 0
+    assert found.boundary is None
+
+
+def test_where_a_may_be_0_the_interval_of_delta_c_is_unbounded_and_says_so():
+    """A ratio whose denominator may be 0: the likelihood ratio stays below its 95 % point however far one goes."""
+    series = make_series(np.random.default_rng(10), n_steps=10, a=0.0, b=-1e-5, error=0.1)  # a straight line
+    found = Likelihood.of(series).interval("delta_c")
+    assert math.isinf(found.low) or math.isinf(found.high)
+    assert "unbounded" in found.note
+
+
+@pytest.mark.parametrize(
+    ("steps", "errors", "complaint"),
+    [
+        ([0, 2, 2], [1, 1, 1], "ascend"),
+        ([0, 1, 2], [1, -1, 1], "at least 0"),
+        ([0, 1], [1, 1, 1], "as many"),
+    ],
+)
+def test_what_is_no_series_is_an_error(steps, errors, complaint):
+    with pytest.raises(FrameError, match=complaint):
+        fit_recurrence(steps, [1.0, 2.0, 3.0], errors)
+
+
+def test_the_assumptions_name_the_inequality():
+    assert "inequality" in ASSUMPTIONS[0]

@@ -1,0 +1,220 @@
+"""`moediag simulate` as a user calls it: table, run, what is refused, what stands on disk and on the page."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import run_moediag
+from test_simulate_sources import logged, write
+
+from moediag.cli.main import main
+from moediag.corrections import METHODS, PRESETS, weights
+from moediag.corrections.chosen import choose
+from moediag.corrections.sources import frame_source
+from moediag.frames import declared_frames
+from moediag.report.simulation_page import STABILITY
+from moediag.run.derived import SIMULATION_SEAL
+from moediag.run.files import read_sealed, sha256_bytes
+from moediag.simulation import add_sweep, as_json, simulate, write_simulation
+
+BASE = {"seq_id", "position", "prompt_id"}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write(logged(40), tmp_path / "t.parquet")
+
+
+def test_a_table_is_only_printed(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", str(table)]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        STABILITY,
+        "icepop:alpha=0.5,beta=5",
+        "Band to start from",
+        "masked [95 %]",
+        "rewards as the table has",
+    ):
+        assert words in out
+    assert [path.name for path in table.parent.iterdir()] == ["t.parquet"]
+
+
+def test_every_preset_and_every_method_stands_side_by_side_once() -> None:
+    chosen = choose()
+    words = [str(one.correction) for one in chosen.values()]
+    assert len(words) == len(set(words))
+    assert {name for one in chosen.values() for name in one.presets} == PRESETS.keys()
+    methods = {step.method for one in chosen.values() for step in one.correction.steps}
+    assert methods == METHODS.keys()
+    assert list(choose(["icepop:beta=2"], ["glm-5", "verl"])) == [
+        "none", "icepop:alpha=0.5,beta=2", *(name for name, one in PRESETS.items() if one.group == "verl"),
+    ]  # fmt: skip
+
+
+def test_the_json_says_what_the_python_call_computes(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", str(table), "--method", "icepop:alpha=0.4,beta=3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["correction"]: row for row in found["frames"]["correction_statistics"]}
+    assert list(rows) == ["none", "icepop:alpha=0.4,beta=3"]
+    frame = logged(40)
+    scored = frame[frame["is_response"]]
+    weight_T = weights("icepop", scored["logp_train"], scored["logp_infer"], scored["seq_id"], alpha=0.4, beta=3.0)
+    row = rows["icepop:alpha=0.4,beta=3"]
+    assert row["masked_share"] == pytest.approx((weight_T == 0).mean())
+    assert row["weight_mean"] == pytest.approx(weight_T.mean())
+    assert "sweep_by_band" not in found["frames"]
+
+
+def test_weights_out_has_a_column_per_correction_asked_for(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = table.with_name("w.parquet")
+    arguments = [
+        "simulate",
+        str(table),
+        "--method",
+        "tis_token",
+        "--preset",
+        "slime-seq-mis",
+        "--weights-out",
+        str(out),
+    ]
+    assert main(arguments) == 0
+    written = pd.read_parquet(out)
+    assert set(written.columns) == BASE | {"tis_token:cap=2", "slime-seq-mis"}
+    assert f"Wrote {out}" in capsys.readouterr().out
+    assert main(arguments) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main([*arguments, "--force"]) == 0
+
+
+def test_without_rewards_dppo_is_left_out_with_a_sentence(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = write(logged(40).drop(columns=["reward", "token_id"]), table.with_name("bare.csv"))
+    assert main(["simulate", str(bare), "--preset", "dppo", "--method", "icepop"]) == 0
+    out = capsys.readouterr().out
+    assert "Left out: dppo-tv, dppo-kl" in out
+    assert not re.search(r"^dppo", out, re.MULTILINE)
+
+
+def test_the_synthetic_reward_is_said(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(logged(40).drop(columns="reward"), table.with_name("ids.csv"))
+    assert main(["simulate", str(path), "--preset", "dppo"]) == 0
+    assert "synthetic: share of response tokens" in " ".join(capsys.readouterr().out.split())
+
+
+def test_bounds_of_the_sweep_are_taken(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["simulate", str(table), "--method", "none", "--alphas", "0,0.5", "--betas", "2,inf", "--json"]
+    assert main(arguments) == 0
+    sweep = json.loads(capsys.readouterr().out)["frames"]["sweep_by_band"]
+    assert [(row["alpha"], row["beta"]) for row in sweep] == [(0.0, 2.0), (0.0, "inf"), (0.5, 2.0), (0.5, "inf")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--method", "icepop:gamma=1"], 1, "icepop has alpha, beta"),
+        (["--method", "ices"], 1, "no correction is named 'ices'"),
+        (["--method", "tis_token+icepop"], 1, "both carry the ratio"),
+        (["--preset", "gpt"], 1, "no preset is named 'gpt'"),
+        (["--reward", "score"], 1, "no column score"),
+        (["--alphas", "x"], 2, "wants numbers with commas"),
+        (["--alphas", "3", "--betas", "2"], 1, "alpha <= beta"),
+        (["--pair", "infer~train"], 2, "is no run directory"),
+        (["--gradient-audit"], 2, "is no run directory"),
+        (["--weights-out", "w.txt"], 1, "weights are written as"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_one_line(
+    table: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, words: str
+) -> None:
+    assert main(["simulate", str(table), *arguments]) == code
+    err = capsys.readouterr().err
+    assert words in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def test_a_folder_of_something_else_is_left_alone(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = table.parent / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("x")
+    assert main(["simulate", str(table), "--method", "icepop", "-o", str(folder)]) == 1
+    assert "not a simulation" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+    assert main(["simulate", str(table), "--method", "icepop", "-o", str(folder), "--force"]) == 0
+    assert (folder / "thesis.tex").read_text() == "x"
+
+
+def test_everything_on_disk_is_declared_named_and_made_anew(tmp_path: Path) -> None:
+    simulation = simulate(frame_source(logged(40)), choose(), "t")
+    add_sweep(simulation)
+    folder = tmp_path / "out"
+    write_simulation(simulation, folder, ["moediag simulate t"])
+    named = read_sealed(folder / SIMULATION_SEAL)["files"]
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SIMULATION_SEAL}
+    assert set(named) == there
+    for name, digest in named.items():
+        assert sha256_bytes((folder / name).read_bytes()) == digest
+    specs = {spec.name: spec for spec in declared_frames()}
+    for name, frame in simulation.frames.items():
+        pd.testing.assert_frame_equal(specs[name].validate(pd.read_parquet(folder / f"{name}.parquet")), frame)
+    figures = {"masked_shares", "masked_entropy", "ratio_bands", "band_frontier", "mask_overlap"}
+    assert {path.stem for path in (folder / "figures").iterdir()} == figures
+    small = simulate(frame_source(logged(40)), choose(["none"]), "t")
+    write_simulation(small, folder, [])  # what the first one left does not stay
+    assert not (folder / "sweep_by_band.parquet").exists()
+    assert not (folder / "figures" / "band_frontier.png").exists()
+
+
+def test_both_pages_hold_the_sentences_and_the_limits(tmp_path: Path) -> None:
+    frame = logged(40).assign(seq_id=lambda f: [f"<script>{i}" for i in f["seq_id"]])
+    simulation = simulate(frame_source(frame), choose(), "<b>mine</b>")
+    add_sweep(simulation)
+    write_simulation(simulation, tmp_path / "out", ["moediag simulate t"])
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        for words in (STABILITY, "Band to start from", "Caution: Chosen on these tokens", "moediag simulate t"):
+            assert words in text, (name, words)
+        assert "<b>mine" not in text
+    assert "…" not in (tmp_path / "out" / "report.md").read_text()  # no sentence is cut
+
+
+def test_json_holds_no_nan() -> None:
+    content = as_json(simulate(frame_source(logged(3)), choose(), "t"))
+    json.dumps(content, allow_nan=False)
+
+
+@pytest.mark.parametrize("n_sequences", [1, 2])
+def test_few_and_equal_tokens_make_a_page(tmp_path: Path, n_sequences: int) -> None:
+    frame = logged(n_sequences).assign(logp_train=lambda f: f["logp_infer"])
+    simulation = simulate(frame_source(frame), choose(), "t")
+    add_sweep(simulation)
+    write_simulation(simulation, tmp_path / "out", [])
+    row: Any = simulation.frames["correction_statistics"].set_index("correction").loc["icepop:alpha=0.5,beta=5"]
+    assert row["masked_share"] == 0
+    assert np.isnan(row["entropy_masked"])
+
+
+@pytest.mark.engines
+def test_a_run_and_its_own_token_table_agree_and_the_run_stays_valid(demo: Path, tmp_path: Path) -> None:
+    run = tmp_path / "moe"
+    shutil.copytree(demo / "moe", run)  # other tests read the demo, too
+    done = run_moediag("simulate", run, "-o", tmp_path / "run", "--weights-out", tmp_path / "run.csv", "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    tokens = run / "analysis" / "infer~train" / "tokens.parquet"
+    other = run_moediag("simulate", tokens, "--weights-out", tmp_path / "table.csv", "--json")
+    assert other.returncode == 0, other.stderr[-2000:]
+    assert (tmp_path / "run.csv").read_bytes() == (tmp_path / "table.csv").read_bytes()
+    of_run, of_table = (json.loads(text)["frames"] for text in (done.stdout, other.stdout))
+    for name in ("correction_statistics", "overlap", "sweep_by_band"):
+        assert of_run[name] == of_table[name]
+    assert of_run["recommended_band"][0]["floor_k3"] is not None
+    assert of_table["recommended_band"][0]["floor_k3"] is None
+    assert run_moediag("simulate", run, "--method", "icepop").returncode == 0
+    assert (run / "simulate" / "infer~train" / "report.html").exists()
+    validated = run_moediag("validate", run)
+    assert validated.returncode == 0, validated.stdout

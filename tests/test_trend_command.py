@@ -1,0 +1,192 @@
+"""`moediag trend`: what it prints, writes and refuses, and that the figure draws the frame."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.text import Text
+from scripted_engine import make_scripted_run
+
+from moediag.analysis.intervals import Interval
+from moediag.analysis.recurrence import Recurrence
+from moediag.cli.main import main
+from moediag.figures.series import plot_trend
+from moediag.run.files import read_sealed, sha256_bytes
+from moediag.trend_sources import read_trend
+
+FILES = ["figures/trend.pdf", "figures/trend.png", "figures/trend.svg", "trend.json", "trend.md", "trend.parquet"]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A series of k3 that grows from 1e-3 with a boundary of 1e-3, errors of 3 %."""
+    rng = np.random.default_rng(4)
+    delta, rows = 1e-3, []
+    for step in range(0, 60, 5):
+        se = 0.03 * delta
+        k3 = delta + se * rng.standard_normal()
+        rows.append({"step": step, "k3": k3, "k3_se": se, "mean_abs_logp_diff": 0.02 + step / 2000})
+        for _ in range(5):
+            delta = 1.04 * delta - 0.04 * 5e-4
+    path = tmp_path / "steps.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def short(tmp_path):
+    """Too few steps for a fit, so that nothing takes time."""
+    path = tmp_path / "short.csv"
+    pd.DataFrame({"step": [0, 50, 100], "k3": [1e-3, 2e-3, 1e-3], "k3_se": 1e-4}).to_csv(path, index=False)
+    return path
+
+
+def run(capsys, *arguments):
+    status = main(["trend", *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+def words(figure):
+    return " ".join(text.get_text() for text in figure.findobj(Text)).replace("\n", " ")
+
+
+def test_a_growing_series_is_told_and_written_whole(capsys, table, tmp_path):
+    out = tmp_path / "out"
+    status, captured = run(capsys, table, "-o", out, "--json")
+    assert status == 0
+    summary = json.loads(captured.out)
+    found = summary["recurrence"]
+    assert (found["outcome"], found["metric"]) == ("grows", "kl_infer_train_k3")
+    assert found["growth"]["ci"][0] < 0.04 < found["growth"]["ci"][1]
+    assert found["boundary"]["ci"][0] < 1e-3 < found["boundary"]["ci"][1]
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == FILES
+    sealed = read_sealed(out / "trend.json")
+    assert sealed["recurrence"] == found
+    assert sealed["frames"]["trend_by_step"] == sha256_bytes((out / "trend.parquet").read_bytes())
+    page = (out / "trend.md").read_text()
+    for sentence in ("inequality", "No offline number shows that training will be stable", "k3 of forced text"):
+        assert sentence in page
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "something half-written is left"
+
+
+def test_a_refused_series_is_a_result(capsys, short):
+    status, captured = run(capsys, short)
+    assert status == 0
+    assert "cannot tell (k3 of KL(infer || train)): 3 steps with a known standard error" in captured.out
+    assert "No offline number" in captured.out
+
+
+def test_a_folder_is_replaced_only_when_it_is_a_trend_and_with_force(capsys, short, tmp_path):
+    out = tmp_path / "out"
+    assert run(capsys, short, "-o", out)[0] == 0
+    before = (out / "trend.json").read_bytes()
+    status, captured = run(capsys, short, "-o", out)
+    assert status == 1
+    assert captured.err.startswith("moediag: ")
+    assert "--force" in captured.err
+    assert run(capsys, short, "-o", out, "--force")[0] == 0
+    assert (out / "trend.json").read_bytes() == before, "the same table gave another result"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    status, captured = run(capsys, short, "-o", other, "--force")
+    assert status == 1
+    assert "not a trend" in captured.err
+    assert [path.name for path in other.iterdir()] == ["notes.txt"]
+
+
+def test_a_full_disk_leaves_the_trend_that_was_there_and_nothing_else(capsys, short, tmp_path):
+    """No file may grow beyond 30 kB: the table fits, the picture does not."""
+    out = tmp_path / "out"
+    assert run(capsys, short, "-o", out)[0] == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code = (
+        "import resource, sys; from moediag.cli.main import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "trend", str(short), "-o", str(out), "--force"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "no space to write" in done.stderr.splitlines()[-1]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "short.csv"]
+
+
+def test_runs_make_a_series(capsys, tmp_path):
+    for step in (0, 50):
+        make_scripted_run(tmp_path / f"step-{step}", n_prompts=8, seed=step)
+    status, captured = run(capsys, tmp_path / "step-0", tmp_path / "step-50", "--json")
+    assert status == 0
+    summary = json.loads(captured.out)
+    assert summary["step_origin"] == "the trailing number of the folder names"
+    assert [row["step"] for row in summary["metrics"]["kl_infer_train_k3"]] == [0, 50]
+    assert summary["recurrence"]["outcome"] == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "complaint"),
+    [
+        ("t.csv", None, [], "t.csv"),
+        ("t.txt", "step,k3\n0,1\n", [], "no table by its name"),
+        ("t.csv", "step,k3\n0,1\n", ["--steps", "0"], "--steps is for runs"),
+        ("t.csv", "step,k3\n0,1\n", ["--fit", "kl"], "no metric kl in the series"),
+        ("t.csv", "step,k3\n", [], "t.csv"),
+        ("t.jsonl", "{", [], "t.jsonl"),
+        ("t.parquet", "not parquet", [], "t.parquet"),
+        ("no-run", None, [], "no-run"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(capsys, tmp_path, name, content, options, complaint):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    status, captured = run(capsys, path, *options, "-o", tmp_path / "out")
+    assert status == 1
+    lines = captured.err.strip().splitlines()
+    assert lines[-1].startswith("moediag: ")
+    assert complaint in lines[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_that_are_no_numbers_are_a_usage_error(capsys, short):
+    status, captured = run(capsys, short, "--steps", "a,b")
+    assert status == 2
+    assert "0,50,100" in captured.err
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_figure_draws_the_frame_the_marks_and_the_boundary(table):
+    trend = read_trend([table], None, lambda *done: None).trend
+    bounds = (0.03, 0.05), (1e-5, 3e-5), (0.5e-3, 1.4e-3)
+    growth, drain, boundary = (
+        Interval(value, *ends, 12) for value, ends in zip((0.04, 2e-5, 1e-3), bounds, strict=True)
+    )
+    found = Recurrence("grows", "told", 12, 0.0, 55.0, growth, drain, boundary, 1e-3, 0.0)
+    figure = plot_trend(trend, found, "kl_infer_train_k3")
+    ax = figure.axes[0]
+    rows = trend[trend["metric"] == "kl_infer_train_k3"]
+    lines = [line.get_ydata() for line in ax.get_lines()]
+    assert any(np.array_equal(line, rows["value"]) for line in lines)
+    assert any(np.allclose(line, 1e-3) for line in lines), "delta_c is not drawn"
+    assert any(np.allclose(line, 1.535e-3) for line in lines), "R3's number is not drawn"
+    said = words(figure)
+    for sentence in ("delta_c 0.0010", "R3: Qwen3-30B-A3B", "no thresholds",
+                     "0.05 IcePop post", "An equality model"):  # fmt: skip
+        assert sentence in said
+    assert ax.get_yscale() == "log"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_refused_series_has_neither_fit_nor_boundary_in_its_figure(short):
+    trend = read_trend([short], None, lambda *done: None).trend
+    found = Recurrence("cannot tell", "3 steps", 3, 0.0, 100.0)
+    said = words(plot_trend(trend, found, "kl_infer_train_k3"))
+    assert "these steps cannot tell" in said
+    assert "delta_c" not in said
+    forced = words(plot_trend(trend, found, "kl_infer_train_k3", is_kl=False))
+    assert "k3 statistic (no KL)" in forced
