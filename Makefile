@@ -17,7 +17,7 @@ demo: $(READY)
 	@$(VENV)/bin/moediag demo -o $(DEMO)
 
 test: $(READY)
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	@$(VENV)/bin/ruff format --check .

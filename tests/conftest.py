@@ -36,6 +36,16 @@ def engine_variables_left_alone() -> Iterator[None]:
     assert {name: os.environ.get(name) for name in INFER_ENVIRONMENT} == _ENGINE_VARIABLES
 
 
+_LONGEST_FIRST = ("demo", "engines_families", "engines_execution", "readme", "engines_resume", "provenance_engines",
+                  "engines_gradients", "simulate", "engines_observation", "run_derived", "notebooks")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of many seconds first, so that two processes end together; the demo is made before others want it."""
+    rank = {f"test_{name}": i for i, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 def run_moediag(*arguments: object, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
     """The installed command in a process of its own, as a user runs it."""
     return subprocess.run(
