@@ -15,8 +15,6 @@ _HEADER: Final = (
 )  # fmt: skip
 _UNITS: Final = ("", "of tokens", "of seqs", "of tokens", "tok/seq", "1", "nat", "nat", "of masked/of flipped")
 _WIDTH: Final = 110
-_TINY: Final = 1e-7
-"""Lower bounds below this are no more than 0 to a reader, though they are not 0."""
 
 
 def show_simulation(simulation: Simulation) -> None:
@@ -68,4 +66,4 @@ def _interval(row: Mapping[str, Any], name: str, words: Any) -> str:
     low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
     if not (is_number(low) and is_number(high)):
         return ""
-    return f" [{'~0 %' if 0 < low < _TINY else words(low)}, {words(high)}]"
+    return f" [{words(low)}, {words(high)}]"

@@ -23,6 +23,7 @@ _HEADLINES = (
     ("  p99", "nat", "logp.abs_logp_diff.p99"),
     ("  max", "nat", "logp.abs_logp_diff.max"),
     (_K3, "nat", "logp.kl_infer_train_k3"),
+    ("exact KL(infer || train)", "nat", "logp.kl_infer_train_exact"),
     ("share with ratio beyond 2x", "1", "logp.extreme_share_2"),
     ("flip rate (token, layer)", "1", "routing.flip_rate"),
     ("tokens with any flip", "1", "routing.any_layer_share"),
@@ -36,8 +37,9 @@ def show_table(summaries: dict[str, dict[str, Any]]) -> None:
     names = {_K3: f"k3 statistic ({' or '.join(origins)}: no KL)"} if origins else {}
     header = [_MAIN_PAIR, *columns, "unit"]
     rows = [
-        [names.get(name, name), *(column(dotted) for column in columns.values()), unit]
+        [names.get(name, name), *cells, unit]
         for name, unit, dotted in _HEADLINES
+        if set(cells := [column(dotted) for column in columns.values()]) != {"-"}
     ]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:

@@ -38,15 +38,23 @@ def sig(value: float | None, digits: int = 3) -> str:
     return text.replace("-", MINUS, 1) if value < 0 else text
 
 
+_TINY: Final = 1e-7
+"""Shares below one token in ten million, which only bounds of intervals are: not 0, and no more than 0 to a reader."""
+
+
 def percent(share: float | None) -> str:
     """A share in [0, 1] as per cent; small shares keep two digits, shares near 1 keep their distance.
 
     Example:
         >>> percent(0.9683), percent(0.00031), percent(0.0), percent(1.0), percent(0.99997), percent(None)
         ('96.83 %', '0.031 %', '0 %', '100 %', '99.997 %', '–')
+        >>> percent(1e-11)
+        '~0 %'
     """
     if share is None or math.isnan(share):
         return NONE
+    if 0 < share < _TINY:
+        return "~0 %"
     if share in (0.0, 1.0):
         return f"{share:.0%}".replace("%", " %")
     if share < 0.01:
