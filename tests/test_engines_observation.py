@@ -74,11 +74,11 @@ def sequences(run: Run) -> Iterator[tuple[Any, Any]]:
 def test_vllm_gives_the_same_tokens_and_logprobs_with_and_without_capture(
     prefilled: tuple[Run, dict[str, np.ndarray]],
 ) -> None:
-    """One engine, temperature 0: with the taps, with whole distributions kept, and after all came off; bit for bit."""
+    """One engine, temperature 0: before the taps, with them, with distributions kept, and after all came off."""
     _, seen = prefilled
-    for name in ("tapped", "vocabulary"):
-        np.testing.assert_array_equal(seen["after_ids"], seen[f"{name}_ids"])
-        np.testing.assert_array_equal(seen["after_logps"], seen[f"{name}_logps"])
+    for name in ("tapped", "vocabulary", "after"):
+        np.testing.assert_array_equal(seen["plain_ids"], seen[f"{name}_ids"])
+        np.testing.assert_array_equal(seen["plain_logps"], seen[f"{name}_logps"])
     # each of the 48 tokens and of the prompt rows that end a step is sampled from a row of its own
     assert seen["n_kept"] >= seen["after_ids"].size
 
@@ -106,6 +106,23 @@ def test_a_distribution_is_the_one_that_the_tokens_logp_comes_from(moe: Run) -> 
             assert vocab.logps_NV.shape == (tokens.is_response_T.sum(), 257)
             own = vocab.logps_NV[np.arange(len(vocab)), tokens.token_id_T[vocab.row_N]]
             np.testing.assert_array_equal(own, capture.logp_T[vocab.row_N])
+
+
+def test_trains_distributions_are_those_of_the_model_without_hooks(moe: Run, model: Any) -> None:
+    """Not only at the token: the whole row, against a forward that moediag has no part in."""
+    import torch
+
+    shard = moe.shards[0]
+    vocab, first = moe.load_vocab("train", shard), 0
+    assert vocab is not None
+    for ids, is_response in list(sequences(moe))[:3]:
+        with torch.inference_mode():
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        row = torch.nonzero(is_response).flatten()
+        expected = torch.log_softmax(logits[row - 1].double(), dim=-1).numpy()
+        np.testing.assert_allclose(vocab.logps_NV[first : first + len(row)], expected, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(np.exp(vocab.logps_NV[first : first + len(row)]).sum(1), 1.0, atol=1e-5)
+        first += len(row)
 
 
 def test_hooked_and_unhooked_logits_of_transformers_are_bit_equal(moe: Run, model: Any) -> None:

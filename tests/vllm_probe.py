@@ -1,7 +1,7 @@
 """Runs vLLM in a process of its own for test_engines_observation.py: `python vllm_probe.py RUN CKPT OUT.npz`.
 
-One engine start answers two questions: are greedy tokens and log-probabilities the same with the taps, with whole
-distributions kept, without any of it and after it was taken off; and does the prefill of given tokens keep the same
+One engine start answers two questions: are greedy tokens and log-probabilities the same before the taps, with them,
+with whole distributions kept, and after all was taken off; and does the prefill of given tokens keep the same
 distributions as their decoding did? RUN is a run of given completions, made with ``--full-vocab``.
 """
 
@@ -40,13 +40,20 @@ def greedy(llm: Any, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 def main(run_path: str, checkpoint: str, output: str) -> None:
     from moediag.engines.vllm_engine import InferEngine
 
+    class Watched(InferEngine):
+        """Also says what vLLM gave before its taps were set."""
+
+        def _install(self) -> list[dict[str, Any]]:
+            self.plain = greedy(self.llm, prompts)
+            return super()._install()
+
     run = open_run(run_path)
+    prompts = run.prompt_tokens()[0]
     request = ArmRequest("infer", {"dtype": "bfloat16", "max_model_len": 512}, path=PREFILL)
-    engine = InferEngine(run, checkpoint, request)
+    engine = Watched(run, checkpoint, request)
     run.begin_arm("infer", engine.arm_record(request.configuration()), engine.correction_bias())
     fill_missing_shards(run, "infer", Silent(), engine.capture_shard)  # type: ignore[arg-type]
-    prompts = [prompt for _, _, prompt, _ in engine.prompts[:8]]
-    seen = {"tapped": greedy(engine.llm, prompts)}
+    seen = {"plain": engine.plain, "tapped": greedy(engine.llm, prompts)}
     # vLLM counts its own requests; whichever numbers it has reached, all of them keep whole distributions
     everyone = {str(request_id): 0 for request_id in range(1000)}
     engine.llm.collective_rpc("moediag_begin", args=(None, everyone))
