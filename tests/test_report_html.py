@@ -43,7 +43,8 @@ FLOORS = {
     "infer": {"arm": "infer-redecode", "pair": "infer~infer-redecode", "what": "decode again",
               "is_bit_exact": True, "n_tokens": 2048, "mean": 0.0, "p99": 0.0, "max": 0.0, "flip_rate": 0.0},
     "metrics": {
-        "abs_logp_diff.mean": {"floor": 0.0007, "rule": "sum", "is_bit_exact": False, "ratio": 25.9, "note": ""},
+        "abs_logp_diff.mean": {"floor": 0.0007, "floor_ci": [0.0005, 0.0009], "rule": "sum", "is_bit_exact": False,
+                               "ratio": 25.9, "rounding": 0.016, "note": ""},
         "abs_logp_diff.p99": {"floor": 0.004, "rule": "larger", "is_bit_exact": False, "ratio": 50.2, "note": ""},
         "kl_infer_train_k3": {"floor": 0.0, "rule": "larger", "is_bit_exact": False, "ratio": None, "note": ""},
         "extreme_share_2": {"floor": None, "rule": "larger", "is_bit_exact": False, "ratio": None, "note": ""},
@@ -53,10 +54,11 @@ FLOORS = {
     },
     "decode_vs_prefill": {"pair": "infer~infer-rescore", "what": "prefill", "mean": 0.0, "p99": 0.0, "max": 0.0,
                           "is_bit_exact": True},
+    "rounding": {"arm": "train-perturbed", "pair": "train~train-perturbed", "what": "one ulp", "mean": 0.016},
     "noise": [{"arm": "train-perturbed", "pair": "train~train-perturbed", "what": "one ulp", "mean": 0.016,
                "flip_rate": 0.024}],
 }  # fmt: skip
-VERDICT = {"word": "above floor", "reason": "more than each from itself", "evidence": ["25.9 times its floor"]}
+VERDICT = {"word": "above rounding", "reason": "more than rounding makes", "evidence": ["1.2 times that"]}
 
 
 class Parsed(HTMLParser):
@@ -231,15 +233,15 @@ def test_every_table_says_what_it_shows_and_headings_are_in_order(moe: dict[str,
 
 def test_floors_stand_beside_the_numbers(moe: dict[str, pd.DataFrame]) -> None:
     rows = {row[0]: row for row in Parsed(html_page(run_page(summary_of(moe), moe, []))).tables[0]}
-    assert rows["abs logp diff, mean"][3:5] == ["0.000700", "26×"]
-    assert rows["KL(infer‖train), k3"][3:5] == ["0", "–"], "no ratio to a floor of 0"
-    assert rows["flip rate: expert set differs"][3:5] == ["0.10 %", "23×"]
-    assert rows["tokens with a flip in any layer"][3] == "0.50 % (infer side not measured)"
+    assert rows["abs logp diff, mean"][3:5] == ["0.000700 (0.000500 to 0.000900), 26× that", "0.0160"]
+    assert rows["KL(infer‖train), k3"][3:5] == ["0", "not measured"], "no ratio to a floor of 0"
+    assert rows["flip rate: expert set differs"][3:5] == ["0.10 %, 23× that", "not measured"]
+    assert rows["tokens with a flip in any layer"][3] == "0.50 %, 22× that (infer side not measured)"
     text = markdown_page(run_page(summary_of(moe), moe, []))
-    assert "**Verdict: above floor**: more than each from itself." in text
-    assert "- 25.9 times its floor\n" in text
+    assert "**Verdict: above rounding**: more than rounding makes." in text
+    assert "- 1.2 times that\n" in text
     assert "infer's from `infer~infer-redecode` (decode again): bit-exact" in text
-    assert "| noise scale | `train~train-perturbed` | one ulp | 0.0160 |" in text
+    assert "| rounding scale | `train~train-perturbed` | one ulp | 0.0160 |" in text
 
 
 def test_a_bit_exact_floor_is_called_so_and_half_a_floor_names_the_other_half(moe: dict[str, pd.DataFrame]) -> None:
@@ -247,7 +249,7 @@ def test_a_bit_exact_floor_is_called_so_and_half_a_floor_names_the_other_half(mo
     floors = {**FLOORS, "train": None, "metrics": {"abs_logp_diff.mean": mean}}
     text = html_page(run_page(summary_of(moe, floors), moe, []))
     first = Parsed(text).tables[0]
-    assert first[1][3:5] == ["bit-exact", "–"]
+    assert first[1][3:5] == ["bit-exact", "not measured"]
     assert first[2][3:5] == ["–", "–"], "a number that has no floor is not said to lack one"
     assert "train's was not measured" in Parsed(text).text
 
@@ -304,7 +306,7 @@ def test_any_number_of_runs_is_compared_on_one_page(
     headline = parsed.tables[0]
     means = [row for row in headline if row[0] == "abs logp diff, mean"]
     assert [row[1] for row in means] == list(runs)
-    assert all(" to " in row[3] and row[4] == "0.000700" and row[5] == "26×" for row in means)
+    assert all(" to " in row[3] and row[4].startswith("0.000700 (") and row[4].endswith("26× that") for row in means)
     assert len([row for row in headline if row[0].startswith("flip rate")]) == (n_runs + 1) // 2, "dense runs have none"
     assert markdown_tables(text)[0] == headline
     assert {tag for tag, _ in parsed.elements} <= ALLOWED

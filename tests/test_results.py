@@ -25,7 +25,11 @@ LENGTHS = [(2, 6)] * 12  # (prompt, response) tokens; 12 prompts are enough for 
 
 
 def make_run(
-    path: Path, arms: tuple[str, ...] = ("infer", "train"), is_moe: bool = True, completions: bool = False
+    path: Path,
+    arms: tuple[str, ...] = ("infer", "train"),
+    is_moe: bool = True,
+    completions: bool = False,
+    sampler: str = "infer",
 ) -> Run:
     """A complete run in two shards."""
     sink = io.BytesIO()
@@ -39,6 +43,7 @@ def make_run(
         "prompts": {"n": len(LENGTHS), "source": "p.jsonl", "source_sha256": "p"},
         "completions": completions,
         "moediag_version": "0",
+        **({} if sampler == "infer" else {"sampled_by": sampler}),
         "shards": [vars(shard) for shard in split_into_shards(len(LENGTHS), 8)],
     }, sink.getvalue())  # fmt: skip
     for shard in run.shards:
@@ -51,7 +56,8 @@ def make_run(
 
 
 def begin(run: Run, arm: str) -> None:
-    run.begin_arm(arm, {"configuration": {}, "engine": arm, "replay": {"source": "infer"} if "replay" in arm else None})
+    replay = {"source": "infer"} if "replay" in arm else None
+    run.begin_arm(arm, {"configuration": {}, "engine": arm, "replay": replay, "is_routed": "production" not in arm})
 
 
 def write(run: Run, arm: str, shard: object, is_moe: bool = True) -> None:
@@ -59,12 +65,13 @@ def write(run: Run, arm: str, shard: object, is_moe: bool = True) -> None:
     tokens = run.tokens(shard)
     base = capture_of(tokens, seed=shard.index, last_row=arm != "infer")
     routed = base if arm != "train" else capture_of(tokens, seed=100 + shard.index, last_row=True)
-    size = {"infer": 0.0, "train": 0.02, "train-replay": 0.005}[arm]
+    size = {"infer": 0.0, "infer-production": 0.01, "train": 0.02, "train-replay": 0.005}[arm]
     sign = np.where(np.arange(len(tokens)) % 3 == 0, 1.0, -1.0)
     wobble = 1 + 0.5 * np.sin(tokens.prompt_id_T)
     logp = (base.logp_T - 1 + size * sign * wobble).astype(np.float32)
-    arrays = {**routed.arrays(), "logp_T": logp} if is_moe else {"logp_T": logp, "entropy_T": base.entropy_T}
-    run.write_capture(arm, shard, tokens, Capture(**arrays), {}, {"gate_weights_TLK": "float32"} if is_moe else {})
+    is_routed = is_moe and arm != "infer-production"
+    arrays = {**routed.arrays(), "logp_T": logp} if is_routed else {"logp_T": logp, "entropy_T": base.entropy_T}
+    run.write_capture(arm, shard, tokens, Capture(**arrays), {}, {"gate_weights_TLK": "float32"} if is_routed else {})
 
 
 @pytest.fixture(scope="module")
@@ -301,18 +308,46 @@ def test_a_half_captured_further_arm_does_not_block_the_main_pair(folder: Path) 
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_the_pair_that_counts_is_train_and_the_arm_that_sampled(tmp_path: Path) -> None:
+    """Tokens came from the unobserved rollouts, but the headline took infer's log-probabilities for them, k3 of infer's
+    forced tokens was called a KL, and rollouts against train were not analysed at all."""
+    arms = ("infer-production", "infer", "train", "train-replay")
+    run = make_run(tmp_path / "run", arms=arms, sampler="infer-production")
+    summary = analyze_run(run)
+    pairs = summary["pairs"]
+    assert summary["main_pair"] == "infer-production~train"
+    means = {name: pair["logp"]["abs_logp_diff"]["mean"] for name, pair in pairs.items()}
+    assert means["infer-production~train"] == pytest.approx(means["infer~train"] / 2, rel=0.01)
+    assert pairs["infer-production~train"]["routing"] == pairs["infer~train"]["routing"] != None  # noqa: E711
+    assert pairs["infer-production~infer"]["routing"] is None, "routes taken from infer say nothing against infer"
+    frames = load_frames(run)
+    assert frames["tokens"]["n_flipped_layers"].max() > 0
+    page = report_run(run).read_text()
+    assert "Pair `infer-production~train`" in page
+    assert "k3 statistic (forced text: no KL)" in page.split("Routing replay")[1]
+    assert "k3 statistic" not in page.split("Routing replay")[0]
+    assert "settings that capture forces" in page
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_the_share_that_replay_removes_is_that_of_the_two_means(tmp_path: Path) -> None:
     """Replay was captured and analysed and shown nowhere; the share is one statistic over the same tokens."""
     run = make_run(tmp_path / "run", arms=("infer", "train", "train-replay"))
     summary = analyze_run(run)
     plain, forced = (summary["pairs"][pair]["logp"]["abs_logp_diff"]["mean"] for pair in sorted(summary["pairs"]))
     replay = summary["routing_replay"]
-    assert replay["removed_share"] == pytest.approx(1 - forced / plain) == pytest.approx(0.75, abs=0.001)
-    low, high = replay["removed_share_ci"] or (0.0, 1.0)
-    assert low <= replay["removed_share"] <= high
+    mean = replay["removed"]["abs_logp_diff.mean"]
+    assert mean["share"] == pytest.approx(1 - forced / plain) == pytest.approx(0.75, abs=0.001)
+    low, high = mean["share_ci"] or (0.0, 1.0)
+    assert low <= mean["share"] <= high
+    assert replay["removed"]["abs_logp_diff.p99"]["share"] == pytest.approx(0.75, abs=0.01)
+    assert replay["removed"]["kl_infer_train_k3"]["share"] == pytest.approx(1 - 0.25**2, abs=0.01)
+    assert (replay["layers"], replay["is_broken"]) == (None, False)
     assert (replay["n_tokens"], replay["n_prompts"]) == (72, 12)
     page = report_run(run).read_text()
-    assert "**At most this much of the mismatch is routing (R9): 75.0" in page
+    assert (
+        "**Forcing infer's experts on train in all MoE layers removes 75 % of the mean abs logp diff, 75 % of" in page
+    )
     assert "Infer's experts were forced on train in all MoE layers." in page
 
 
@@ -323,7 +358,7 @@ def test_replay_of_bit_exact_arms_names_no_share(tmp_path: Path) -> None:
         for arm in ("train", "train-replay"):
             same = Capture(**{**run.capture(arm, shard).arrays(), "logp_T": run.capture("infer", shard).logp_T})
             run.write_capture(arm, shard, run.tokens(shard), same, {}, {"gate_weights_TLK": "float32"})
-    assert analyze_run(run)["routing_replay"]["removed_share"] is None
+    assert analyze_run(run)["routing_replay"]["removed"]["abs_logp_diff.mean"]["share"] is None
     assert "There is no mismatch whose part could be named." in report_run(run).read_text()
 
 

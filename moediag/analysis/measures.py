@@ -174,6 +174,9 @@ TOKEN_MEASURES: Final = (
 )
 """Means over tokens, in the order of the tables; every stratum gets the same ones."""
 
+BIT_EXACT: Final = TokenMeasure("bit_exact_share", "1", ONE, "rate", lambda x: (x.diff_T == 0).astype(np.float64))
+"""Tokens with the same log-probability, bit for bit: what a floor is made of."""
+
 QUANTILE_MEASURES: Final[tuple[tuple[str, float, Callable[[Scored], Float64]], ...]] = (
     ("abs_logp_diff.p50", 0.5, abs_diff),
     ("abs_logp_diff.p90", 0.9, abs_diff),

@@ -34,6 +34,7 @@ _SUMMARISED = (
     "kl_infer_train_k3",
     "mean_ratio",
     "extreme_share_2",
+    "bit_exact_share",
     "prob_mult_error",
     "binary_kl_infer_train",
     "binary_kl_train_infer",

@@ -64,11 +64,11 @@ def profile_requests(
     """The arms of the main job, in the order in which they are captured.
 
     Args:
-        with_floors: each engine against itself as well, and for a MoE the scale of one-ulp noise.
+        with_floors: each engine against itself as well, and the scale of one-ulp noise.
         production: vLLM's options where unobserved rollouts sample the tokens.
     """
     given = plan.completion_ids is not None
-    floors = ["infer-repeat", "train-repeat", *(["train-perturbed"] if plan.checkpoint.routing else [])]
+    floors = ["infer-repeat", "train-repeat", "train-perturbed"]
     engines = {INFER_PRODUCTION: production, INFER: infer, TRAIN: train}
     sampler = [INFER_PRODUCTION] if production is not None else []
     arms = [*sampler, INFER, TRAIN, *([TRAIN_REPLAY] if replay else []), *(floors if with_floors else [])]

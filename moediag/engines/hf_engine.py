@@ -186,7 +186,8 @@ class TrainEngine:
     def _perturbed(self, name: str) -> AbstractContextManager[object]:
         if not self.request.perturbation:
             return nullcontext()
-        return Perturbed(find_blocks(self.model), self.request.perturbation, seed_of(name))
+        modules = [block.gate for block in find_blocks(self.model)] if self.spec else decoder_layers(self.model)
+        return Perturbed(modules, self.request.perturbation, seed_of(name))
 
     def score(
         self, tokens: TokenRows, batch: Batch, forced: ForcedRoutes | None = None, vocab: VocabRows | None = None
@@ -223,6 +224,22 @@ def load_model(checkpoint: str, options: dict[str, Any]) -> Any:
         options["device_map"] = "cuda"
     model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True, **options)
     return model.eval()
+
+
+def decoder_layers(model: Any) -> list[torch.nn.Module]:
+    """The decoder layers, in order: the module list of as many entries as config.json says.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    n_layers = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    found = next((layers for layers in lists if len(layers) == n_layers), None)
+    if found is None:
+        raise CheckpointError(
+            f"{type(model).__name__} has no list of {n_layers} decoder layers; please report this model"
+        )
+    return list(found)
 
 
 def score_sequence(

@@ -46,7 +46,9 @@ _ROWS: Final = (
     ("masked", "tokens whose ratio leaves the closed band: weight 0, no update", "share of n", "lower loses less",
      "presets are not portable between stacks"),
     ("floor", "the same number of one engine against itself", "the number's", "lower is better",
-     "a number without a floor says nothing of noise"),
+     "says whether an engine repeats itself; one that is mostly exact zeros is no scale for what two engines do"),
+    ("rounding scale", "the same number with one unit in the last place added to every router input (dense model: to "
+     "every block's input)", "the number's", "-", "says what harmless arithmetic does to this very model"),
 )  # fmt: skip
 
 

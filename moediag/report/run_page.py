@@ -32,7 +32,7 @@ from moediag.report.measures import (
     routing_measures,
     text_origin,
 )
-from moediag.report.pairs import MAIN_PAIR
+from moediag.report.pairs import OBSERVED_PAIR, main_pair_name
 from moediag.report.replay import replay_blocks
 from moediag.report.text import Markdown, code, plain
 
@@ -57,6 +57,10 @@ _TIE_WORDS: Final = (
 _MODEL_WORDS: Final = Markdown(
     "*Explained*: the noise comes from this very pair, cross-fitted by prompt. *Forecast*: the noise comes from "
     "elsewhere (a perturbation arm of one engine, another dtype)."
+)
+UNOBSERVED_WORDS: Final = (
+    "Its log-probabilities are those of the rollouts as they ran; which experts ran is known from decoding the same "
+    "tokens again under observation (arm infer). "
 )
 _DENSE_WORDS: Final = Markdown(
     "This run is **dense**: it has no expert routing, so there is no agreement by layer and there are no margins."
@@ -117,19 +121,20 @@ def check_version(summary: Summary) -> None:
 
 
 def main_pair(summary: Summary) -> Summary:
-    """The pair infer~train of a summary.
+    """The main pair of a summary.
 
     Raises:
         MoediagError: another schema version, or no such pair.
     """
     check_version(summary)
     pairs: Mapping[str, Summary] = summary.get("pairs") or {}
-    if MAIN_PAIR not in pairs:
+    name = main_pair_name(summary)
+    if name not in pairs:
         raise MoediagError(
-            f"the report wants a summary with the pair {MAIN_PAIR}, found {', '.join(pairs) or 'none'}: "
+            f"the report wants a summary with the pair {name}, found {', '.join(pairs) or 'none'}: "
             "capture both arms, then analyze"
         )
-    return pairs[MAIN_PAIR]
+    return pairs[name]
 
 
 class _Pictures:
@@ -157,7 +162,7 @@ def _first_blocks(summary: Summary, pair: Summary, frames: Frames) -> tuple[Bloc
     blocks: list[Block] = [
         measured_table(measures, "The five numbers to look at first"),
         floor_words(summary),
-        _pair_words(pair),
+        _pair_words(main_pair_name(summary), pair),
         sampling_words(summary),
     ]
     return tuple(block for block in blocks if block)
@@ -174,11 +179,12 @@ def _closing_sections(summary: Summary, show: _Pictures, regenerate: Sequence[st
     ]
 
 
-def _pair_words(pair: Summary) -> Markdown:
+def _pair_words(name: str, pair: Summary) -> Markdown:
     counts = [count(pair.get("n_tokens"), "token"), count(pair.get("n_unscored"), "token")]
     wholes = [count(pair.get("n_sequences"), "sequence"), count(pair.get("n_prompts"), "prompt")]
     return Markdown(
-        f"Pair {code(MAIN_PAIR)}: {counts[0]} scored by both arms, {counts[1]} not scored, {', '.join(wholes)}. "
+        f"Pair {code(name)}: {counts[0]} scored by both arms, {counts[1]} not scored, {', '.join(wholes)}. "
+        f"{'' if name == OBSERVED_PAIR else UNOBSERVED_WORDS}"
         f"{definitions.SIGN_WORDS}"
     )
 
@@ -194,7 +200,7 @@ def _mismatch_sections(summary: Summary, pair: Summary, frames: Frames, show: _P
             made(frames, "exact_divergences", tables.exact_table),
             measured_table(further, "Numbers that other frameworks print") if further else None,
         ),
-        section("floors", "Noise floors", *floor_blocks(summary)),
+        section("floors", "Noise floors and rounding scale", *floor_blocks(summary)),
         section(
             "tail",
             "The tail",
