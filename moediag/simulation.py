@@ -31,7 +31,7 @@ from moediag.figures.corrections import draw_simulation_figures
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.html import html_page
 from moediag.report.markdown import markdown_page
-from moediag.report.pairs import MAIN_PAIR
+from moediag.report.pairs import main_pair_name
 from moediag.report.simulation_page import simulation_page
 from moediag.results import load_summary
 from moediag.run.derived import SIMULATION_SEAL
@@ -146,13 +146,13 @@ def add_sweep(
 
 def run_floor_k3(run: Run, pair: str) -> float | None:
     """k3 of the run's engines against themselves [nat]; None where no analysis has measured it, or for another pair."""
-    if pair != MAIN_PAIR:
-        return None
     try:
-        metrics = (load_summary(run).get("floors") or {}).get("metrics", {})
+        summary = load_summary(run)
     except (CorruptRunError, IncompleteRunError):
         return None
-    floor = metrics.get("kl_infer_train_k3", {}).get("floor")
+    if pair != main_pair_name(summary):
+        return None
+    floor = (summary["floors"] or {}).get("metrics", {}).get("kl_infer_train_k3", {}).get("floor")
     return None if floor is None else float(floor)
 
 

@@ -46,7 +46,7 @@ class Perturbed:
     def __enter__(self) -> Perturbed:
         for module in self.modules:
             self._wrapped.append((module, module.__dict__.get("forward")))
-            module.forward = self._forward(module.forward)  # type: ignore[method-assign]
+            module.forward = self._forward(module.forward)
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -83,8 +83,8 @@ def _removed_words(replay: Summary) -> str:
         return "There is no mismatch whose part could be named."
     if replay.get("is_broken"):
         return said[0]
-    bounds = mean.get("share_ci") or (None, None)
-    known = f"of the mean, 95 %: {interval(*bounds, 'share', str(mean.get('note') or ''))}"
+    low, high = mean.get("share_ci") or (None, None)
+    known = f"of the mean, 95 %: {interval(low, high, 'share', str(mean.get('note') or ''))}"
     n = f"{count(replay.get('n_tokens'), 'token')} of {count(replay.get('n_prompts'), 'prompt')}"
     worse = " A negative share: with infer's experts the arms differ more." if mean["share"] < 0 else ""
     return f"{said[0]} ({known}; {n}; the same tokens with and without.){worse} {NO_PART_WORDS}"
