@@ -179,8 +179,7 @@ def _verdict(config: dict[str, Any]) -> str:
     try:
         return "dense" if router_spec(config, "here") is None else "captured"
     except CheckpointError as error:
-        assert "is not known to this version" in str(error)
-        return "refused"
+        return "refused" if "is not known to this version" in str(error) else str(error)
 
 
 def _counts_of_experts(config: Any) -> set[int]:
@@ -201,7 +200,7 @@ def test_every_config_class_of_transformers_is_dense_only_without_experts_anywhe
     for name in CONFIG_MAPPING:
         try:
             config = CONFIG_MAPPING[name]()
-        except Exception:  # noqa: S112 - wants parts, packages or the hub: nothing to read
+        except Exception:  # wants parts, packages or the hub: nothing to read
             continue
         as_saved = json.loads(config.to_json_string())
         verdicts[name] = _verdict(as_saved)

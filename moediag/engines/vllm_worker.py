@@ -48,9 +48,7 @@ class MoediagWorkerExtension:
         routers = find_routers(self.model_runner.model)
         router_spec = RouterSpec.from_record(spec) if spec else None
         bias_LE = correction_bias([router for _, _, router in routers])
-        recorder = StepRecorder(
-            router_spec, level if self.rank == 0 else IDS, bias_LE, scales_after_experts(routers)
-        )
+        recorder = StepRecorder(router_spec, level if self.rank == 0 else IDS, bias_LE, scales_after_experts(routers))
         self._moediag_recorder = recorder
         self._moediag_undo: list[Undo] = [
             *tap_runner(self.model_runner, recorder),
@@ -141,7 +139,9 @@ def describe_worker(runner: Any, routers: list[tuple[int, torch.nn.Module, Any]]
             if (value := getattr(routers[0][2], name, None) if routers else None) is not None
         },
         "scale_after_experts": sorted(set(scales_after_experts(routers))),
-        "weights_on_input": any(bool(getattr(_experts(m), "apply_router_weight_on_input", False)) for _, m, _ in routers),
+        "weights_on_input": any(
+            bool(getattr(_experts(m), "apply_router_weight_on_input", False)) for _, m, _ in routers
+        ),
         "router_classes": sorted({type(r).__name__ for _, _, r in routers}),
         "experts_kernel": sorted({type(method).__name__ for method in quant_methods if method is not None}),
         "is_monolithic": any(bool(getattr(method, "is_monolithic", False)) for method in quant_methods),
