@@ -61,6 +61,7 @@ class FamilyMeasures:
     mean_abs_logp_diff_replayed_with_weights: float
     findings: tuple[str, ...]
     gate_weights: dict[str, Any]
+    gate_weight_sums: dict[str, float]
     disagreements: tuple[str, ...]
     biases: dict[str, list[list[float]] | None]
     explained: dict[str, float]
@@ -151,12 +152,19 @@ def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures
         mean_abs_logp_diff_replayed_with_weights=mean_abs_diff("weighted"),
         findings=tuple(finding.rule for finding in findings if finding.level != "note"),
         gate_weights={arm: run.arm(arm).get("gate_weights") for arm in ("infer", "train")},
+        gate_weight_sums={arm: _gate_weight_sum(run.capture(arm, shard), routed_T) for arm in ("infer", "train")},
         disagreements=tuple(run.arm("infer")["disagreements"]),
         biases={arm: _listed(run.correction_bias(arm)) for arm in ("infer", "train")},
         explained=_explained(run),
         explained_without_bias=_explained(_forgetting_bias(run)),
         kl_exact=float(exact.measures["value"].iloc[0]),
     )
+
+
+def _gate_weight_sum(capture: Capture, routed_T: np.ndarray) -> float:
+    """Mean over (token, layer) of what a token's gate weights add up to."""
+    assert capture.gate_weights_TLK is not None
+    return float(capture.gate_weights_TLK[routed_T].sum(axis=2, dtype=np.float64).mean())
 
 
 def _listed(bias_LE: np.ndarray | None) -> list[list[float]] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ def announce(plan: Plan, output: Path, arms: Sequence[str], dtype: str, is_anew:
             f"Vocab    whole next-token distributions of {plan.full_vocab} of {plan.n_sequences} sequences, "
             f"at most {n_vocab / 1e6:,.1f} MB per arm of infer and train (--full-vocab 0: none)"
         )
-    note(f"Writes   at most {n_bytes / 1e6:,.1f} MB under {output} ({n_bytes / plan.max_token_rows:,.0f} B per token)")
+    per_token = replace(plan, full_vocab=0).max_bytes(arms, dtype) / plan.max_token_rows
+    beside = " beside whole distributions" if plan.full_vocab else ""
+    note(f"Writes   at most {n_bytes / 1e6:,.1f} MB under {output} ({per_token:,.0f} B per token{beside})")
     if not plan.completion_ids and not sampling.is_neutral:
         note("Note     sampling is not neutral (temperature 1, no truncation): k1 and k3 are then no KL estimates")
     if plan.ignored_keys:

@@ -85,7 +85,7 @@ def _refuse_other_weights(run: Run, source: str, shard: Shard) -> None:
     """
     if run.capture(source, shard).gate_weights_TLK is None:
         reason = "kept expert ids only"
-    elif run.arm(source).get("gate_weights") or run.model["routing"]["scaling_factor"] == 1:
+    elif run.arm(source).get("gate_weights") or run.model["routing"].get("scaling_factor", 1) == 1:
         return
     else:
         reason = "was captured by an earlier version, whose gate weights lack routed_scaling_factor"
