@@ -44,7 +44,7 @@ def test_a_rule_that_only_one_engine_follows_is_named(families: dict[str, Family
         "vLLM's routers have renormalize = False, config.json says True",
     )
     assert not any(found.disagreements for name, found in families.items() if name in AGREEING)
-    assert families["olmoe_renormalized"].findings == ("D14-gate-factor",)
+    assert set(families["olmoe_renormalized"].findings) == {"D14-gate-factor", "gate-sum"}
     assert families["olmoe_renormalized"].train_rule_rate == 1.0
     assert families["olmoe_renormalized"].mean_abs_logp_diff > 2 * families["olmoe"].mean_abs_logp_diff
 

@@ -180,16 +180,10 @@ def test_a_changed_frame_is_refused(folder: Path) -> None:
         report_run(open_run("moe"))
 
 
-@pytest.mark.parametrize("command", [["report", "moe"], ["compare", "moe", "dense", "-o", "c"]])
-def test_a_file_in_the_way_of_figures_is_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str], command: list[str]
-) -> None:
+def test_a_file_in_the_way_of_figures_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """RUN/figures being a file ended in a traceback."""
     (folder / "moe" / "figures").write_text("mine")
-    (folder / "c").mkdir()
-    write_sealed(folder / "c" / "summary.json", {"kind": compare.COMPARISON})
-    (folder / "c" / "figures").write_text("mine")
-    assert "cannot write" in refused(capsys, *command)
+    assert "cannot write" in refused(capsys, "report", "moe")
     assert (folder / "moe" / "figures").read_text() == "mine"
 
 
@@ -239,6 +233,7 @@ def test_a_comparison_of_other_runs_is_replaced_only_with_force_and_only_by_a_wh
 
     shutil.copytree("dense", "other")
     assert main(["compare", "moe", "dense", "-o", "c"]) == 0
+    capsys.readouterr()
     before = contents(folder / "c")
     assert "comparison of other runs (dense, moe)" in refused(capsys, "compare", "moe", "other", "-o", "c")
     with monkeypatch.context() as patch:
@@ -249,6 +244,18 @@ def test_a_comparison_of_other_runs_is_replaced_only_with_force_and_only_by_a_wh
     assert main(["compare", "moe", "other", "-o", "c", "--force"]) == 0
     assert list(json.loads((folder / "c" / "summary.json").read_text())["runs"]) == ["moe", "other"]
     assert sorted(path.name for path in folder.iterdir()) == ["c", "dense", "moe", "other"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_comparison_that_cannot_be_read_is_replaced_only_with_force(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "c").mkdir()
+    write_sealed(folder / "c" / "summary.json", {"kind": compare.COMPARISON})
+    (folder / "c" / "figures").write_text("in the way")
+    assert "other runs (which cannot be read)" in refused(capsys, "compare", "moe", "dense", "-o", "c")
+    assert (folder / "c" / "figures").read_text() == "in the way"
+    assert main(["compare", "moe", "dense", "-o", "c", "--force"]) == 0
 
 
 @pytest.mark.usefixtures("no_figures")
