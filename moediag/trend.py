@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ from moediag.figures.style import save_figure
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.blocks import Bullets, interval, number, table
 from moediag.report.text import plain
-from moediag.run.files import make_folder, process_tag, sha256_bytes, write_atomic, write_error, write_sealed
+from moediag.run.files import sha256_bytes, write_atomic, write_sealed
+from moediag.run.replace import made_whole
 from moediag.trend_sources import TrendSource, read_trend
 
 KIND: Final = "moediag trend"
@@ -101,16 +101,8 @@ def write_trend(trend: Trend, output: Path, force: bool = False) -> list[Path]:
         RunError: ``output`` holds something else, or a trend and not ``force``.
     """
     refuse_output(output, force)
-    made = output.absolute().parent / f".{output.absolute().name}.{process_tag()}.tmp"
-    shutil.rmtree(made, ignore_errors=True)
-    try:
-        make_folder(made)
+    with made_whole(output) as made:
         _fill(made, trend)
-        _swap(made, output)
-    except OSError as error:
-        raise write_error(error, output) from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return [output / "trend.md", output / SUMMARY, output / "figures" / "trend.png"]
 
 
@@ -139,20 +131,6 @@ def _fill(folder: Path, trend: Trend) -> None:
     save_figure(figure, folder / "figures", "trend")
     write_atomic(folder / "trend.md", trend_page(trend).encode())
     write_sealed(folder / SUMMARY, {**trend.summary(), "frames": {"trend_by_step": sha256_bytes(sink.getvalue())}})
-
-
-def _swap(made: Path, output: Path) -> None:
-    """The new folder in place of the old one, which goes only when the new one is there."""
-    old = made.with_suffix(".old")
-    if output.exists():
-        output.rename(old)
-    try:
-        made.rename(output)
-    except OSError:
-        if old.exists():
-            old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _kind(path: Path) -> Any:

@@ -162,7 +162,9 @@ NumShards = Annotated[
     int | None,
     typer.Option("--num-shards", metavar="N", help="Workers that fill the run; this one takes every N-th shard."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Start anew: the run that is there is removed.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Start anew: the run that is there goes once the new one is complete.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -52,7 +52,7 @@ def tell(output: Path, force: bool = False, no_text: bool = False) -> None:
     note("\n== moe: what IcePop and its rivals would mask ==")
     _simulate(output / "moe")
     note("\n== moe against dense ==")
-    summary = compare_runs([output / name for name in checkpoints], output / "compare", MOE.window)
+    summary = compare_runs([output / name for name in checkpoints], output / "compare", MOE.window, force)
     show_table(summary["runs"])
     wrote(output / "compare" / "figures" / "figure1.png")
     wrote(output / "compare" / "report.html")
@@ -101,7 +101,7 @@ def _profile(checkpoint: Path, prompts: Path, output: Path, force: bool, no_text
     train = jobs.train_options(dtype="bfloat16")
     # The replay arm says how much of the mismatch is routing.
     requests = jobs.profile_requests(plan, infer, train, replay=plan.checkpoint.routing is not None, with_floors=True)
-    jobs.announce(plan, output, [request.arm for request in requests], "bfloat16")
+    jobs.announce(plan, output, [request.arm for request in requests], "bfloat16", is_anew=force)
     run = plan.create(output, force)
     jobs.capture(run, plan.checkpoint, requests)
     jobs.finish(run, MOE.window, no_text)
