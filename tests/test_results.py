@@ -408,7 +408,8 @@ def test_a_replay_that_makes_things_ten_times_worse_is_called_broken(
         logp_T = infer.logp_T + np.float32(factor) * (train.logp_T - infer.logp_T)
         spoilt = Capture(**{**run.capture("train-replay", shard).arrays(), "logp_T": logp_T})
         run.write_capture("train-replay", shard, run.tokens(shard), spoilt, {}, {"gate_weights_TLK": "float32"})
-    replay = analyze_run(run)["routing_replay"]
+    summary = analyze_run(run)
+    replay = summary["routing_replay"]
     assert replay["removed"]["abs_logp_diff.mean"]["share"] == pytest.approx(1 - factor, abs=0.01)
     assert replay["is_broken"] is is_broken
     words = " ".join(summary["verdict"]["evidence"])
