@@ -118,7 +118,7 @@ def _metrics(diff, n_prompts):
     return pd.DataFrame(
         [
             {"metric": k, "value": v, "ci_low": v * 0.93 * c, "ci_high": v * 1.07 * c, "n_tokens": len(diff),
-             "largest_prompt_share": np.nan if c != 1 else 0.05, "n_prompts": n_prompts, "unit": "nat", "direction": "lower is better",
+             "largest_prompt_share": 0.05 * c, "n_prompts": n_prompts, "unit": "nat", "direction": "lower is better",
              "note": "" if c == 1 else "no interval for a maximum"}
             for k, (v, c) in rows.items()
         ]

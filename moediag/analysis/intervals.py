@@ -60,9 +60,9 @@ Kind = Literal["signed", "positive", "rate"]
 
 MIN_CLUSTERS: Final = 8
 """Fewer prompts than this give no interval: no method tried covers, whatever its width."""
-LARGE_SHARE: Final = 0.3
+LARGE_SHARE: Final = 0.35
 """From this :attr:`Interval.largest_share` on an interval is to be read with care: where samples typically show as
-much, intervals held the mean less than nine times in ten. Ours: last table of this module."""
+much, intervals held a positive mean less than nine times in ten. Ours: last table of this module."""
 _NO_SPREAD: Final = 1e-12
 """Relative standard error below which the spread is float64 rounding, not data."""
 _UNSEEN_CV2: Final = 5.0

@@ -215,7 +215,7 @@ def _completed(everything: Sums, one: Sums) -> Sums:
 
 
 def _tokens_per_decision(one: Sums, correction: Correction) -> float:
-    """Tokens that are masked or truncated together: those of a sequence where the correction decides by the sequence."""
+    """Tokens masked or truncated together: those of a sequence where the correction decides by the sequence."""
     by_sequence = correction.drops_sequences or (correction.log_cap or ("",))[0] == "sequence"
     return float(one["n_tokens"].sum() / max(one["n_sequences"].sum(), 1.0)) if by_sequence else 1.0
 

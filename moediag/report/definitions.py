@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 from moediag.analysis.intervals import LARGE_SHARE
-from moediag.figures.numbers import percent
 from moediag.report.blocks import Bullets, Table, table
 from moediag.report.text import Markdown
 
@@ -49,8 +48,8 @@ _ROWS: Final = (
      "presets are not portable between stacks"),
     ("one prompt carries", "share of a mean's sum, signs aside, that lies in its largest prompt", "share of the sum",
      "lower is surer",
-     f"said from {percent(LARGE_SHARE)} on: on data that typically show so much, 95 % intervals held the mean in 65 to "
-     "94 % of samples, since samples without such a prompt look calm; more prompts help"),
+     f"said from {100 * LARGE_SHARE:.0f} % on: where samples typically show so much, 95 % intervals held the mean in "
+     "65 to 90 % of them, since those that happen to lack such a prompt look calm; more prompts help"),
     ("floor", "the same number of one engine against itself", "the number's", "lower is better",
      "a number without a floor says nothing of noise"),
 )  # fmt: skip

@@ -173,9 +173,7 @@ def logp_measure(metric: str, words: str, unit: str, pair: Summary, frames: Fram
     bounds = lookup(pair.get("logp"), f"{metric}_ci") or (None, None)
     n = _n(metric, pair.get("n_tokens"), pair)
     largest = lookup(pair.get("logp"), f"{metric}_largest_prompt_share")
-    return Measured(
-        words, lookup(pair.get("logp"), metric), bounds[0], bounds[1], n, unit, NONE, largest_share=largest
-    )
+    return Measured(words, lookup(pair.get("logp"), metric), bounds[0], bounds[1], n, unit, NONE, largest_share=largest)
 
 
 def _n(metric: str, n_tokens: int | None, pair: Summary) -> str:
