@@ -1,16 +1,24 @@
 """Measured coverage of moediag's 95 % intervals on synthetic clustered tokens with known truth.
 
-Three truths, all clustered by prompt; logp_diff is clipped to +-3 nat so that exp() has moments:
+Four truths, all clustered by prompt; logp_diff is clipped to +-3 nat so that exp() has moments:
 
 - ``t3``: log-normal prompt scale (sigma 0.5) and length (about 40 to 400 tokens), Student t tails with 3 degrees;
 - ``mixture``: like real captures: an eighth of the diffs exactly 0, sizes log-normal (sigma 1.5), times 2.5 where the
   token flips, responses about 50 to 500 tokens; a diff of 1 nat in a few of ten thousand tokens;
-- ``uneven``: prompts differ by a factor of e either way (log-normal, sigma 1), Laplace tails, equal lengths.
+- ``uneven``: prompts differ by a factor of e either way (log-normal, sigma 1), Laplace tails, equal lengths;
+- ``carried``: one prompt in thirty carries the mean: Laplace diffs of 0.01 nat, of 0.3 nat around -0.3 in such a one.
 
 Each token also has a flip (beta-binomial by prompt, mean 0.1, of four layers), a rare event (0.002) and a p_infer.
 Truth: the same generator, 100 000 prompts.
 
+Two more tables are of sums over prompts alone, 4,000 and 500 sets a cell:
+
+- ``rare``: the interval of a rate of which 0.5 to 64 events are expected, tokens independent or clustered in five ways;
+- ``shares``: means over prompts that are log-normal (sigma 0.5 to 3), beside the median over sets of the share of the
+  sum that lies in its largest prompt.
+
 Usage: python benchmarks/interval_coverage.py [--sets N] [--clusters 16 32 64 128 256] [--truths t3 ...] [--seed S]
+       [--statistics k1 k3 ...] [--tables tokens rare shares]
 """
 
 from __future__ import annotations
@@ -86,7 +94,17 @@ def _uneven(rng: np.random.Generator, n: int) -> tuple[Array, Callable[..., Arra
     return np.full(n, 128), lambda rng, row_T, flip_T: scale_C[row_T] * rng.laplace(size=len(row_T))
 
 
-_TRUTHS = {"t3": _t3, "mixture": _mixture, "uneven": _uneven}
+def _carried(rng: np.random.Generator, n: int) -> tuple[Array, Callable[..., Array]]:
+    carries_C = rng.random(n) < 1 / 30
+
+    def diff(rng: np.random.Generator, row_T: Array, flip_T: Array) -> Array:
+        is_big_T = carries_C[row_T]
+        return np.where(is_big_T, 0.3, 0.01) * rng.laplace(size=len(row_T)) - np.where(is_big_T, 0.3, 0.0)
+
+    return np.full(n, 128), diff
+
+
+_TRUTHS = {"t3": _t3, "mixture": _mixture, "uneven": _uneven, "carried": _carried}
 
 
 def _slope(x: Tokens) -> Interval:
@@ -130,25 +148,87 @@ STATISTICS: dict[str, Callable[[Tokens], Interval]] = {
 }
 
 
-def population(truth: str, n_prompts: int = 100_000) -> dict[str, float]:
+def population(truth: str, names: list[str], n_prompts: int = 100_000) -> dict[str, float]:
     """The value of every statistic in a sample so large that it stands for the truth."""
     data = Tokens(np.random.default_rng(999), n_prompts, truth)
-    values = {name: interval_of(data).value for name, interval_of in STATISTICS.items() if name != "position slope"}
-    return {**values, "position slope": 0.0}
+    return {name: 0.0 if name == "position slope" else STATISTICS[name](data).value for name in names}
 
 
 def measure(truth: str, n_clusters: int, n_sets: int, seed: int, true: dict[str, float]) -> dict[str, tuple[int, int]]:
     """(sets covered, sets with an interval) by statistic; sets without one count as neither."""
     rng = np.random.default_rng(seed)
-    hit, given = dict.fromkeys(STATISTICS, 0), dict.fromkeys(STATISTICS, 0)
+    hit, given = dict.fromkeys(true, 0), dict.fromkeys(true, 0)
     for _ in range(n_sets):
         data = Tokens(rng, n_clusters, truth)
-        for name, interval_of in STATISTICS.items():
-            interval = interval_of(data)
+        for name in true:
+            interval = STATISTICS[name](data)
             if np.isfinite(interval.low) and np.isfinite(interval.high):
                 given[name] += 1
                 hit[name] += interval.low <= true[name] <= interval.high
-    return {name: (hit[name], given[name]) for name in STATISTICS}
+    return {name: (hit[name], given[name]) for name in true}
+
+
+RARE = (0.5, 1, 2, 4, 8, 12, 16, 24, 32, 64)
+"""Events expected in a whole set."""
+SIGMAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+N_WIDE = 4000
+
+
+def _lengths(rng: np.random.Generator, n_clusters: int) -> Array:
+    return np.clip(np.exp(rng.normal(5.5, 0.6, n_clusters)), 10, 2000).round()
+
+
+def _gamma(squared_cv: float) -> Callable[[np.random.Generator, Array], Array]:
+    """Prompts' rates differ: gamma with that squared coefficient of variation."""
+    return lambda rng, mean_CM: rng.poisson(mean_CM * rng.gamma(1 / squared_cv, squared_cv, mean_CM.shape))
+
+
+def _bursts(size: float) -> Callable[[np.random.Generator, Array], Array]:
+    """Events come in bursts of one prompt, geometric with that mean."""
+
+    def draw(rng: np.random.Generator, mean_CM: Array) -> Array:
+        bursts_CM = rng.poisson(mean_CM / size)
+        return bursts_CM + np.where(bursts_CM, rng.negative_binomial(np.maximum(bursts_CM, 1), 1 / size), 0)
+
+    return draw
+
+
+CLUSTERINGS: dict[str, Callable[[np.random.Generator, Array], Array]] = {
+    "independent": lambda rng, mean_CM: rng.poisson(mean_CM),
+    "prompts differ, CV^2 2": _gamma(2),
+    "prompts differ, CV^2 5": _gamma(5),
+    "bursts of 3": _bursts(3),
+    "bursts of 10": _bursts(10),
+    "1 prompt in 30": lambda rng, mean_CM: rng.poisson(30 * mean_CM * (rng.random(mean_CM.shape) < 1 / 30)),
+}
+
+
+def show_rare(n_clusters: int, seed: int) -> None:
+    """Coverage of a rate's interval by the number of events expected, one row per way of clustering."""
+    length_C = _lengths(np.random.default_rng(seed), n_clusters)[:, None]
+    print(f"{f'{n_clusters} prompts, events:':<26}" + "".join(f"{n:>7}" for n in RARE))
+    for name, draw in CLUSTERINGS.items():
+        rng, cells = np.random.default_rng(seed), []
+        for n_events in RARE:
+            rate = n_events / length_C.sum()
+            events_CM = np.minimum(draw(rng, np.tile(rate * length_C, N_WIDE)), length_C)
+            found = ratio_mean_interval(events_CM, length_C, "rate")
+            cells.append(np.mean((found.low_M <= rate) & (rate <= found.high_M)))
+        print(f"{name:<26}" + "".join(f"{cell:7.3f}" for cell in cells), flush=True)
+
+
+def show_shares(n_clusters: int, seed: int) -> None:
+    """Coverage of a mean beside the typical share of its largest prompt, one row per spread of the prompts."""
+    length_C = _lengths(np.random.default_rng(seed), n_clusters)[:, None]
+    print(f"{f'{n_clusters} prompts':<14}{'share':>8}{'positive':>10}{'signed':>8}")
+    for sigma in SIGMAS:
+        rng = np.random.default_rng(seed)
+        sums_CM = length_C * np.exp(rng.normal(0, sigma, (n_clusters, N_WIDE // 8)))
+        truth = np.exp(sigma**2 / 2)
+        found = {kind: ratio_mean_interval(sums_CM, length_C, kind) for kind in ("positive", "signed")}
+        covered = [np.mean((one.low_M <= truth) & (truth <= one.high_M)) for one in found.values()]
+        share = np.median(found["positive"].largest_share_M)
+        print(f"{f'sigma {sigma}':<14}{share:8.2f}{covered[0]:10.3f}{covered[1]:8.3f}", flush=True)
 
 
 def _cell(hits: int, given: int, n_sets: int) -> str:
@@ -164,15 +244,20 @@ def main() -> int:
     parser.add_argument("--sets", type=int, default=200, help="simulated data sets per truth and number of prompts")
     parser.add_argument("--clusters", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     parser.add_argument("--truths", nargs="+", default=list(_TRUTHS), choices=list(_TRUTHS))
+    parser.add_argument("--statistics", nargs="+", default=list(STATISTICS), choices=list(STATISTICS))
+    parser.add_argument("--tables", nargs="+", default=["tokens", "rare", "shares"])
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     start = time.perf_counter()
-    for truth in args.truths:
-        true = population(truth)
+    for truth in args.truths if "tokens" in args.tables else ():
+        true = population(truth, args.statistics)
         columns = [measure(truth, c, args.sets, args.seed + c, true) for c in args.clusters]
         print(f"{truth:<20}" + "".join(f"{c:>9}" for c in args.clusters))
-        for name in STATISTICS:
+        for name in true:
             print(f"{name:<20}" + "".join(_cell(*column[name], args.sets) for column in columns), flush=True)
+    for name, show in (("rare", show_rare), ("shares", show_shares)):
+        for n_clusters in args.clusters if name in args.tables else ():
+            show(n_clusters, args.seed)
     print(f"* fewer than 9 sets in 10 had an interval; {args.sets} sets, {time.perf_counter() - start:.0f} s")
     return 0
 

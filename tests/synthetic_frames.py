@@ -118,7 +118,7 @@ def _metrics(diff, n_prompts):
     return pd.DataFrame(
         [
             {"metric": k, "value": v, "ci_low": v * 0.93 * c, "ci_high": v * 1.07 * c, "n_tokens": len(diff),
-             "n_prompts": n_prompts, "unit": "nat", "direction": "lower is better",
+             "largest_prompt_share": 0.05 * c, "n_prompts": n_prompts, "unit": "nat", "direction": "lower is better",
              "note": "" if c == 1 else "no interval for a maximum"}
             for k, (v, c) in rows.items()
         ]
@@ -330,6 +330,7 @@ def make_summary(frames, path="models/tiny-moe", **model):
         home = logp[group] if group else logp
         home[leaf or name] = float(row["value"])
         home[f"{leaf or name}_ci"] = None if np.isnan(row["ci_low"]) else [row["ci_low"], row["ci_high"]]
+        home[f"{leaf or name}_largest_prompt_share"] = row["largest_prompt_share"]
     routing = None
     if len(layers):
         any_share = float((tokens["n_flipped_layers"] > 0).mean())

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from moediag.analysis.intervals import (
     MIN_CLUSTERS,
@@ -51,10 +56,103 @@ def test_signed_interval_negates_with_its_data() -> None:
     assert (minus.value, minus.low, minus.high) == pytest.approx((-plus.value, -plus.high, -plus.low))
 
 
-@pytest.mark.parametrize(("rate", "bounds"), [(0, (0.0, 1 - 0.025 ** (1 / 16))), (1, (0.025 ** (1 / 16), 1.0))])
-def test_a_rate_of_0_or_1_is_not_certain(rate: int, bounds: tuple[float, float]) -> None:
-    interval = ratio_mean_interval(np.full(16, 100 * rate), np.full(16, 100), "rate").one()
-    assert (interval.value, interval.low, interval.high) == pytest.approx((rate, *bounds))
+def _of_events(n_events: int, n_clusters: int, n_per_cluster: int = 309) -> Interval:
+    """Events that stand alone in their prompts, as far as there are prompts."""
+    events_C = np.bincount(np.arange(n_events) % n_clusters, minlength=n_clusters)
+    return ratio_mean_interval(events_C, np.full(n_clusters, n_per_cluster), "rate").one()
+
+
+@pytest.mark.parametrize("n_clusters", [8, 16, 32, 64, 256])
+def test_more_events_never_make_the_rate_surer_to_be_low(n_clusters: int) -> None:
+    """Bug: 0 of 19,772 tokens was shown as "0 to 5.60 %", 2 of 19,772 as "up to 0.053 %"."""
+    found = [_of_events(n_events, n_clusters) for n_events in range(13)]
+    assert (np.diff([one.high for one in found]) >= 0).all()
+    assert all(one.high - one.low >= 0.9 * found[0].high for one in found)
+    # not as sure as independent tokens would be, nor as unsure as one trial per prompt
+    assert 1 - 0.025 ** (1 / (309 * n_clusters)) < found[0].high < 1 - 0.025 ** (1 / n_clusters)
+
+
+def test_none_of_20000_tokens_is_told_from_a_percent() -> None:
+    """Bug: without a single event of 64 prompts the upper bound was 5.60 %, whatever their length."""
+    assert _of_events(0, 64).high < 0.0006
+
+
+def test_bounds_at_no_event_equal_the_formula_in_plain_steps() -> None:
+    """Two supposed prompts with the events that a gamma of squared CV 5 makes likely; Student's t of their freedom."""
+    n_C = [40.0, 10.0, 25.0, 300.0, 80.0, 80.0, 5.0, 60.0, 100.0]
+    total, square, n = sum(n_C), sum(x * x for x in n_C), len(n_C)
+    exponent = math.log(40) * 5 * square / total**2
+    events = min((math.exp(exponent) - 1) / exponent, square / total)
+    kurtosis = (n + 2) * 2 / 2**2
+    t = stats.t.ppf(0.975, 2 * (n + 2) / (kurtosis - 1))
+    effect = min(events * n / (n - 1) * (t / stats.norm.ppf(0.975)) ** 2, square / total)
+    found = ratio_mean_interval(np.zeros(n), n_C, "rate").one()
+    assert (found.low, found.high) == pytest.approx((0.0, stats.beta.ppf(0.975, 1, total / effect)))
+
+
+def test_one_trial_per_prompt_is_clopper_and_pearson() -> None:
+    """Bug: 1 of 16 prompts with one trial each was taken for less than a third of that, for fear of clustering."""
+    for n_events in (0, 1, 3, 8):
+        found = _of_events(n_events, 16, 1)
+        exact = stats.binomtest(n_events, 16).proportion_ci(0.95, "exact")
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+
+
+events_and_trials = st.lists(
+    st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), min_size=8, max_size=40
+)
+
+
+@given(events_and_trials)
+def test_a_rate_and_its_complement_have_mirrored_bounds(prompts: list[tuple[int, int]]) -> None:
+    events_C, n_C = np.array(prompts, dtype=np.float64).T
+    rate, rest = (ratio_mean_interval(x, n_C, "rate").one() for x in (events_C, n_C - events_C))
+    assert (rest.low, rest.high) == pytest.approx((1 - rate.high, 1 - rate.low), abs=1e-9)
+    assert 0 <= rate.low <= rate.value <= rate.high <= 1
+
+
+@given(events_and_trials)
+def test_no_event_is_never_surer_than_some_events(prompts: list[tuple[int, int]]) -> None:
+    """Whatever the arrangement of the events and the lengths of the prompts."""
+    events_C, n_C = np.array(prompts, dtype=np.float64).T
+    none, some = (ratio_mean_interval(x, n_C, "rate").one() for x in (0 * events_C, events_C))
+    assert some.high >= none.high
+    assert some.low <= 1 - none.high
+
+
+def test_a_hair_of_an_event_moves_the_bounds_by_a_hair() -> None:
+    n_C = np.full(20, 150.0)
+    none, hair = (ratio_mean_interval(x * np.eye(20)[0], n_C, "rate").one() for x in (0.0, 1e-6))
+    assert (hair.low, hair.high) == pytest.approx((none.low, none.high), abs=1e-8)
+
+
+@pytest.mark.parametrize("n_clusters", [16, 64])
+@pytest.mark.parametrize("squared_cv", [0.0, 2.0])
+def test_rare_events_are_covered_with_and_without_clustering(n_clusters: int, squared_cv: float) -> None:
+    """From half an event per set, where most sets have none, to two dozen; prompts alike, or differing much."""
+    rng, n_sets = np.random.default_rng(11), 1000
+    n_C = rng.integers(50, 700, n_clusters)[:, None]
+    for n_events in (0.5, 2, 5, 8, 12, 24):
+        rate = n_events / n_C.sum()
+        differ = rng.gamma(1 / squared_cv, squared_cv, (n_clusters, n_sets)) if squared_cv else np.ones(n_sets)
+        found = ratio_mean_interval(np.minimum(rng.poisson(rate * n_C * differ), n_C), n_C, "rate")
+        assert np.mean((found.low_M <= rate) & (rate <= found.high_M)) > 0.92
+
+
+def test_events_that_come_by_the_sequence_are_counted_by_the_sequence() -> None:
+    """No sequence dropped of 64 says no more than none of 64 trials, however many tokens they have."""
+    n_C = np.full(64, 300.0)
+    tokens, sequences = (ratio_mean_interval(np.zeros(64), n_C, "rate", n_per_event=n).one() for n in (1.0, 300.0))
+    assert tokens.high < 0.001
+    assert sequences.high == pytest.approx(1 - 0.025 ** (1 / 64))
+
+
+@pytest.mark.parametrize("kind", ["signed", "positive", "rate"])
+def test_share_of_the_largest_prompt(kind: str) -> None:
+    """Of the sum of sizes, so that prompts of opposite sign do not hide each other; rates have none."""
+    sums_C, n_C = np.array([1.0, 1, 1, 1, 1, 1, 1, 1, -12 if kind == "signed" else 12]), np.full(9, 20)
+    share = ratio_mean_interval(sums_C, n_C, kind).one().largest_share  # type: ignore[arg-type]
+    assert share == pytest.approx(np.nan if kind == "rate" else 0.6, nan_ok=True)
 
 
 def test_equal_rates_everywhere_still_have_a_width() -> None:

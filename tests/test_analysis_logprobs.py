@@ -11,6 +11,7 @@ import pytest
 from synthetic import make_block, make_pair
 
 from moediag.analysis import logp_metrics, scored_tokens, tail_curve, token_frame
+from moediag.analysis.intervals import LARGE_SHARE
 
 
 def _value(metrics: pd.DataFrame, name: str) -> float:
@@ -130,3 +131,27 @@ def test_absurd_diffs_give_infinity_not_a_warning() -> None:
     metrics = logp_metrics(token_frame(make_pair(block)))
     assert _value(metrics, "mean_ratio") == math.inf
     assert np.isfinite(_value(metrics, "ess_token"))
+
+
+def test_the_largest_prompts_share_is_that_of_a_plain_loop() -> None:
+    """Of every mean over tokens, k1 by size and the mean ratio by what it is off 1; of no rate and no quantile."""
+    block = make_block(n_prompts=12)
+    logp_train_T = block.logp_train_T.copy()
+    is_first_T = block.prompt_id_T == block.prompt_id_T[0]
+    logp_train_T[is_first_T] -= np.float32(0.5)
+    tokens = token_frame(make_pair(replace(block, logp_train_T=logp_train_T)))
+    found = logp_metrics(tokens).set_index("metric")["largest_prompt_share"]
+    of = {
+        "kl_infer_train_k1": lambda d: -d,
+        "kl_infer_train_k3": lambda d: math.exp(d) - 1 - d,
+        "mean_ratio": lambda d: math.exp(d) - 1,
+    }
+    for metric, value in of.items():
+        sums: dict[int, float] = {}
+        for row in scored_tokens(tokens).itertuples():
+            d = float(row.logp_train) - float(row.logp_infer)
+            sums[row.prompt_id] = sums.get(row.prompt_id, 0.0) + value(d)
+        sizes = [abs(one) for one in sums.values()]
+        assert found[metric] == pytest.approx(max(sizes) / sum(sizes))
+        assert found[metric] > LARGE_SHARE
+    assert found[["extreme_share_2", "abs_logp_diff.p99", "abs_logp_diff.max"]].isna().all()

@@ -10,6 +10,8 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from matplotlib.text import Text
 from synthetic_frames import blank_run, empty_frame, make_run
 
@@ -25,6 +27,7 @@ from moediag.figures import (
 from moediag.figures.margins import bin_edges
 from moediag.figures.numbers import percent
 from moediag.figures.style import DENSE_COLOURS, MOE_COLOURS, figure_text, run_styles
+from moediag.report.blocks import number
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -351,6 +354,27 @@ def test_percent_keeps_a_hundred_for_every_one():
     assert percent(0.999999) != "100 %"
     assert percent(1.0) == "100 %"
     assert percent(float("nan")) == "–"
+
+
+@given(st.floats(0, 1) | st.floats(-20, 0).map(lambda x: 10.0**x) | st.floats(-16, 0).map(lambda x: 1 - 10.0**x))
+@example(0.99999997)
+@example(5e-7)
+@example(0.999995)
+def test_percent_says_none_and_all_of_nothing_else_and_needs_few_digits(share):
+    """Bug: shares were shown as "99.999997 %", "5.0e-05 %" and "~0 %"."""
+    text = percent(share)
+    number = float(text.strip("<> %"))
+    assert ("<" not in text and number == 0) == (share == 0)
+    assert (">" not in text and number == 100) == (share == 1)
+    assert "e" not in text
+    assert sum(character.isdigit() for character in text.lstrip("<>0.")) <= 5
+    assert number == pytest.approx(100 * share, rel=0.06, abs=1e-4)
+
+
+def test_a_ratio_that_is_not_one_is_not_shown_as_one():
+    assert number(1 - 3e-8, "1") == "1 − 3.0e-08"
+    assert number(1.0, "1") == "1.0000"
+    assert number(0.99931, "1") == "0.99931"
 
 
 def test_figure_text_is_one_drawable_line():

@@ -12,6 +12,7 @@ from synthetic import make_block, make_pair
 from synthetic_frames import make_run, make_summary
 
 from moediag.analysis import analyze_pair, pair_summary
+from moediag.cli.table import show_table
 from moediag.errors import MoediagError
 from moediag.figures import draw_run_figures
 from moediag.report import comparison_page, markdown_page, run_page
@@ -196,6 +197,19 @@ def test_given_completions_are_forced_text_and_not_asked_for_a_ratio_of_one(moe)
     assert len(rows(text, "k3 statistic (forced text: no KL)")) == 2
     assert "KL(infer‖train), k3" not in text
     assert "The completions were given, not sampled by infer" in text
+
+
+def test_a_mean_that_hangs_on_one_prompt_says_so_beside_its_interval(moe, capsys):
+    """Bug: where one prompt of thirty carries k3, intervals held it in six samples of ten, and nothing said so."""
+    metrics = moe["logp_metrics"].copy()
+    metrics.loc[metrics["metric"] == "kl_infer_train_k3", "largest_prompt_share"] = 0.414
+    text = run_report(make_summary(moe), {**moe, "logp_metrics": metrics}, [])
+    assert all(row[2].endswith("(one prompt carries 41.40 %)") for row in rows(text, "KL(infer‖train), k3"))
+    assert text.count("(one prompt carries") == len(rows(text, "KL(infer‖train), k3")) == 2
+    show_table({"moe": make_summary(moe)})
+    assert "carries" not in capsys.readouterr().out
+    show_table({"moe": make_summary({**moe, "logp_metrics": metrics})})
+    assert "moe: k3 of KL(infer || train): one prompt carries 41.40 % of it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bent", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}])

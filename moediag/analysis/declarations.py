@@ -38,6 +38,13 @@ LOGP_METRICS = declare(
     Column("value", "float64", "see unit", "the metric over all scored response tokens", nullable=True),
     Column("ci_low", "float64", "see unit", "lower bound of the 95 % interval", nullable=True),
     Column("ci_high", "float64", "see unit", "upper bound of the 95 % interval", nullable=True),
+    Column(
+        "largest_prompt_share",
+        "float64",
+        "1",
+        "share of the mean's sum, signs aside, that its largest prompt carries; NaN for rates and for what is no mean",
+        nullable=True,
+    ),
     Column("n_tokens", "int64", "token", "tokens behind the value"),
     Column("n_prompts", "int64", "prompt", "clusters behind the interval"),
     Column("unit", "str", "1", "unit of value"),

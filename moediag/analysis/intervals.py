@@ -45,6 +45,7 @@ five points where single tokens decide them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -59,19 +60,33 @@ Kind = Literal["signed", "positive", "rate"]
 
 MIN_CLUSTERS: Final = 8
 """Fewer prompts than this give no interval: no method tried covers, whatever its width."""
+LARGE_SHARE: Final = 0.35
+"""From this :attr:`Interval.largest_share` on an interval is to be read with care: where samples typically show as
+much, intervals held a positive mean less than nine times in ten. Ours: last table of this module."""
 _NO_SPREAD: Final = 1e-12
 """Relative standard error below which the spread is float64 rounding, not data."""
+_UNSEEN_CV2: Final = 5.0
+"""How much the rate of events that were not seen may differ between prompts: squared standard deviation over mean."""
+_UNSEEN_PROMPTS: Final = 2
+"""Prompts with unseen events that the design effect of a rate is estimated with. Ours: 2 keep the upper bound growing
+with every event that stands alone in its prompt, from 32 prompts on without the help of the bound of no event."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """One value and its 95 % interval; NaN bounds come with the reason in ``note``."""
+    """One value and its 95 % interval; NaN bounds come with the reason in ``note``.
+
+    Args:
+        largest_share: how much of the sum of the prompts' sums, signs aside, the largest of them is; NaN for rates
+            and for what is no mean. See :data:`LARGE_SHARE`.
+    """
 
     value: float
     low: float
     high: float
     n_clusters: int
     note: str = ""
+    largest_share: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,17 @@ class Intervals:
     high_M: Float64
     n_clusters_M: NDArray[np.int64]
     note_M: tuple[str, ...]
+    largest_share_M: Float64
+
+    @classmethod
+    def of(cls, each: Sequence[Interval]) -> Intervals:
+        """Single intervals as columns."""
+        value_M, low_M, high_M, share_M = (
+            np.array([getattr(one, name) for one in each], dtype=np.float64)
+            for name in ("value", "low", "high", "largest_share")
+        )
+        n_clusters_M = np.array([one.n_clusters for one in each], dtype=np.int64)
+        return cls(value_M, low_M, high_M, n_clusters_M, tuple(one.note for one in each), share_M)
 
     def one(self, column: int = 0) -> Interval:
         """The interval of one column as scalars."""
@@ -92,6 +118,7 @@ class Intervals:
             float(self.high_M[column]),
             int(self.n_clusters_M[column]),
             self.note_M[column],
+            float(self.largest_share_M[column]),
         )
 
 
@@ -115,7 +142,13 @@ def cluster_sums(values_T: ArrayLike, cluster_T: NDArray[Any]) -> Float64:
     return np.stack(columns, axis=1) if columns else np.zeros((len(clusters), 0))
 
 
-def ratio_mean_interval(sum_C: ArrayLike, n_C: ArrayLike, kind: Kind = "signed", n_draws: int = N_DRAWS) -> Intervals:
+def ratio_mean_interval(
+    sum_C: ArrayLike,
+    n_C: ArrayLike,
+    kind: Kind = "signed",
+    n_draws: int = N_DRAWS,
+    n_per_event: ArrayLike = 1.0,
+) -> Intervals:
     """Interval of sum(sum_C) / sum(n_C): means, rates and slopes over clusters of unequal size.
 
     Studentised (bootstrap-t) and not percentile: token diffs are heavy-tailed, and the percentile interval
@@ -123,14 +156,15 @@ def ratio_mean_interval(sum_C: ArrayLike, n_C: ArrayLike, kind: Kind = "signed",
     the log scale, with a Pareto tail for what the sample has not shown; signed ones get the outer of the
     bootstrap-t and Student-t bounds (see :mod:`moediag.analysis.resampling`). Rates use Korn and
     Graubard's interval, which stays honest at few events: a bootstrap cannot draw an event that no prompt
-    showed. A rate of exactly 0 or 1 counts every *prompt* as one trial (the rule of three on clusters):
-    [0, 1 - 0.025^(1/C)]. That is wide on purpose: without one event nothing tells how events cluster.
+    showed. What it has to suppose at none is in :func:`rate_bounds`; a rate of 1 is the mirror of a rate of 0.
 
     Args:
         sum_C: (C,) or (C, M) per-cluster sums.
         n_C: per-cluster denominators, same shape or (C,); clusters with 0 carry no data.
         kind: ``signed`` (k1, mean ratio, slope), ``positive`` (mean abs diff, k3), ``rate`` (0 to 1).
         n_draws: bootstrap draws.
+        n_per_event: rates only: trials that one event takes along (a sequence that is dropped: its tokens), one
+            for all columns or (M,).
 
     Returns:
         Value and bounds of every column, in the unit of sum / n.
@@ -139,6 +173,7 @@ def ratio_mean_interval(sum_C: ArrayLike, n_C: ArrayLike, kind: Kind = "signed",
     """
     sum_CM = _columns(sum_C)
     n_CM = np.broadcast_to(_columns(n_C), sum_CM.shape)
+    n_per_event_M = np.broadcast_to(np.asarray(n_per_event, dtype=np.float64), sum_CM.shape[1:])
     total_M = n_CM.sum(axis=0)
     n_clusters_M = (n_CM > 0).sum(axis=0).astype(np.int64)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -149,13 +184,14 @@ def ratio_mean_interval(sum_C: ArrayLike, n_C: ArrayLike, kind: Kind = "signed",
     low_M, high_M = np.full_like(value_M, np.nan), np.full_like(value_M, np.nan)
     for part in _same_clusters(n_CM, np.array([not note for note in note_M], dtype=bool)):
         rows = n_CM[:, part[0]] > 0
-        arrays = residual_CM[np.ix_(rows, part)], n_CM[np.ix_(rows, part)], value_M[part], se_M[part]
+        arrays = residual_CM[np.ix_(rows, part)], n_CM[np.ix_(rows, part)], value_M[part]
         if kind == "rate":
-            low_M[part], high_M[part] = rate_bounds(*arrays)
+            low_M[part], high_M[part] = rate_bounds(*arrays, n_per_event_M[part])
         else:
             bounds = positive_bounds if kind == "positive" else signed_bounds
-            low_M[part], high_M[part] = bounds(*arrays, effective_freedom(arrays[0]), n_draws)
-    return Intervals(value_M, low_M, high_M, n_clusters_M, tuple(note_M))
+            low_M[part], high_M[part] = bounds(*arrays, se_M[part], effective_freedom(arrays[0]), n_draws)
+    largest_share_M = np.full_like(value_M, np.nan) if kind == "rate" else _largest_share(sum_CM)
+    return Intervals(value_M, low_M, high_M, n_clusters_M, tuple(note_M), largest_share_M)
 
 
 def mean_interval(values_T: ArrayLike, cluster_T: NDArray[Any], kind: Kind = "signed") -> Interval:
@@ -166,25 +202,72 @@ def mean_interval(values_T: ArrayLike, cluster_T: NDArray[Any], kind: Kind = "si
     ).one()
 
 
-def rate_bounds(residual_CM: Float64, n_CM: Float64, value_M: Float64, se_M: Float64) -> tuple[Float64, Float64]:
-    """Clopper-Pearson bounds at the effective sample size; at a rate of 0 or 1 that size is the clusters.
+def rate_bounds(
+    residual_CM: Float64, n_CM: Float64, value_M: Float64, n_per_event: ArrayLike = 1.0
+) -> tuple[Float64, Float64]:
+    """Clopper-Pearson bounds at the effective sample size: trials over the design effect.
+
+    The design effect is the larger of what the events show and of what they show together with
+    :data:`_UNSEEN_PROMPTS` more prompts as :func:`_unseen_events` supposes them: those are all there is at a rate of
+    0 or 1, count much at three events and nothing at thirty. So the bounds move continuously with the count, and
+    however few events there are, they reach as far as they would without any. What is only supposed does not take
+    the effective number of events that were seen below one.
 
     Args:
         residual_CM: events minus rate times trials of every cluster; n_CM: trials.
-        value_M, se_M: rate and its standard error.
+        value_M: the rate.
+        n_per_event: (M,) or one for all; as in :func:`ratio_mean_interval`.
 
-    Source: Korn and Graubard, Survey Methodology 24 (1998), with the freedom of :func:`effective_freedom`.
+    Source: Korn and Graubard, Survey Methodology 24 (1998), with the freedom of :func:`effective_freedom`; the prompts
+    supposed are ours.
     """
-    total_M, n_clusters = n_CM.sum(axis=0), len(n_CM)
-    variance_M = np.square(se_M)
-    shrink_M = np.square(special.ndtri(1 - TAIL) / student_t(effective_freedom(residual_CM)))
-    spread_M = value_M * (1 - value_M)
-    size_M = np.where(variance_M > 0, spread_M / np.where(variance_M > 0, variance_M, 1.0) * shrink_M, total_M)
-    size_M = np.where(spread_M > 0, np.minimum(size_M, total_M), n_clusters)
+    total_M, square_M, most_M = n_CM.sum(axis=0), np.square(n_CM).sum(axis=0), n_CM.max(axis=0)
+    unseen_M = _unseen_events(total_M, square_M, np.asarray(n_per_event, dtype=np.float64))
+    seen_M, supposed_M = _design_effects(residual_CM, total_M * value_M * (1 - value_M), unseen_M)
+    seen_size_M = total_M / np.clip(seen_M, 1.0, most_M)
+    size_M = total_M / np.clip(np.fmax(seen_M, supposed_M), 1.0, most_M)
+    with np.errstate(divide="ignore"):
+        low_size_M, high_size_M = (
+            np.fmax(size_M, np.minimum(seen_size_M, 1 / rate_M)) for rate_M in (value_M, 1 - value_M)
+        )
+    _, none_M = _design_effects(np.zeros_like(residual_CM), np.zeros_like(total_M), unseen_M)
+    zeros_M = np.zeros_like(value_M)
+    least_M = _clopper_pearson(zeros_M, total_M / np.clip(none_M, 1.0, square_M / total_M))[1]
+    low_M, high_M = _clopper_pearson(value_M, low_size_M)[0], _clopper_pearson(value_M, high_size_M)[1]
+    return np.minimum(low_M, 1 - least_M), np.maximum(high_M, least_M)
+
+
+def _clopper_pearson(value_M: Float64, size_M: Float64) -> tuple[Float64, Float64]:
     hits_M = value_M * size_M
     low_M = special.betaincinv(np.maximum(hits_M, 1e-300), size_M - hits_M + 1, TAIL)
     high_M = special.betaincinv(hits_M + 1, np.maximum(size_M - hits_M, 1e-300), 1 - TAIL)
     return np.where(value_M <= 0, 0.0, low_M), np.where(value_M >= 1, 1.0, high_M)
+
+
+def _unseen_events(total_M: Float64, square_M: Float64, n_per_event: Float64) -> Float64:
+    """Design effect of a rate of which no event was seen, hence events of a prompt that has some.
+
+    No event tells nothing of how events cluster, so it has to be supposed: the prompts' rates follow a gamma
+    distribution with a squared coefficient of variation of :data:`_UNSEEN_CV2`. C prompts of m trials then show no
+    event in one sample of forty at a rate of (40^(CV2 / C) - 1) / (m CV2), where independent trials have log(40) / Cm.
+    Never more than what prompts without any spread inside have, sum n^2 / sum n.
+    """
+    log_odds_M = -np.log(TAIL) * _UNSEEN_CV2 * square_M / np.square(total_M)
+    return np.minimum(n_per_event * np.expm1(log_odds_M) / log_odds_M, square_M / total_M)
+
+
+def _design_effects(residual_CM: Float64, spread_M: Float64, unseen_M: Float64) -> tuple[Float64, Float64]:
+    """Variance of the events over that of independent trials: as seen (NaN without an event), and with unseen prompts.
+
+    Both are raised by Student's t for being estimates.
+    """
+    n_clusters = len(residual_CM)
+    all_CM = np.concatenate([residual_CM, np.broadcast_to(unseen_M, (_UNSEEN_PROMPTS, len(spread_M)))])
+    inflation_M = np.square(student_t(effective_freedom(all_CM)) / special.ndtri(1 - TAIL))
+    inflation_M *= n_clusters / (n_clusters - 1)
+    seen_M = divide(np.square(residual_CM).sum(axis=0), spread_M)
+    supposed_M = np.square(all_CM).sum(axis=0) / (spread_M + _UNSEEN_PROMPTS * unseen_M)
+    return seen_M * inflation_M, supposed_M * inflation_M
 
 
 def effective_freedom(residual_CM: Float64) -> Float64:
@@ -219,6 +302,12 @@ def divide(numerator: Float64, denominator: Float64) -> Float64:
     """Elementwise quotient, NaN where the denominator is 0: a mean over nothing is NaN."""
     with np.errstate(invalid="ignore"):
         return np.asarray(numerator / np.where(denominator == 0, np.nan, denominator), dtype=np.float64)
+
+
+def _largest_share(sum_CM: Float64) -> Float64:
+    size_CM = np.abs(sum_CM)
+    with np.errstate(invalid="ignore"):  # a sum that is not finite has no share
+        return divide(size_CM.max(axis=0, initial=0.0), size_CM.sum(axis=0))
 
 
 def _columns(values: ArrayLike) -> Float64:

@@ -167,6 +167,7 @@ def _record(name: str, unit: str, direction: str, interval: Interval) -> dict[st
         "value": interval.value,
         "ci_low": interval.low,
         "ci_high": interval.high,
+        "largest_prompt_share": interval.largest_share,
         "unit": unit,
         "direction": direction,
         "note": interval.note,

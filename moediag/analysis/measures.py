@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -96,7 +96,7 @@ class TokenMeasure:
                 high_M = np.fmax(high_M, found.value_M + tail.high_M - tail.value_M)
             high_M = np.where(np.isfinite(found.high_M), high_M, found.high_M)
         value_M, low_M, high_M = (array + self.offset for array in (found.value_M, found.low_M, high_M))
-        return Intervals(value_M, low_M, high_M, found.n_clusters_M, found.note_M)
+        return replace(found, value_M=value_M, low_M=low_M, high_M=high_M)
 
 
 def scored_arrays(tokens: pd.DataFrame) -> Scored:
@@ -162,7 +162,8 @@ TOKEN_MEASURES: Final = (
     TokenMeasure("kl_infer_train_k1", "nat", ZERO, "signed", lambda x: -x.diff_T),
     TokenMeasure("kl_infer_train_k2", "nat", LOWER, "positive", lambda x: np.square(x.diff_T) / 2),
     TokenMeasure("kl_infer_train_k3", "nat", LOWER, "positive", k3),
-    TokenMeasure("mean_ratio", "1", ONE, "signed", lambda x: np.exp(x.diff_T), tail=k3),  # ratio = 1 + diff + k3
+    # ratio = 1 + diff + k3
+    TokenMeasure("mean_ratio", "1", ONE, "signed", lambda x: np.expm1(x.diff_T), offset=1.0, tail=k3),
     TokenMeasure("extreme_share_2", "1", LOWER, "rate", lambda x: is_extreme(x.diff_T).astype(np.float64)),
     TokenMeasure("prob_mult_error", "1", ONE, "positive", lambda x: np.expm1(np.abs(x.diff_T)), offset=1.0),
     TokenMeasure(

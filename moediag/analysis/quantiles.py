@@ -95,11 +95,11 @@ def _shares_above(above_C: Float64, n_C: Float64, wanted: float) -> tuple[float,
     total = np.array([n_C.sum()])
     share = float(above_C.sum() / total[0])
     residual_C1 = (above_C - share * n_C)[:, None]
-    se = standard_error(residual_C1, total, np.array([len(n_C)]))
     if 1 - wanted < _TAIL_FROM or share <= 0:
-        low, high = rate_bounds(residual_C1, n_C[:, None], np.array([wanted]), se)
+        low, high = rate_bounds(residual_C1, n_C[:, None], np.array([wanted]))
         return float(low[0]), float(high[0])
-    low, high = rate_bounds(residual_C1, n_C[:, None], np.array([share]), se)
+    low, high = rate_bounds(residual_C1, n_C[:, None], np.array([share]))
     freedom = effective_freedom(residual_C1)
+    se = standard_error(residual_C1, total, np.array([len(n_C)]))
     lower, upper = positive_bounds(residual_C1, n_C[:, None], np.array([share]), se, freedom)
     return wanted * share / float(np.fmax(high, upper)[0]), wanted * share / float(np.fmin(low, lower)[0])

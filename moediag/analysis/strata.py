@@ -156,6 +156,4 @@ def _found(
         values_T = of(scored)
         groups = [order[low:high] for low, high in pairwise(ends.tolist())]
         each = [quantile_of_rows(values_T[part], scored.prompt_row_T[part], scored.n_prompts, q) for part in groups]
-        value_B, low_B, high_B = (np.array([getattr(one, end) for one in each]) for end in ("value", "low", "high"))
-        n_prompts_B = np.array([one.n_clusters for one in each], dtype=np.int64)
-        yield name, "nat", LOWER, Intervals(value_B, low_B, high_B, n_prompts_B, tuple(one.note for one in each))
+        yield name, "nat", LOWER, Intervals.of(each)

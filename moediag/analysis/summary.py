@@ -1,7 +1,7 @@
 """A pair's summary: the numbers of its analysis that summary.json keeps.
 
 Invariant: strict JSON: plain ints and floats, NaN and infinities become null, and every interval stands beside its
-value under ``<name>_ci`` as ``[low, high]`` or null.
+value under ``<name>_ci`` as ``[low, high]`` or null; for means over tokens ``<name>_largest_prompt_share`` as well.
 """
 
 from __future__ import annotations
@@ -114,10 +114,14 @@ def _logp_summary(metrics: pd.DataFrame) -> dict[str, Any]:
     by_name = metrics.set_index("metric")
     summary: dict[str, Any] = {}
     for metric in _SUMMARISED:
-        value, low, high = by_name.loc[metric, ["value", "ci_low", "ci_high"]].to_numpy(dtype=np.float64)
+        value, low, high, largest = by_name.loc[
+            metric, ["value", "ci_low", "ci_high", "largest_prompt_share"]
+        ].to_numpy(dtype=np.float64)
         group, _, leaf = metric.rpartition(".")
         into = summary.setdefault(group, {}) if group else summary
         into.update({leaf: _number(value), f"{leaf}_ci": _bounds(low, high)})
+        if math.isfinite(largest):
+            into[f"{leaf}_largest_prompt_share"] = _number(largest)
     return summary
 
 

@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 from moediag.cli.console import say
+from moediag.figures.numbers import percent, sig
 from moediag.report import REPLAY_PAIR, main_pair_name
 from moediag.report.headline import text_origin
+from moediag.report.measures import carried_words, lookup
 
 Column = Callable[[str], str]
 """A cell of the column by the metric's dotted name in the summary of a pair."""
@@ -64,10 +66,13 @@ def _columns(label: str, summary: dict[str, Any]) -> Iterator[tuple[str, Column]
 
 
 def _words(summary: dict[str, Any]) -> Iterator[str]:
-    """Verdict and what the further A/A pairs say."""
+    """Verdict, means that hang on one prompt, and what the further A/A pairs say."""
     verdict = summary.get("verdict")
     if verdict:
         yield f"{verdict['word']}: {'; '.join([verdict['reason'], *verdict['evidence']])}"
+    for name, _, dotted in _HEADLINES:
+        if words := carried_words(lookup(summary["pairs"][_MAIN_PAIR], f"{dotted}_largest_prompt_share")):
+            yield f"{name.strip()}: {words} of it; other samples of such prompts may lie outside the interval"
     floors = summary.get("floors") or {}
     prefilled = floors.get("decode_vs_prefill")
     if prefilled:
@@ -106,4 +111,5 @@ def _cell(pair: dict[str, Any], dotted: str) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     interval = (group or {}).get(f"{leaf}_ci")
-    return f"{value:.3g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
+    words = percent if "share" in leaf or leaf.endswith("_rate") else sig
+    return words(value) + (f" [{words(interval[0])}, {words(interval[1])}]" if interval else "")

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moediag.corrections.methods import METHODS, Method
+from moediag.corrections.methods import DROPPED, METHODS, Method
 from moediag.corrections.rules import log_bound
 from moediag.corrections.terms import Float64, Terms, scored_terms
 from moediag.errors import MoediagError
@@ -79,6 +79,11 @@ class Correction:
     def is_mask(self) -> bool:
         """Every weight is 1 or 0: no step carries a ratio."""
         return all(step.rule.level != "weight" or step.method == "none" for step in self.steps)
+
+    @property
+    def drops_sequences(self) -> bool:
+        """Whether a step masks all tokens of a sequence at once."""
+        return any(step.rule.beyond == DROPPED for step in self.steps)
 
     @property
     def side(self) -> str:

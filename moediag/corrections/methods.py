@@ -82,7 +82,8 @@ _RATIO: Final = "token ratio r"
 _PRODUCT: Final = "product ratio of the sequence, R = exp(sum d)"
 _GEOMETRIC: Final = "geometric mean ratio of the sequence, G = exp(mean d)"
 _ZERO: Final = "no update"
-_DROPPED: Final = "no update for any token of the sequence"
+DROPPED: Final = "no update for any token of the sequence"
+"""What happens beyond the bounds of a method that keeps or drops whole sequences."""
 _ICEPOP_BAND: Final = {"alpha": 0.5, "beta": 5.0}  # Ring-1T
 
 METHODS: Final[dict[str, Method]] = {
@@ -110,20 +111,20 @@ METHODS: Final[dict[str, Method]] = {
             "Liu et al. 2025, MIS", "token",
         ),
         Method(
-            "mis_sequence", "weight", {"cap": 2.0}, _PRODUCT, "R if R <= cap else 0", _DROPPED, rules.mis_sequence,
+            "mis_sequence", "weight", {"cap": 2.0}, _PRODUCT, "R if R <= cap else 0", DROPPED, rules.mis_sequence,
             "Liu et al. 2025, Seq-MIS; verl", "sequence",
         ),
         Method(
-            "sequence_band", "filter", {"low": 0.5, "high": 2.0}, _PRODUCT, "1 if low <= R <= high else 0", _DROPPED,
+            "sequence_band", "filter", {"low": 0.5, "high": 2.0}, _PRODUCT, "1 if low <= R <= high else 0", DROPPED,
             rules.sequence_band, "verl, slime, SkyRL", "sequence",
         ),
         Method(
             "geometric_band", "filter", {"low": 0.999, "high": 1.001}, _GEOMETRIC, "1 if low <= G <= high else 0",
-            _DROPPED, rules.geometric_band, "verl, Geo-RS", "sequence",
+            DROPPED, rules.geometric_band, "verl, Geo-RS", "sequence",
         ),
         Method(
             "veto", "filter", {"floor": 1e-4}, "least token ratio of the sequence", "1 if min r >= floor else 0",
-            _DROPPED, rules.veto, "slime", "none",
+            DROPPED, rules.veto, "slime", "none",
         ),
         Method(
             "kpop", "weight", {"phi": 0.1}, "binary KL of the token, D(p, q)",
@@ -148,15 +149,15 @@ METHODS: Final[dict[str, Method]] = {
         ),
         Method(
             "trm_max", "filter", {"delta": 0.05}, "largest d^2 / 2 of the sequence", "1 if max d^2 / 2 <= delta else 0",
-            _DROPPED, rules.trm_max, "TRM, arXiv 2512.23075, max form", "none",
+            DROPPED, rules.trm_max, "TRM, arXiv 2512.23075, max form", "none",
         ),
         Method(
             "trm_mean", "filter", {"delta": 0.001}, "mean k3 of the sequence", "1 if mean k3 <= delta else 0",
-            _DROPPED, rules.trm_mean, "TRM, arXiv 2512.23075, mean form", "none",
+            DROPPED, rules.trm_mean, "TRM, arXiv 2512.23075, mean form", "none",
         ),
         Method(
             "k3_mean", "filter", {"limit": 0.01}, "mean k3 of the sequence", "1 if mean k3 <= limit else 0",
-            _DROPPED, rules.k3_mean, "verl", "none",
+            DROPPED, rules.k3_mean, "verl", "none",
         ),
     )
 }  # fmt: skip

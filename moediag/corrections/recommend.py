@@ -119,8 +119,8 @@ def _removed(row: pd.Series[Any], whole: float) -> str:
     """How little or much the mask helps: the least k3 within a budget may be nearly all of it."""
     if not whole > 0:
         return ""
-    share = 100 * (1 - row["kept_k3"] / whole)
-    return f" That removes {share:.2g} % of the k3 of all tokens; the rest is to be found and mended, not masked."
+    share = _per_cent(1 - row["kept_k3"] / whole)
+    return f" That removes {share} of the k3 of all tokens; the rest is to be found and mended, not masked."
 
 
 def _first(rows: pd.DataFrame, by: list[str]) -> pd.Series[Any]:
@@ -143,6 +143,11 @@ def _nat(row: pd.Series[Any]) -> str:
 
 
 def _percent(row: pd.Series[Any]) -> str:
-    share, low, high = (100 * row[f"masked_share{end}"] for end in _ENDS)
-    bounds = f", 95 %: {low:.2g} % to {high:.2g} %" if math.isfinite(low) and math.isfinite(high) else ""
-    return f"{share:.2g} % of them{bounds}"
+    share, low, high = (row[f"masked_share{end}"] for end in _ENDS)
+    bounds = f", 95 %: {_per_cent(low)} to {_per_cent(high)}" if math.isfinite(low) and math.isfinite(high) else ""
+    return f"{_per_cent(share)} of them{bounds}"
+
+
+def _per_cent(share: float) -> str:
+    """Two digits, but nearly all is not all."""
+    return "more than 99 %" if 0.995 <= share < 1 else f"{100 * share:.{3 if share == 1 else 2}g} %"

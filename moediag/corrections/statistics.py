@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from moediag.analysis.intervals import Kind, ratio_mean_interval
 from moediag.corrections.batch import CHUNK_TOKENS, Batch
@@ -157,6 +157,8 @@ _COUNTS: Final = {
     "n_flipped": "n_flipped",
     "n_masked_routed": "n_routed_masked",
 }
+_OF_TOKENS: Final = ("masked_share", "truncated_share", "clip_share", "precision", "recall")
+"""Shares of tokens whose events come a sequence at a time where a correction decides by the sequence."""
 _OF_MASKS: Final = ("masked_share", "masked_sequence_share", "recall")
 _ENDS: Final = ("", "_ci_low", "_ci_high")
 
@@ -167,8 +169,12 @@ def _statistics(totals: CorrectionPass, batch: Batch) -> pd.DataFrame:
     columns: dict[str, Any] = {"correction": list(totals.corrections), "words": list(map(str, corrections))}
     columns |= {column: [int(one[name].sum()) for one in sums] for column, name in _COUNTS.items()}
     columns["n_prompts"] = np.full(len(sums), batch.n_scored_prompts)
+    n_decided = [_tokens_per_decision(one, correction) for one, correction in zip(sums, corrections, strict=True)]
     for name, over, under, kind, offset in _RATIOS:
-        columns |= _intervals(name, [one[over] for one in sums], [one[under] for one in sums], kind, offset)
+        n_per_event = n_decided if name in _OF_TOKENS else 1.0
+        columns |= _intervals(
+            name, [one[over] for one in sums], [one[under] for one in sums], kind, offset, n_per_event
+        )
     for name in ("weight_variance", "ess_token", "ess_sequence"):
         columns[name] = [_moments(one)[name] for one in sums]
     for name in ("below", "above"):
@@ -208,11 +214,19 @@ def _completed(everything: Sums, one: Sums) -> Sums:
     return sums
 
 
-def _intervals(name: str, over: list[Float64], under: list[Float64], kind: Kind, offset: float) -> dict[str, Float64]:
+def _tokens_per_decision(one: Sums, correction: Correction) -> float:
+    """Tokens masked or truncated together: those of a sequence where the correction decides by the sequence."""
+    by_sequence = correction.drops_sequences or (correction.log_cap or ("",))[0] == "sequence"
+    return float(one["n_tokens"].sum() / max(one["n_sequences"].sum(), 1.0)) if by_sequence else 1.0
+
+
+def _intervals(
+    name: str, over: list[Float64], under: list[Float64], kind: Kind, offset: float, n_per_event: ArrayLike
+) -> dict[str, Float64]:
     """Quotient of sums over clusters with its interval, one per correction."""
     if not over:
         return {f"{name}{end}": np.zeros(0) for end in _ENDS}
-    found = ratio_mean_interval(np.stack(over, axis=1), np.stack(under, axis=1), kind)
+    found = ratio_mean_interval(np.stack(over, axis=1), np.stack(under, axis=1), kind, n_per_event=n_per_event)
     arrays = (found.value_M, found.low_M, found.high_M)
     return {f"{name}{end}": array + offset for end, array in zip(_ENDS, arrays, strict=True)}
 
@@ -267,8 +281,11 @@ def _by_stratum(totals: CorrectionPass) -> pd.DataFrame:
     labels = [(kind.name, *ends) for kind in totals.kinds for ends in zip(kind.low_B, kind.high_B, strict=True)]
     held = np.flatnonzero(n_B).tolist()
     records = []
-    for name, one in zip(totals.corrections, totals.by_correction, strict=True):
-        found = ratio_mean_interval(zero_CB if one.n_CB is None else one.n_CB, n_CB, "rate")
+    for (name, correction), one in zip(totals.corrections.items(), totals.by_correction, strict=True):
+        # a dropped sequence takes along at most what its prompt has in the stratum
+        n_per_event = n_B / np.maximum(prompts_B, 1) if correction.drops_sequences else 1.0
+        masked_CB = zero_CB if one.n_CB is None else one.n_CB
+        found = ratio_mean_interval(masked_CB, n_CB, "rate", n_per_event=n_per_event)
         for b in held:
             records.append((name, *labels[b], n_B[b], prompts_B[b], found.value_M[b], found.low_M[b], found.high_M[b]))
     return MASKED_BY_STRATUM.validate(pd.DataFrame.from_records(records, columns=names))

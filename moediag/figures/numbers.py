@@ -38,30 +38,48 @@ def sig(value: float | None, digits: int = 3) -> str:
     return text.replace("-", MINUS, 1) if value < 0 else text
 
 
-_TINY: Final = 1e-7
-"""Shares below one token in ten million, which only bounds of intervals are: not 0, and no more than 0 to a reader."""
+_LEAST: Final = 1e-6
+"""Smallest share that is written out; what is below, mostly bounds of intervals, is only said to be below."""
+_MOST: Final = 1 - 1e-5
+"""Largest share below 1 that is written out: nobody reads the difference of eight nines."""
 
 
 def percent(share: float | None) -> str:
-    """A share in [0, 1] as per cent; small shares keep two digits, shares near 1 keep their distance.
+    """A share in [0, 1] as per cent; small shares keep two digits, shares near 1 their distance, up to a limit.
+
+    ``0 %`` and ``100 %`` are kept for none and every one.
 
     Example:
         >>> percent(0.9683), percent(0.00031), percent(0.0), percent(1.0), percent(0.99997), percent(None)
         ('96.83 %', '0.031 %', '0 %', '100 %', '99.997 %', '–')
-        >>> percent(1e-11)
-        '~0 %'
+        >>> percent(1e-11), percent(0.99999997)
+        ('<0.0001 %', '>99.999 %')
     """
     if share is None or math.isnan(share):
         return NONE
-    if 0 < share < _TINY:
-        return "~0 %"
     if share in (0.0, 1.0):
         return f"{share:.0%}".replace("%", " %")
+    if abs(share) < _LEAST:
+        return f"{'<' if share > 0 else f'>{MINUS}'}0.0001 %"
+    if _MOST < share < 1:
+        return ">99.999 %"
     if share < 0.01:
         return f"{sig(100 * share, 2)} %"
-    # 99.997 % must not be rounded to 100 %: that word is kept for "every one".
-    decimals = 2 if share < 0.9999 or share > 1 else max(2, math.ceil(-math.log10(1 - share)) - 2)
-    return f"{100 * share:.{min(decimals, 7)}f} %"
+    decimals = 2 if share < 0.9999 or share > 1 else math.ceil(-math.log10(1 - share)) - 2
+    return f"{100 * share:.{max(decimals, 2)}f} %"
+
+
+def near_one(value: float, digits: int = 5) -> str:
+    """A number near 1 whose distance from 1 counts (a ratio, a correlation): written as distance where digits end.
+
+    Example:
+        >>> near_one(0.99931), near_one(1.0), near_one(0.99999997), near_one(1.0000021)
+        ('0.99931', '1.0000', '1 − 3.0e-08', '1 + 2.1e-06')
+    """
+    beyond = abs(value - 1)
+    if not 0 < beyond < 10.0 ** (1 - digits) / 2:
+        return sig(value, digits)
+    return f"1 {'+' if value > 1 else MINUS} {sig(beyond, 2)}"
 
 
 def times(numerator: float | None, denominator: float | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from moediag.figures import FIGURES
-from moediag.figures.numbers import NONE, is_number, percent, sig
+from moediag.figures.numbers import NONE, is_number, near_one, percent, sig
 from moediag.report.text import Markdown, fence_for, plain, whole_line
 
 _NEAR_ONE: Final = 0.1
@@ -183,7 +183,7 @@ def number(value: Any, unit: str = "nat") -> Markdown:
     if unit == "share":
         return Markdown(percent(value))
     is_near_one = unit == "1" and abs(value - 1) < _NEAR_ONE
-    return Markdown(sig(value, 5 if is_near_one else 3))  # three digits would say 1.00
+    return Markdown(near_one(value) if is_near_one else sig(value))  # three digits would say 1.00
 
 
 def interval(low: Any, high: Any, unit: str = "nat", note: str = "") -> Markdown:

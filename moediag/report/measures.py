@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.figures.numbers import NONE, count, is_number, sig
+from moediag.analysis.intervals import LARGE_SHARE
+from moediag.figures.numbers import NONE, count, is_number, percent, sig
 from moediag.report.blocks import Table, interval, number, table
 from moediag.report.text import Markdown, plain
 
@@ -114,17 +115,31 @@ class Measured:
     direction: str = LOWER
     note: str = ""
     floor: Floor = Floor()
+    largest_share: float | None = None
 
     def cells(self) -> list[Markdown | str]:
         """name, value, interval, floor, rounding scale, unit, n, direction."""
         unit = "share of n" if self.unit == "share" else self.unit
         bounds = interval(self.low, self.high, self.unit, self.note)
+        if words := carried_words(self.largest_share):
+            bounds = Markdown(f"{bounds} ({words})")
         return [self.name, self.shown, bounds, *self.floor.cells(self.unit), unit, self.n, self.direction]
 
     @property
     def shown(self) -> Markdown:
         """The value as it is printed."""
         return number(self.value, self.unit)
+
+
+def carried_words(largest_share: float | None) -> str:
+    """What stands beside the interval of a mean that hangs on one prompt; empty where it does not.
+
+    Example:
+        >>> carried_words(0.41), carried_words(0.08), carried_words(None)
+        ('one prompt carries 41.00 %', '', '')
+    """
+    is_large = is_number(largest_share) and largest_share >= LARGE_SHARE
+    return f"one prompt carries {percent(largest_share)}" if is_large else ""
 
 
 MEASURED_HEADER: Final = ("number", "value", "95 % interval", "floor", "rounding scale", "unit", "n", "good end")
@@ -165,10 +180,14 @@ def logp_measure(metric: str, words: str, unit: str, pair: Summary, frames: Fram
     if rows is not None and len(rows):
         row = rows.iloc[0]
         n, direction, note = _n(metric, int(row["n_tokens"]), pair), str(row["direction"]), str(row["note"])
-        return Measured(words, row["value"], row["ci_low"], row["ci_high"], n, unit, direction, note)
+        largest = row["largest_prompt_share"]
+        return Measured(
+            words, row["value"], row["ci_low"], row["ci_high"], n, unit, direction, note, largest_share=largest
+        )
     bounds = lookup(pair.get("logp"), f"{metric}_ci") or (None, None)
     n = _n(metric, pair.get("n_tokens"), pair)
-    return Measured(words, lookup(pair.get("logp"), metric), bounds[0], bounds[1], n, unit, NONE)
+    largest = lookup(pair.get("logp"), f"{metric}_largest_prompt_share")
+    return Measured(words, lookup(pair.get("logp"), metric), bounds[0], bounds[1], n, unit, NONE, largest_share=largest)
 
 
 def _n(metric: str, n_tokens: int | None, pair: Summary) -> str:
