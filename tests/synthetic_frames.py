@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis import declarations as declared
-from moediag.analysis.attribution import flip_costs
+from moediag.analysis.attribution import flip_excess
 from moediag.analysis.flip_declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS
 from moediag.analysis.routing import independent_flips
 from moediag.analysis.sequences import drift_by_length, sequence_frame
@@ -46,7 +46,7 @@ def make_run(
         "flips_by_layer_position": declared.FLIPS_BY_LAYER_POSITION.validate(_flip_map(flips, tokens, n_bins)),
         "expert_swaps": declared.EXPERT_SWAPS.validate(_swaps(rng, flips, n_experts)),
         **_predicted(flips, first_decoder_layer),
-        "flip_costs": flip_costs(tokens),
+        "flip_excess": flip_excess(tokens),
         "sequences": sequence_frame(tokens, n_layers),
         "drift_by_length": drift_by_length(sequence_frame(tokens, n_layers)),
         "metrics_by_stratum": metrics_by_stratum(tokens, n_layers),
@@ -66,7 +66,7 @@ def blank_run(frames):
         for name, frame in frames.items()
     }
     blank["tail_curve"] = blank["tail_curve"].assign(n_above=0, n_tokens=0)
-    for name in ("flip_costs", "metrics_by_stratum", "drift_by_length"):
+    for name in ("flip_excess", "metrics_by_stratum", "drift_by_length"):
         blank[name] = frames[name].iloc[:0]
     blank["sequences"] = blank["sequences"].assign(n_tokens=0, worst_position=-1)
     return blank

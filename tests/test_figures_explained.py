@@ -9,7 +9,7 @@ from matplotlib.text import Text
 from synthetic_frames import make_run
 
 from moediag.analysis.predicted import best_method, forecast_rows, predicted_flips
-from moediag.figures import Floor, draw_figure, figures_left_out, plot_explained_flips, plot_flip_costs
+from moediag.figures import Floor, draw_figure, figures_left_out, plot_explained_flips, plot_flip_excess
 from moediag.figures.explained import source_words
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -125,7 +125,7 @@ def test_sources_are_said_as_readers_know_them(source, said):
 
 def test_a_floor_off_the_axis_leaves_no_words_outside_the_panel(moe):
     """The label of a floor below the axis stood between two panels."""
-    figure = plot_flip_costs({"moe": moe["flip_costs"]}, floor=Floor(1e-30, "repeats"))
+    figure = plot_flip_excess({"moe": moe["flip_excess"]}, floor=Floor(1e-30, "repeats"))
     assert "floor" not in [text.get_text() for text in figure.axes[0].texts]
     assert "1.0e-30 nat" in words(figure)
 

@@ -328,7 +328,7 @@ def nothing_scored() -> tuple[dict[str, object], dict[str, pd.DataFrame]]:
     pair = summary["pairs"]["infer~train"]
     pair["logp"] = {}
     pair["routing"] = {"flip_rate": None, "flip_rate_ci": None, "any_layer_share": None, "by_layer": []}
-    pair["flip_cost"] = None
+    pair["flip_excess"] = None
     return summary, {**frames, "logp_metrics": blank}
 
 
