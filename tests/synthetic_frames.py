@@ -260,19 +260,18 @@ def _predicted(flips, first_decoder_layer):
         for method, factor in (("all_pairs", 0.95), ("margin_change", 0.9)):
             value = factor * rate
             explained.append({**where, "method": method, "side": "infer", "explained": value, "note": "",
-                              "explained_ci_low": 0.97 * value, "explained_ci_high": 1.03 * value, "gap": rate - value,
+                              "gap": rate - value,
                               "gap_ci_low": rate - value - half, "gap_ci_high": rate - value + half})  # fmt: skip
             curve += [{"method": method, "layer": layer, "bin_low": low, "bin_high": high, "n_choices": choices // 6,
                        "predicted": (low + high) / 2, "observed": min(2.0 * low, 1) if rate else 0.0,
                        "observed_ci_low": low, "observed_ci_high": min(3 * high, 1)}
                       for low, high in pairwise([0.0, 1e-4, 1e-3, 0.01, 0.1, 0.3, 1.0])]  # fmt: skip
-        sources = (("rounding to fp8", 2, 1.0), ("infer~infer-repeat", 0, 1.0), ("train~train-perturbed", 1, 1.0),
-                   ("train~train-perturbed", 3, 4.0))  # fmt: skip
-        for source, factor, multiplier in sources:
+        for source, factor in (("infer~infer-repeat", 0.0), ("train~train-perturbed", 1.5)):
             value = min(factor * rate, 1.0)
-            forecasts.append({**where, "noise_from": source, "target": "infer", "method": "all_pairs",
-                              "multiplier": multiplier, "forecast": value, "forecast_ci_low": 0.9 * value,
-                              "forecast_ci_high": min(1.1 * value, 1.0), "assumption": f"{source} as is"})  # fmt: skip
+            forecasts.append({**where, "pair": "infer~train", "side": "infer", "noise_from": source,
+                              "method": "all_pairs", "forecast": value, "noise_observed": value,
+                              "noise_observed_ci_low": 0.9 * value, "noise_observed_ci_high": min(1.1 * value, 1.0),
+                              "assumption": f"{source} as is"})  # fmt: skip
     made = {"explained_flips": explained, "flip_calibration": curve, "forecast_flips": forecasts}
     specs = (EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS)
     return {

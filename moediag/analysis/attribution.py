@@ -13,7 +13,6 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import reduce
 from typing import Any, Final
 
 import numpy as np
@@ -105,8 +104,10 @@ class _Matched:
         strata = matched_strata(rows)
         self.names = ", ".join(each.name for each in strata)
         # a token whose entropy is not known stands in a stratum of those: index -1 becomes 0
-        joint_T = reduce(lambda so_far_T, each: so_far_T * (len(each) + 1) + each.index_T + 1, strata, 0)
-        joint, self.stratum_T = np.unique(np.asarray(joint_T), return_inverse=True)
+        joint_T = np.zeros(len(rows), dtype=np.int64)
+        for each in strata:
+            joint_T = joint_T * (len(each) + 1) + each.index_T + 1
+        joint, self.stratum_T = np.unique(joint_T, return_inverse=True)
         prompts, self.prompt_T = np.unique(rows["prompt_id"].to_numpy(), return_inverse=True)
         self.n_strata, self.n_prompts = len(joint), len(prompts)
         self.size_T = np.abs(logp_diff(rows))
@@ -136,7 +137,7 @@ class _Matched:
         )  # fmt: skip
 
     def _interval(self, part_T: Float64, matched_T: Bool) -> Interval:
-        """Interval of the sum of parts over the matched tokens; prompts with reference tokens only are clusters, too."""
+        """Interval of the sum of parts per matched token; prompts with reference tokens only are clusters, too."""
         n_C = np.bincount(self.prompt_T[matched_T], minlength=self.n_prompts)
         part_C = np.bincount(self.prompt_T, part_T, self.n_prompts)
         found = ratio_mean_interval(part_C, n_C + _NOTHING, "signed").one()

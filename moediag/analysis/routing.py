@@ -138,7 +138,7 @@ def layer_flip_rates(totals: RoutingTotals) -> Float64:
 
 
 def flips_per_token(tokens: pd.DataFrame, totals: RoutingTotals) -> pd.DataFrame:
-    """How many layers flip per token, against what independent layers would give, and how much such tokens differ in logp.
+    """How many layers flip per token, against what independent layers would give, and how much such tokens differ.
 
     Its differences are bare means, which mix in that hard tokens flip more; :mod:`moediag.analysis.attribution`
     compares like with like.

@@ -124,10 +124,10 @@ FIGURES: Final[dict[str, FigureKind]] = {
         is_routing=True,
     ),
     "explained_flips": FigureKind(
-        "Flips observed, explained by noise at near ties, and forecast for other noise",
+        "Flips observed, explained by noise at near ties, and forecast for the noise of other pairs",
         "Left: flip rate by layer; explained from one side's scores and the noise of other prompts of this pair, "
-        "forecast from noise measured elsewhere. Right: predicted against observed shares; on the diagonal the "
-        "explanation is right.",
+        "forecast for this pair if it had the noise of another. Right: predicted against observed shares; on the "
+        "diagonal the explanation is right.",
         ("explained_flips", "flip_calibration", "forecast_flips"),
         "flip_rate",
         is_routing=True,

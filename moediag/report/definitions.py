@@ -40,9 +40,9 @@ _ROWS: Final = (
      "a choice can flip only where the margin is smaller than the perturbation"),
     ("overlap", "mean share of the K experts that both arms chose", "share of n", "higher is better", ""),
     ("excess of flipped tokens",
-     "mean abs(logp_diff) of flipped tokens − that of unflipped tokens of the same p_infer, entropy and position", "nat",
-     "lower is better", "difficulty that these do not show is not controlled: an association, only replay shows a "
-     "cause"),
+     "mean abs(logp_diff) of flipped tokens − that of unflipped tokens of the same p_infer, entropy and position",
+     "nat", "lower is better",
+     "difficulty that these do not show is not controlled: an association, only replay shows a cause"),
     ("log-ratio of a response", "sum of logp_diff over its tokens", "nat", "0 is best",
      "what sequence-level corrections see"),
     ("masked", "tokens whose ratio leaves the closed band: weight 0, no update", "share of n", "lower loses less",

@@ -55,8 +55,9 @@ _TIE_WORDS: Final = (
     "perturbation."
 )
 _MODEL_WORDS: Final = Markdown(
-    "*Explained*: the noise comes from this very pair, cross-fitted by prompt. *Forecast*: the noise comes from "
-    "elsewhere (a perturbation arm of one engine, another dtype)."
+    "*Explained*: the noise comes from this very pair, cross-fitted by prompt. *Forecast*: what infer~train would flip "
+    "if it had the noise of another pair (one engine repeated or perturbed). What routers in another precision do is "
+    "not forecast: capture the arms `train-router-fp32` and `train-router-fp8` to measure it."
 )
 _DENSE_WORDS: Final = Markdown(
     "This run is **dense**: it has no expert routing, so there is no agreement by layer and there are no margins."
@@ -252,7 +253,7 @@ def _prediction_blocks(summary: Summary, frames: Frames, show: _Pictures) -> lis
         made(frames, "explained_flips", predictions.explained_table),
         made(frames, "flip_calibration", predictions.calibration_table),
         made(frames, "forecast_flips", predictions.forecast_table),
-        made(frames, "forecast_flips", predictions.multiplier_table),
+        predictions.router_table(summary),
         made(frames, "score_noise", partial(tables.declared_table, "score_noise")),
     ]
     return [_MODEL_WORDS, predictions.prediction_words(summary), *tables_made] if any(tables_made) else []
