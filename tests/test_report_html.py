@@ -387,13 +387,13 @@ def test_explained_and_forecast_flips_are_the_frames_by_the_best_method(moe: dic
     assert [line[1] for line in explained] == ["all pairs", "margins", *["all pairs"] * 6]
     forecasts = tables["pair", "if it had the"]
     assert [line[:2] for line in forecasts] == [
-        ["infer\\~train", "noise of infer-repeat"],
-        ["infer\\~train", "noise of train-perturbed"],
+        ["infer~train", "noise of infer-repeat"],
+        ["infer~train", "noise of train-perturbed"],
     ]
     assert [line[2] for line in forecasts] == [percent(0.0), percent(1.5 * pooled["observed"])]
     assert [line[3] for line in forecasts] == [percent(pooled["observed"])] * 2, "the pair that the forecast is of"
     assert [line[-1] for line in forecasts] == [
-        f"{source} as is" for source in ("infer\\~infer-repeat", "train\\~train-perturbed")
+        f"{source} as is" for source in ("infer~infer-repeat", "train~train-perturbed")
     ]
     assert len(tables["P(flip)", "predicted"]) == 6
 

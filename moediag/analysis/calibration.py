@@ -3,7 +3,8 @@
 Invariants:
     - sums only, so ``merge(parts)`` equals the whole; a choice without a prediction counts nowhere, not as a 0;
     - an interval of ``gap`` (observed minus predicted) resamples prompts with both numbers together; the predicted rate
-      alone has none, since prompts resampled under a noise taken as known leave out what that noise is known to.
+      alone has none: under a noise taken as known a nominal 0.95 held the mean prediction .91 of the time, and .63
+      where prompts differ in loudness (synthetic, 16 prompts, 100 sets); the gap's held its mean .96 and 1.00.
 """
 
 from __future__ import annotations
