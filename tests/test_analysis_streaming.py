@@ -148,8 +148,8 @@ def test_ids_alone_are_enough_for_agreement() -> None:
     assert bare.tokens["misrouted_mass"].isna().all()
     assert (bare.margin_curve, bare.margin_quantiles, bare.margin_noise) == (None, None, None)
     assert bare.expert_swaps.equals(full.expert_swaps)
-    assert "misrouted_mass" not in set(bare.flip_costs["grouping"])
-    assert "misrouted_mass" in set(full.flip_costs["grouping"])
+    assert "misrouted_mass" not in set(bare.flip_excess["grouping"])
+    assert "misrouted_mass" in set(full.flip_excess["grouping"])
 
 
 def test_margins_of_the_train_side_stand_in_and_say_so() -> None:

@@ -13,7 +13,7 @@ from typing import Final
 import pandas as pd
 
 from moediag.errors import MoediagError
-from moediag.figures.numbers import count, is_number, times
+from moediag.figures.numbers import count, is_number, sig, times
 from moediag.notation import SCHEMA_VERSION
 from moediag.report import definitions, tables, token_tables
 from moediag.report import prediction_tables as predictions
@@ -38,9 +38,9 @@ from moediag.report.text import Markdown, code, plain
 
 REGENERATE: Final = ("moediag analyze RUN", "moediag report RUN")
 KEY_FIGURE: Final = "figure1"
-_COST_WORDS: Final = Markdown(
-    "Flipped tokens are compared with unflipped ones of the same p_infer and position. It is an association: only "
-    "forcing the routes (replay) shows a cause."
+_EXCESS_WORDS: Final = (
+    "It is an association and no cost of a flip: difficulty that these do not show is not controlled, and it makes "
+    "hard tokens flip more and differ more at once. Only forcing the routes (replay) shows a cause."
 )
 _LATE_WORDS: Final = (
     "Late bins hold only the sequences that got that far: a change along the table may be a change of sequences. Of "
@@ -55,8 +55,9 @@ _TIE_WORDS: Final = (
     "perturbation."
 )
 _MODEL_WORDS: Final = Markdown(
-    "*Explained*: the noise comes from this very pair, cross-fitted by prompt. *Forecast*: the noise comes from "
-    "elsewhere (a perturbation arm of one engine, another dtype)."
+    "*Explained*: the noise comes from this very pair, cross-fitted by prompt. *Forecast*: what infer~train would flip "
+    "if it had the noise of another pair (one engine repeated or perturbed). What routers in another precision do is "
+    "not forecast: capture the arms `train-router-fp32` and `train-router-fp8` to measure it."
 )
 UNOBSERVED_WORDS: Final = (
     "Its log-probabilities are those of the rollouts as they ran; which experts ran is known from decoding the same "
@@ -241,12 +242,11 @@ def _routing_sections(summary: Summary, pair: Summary, frames: Frames, show: _Pi
             *_prediction_blocks(summary, frames, show),
         ),
         section(
-            "cost",
-            "What a flip costs",
-            _cost_words(pair),
-            *show("flip_costs"),
-            made(frames, "flip_costs", token_tables.cost_table),
-            _COST_WORDS if pair.get("flip_cost") else None,
+            "excess",
+            "How much more flipped tokens differ",
+            _excess_words(pair),
+            *show("flip_excess"),
+            made(frames, "flip_excess", token_tables.excess_table),
         ),
         section("replay", "Routing replay", *replay_blocks(summary, text_origin(summary))),
     ]
@@ -259,23 +259,29 @@ def _prediction_blocks(summary: Summary, frames: Frames, show: _Pictures) -> lis
         made(frames, "explained_flips", predictions.explained_table),
         made(frames, "flip_calibration", predictions.calibration_table),
         made(frames, "forecast_flips", predictions.forecast_table),
-        made(frames, "forecast_flips", predictions.multiplier_table),
+        predictions.router_table(summary),
         made(frames, "score_noise", partial(tables.declared_table, "score_noise")),
     ]
     return [_MODEL_WORDS, predictions.prediction_words(summary), *tables_made] if any(tables_made) else []
 
 
-def _cost_words(pair: Summary) -> Markdown:
-    cost = pair.get("flip_cost") or {}
-    if not is_number(cost.get("cost")):
+def _excess_words(pair: Summary) -> Markdown:
+    found = pair.get("flip_excess") or {}
+    if not is_number(found.get("excess")):
         return Markdown("")
-    low, high = cost.get("cost_ci") or (None, None)
+    low, high = found.get("excess_ci") or (None, None)
     return Markdown(
-        f"A token with a flip differs by {number(cost.get('flipped_mean'))} nat on average, an unflipped token like it "
-        f"by {number(cost.get('unflipped_mean'))} nat: **{number(cost['cost'])} nat more** (95 %: "
-        f"{interval(low, high)}; {times(cost.get('flipped_mean'), cost.get('unflipped_mean'))}; "
-        f"{count(cost.get('n_tokens'), 'flipped token')}, {count(cost.get('n_unmatched'))} without a like, left out)."
+        f"A token with a flip differs by {number(found.get('flipped_mean'))} nat on average, an unflipped token like "
+        f"it (same {plain(found.get('matched_on'))}) by {number(found.get('unflipped_mean'))} nat: "
+        f"**{number(found['excess'])} nat more** (95 %: {interval(low, high)}; "
+        f"{times(found.get('flipped_mean'), found.get('unflipped_mean'))}{_ratio_words(found.get('ratio_ci'))}; "
+        f"{count(found.get('n_tokens'), 'flipped token')}, {count(found.get('n_unmatched'))} without a like, left "
+        f"out). {_EXCESS_WORDS}"
     )
+
+
+def _ratio_words(bounds: Sequence[float] | None) -> str:
+    return f", 95 %: {sig(bounds[0], 2)}× to {sig(bounds[1], 2)}×" if bounds else ""
 
 
 def _token_sections(pair: Summary, frames: Frames, show: _Pictures, texts: TokenTexts) -> list[Section | None]:
