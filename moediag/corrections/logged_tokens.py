@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moediag.analysis.tokens import is_scored
 from moediag.corrections.table_files import Columns, Ids
 from moediag.errors import DumpError
 
@@ -91,8 +92,7 @@ class LoggedTokens:
     @property
     def is_scored_T(self) -> NDArray[np.bool_]:  # noqa: N802 - the legend suffix
         """Tokens that have a ratio."""
-        with np.errstate(invalid="ignore"):
-            return ~np.isnan(self.numbers("logp_train") - self.numbers("logp_infer"))
+        return is_scored(self.numbers("logp_train"), self.numbers("logp_infer"))
 
     @property
     def position_T(self) -> NDArray[np.int64]:  # noqa: N802 - the legend suffix

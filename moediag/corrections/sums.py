@@ -22,7 +22,7 @@ from moediag.corrections.batch import Batch
 from moediag.corrections.correction import Correction
 from moediag.corrections.moments import Moments
 from moediag.corrections.strata import Stratifier
-from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms
+from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms, on_bounds
 from moediag.errors import MoediagError
 
 MAX_CLUSTERS: Final = 512
@@ -241,7 +241,11 @@ def _add_truncated(sums: Sums, chunk: Chunk, correction: Correction, weight_T: F
     if cap is None:
         return
     level, log_cap = cap
-    log_ratio_T = chunk.x.diff_T if level == "token" else chunk.x.of_sequence(chunk.x.log_product_S)
+    x = chunk.x
+    if level == "token":
+        log_ratio_T = on_bounds(x.diff_T, [log_cap], x.is_float32_T)
+    else:
+        log_ratio_T = x.of_sequence(on_bounds(x.log_product_S, [log_cap], x.is_float32_S))
     sums.add("n_truncated", chunk.cluster_T[np.flatnonzero((log_ratio_T > log_cap) & (weight_T > 0))])
 
 

@@ -26,6 +26,7 @@ from moediag.corrections.declarations import SWEEP_BY_BAND
 from moediag.corrections.moments import Moments
 from moediag.corrections.rules import log_bound
 from moediag.corrections.sums import MAX_CLUSTERS
+from moediag.corrections.terms import on_bounds
 from moediag.errors import MoediagError
 
 Float64 = NDArray[np.float64]
@@ -82,7 +83,8 @@ def sweep_by_band(
     bands = _bands(alphas, betas)
     low_M = np.array([log_bound(alpha) for alpha, _ in bands])
     above_M = np.nextafter(np.array([log_bound(beta) for _, beta in bands]), np.inf)  # first log-ratio beyond the band
-    cut = _cut_tokens(batch, np.unique(np.r_[low_M, above_M]), on_progress, chunk_tokens)
+    bounds = np.unique([log_bound(bound) for band in bands for bound in band])
+    cut = _cut_tokens(batch, np.unique(np.r_[low_M, above_M]), bounds, on_progress, chunk_tokens)
     inside = _inside_sums(cut, low_M, above_M)
     frame = _frame(bands, cut, inside, low_M, above_M)
     frame["n_prompts"] = batch.n_scored_prompts
@@ -122,7 +124,9 @@ def _bands(alphas: Sequence[float], betas: Sequence[float]) -> list[tuple[float,
     return bands
 
 
-def _cut_tokens(batch: Batch, cuts: Float64, on_progress: OnProgress | None, chunk_tokens: int) -> _Cut:
+def _cut_tokens(
+    batch: Batch, cuts: Float64, bounds: Float64, on_progress: OnProgress | None, chunk_tokens: int
+) -> _Cut:
     """Put every token between two cuts; interval b holds cuts[b - 1] <= log-ratio < cuts[b]."""
     n_clusters = min(int(batch.prompt_row_S.max(initial=0)) + 1, MAX_CLUSTERS)
     shape = n_clusters, len(cuts) + 1
@@ -130,7 +134,7 @@ def _cut_tokens(batch: Batch, cuts: Float64, on_progress: OnProgress | None, chu
     ratios, done = Moments.none(shape[1]), 0
     for part in batch.chunks(chunk_tokens):
         x, _ = part.scored()
-        between_T = np.searchsorted(cuts, x.diff_T, side="right")
+        between_T = np.searchsorted(cuts, on_bounds(x.diff_T, bounds, x.is_float32_T), side="right")
         cell_T = between_T + (part.prompt_row_S % n_clusters * shape[1])[x.row_T]
         for total, values_T in zip(sums, (None, x.k3_T), strict=True):
             total += np.bincount(cell_T, weights=values_T, minlength=len(total))
