@@ -81,8 +81,12 @@ class Simulation:
             "n_tokens": len(batch),
             "n_sequences": batch.n_sequences,
             "n_prompts": batch.n_prompts,
+            "n_scored_tokens": int(batch.is_scored_T.sum()),
+            "n_scored_sequences": int(batch.is_scored_S.sum()),
+            "n_scored_prompts": batch.n_scored_prompts,
             "reward": self.source.reward,
             "notes": list(self.source.notes),
+            "findings": [finding.line() for finding in self.source.findings],
             "eps_clip": self.eps_clip,
             "corrections": {
                 label: {"words": str(one.correction), "presets": list(one.presets), "notes": list(one.notes)}

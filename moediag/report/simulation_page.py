@@ -109,7 +109,7 @@ def simulation_page(
 def sentences(summary: Mapping[str, Any], frames: Frames) -> list[str]:
     """What was found, in words."""
     statistics = frames["correction_statistics"]
-    said = [_base_words(summary, statistics), mask_words(statistics), *same_words(frames), *flip_words(statistics)]
+    said = [*summary["findings"], _base_words(summary), mask_words(statistics), *same_words(frames), *flip_words(statistics)]
     said += band_words(frames.get("recommended_band"))
     said += audit_words(frames.get("gradient_audit"))
     said += [f"Advantages (looked at by {ADVANTAGE_USERS} only): {summary['reward']}."]
@@ -117,10 +117,9 @@ def sentences(summary: Mapping[str, Any], frames: Frames) -> list[str]:
     return [*filter(None, said), STABILITY]
 
 
-def _base_words(summary: Mapping[str, Any], statistics: pd.DataFrame) -> str:
-    n = int(statistics["n_tokens"].max()) if len(statistics) else 0
-    wholes = f"{count(summary['n_sequences'], 'sequence')}, {count(summary['n_prompts'], 'prompt')}"
-    return f"{count(n, 'scored token')} of {wholes}."
+def _base_words(summary: Mapping[str, Any]) -> str:
+    wholes = f"{count(summary['n_scored_sequences'], 'sequence')}, {count(summary['n_scored_prompts'], 'prompt')}"
+    return f"{count(summary['n_scored_tokens'], 'scored token')} of {wholes}."
 
 
 def mask_words(statistics: pd.DataFrame) -> str:
