@@ -15,7 +15,9 @@ from moediag.corrections.correction import Correction, Step
 from moediag.corrections.exact_sums import sums_by_sequence
 from moediag.errors import MoediagError
 
-LOGP = st.one_of(st.floats(-30, 0), st.floats(-30, 0, width=32), st.sampled_from([0.0, -math.inf, math.nan, -1e-9, -1000.0, -700.5]))
+LOGP = st.one_of(
+    st.floats(-30, 0), st.floats(-30, 0, width=32), st.sampled_from([0.0, -math.inf, math.nan, -1e-9, -1000.0, -700.5])
+)
 TOKENS = st.lists(st.tuples(LOGP, LOGP, st.integers(0, 3), st.floats(-2, 2)), max_size=25)
 
 

@@ -1,4 +1,4 @@
-"""Moments of weights of any size: against exact sums, merged in parts, scaled, and through the statistics and the sweep."""
+"""Moments of weights of any size: against exact sums, merged in parts, scaled, in the statistics and in the sweep."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_weights_that_are_all_at_the_clamp_are_all_effective(clamped: float) -> 
 
 
 def test_product_weights_of_long_responses_equal_an_exact_sum() -> None:
-    """Bug: 32 responses of 16,384 tokens with a drift of 1e-3 nat a token had a sequence ESS of .150 where .147 is right."""
+    """Bug: 32 responses of 16,384 tokens with a small drift had a sequence ESS of .150 where .147 is right."""
     rng = np.random.default_rng(3)
     diff_T = rng.normal(-1e-3, 0.008, 32 * 16_384)
     row = statistics(batch_of(diff_T, 16_384), "tis_sequence")

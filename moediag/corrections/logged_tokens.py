@@ -2,8 +2,8 @@
 
 Invariants:
     - every refusal is one line that counts the rows and names the first of them;
-    - log-probabilities are taken as they are, but those above 0 by rounding, and whatever a reader has to know of them
-      is said (:func:`checked_logps`, which series over steps use, too).
+    - log-probabilities are taken as they are, but those above 0 by rounding, and what a reader has to know of them is
+      said (:func:`checked_logps`, which series over steps use, too).
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from moediag.errors import DumpError
 Float64 = NDArray[np.float64]
 
 IS_RESPONSE: Final = "is_response"
-LOGPS: Final = ("logp_train", "logp_infer", "logp_train_new")
+LOGPS: Final[tuple[str, ...]] = ("logp_train", "logp_infer", "logp_train_new")
 
 LARGEST_ROUNDED_LOGP: Final = 1e-4
-"""A log-probability above 0 up to here [nat] is rounding and is taken as 0: a float32 logit less its logsumexp is off by
-half a unit in the last place, 6.1e-5 for logits of 1,024 to 2,048. Beyond it, the column holds something else."""
+"""A log-probability above 0 up to here [nat] is rounding and is taken as 0: a float32 logit less its logsumexp is off
+by half a unit in the last place, 6.1e-5 for logits of 1,024 to 2,048. Beyond it, the column holds something else."""
 
 _FEW: Final = 8
 """Different values that by chance are not all short: a float32 is a float16 once in 2^13."""
-
 
 
 def canonical_order(columns: Columns, where: str) -> NDArray[np.intp]:
@@ -124,7 +123,8 @@ class LoggedTokens:
         columns: all rows' columns; where: what they were read from, for messages.
         input_row_T: row of every token.
         row_T: 0 .. S-1, its sequence; seq_id_S: the sequence's name; start_S: its first token.
-        logps: name -> log-probabilities of the tokens, as they are to be used; logp_notes: what there is to know of them.
+        logps: name -> log-probabilities of the tokens, as they are to be used.
+        logp_notes: what there is to know of them.
     """
 
     columns: Columns
@@ -154,7 +154,7 @@ class LoggedTokens:
         start_S = np.flatnonzero(is_first_T)
         row_T = np.cumsum(is_first_T) - 1
         tokens = cls(columns, where, order_N, row_T, sequences.values_N[name_T[start_S]], start_S)
-        raw = {name: tokens.raw(name) for name in LOGPS if name in columns}
+        raw: dict[str, Float64] = {name: tokens.raw(name) for name in LOGPS if name in columns}
         logps, notes = checked_logps(raw, where, tokens.place)
         if not is_scored(logps["logp_train"], logps["logp_infer"]).any():
             raise DumpError(f"{where}: no response token has both log-probabilities; there is nothing to correct")
@@ -172,6 +172,11 @@ class LoggedTokens:
     def is_scored_T(self) -> NDArray[np.bool_]:  # noqa: N802 - the legend suffix
         """Tokens that have a ratio."""
         return is_scored(self.logps["logp_train"], self.logps["logp_infer"])
+
+    @property
+    def is_zero_T(self) -> NDArray[np.bool_]:  # noqa: N802 - the legend suffix
+        """Tokens whose log-probabilities are exactly 0 on both sides in the table; one that was rounded to 0 is not."""
+        return np.asarray((self.raw("logp_train") == 0) & (self.raw("logp_infer") == 0))
 
     @property
     def position_T(self) -> NDArray[np.int64]:  # noqa: N802 - the legend suffix

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,6 @@ from moediag.errors import DumpError
 from moediag.hygiene.chance import ALPHA
 from moediag.hygiene.findings import Finding
 from moediag.hygiene.rules import WARNING
-
-if TYPE_CHECKING:
-    from moediag.corrections.logged_tokens import LoggedTokens
 
 Bool = NDArray[np.bool_]
 
@@ -45,8 +42,8 @@ FACTORS: Final = {
     "tool_mask": "TRL",
     "env_mask": "TRL",
 }
-"""Column -> who multiplies the token mask by it: NeMo-RL's masks of whole sequences (token_mask * sample_mask), and TRL's
-of tool results (completion_mask * tool_mask; env_mask is its name in rollout functions)."""
+"""Column -> who multiplies the token mask by it: NeMo-RL's masks of whole sequences (token_mask * sample_mask), and
+TRL's of tool results (completion_mask * tool_mask; env_mask is its name in rollout functions)."""
 
 
 @dataclass(frozen=True)
@@ -108,29 +105,32 @@ class LossMasks:
         return np.logical_and.reduce([flags[name] for name in self.columns]), note
 
 
-def unmasked_padding(tokens: LoggedTokens) -> list[Finding]:
+def unmasked_padding(is_zero_T: Bool, start_S: NDArray[np.intp], where: str) -> list[Finding]:
     """Blocks of rows of exactly 0 on both sides at the ends of sequences, in a table that names no mask.
 
     Certain tokens are exactly 0 on both sides, too: a block counts when it is longer than such tokens, as often as they
     are elsewhere in these sequences, would make one in a million tables.
 
+    Args:
+        is_zero_T: whether both log-probabilities are exactly 0, as they were read; sequence by sequence, in order.
+        start_S: first row of every sequence.
+        where: the table.
+
     Source: ours; the million is that of every other rule (:data:`~moediag.hygiene.chance.ALPHA`).
     """
-    is_zero_T = np.logical_and.reduce([tokens.raw(f"logp_{side}") == 0 for side in ("train", "infer")])
     here_T = np.arange(len(is_zero_T))
-    end_S = np.append(tokens.start_S[1:], len(is_zero_T))
-    first_S = np.minimum(np.minimum.reduceat(np.where(is_zero_T, len(here_T), here_T), tokens.start_S), end_S)
-    last_S = np.maximum.reduceat(np.where(is_zero_T, -1, here_T), tokens.start_S)
-    head_S, tail_S = first_S - tokens.start_S, np.where(first_S < end_S, end_S - 1 - last_S, 0)
+    end_S = np.append(start_S[1:], len(is_zero_T))
+    first_S = np.minimum(np.minimum.reduceat(np.where(is_zero_T, len(here_T), here_T), start_S), end_S)
+    last_S = np.maximum.reduceat(np.where(is_zero_T, -1, here_T), start_S)
+    head_S, tail_S = first_S - start_S, np.where(first_S < end_S, end_S - 1 - last_S, 0)
     n_ends = int((head_S + tail_S).sum())
     rate = (is_zero_T.sum() - n_ends + 1) / (len(is_zero_T) - n_ends + 2)  # Laplace's: none seen is not never
     longest = int(max(head_S.max(), tail_S.max()))
     if longest < math.log(ALPHA / (2 * len(end_S))) / math.log(rate):
         return []
     message = (
-        f"{n_ends:,} of {len(is_zero_T):,} rows are exactly 0 on both sides, in blocks of up to {longest:,} at the ends "
-        "of sequences, and the table names no loss mask: prompt or padding counts as tokens in perfect agreement, and "
+        f"{n_ends:,} of {len(is_zero_T):,} rows are exactly 0 on both sides, in blocks of up to {longest:,} at the "
+        "ends of sequences, and the table names no loss mask: prompt or padding counts as tokens in perfect agreement, and "
         "makes every mean and share too small; leave these rows out, or give their mask (is_response, or --mask COLUMN)"
     )
-    facts: dict[str, Any] = {"n": n_ends, "n_of": len(is_zero_T)}
-    return [Finding(WARNING, "D31-zero-logp", tokens.where, message, **facts)]
+    return [Finding(WARNING, "D31-zero-logp", where, message, n=n_ends, n_of=len(is_zero_T))]

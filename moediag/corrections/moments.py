@@ -45,7 +45,8 @@ class Moments:
         n_G = np.bincount(group_N, minlength=n_groups).astype(np.float64)
         mean_G = np.bincount(group_N, weights=values_N, minlength=n_groups) / np.maximum(n_G, 1)
         away_N = values_N - mean_G[group_N]
-        return cls(n_G, mean_G, np.bincount(group_N, weights=np.square(away_N), minlength=n_groups))
+        square_G = np.bincount(group_N, weights=np.square(away_N), minlength=n_groups).astype(np.float64)
+        return cls(n_G, mean_G, square_G)
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both parts together, group by group.

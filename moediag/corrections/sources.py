@@ -213,7 +213,7 @@ def columns_source(
         reward_S=reward_S,
     )
     keys = {name: columns[name] for name in KEYS if name in columns}
-    findings = () if is_masked else tuple(unmasked_padding(tokens))
+    findings = () if is_masked else tuple(unmasked_padding(tokens.is_zero_T, tokens.start_S, where))
     return Source(batch, keys, n_rows, tokens.input_row_T, words, (*notes, *tokens.notes()), findings)
 
 

@@ -130,19 +130,19 @@ def _cut_tokens(
     """Put every token between two cuts; interval b holds cuts[b - 1] <= log-ratio < cuts[b]."""
     n_clusters = min(int(batch.prompt_row_S.max(initial=0)) + 1, MAX_CLUSTERS)
     shape = n_clusters, len(cuts) + 1
-    sums = [np.zeros(shape[0] * shape[1]) for _ in range(2)]
+    n_CB, k3_CB = np.zeros(shape), np.zeros(shape)
     ratios, done = Moments.none(shape[1]), 0
     for part in batch.chunks(chunk_tokens):
         x, _ = part.scored()
         between_T = np.searchsorted(cuts, on_bounds(x.diff_T, bounds, x.is_float32_T), side="right")
         cell_T = between_T + (part.prompt_row_S % n_clusters * shape[1])[x.row_T]
-        for total, values_T in zip(sums, (None, x.k3_T), strict=True):
-            total += np.bincount(cell_T, weights=values_T, minlength=len(total))
+        n_CB += np.bincount(cell_T, minlength=n_CB.size).reshape(shape)
+        k3_CB += np.bincount(cell_T, weights=x.k3_T, minlength=k3_CB.size).reshape(shape)
         ratios += Moments.of(x.ratio_T, between_T, shape[1])
         done += len(part)
         if on_progress is not None:
             on_progress(done, len(batch), "tokens")
-    return _Cut(cuts, *(total.reshape(shape) for total in sums), ratios)
+    return _Cut(cuts, n_CB, k3_CB, ratios)
 
 
 def _inside_sums(cut: _Cut, low_M: Float64, above_M: Float64) -> dict[str, Float64]:
@@ -164,7 +164,8 @@ def _frame(
     n_C = cut.n_CB.sum(axis=1)
     n = float(n_C.sum())
     n_kept_M = inside["n"].sum(axis=0)
-    masked = ratio_mean_interval(n_C[:, None] - inside["n"], np.broadcast_to(n_C[:, None], inside["n"].shape), "rate")
+    n_masked_CM = n_C[:, None] - inside["n"]
+    masked = ratio_mean_interval(n_masked_CM, np.broadcast_to(n_C[:, None], n_masked_CM.shape), "rate")
     prefix_B = np.concatenate([[0.0], np.cumsum(cut.n_CB.sum(axis=0))])
     below_M = prefix_B[np.searchsorted(cut.cuts, low_M) + 1]
     above_n_M = n - prefix_B[np.searchsorted(cut.cuts, above_M) + 1]
@@ -177,6 +178,7 @@ def _frame(
         "masked_share": masked.value_M,
         "masked_share_ci_low": masked.low_M,
         "masked_share_ci_high": masked.high_M,
+        "n_masked_prompts": (n_masked_CM > 0).sum(axis=0),
         "below_share": divide(below_M, np.full(len(bands), n)),
         "above_share": divide(above_n_M, np.full(len(bands), n)),
         "kept_k3": kept_k3_M,

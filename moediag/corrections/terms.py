@@ -42,7 +42,7 @@ def are_float32(*values: Float64) -> NDArray[np.bool_]:
     A log-probability that was computed in float64 is one by chance once in 2^29.
     """
     with np.errstate(over="ignore"):
-        return np.logical_and.reduce([array == array.astype(np.float32) for array in values])
+        return np.asarray(np.logical_and.reduce([array == array.astype(np.float32) for array in values]))
 
 
 def on_bounds(values: Float64, bounds: Sequence[float] | Float64, is_float32: NDArray[np.bool_]) -> Float64:
