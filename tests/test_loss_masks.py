@@ -131,7 +131,7 @@ def test_padding_without_a_mask_is_a_finding_above_the_table(
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.4])
 def test_certain_tokens_are_no_padding(rate: float) -> None:
-    """Of 60 healthy tables with tokens that are certain on both sides, ends of responses among them, none is accused."""
+    """Of 60 healthy tables with tokens that are certain on both sides, all last ones among them, none is accused."""
     for seed in range(20):
         frame = padded(head=0, seed=seed)
         rng = np.random.default_rng(seed)
@@ -163,7 +163,5 @@ def test_a_series_over_steps_knows_the_same_masks(tmp_path: Path, mask: str | No
     assert f"loss mask: {mask}" in source.notes
     frame["action_mask"] = 1
     frame["loss_mask"] = 0
-    with pytest.raises(
-        DumpError, match="loss_mask and action_mask differ in 3,072 rows, first row 0; keep one of them"
-    ):
+    with pytest.raises(DumpError, match=r"differ in [\d,]+ rows, first row \d+; keep one of them"):
         read_trend([write(frame, tmp_path / "u.csv")], None, lambda *_: None)

@@ -181,8 +181,9 @@ def test_sequences_and_prompts_without_a_score_are_not_counted_as_scored(
     assert f"{len(scored)} scored tokens of 30 sequences, 15 prompts." in capsys.readouterr().out
 
 
-def test_no_interval_of_a_mean_weight_goes_below_0() -> None:
-    """Bug: one token with a ratio of 7,000 gave a mean weight of 24 [-25, 7.5e9]."""
+def test_no_interval_of_a_mean_weight_goes_beyond_what_weights_can_be() -> None:
+    """Bug: one token with a ratio of 7,000 gave mean weights of 24 [-25, 7.5e9], and 1.003 [0.997, 812,224] of at
+    most 2."""
     frame = logged(60).assign(logp_train=lambda f: f["logp_infer"], prompt_id=lambda f: f["seq_id"])
     frame.loc[frame["is_response"].idxmax(), ["logp_train", "logp_infer"]] = [-0.1, -9.0]
     found = simulate(frame_source(frame), choose(["mis_token:cap=inf", "tis_token"]), "t").frames[
@@ -191,6 +192,7 @@ def test_no_interval_of_a_mean_weight_goes_below_0() -> None:
     known = found[found["weight_mean_ci_low"].notna()]
     assert (known["weight_mean_ci_low"] == 0).any()
     assert (known["weight_mean_ci_low"] >= 0).all()
+    assert known.set_index("correction").loc["tis_token:cap=2", "weight_mean_ci_high"] <= 2
     assert (known["weight_mean"] <= known["weight_mean_ci_high"]).all()
 
 

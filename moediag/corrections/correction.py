@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moediag.corrections.methods import METHODS, Method
 from moediag.corrections.rules import log_bound
-from moediag.corrections.terms import Float64, Terms, scored_terms
+from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms, scored_terms
 from moediag.errors import MoediagError
 
 _STEP: Final = re.compile(r"\s*([a-z_0-9]+)\s*(?::(.*))?", re.ASCII | re.DOTALL)
@@ -79,6 +80,12 @@ class Correction:
     def is_mask(self) -> bool:
         """Every weight is 1 or 0: no step carries a ratio."""
         return all(step.rule.level != "weight" or step.method == "none" for step in self.steps)
+
+    @property
+    def largest_weight(self) -> float:
+        """No weight is larger: what is beyond a cap or the upper end of a band is cut down or masked."""
+        bounds = (step.parameters.get(name, math.inf) for step in self.steps for name in ("cap", "beta"))
+        return min(float(np.exp(LOG_RATIO_CLAMP)), *bounds)
 
     @property
     def side(self) -> str:

@@ -28,6 +28,7 @@ LARGEST_ROUNDED_LOGP: Final = 1e-4
 """A log-probability above 0 up to here [nat] is rounding and is taken as 0: a float32 logit less its logsumexp is off
 by half a unit in the last place, 6.1e-5 for logits of 1,024 to 2,048. Beyond it, the column holds something else."""
 
+_N_LOOKED_AT: Final = 1000
 _FEW: Final = 8
 """Different values that by chance are not all short: a float32 is a float16 once in 2^13."""
 
@@ -68,7 +69,8 @@ def checked_logps(
         place: the first of some tokens, in words.
 
     Returns:
-        The columns, with 0 for what is above 0 by rounding; and notes: rounded, impossible and coarse values.
+        The columns, with 0 for what is above 0 by rounding, and as float32 where the digits are float32's; and notes:
+        rounded, impossible and coarse values.
 
     Raises:
         DumpError: log-probabilities that no model gives.
@@ -85,8 +87,8 @@ def checked_logps(
         if n_above:
             notes.append(f"{n_above:,} of {len(values_T):,} {name} are above 0 by rounding, at most "
                          f"{values_T[values_T > 0].max():.2g} nat, and taken as 0")  # fmt: skip
-        checked[name] = np.minimum(values_T, 0.0)
-        if coarse := _coarse_words(values_T):
+        checked[name] = _float32_again(np.minimum(values_T, 0.0))
+        if coarse := _coarse_words(checked[name]):
             notes.append(f"{name} {coarse}")
     is_inf_T = {side: np.isinf(checked[side]) for side in LOGPS[:2]}
     n_impossible = int(np.logical_or(*is_inf_T.values()).sum())
@@ -98,6 +100,16 @@ def checked_logps(
     return checked, tuple(notes)
 
 
+def _float32_again(values_T: Float64) -> Float64:
+    """Float32 numbers that were written in their shortest digits (pandas' csv) as they were; others as they are."""
+    known_T = values_T[np.isfinite(values_T)][:_N_LOOKED_AT]
+    with np.errstate(over="ignore"):
+        single_T = known_T.astype(np.float32)
+        if [float(str(value)) for value in single_T] != known_T.tolist():
+            return values_T
+        return values_T.astype(np.float32).astype(np.float64)
+
+
 def _coarse_words(values_T: Float64) -> str:
     """What format log-probabilities were stored in, if one that is too coarse for them; by the values, for a table of
     float64 tells of no rounding before."""
@@ -106,7 +118,7 @@ def _coarse_words(values_T: Float64) -> str:
         single_T = known_T.astype(np.float32)
         is_brain = not (single_T.view(np.uint32) & 0xFFFF).any() and (single_T == known_T).all()
         is_half = (known_T.astype(np.float16) == known_T).all()
-    if not (is_brain or is_half) or len(np.unique(known_T[:1000])) < _FEW:
+    if not (is_brain or is_half) or len(np.unique(known_T[:_N_LOOKED_AT])) < _FEW:
         return ""
     name, step = ("bfloat16", 2.0**-5) if is_brain else ("float16", 2.0**-8)
     return (

@@ -130,7 +130,8 @@ def unmasked_padding(is_zero_T: Bool, start_S: NDArray[np.intp], where: str) -> 
         return []
     message = (
         f"{n_ends:,} of {len(is_zero_T):,} rows are exactly 0 on both sides, in blocks of up to {longest:,} at the "
-        "ends of sequences, and the table names no loss mask: prompt or padding counts as tokens in perfect agreement, and "
-        "makes every mean and share too small; leave these rows out, or give their mask (is_response, or --mask COLUMN)"
+        "ends of sequences, and the table names no loss mask: prompt or padding counts as tokens in perfect agreement, "
+        "and makes every mean and share too small; leave these rows out, or give their mask (is_response, or "
+        "--mask COLUMN)"
     )
     return [Finding(WARNING, "D31-zero-logp", where, message, n=n_ends, n_of=len(is_zero_T))]

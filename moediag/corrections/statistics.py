@@ -179,7 +179,10 @@ def _statistics(totals: CorrectionPass, batch: Batch) -> pd.DataFrame:
     frame = pd.DataFrame(columns)
     mass = [f"kept_probability_mass{end}" for end in _ENDS]
     frame[mass] = frame[mass].clip(0.0, 1.0)
-    frame["weight_mean_ci_low"] = frame["weight_mean_ci_low"].clip(lower=0.0)  # no weight is below 0
+    # an interval cut off where no mean of weights can be loses no coverage
+    largest = np.array([correction.largest_weight for correction in corrections], dtype=np.float64)
+    frame["weight_mean_ci_low"] = frame["weight_mean_ci_low"].clip(lower=0.0)
+    frame["weight_mean_ci_high"] = np.minimum(frame["weight_mean_ci_high"], largest)
     frame.loc[~is_sided, ["below_share", "above_share"]] = np.nan
     frame.loc[~is_capped, [f"truncated_share{end}" for end in _ENDS]] = np.nan
     # what masks nothing by definition masks nothing on other prompts, too
