@@ -268,7 +268,7 @@ def _simulation_in(folder: Path) -> dict[str, Any] | None:
 
 
 def _request_words(found: Mapping[str, Any]) -> str:
-    names = list(found.get("corrections") or ())
+    names = [name for name in found.get("corrections") or () if name != "none"]
     more = f" and {len(names) - _N_NAMED} more" if len(names) > _N_NAMED else ""
     return f"{found.get('label')} with {', '.join(names[:_N_NAMED]) or 'no correction'}{more}"
 

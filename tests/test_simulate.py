@@ -161,7 +161,7 @@ def test_another_request_does_not_replace_a_simulation(table: Path, capsys: pyte
         capsys.readouterr()
         assert main(["simulate", *arguments, "-o", str(folder)]) == 1
         err = " ".join(capsys.readouterr().err.split())
-        assert "holds the simulation of another request, t.parquet with none, icepop:alpha=0.5,beta=5" in err
+        assert "holds the simulation of another request, t.parquet with icepop:alpha=0.5,beta=5;" in err
         assert "--force" in err
         assert (folder / "report.md").read_text() == page
     assert main(first) == 0  # the same may be made again

@@ -69,7 +69,8 @@ def is_impossible(logp_train_T: NDArray[Any], logp_infer_T: NDArray[Any]) -> NDA
 def logp_diff(tokens: pd.DataFrame) -> Float64:
     """logp_train - logp_infer of every row in float64 [nat]; 0 is perfect agreement."""
     train_T = tokens["logp_train"].to_numpy().astype(np.float64)
-    return np.asarray(train_T - tokens["logp_infer"].to_numpy().astype(np.float64))
+    with np.errstate(invalid="ignore"):  # -inf on both sides is no number, and not scored
+        return np.asarray(train_T - tokens["logp_infer"].to_numpy().astype(np.float64))
 
 
 def token_columns(
