@@ -25,6 +25,8 @@ from moediag.analysis.aliases import ALIASES
 from moediag.analysis.series import KL_METRICS, TREND_BY_STEP, UNITS, standard_error_of, step_metrics, trend_of
 from moediag.analysis.tokens import concatenate_tokens, token_columns
 from moediag.analysis.vocabulary import exact_divergences
+from moediag.corrections.logged_tokens import LOGPS, checked_logps
+from moediag.corrections.loss_masks import LossMasks, unmasked_padding
 from moediag.corrections.table_files import KINDS, Kind, TableFile, open_table
 from moediag.errors import DumpError
 from moediag.notation import INFER, TRAIN
@@ -36,7 +38,7 @@ OnProgress = Callable[[int, int, str], None]
 TOKEN_COLUMNS: Final[dict[str, Kind]] = {
     "step": "whole", "seq_id": "id", "position": "whole", "logp_train": "number", "logp_infer": "number",
 }  # fmt: skip
-OPTIONAL_COLUMNS: Final[dict[str, Kind]] = {"prompt_id": "id", "is_response": "flag"}
+OPTIONAL_COLUMNS: Final[dict[str, Kind]] = {"prompt_id": "id"}
 SYNONYMS: Final = {
     "mean_abs_logp_diff": "abs_logp_diff.mean",
     "p99_abs_logp_diff": "abs_logp_diff.p99",
@@ -50,8 +52,6 @@ SYNONYMS: Final = {
 _COUNTS: Final = ("n_tokens", "n_prompts")
 _PARTS: Final = ("_se", "_ci_low", "_ci_high")
 _TRAILING: Final = re.compile(r"(\d+)$")
-_LARGEST_LOGP: Final = 1e-3
-"""A log-probability above this is no rounding: the column holds something else."""
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,22 @@ def _read_table(table: TableFile, on_progress: OnProgress) -> TrendSource:
 
 
 def _read_tokens(table: TableFile, on_progress: OnProgress) -> TrendSource:
+    masks = LossMasks.among(table.types, str(table.path))
     kinds = {**TOKEN_COLUMNS, **{name: kind for name, kind in OPTIONAL_COLUMNS.items() if name in table.types}}
-    columns = table.read(kinds, on_progress)
+    columns = table.read({**kinds, **dict.fromkeys(masks.columns, "flag")}, on_progress)
+    is_response_T, masked = masks.response(columns)
     cluster = "prompt_id" if "prompt_id" in columns else "seq_id"
     frame = pd.DataFrame({name: columns[name] for name in ("step", "position", "logp_train", "logp_infer")})
     frame["seq_id"], frame["prompt_id"] = columns["seq_id"].row_T, columns[cluster].row_T
-    if "is_response" in columns:
-        frame = frame[columns["is_response"]]
+    if is_response_T is not None:
+        frame = frame[is_response_T]
     _refuse_tokens(table.path, frame)
-    notes = ["how the tokens were sampled the table does not say: k1 and k3 are a KL only if infer sampled them at "
+    found = [] if masks.columns else unmasked_padding(*_in_order(frame), str(table.path))
+    logps = {name: frame[name].to_numpy(np.float64) for name in LOGPS[:2]}
+    checked, said = checked_logps(logps, str(table.path), lambda is_T: _place(frame, is_T))
+    frame = frame.assign(**checked)
+    notes = [*(finding.line() for finding in found), *masked, *said,
+             "how the tokens were sampled the table does not say: k1 and k3 are a KL only if infer sampled them at "
              "temperature 1 without truncation"]  # fmt: skip
     if cluster == "seq_id":
         notes.append("no column prompt_id: every sequence counts as a prompt of its own, so intervals may be too short")
@@ -175,19 +182,27 @@ def _steps_of_tokens(table: TableFile, frame: pd.DataFrame, on_progress: OnProgr
 def _refuse_tokens(path: Path, frame: pd.DataFrame) -> None:
     """Rows that no log of tokens has."""
     if frame.empty:
-        raise DumpError(f"{path} holds no response token; check the column is_response")
+        raise DumpError(f"{path} holds no response token; check the loss mask")
     twice = frame[frame.duplicated(["step", "seq_id", "position"])]
     if len(twice):
         raise DumpError(
             f"{path}: {len(twice):,} rows stand at a (step, seq_id, position) of another, first step "
             f"{twice['step'].iloc[0]} position {twice['position'].iloc[0]}; every token wants one row"
         )
-    for name in ("logp_train", "logp_infer"):
-        if (frame[name] > _LARGEST_LOGP).any():
-            raise DumpError(
-                f"{path}: {name} is a log-probability and at most 0, found {frame[name].max():.4g}; "
-                "is it a probability, or a difference?"
-            )
+
+
+def _place(frame: pd.DataFrame, is_T: Any) -> str:
+    """The first of some tokens, in words."""
+    row = frame[is_T].iloc[0]
+    return f"step {row['step']:g} position {row['position']:g}"
+
+
+def _in_order(frame: pd.DataFrame) -> tuple[Any, Any]:
+    """Whether tokens are exactly 0 on both sides, sequence by sequence, and the first token of every sequence."""
+    ordered = frame.sort_values(["step", "seq_id", "position"])
+    is_zero_T = ((ordered["logp_train"] == 0) & (ordered["logp_infer"] == 0)).to_numpy()
+    is_first_T = (ordered[["step", "seq_id"]].diff() != 0).any(axis=1).to_numpy()
+    return is_zero_T, np.flatnonzero(is_first_T)
 
 
 def _read_steps(table: TableFile, on_progress: OnProgress) -> TrendSource:

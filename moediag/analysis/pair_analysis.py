@@ -27,7 +27,7 @@ from moediag.analysis.sequences import (
 )
 from moediag.analysis.strata import metrics_by_stratum
 from moediag.analysis.streaming import RoutingPass, read_pair
-from moediag.analysis.tokens import scored_tokens
+from moediag.analysis.tokens import is_impossible, scored_tokens
 from moediag.corrections.masked_shares import masked_shares
 from moediag.run.align import Pair
 
@@ -40,8 +40,9 @@ class PairAnalysis:
 
     Args:
         pair_name, minuend, subtrahend: as in :class:`~moediag.run.align.Pair`.
-        n_sequences, n_prompts: with a response token, scored or not.
+        n_sequences, n_prompts: with a token that both arms scored.
         n_tokens, n_unscored: response tokens scored by both arms, and not.
+        n_impossible: of those not scored, tokens with an infinite log-probability (D31-impossible-logp).
     """
 
     pair_name: str
@@ -51,6 +52,7 @@ class PairAnalysis:
     n_prompts: int
     n_tokens: int
     n_unscored: int
+    n_impossible: int
     tokens: pd.DataFrame
     logp_metrics: pd.DataFrame
     tail_curve: pd.DataFrame
@@ -90,16 +92,17 @@ def analyze_pair(pair: Pair) -> PairAnalysis:
         Declared frames and scalars; a pair without tokens gives NaN values with n = 0.
     """
     tokens, routing = read_pair(pair)
-    n_scored = len(scored_tokens(tokens))
+    scored = scored_tokens(tokens)
     sequences = sequence_frame(tokens, pair.n_layers)
     return PairAnalysis(
         pair_name=pair.name,
         minuend=pair.minuend,
         subtrahend=pair.subtrahend,
-        n_sequences=len(sequences),
-        n_prompts=tokens["prompt_id"].nunique(),
-        n_tokens=n_scored,
-        n_unscored=len(tokens) - n_scored,
+        n_sequences=scored["seq_id"].nunique(),
+        n_prompts=scored["prompt_id"].nunique(),
+        n_tokens=len(scored),
+        n_unscored=len(tokens) - len(scored),
+        n_impossible=int(is_impossible(tokens["logp_train"].to_numpy(), tokens["logp_infer"].to_numpy()).sum()),
         tokens=tokens,
         logp_metrics=logp_metrics(tokens),
         tail_curve=tail_curve(tokens),

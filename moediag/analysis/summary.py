@@ -76,6 +76,7 @@ def pair_summary(analysis: PairAnalysis) -> dict[str, Any]:
         "n_prompts": int(analysis.n_prompts),
         "n_tokens": int(analysis.n_tokens),
         "n_unscored": int(analysis.n_unscored),
+        "n_impossible": int(analysis.n_impossible),
         "logp": _logp_summary(analysis.logp_metrics),
         "routing": _routing_summary(analysis),
         "margins": _margin_summary(analysis.margin_quantiles),

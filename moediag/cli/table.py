@@ -71,7 +71,7 @@ def _words(summary: dict[str, Any]) -> Iterator[str]:
     if verdict:
         yield f"{verdict['word']}: {'; '.join([verdict['reason'], *verdict['evidence']])}"
     for name, _, dotted in _HEADLINES:
-        if words := carried_words(lookup(summary["pairs"][_MAIN_PAIR], f"{dotted}_largest_prompt_share")):
+        if words := carried_words(lookup(summary["pairs"][main_pair_name(summary)], f"{dotted}_largest_prompt_share")):
             yield f"{name.strip()}: {words} of it; other samples of such prompts may lie outside the interval"
     floors = summary.get("floors") or {}
     prefilled = floors.get("decode_vs_prefill")

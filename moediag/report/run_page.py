@@ -183,10 +183,10 @@ def _closing_sections(summary: Summary, show: _Pictures, regenerate: Sequence[st
 def _pair_words(name: str, pair: Summary) -> Markdown:
     counts = [count(pair.get("n_tokens"), "token"), count(pair.get("n_unscored"), "token")]
     wholes = [count(pair.get("n_sequences"), "sequence"), count(pair.get("n_prompts"), "prompt")]
+    impossible = f" ({count(pair['n_impossible'])} with a logp of -inf: a defect)" if pair.get("n_impossible") else ""
     return Markdown(
-        f"Pair {code(name)}: {counts[0]} scored by both arms, {counts[1]} not scored, {', '.join(wholes)}. "
-        f"{'' if name == OBSERVED_PAIR else UNOBSERVED_WORDS}"
-        f"{definitions.SIGN_WORDS}"
+        f"Pair {code(name)}: {counts[0]} of {', '.join(wholes)} scored by both arms, {counts[1]} not scored"
+        f"{impossible}. {'' if name == OBSERVED_PAIR else UNOBSERVED_WORDS}{definitions.SIGN_WORDS}"
     )
 
 
