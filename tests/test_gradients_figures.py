@@ -99,11 +99,11 @@ def test_what_cannot_be_told_is_told_as_such() -> None:
     arrays["coefficient_MB"][2] = 0.7 * arrays["coefficient_MB"][0]
     found = audit_frames(record, arrays)["gradient_audit"]
     assert found["verdict"].tolist() == 2 * ["", "cannot tell", "same direction"]
-    assert "cannot tell of 1 of 2; same direction of 1 of 2" in cosine_finding(found)
+    assert "cannot tell: 1 of 2; same direction: 1 of 2" in cosine_finding(found)
 
 
 def test_changes_of_the_size_of_rounding_are_called_rounding_where_autograd_made_them() -> None:
-    """Changes of 1e-4 in routers, experts and attention were told as changes; the head's closed form is not so coarse."""
+    """Changes of 1e-4 in routers, experts and attention were told as changes; the head is not so coarse."""
     record, arrays = inner_products(2)
     n_vectors = len(arrays["prompt_B"])
     arrays["coefficient_MB"][1] = np.tile([1.0, 1e-3], n_vectors // 2)
@@ -122,7 +122,7 @@ def test_without_enough_prompts_there_is_no_interval_and_no_verdict() -> None:
     arrays["sequence_weight_S"] = arrays["sequence_weight_S"][:12]
     found = audit_frames(record, arrays)["gradient_audit"]
     assert found["verdict"].tolist() == 2 * ["", "no interval", "no interval"]
-    assert "no interval of 2 of 2" in cosine_finding(found)
+    assert "no interval: 2 of 2" in cosine_finding(found)
 
 
 def test_bias_is_held_against_its_floor() -> None:

@@ -18,15 +18,35 @@ sets, standard error 0.014; Gaussian gradients / Student-t with 3 degrees of fre
     ================ ============= =============
     statistic        16 prompts    64 prompts
     ================ ============= =============
-    cosine           .94 / .93     .94 / .94
     gain             .93 / .92     .97 / .95
     relative bias    .95 / .93     .95 / .96
     norm             .94 / .91     .94 / .94
     variance ratio   .96 / .94     .97 / .90
     ================ ============= =============
 
-At no bias at all the intervals of cosine and relative bias are too wide (0.99): squared norms have no linear part
-there.
+At no bias at all the interval of the relative bias is too wide (0.99): squared norms have no linear part there.
+
+Cosines and their change get the outer of BCa and the jackknife's Student-t bounds: BCa alone calls truncated weights
+farther than no correction in nine sets of ten where the weights tell nothing, the jackknife alone covers 0.80 with 16
+prompts. ``benchmarks/gradient_coverage.py`` (200 sets, standard error 0.015 at 0.95, log-normal sequence weights with
+sigma 1; 16 / 64 prompts; nominal of a wrong "nearer": 0.025):
+
+    ============================== =========== =============== =============== =========== =============
+    truth, signal to noise         interval    covers: cosine  covers: change  nearer      batch nearer
+    ============================== =========== =============== =============== =========== =============
+    weights tell nothing, 0          0 /   0    -- /  --        -- /  --       0   / 0     1.0 / .995
+    weights tell nothing, 1        .25 / .03   1.0 / 1.0       1.0 / 1.0       0   / 0     1.0 / .995
+    weights tell nothing, 4        .93 / .86   1.0 / 1.0       1.0 / 1.0       0   / 0     1.0 / .995
+    weights tell nothing, 20, 100  1.0 / 1.0   1.0 / 1.0       1.0 / 1.0       0   / 0     1.0 / .995
+    they turn it by 45 degrees, 1  .24 / .12   .67 / .91       .96 / .96       .04 / .02   1.0 / 1.0
+    they turn it by 45 degrees, 4  .89 / .98   .63 / .75       .91 / .96       .18 / .89   1.0 / 1.0
+    they turn it by 45 degrees, 20 .96 / 1.0   .65 / .63       .89 / .96       .32 / .95   1.0 / 1.0
+    one-token, a difference        1.0 / 1.0   1.0 / 1.0       1.0 / 1.0       .54 / 1.0   1.0 / 1.0
+    one-token, no difference       1.0 / 1.0   1.0 / 1.0       1.0 / 1.0       0   / 0     1.0 / 1.0
+    ============================== =========== =============== =============== =========== =============
+
+A cosine to a sequence-weighted reference is not covered: every miss is too near 1, for rare large weights that a batch
+does not hold are in neither gradient. Whoever shows such a cosine shows it without an interval.
 """
 
 from __future__ import annotations
@@ -258,7 +278,7 @@ def _interval(name: str, values_D: Float64, n_prompts: int) -> Interval:
     if is_cosine:
         value, bounds = _jackknife(value, left_out_C)
         low, high = min(low, bounds[0]), max(high, bounds[1])
-    return Interval(*(_at_most_1(name, x) for x in (value, low, high)), n_prompts)
+    return Interval(_at_most_1(name, value), _at_most_1(name, low), _at_most_1(name, high), n_prompts)
 
 
 def _at_most_1(name: str, value: float) -> float:

@@ -55,7 +55,7 @@ WORDS: Final = {
     "reward": REWARD_WORDS,
     "advantage": ADVANTAGE_WORDS,
     "gradient": "mean over sequences of (1 / len) sum_t w_t A grad log pi_train(y_t), len = scored response tokens",
-    "sequence_is": "w = product of ratios over the sequence (log clamped to +-20); right in expectation, as noisy as its ess says",
+    "sequence_is": "w = product of ratios over the sequence (log clamped to +-20); right in expectation, see its ess",
     "exact": (
         "expected one-token gradient over infer's prefixes, summed: grad of train's expected reward of the next token; "
         "methods in expectation over infer's distribution, baseline infer's expected reward; prefixes as infer visits "

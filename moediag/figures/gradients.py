@@ -56,9 +56,10 @@ def plot_gradient_cosines(audit: pd.DataFrame, *, caption: str = "", width: floa
     if not parts:
         state(panels[0], "No gradient was audited.")
     note = (
-        "Filled: noise removed, with 95 % over prompts; absent where an expected gradient is not above its noise. Open: "
-        "this batch, whose noise both gradients share; grey stroke: what noise alone gives. One-token, exact: the "
-        "expected one-token gradient over infer's prefixes, summed; corrections of whole sequences have none."
+        "Filled: noise removed (bars: 95 % over prompts, where they can be had); absent where an expected gradient is "
+        "not above its noise. Open: this batch, whose noise both gradients share; grey stroke: what noise alone gives. "
+        "One-token, exact: expected one-token gradient over infer's prefixes, summed; corrections of whole sequences "
+        "have none."
     )
     add_words(figure, cosine_finding(audit), caption, _counts(audit), note)
     return figure
@@ -113,16 +114,17 @@ def short_method(method: str) -> str:
 
 
 def cosine_finding(audit: pd.DataFrame) -> str:
-    """The title: which corrections point nearer to the reference than none does, and of how many nothing can be told."""
+    """The title: which corrections point nearer to the reference than none, and of how many nothing can be told."""
     said: dict[tuple[str, str], list[str]] = {}
     for (group, reference), rows in _by_reference(audit):
         others = rows[rows["method"] != "none"]
-        words = []
-        for verdict, part in others.groupby("verdict", sort=True):
+        words: list[str] = []
+        for verdict, n in others["verdict"].value_counts(sort=False).items():
             if verdict in (NEARER, FARTHER):
-                words.insert(0, f"{_list(part['method'])} {verdict} than no correction")
+                these = _list(others.loc[others["verdict"] == verdict, "method"])
+                words.insert(0, f"{these} {verdict!s} than no correction")
             else:
-                words.append(f"{verdict} of {len(part)} of {len(others)}")
+                words.append(f"{verdict!s}: {n} of {len(others)}")
         said.setdefault((reference, "; ".join(words) or "no other correction"), []).append(group)
     return _lines(said)
 

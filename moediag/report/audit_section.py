@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.analysis.gradients import CANNOT_TELL, EXACT, HEADLINE, IS_ROUNDING, NO_INTERVAL, ROUNDING, SAME
+from moediag.analysis.gradients import CANNOT_TELL, EXACT, HEADLINE, IS_ROUNDING, NO_INTERVAL, SAME, rounding
 from moediag.figures.numbers import count, is_number, sig
 from moediag.report.blocks import Block, Picture, Section, section
 from moediag.report.tables import declared_table, records
@@ -77,7 +77,7 @@ def _verdict_words(part: pd.DataFrame) -> str:
         found.setdefault(row["verdict"], []).append(f"{row['method']}{_evidence(row)}")
     title = {
         CANNOT_TELL: "cannot tell whether nearer or farther than that",
-        IS_ROUNDING: f"no change beyond rounding ({ROUNDING:g})",
+        IS_ROUNDING: f"no change beyond rounding ({rounding(part['n_sequences'].iloc[0]):.1g})",
         SAME: "the same direction as that",
         NO_INTERVAL: "no interval",
     }
