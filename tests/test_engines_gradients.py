@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moediag.analysis.gradients import VERDICTS, audit_frames, load_audit, load_record, rounding
+from moediag.analysis.gradients import ROUNDING, VERDICTS, audit_frames, load_audit, load_record
 from moediag.audit.batch import SequenceBasis, audit_tokens
 from moediag.audit.gradients import GradientRequest, run_gradient_audit
 from moediag.engines.checkpoint import open_checkpoint
@@ -164,7 +164,7 @@ def test_other_directions_of_the_same_gradients_move_cosines_by_less_than_the_ro
     from moediag.engines.hf_engine import load_model
 
     run, ids = open_run(demo / "moe"), []
-    tokens = audit_tokens(run, ("train", "infer"), METHODS, N_SEQUENCES)
+    tokens = audit_tokens(run, ("train", "infer"), METHODS, 32)  # gradients of the first 8 nearly cancel
     for start, end in tokens.bounds_S:
         ids.append(torch.from_numpy(tokens.token_id_T[[start, *range(start, end)]]))
     plain = [tokens.basis(s) for s in range(len(ids))]
@@ -186,8 +186,7 @@ def test_other_directions_of_the_same_gradients_move_cosines_by_less_than_the_ro
         frame = audit_frames(record, arrays)["gradient_audit"].query("reference == 'sequence_is'")
         none = frame["group"].map(frame[frame["method"] == "none"].set_index("group")["batch_cosine"])
         changes.append((frame["batch_cosine"] - none).to_numpy())
-    moved = float(np.sqrt(np.square(changes[0] - changes[1]).mean()))
-    assert 0 < moved < rounding(N_SEQUENCES)
+    assert 0 < np.abs(changes[0] - changes[1]).max() < ROUNDING
 
 
 def turn(basis: SequenceBasis, seed: int) -> SequenceBasis:

@@ -36,7 +36,7 @@ def test_corrections_are_named_under_their_verdict() -> None:
     words = audit_words(frames(cosine_change=0.05, cosine_change_ci_low=0.01, cosine_change_ci_high=0.09))[0]
     assert "nearer than that: icepop:alpha=0.5,beta=5 +0.05 (95 %: +0.01 to +0.09), tis_sequence" in words
     words = audit_words(frames(verdict="rounding", cosine_change=1e-4))[0]
-    assert "no change beyond rounding (0.0003): icepop" in words
+    assert "no change beyond rounding (0.0002): icepop" in words
 
 
 def test_a_reference_within_its_noise_tells_nothing_and_says_what_noise_gives() -> None:
@@ -60,6 +60,7 @@ def test_a_change_without_an_interval_is_not_called_no_difference() -> None:
     """Against the exact reference no change had an interval, and the page said that none is told apart."""
     words = audit_words(frames(verdict="no interval", cosine_change_ci_low=NAN, cosine_change_ci_high=NAN))[1]
     assert "; no interval: icepop" in words
+    assert "on these very prefixes +" in words
     assert "told apart" not in words
 
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.analysis.gradients import CANNOT_TELL, EXACT, HEADLINE, IS_ROUNDING, NO_INTERVAL, SAME, rounding
+from moediag.analysis.gradients import CANNOT_TELL, EXACT, HEADLINE, IS_ROUNDING, NO_INTERVAL, ROUNDING, SAME
 from moediag.figures.numbers import count, is_number, sig
 from moediag.report.blocks import Block, Picture, Section, section
 from moediag.report.tables import declared_table, records
@@ -44,7 +44,7 @@ def audit_words(frames: Mapping[str, pd.DataFrame]) -> list[str]:
         said.append(
             f"Gradient audit of {group} against {_REFERENCES[reference]} "
             f"({_carries(references[group, reference])}): {_cosine_words(uncorrected[0])} without correction; "
-            f"{_verdict_words(part)}."
+            f"{_verdict_words(part, uncorrected[0])}."
         )
     return said
 
@@ -61,7 +61,8 @@ def _carries(row: Row) -> str:
 
 def _cosine_words(row: Row) -> str:
     if is_number(row["cosine"]):
-        return f"cosine {_near_one(row['cosine'])}{_bounds(row, 'cosine', _near_one)}, noise removed,"
+        own = f" and {_near_one(row['batch_cosine'])} on these very prefixes" if row["reference"] == EXACT else ""
+        return f"cosine {_near_one(row['cosine'])}{_bounds(row, 'cosine', _near_one)}, noise removed,{own}"
     if not is_number(row["batch_cosine"]):
         return f"no cosine ({row['note']})"
     return (
@@ -70,14 +71,14 @@ def _cosine_words(row: Row) -> str:
     )
 
 
-def _verdict_words(part: pd.DataFrame) -> str:
+def _verdict_words(part: pd.DataFrame, uncorrected: Row) -> str:
     """Every correction under its verdict, with the change or, below the noise, what noise alone gives."""
     found: dict[str, list[str]] = {}
     for row in records(part[part["method"] != "none"]):
-        found.setdefault(row["verdict"], []).append(f"{row['method']}{_evidence(row)}")
+        found.setdefault(row["verdict"], []).append(f"{row['method']}{_evidence(row, uncorrected)}")
     title = {
         CANNOT_TELL: "cannot tell whether nearer or farther than that",
-        IS_ROUNDING: f"no change beyond rounding ({rounding(part['n_sequences'].iloc[0]):.1g})",
+        IS_ROUNDING: f"no change beyond rounding ({ROUNDING:g})",
         SAME: "the same direction as that",
         NO_INTERVAL: "no interval",
     }
@@ -85,11 +86,14 @@ def _verdict_words(part: pd.DataFrame) -> str:
     return "; ".join(said) or "no other correction was audited"
 
 
-def _evidence(row: Row) -> str:
+def _evidence(row: Row, uncorrected: Row) -> str:
+    """The change; with the one-token reference, which samples no token, also the exact one on these very prefixes."""
     if row["verdict"] == SAME:
         return ""
     if is_number(row["cosine_change"]):
-        return f" {row['cosine_change']:+.2g}{_bounds(row, 'cosine_change', '{:+.2g}'.format)}"
+        own = row["batch_cosine"] - uncorrected["batch_cosine"]
+        words = f", on these very prefixes {own:+.2g}" if row["reference"] == EXACT else ""
+        return f" {row['cosine_change']:+.2g}{_bounds(row, 'cosine_change', '{:+.2g}'.format)}{words}"
     if not is_number(row["batch_cosine"]):
         return ""
     return f" (this batch {_near_one(row['batch_cosine'])}, noise alone {_near_one(row['noise_cosine'])})"
