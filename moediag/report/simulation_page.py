@@ -111,7 +111,7 @@ def sentences(summary: Mapping[str, Any], frames: Frames) -> list[str]:
     statistics = frames["correction_statistics"]
     said = [_base_words(summary), mask_words(statistics), *same_words(frames), *flip_words(statistics)]
     said += band_words(frames.get("recommended_band"))
-    said += audit_words(frames.get("gradient_audit"))
+    said += audit_words(frames)
     said += [f"Advantages (looked at by {ADVANTAGE_USERS} only): {summary['reward']}."]
     said += [f"Left out: {', '.join(summary['left_out'])} (no advantages are known)."] if summary["left_out"] else []
     return [*filter(None, said), STABILITY]
