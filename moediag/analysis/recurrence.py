@@ -197,7 +197,7 @@ def why_not_fitted(series: Series, n_without: int = 0) -> str:
     limit = 2 * float(special.gammaincinv((len(series) - 1) / 2, LEVEL))  # of chi-squared
     if spread <= limit:
         return (
-            f"all {len(series)} steps with a known error agree with one value, {mean:.3g}, within their measurement errors "
+            f"all {len(series)} steps with a known error agree with one value, {mean:.3g}, within these errors "
             f"(chi-squared {spread:.1f}, 95 % limit {limit:.1f} at {len(series) - 1} degrees of freedom)"
         )
     return ""
@@ -233,14 +233,16 @@ def _compared(shapes: list[Shape]) -> str:
     said = [f"{' and '.join(as_well)} cannot be told from it"] if as_well else []
     said += [f"{' and '.join(worse)} {'fit' if len(worse) > 1 else 'fits'} worse"] if worse else []
     words = "; ".join(said)
-    return f"{words[0].upper()}{words[1:]}, {STRONG:.0f} being strong evidence (Kass and Raftery 1995); a schedule or a " \
-           "change of data is not among them"
+    return (
+        f"{words[0].upper()}{words[1:]}, {STRONG:.0f} being strong evidence (Kass and Raftery 1995); a schedule or a "
+        "change of data is not among them"
+    )
 
 
 def _another_shape(growth: Interval, shape: Shape) -> str:
     return (
-        f"{_faster(growth)}, but {shape.words} fits better than a recurrence, {STRONG:.0f} being strong evidence (Kass and "
-        "Raftery 1995): no compounding is to be read from it, and no delta_c"
+        f"{_faster(growth)}, but {shape.words} fits better than a recurrence, {STRONG:.0f} being strong evidence "
+        "(Kass and Raftery 1995): no compounding is to be read from it, and no delta_c"
     )
 
 
