@@ -12,6 +12,7 @@ import io
 import json
 import math
 import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from moediag.figures.series import plot_trend, title_of
 from moediag.figures.style import save_figure
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.blocks import Bullets, interval, number, table
-from moediag.report.text import plain
+from moediag.report.text import Markdown, plain
 from moediag.run.files import make_folder, process_tag, sha256_bytes, write_atomic, write_error, write_sealed
 from moediag.trend_sources import TrendSource, read_trend
 
@@ -172,8 +173,8 @@ def trend_page(trend: Trend) -> str:
     name = plain(title_of(trend.delta or "delta", trend.source.is_kl))
     parts = [
         "# Mismatch over training steps",
-        str(Bullets(tuple(plain(f"Warning: {warning}.") for warning in trend.warnings))) if trend.warnings else "",
-        f"**{plain(trend.recurrence.outcome)}** ({name}): {plain(trend.recurrence.reason)}.",
+        str(Bullets(tuple(_prose(f"Warning: {warning}.") for warning in trend.warnings))) if trend.warnings else "",
+        f"**{plain(trend.recurrence.outcome)}** ({name}): {_prose(trend.recurrence.reason)}.",
         f"Steps: {plain(trend.source.step_origin)}.",
         str(Bullets(tuple(plain(note) for note in trend.source.notes))) if trend.source.notes else "",
         "![every metric by step](figures/trend.png)",
@@ -185,6 +186,11 @@ def trend_page(trend: Trend) -> str:
         str(Bullets(tuple(plain(limit) for limit in LIMITS))),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _prose(text: str) -> Markdown:
+    """Sentences of any length as literal text: a line of user text would be cut."""
+    return Markdown(" ".join(plain(part) for part in textwrap.wrap(text, 200)))
 
 
 def _ends_table(trend: Trend) -> Any:

@@ -180,7 +180,7 @@ def _read_tokens(table: TableFile, on_progress: OnProgress) -> TrendSource:
     trend = trend_of(_steps_of_tokens(table, thinned, infinite, on_progress))
     n_steps, n_kept = frame["step"].nunique(), thinned["step"].nunique()
     if n_kept < n_steps:
-        notes.insert(0, f"{n_kept:,} of {n_steps:,} steps are measured, evenly spaced: more would take too long")
+        notes.insert(0, f"{n_kept:,} of {n_steps:,} steps are measured, evenly spaced, for the time it takes")
     return TrendSource(trend, "column step", True, (*infinite.notes(), *notes))
 
 
@@ -308,6 +308,7 @@ def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) ->
         raise DumpError(f"{path}: wanted {wanted}, found another; check the columns")
     implied = np.array([standard_error_of(*bounds) for bounds in zip(low, high, strict=True)])
     has_no_bounds = np.isnan(low) | np.isnan(high)
+    se = np.where(np.isfinite(frame[theirs]), se, np.nan)  # of what is infinite there is no error
     unit, direction = UNITS.get(ours, ("as given", "not known"))
     rows: dict[str, Any] = {
         "step": frame["step"],

@@ -308,8 +308,8 @@ def _beyond_rounding(rows: pd.DataFrame) -> str:
             "(fingerprints; unsharded against sharded), score the same tokens (D32, D01) and sample as they score (D10)"
         )
     return (
-        f"{value}, after {value_N[first - 1]:.3g} at step {step_N[first - 1]}: {cause}. It came with an update: compare "
-        "fingerprints of both sides' weights before and after the weight sync (D25: sync, transfer dtype, sharding), "
+        f"{value}, after {value_N[first - 1]:.3g} at step {step_N[first - 1]}: {cause}. It came with an update: "
+        "compare fingerprints of both sides' weights before and after the weight sync (D25: transfer dtype, sharding), "
         "and repeat the steps with lr = 0 (D27): if it comes back, the sync or the engine's state is at fault, not the "
         "learning"
     )
@@ -341,8 +341,9 @@ def _far_start(rows: pd.DataFrame) -> str:
     first, mark = rows.iloc[0], _published(str(rows["metric"].iloc[0]))
     if mark is None or abs(first["value"]) < FAR_START * mark.highest or first["value_ci_low"] <= mark.highest:
         return ""
+    times = abs(first["value"]) / mark.highest
     return (
-        f"starts at {first['value']:.3g} (step {first['step']}), {abs(first['value']) / mark.highest:.2g} times "
-        f"{mark.highest:g} ({mark.source}): high from the start, so no drift of training. Stacks differ, but compare the two sides at "
-        "that step first: tokens, sampling parameters, precision"
+        f"starts at {first['value']:.3g} (step {first['step']}), {times:.2g} times {mark.highest:g} ({mark.source}): "
+        "high from the start, so no drift of training. Stacks differ, but compare the two sides at that step first: "
+        "tokens, sampling parameters, precision"
     )

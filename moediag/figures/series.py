@@ -131,7 +131,8 @@ def trend_finding(trend: pd.DataFrame, recurrence: Recurrence | None, delta: str
     unit = f" {first['unit']}" if first["unit"] == "nat" else ""
     words = f"{title_of(str(shown), is_kl)}: {sig(first['value'])}{unit} at step {first['step']}"
     if len(rows) > 1:
-        words += f", {sig(last['value'])} at step {last['step']} ({times(last['value'], first['value'])})"
+        rise = f" ({times(last['value'], first['value'])})" if math.isfinite(last["value"]) else ""
+        words += f", {sig(last['value'])} at step {last['step']}{rise}"
     return f"{words}\n{_growth(recurrence)}" if recurrence is not None else words
 
 
@@ -170,6 +171,9 @@ def _draw_metric(ax: Axes, rows: pd.DataFrame, fit: Recurrence | None, marks: Se
     if is_none.any():  # an empty line that is not clipped has its marker in the figure's corner
         ax.plot(step_N[is_none], value_N[is_none], color=COLOUR, marker="o", markersize=3.5, markerfacecolor="white",
                 linestyle="none", clip_on=False)  # fmt: skip
+    step_I = step_N[np.isinf(value_N)]
+    ax.plot(step_I, np.ones(len(step_I)), color=COLOUR, marker="^", markersize=7, linestyle="none", clip_on=False,
+            transform=ax.get_xaxis_transform())  # fmt: skip
     labels = [_Label(math.sqrt(mark.value * mark.highest), f"{mark.name}\n{mark.text}", GREY) for mark in near]
     for mark in near:
         if mark.high is not None:
@@ -188,7 +192,7 @@ def _draw_metric(ax: Axes, rows: pd.DataFrame, fit: Recurrence | None, marks: Se
 def _asks_for_log(metric: str, value_N: Float64) -> bool:
     """Growth is exponential, so mismatch stands on a log axis; a table's other columns only where they span much."""
     known = value_N[np.isfinite(value_N)]
-    return bool((known > 0).all()) and (metric in UNITS or known.max() > LOG_FROM * known.min())
+    return bool(len(known) and (known > 0).all()) and (metric in UNITS or known.max() > LOG_FROM * known.min())
 
 
 def _is_none(rows: pd.DataFrame) -> npt.NDArray[np.bool_]:
@@ -266,6 +270,8 @@ def _span(numbers: pd.Series) -> str:
 
 def _band_note(trend: pd.DataFrame) -> str:
     words = "Bands: 95 % intervals." if trend["value_ci_low"].notna().any() else "No interval could be given."
+    if np.isinf(trend["value"]).any():
+        words += " Triangles at the top: infinite there."
     highest = trend.loc[_is_none(trend), "value_ci_high"].max()
     if math.isnan(highest):
         return words
