@@ -55,6 +55,7 @@ def words(figure):
     return " ".join(text.get_text() for text in figure.findobj(Text)).replace("\n", " ")
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_growing_series_is_told_and_written_whole(capsys, table, tmp_path):
     out = tmp_path / "out"
     status, captured = run(capsys, table, "-o", out, "--json")

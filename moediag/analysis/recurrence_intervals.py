@@ -133,11 +133,13 @@ class Likelihood:
         return np.asarray(np.sign(self.found.growth_R[log_RB.argmax(axis=0)] - growth) * np.sqrt(ratio_B))
 
     def interval(self, parameter: Parameter, on_bound: Callable[[int], None] = lambda done: None) -> Interval:
-        """Estimate and 95 % interval."""
+        """Estimate and 95 % interval; a's is closed in on in rounds, so 0, which decides what is said, is tried itself."""
         centre, bounds = self.estimate(parameter), []
         for done, side in enumerate((-1, 1), start=1):
             bounds.append(self._bound(parameter, centre, side))
             on_bound(done)
+        if parameter == "a" and not bounds[0] <= 0 <= bounds[1] and self.accepts("a", 0.0):
+            bounds = [min(bounds[0], 0.0), max(bounds[1], 0.0)]
         sides = [word for word, bound in zip(("below", "above"), bounds, strict=True) if math.isinf(bound)]
         note = f"unbounded {' and '.join(sides)}" if sides else ""
         return Interval(centre, bounds[0], bounds[1], len(self.series), note)

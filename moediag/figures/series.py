@@ -139,11 +139,10 @@ def trend_finding(trend: pd.DataFrame, recurrence: Recurrence | None, delta: str
 def _growth(recurrence: Recurrence) -> str:
     boundary = recurrence.boundary
     if recurrence.outcome == "grows" and boundary is not None:
-        words = "It grows faster than a straight line, as compounding would, among others; if so, "
+        words = "Faster than a straight line; if it compounds, "
         if boundary.low <= 0:
-            return f"{words}delta_c cannot be told from none (95 %: at most {_bound(boundary.high)})"
-        bounds = f"95 %: {_bound(boundary.low)} to {_bound(boundary.high)}"
-        return f"{words}delta_c {sig(boundary.value, 2)}, {bounds}"
+            return f"{words}delta_c is none or at most {_bound(boundary.high)} (95 %)"
+        return f"{words}delta_c {sig(boundary.value, 2)}, 95 %: {_bound(boundary.low)} to {_bound(boundary.high)}"
     if recurrence.outcome == "does not grow":
         return "It does not compound: steps are pulled to a level, so there is no boundary"
     return "Whether it compounds, these steps cannot tell"
@@ -171,9 +170,9 @@ def _draw_metric(ax: Axes, rows: pd.DataFrame, fit: Recurrence | None, marks: Se
     if is_none.any():  # an empty line that is not clipped has its marker in the figure's corner
         ax.plot(step_N[is_none], value_N[is_none], color=COLOUR, marker="o", markersize=3.5, markerfacecolor="white",
                 linestyle="none", clip_on=False)  # fmt: skip
-    step_I = step_N[np.isinf(value_N)]
-    ax.plot(step_I, np.ones(len(step_I)), color=COLOUR, marker="^", markersize=7, linestyle="none", clip_on=False,
-            transform=ax.get_xaxis_transform())  # fmt: skip
+    if len(step_I := step_N[np.isinf(value_N)]):
+        ax.plot(step_I, np.ones(len(step_I)), color=COLOUR, marker="^", markersize=7, linestyle="none", clip_on=False,
+                transform=ax.get_xaxis_transform())  # fmt: skip
     labels = [_Label(math.sqrt(mark.value * mark.highest), f"{mark.name}\n{mark.text}", GREY) for mark in near]
     for mark in near:
         if mark.high is not None:
