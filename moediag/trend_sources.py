@@ -22,7 +22,15 @@ import pandas as pd
 import pyarrow as pa
 
 from moediag.analysis.aliases import ALIASES
-from moediag.analysis.series import KL_METRICS, TREND_BY_STEP, UNITS, standard_error_of, step_metrics, trend_of
+from moediag.analysis.series import (
+    KL_METRICS,
+    TREND_BY_STEP,
+    UNITS,
+    range_of,
+    standard_error_of,
+    step_metrics,
+    trend_of,
+)
 from moediag.analysis.tokens import concatenate_tokens, token_columns
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.corrections.logged_tokens import LOGPS, checked_logps
@@ -52,6 +60,10 @@ SYNONYMS: Final = {
 _COUNTS: Final = ("n_tokens", "n_prompts")
 _PARTS: Final = ("_se", "_ci_low", "_ci_high")
 _TRAILING: Final = re.compile(r"(\d+)$")
+MOST_TOKEN_STEPS: Final = 500
+"""Steps of a table of tokens that are measured: one takes about 0.06 s on one core, most of it for its intervals."""
+_ROUNDING: Final = float(np.finfo(np.float32).eps)
+"""exp(d) - 1 - d in float32 may fall this far below 0, and a share this far beyond 1."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +126,10 @@ def steps_of(labels: Sequence[str], steps: Sequence[int] | None) -> tuple[list[i
 def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: OnProgress) -> TrendSource:
     labels = [run.path.resolve().name for run in runs]
     numbers, origin = steps_of(labels, steps)
-    frames, notes = [], []
+    frames, notes, infinite = [], [], _Infinite()
     for done, (run, label, step) in enumerate(zip(runs, labels, numbers, strict=True), start=1):
         tokens = concatenate_tokens([token_columns(block, None) for block in run.pair(TRAIN, INFER).blocks()])
+        infinite.add(step, tokens)
         exact = exact_divergences(run)
         rows = [] if exact is None else exact.measures.to_dict("records")
         frames.append(step_metrics(step, label, tokens, rows))
@@ -134,6 +147,7 @@ def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: On
         notes.append(
             "every step has the same prompts: their share of the errors is common to all steps, not independent"
         )
+    notes = [*infinite.notes(), *notes]
     return TrendSource(trend_of(frames), origin, not any("no KL" in note for note in notes), tuple(notes))
 
 
@@ -169,14 +183,57 @@ def _read_tokens(table: TableFile, on_progress: OnProgress) -> TrendSource:
              "temperature 1 without truncation"]  # fmt: skip
     if cluster == "seq_id":
         notes.append("no column prompt_id: every sequence counts as a prompt of its own, so intervals may be too short")
-    return TrendSource(trend_of(_steps_of_tokens(table, frame, on_progress)), "column step", True, tuple(notes))
+    infinite, thinned = _Infinite(), _thinned_steps(frame)
+    trend = trend_of(_steps_of_tokens(table, thinned, infinite, on_progress))
+    n_steps, n_kept = frame["step"].nunique(), thinned["step"].nunique()
+    if n_kept < n_steps:
+        notes.insert(0, f"{n_kept:,} of {n_steps:,} steps are measured, evenly spaced, for the time it takes")
+    return TrendSource(trend, "column step", True, (*infinite.notes(), *notes))
 
 
-def _steps_of_tokens(table: TableFile, frame: pd.DataFrame, on_progress: OnProgress) -> Iterator[pd.DataFrame]:
+def _thinned_steps(frame: pd.DataFrame) -> pd.DataFrame:
+    """The tokens of at most :data:`MOST_TOKEN_STEPS` steps, first and last among them."""
+    steps = np.unique(frame["step"].to_numpy())
+    if len(steps) <= MOST_TOKEN_STEPS:
+        return frame
+    kept = steps[np.linspace(0, len(steps) - 1, MOST_TOKEN_STEPS).round().astype(int)]
+    thinned: pd.DataFrame = frame[frame["step"].isin(kept)]
+    return thinned
+
+
+def _steps_of_tokens(
+    table: TableFile, frame: pd.DataFrame, infinite: _Infinite, on_progress: OnProgress
+) -> Iterator[pd.DataFrame]:
     n_steps = frame["step"].nunique()
     for done, (step, tokens) in enumerate(frame.groupby("step", sort=True), start=1):
+        infinite.add(int(cast(Any, step)), tokens)
         yield step_metrics(int(cast(Any, step)), table.path.name, tokens)
         on_progress(done, n_steps, "steps")
+
+
+class _Infinite:
+    """Counts the tokens that a side calls impossible: they are left out of every metric, and that is said."""
+
+    def __init__(self) -> None:
+        self._by_step: dict[int, int] = {}
+        self._n_tokens = self._n_steps = 0
+
+    def add(self, step: int, tokens: pd.DataFrame) -> None:
+        """Count the response tokens of a step."""
+        is_infinite_T = np.isinf(tokens["logp_train"].to_numpy()) | np.isinf(tokens["logp_infer"].to_numpy())
+        self._n_tokens, self._n_steps = self._n_tokens + len(tokens), self._n_steps + 1
+        if is_infinite_T.any():
+            self._by_step[step] = int(is_infinite_T.sum())
+
+    def notes(self) -> list[str]:
+        """One note, or none."""
+        if not self._by_step:
+            return []
+        return [
+            f"D31-impossible-logp: {sum(self._by_step.values()):,} of {self._n_tokens:,} tokens have a log-probability "
+            f"of -inf (at {len(self._by_step)} of {self._n_steps} steps, first {min(self._by_step)}); no metric holds "
+            "them, k3 and F(2) least of all"
+        ]
 
 
 def _refuse_tokens(path: Path, frame: pd.DataFrame) -> None:
@@ -227,8 +284,35 @@ def _read_steps(table: TableFile, on_progress: OnProgress) -> TrendSource:
     notes = [f"column {theirs} is read as {ours}" for theirs, ours in names.items() if theirs != ours]
     if set(names.values()) & set(KL_METRICS[1:]):
         notes.append("how the tokens were sampled the table does not say: k1 and k3 of forced text are no KL")
+    for theirs, ours in names.items():
+        notes += _refuse_values(table.path, frame, theirs, ours)
     parts = [_metric_of_steps(table.path, frame, theirs, ours) for theirs, ours in names.items()]
     return TrendSource(trend_of(parts), "column step", True, tuple(notes))
+
+
+def _refuse_values(path: Path, frame: pd.DataFrame, theirs: str, ours: str) -> list[str]:
+    """Values that the metric cannot have; those that rounding put there are set to the bound, in place, and noted.
+
+    Raises:
+        DumpError: a value beyond rounding.
+    """
+    low, high = range_of(ours)
+    is_outside = (frame[theirs] < low) | (frame[theirs] > high)
+    if not is_outside.any():
+        return []
+    wrong = frame[is_outside & ~frame[theirs].between(low - _ROUNDING, high + _ROUNDING)]
+    if len(wrong):
+        row = wrong.iloc[0]
+        known_as = "" if theirs == ours else f", read as {ours},"
+        wanted = "at least 0" if high > 1 else "between 0 and 1"
+        advice = "is it k1, the mean of -logp_diff? then name it k1" if ours.endswith("k3") else "check the column"
+        raise DumpError(
+            f"{path}: {theirs}{known_as} is {wanted} by definition, found {row[theirs]:.4g} at step {int(row['step'])} "
+            f"({len(wrong):,} of {len(frame):,} steps); {advice}"
+        )
+    frame[theirs] = frame[theirs].clip(low, high)
+    n = int(is_outside.sum())
+    return [f"{theirs}: {n} values beyond their range by rounding (at most {_ROUNDING:.1g}) are set to its end"]
 
 
 def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) -> pd.DataFrame:
@@ -239,6 +323,7 @@ def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) ->
         raise DumpError(f"{path}: wanted {wanted}, found another; check the columns")
     implied = np.array([standard_error_of(*bounds) for bounds in zip(low, high, strict=True)])
     has_no_bounds = np.isnan(low) | np.isnan(high)
+    se = np.where(np.isfinite(frame[theirs]), se, np.nan)  # of what is infinite there is no error
     unit, direction = UNITS.get(ours, ("as given", "not known"))
     rows: dict[str, Any] = {
         "step": frame["step"],

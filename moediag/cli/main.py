@@ -54,10 +54,15 @@ for module in (
     app.command(module.NAME)(module.command)
 
 
+_RESUMING = (demo.NAME, profile.NAME, capture.NAME)
+"""Commands that go on where they were ended: captures are kept shard by shard. The others start over."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        with interruptible():
+        with interruptible(resumes=next((word for word in words if word[:1] != "-"), "") in _RESUMING):
             return _run(arguments)
     except Interrupted as signal:
         print(signal.line, file=sys.stderr)
