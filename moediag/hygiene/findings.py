@@ -5,6 +5,7 @@ Invariant: a finding does not depend on the order of sequences or on where shard
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -134,6 +135,13 @@ class Count:
             layers = [None] if hit.ndim == 1 else np.flatnonzero(hit[row]).tolist()
             self.places += [Place(int(tokens.seq_id_T[row]), int(tokens.position_T[row]), layer) for layer in layers]
         self.places = sorted(self.places)[:N_PLACES]
+
+    @classmethod
+    def merged(cls, counts: Iterable[Count], n_of: int) -> Count:
+        """Several counts as one of ``n_of``; copies are not told apart any more."""
+        some = list(counts)
+        places = sorted(place for count in some for place in count.places)
+        return cls(sum(count.n for count in some), n_of, places[:N_PLACES])
 
     @property
     def n_distinct(self) -> int:

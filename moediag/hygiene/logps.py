@@ -21,11 +21,16 @@ _ROUNDING = 1e-3
 """Entropies may be negative by rounding of -sum p log p in half precision; below this [nat] they are wrong."""
 
 
+LARGEST_ROUNDED_LOGP = 1e-4
+"""Log-probability [nat] up to which a value above 0 is rounding and counts as 0: logit - logsumexp in float32 is off
+by at most an ulp of the logsumexp, 2e-6 below 32 nat; ours, with room for float16's softmax. Beyond it: no logp."""
+
+
 class Logps:
     """Counts impossible and certain log-probabilities of one arm's response tokens."""
 
     def __init__(self) -> None:
-        self._nan, self._impossible = Count(), Count()
+        self._nan, self._impossible, self._rounded = Count(), Count(), Count()
         self._zero, self._contradicted = Count(), Count()
         self._entropy_missing, self._entropy_negative = Count(), Count()
         self._longest = 0
@@ -38,7 +43,8 @@ class Logps:
         zero_T = response_T & (logp_T == 0)
         scored_T = response_T & np.isfinite(logp_T)
         self._nan.add(tokens, response_T & np.isnan(logp_T), n)
-        self._impossible.add(tokens, response_T & (np.isinf(logp_T) | (logp_T > 0)), n)
+        self._impossible.add(tokens, response_T & (np.isinf(logp_T) | (logp_T > LARGEST_ROUNDED_LOGP)), n)
+        self._rounded.add(tokens, response_T & (logp_T > 0) & (logp_T <= LARGEST_ROUNDED_LOGP), n)
         self._zero.add(tokens, zero_T, n)
         self._contradicted.add(tokens, zero_T & (entropy_T > MOST_ENTROPY_OF_CERTAIN), int(zero_T.sum()))
         self._entropy_missing.add(tokens, scored_T & ~np.isfinite(entropy_T), int(scored_T.sum()))
@@ -53,6 +59,9 @@ class Logps:
         if self._impossible.n:
             message = f"{self._impossible.text()} logps are infinite or above 0"
             found.append(counted("D31-impossible-logp", where, message, self._impossible))
+        if self._rounded.n:
+            message = f"{self._rounded.text()} logps are above 0 by at most {LARGEST_ROUNDED_LOGP:g} nat"
+            found.append(counted("D31-rounded-logp", where, message, self._rounded))
         if self._contradicted.n:
             message = (
                 f"{self._contradicted.text()} logps of exactly 0 stand beside {MOST_ENTROPY_OF_CERTAIN} nat or more"
