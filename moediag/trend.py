@@ -25,6 +25,7 @@ from moediag.errors import RunError
 from moediag.figures.numbers import sig
 from moediag.figures.series import plot_trend, title_of
 from moediag.figures.style import save_figure
+from moediag.hygiene.findings import headline
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.blocks import Bullets, interval, number, table
 from moediag.report.text import plain
@@ -62,6 +63,7 @@ class Trend:
             "kind": KIND,
             "step_origin": self.source.step_origin,
             "notes": list(self.source.notes),
+            "findings": [found.record() for found in self.source.findings],
             "is_kl": self.source.is_kl,
             "metrics": {metric: _records(rows) for metric, rows in self.source.trend.groupby("metric", sort=False)},
             "recurrence": {"metric": self.delta, **self.recurrence.record()},
@@ -167,6 +169,7 @@ def trend_page(trend: Trend) -> str:
     name = plain(title_of(trend.delta or "delta", trend.source.is_kl))
     parts = [
         "# Mismatch over training steps",
+        "\n".join(plain(line) for line in headline(trend.source.findings)),
         f"**{plain(trend.recurrence.outcome)}** ({name}): {plain(trend.recurrence.reason)}.",
         f"Steps: {plain(trend.source.step_origin)}.",
         str(Bullets(tuple(plain(note) for note in trend.source.notes))) if trend.source.notes else "",

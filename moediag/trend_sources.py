@@ -27,6 +27,8 @@ from moediag.analysis.tokens import concatenate_tokens, token_columns
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.corrections.table_files import KINDS, Kind, TableFile, open_table
 from moediag.errors import DumpError
+from moediag.hygiene.findings import Finding
+from moediag.hygiene.logged import check_steps
 from moediag.notation import INFER, TRAIN
 from moediag.report.measures import text_origin
 from moediag.run.directory import Run, open_run
@@ -62,12 +64,14 @@ class TrendSource:
         trend: frame ``trend_by_step``.
         step_origin: how the steps came by their numbers.
         is_kl: whether k1 and k3 may stand for a KL: not on text that infer did not sample freely.
+        findings: what is wrong with the tokens, or likely so, by the rules of ``validate``; none of a table of steps.
     """
 
     trend: pd.DataFrame
     step_origin: str
     is_kl: bool
     notes: tuple[str, ...]
+    findings: tuple[Finding, ...] = ()
 
 
 def read_trend(targets: Sequence[Path], steps: Sequence[int] | None, on_progress: OnProgress) -> TrendSource:
@@ -162,7 +166,10 @@ def _read_tokens(table: TableFile, on_progress: OnProgress) -> TrendSource:
              "temperature 1 without truncation"]  # fmt: skip
     if cluster == "seq_id":
         notes.append("no column prompt_id: every sequence counts as a prompt of its own, so intervals may be too short")
-    return TrendSource(trend_of(_steps_of_tokens(table, frame, on_progress)), "column step", True, tuple(notes))
+    names = ("step", "logp_train", "logp_infer", "seq_id", "position")
+    findings = check_steps(*(frame[name].to_numpy() for name in names), prompt_T=frame["prompt_id"].to_numpy())
+    trend = trend_of(_steps_of_tokens(table, frame, on_progress))
+    return TrendSource(trend, "column step", True, tuple(notes), tuple(findings))
 
 
 def _steps_of_tokens(table: TableFile, frame: pd.DataFrame, on_progress: OnProgress) -> Iterator[pd.DataFrame]:

@@ -72,7 +72,7 @@ def test_a_healthy_dump_is_quiet(tmp_path: Path) -> None:
 )
 def test_a_fault_in_a_dump_is_named(fault: str, tmp_path: Path) -> None:
     """D31's entropy and D34 of one small layer need what a dump does not hold."""
-    h = Healthy(shape=SHAPE, certain_share=0, has_scores=False)
+    h = Healthy(shape=SHAPE, certain_share=0, has_scores=False, n_prompts=24)
     path = write_dump(tmp_path / "dump.jsonl", records_of(*plant(fault, h, *make(h))))
     rule = RULES[fault.split()[0]]
     errors = {f.rule for f in check_dump(path, 16).findings if f.level == "error"}

@@ -88,6 +88,7 @@ def command(
     gradient_audit: Audit = False,
     checkpoint: Checkpoint = None,
     output: Folder = None,
+    strict: o.Strict = False,
     as_json: o.Json = False,
     force: Annotated[
         bool, typer.Option("--force", help="Write over a file or into a folder of something else.")
@@ -116,10 +117,12 @@ def command(
     pages = [] if folder is None else asked.write(simulation, folder, force)
     if as_json:
         say_json(content_of(simulation))
-        return
-    show_simulation(simulation)
-    for path in [*([weights_out] if weights_out else []), *pages]:
-        wrote(path)
+    else:
+        show_simulation(simulation)
+        for path in [*([weights_out] if weights_out else []), *pages]:
+            wrote(path)
+    if strict:
+        o.refuse_errors(simulation.source.findings)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from moediag.hygiene import Finding, Inspection
 
 NAME = "validate"
-NOT_SO = 3
-"""Exit code: what was asked about is not so."""
 
 Target = Annotated[
     Path | None,
@@ -38,7 +36,9 @@ def command(
     list_rules: ListRules = False,
     as_json: o.Json = False,
 ) -> None:
-    """Check every file and every row of a run, or a dump of another tool; exit code 3 when something is wrong, 1 when it cannot be read.
+    """Check every file and every row of a run, or a dump of another tool; exit code 3 when something is wrong.
+
+    Exit code 1 is kept for what cannot be read.
 
     A dump has one row per sequence: prompt_token_ids, token_ids, and of logprobs, routed_experts ([rows][layers][K]),
     train_logprobs, train_routed_experts what is there.
@@ -51,7 +51,7 @@ def command(
     inspection = _inspect(target, num_experts, first_row)
     _show(target, inspection, as_json)
     if inspection.n_errors or (strict and inspection.n_warnings):
-        raise typer.Exit(NOT_SO)
+        raise typer.Exit(o.NOT_SO)
 
 
 def _inspect(target: Path, num_experts: int | None, first_row: int) -> Inspection:

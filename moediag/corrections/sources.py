@@ -24,6 +24,8 @@ from moediag.corrections.logged_tokens import LoggedTokens
 from moediag.corrections.rewards import ADVANTAGE_WORDS, REWARD_WORDS, grpo_advantages, sequence_rewards
 from moediag.corrections.table_files import Columns, Ids, Kind, OnProgress, TableFile, open_table
 from moediag.errors import DumpError
+from moediag.hygiene.findings import Finding
+from moediag.hygiene.logged import check_tokens
 from moediag.run.directory import Run
 
 Float64 = NDArray[np.float64]
@@ -80,6 +82,7 @@ class Source:
         input_row_T: row of every token of the batch.
         reward: where advantages come from, in words.
         notes: what a reader has to know of how the rows were read.
+        findings: what is wrong with them, or likely so, by the rules of ``validate``.
     """
 
     batch: Batch
@@ -88,6 +91,7 @@ class Source:
     input_row_T: NDArray[np.intp]
     reward: str
     notes: tuple[str, ...]
+    findings: tuple[Finding, ...] = ()
 
     @property
     def has_advantages(self) -> bool:
@@ -123,7 +127,7 @@ def run_source(run: Run, arms: tuple[str, str], reward: str | None = None) -> So
     frame = token_frame(pair).rename(columns={"entropy_infer": "entropy"})
     names = {name: kind for name, kind in {**REQUIRED, **OPTIONAL}.items() if name in frame}
     columns = {name: _as_kind(frame[name], kind) for name, kind in names.items()}
-    return columns_source(columns, f"{run.path} {pair.name}", reward)
+    return columns_source(columns, f"{run.path} {pair.name}", reward, is_foreign=False)
 
 
 def table_source(path: Path, reward: str | None = None, on_progress: OnProgress | None = None) -> Source:
@@ -155,7 +159,9 @@ def frame_source(frame: pd.DataFrame, reward: str | None = None) -> Source:
     return columns_source({name: _as_kind(frame[name], kind) for name, kind in kinds.items()}, "the frame", reward)
 
 
-def columns_source(columns: Columns, where: str, reward: str | None = None, notes: tuple[str, ...] = ()) -> Source:
+def columns_source(
+    columns: Columns, where: str, reward: str | None = None, notes: tuple[str, ...] = (), *, is_foreign: bool = True
+) -> Source:
     """The response tokens of columns in memory.
 
     Args:
@@ -163,6 +169,7 @@ def columns_source(columns: Columns, where: str, reward: str | None = None, note
         where: what they were read from, for messages.
         reward: as for :func:`table_source`.
         notes: what was said of the columns before.
+        is_foreign: whether another tool made the data.
 
     Raises:
         DumpError: rows that no log has: twice the same place, log-probabilities above 0, a reward that changes within
@@ -185,7 +192,23 @@ def columns_source(columns: Columns, where: str, reward: str | None = None, note
         reward_S=reward_S,
     )
     keys = {name: columns[name] for name in KEYS if name in columns}
-    return Source(batch, keys, n_rows, tokens.input_row_T, words, (*notes, *tokens.notes()))
+    findings = _findings(tokens, is_foreign)
+    return Source(batch, keys, n_rows, tokens.input_row_T, words, (*notes, *tokens.notes()), findings)
+
+
+def _findings(tokens: LoggedTokens, is_foreign: bool) -> tuple[Finding, ...]:
+    """What the rules of ``validate`` find in the tokens, as they were read."""
+    found = check_tokens(
+        tokens.numbers("logp_train"),
+        tokens.numbers("logp_infer"),
+        tokens.row_T,
+        tokens.columns["position"][tokens.input_row_T],
+        sequence_names_S=tokens.seq_id_S,
+        prompt_T=tokens.prompt_row_S[tokens.row_T],
+        entropy_T=tokens.get("entropy"),
+        is_foreign=is_foreign,
+    )
+    return tuple(found)
 
 
 def _as_kind(column: pd.Series, kind: Kind) -> Any:

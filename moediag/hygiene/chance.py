@@ -162,14 +162,11 @@ def correlation_is_below(limit: float, sums_GS: NDArray[Any], n_copies: int) -> 
         return is_positive(sums_GS, lambda sums: limit - correlation(sums))
     rows = totals[0] / max(n_copies, 1)
     return bool(
-        rows >= MIN_GROUPS
-        and _fisher_z(limit) - _fisher_z(r) > float(stats.norm.isf(ALPHA)) / math.sqrt(rows - 3)
+        rows >= MIN_GROUPS and _fisher_z(limit) - _fisher_z(r) > float(stats.norm.isf(ALPHA)) / math.sqrt(rows - 3)
     )
 
 
-def is_positive(
-    sums_GS: NDArray[Any], statistic: Callable[[NDArray[Any]], NDArray[Any]], n_tests: int = 1
-) -> bool:
+def is_positive(sums_GS: NDArray[Any], statistic: Callable[[NDArray[Any]], NDArray[Any]], n_tests: int = 1) -> bool:
     """True when a statistic of sums is above 0 by more than its error (delete-one-group jackknife, t at ALPHA).
 
     Below MIN_GROUPS groups nothing is said.

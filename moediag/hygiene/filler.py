@@ -119,7 +119,9 @@ class Filler:
             (self._first, self._first_L, f"experts {first}"),
             (self._last, self._last_L, f"experts {last}"),
         ):
-            rate = joint_rate(hit_L, count.n_of)
+            # ids that count on are never popular: their rate is that of rows which do not do so throughout
+            n_full = count.n if count is self._on else 0
+            rate = joint_rate(hit_L - n_full, count.n_of - n_full)
             if exceeds(count.n_distinct, count.n_of, rate, n_tests=3) or self._is_all(count):
                 message = f"{count.text()} rows are {name} in all {self._shape.n_layers} layers"
                 return [counted("D04-filler-rows", where, message, count, rate)]

@@ -26,7 +26,7 @@ _N_KEYS = 1 << 16
 class Place(NamedTuple):
     """Where: sequence, position in it, MoE layer (None = the whole row)."""
 
-    seq_id: int
+    seq_id: int | str
     position: int
     layer: int | None = None
 
@@ -92,6 +92,17 @@ def finding(rule: str, where: str, message: str, **facts: Any) -> Finding:
 def counted(rule: str, where: str, message: str, count: Count, base_rate: float | None = None) -> Finding:
     """A finding with a count's numbers and places."""
     return finding(rule, where, message, n=count.n, n_of=count.n_of, places=tuple(count.places), base_rate=base_rate)
+
+
+def headline(findings: Iterable[Finding]) -> list[str]:
+    """The worst finding in full, and the others above a note by name, as lines; none where nothing is wrong."""
+    serious = by_level([found for found in findings if found.level != NOTE])
+    if not serious:
+        return []
+    worst = serious[0]
+    lines = [worst.line(), f"    likely: {worst.cause}; next: {worst.next_check}"]
+    others = [f"{found.level} {found.rule} ({found.where})" for found in serious[1:]]
+    return [*lines, f"    also: {', '.join(others)}"] if others else lines
 
 
 def by_level(findings: list[Finding]) -> list[Finding]:

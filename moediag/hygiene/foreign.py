@@ -33,6 +33,7 @@ _MOST_DENSE = 4
 """Dense layers in a row: published models have up to 3 in front (DeepSeek-V3, GLM-4.5) or 4 (Step-3), or one between
 two MoE layers. A longer block of zeros is another pipeline rank's."""
 
+_LEAST_SEGMENT = 4
 _LEAST_REPEATED = 0.5
 """Share of a segment's rows that must come again for it to be called repeated: a row computed anew may flip."""
 
@@ -230,8 +231,8 @@ def _take_dense_slots(captures: dict[str, Capture]) -> list[Finding]:
         assert ids_TLK is not None
         captures[arm] = replace(captures[arm], expert_ids_TLK=ids_TLK[:, ~zero_L])
         message = (
-            f"layers {layers} of {len(zero_L)} are expert 0 in every row: slots of dense layers, left out (layer 0 below "
-            f"is layer {int(np.argmin(zero_L))} of the dump)"
+            f"layers {layers} of {len(zero_L)} are expert 0 in every row: slots of dense layers, left out (layer 0 "
+            f"elsewhere is layer {int(np.argmin(zero_L))} of the dump)"
         )
         notes.append(finding("D03-dense-slot", arm, message, n=len(layers), n_of=len(zero_L)))
     return notes
@@ -255,11 +256,11 @@ def _repeated_segment(rows: NDArray[np.int64], wanted: int) -> str:
     seam = len(rows) - wanted
     n = min(seam, wanted)
     same = (rows[:n] == rows[seam : seam + n]).all(axis=(1, 2)) if n > 0 else np.zeros(0, dtype=bool)
-    if n < 1 or same.mean() < _LEAST_REPEATED:
+    if n < _LEAST_SEGMENT or same.mean() < _LEAST_REPEATED:
         return "wanted prompt + response - 1 (see --first-row)"
     return (
-        f"rows {seam}..{seam + n - 1} repeat rows 0..{n - 1}: segments of a generation that was interrupted and resumed "
-        f"were joined, each with the whole sequence so far; keep the last {wanted} rows"
+        f"rows {seam}..{seam + n - 1} repeat rows 0..{n - 1}: segments of a generation that was interrupted and "
+        f"resumed were joined, each with the whole sequence so far; keep the last {wanted} rows"
     )
 
 

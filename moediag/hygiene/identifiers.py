@@ -98,14 +98,22 @@ class Identifiers:
         """A hint where expert 0 alone is named twice."""
         others = int(self._twice_E[1:].sum())
         is_zero_alone = not others and (int(self._twice_E[0]) or any(count.n for count in zero_by_layer))
-        return ", always expert 0 (a zero expert written as 0, as LongCat's, or a buffer of zeros)" if is_zero_alone else ""
+        return (
+            ", always expert 0 (a zero expert written as 0, as LongCat's, or a buffer of zeros)"
+            if is_zero_alone
+            else ""
+        )
 
     def _range_words(self) -> str:
         if self._least < NOT_ROUTED:
             return f"smallest {self._least}, as {self._least + 256} in a signed byte"
         slots = np.flatnonzero(self._range_K).tolist()
         one_slot = len(slots) == 1 and self._shape.top_k > 1
-        kind = f"always in slot {slots[0]}: a fused shared expert" if one_slot else "in any slot: zero experts or physical ids"
+        kind = (
+            f"always in slot {slots[0]}: a fused shared expert"
+            if one_slot
+            else "in any slot: zero experts or physical ids"
+        )
         return f"largest {self._most}, {kind}"
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from moediag.hygiene.chance import N_GROUPS, exceeds_others, group_of, mean_is_positive
-from moediag.hygiene.findings import Finding, finding
+from moediag.hygiene.chance import N_GROUPS, exceeds, group_of, mean_is_positive
+from moediag.hygiene.findings import Count, Finding, finding
 from moediag.hygiene.lags import popularity
 from moediag.hygiene.rows import MIN_ROWS, Rows, Shape, n_members
 
@@ -88,20 +88,20 @@ class LayerAtChance:
 class TwinLayers:
     """A hash of every layer's sets over all rows: equal hashes are equal layers.
 
-    Two layers may agree throughout by popularity alone. Then neighbouring rows agree as often, and it counts for
-    nothing.
+    Two layers may agree by popularity alone, as neighbouring rows of one layer do, or because one follows the other.
+    Ours: by chance they differ in at least half as many rows as neighbours do.
     """
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
         self._hash_L = np.zeros(shape.n_layers, dtype=np.uint64)
-        self._n, self._n_neighbours = 0, 0
+        self._rows, self._n_neighbours = Count(), 0
         self._neighbours_L = np.zeros(shape.n_layers, dtype=np.int64)
 
     def add(self, rows: Rows) -> None:
         """Add a shard."""
         used_T = rows.routed_throughout & ~rows.filler
-        self._n += int(used_T.sum())
+        self._rows.add(rows.tokens, used_T, len(rows), rows.prefixes)
         sets_TLW = rows.sets
         weight_T = rows.prefixes * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
         for word in range(sets_TLW.shape[2]):
@@ -115,22 +115,19 @@ class TwinLayers:
 
     def findings(self, where: str) -> list[Finding]:
         """Layers that are copies of each other."""
-        n_layers = self._shape.n_layers
-        if self._n < MIN_ROWS or not self._shape.is_choice:
+        n_layers, n_rows = self._shape.n_layers, self._rows.n_distinct
+        if n_rows < MIN_ROWS or not self._shape.is_choice:
             return []
+        alike_L = (self._neighbours_L + 1) / (self._n_neighbours + 2)
+        groups = [np.flatnonzero(self._hash_L == key).tolist() for key in np.unique(self._hash_L)]
         n_pairs = n_layers * (n_layers - 1) // 2
-        twins = [
-            [int(layer) for layer in np.flatnonzero(self._hash_L == key)]
-            for key in np.unique(self._hash_L).tolist()
-        ]
         twins = sorted(
             layers
-            for layers in twins
-            if len(layers) > 1
-            and exceeds_others(self._n, self._n, int(self._neighbours_L[layers[0]]), self._n_neighbours, n_pairs)
+            for layers in groups
+            if len(layers) > 1 and exceeds(n_rows, n_rows, (1 + float(alike_L[layers[0]])) / 2, n_pairs)
         )
         if not twins:
             return []
         words = "; ".join(" and ".join(map(str, layers)) for layers in twins)
-        message = f"layers {words} of {n_layers} have the same experts in all {self._n:,} rows"
+        message = f"layers {words} of {n_layers} have the same experts in all {self._rows.n:,} rows"
         return [finding("D02-twin-layers", where, message, n=sum(map(len, twins)), n_of=n_layers)]

@@ -69,7 +69,7 @@ class Logps:
             found.append(counted("D31-zero-logp", where, message, self._contradicted))
         elif self._zero.n:
             message = (
-                f"{self._zero.text()} logps are exactly 0, longest run {self._longest:,}; nothing contradicts them"
+                f"{self._zero.text()} logps are exactly 0, longest run {self._longest:,}; no entropy contradicts them"
             )
             found.append(counted("D31-certain-tokens", where, message, self._zero))
         # an arm without any entropy has none to be had

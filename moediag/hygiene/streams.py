@@ -12,6 +12,7 @@ Each is judged against what healthy engines may do, however noisy:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,14 +39,19 @@ FAR = 0.2
 _LEAST_FAR_SHARE = 0.1
 """Share of far tokens that is never an error: R3's collapse mark is 0.1 beyond a factor of 2, which is farther."""
 
-_UNRELATED = 0.2
-"""Correlation within sequences below which two streams have nothing in common; 0.99 is healthy (verl #7242)."""
+_UNRELATED = 0.4
+"""Correlation within sequences below which two streams have nothing in common; 0.99 is healthy (verl #7242). Ours, and
+far off on purpose: streams of other sequences were within 0.1 of 0, so that 130 tokens are enough to tell."""
 
-_LEAST_SCALE = math.log(1.05)
-"""Log of the ratio of spreads that is never an error; ours: healthy pairs of two real engines were within 0.01."""
+_LEAST_LIMIT, _MOST_LIMIT = 0.2, 0.5
+"""Correlation of one sequence of many tokens, and of few, that still passes for 0."""
+
+_LEAST_SCALE = math.log(1.03)
+"""Log of the ratio of spreads that is never an error; ours: a softmax temperature of 0.9 gives 0.04 to 0.05, and pairs
+of two real engines were within HEALTHY_SPREAD."""
 
 _LEAST_OFFSET = 1e-3
-"""Distance of a mean ratio from 1 that is never worth a word: rounding of log-probabilities to bfloat16 biases it less."""
+"""Distance of a mean ratio from 1 that is never worth a word; ours: logps rounded to bfloat16 bias it by less."""
 
 _MOST_LOG_RATIO = 20.0
 """exp(20) is 5e8: one token decides a mean of ratios from there on, as corrections have it."""
@@ -68,7 +74,7 @@ class OtherSequence:
         row_T = np.cumsum(train.starts) - 1
         row_N, x_N, y_N = row_T[scored_T], x_T[scored_T], y_T[scored_T]
 
-        def total(values_N: Float64) -> Float64:
+        def total(values_N: NDArray[Any]) -> Float64:
             return np.bincount(row_N, values_N, minlength=len(start_S)).astype(np.float64)
 
         n_S = total(np.ones_like(x_N))
@@ -103,7 +109,7 @@ class OtherSequence:
         n_S, far_S, xx_S, yy_S, xy_S = long_SN[:, 2:].T
         # a quarter of the sequences is taken as healthy, whatever the others are
         usual = max(_LEAST_FAR_SHARE, 3 * float(np.quantile(far_S / n_S, 0.25)))
-        most_r_S = np.clip(3 / np.sqrt(n_S - 1), _UNRELATED, 0.5)
+        most_r_S = np.clip(3 / np.sqrt(n_S - 1), _LEAST_LIMIT, _MOST_LIMIT)
         is_unrelated_S = xy_S < most_r_S * np.sqrt(xx_S * yy_S)
         hits = [
             row
@@ -157,7 +163,8 @@ class Temperature:
         wide, narrow = ("train", "infer") if log_ratio > 0 else ("infer", "train")
         message = (
             f"{wide}'s logps are spread {ratio:.3f} times as wide as {narrow}'s (r = {r:.3f}, {int(totals[0]):,} "
-            f"tokens): as a temperature of {1 / ratio:.2f} in {wide} or {ratio:.2f} in {narrow} would do"
+            f"tokens), as a temperature on one side does: {1 / ratio:.2f} in {wide} if logps were divided by it, "
+            "further from 1 if logits were"
         )
         return [finding("D10-temperature", where, message, n_of=int(totals[0]))]
 
