@@ -29,6 +29,7 @@ from moediag.corrections.sweep import DEFAULT_ALPHAS, DEFAULT_BETAS, sweep_by_ba
 from moediag.corrections.table_files import OnProgress
 from moediag.errors import CorruptRunError, IncompleteRunError, MoediagError, RunError
 from moediag.figures.corrections import draw_simulation_figures
+from moediag.hygiene.findings import headline
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.html import html_page
 from moediag.report.markdown import markdown_page
@@ -89,7 +90,8 @@ class Simulation:
             "n_scored_prompts": batch.n_scored_prompts,
             "reward": self.source.reward,
             "notes": list(self.source.notes),
-            "findings": [finding.line() for finding in self.source.findings],
+            "findings": [found.record() for found in self.source.findings],
+            "finding_words": headline(self.source.findings),
             "eps_clip": self.eps_clip,
             "corrections": {
                 label: {"words": str(one.correction), "presets": list(one.presets), "notes": list(one.notes)}

@@ -25,6 +25,7 @@ from moediag.errors import RunError
 from moediag.figures.numbers import sig
 from moediag.figures.series import plot_trend, title_of
 from moediag.figures.style import save_figure
+from moediag.hygiene.findings import headline
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.blocks import Bullets, interval, number, table
 from moediag.report.text import Markdown, plain
@@ -65,6 +66,7 @@ class Trend:
             "step_origin": self.source.step_origin,
             "warnings": list(self.warnings),
             "notes": list(self.source.notes),
+            "findings": [found.record() for found in self.source.findings],
             "is_kl": self.source.is_kl,
             "metrics": {metric: _records(rows) for metric, rows in self.source.trend.groupby("metric", sort=False)},
             "recurrence": {"metric": self.delta, **self.recurrence.record()},
@@ -151,6 +153,7 @@ def trend_page(trend: Trend) -> str:
     name = plain(title_of(trend.delta or "delta", trend.source.is_kl))
     parts = [
         "# Mismatch over training steps",
+        "\n".join(plain(line) for line in headline(trend.source.findings)),
         str(Bullets(tuple(_prose(f"Warning: {warning}.") for warning in trend.warnings))) if trend.warnings else "",
         f"**{plain(trend.recurrence.outcome)}** ({name}): {_prose(trend.recurrence.reason)}.",
         f"Steps: {plain(trend.source.step_origin)}.",

@@ -37,6 +37,8 @@ from moediag.corrections.logged_tokens import LOGPS, checked_logps
 from moediag.corrections.loss_masks import LossMasks, unmasked_padding
 from moediag.corrections.table_files import KINDS, Kind, TableFile, open_table
 from moediag.errors import DumpError
+from moediag.hygiene.findings import Finding, by_level
+from moediag.hygiene.logged import check_steps
 from moediag.notation import INFER, TRAIN
 from moediag.report.measures import text_origin
 from moediag.run.directory import Run, open_run
@@ -74,12 +76,14 @@ class TrendSource:
         trend: frame ``trend_by_step``.
         step_origin: how the steps came by their numbers.
         is_kl: whether k1 and k3 may stand for a KL: not on text that infer did not sample freely.
+        findings: what is wrong with the tokens, or likely so, by the rules of ``validate``; none of a table of steps.
     """
 
     trend: pd.DataFrame
     step_origin: str
     is_kl: bool
     notes: tuple[str, ...]
+    findings: tuple[Finding, ...] = ()
 
 
 def read_trend(targets: Sequence[Path], steps: Sequence[int] | None, on_progress: OnProgress) -> TrendSource:
@@ -178,17 +182,20 @@ def _read_tokens(table: TableFile, on_progress: OnProgress) -> TrendSource:
     logps = {name: frame[name].to_numpy(np.float64) for name in LOGPS[:2]}
     checked, said = checked_logps(logps, str(table.path), lambda is_T: _place(frame, is_T))
     frame = frame.assign(**checked)
-    notes = [*(finding.line() for finding in found), *masked, *said,
+    notes = [*masked, *said,
              "how the tokens were sampled the table does not say: k1 and k3 are a KL only if infer sampled them at "
              "temperature 1 without truncation"]  # fmt: skip
     if cluster == "seq_id":
         notes.append("no column prompt_id: every sequence counts as a prompt of its own, so intervals may be too short")
     infinite, thinned = _Infinite(), _thinned_steps(frame)
+    names = ("step", *LOGPS[:2], "seq_id", "position")
+    as_read = thinned.assign(**{name: pd.Series(logps[name], frame.index)[thinned.index] for name in logps})
+    found += check_steps(*(as_read[name].to_numpy() for name in names), prompt_T=as_read["prompt_id"].to_numpy())
     trend = trend_of(_steps_of_tokens(table, thinned, infinite, on_progress))
     n_steps, n_kept = frame["step"].nunique(), thinned["step"].nunique()
     if n_kept < n_steps:
         notes.insert(0, f"{n_kept:,} of {n_steps:,} steps are measured, evenly spaced, for the time it takes")
-    return TrendSource(trend, "column step", True, (*infinite.notes(), *notes))
+    return TrendSource(trend, "column step", True, (*infinite.notes(), *notes), tuple(by_level(found)))
 
 
 def _thinned_steps(frame: pd.DataFrame) -> pd.DataFrame:

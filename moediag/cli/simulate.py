@@ -103,6 +103,7 @@ def command(
     gradient_audit: Audit = False,
     checkpoint: Checkpoint = None,
     output: Folder = None,
+    strict: o.Strict = False,
     as_json: o.Json = False,
     force: Annotated[
         bool,
@@ -133,10 +134,12 @@ def command(
     pages = [] if folder is None else asked.write(simulation, folder, force)
     if as_json:
         say_json(content_of(simulation))
-        return
-    show_simulation(simulation)
-    for path in [*([weights_out] if weights_out else []), *pages]:
-        wrote(path)
+    else:
+        show_simulation(simulation)
+        for path in [*([weights_out] if weights_out else []), *pages]:
+            wrote(path)
+    if strict:
+        o.refuse_errors(simulation.source.findings)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ _WIDTH: Final = 110
 
 
 def show_simulation(simulation: Simulation) -> None:
-    """Print what is likely wrong with the tokens, a row per correction, then sentences."""
+    """Print what is wrong with the tokens, a row per correction, then sentences."""
     from moediag.cli.console import say
+    from moediag.hygiene.findings import headline
     from moediag.report.tables import records
 
-    for line in simulation.summary()["findings"]:
-        _say_filled(line)
+    for line in headline(simulation.source.findings):
+        say(line)
     rows = [_HEADER, _UNITS, *(_cells(row) for row in records(simulation.frames["correction_statistics"]))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     for row in rows:

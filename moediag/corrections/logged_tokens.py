@@ -18,15 +18,12 @@ from numpy.typing import NDArray
 from moediag.analysis.tokens import is_scored
 from moediag.corrections.table_files import Columns, Ids
 from moediag.errors import DumpError
+from moediag.hygiene.logps import LARGEST_ROUNDED_LOGP
 
 Float64 = NDArray[np.float64]
 
 IS_RESPONSE: Final = "is_response"
 LOGPS: Final[tuple[str, ...]] = ("logp_train", "logp_infer", "logp_train_new")
-
-LARGEST_ROUNDED_LOGP: Final = 1e-4
-"""A log-probability above 0 up to here [nat] is rounding and is taken as 0: a float32 logit less its logsumexp is off
-by half a unit in the last place, 6.1e-5 for logits of 1,024 to 2,048. Beyond it, the column holds something else."""
 
 _N_LOOKED_AT: Final = 1000
 _FEW: Final = 8

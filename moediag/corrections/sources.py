@@ -26,7 +26,8 @@ from moediag.corrections.loss_masks import LossMasks, unmasked_padding
 from moediag.corrections.rewards import ADVANTAGE_WORDS, REWARD_WORDS, grpo_advantages, sequence_rewards
 from moediag.corrections.table_files import Columns, Ids, Kind, OnProgress, TableFile, as_flags, open_table
 from moediag.errors import DumpError
-from moediag.hygiene.findings import Finding
+from moediag.hygiene.findings import Finding, by_level
+from moediag.hygiene.logged import check_tokens
 from moediag.run.directory import Run
 
 Float64 = NDArray[np.float64]
@@ -83,7 +84,7 @@ class Source:
         input_row_T: row of every token of the batch.
         reward: where advantages come from, in words.
         notes: what a reader has to know of how the rows were read.
-        findings: what is likely wrong with how they were read.
+        findings: what is wrong with them, or likely so, by the rules of ``validate``.
     """
 
     batch: Batch
@@ -128,7 +129,7 @@ def run_source(run: Run, arms: tuple[str, str], reward: str | None = None) -> So
     frame = token_frame(pair).rename(columns={"entropy_infer": "entropy"})
     names = {name: kind for name, kind in {**REQUIRED, **OPTIONAL}.items() if name in frame}
     columns = {name: _as_kind(frame[name], kind) for name, kind in names.items()}
-    return columns_source(columns, f"{run.path} {pair.name}", reward)
+    return columns_source(columns, f"{run.path} {pair.name}", reward, is_foreign=False)
 
 
 def table_source(
@@ -180,7 +181,13 @@ def _masked_source(
 
 
 def columns_source(
-    columns: Columns, where: str, reward: str | None = None, notes: tuple[str, ...] = (), *, is_masked: bool = True
+    columns: Columns,
+    where: str,
+    reward: str | None = None,
+    notes: tuple[str, ...] = (),
+    *,
+    is_masked: bool = True,
+    is_foreign: bool = True,
 ) -> Source:
     """The response tokens of columns in memory.
 
@@ -191,6 +198,7 @@ def columns_source(
         reward: as for :func:`table_source`.
         notes: what was said of the columns before.
         is_masked: whether prompt and padding are known to be ruled out; else what looks like them is a finding.
+        is_foreign: whether another tool made the data.
 
     Raises:
         DumpError: rows that no log has: twice the same place, log-probabilities above 0, a reward that changes within
@@ -213,8 +221,24 @@ def columns_source(
         reward_S=reward_S,
     )
     keys = {name: columns[name] for name in KEYS if name in columns}
-    findings = () if is_masked else tuple(unmasked_padding(tokens.is_zero_T, tokens.start_S, where))
-    return Source(batch, keys, n_rows, tokens.input_row_T, words, (*notes, *tokens.notes()), findings)
+    padding = () if is_masked else tuple(unmasked_padding(tokens.is_zero_T, tokens.start_S, where))
+    known = {found.rule for found in padding}
+    findings = by_level([*padding, *(found for found in _findings(tokens, is_foreign) if found.rule not in known)])
+    return Source(batch, keys, n_rows, tokens.input_row_T, words, (*notes, *tokens.notes()), tuple(findings))
+
+
+def _findings(tokens: LoggedTokens, is_foreign: bool) -> list[Finding]:
+    """What the rules of ``validate`` find in the tokens, as they were read."""
+    return check_tokens(
+        tokens.raw("logp_train"),
+        tokens.raw("logp_infer"),
+        tokens.row_T,
+        tokens.columns["position"][tokens.input_row_T],
+        sequence_names_S=tokens.seq_id_S,
+        prompt_T=tokens.prompt_row_S[tokens.row_T],
+        entropy_T=tokens.get("entropy"),
+        is_foreign=is_foreign,
+    )
 
 
 def _as_kind(column: pd.Series, kind: Kind) -> Any:

@@ -96,7 +96,7 @@ def simulation_page(
         section("limits", "What these numbers cannot show", Bullets(tuple(map(Markdown, _LIMITS)))),
         section("regenerate", "How to make this page again", Shell(tuple(regenerate)) if regenerate else None),
     ]
-    words = _bullets([*summary["findings"], *sentences(summary, frames)])
+    words = _bullets([*finding_words(summary), *sentences(summary, frames)])
     return Page(
         f"Corrections simulated: {summary['label']}",
         (),
@@ -104,6 +104,11 @@ def simulation_page(
         tuple(block for block in (words, SIGN_WORDS, show("masked_shares")) if block),
         tuple(part for part in sections if part is not None),
     )
+
+
+def finding_words(summary: Mapping[str, Any]) -> list[str]:
+    """The worst that the rules of ``validate`` found in the tokens, which stands before every number."""
+    return [" ".join(line.strip() for line in summary["finding_words"])] if summary["finding_words"] else []
 
 
 def sentences(summary: Mapping[str, Any], frames: Frames) -> list[str]:
