@@ -39,7 +39,7 @@ from moediag.corrections.table_files import KINDS, Kind, TableFile, open_table
 from moediag.errors import DumpError
 from moediag.hygiene.findings import Finding, by_level
 from moediag.hygiene.logged import check_steps
-from moediag.notation import INFER, TRAIN
+from moediag.notation import TRAIN
 from moediag.report.measures import text_origin
 from moediag.run.directory import Run, open_run
 
@@ -132,7 +132,7 @@ def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: On
     numbers, origin = steps_of(labels, steps)
     frames, notes, infinite = [], [], _Infinite()
     for done, (run, label, step) in enumerate(zip(runs, labels, numbers, strict=True), start=1):
-        tokens = concatenate_tokens([token_columns(block, None) for block in run.pair(TRAIN, INFER).blocks()])
+        tokens = concatenate_tokens([token_columns(block, None) for block in run.pair(TRAIN, run.sampler).blocks()])
         infinite.add(step, tokens)
         exact = exact_divergences(run)
         rows = [] if exact is None else exact.measures.to_dict("records")

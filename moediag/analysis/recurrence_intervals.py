@@ -133,7 +133,7 @@ class Likelihood:
         return np.asarray(np.sign(self.found.growth_R[log_RB.argmax(axis=0)] - growth) * np.sqrt(ratio_B))
 
     def interval(self, parameter: Parameter, on_bound: Callable[[int], None] = lambda done: None) -> Interval:
-        """Estimate and 95 % interval; a's is closed in on in rounds, so 0, which decides what is said, is tried itself."""
+        """Estimate and 95 % interval; a's is closed in on in rounds, so 0, which decides, is tried itself."""
         centre, bounds = self.estimate(parameter), []
         for done, side in enumerate((-1, 1), start=1):
             bounds.append(self._bound(parameter, centre, side))

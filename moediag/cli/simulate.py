@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +52,9 @@ WeightsOut = Annotated[
     Path | None,
     typer.Option("--weights-out", metavar="FILE", help="Write each row's keys and its weight under each correction."),
 ]
-PairOption = Annotated[str | None, typer.Option("--pair", metavar="A~B", help="RUN: two arms; default infer~train.")]
+PairOption = Annotated[
+    str | None, typer.Option("--pair", metavar="A~B", help="RUN: two arms; default: train and the arm that sampled.")
+]
 Reward = Annotated[
     str | None,
     typer.Option(
@@ -126,6 +128,10 @@ def command(
     grid = _grid(sweep or everything, alphas, betas)
     asked = Asked(target, chosen, grid, pair, reward, eps_clip, mask, gradient_audit, checkpoint)
     run = asked.open()
+    if run is not None and run.sampler != INFER and pair is None:
+        asked = replace(
+            asked, pair=f"{run.sampler}~{TRAIN}"
+        )  # the rollouts' own log-probabilities are what is corrected
     folder = asked.folder(run, output, force)
     columns = {name: one.correction for name, one in chosen.items() if name != "none" or everything}
     simulation = asked.simulate(run, weights_out, columns)
