@@ -151,6 +151,9 @@ def correlation_excess(sums_GS: NDArray[Any], sums0_GS: NDArray[Any], n_copies: 
 def correlation_is_below(limit: float, sums_GS: NDArray[Any], n_copies: int) -> bool:
     """True when a correlation is below a limit by more than its error explains; errors as :func:`correlation_excess`.
 
+    Fisher's z is used up to three times as many groups: streams that are unrelated have independent products whatever
+    their groups, and a t quantile of few groups would ask for twice as many tokens.
+
     Args:
         sums_GS: per group the sums of 1, x, y, x^2, y^2, xy.
     """
@@ -158,7 +161,7 @@ def correlation_is_below(limit: float, sums_GS: NDArray[Any], n_copies: int) -> 
     r = float(correlation(totals))
     if not r < limit:
         return False
-    if int((sums_GS[:, 0] > 0).sum()) >= MIN_GROUPS:
+    if int((sums_GS[:, 0] > 0).sum()) >= 3 * MIN_GROUPS:
         return is_positive(sums_GS, lambda sums: limit - correlation(sums))
     rows = totals[0] / max(n_copies, 1)
     return bool(

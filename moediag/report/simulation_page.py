@@ -108,7 +108,7 @@ def simulation_page(
 
 def finding_words(summary: Mapping[str, Any]) -> list[str]:
     """The worst that the rules of ``validate`` found in the tokens, which stands before every number."""
-    return [" ".join(line.strip() for line in summary["finding_words"])] if summary["finding_words"] else []
+    return ["; ".join(line.strip() for line in summary["finding_words"])] if summary["finding_words"] else []
 
 
 def sentences(summary: Mapping[str, Any], frames: Frames) -> list[str]:
