@@ -119,7 +119,9 @@ def ruled_run(
 
 
 def test_a_run_is_predicted_by_every_arm_that_it_has(tmp_path: Path) -> None:
-    run = ruled_run(tmp_path / "run", ("infer", "train", "train-replay", "train-perturbed", "infer-repeat"))
+    """A router in float32 is no noise of infer~train: its own change stood there as if it were a cure."""
+    arms = ("infer", "train", "train-replay", "train-perturbed", "infer-repeat", "train-router-fp32")
+    run = ruled_run(tmp_path / "run", arms)
     assert noise_arms(run) == ["infer-repeat", "train-perturbed"]
     frames = predict_flips(run)
     assert frames.keys() == {"score_noise", "explained_flips", "flip_calibration", "forecast_flips"}

@@ -416,7 +416,7 @@ def test_margins_alone_say_beside_the_gap_what_they_leave_out(moe: dict[str, pd.
     explained = moe["explained_flips"][lambda frame: frame["method"] == "margin_change"].assign(note=BORDER_ONLY)
     frames = {**moe, "explained_flips": explained}
     text = markdown_page(run_page({**summary_of(moe), "predicted_flips": predicted_flips(frames)}, frames, []))
-    assert "Border pair alone: flips by any other pair of experts are missing" in text
+    assert "Flips by any pair of experts but the border's are missing" in text
     (row, *layers) = {tuple(table[0][:2]): table[1:] for table in markdown_tables(text)}["layer (decoder)", "from"]
     assert row[1] == f"margins: {BORDER_ONLY}"
     assert {line[1] for line in layers} == {"margins"}

@@ -33,9 +33,7 @@ Float64 = NDArray[np.float64]
 
 MAX_CELLS: Final = 4_000_000
 """Scores (choices times E) that predictions from logits are made for; more are thinned."""
-BORDER_ONLY: Final = (
-    "border pair alone: flips by any other pair of experts are missing, the more of them the more choices flip"
-)
+BORDER_ONLY: Final = "flips by any pair of experts but the border's are missing, the more of them the more choices flip"
 """Of the flips of synthetic engines (16 experts, 4 chosen) it explains .90 at a flip rate of 4 %, .77 at 18 % and .68
 at 31 % from the border pair's logits, .87, .72 and .62 from margins; every pair of experts .99 to 1.02."""
 _ONE_FOLD: Final = "prompts of one fold only: no other prompts to take the noise from"
