@@ -210,7 +210,7 @@ def _resamplings(n_prompts: int) -> Float64:
     if n_prompts < MIN_CLUSTERS:
         return ones_C
     draws = np.random.default_rng(SEED).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_DRAWS)
-    weights_DC = np.concatenate([ones_C, draws.astype(np.float64), 1 - np.eye(n_prompts)])
+    weights_DC: Float64 = np.concatenate([ones_C, draws.astype(np.float64), 1 - np.eye(n_prompts)])
     weights_DC.flags.writeable = False
     return weights_DC
 
