@@ -14,7 +14,7 @@ from synthetic import make_block, make_pair, self_block
 from moediag.analysis.floors import (
     LARGER,
     SUMMED,
-    UNSTABLE,
+    FAR,
     floors,
     metric_value,
     own_side_pairs,
@@ -95,8 +95,9 @@ def test_the_verdict_says_what_the_intervals_can_tell(pairs: dict[str, Any]) -> 
     """A mismatch smaller than the rounding scale was headed "above floor", as if something were wrong."""
     main, small = pairs[MAIN], pairs[TRAIN_FLOOR]
     unscaled = {name: pair for name, pair in pairs.items() if name != ROUNDED}
-    assert word_of(pairs) == "above rounding"  # 0.05 against 0.03
-    assert word_of({**pairs, ROUNDED: main}) == "no larger than rounding"
+    assert word_of({**pairs, MAIN: summary_of(0.12, 0.1)}) == "above rounding"  # 0.12 against 0.03
+    assert word_of({**pairs, ROUNDED: main}) == "of the size of rounding"
+    assert word_of(pairs) == "of the size of rounding", "two engines round in more places than the scale has"
     assert word_of(unscaled) == "above repeating"
     assert word_of({**unscaled, MAIN: small, TRAIN_FLOOR: main}) == "no larger than repeating"
     found = floors(unscaled, MAIN, is_prefilled=False)
@@ -113,7 +114,7 @@ def test_an_engine_that_does_not_repeat_itself_is_the_finding(pairs: dict[str, A
     words = verdict(noisy[MAIN], floors(noisy, MAIN, is_prefilled=False), 0, None)
     assert words["word"] == "does not repeat itself"
     assert words["reason"].startswith("vLLM scores the same tokens")
-    calm = {**noisy, ROUNDED: summary_of(0.12 / UNSTABLE * 1.2, 0.05)}
+    calm = {**noisy, ROUNDED: summary_of(0.12 / FAR * 1.2, 0.05)}
     assert word_of(calm) != "does not repeat itself", "within the stated factor of the rounding scale"
 
 

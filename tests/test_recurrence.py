@@ -274,7 +274,7 @@ def test_growth_names_the_shapes_that_fit_as_well():
     reason = fit_recurrence(series.step_N, series.delta_N, series.se_N).reason
     assert "grows faster than a straight line" in reason
     assert "is one explanation" in reason
-    assert reason.index("a parabola") < reason.index("If it compounds, delta_c")
+    assert reason.lower().index("a parabola") < reason.index("If it compounds, delta_c")
     assert "delta compounds" not in reason
 
 
