@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from synthetic import make_block, make_pair, self_block
 
 from moediag.analysis.floors import (
+    FAR,
     LARGER,
     SUMMED,
-    FAR,
     floors,
     metric_value,
     own_side_pairs,

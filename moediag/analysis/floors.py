@@ -195,7 +195,7 @@ def verdict(pair: Summary, floor: Summary | None, n_errors: int, replay: Summary
     """The verdict on the main pair, with its evidence: is the mismatch larger than what repeating or rounding makes?
 
     In this order: an engine whose own floor is far above the rounding scale *does not repeat itself*; a mismatch within
-    the floor is *no larger than repeating*; up to :data:`FAR` rounding scales *of the size of rounding*; else *above* it.
+    the floor is *no larger than repeating*; up to :data:`FAR` rounding scales *of the size of rounding*; else *above*.
     Where nothing can be told, the reason is given.
 
     Args:
@@ -229,8 +229,8 @@ def verdict(pair: Summary, floor: Summary | None, n_errors: int, replay: Summary
         times = f"{mean['mean'] / rounding['mean']:.3g} times what one unit in the last place does to this model"
         if low <= FAR * _high(rounding):
             reason = (
-                f"the mismatch is {times}, and two engines round in every module, so up to {FAR:g} times is ordinary. A "
-                "fault below that cannot be excluded: profile once more with --dtype float32, where engines that "
+                f"the mismatch is {times}, and two engines round in every module: up to {FAR:g} times is ordinary. "
+                "A fault below that cannot be excluded: profile once more with --dtype float32, where engines that "
                 "compute the same function agree to about 1e-6 nat"
             )
             return _words(ROUNDING, reason, evidence)
