@@ -171,7 +171,7 @@ def test_a_table_of_steps_keeps_its_metrics_and_errors(tmp_path):
         (lambda t: t.drop(columns="step"), "no column step"),
         (lambda t: t.drop(columns="logp_train"), "lacks logp_train"),
         (lambda t: pd.concat([t, t.iloc[[3]]]), "1 rows stand at a"),
-        (lambda t: t.assign(logp_train=-t["logp_train"]), "log-probability and at most 0"),
+        (lambda t: t.assign(logp_train=-t["logp_train"]), "log-probabilities are at most 0"),
         (lambda t: t.assign(is_response=False), "no response token"),
         (lambda t: t[["step"]], "no column of numbers beside step"),
         (lambda t: t[["step"]].assign(k3=1.0), "more than one row"),
