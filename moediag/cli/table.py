@@ -69,7 +69,8 @@ def _words(summary: dict[str, Any]) -> Iterator[str]:
     """Verdict, means that hang on one prompt, and what the further A/A pairs say."""
     verdict = summary.get("verdict")
     if verdict:
-        yield f"{verdict['word']}: {'; '.join([verdict['reason'], *verdict['evidence']])}"
+        yield f"{verdict['word']}: {verdict['reason']}"
+        yield from (f"  {line}" for line in verdict["evidence"])
     for name, _, dotted in _HEADLINES:
         if words := carried_words(lookup(summary["pairs"][main_pair_name(summary)], f"{dotted}_largest_prompt_share")):
             yield f"{name.strip()}: {words} of it; other samples of such prompts may lie outside the interval"
