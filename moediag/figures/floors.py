@@ -101,7 +101,7 @@ def _statement(floor: AnyFloor, of: str, words: Callable[[float], str]) -> str:
         return f"Floor: {NO_FLOOR}."
     if not isinstance(floor, Floor):
         return f"Floor of {of}: bit-exact."
-    return f"Floor of {of}: {words(floor.value)} ({figure_text(floor.name, 60)})."
+    return f"Floor of {of}: {words(floor.value)} ({figure_text(floor.name, 100)})."
 
 
 def share(value: float) -> str:
