@@ -259,15 +259,18 @@ def _unseen_events(total_M: Float64, square_M: Float64, n_per_event: Float64) ->
 def _design_effects(residual_CM: Float64, spread_M: Float64, unseen_M: Float64) -> tuple[Float64, Float64]:
     """Variance of the events over that of independent trials: as seen (NaN without an event), and with unseen prompts.
 
-    Both are raised by Student's t for being estimates.
+    Both are raised by Student's t for being estimates, with the freedom that all prompts have, the unseen ones too;
+    what is seen above 1, hence clustering that is there, with the freedom of the prompts that show it, if that is more.
     """
     n_clusters = len(residual_CM)
     all_CM = np.concatenate([residual_CM, np.broadcast_to(unseen_M, (_UNSEEN_PROMPTS, len(spread_M)))])
-    inflation_M = np.square(student_t(effective_freedom(all_CM)) / special.ndtri(1 - TAIL))
-    inflation_M *= n_clusters / (n_clusters - 1)
-    seen_M = divide(np.square(residual_CM).sum(axis=0), spread_M)
-    supposed_M = np.square(all_CM).sum(axis=0) / (spread_M + _UNSEEN_PROMPTS * unseen_M)
-    return seen_M * inflation_M, supposed_M * inflation_M
+    of_all_M, of_seen_M = (
+        np.square(student_t(effective_freedom(x_CM)) / special.ndtri(1 - TAIL)) for x_CM in (all_CM, residual_CM)
+    )
+    small = n_clusters / (n_clusters - 1)
+    seen_M = divide(np.square(residual_CM).sum(axis=0) * small, spread_M)
+    supposed_M = np.square(all_CM).sum(axis=0) * small / (spread_M + _UNSEEN_PROMPTS * unseen_M)
+    return np.maximum(seen_M * of_all_M, 1 + (seen_M - 1) * of_seen_M), supposed_M * of_all_M
 
 
 def effective_freedom(residual_CM: Float64) -> Float64:
