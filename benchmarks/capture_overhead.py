@@ -116,12 +116,21 @@ def bytes_written(checkpoint: str, folder: Path) -> None:
         opened = open_run(run)
         n_rows = sum(len(opened.tokens(shard)) for shard in opened.shards)
         for arm, weight_bytes in (("infer", 4), ("train", 2)):
-            found = sum(path.stat().st_size for path in (run / "arms" / arm).glob("shard-*")) / n_rows
+            arrays, distributions = (size / n_rows for size in written(opened, arm))
             arithmetic = _bytes_by_arithmetic(opened, level, weight_bytes)
             say(
-                f"bytes per token, {arm}, {LEVELS[level]}: {found:.1f} written, {arithmetic} by arithmetic, "
-                f"ratio {found / arithmetic:.3f} (n = {n_rows} tokens)"
+                f"bytes per token, {arm}, {LEVELS[level]}: {arrays:.1f} written, {arithmetic} by arithmetic, "
+                f"ratio {arrays / arithmetic:.3f} (n = {n_rows} tokens); whole distributions, which small vocabularies "
+                f"keep unasked: {distributions:.1f} beside it"
             )
+
+
+def written(run: Run, arm: str) -> tuple[int, int]:
+    """Bytes on disk of an arm's arrays, and of the whole next-token distributions beside them, sidecars included."""
+    sizes = [0, 0]
+    for path in (run.path / "arms" / arm).glob("shard-*"):
+        sizes[".vocab." in path.name] += path.stat().st_size
+    return sizes[0], sizes[1]
 
 
 def _bytes_by_arithmetic(run: Run, level: str, weight_bytes: int) -> int:

@@ -52,7 +52,7 @@ def synthetic_rows(name: str, truth: Truth) -> list[dict[str, object]]:
     rows = [_row(name, record) for record in frame[frame["layer"] == -1].to_dict("records")]
     other = make_flips(truth, seed=2, first_prompt=1)
     noise = pair_of(*other.blocks(), rule=truth.rule, name="train~train-perturbed")
-    forecast = forecast_flips(pair, noise, truth.record, multipliers=(1.0,), bias_LE=truth.bias_LE)
+    forecast = forecast_flips(pair, noise, truth.record, bias_LE=truth.bias_LE)
     record = forecast[forecast["layer"] == -1].iloc[0]
     rows.append(
         {
@@ -116,8 +116,8 @@ def print_run(path: Path) -> None:
     columns += ["calibration_error_expected", "calibration_slope"]
     print(explained[columns].round(4).to_string(index=False))
     forecast = frames["forecast_flips"]
-    columns = ["noise_from", "target", "method", "layer", "forecast", "observed", "calibration_error"]
-    print(forecast.loc[forecast["multiplier"] == 1, columns].round(4).to_string(index=False))
+    columns = ["pair", "noise_from", "method", "layer", "forecast", "observed", "noise_observed"]
+    print(forecast[columns].round(4).to_string(index=False))
     print(f"{time.perf_counter() - start:.0f} s")
 
 

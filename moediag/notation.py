@@ -50,7 +50,7 @@ ARMS: Final = {
     "infer-production": "vLLM as rollouts run it (graphs, prefix cache, own options); log-probabilities only",
     "train-repeat": "transformers again, in padded batches of 4",
     "train-fp32": "transformers in float32",
-    "train-perturbed": "transformers with router inputs moved by one unit in the last place",
+    "train-perturbed": "transformers with router inputs (dense: every layer's) moved by one unit in the last place",
     "train-router-fp32": "transformers with the routers' matmul in float32",
     "train-router-fp8": "transformers with the routers' weights and inputs rounded to float8",
 }

@@ -3,7 +3,8 @@
 Invariants:
     - a simulation is derived: it can be deleted and made again from the run or the table;
     - its folder holds simulation.json, sealed, which names every other file with its digest; it is written before
-      anything else (then without files), so the folder is marked as one that the same command may fill again.
+      anything else (then without files), so the folder is marked as one that the same request may fill again;
+    - a simulation is never replaced by another request's, unless by ``force``.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from moediag.corrections.sweep import DEFAULT_ALPHAS, DEFAULT_BETAS, sweep_by_ba
 from moediag.corrections.table_files import OnProgress
 from moediag.errors import CorruptRunError, IncompleteRunError, MoediagError, RunError
 from moediag.figures.corrections import draw_simulation_figures
+from moediag.hygiene.findings import headline
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.html import html_page
 from moediag.report.markdown import markdown_page
-from moediag.report.pairs import MAIN_PAIR
+from moediag.report.pairs import main_pair_name
 from moediag.report.simulation_page import simulation_page
 from moediag.results import load_summary
 from moediag.run.derived import SIMULATION_SEAL
@@ -40,6 +42,8 @@ from moediag.run.files import read_sealed, sha256_bytes, write_atomic, write_err
 
 SIMULATION: Final = "moediag simulation"
 
+_N_NAMED: Final = 4
+"""Corrections named in a message."""
 _LEAD: Final = "icepop:alpha=0.5,beta=5"
 
 
@@ -81,8 +85,13 @@ class Simulation:
             "n_tokens": len(batch),
             "n_sequences": batch.n_sequences,
             "n_prompts": batch.n_prompts,
+            "n_scored_tokens": int(batch.is_scored_T.sum()),
+            "n_scored_sequences": int(batch.is_scored_S.sum()),
+            "n_scored_prompts": batch.n_scored_prompts,
             "reward": self.source.reward,
             "notes": list(self.source.notes),
+            "findings": [found.record() for found in self.source.findings],
+            "finding_words": headline(self.source.findings),
             "eps_clip": self.eps_clip,
             "corrections": {
                 label: {"words": str(one.correction), "presets": list(one.presets), "notes": list(one.notes)}
@@ -146,13 +155,13 @@ def add_sweep(
 
 def run_floor_k3(run: Run, pair: str) -> float | None:
     """k3 of the run's engines against themselves [nat]; None where no analysis has measured it, or for another pair."""
-    if pair != MAIN_PAIR:
-        return None
     try:
-        metrics = (load_summary(run).get("floors") or {}).get("metrics", {})
+        summary = load_summary(run)
     except (CorruptRunError, IncompleteRunError):
         return None
-    floor = metrics.get("kl_infer_train_k3", {}).get("floor")
+    if pair != main_pair_name(summary):
+        return None
+    floor = (summary["floors"] or {}).get("metrics", {}).get("kl_infer_train_k3", {}).get("floor")
     return None if floor is None else float(floor)
 
 
@@ -166,22 +175,27 @@ def add_gradient_audit(simulation: Simulation, run: Run) -> None:
 
 
 def write_simulation(
-    simulation: Simulation, folder: Path, regenerate: Sequence[str], force: bool = False
+    simulation: Simulation,
+    folder: Path,
+    regenerate: Sequence[str],
+    force: bool = False,
+    request: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write frames, figures and both pages of a simulation.
 
     Args:
         regenerate: commands that make it again, for the page.
         force: write into a folder that holds something else.
+        request: what was asked for, in plain types: what must be equal for a simulation to replace another.
 
     Returns:
         report.html and report.md.
 
     Raises:
-        RunError: the folder holds something that is no simulation.
+        RunError: the folder holds something that is no simulation, or another request's.
     """
-    _take_folder(folder, force)
-    summary = simulation.summary()
+    _take_folder(folder, force, request)
+    summary = {**simulation.summary(), "request": dict(request or {})}
     write_sealed(folder / SIMULATION_SEAL, summary)
     written = [_write_frame(folder, name, frame) for name, frame in simulation.frames.items()]
     figures = draw_simulation_figures(simulation.frames, folder / "figures", simulation.label)
@@ -211,11 +225,11 @@ def _lead(statistics: pd.DataFrame) -> str:
     return str(some.sort_values("masked_share", kind="stable")["correction"].iloc[0])
 
 
-def refuse_folder(folder: Path, force: bool = False) -> None:
+def refuse_folder(folder: Path, force: bool = False, request: Mapping[str, Any] | None = None) -> None:
     """Refuse a folder that a simulation must not be written to.
 
     Raises:
-        RunError: it is a run, or holds something that is no simulation.
+        RunError: it is a run, or holds something that is no simulation, or another request's.
     """
     try:
         there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.exists() else set()
@@ -223,14 +237,22 @@ def refuse_folder(folder: Path, force: bool = False) -> None:
         raise write_error(error, folder) from error
     if MANIFEST in there:  # its own report has the same names
         raise RunError(f"{folder} is a run; give -o a folder of its own")
-    if there and not _is_simulation(folder) and not force:
+    if not there or force:
+        return
+    found = _simulation_in(folder)
+    if found is None:
         raise RunError(f"{folder} holds something that is not a simulation; give -o another folder, or --force")
+    if found.get("request", {}) != (request or {}):
+        raise RunError(
+            f"{folder} holds the simulation of another request, {_request_words(found)}; give -o another folder, or "
+            "--force to replace it"
+        )
 
 
-def _take_folder(folder: Path, force: bool) -> None:
+def _take_folder(folder: Path, force: bool, request: Mapping[str, Any] | None) -> None:
     """Make the folder, and remove what an earlier simulation left in it."""
     make_folder(folder)
-    refuse_folder(folder, force)
+    refuse_folder(folder, force, request)
     try:
         for name in _named_files(folder):
             (folder / name).unlink(missing_ok=True)
@@ -238,11 +260,19 @@ def _take_folder(folder: Path, force: bool) -> None:
         raise write_error(error, folder) from error
 
 
-def _is_simulation(folder: Path) -> bool:
+def _simulation_in(folder: Path) -> dict[str, Any] | None:
+    """What an earlier simulation in the folder says of itself, damaged or not; None = there is none."""
     try:
-        return bool(json.loads((folder / SIMULATION_SEAL).read_text()).get("kind") == SIMULATION)
+        found = json.loads((folder / SIMULATION_SEAL).read_text())
+        return found if found.get("kind") == SIMULATION else None
     except (OSError, ValueError, AttributeError):
-        return False
+        return None
+
+
+def _request_words(found: Mapping[str, Any]) -> str:
+    names = [name for name in found.get("corrections") or () if name != "none"]
+    more = f" and {len(names) - _N_NAMED} more" if len(names) > _N_NAMED else ""
+    return f"{found.get('label')} with {', '.join(names[:_N_NAMED]) or 'no correction'}{more}"
 
 
 def _named_files(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,17 @@ from typing import Any, Final
 import pandas as pd
 
 from moediag.analysis.recurrence import ASSUMPTIONS, Recurrence
-from moediag.analysis.series import KL_METRICS, MARKS, delta_metric, trend_recurrence
+from moediag.analysis.series import KL_METRICS, MARKS, delta_metric, trend_recurrence, warnings_of
 from moediag.errors import RunError
 from moediag.figures.numbers import sig
 from moediag.figures.series import plot_trend, title_of
 from moediag.figures.style import save_figure
+from moediag.hygiene.findings import headline
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.blocks import Bullets, interval, number, table
-from moediag.report.text import plain
-from moediag.run.files import make_folder, process_tag, sha256_bytes, write_atomic, write_error, write_sealed
+from moediag.report.text import Markdown, plain
+from moediag.run.files import sha256_bytes, write_atomic, write_sealed
+from moediag.run.replace import made_whole
 from moediag.trend_sources import TrendSource, read_trend
 
 KIND: Final = "moediag trend"
@@ -49,11 +51,12 @@ OnStage = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Trend:
-    """A series, what stands for delta in it, and whether it compounds."""
+    """A series, what stands for delta in it, how it grows, and what no drift of training explains."""
 
     source: TrendSource
     delta: str | None
     recurrence: Recurrence
+    warnings: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """Strict JSON: steps by metric, the fit, how it was read, and what it cannot show."""
@@ -61,7 +64,9 @@ class Trend:
             "schema_version": SCHEMA_VERSION,
             "kind": KIND,
             "step_origin": self.source.step_origin,
+            "warnings": list(self.warnings),
             "notes": list(self.source.notes),
+            "findings": [found.record() for found in self.source.findings],
             "is_kl": self.source.is_kl,
             "metrics": {metric: _records(rows) for metric, rows in self.source.trend.groupby("metric", sort=False)},
             "recurrence": {"metric": self.delta, **self.recurrence.record()},
@@ -91,7 +96,8 @@ def measure_trend(
     if metric is None and not source.is_kl:  # k1 and k3 of forced text are no KL: only an exact one may stand for it
         trend = trend[~trend["metric"].isin(KL_METRICS[1:])]
     delta = delta_metric(trend, metric)
-    return Trend(source, delta, trend_recurrence(trend, delta, lambda done, total: on_stage(done, total, "bounds")))
+    recurrence = trend_recurrence(trend, delta, lambda done, total: on_stage(done, total, "bounds"))
+    return Trend(source, delta, recurrence, warnings_of(source.trend))
 
 
 def write_trend(trend: Trend, output: Path, force: bool = False) -> list[Path]:
@@ -101,16 +107,8 @@ def write_trend(trend: Trend, output: Path, force: bool = False) -> list[Path]:
         RunError: ``output`` holds something else, or a trend and not ``force``.
     """
     refuse_output(output, force)
-    made = output.absolute().parent / f".{output.absolute().name}.{process_tag()}.tmp"
-    shutil.rmtree(made, ignore_errors=True)
-    try:
-        make_folder(made)
+    with made_whole(output) as made:
         _fill(made, trend)
-        _swap(made, output)
-    except OSError as error:
-        raise write_error(error, output) from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return [output / "trend.md", output / SUMMARY, output / "figures" / "trend.png"]
 
 
@@ -135,24 +133,12 @@ def _fill(folder: Path, trend: Trend) -> None:
     write_atomic(folder / "trend.parquet", sink.getvalue())
     said = " ".join(f"{note[0].upper()}{note[1:]}." for note in trend.source.notes if len(note) < 200)
     caption = f"Steps: {trend.source.step_origin}. {said}"
-    figure = plot_trend(frame, trend.recurrence, trend.delta, is_kl=trend.source.is_kl, caption=caption)
+    figure = plot_trend(
+        frame, trend.recurrence, trend.delta, is_kl=trend.source.is_kl, warnings=trend.warnings, caption=caption
+    )
     save_figure(figure, folder / "figures", "trend")
     write_atomic(folder / "trend.md", trend_page(trend).encode())
     write_sealed(folder / SUMMARY, {**trend.summary(), "frames": {"trend_by_step": sha256_bytes(sink.getvalue())}})
-
-
-def _swap(made: Path, output: Path) -> None:
-    """The new folder in place of the old one, which goes only when the new one is there."""
-    old = made.with_suffix(".old")
-    if output.exists():
-        output.rename(old)
-    try:
-        made.rename(output)
-    except OSError:
-        if old.exists():
-            old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _kind(path: Path) -> Any:
@@ -167,7 +153,9 @@ def trend_page(trend: Trend) -> str:
     name = plain(title_of(trend.delta or "delta", trend.source.is_kl))
     parts = [
         "# Mismatch over training steps",
-        f"**{plain(trend.recurrence.outcome)}** ({name}): {plain(trend.recurrence.reason)}.",
+        "\n".join(plain(line) for line in headline(trend.source.findings)),
+        str(Bullets(tuple(_prose(f"Warning: {warning}.") for warning in trend.warnings))) if trend.warnings else "",
+        f"**{plain(trend.recurrence.outcome)}** ({name}): {_prose(trend.recurrence.reason)}.",
         f"Steps: {plain(trend.source.step_origin)}.",
         str(Bullets(tuple(plain(note) for note in trend.source.notes))) if trend.source.notes else "",
         "![every metric by step](figures/trend.png)",
@@ -179,6 +167,11 @@ def trend_page(trend: Trend) -> str:
         str(Bullets(tuple(plain(limit) for limit in LIMITS))),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _prose(text: str) -> Markdown:
+    """Sentences of any length as literal text: a line of user text would be cut."""
+    return Markdown(" ".join(plain(part) for part in textwrap.wrap(text, 200)))
 
 
 def _ends_table(trend: Trend) -> Any:
@@ -197,8 +190,8 @@ def _ends_table(trend: Trend) -> Any:
 
 
 def outcome_lines(trend: Trend) -> list[str]:
-    """What the command prints: a line per metric, then the outcome and what it rests on."""
-    lines = []
+    """What the command prints: warnings, a line per metric, then the outcome and what it rests on."""
+    lines = [f"Warning: {warning}." for warning in trend.warnings] + [""] * bool(trend.warnings)
     for metric, rows in trend.source.trend.groupby("metric", sort=False):
         known = rows.dropna(subset=["value"])
         if len(known):

@@ -22,12 +22,24 @@ import pandas as pd
 import pyarrow as pa
 
 from moediag.analysis.aliases import ALIASES
-from moediag.analysis.series import KL_METRICS, TREND_BY_STEP, UNITS, standard_error_of, step_metrics, trend_of
+from moediag.analysis.series import (
+    KL_METRICS,
+    TREND_BY_STEP,
+    UNITS,
+    range_of,
+    standard_error_of,
+    step_metrics,
+    trend_of,
+)
 from moediag.analysis.tokens import concatenate_tokens, token_columns
 from moediag.analysis.vocabulary import exact_divergences
+from moediag.corrections.logged_tokens import LOGPS, checked_logps
+from moediag.corrections.loss_masks import LossMasks, unmasked_padding
 from moediag.corrections.table_files import KINDS, Kind, TableFile, open_table
 from moediag.errors import DumpError
-from moediag.notation import INFER, TRAIN
+from moediag.hygiene.findings import Finding, by_level
+from moediag.hygiene.logged import check_steps
+from moediag.notation import TRAIN
 from moediag.report.measures import text_origin
 from moediag.run.directory import Run, open_run
 
@@ -36,7 +48,7 @@ OnProgress = Callable[[int, int, str], None]
 TOKEN_COLUMNS: Final[dict[str, Kind]] = {
     "step": "whole", "seq_id": "id", "position": "whole", "logp_train": "number", "logp_infer": "number",
 }  # fmt: skip
-OPTIONAL_COLUMNS: Final[dict[str, Kind]] = {"prompt_id": "id", "is_response": "flag"}
+OPTIONAL_COLUMNS: Final[dict[str, Kind]] = {"prompt_id": "id"}
 SYNONYMS: Final = {
     "mean_abs_logp_diff": "abs_logp_diff.mean",
     "p99_abs_logp_diff": "abs_logp_diff.p99",
@@ -50,8 +62,10 @@ SYNONYMS: Final = {
 _COUNTS: Final = ("n_tokens", "n_prompts")
 _PARTS: Final = ("_se", "_ci_low", "_ci_high")
 _TRAILING: Final = re.compile(r"(\d+)$")
-_LARGEST_LOGP: Final = 1e-3
-"""A log-probability above this is no rounding: the column holds something else."""
+MOST_TOKEN_STEPS: Final = 500
+"""Steps of a table of tokens that are measured: one takes about 0.06 s on one core, most of it for its intervals."""
+_ROUNDING: Final = float(np.finfo(np.float32).eps)
+"""exp(d) - 1 - d in float32 may fall this far below 0, and a share this far beyond 1."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +76,14 @@ class TrendSource:
         trend: frame ``trend_by_step``.
         step_origin: how the steps came by their numbers.
         is_kl: whether k1 and k3 may stand for a KL: not on text that infer did not sample freely.
+        findings: what is wrong with the tokens, or likely so, by the rules of ``validate``; none of a table of steps.
     """
 
     trend: pd.DataFrame
     step_origin: str
     is_kl: bool
     notes: tuple[str, ...]
+    findings: tuple[Finding, ...] = ()
 
 
 def read_trend(targets: Sequence[Path], steps: Sequence[int] | None, on_progress: OnProgress) -> TrendSource:
@@ -114,9 +130,10 @@ def steps_of(labels: Sequence[str], steps: Sequence[int] | None) -> tuple[list[i
 def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: OnProgress) -> TrendSource:
     labels = [run.path.resolve().name for run in runs]
     numbers, origin = steps_of(labels, steps)
-    frames, notes = [], []
+    frames, notes, infinite = [], [], _Infinite()
     for done, (run, label, step) in enumerate(zip(runs, labels, numbers, strict=True), start=1):
-        tokens = concatenate_tokens([token_columns(block, None) for block in run.pair(TRAIN, INFER).blocks()])
+        tokens = concatenate_tokens([token_columns(block, None) for block in run.pair(TRAIN, run.sampler).blocks()])
+        infinite.add(step, tokens)
         exact = exact_divergences(run)
         rows = [] if exact is None else exact.measures.to_dict("records")
         frames.append(step_metrics(step, label, tokens, rows))
@@ -134,6 +151,7 @@ def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: On
         notes.append(
             "every step has the same prompts: their share of the errors is common to all steps, not independent"
         )
+    notes = [*infinite.notes(), *notes]
     return TrendSource(trend_of(frames), origin, not any("no KL" in note for note in notes), tuple(notes))
 
 
@@ -150,44 +168,105 @@ def _read_table(table: TableFile, on_progress: OnProgress) -> TrendSource:
 
 
 def _read_tokens(table: TableFile, on_progress: OnProgress) -> TrendSource:
+    masks = LossMasks.among(table.types, str(table.path))
     kinds = {**TOKEN_COLUMNS, **{name: kind for name, kind in OPTIONAL_COLUMNS.items() if name in table.types}}
-    columns = table.read(kinds, on_progress)
+    columns = table.read({**kinds, **dict.fromkeys(masks.columns, "flag")}, on_progress)
+    is_response_T, masked = masks.response(columns)
     cluster = "prompt_id" if "prompt_id" in columns else "seq_id"
     frame = pd.DataFrame({name: columns[name] for name in ("step", "position", "logp_train", "logp_infer")})
     frame["seq_id"], frame["prompt_id"] = columns["seq_id"].row_T, columns[cluster].row_T
-    if "is_response" in columns:
-        frame = frame[columns["is_response"]]
+    if is_response_T is not None:
+        frame = frame[is_response_T]
     _refuse_tokens(table.path, frame)
-    notes = ["how the tokens were sampled the table does not say: k1 and k3 are a KL only if infer sampled them at "
+    found = [] if masks.columns else unmasked_padding(*_in_order(frame), str(table.path))
+    logps = {name: frame[name].to_numpy(np.float64) for name in LOGPS[:2]}
+    checked, said = checked_logps(logps, str(table.path), lambda is_T: _place(frame, is_T))
+    frame = frame.assign(**checked)
+    notes = [*masked, *said,
+             "how the tokens were sampled the table does not say: k1 and k3 are a KL only if infer sampled them at "
              "temperature 1 without truncation"]  # fmt: skip
     if cluster == "seq_id":
         notes.append("no column prompt_id: every sequence counts as a prompt of its own, so intervals may be too short")
-    return TrendSource(trend_of(_steps_of_tokens(table, frame, on_progress)), "column step", True, tuple(notes))
+    infinite, thinned = _Infinite(), _thinned_steps(frame)
+    names = ("step", *LOGPS[:2], "seq_id", "position")
+    as_read = thinned.assign(**{name: pd.Series(logps[name], frame.index)[thinned.index] for name in logps})
+    found += check_steps(*(as_read[name].to_numpy() for name in names), prompt_T=as_read["prompt_id"].to_numpy())
+    trend = trend_of(_steps_of_tokens(table, thinned, infinite, on_progress))
+    n_steps, n_kept = frame["step"].nunique(), thinned["step"].nunique()
+    if n_kept < n_steps:
+        notes.insert(0, f"{n_kept:,} of {n_steps:,} steps are measured, evenly spaced, for the time it takes")
+    return TrendSource(trend, "column step", True, (*infinite.notes(), *notes), tuple(by_level(found)))
 
 
-def _steps_of_tokens(table: TableFile, frame: pd.DataFrame, on_progress: OnProgress) -> Iterator[pd.DataFrame]:
+def _thinned_steps(frame: pd.DataFrame) -> pd.DataFrame:
+    """The tokens of at most :data:`MOST_TOKEN_STEPS` steps, first and last among them."""
+    steps = np.unique(frame["step"].to_numpy())
+    if len(steps) <= MOST_TOKEN_STEPS:
+        return frame
+    kept = steps[np.linspace(0, len(steps) - 1, MOST_TOKEN_STEPS).round().astype(int)]
+    thinned: pd.DataFrame = frame[frame["step"].isin(kept)]
+    return thinned
+
+
+def _steps_of_tokens(
+    table: TableFile, frame: pd.DataFrame, infinite: _Infinite, on_progress: OnProgress
+) -> Iterator[pd.DataFrame]:
     n_steps = frame["step"].nunique()
     for done, (step, tokens) in enumerate(frame.groupby("step", sort=True), start=1):
+        infinite.add(int(cast(Any, step)), tokens)
         yield step_metrics(int(cast(Any, step)), table.path.name, tokens)
         on_progress(done, n_steps, "steps")
+
+
+class _Infinite:
+    """Counts the tokens that a side calls impossible: they are left out of every metric, and that is said."""
+
+    def __init__(self) -> None:
+        self._by_step: dict[int, int] = {}
+        self._n_tokens = self._n_steps = 0
+
+    def add(self, step: int, tokens: pd.DataFrame) -> None:
+        """Count the response tokens of a step."""
+        is_infinite_T = np.isinf(tokens["logp_train"].to_numpy()) | np.isinf(tokens["logp_infer"].to_numpy())
+        self._n_tokens, self._n_steps = self._n_tokens + len(tokens), self._n_steps + 1
+        if is_infinite_T.any():
+            self._by_step[step] = int(is_infinite_T.sum())
+
+    def notes(self) -> list[str]:
+        """One note, or none."""
+        if not self._by_step:
+            return []
+        return [
+            f"D31-impossible-logp: {sum(self._by_step.values()):,} of {self._n_tokens:,} tokens have a log-probability "
+            f"of -inf (at {len(self._by_step)} of {self._n_steps} steps, first {min(self._by_step)}); no metric holds "
+            "them, k3 and F(2) least of all"
+        ]
 
 
 def _refuse_tokens(path: Path, frame: pd.DataFrame) -> None:
     """Rows that no log of tokens has."""
     if frame.empty:
-        raise DumpError(f"{path} holds no response token; check the column is_response")
+        raise DumpError(f"{path} holds no response token; check the loss mask")
     twice = frame[frame.duplicated(["step", "seq_id", "position"])]
     if len(twice):
         raise DumpError(
             f"{path}: {len(twice):,} rows stand at a (step, seq_id, position) of another, first step "
             f"{twice['step'].iloc[0]} position {twice['position'].iloc[0]}; every token wants one row"
         )
-    for name in ("logp_train", "logp_infer"):
-        if (frame[name] > _LARGEST_LOGP).any():
-            raise DumpError(
-                f"{path}: {name} is a log-probability and at most 0, found {frame[name].max():.4g}; "
-                "is it a probability, or a difference?"
-            )
+
+
+def _place(frame: pd.DataFrame, is_T: Any) -> str:
+    """The first of some tokens, in words."""
+    row = frame[is_T].iloc[0]
+    return f"step {row['step']:g} position {row['position']:g}"
+
+
+def _in_order(frame: pd.DataFrame) -> tuple[Any, Any]:
+    """Whether tokens are exactly 0 on both sides, sequence by sequence, and the first token of every sequence."""
+    ordered = frame.sort_values(["step", "seq_id", "position"])
+    is_zero_T = ((ordered["logp_train"] == 0) & (ordered["logp_infer"] == 0)).to_numpy()
+    is_first_T = (ordered[["step", "seq_id"]].diff() != 0).any(axis=1).to_numpy()
+    return is_zero_T, np.flatnonzero(is_first_T)
 
 
 def _read_steps(table: TableFile, on_progress: OnProgress) -> TrendSource:
@@ -212,8 +291,35 @@ def _read_steps(table: TableFile, on_progress: OnProgress) -> TrendSource:
     notes = [f"column {theirs} is read as {ours}" for theirs, ours in names.items() if theirs != ours]
     if set(names.values()) & set(KL_METRICS[1:]):
         notes.append("how the tokens were sampled the table does not say: k1 and k3 of forced text are no KL")
+    for theirs, ours in names.items():
+        notes += _refuse_values(table.path, frame, theirs, ours)
     parts = [_metric_of_steps(table.path, frame, theirs, ours) for theirs, ours in names.items()]
     return TrendSource(trend_of(parts), "column step", True, tuple(notes))
+
+
+def _refuse_values(path: Path, frame: pd.DataFrame, theirs: str, ours: str) -> list[str]:
+    """Values that the metric cannot have; those that rounding put there are set to the bound, in place, and noted.
+
+    Raises:
+        DumpError: a value beyond rounding.
+    """
+    low, high = range_of(ours)
+    is_outside = (frame[theirs] < low) | (frame[theirs] > high)
+    if not is_outside.any():
+        return []
+    wrong = frame[is_outside & ~frame[theirs].between(low - _ROUNDING, high + _ROUNDING)]
+    if len(wrong):
+        row = wrong.iloc[0]
+        known_as = "" if theirs == ours else f", read as {ours},"
+        wanted = "at least 0" if high > 1 else "between 0 and 1"
+        advice = "is it k1, the mean of -logp_diff? then name it k1" if ours.endswith("k3") else "check the column"
+        raise DumpError(
+            f"{path}: {theirs}{known_as} is {wanted} by definition, found {row[theirs]:.4g} at step {int(row['step'])} "
+            f"({len(wrong):,} of {len(frame):,} steps); {advice}"
+        )
+    frame[theirs] = frame[theirs].clip(low, high)
+    n = int(is_outside.sum())
+    return [f"{theirs}: {n} values beyond their range by rounding (at most {_ROUNDING:.1g}) are set to its end"]
 
 
 def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) -> pd.DataFrame:
@@ -224,6 +330,7 @@ def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) ->
         raise DumpError(f"{path}: wanted {wanted}, found another; check the columns")
     implied = np.array([standard_error_of(*bounds) for bounds in zip(low, high, strict=True)])
     has_no_bounds = np.isnan(low) | np.isnan(high)
+    se = np.where(np.isfinite(frame[theirs]), se, np.nan)  # of what is infinite there is no error
     unit, direction = UNITS.get(ours, ("as given", "not known"))
     rows: dict[str, Any] = {
         "step": frame["step"],

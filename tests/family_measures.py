@@ -58,6 +58,10 @@ class FamilyMeasures:
     is_replayed: bool
     mean_abs_logp_diff: float
     mean_abs_logp_diff_replayed: float
+    mean_abs_logp_diff_replayed_with_weights: float
+    findings: tuple[str, ...]
+    gate_weights: dict[str, Any]
+    gate_weight_sums: dict[str, float]
     disagreements: tuple[str, ...]
     biases: dict[str, list[list[float]] | None]
     explained: dict[str, float]
@@ -111,7 +115,7 @@ def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures
     assert engine.spec is not None
     shard = run.shards[0]
     tokens, infer = run.tokens(shard), run.capture("infer", shard)
-    train, again, replayed = _score_three_ways(engine, tokens, infer)
+    train, again, replayed, weighted = _score_four_ways(engine, tokens, infer)
     rules = rule_agreement_by_layer(run, engine.model)
     run.begin_arm("train", engine.arm_record({}), engine.correction_bias())
     engine.capture_shard(shard, lambda n_done: None)
@@ -119,7 +123,8 @@ def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures
     assert exact is not None
     routed_T = infer.expert_ids_TLK[:, 0, 0] >= 0  # type: ignore[index]
     logp = {name: torch.cat([part["logp_T"] for part in parts]).numpy() for name, parts in
-            (("train", train), ("replayed", replayed))}  # fmt: skip
+            (("train", train), ("replayed", replayed), ("weighted", weighted))}  # fmt: skip
+    findings = check_run(run)
 
     def mean_abs_diff(name: str) -> float:
         difference = logp[name].astype(np.float64) - infer.logp_T
@@ -130,7 +135,7 @@ def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures
         dtype=str(run.model["stored_dtype"]),
         rule=_rule(run.model["routing"]),
         n_tokens=int(tokens.is_response_T.sum()),
-        is_complete=not any(finding.level == "error" for finding in check_run(run))
+        is_complete=not any(finding.level == "error" for finding in findings)
         and len(tokens.sequence_bounds()) == N_PROMPTS,
         is_bit_equal_under_observation=told["ids_equal"]
         and told["logps_equal"]
@@ -144,12 +149,22 @@ def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures
         is_replayed=_same_sets(replayed, infer, routed_T) == 1.0,
         mean_abs_logp_diff=mean_abs_diff("train"),
         mean_abs_logp_diff_replayed=mean_abs_diff("replayed"),
+        mean_abs_logp_diff_replayed_with_weights=mean_abs_diff("weighted"),
+        findings=tuple(finding.rule for finding in findings if finding.level != "note"),
+        gate_weights={arm: run.arm(arm).get("gate_weights") for arm in ("infer", "train")},
+        gate_weight_sums={arm: _gate_weight_sum(run.capture(arm, shard), routed_T) for arm in ("infer", "train")},
         disagreements=tuple(run.arm("infer")["disagreements"]),
         biases={arm: _listed(run.correction_bias(arm)) for arm in ("infer", "train")},
         explained=_explained(run),
         explained_without_bias=_explained(_forgetting_bias(run)),
         kl_exact=float(exact.measures["value"].iloc[0]),
     )
+
+
+def _gate_weight_sum(capture: Capture, routed_T: np.ndarray) -> float:
+    """Mean over (token, layer) of what a token's gate weights add up to."""
+    assert capture.gate_weights_TLK is not None
+    return float(capture.gate_weights_TLK[routed_T].sum(axis=2, dtype=np.float64).mean())
 
 
 def _listed(bias_LE: np.ndarray | None) -> list[list[float]] | None:
@@ -189,17 +204,19 @@ def _hooks_change_nothing(engine: TrainEngine, tokens: TokenRows) -> bool:
 Parts = list[dict[str, torch.Tensor]]
 
 
-def _score_three_ways(engine: TrainEngine, tokens: TokenRows, infer: Capture) -> tuple[Parts, Parts, Parts]:
-    """Plainly; with the model's own routes forced on it; with vLLM's routes forced on it."""
+def _score_four_ways(engine: TrainEngine, tokens: TokenRows, infer: Capture) -> tuple[Parts, Parts, Parts, Parts]:
+    """Plainly; with the model's own routes forced on it; with vLLM's sets; with vLLM's sets and gate weights."""
     assert engine.spec is not None
-    train, again, replayed = [], [], []
+    train, again, replayed, weighted = [], [], [], []
     for start, end in tokens.sequence_bounds():
         plain = engine.score(tokens, alone(start, end))
         own = ForcedRoutes(plain["expert_ids_TLK"].long(), None, range(engine.spec.n_layers))
         train.append(plain)
         again.append(engine.score(tokens, alone(start, end), own))
-        replayed.append(engine.score(tokens, alone(start, end), Replay("infer").routes(infer, start, end)))
-    return train, again, replayed
+        for parts, with_weights in ((replayed, False), (weighted, True)):
+            forced = Replay("infer", weights=with_weights).routes(infer, start, end)
+            parts.append(engine.score(tokens, alone(start, end), forced))
+    return train, again, replayed, weighted
 
 
 def _is_identical(one: Parts, other: Parts) -> bool:
@@ -226,13 +243,15 @@ def table(measures: dict[str, FamilyMeasures]) -> str:
     """The measures as a markdown table."""
     header = ["checkpoint", "rule", "n", "complete", "ids, logits bit-equal with and without taps", "same sets",
               "HF's rule on vLLM's logits", "moediag's rule", "plain TopK", "exact ties", "self-replay bit-identical",
-              "mean abs logp diff [nat]", "with replay"]  # fmt: skip
+              "mean abs logp diff [nat]", "with replay", "with replay of gate weights too", "warnings"]  # fmt: skip
     rows = ["| " + " | ".join(header) + " |", "|" + ":--|" * len(header)]
     for name, m in measures.items():
         cells = [name, m.rule, m.n_tokens, _yes(m.is_complete), _yes(m.is_bit_equal_under_observation),
                  f"{m.same_set_rate:.3f}", f"{m.train_rule_rate:.3f}", f"{m.spec_rule_rate:.3f}",
                  f"{m.plain_topk_rate:.3f}", m.n_exact_ties, _yes(m.is_self_replay_bit_identical),
-                 f"{m.mean_abs_logp_diff:.2g}", f"{m.mean_abs_logp_diff_replayed:.2g}"]  # fmt: skip
+                 f"{m.mean_abs_logp_diff:.2g}", f"{m.mean_abs_logp_diff_replayed:.2g}",
+                 f"{m.mean_abs_logp_diff_replayed_with_weights:.2g}",
+                 ", ".join(sorted(set(m.findings))) or "none"]  # fmt: skip
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
 

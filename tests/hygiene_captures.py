@@ -359,22 +359,79 @@ def _softmaxed(h: Healthy, tokens: TokenRows, infer: Any, train: Any) -> None:
         infer["logit_margin_TL"] = ranked[:, :, h.shape[1] - 1] - ranked[:, :, h.shape[1]]
 
 
+def _other_sequence(h: Healthy, tokens: TokenRows, infer: Any, train: Any) -> None:
+    response = [start + np.flatnonzero(tokens.is_response_T[start:end]) for start, end in tokens.sequence_bounds()]
+    others = [train["logp_T"][rows].copy() for rows in [*response[1:], response[0]]]
+    for rows, other in zip(response, others, strict=True):
+        train["logp_T"][rows] = np.resize(other, len(rows))
+
+
+def _temperature(h: Healthy, tokens: TokenRows, infer: Any, train: Any) -> None:
+    train["logp_T"] /= np.float32(0.7)
+
+
+def _inner_rows(tokens: TokenRows) -> np.ndarray:
+    """Rows that have routing on both sides: all but the last of every sequence."""
+    return np.flatnonzero(~np.r_[tokens.seq_id_T[1:] != tokens.seq_id_T[:-1], True])
+
+
+def _layer_at_chance(h: Healthy, tokens: TokenRows, infer: Any, train: Any) -> None:
+    rows = _inner_rows(tokens)
+    others = np.random.default_rng([h.seed, 6]).permutation(rows)
+    for name in _routing_names(infer):
+        infer[name][rows, 0] = infer[name][others, 0]
+
+
+def _twin_layers(h: Healthy, tokens: TokenRows, infer: Any, train: Any) -> None:
+    for name in _routing_names(infer):
+        infer[name][:, -1] = infer[name][:, 0]
+
+
+def _counting(h: Healthy, tokens: TokenRows, infer: Any, train: Any) -> None:
+    rows = _some(h, tokens, 0.15)
+    n = h.shape[1] * h.shape[2]
+    flat = np.arange(len(rows) * n) % h.shape[0]
+    infer["expert_ids_TLK"][rows] = flat.reshape(len(rows), h.shape[2], h.shape[1])
+    for name in ("gate_weights_TLK", "margin_TL", "logit_margin_TL", "router_logits_TLE"):
+        infer.pop(name, None)  # a trainer fills ids alone
+
+
+def _sentinel(h: Healthy, tokens: TokenRows, infer: Any, train: Any) -> None:
+    infer["expert_ids_TLK"][_some(h, tokens, 0.1)] = 255
+
+
+def _never_bound(h: Healthy, tokens: TokenRows, infer: Any, train: Any) -> None:
+    infer["expert_ids_TLK"][_inner_rows(tokens)] = 0
+
+
+def _zero_layer(h: Healthy, tokens: TokenRows, infer: Any, train: Any) -> None:
+    infer["expert_ids_TLK"][_inner_rows(tokens), h.shape[2] // 2] = 0
+
+
 FAULTS = {
     "D01-token-lag": _token_lag,
+    "D01-other-sequence": _other_sequence,
     "D01-row-lag": _row_lag,
     "D02-layer-lag": _layer_lag,
+    "D02-layer-at-chance": _layer_at_chance,
+    "D02-twin-layers": _twin_layers,
+    "D03-never-bound": _never_bound,
+    "D03-zero-layer": _zero_layer,
+    "D03-sentinel": _sentinel,
     "D03-duplicate-ids": _duplicates,
     "D03-all-zero": _all_zero,
     "D03-partial-row": _partial,
     "D03-id-range": _range,
     "D04-filler-rows": _filler,
     "D04-filler-rows last": _filler_last,
+    "D04-filler-rows counting": _counting,
     "D05-stale-rows": _stale,
     "D05-stale-rows always": _stale_always,
     "D05-stale-rows block": _stale_block,
     "D07-rank-local strided": _rank_strided,
     "D07-rank-local block": _rank_block,
     "D08-cached-prefix": _cached_prefix,
+    "D10-temperature": _temperature,
     "D31-nan-logp": _logp(np.nan),
     "D31-impossible-logp": _logp(-np.inf),
     "D31-impossible-logp above": _logp(0.5),

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis import declarations as declared
-from moediag.analysis.attribution import flip_costs
+from moediag.analysis.attribution import flip_excess
 from moediag.analysis.flip_declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS
 from moediag.analysis.routing import independent_flips
 from moediag.analysis.sequences import drift_by_length, sequence_frame
@@ -46,7 +46,7 @@ def make_run(
         "flips_by_layer_position": declared.FLIPS_BY_LAYER_POSITION.validate(_flip_map(flips, tokens, n_bins)),
         "expert_swaps": declared.EXPERT_SWAPS.validate(_swaps(rng, flips, n_experts)),
         **_predicted(flips, first_decoder_layer),
-        "flip_costs": flip_costs(tokens),
+        "flip_excess": flip_excess(tokens),
         "sequences": sequence_frame(tokens, n_layers),
         "drift_by_length": drift_by_length(sequence_frame(tokens, n_layers)),
         "metrics_by_stratum": metrics_by_stratum(tokens, n_layers),
@@ -66,7 +66,7 @@ def blank_run(frames):
         for name, frame in frames.items()
     }
     blank["tail_curve"] = blank["tail_curve"].assign(n_above=0, n_tokens=0)
-    for name in ("flip_costs", "metrics_by_stratum", "drift_by_length"):
+    for name in ("flip_excess", "metrics_by_stratum", "drift_by_length"):
         blank[name] = frames[name].iloc[:0]
     blank["sequences"] = blank["sequences"].assign(n_tokens=0, worst_position=-1)
     return blank
@@ -260,19 +260,18 @@ def _predicted(flips, first_decoder_layer):
         for method, factor in (("all_pairs", 0.95), ("margin_change", 0.9)):
             value = factor * rate
             explained.append({**where, "method": method, "side": "infer", "explained": value, "note": "",
-                              "explained_ci_low": 0.97 * value, "explained_ci_high": 1.03 * value, "gap": rate - value,
+                              "gap": rate - value,
                               "gap_ci_low": rate - value - half, "gap_ci_high": rate - value + half})  # fmt: skip
             curve += [{"method": method, "layer": layer, "bin_low": low, "bin_high": high, "n_choices": choices // 6,
                        "predicted": (low + high) / 2, "observed": min(2.0 * low, 1) if rate else 0.0,
                        "observed_ci_low": low, "observed_ci_high": min(3 * high, 1)}
                       for low, high in pairwise([0.0, 1e-4, 1e-3, 0.01, 0.1, 0.3, 1.0])]  # fmt: skip
-        sources = (("rounding to fp8", 2, 1.0), ("infer~infer-repeat", 0, 1.0), ("train~train-perturbed", 1, 1.0),
-                   ("train~train-perturbed", 3, 4.0))  # fmt: skip
-        for source, factor, multiplier in sources:
+        for source, factor in (("infer~infer-repeat", 0.0), ("train~train-perturbed", 1.5)):
             value = min(factor * rate, 1.0)
-            forecasts.append({**where, "noise_from": source, "target": "infer", "method": "all_pairs",
-                              "multiplier": multiplier, "forecast": value, "forecast_ci_low": 0.9 * value,
-                              "forecast_ci_high": min(1.1 * value, 1.0), "assumption": f"{source} as is"})  # fmt: skip
+            forecasts.append({**where, "pair": "infer~train", "side": "infer", "noise_from": source,
+                              "method": "all_pairs", "forecast": value, "noise_observed": value,
+                              "noise_observed_ci_low": 0.9 * value, "noise_observed_ci_high": min(1.1 * value, 1.0),
+                              "assumption": f"{source} as is"})  # fmt: skip
     made = {"explained_flips": explained, "flip_calibration": curve, "forecast_flips": forecasts}
     specs = (EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS)
     return {

@@ -10,7 +10,7 @@ from synthetic import take
 from synthetic_flips import RULES, Truth, block_of, make_flips, pair_of, without_logits
 
 from moediag.analysis.choice_scores import RoutingRule
-from moediag.analysis.explain import explain_pair, explained_flips, measure_noise, predict_pair
+from moediag.analysis.explain import BORDER_ONLY, explain_pair, explained_flips, measure_noise, predict_pair
 from moediag.analysis.flip_predictor import FlipPredictor
 from moediag.analysis.noise import (
     CELL_SCALE,
@@ -64,6 +64,20 @@ def test_margins_alone_explain_rare_flips() -> None:
     assert row["explained"] == pytest.approx(row["observed"], rel=0.12)
 
 
+@pytest.mark.parametrize(("scale", "shares"), [(0.01, (0.98, 0.82)), (0.1, (0.75, 0.5))])
+def test_the_border_pair_falls_short_as_flips_rise_and_says_why(scale: float, shares: tuple[float, float]) -> None:
+    """Margins alone explained less and less of the flips as these rose, and no cause stood beside the gap."""
+    truth = replace(SMALL, scale=scale, loud=4.0, after_flip=1.0)
+    rows = explained_flips(make_flips(truth, seed=1), truth.record)
+    rows = rows[rows["layer"] == -1].set_index("method")
+    most, least = shares
+    for method in ("border_pair", "margin_change"):
+        assert least < rows.loc[method, "explained"] / rows.loc[method, "observed"] < most
+        assert rows.loc[method, "note"] == BORDER_ONLY
+    assert rows.loc["all_pairs", "explained"] == pytest.approx(rows.loc["all_pairs", "observed"], rel=0.06)
+    assert rows.loc["all_pairs", "note"] == ""
+
+
 def test_a_prompt_is_not_predicted_from_its_own_noise() -> None:
     """Whatever train did with a prompt, flips included, leaves the predictions for that prompt as they were."""
     block = block_of(make_flips(SMALL, seed=4))
@@ -91,7 +105,7 @@ def _predictions(block, rule: RoutingRule, method: str) -> np.ndarray:
     noise = measure_noise(pair_of(block, rule=rule), rule)
     predictor = FlipPredictor(noise.counts["margins" if method == "margin_change" else "logits"], rule, method)
     view = view_block(block, rule)
-    return np.stack([predictor.layer_probability(view, layer)[0] for layer in range(2)], axis=1)
+    return np.stack([predictor.layer_probability(view, layer) for layer in range(2)], axis=1)
 
 
 def test_an_engine_against_itself_has_no_noise_and_explains_none() -> None:

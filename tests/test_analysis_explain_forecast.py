@@ -1,4 +1,4 @@
-"""Forecasts: noise from one pair, scores from another; roundings against torch; what a run's arms allow."""
+"""Forecasts: noise from one pair, scores from another; what a run's arms allow."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from synthetic_flips import Truth, block_of, make_flips, pair_of, without_logits
 from test_results import make_run
 from test_run_directory import capture_of, tokens_of
 
 from moediag.analysis.choice_scores import RoutingRule
-from moediag.analysis.explain import explained_flips, measure_noise
-from moediag.analysis.forecast import forecast_flips, rounded_to_bf16, rounded_to_fp8, rounding_forecast
+from moediag.analysis.explain import BORDER_ONLY, explained_flips
+from moediag.analysis.flip_declarations import EXPLAINED_FLIPS, FORECAST_FLIPS
+from moediag.analysis.forecast import forecast_flips
 from moediag.analysis.prediction import noise_arms, predict_flips
 from moediag.run.create import create_run, split_into_shards
 from moediag.run.directory import Run, open_run
@@ -29,73 +29,58 @@ def arm_pair(seed: int = 9, truth: Truth = TRUTH):
     return pair_of(block_of(make_flips(truth, seed=seed)), rule=truth.rule, name="train~train-perturbed")
 
 
-def test_noise_from_elsewhere_forecasts_the_flips() -> None:
-    target = make_flips(TRUTH, seed=1)
-    flips = explained_flips(target, TRUTH.record).set_index(["method", "layer"])["observed"]["all_pairs"]
-    frame = forecast_flips(target, arm_pair(), TRUTH.record, multipliers=(1.0,)).set_index("layer")
-    assert set(frame["method"]) == {"all_pairs"}
-    assert set(frame["noise_from"]) == {"train~train-perturbed"}
-    assert set(frame["target"]) == {"infer"}
-    np.testing.assert_allclose(frame["forecast"], flips[frame.index], rtol=0.15)
-    assert frame["calibration_error"].isna().all()
-    assert frame["observed"].notna().all()
-
-
-def test_an_arm_forecasts_its_own_flips_calibrated() -> None:
-    noise = arm_pair()
-    row = forecast_flips(noise, noise, TRUTH.record, multipliers=(1.0,)).iloc[0]
-    assert row["layer"] == -1
-    assert row["target"] == "train"
-    assert row["forecast"] == pytest.approx(row["observed"], rel=0.1)
-    assert row["calibration_error"] < 2 * row["calibration_error_expected"]
-
-
-def test_louder_noise_is_forecast_to_flip_as_louder_engines_do() -> None:
-    """Twice the noise, forecast, against engines that really are twice as loud."""
-    truth = replace(TRUTH, after_flip=1.0)
-    louder = replace(truth, scale=2 * truth.scale)
+@pytest.mark.parametrize("after_flip", [1.0, 6.0])
+def test_noise_from_elsewhere_forecasts_the_flips_of_the_pair(after_flip: float) -> None:
+    """Also where flips make the noise below them louder: that noise was measured with its amplification in it."""
+    truth = replace(TRUTH, after_flip=after_flip, n_layers=4)
     target = make_flips(truth, seed=1)
-    frame = forecast_flips(target, arm_pair(truth=truth), truth.record, multipliers=(0.5, 2.0, 4.0))
-    pooled = frame[frame["layer"] == -1].set_index("multiplier")["forecast"]
-    assert pooled.index.tolist() == [1.0, 0.5, 2.0, 4.0]
-    assert pooled.sort_index().is_monotonic_increasing
-    flips = explained_flips(make_flips(louder, seed=1), louder.record).iloc[0]["observed"]
-    assert pooled[2.0] == pytest.approx(flips, rel=0.15)
-    assert frame.loc[frame["multiplier"] != 1, "assumption"].str.contains("same factor").all()
+    frame = forecast_flips(target, arm_pair(truth=truth), truth.record).set_index("layer")
+    assert set(frame["method"]) == {"all_pairs"}
+    assert set(zip(frame["pair"], frame["noise_from"], strict=True)) == {("infer~train", "train~train-perturbed")}
+    np.testing.assert_allclose(frame["forecast"], frame["observed"], rtol=0.2)
+    ids_TLK = [np.sort(getattr(block_of(target), f"expert_ids_{side}_TLK")) for side in ("infer", "train")]
+    assert frame.loc[-1, "observed"] == pytest.approx((ids_TLK[0] != ids_TLK[1]).any(axis=-1).mean())
+
+
+def test_a_forecast_is_of_the_noise_and_not_of_the_pair_s_own() -> None:
+    """Forecasts stood beside the flips of infer~train without the pair that they were of.
+
+    Quiet noise makes a loud pair's scores flip as the quiet pair does; what each pair shows stands in its own column.
+    """
+    quiet = replace(TRUTH, scale=TRUTH.scale / 4)
+    target, noise = make_flips(TRUTH, seed=1), arm_pair(truth=quiet)
+    row = forecast_flips(target, noise, TRUTH.record).iloc[0]
+    ids_TLK = [np.sort(getattr(block_of(noise), f"expert_ids_{side}_TLK")) for side in ("infer", "train")]
+    assert row["layer"] == -1
+    assert row["noise_observed"] == pytest.approx((ids_TLK[0] != ids_TLK[1]).any(axis=-1).mean())
+    assert row["forecast"] == pytest.approx(row["noise_observed"], rel=0.2)
+    assert row["observed"] > 2 * row["forecast"]
+    assert row["assumption"].startswith("infer~train has the noise of train~train-perturbed")
+
+
+def test_forecasts_give_no_interval() -> None:
+    """Prompts resampled under a noise taken as known gave "95 %" that held the rate found .06 to .69 of the time."""
+    frame = forecast_flips(make_flips(TRUTH, seed=1), arm_pair(), TRUTH.record)
+    assert not [name for name in frame if name.startswith(("forecast_", "explained_"))]
+    assert "no interval" in next(c.meaning for c in FORECAST_FLIPS.columns if c.name == "forecast")
+    assert not [c.name for c in EXPLAINED_FLIPS.columns if c.name.startswith("explained_")]
+
+
+def test_an_arm_explains_its_own_flips_calibrated() -> None:
+    row = explained_flips(arm_pair(), TRUTH.record).iloc[0]
+    assert row["layer"] == -1
+    assert row["explained"] == pytest.approx(row["observed"], rel=0.1)
+    assert row["calibration_error"] < 2 * row["calibration_error_expected"]
 
 
 def test_margins_alone_forecast_too() -> None:
     quiet = replace(TRUTH, scale=0.003, loud=4.0, n_prompts=32)
     target = pair_of(without_logits(block_of(make_flips(quiet, seed=1))), rule=quiet.rule)
-    frame = forecast_flips(target, arm_pair(truth=quiet), quiet.record, multipliers=(1.0, 2.0))
+    frame = forecast_flips(target, arm_pair(truth=quiet), quiet.record)
     assert set(frame["method"]) == {"margin_change"}
+    assert frame["assumption"].str.startswith(BORDER_ONLY).all()
     flips = explained_flips(target, quiet.record).iloc[0]["observed"]
     assert frame.iloc[0]["forecast"] == pytest.approx(flips, rel=0.25)
-
-
-def test_roundings_are_those_of_torch() -> None:
-    values = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32) * np.float32(3)
-    tensor = torch.from_numpy(values)
-    np.testing.assert_array_equal(rounded_to_bf16(values), tensor.bfloat16().float().numpy())
-    scale = tensor.abs().amax(dim=-1, keepdim=True).double() / 448
-    wanted = (tensor.double() / scale).float().to(torch.float8_e4m3fn).double() * scale
-    np.testing.assert_allclose(rounded_to_fp8(values), wanted.numpy(), rtol=1e-6, atol=1e-7)
-    assert not rounded_to_fp8(np.zeros((2, 3))).any()
-
-
-def test_rounding_flips_are_counted_directly_and_not_twice() -> None:
-    truth = replace(TRUTH, n_prompts=64, tokens=300)
-    fine = measure_noise(make_flips(truth), truth.rule)
-    frame = rounding_forecast(fine).set_index(["noise_from", "layer"])["forecast"]
-    assert 0 < frame["rounding to bf16", -1] < frame["rounding to fp8", -1]
-    block = block_of(make_flips(truth))
-    on_lattice = replace(block, router_logits_infer_TLE=rounded_to_bf16(block.router_logits_infer_TLE))
-    coarse = rounding_forecast(measure_noise(pair_of(on_lattice, rule=TRUTH.rule), TRUTH.rule))
-    rows = coarse[coarse["noise_from"] == "rounding to bf16"]
-    assert (rows["forecast"] == 0).all()
-    assert rows["assumption"].str.contains("already").all()
-    undone = coarse.set_index(["noise_from", "layer"])["forecast"]["bf16 undone", -1]
-    assert undone == pytest.approx(frame["rounding to bf16", -1], rel=0.25)
 
 
 def test_a_run_without_the_rule_or_without_arms_predicts_nothing(tmp_path: Path) -> None:
@@ -134,16 +119,17 @@ def ruled_run(
 
 
 def test_a_run_is_predicted_by_every_arm_that_it_has(tmp_path: Path) -> None:
-    run = ruled_run(tmp_path / "run", ("infer", "train", "train-replay", "train-perturbed", "infer-repeat"))
+    """A router in float32 is no noise of infer~train: its own change stood there as if it were a cure."""
+    arms = ("infer", "train", "train-replay", "train-perturbed", "infer-repeat", "train-router-fp32")
+    run = ruled_run(tmp_path / "run", arms)
     assert noise_arms(run) == ["infer-repeat", "train-perturbed"]
     frames = predict_flips(run)
     assert frames.keys() == {"score_noise", "explained_flips", "flip_calibration", "forecast_flips"}
     assert set(frames["explained_flips"]["layer"]) == {-1, 0, 1}
     assert set(frames["explained_flips"]["decoder_layer"]) == {-1, 1, 3}
     forecast = frames["forecast_flips"]
-    sources = set(zip(forecast["noise_from"], forecast["target"], strict=True))
-    assert {("train~train-perturbed", "infer"), ("train~train-perturbed", "train")} <= sources
-    assert {("infer~infer-repeat", "infer")} <= sources
+    assert set(forecast["noise_from"]) == {"train~train-perturbed", "infer~infer-repeat"}
+    assert set(zip(forecast["pair"], forecast["side"], strict=True)) == {("infer~train", "infer")}
     assert (forecast["assumption"] != "").all()
 
 

@@ -5,16 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import make_block, make_pair, self_block
 
-from moediag.analysis.floors import LARGER, SUMMED, floors, metric_value, own_side_pairs, verdict
+from moediag.analysis.floors import (
+    FAR,
+    LARGER,
+    SUMMED,
+    floors,
+    metric_value,
+    own_side_pairs,
+    replay_words,
+    verdict,
+)
 from moediag.analysis.pair_analysis import analyze_pair
 from moediag.analysis.summary import pair_summary
 
 MAIN, TRAIN_FLOOR, INFER_FLOOR = "infer~train", "train-repeat~train", "infer-repeat~infer"
+ROUNDED = "train-perturbed~train"
 
 
 def summary_of(scale: float, noise: float, dense: bool = False) -> dict[str, Any]:
@@ -31,7 +42,7 @@ def pairs() -> dict[str, dict[str, Any]]:
 
 
 def test_means_are_summed_and_tails_take_the_larger_side(pairs: dict[str, Any]) -> None:
-    found = floors(pairs, is_prefilled=False)
+    found = floors(pairs, MAIN, is_prefilled=False)
     assert found is not None
     for metric, line in found["metrics"].items():
         parts = [metric_value(pairs[name], metric) for name in (TRAIN_FLOOR, INFER_FLOOR)]
@@ -52,45 +63,98 @@ def test_means_are_summed_and_tails_take_the_larger_side(pairs: dict[str, Any]) 
 
 def test_a_floor_of_zero_is_bit_exact_and_gives_no_ratio(pairs: dict[str, Any]) -> None:
     exact = {MAIN: pairs[MAIN], TRAIN_FLOOR: pairs[INFER_FLOOR], INFER_FLOOR: pairs[INFER_FLOOR]}
-    found = floors(exact, is_prefilled=False)
+    found = floors(exact, MAIN, is_prefilled=False)
     assert found is not None
     for line in found["metrics"].values():
         assert line["is_bit_exact"]
         assert line["ratio"] is None
-    words = verdict(pairs[MAIN], found, 0, None)
-    assert words["word"] == "above floor"
+    assert verdict(pairs[MAIN], found, 0, None)["word"] == "above repeating"
 
 
 def test_a_side_that_was_not_measured_makes_no_floor_of_zero(pairs: dict[str, Any]) -> None:
     half = {MAIN: pairs[MAIN], INFER_FLOOR: pairs[INFER_FLOOR]}
-    found = floors(half, is_prefilled=False)
+    found = floors(half, MAIN, is_prefilled=False)
     assert found is not None
     line = found["metrics"]["abs_logp_diff.mean"]
     assert line["note"] == "train side not measured"
     assert not line["is_bit_exact"]
     assert verdict(pairs[MAIN], found, 0, None)["word"] == "cannot tell"
-    assert floors({MAIN: pairs[MAIN]}, is_prefilled=False) is None
-    assert "no noise floor" in verdict(pairs[MAIN], None, 0, None)["reason"]
+    assert floors({MAIN: pairs[MAIN]}, MAIN, is_prefilled=False) is None
+    assert "neither floor nor rounding scale" in verdict(pairs[MAIN], None, 0, None)["reason"]
 
 
 def test_prefilling_again_is_the_floor_of_a_prefilled_arm(pairs: dict[str, Any]) -> None:
     given = {name: pairs[name] for name in (MAIN, TRAIN_FLOOR, "infer-rescore~infer")}
-    found = floors(given, is_prefilled=True)
+    found = floors(given, MAIN, is_prefilled=True)
     assert found is not None
     assert found["infer"]["arm"] == "infer-rescore"
     assert found["decode_vs_prefill"] is None
 
 
-def test_the_verdict_says_what_the_interval_can_tell(pairs: dict[str, Any]) -> None:
-    found = floors(pairs, is_prefilled=False)
-    assert verdict(pairs[MAIN], found, 0, None)["word"] == "above floor"
-    same = floors({**pairs, MAIN: pairs[TRAIN_FLOOR], TRAIN_FLOOR: pairs[MAIN]}, is_prefilled=False)
-    assert verdict(pairs[TRAIN_FLOOR], same, 0, None)["word"] == "at floor"
-    assert "errors" in verdict(pairs[MAIN], found, 3, None)["reason"]
-    inside = replace_floor(found, pairs[MAIN]["logp"]["abs_logp_diff"]["mean"])
-    assert "contains the floor" in verdict(pairs[MAIN], inside, 0, None)["reason"]
-    evidence = verdict(pairs[MAIN], found, 0, {"removed_share": 0.6})["evidence"]
-    assert any("D23" in line for line in evidence)
+def test_the_verdict_says_what_the_intervals_can_tell(pairs: dict[str, Any]) -> None:
+    """A mismatch smaller than the rounding scale was headed "above floor", as if something were wrong."""
+    main, small = pairs[MAIN], pairs[TRAIN_FLOOR]
+    unscaled = {name: pair for name, pair in pairs.items() if name != ROUNDED}
+    assert word_of({**pairs, MAIN: summary_of(0.12, 0.1)}) == "above rounding"  # 0.12 against 0.03
+    assert word_of({**pairs, ROUNDED: main}) == "of the size of rounding"
+    assert word_of(pairs) == "of the size of rounding", "two engines round in more places than the scale has"
+    assert word_of(unscaled) == "above repeating"
+    assert word_of({**unscaled, MAIN: small, TRAIN_FLOOR: main}) == "no larger than repeating"
+    found = floors(unscaled, MAIN, is_prefilled=False)
+    assert "errors" in verdict(main, found, 3, None)["reason"]
+    inside = replace_floor(found, main["logp"]["abs_logp_diff"]["mean"])
+    assert "contains the floor" in verdict(main, inside, 0, None)["reason"]
+    few = pair_summary(analyze_pair(make_pair(make_block(n_prompts=4, diff_scale=0.05))))
+    assert "too few prompts" in verdict(few, found, 0, None)["reason"]
+
+
+def test_an_engine_that_does_not_repeat_itself_is_the_finding(pairs: dict[str, Any]) -> None:
+    """vLLM differed from itself by .124 nat and the verdict read "1.26 times its floor"."""
+    noisy = {**pairs, MAIN: summary_of(0.16, 0.3), INFER_FLOOR: summary_of(0.12, 0.3)}
+    words = verdict(noisy[MAIN], floors(noisy, MAIN, is_prefilled=False), 0, None)
+    assert words["word"] == "does not repeat itself"
+    assert words["reason"].startswith("vLLM scores the same tokens")
+    calm = {**noisy, ROUNDED: summary_of(0.12 / FAR * 1.2, 0.05)}
+    assert word_of(calm) != "does not repeat itself", "within the stated factor of the rounding scale"
+
+
+def test_no_multiple_is_shown_of_a_floor_that_is_mostly_zeros(pairs: dict[str, Any]) -> None:
+    """The demo read "93.2 times its floor": the floor was exactly 0 on 98.5 % of tokens."""
+    block = make_block(n_prompts=24, diff_scale=0.004)
+    is_exact_T = np.arange(len(block)) % 50 > 0
+    mostly = replace(block, logp_train_T=np.where(is_exact_T, block.logp_infer_T, block.logp_train_T))
+    floored = {**pairs, TRAIN_FLOOR: pair_summary(analyze_pair(make_pair(mostly)))}
+    found = floors(floored, MAIN, is_prefilled=False)
+    assert found is not None
+    assert found["train"]["bit_exact_share"] == pytest.approx(0.98, abs=0.005)
+    line = found["metrics"]["abs_logp_diff.mean"]
+    assert line["floor"] > 0
+    assert line["ratio"] is None
+    evidence = " | ".join(verdict(pairs[MAIN], found, 0, None)["evidence"])
+    assert "bit-exact on 97.9 % of tokens, so no multiple of it is shown" in evidence
+    assert "times the sum" not in evidence
+    assert "rounding scale: one unit in the last place on router inputs makes mean abs logp diff" in evidence
+    low, high = line["floor_ci"]
+    assert low < line["floor"] < high
+
+
+def test_replay_of_some_layers_gives_no_verdict_on_routing(pairs: dict[str, Any]) -> None:
+    """Forcing layers 0 to 2 of 6 printed "at most this much is routing" and "not routing"."""
+    removed = {name: {"share": share, "share_ci": None, "note": ""}
+               for name, share in (("abs_logp_diff.mean", 0.1867), ("abs_logp_diff.p99", 0.3))}  # fmt: skip
+    words = " ".join(replay_words({"layers": [0, 2], "removed": removed, "is_broken": False}))
+    assert words == (
+        "forcing infer's experts on train in MoE layers 0 to 2 only removes 18.7 % of the mean abs logp diff, "
+        "30 % of its p99"
+    )
+    worse = {"abs_logp_diff.mean": {"share": -4.92e5, "share_ci": None, "note": ""}}
+    broken = " ".join(replay_words({"layers": None, "removed": worse, "is_broken": True}))
+    assert "the replay is broken" in broken
+    assert "4.92e+05 times as large" in broken
+
+
+def word_of(pairs: dict[str, Any]) -> str:
+    return str(verdict(pairs[MAIN], floors(pairs, MAIN, is_prefilled=False), 0, None)["word"])
 
 
 def replace_floor(found: Any, floor: float) -> Any:
@@ -100,13 +164,13 @@ def replace_floor(found: Any, floor: float) -> Any:
 
 def test_dense_and_empty_pairs_have_floors_without_flips() -> None:
     dense = summary_of(0.05, 0.0, dense=True)
-    found = floors({MAIN: dense, TRAIN_FLOOR: dense, INFER_FLOOR: dense}, is_prefilled=False)
+    found = floors({MAIN: dense, TRAIN_FLOOR: dense, INFER_FLOOR: dense}, MAIN, is_prefilled=False)
     assert found is not None
     assert found["metrics"]["flip_rate"]["floor"] is None
     block = make_block(n_prompts=2)
     unscored = replace(block, logp_train_T=block.logp_train_T * float("nan"))
     empty = pair_summary(analyze_pair(make_pair(unscored)))
-    assert floors({MAIN: empty, TRAIN_FLOOR: empty}, is_prefilled=False) is None
+    assert floors({MAIN: empty, TRAIN_FLOOR: empty}, MAIN, is_prefilled=False) is None
     assert verdict(empty, None, 0, None)["reason"] == "no token was scored by both engines"
 
 

@@ -1,4 +1,4 @@
-"""Metrics, strata, sequences and costs against plain loops and known truths."""
+"""Metrics, strata, sequences and excesses against plain loops and known truths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moediag.analysis import (
     drift_by_length,
     entropy_quantiles,
     first_divergence,
-    flip_costs,
+    flip_excess,
     length_slope,
     logp_metrics,
     metrics_by_stratum,
@@ -28,6 +28,7 @@ from moediag.analysis import (
     token_frame,
     worst_tokens,
 )
+from moediag.analysis.attribution import MATCHED_ENTROPY_EDGES
 from moediag.analysis.strata import CONFIDENCE_EDGES, doubling_strata
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -232,34 +233,89 @@ def _confounded(effect: float) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("effect", [0.0, 0.02])
-def test_flip_cost_is_the_flips_own_and_not_that_of_hard_tokens(effect: float) -> None:
-    """A bare comparison charges flips for standing on hard tokens: here 4 times the mismatch without any effect."""
-    row = flip_costs(_confounded(effect)).set_index("grouping").loc["any_flip"]
+def test_flip_excess_is_the_flips_own_and_not_that_of_unsure_tokens(effect: float) -> None:
+    """A bare comparison charges flips for standing on unsure tokens: here 4 times the mismatch without any effect."""
+    row = flip_excess(_confounded(effect)).set_index("grouping").loc["any_flip"]
     assert row["raw_ratio"] > 2.5
-    assert row["cost"] == pytest.approx(effect, abs=0.003)
-    assert row["cost_ci_low"] < effect < row["cost_ci_high"]
-    assert row["cost"] == pytest.approx(row["flipped_mean"] - row["unflipped_mean"])
+    assert row["excess"] == pytest.approx(effect, abs=0.003)
+    assert row["excess_ci_low"] < effect < row["excess_ci_high"]
+    assert row["excess"] == pytest.approx(row["flipped_mean"] - row["unflipped_mean"])
+    assert (row["ratio_ci_low"] > 1) == (row["excess_ci_low"] > 0) == (effect > 0)
 
 
-def test_flip_costs_equal_a_loop_over_strata() -> None:
+def _hard_tokens(seed: int, effect: float, hard_by: str = "entropy", n_prompts: int = 32) -> pd.DataFrame:
+    """Flips and differences both grow with how hard a token is; a flip itself multiplies its token's by 1 + effect.
+
+    How hard is the entropy, seen, or a number that no column knows. The probability of the sampled token follows the
+    entropy only loosely (a surprise with the entropy as its mean): it does not stand in for it.
+    """
+    rng = np.random.default_rng(seed)
+    n = 256 * n_prompts
+    prompt = np.repeat(np.arange(n_prompts), 256)
+    entropy = np.minimum(np.exp(-0.7 + 1.2 * rng.normal(size=n) + 0.3 * rng.normal(size=n_prompts)[prompt]), 6)
+    infer = -entropy * rng.exponential(size=n)
+    hard = entropy if hard_by == "entropy" else np.exp(0.6 * rng.normal(size=n))
+    flipped = rng.random(n) < 1 - np.exp(-0.12 * hard)
+    size = 0.02 * (0.2 + hard) * rng.exponential(size=n) * (1 + effect * flipped)
+    tokens = token_frame(make_pair(make_block(n_prompts=1))).iloc[np.zeros(n, int)].reset_index(drop=True)
+    return tokens.assign(
+        seq_id=prompt, prompt_id=prompt, position=np.arange(n) % 256, logp_infer=infer, logp_train=infer + size,
+        entropy_infer=entropy, n_flipped_layers=flipped.astype(np.int16), misrouted_mass=np.float32(np.nan),
+        first_flipped_layer=np.where(flipped, 1, -1).astype(np.int16),
+    )  # fmt: skip
+
+
+def test_hard_tokens_by_entropy_leave_no_excess_where_flips_do_nothing() -> None:
+    """Matched on p_infer and position alone, flips without any effect read as 1.5 times the mismatch.
+
+    The interval of the ratio holds 1 at about its nominal 0.95: of 300 such sets .947 at 16 prompts, .953 at 64.
+    """
+    found = [flip_excess(_hard_tokens(seed, 0.0)).iloc[0] for seed in range(20)]
+    assert np.mean([row["ratio"] for row in found]) == pytest.approx(1, abs=0.03)
+    assert sum(row["ratio_ci_low"] < 1 < row["ratio_ci_high"] for row in found) >= 18
+    blind = flip_excess(_hard_tokens(0, 0.0).assign(entropy_infer=np.nan, entropy_train=np.nan)).iloc[0]
+    assert blind["ratio_ci_low"] > 1.2
+    assert (found[0]["matched_on"], blind["matched_on"]) == ("p_infer, position, entropy_infer", "p_infer, position")
+
+
+def test_what_flips_do_is_found_among_hard_tokens() -> None:
+    found = [flip_excess(_hard_tokens(seed, 0.5)).iloc[0] for seed in range(20)]
+    assert sum(row["ratio_ci_low"] < 1.5 < row["ratio_ci_high"] for row in found) >= 18
+    assert all(row["ratio_ci_low"] > 1 for row in found)
+    assert np.mean([row["ratio"] for row in found]) == pytest.approx(1.5, abs=0.04)
+
+
+def test_unseen_difficulty_is_not_controlled() -> None:
+    """The limit that every page states: hard tokens that neither probability nor entropy shows read as an excess."""
+    assert flip_excess(_hard_tokens(0, 0.0, hard_by="nothing seen")).iloc[0]["ratio_ci_low"] > 1.2
+
+
+def test_flip_excess_equals_a_loop_over_strata() -> None:
     tokens = _tokens(n_prompts=40, flip_noise=0.4)
-    frame = flip_costs(tokens)
+    entropy = np.random.default_rng(1).exponential(0.5, len(tokens))
+    entropy[::7] = np.nan
+    tokens = tokens.assign(entropy_infer=entropy)
+    frame = flip_excess(tokens)
     p_bin = np.searchsorted(CONFIDENCE_EDGES, np.exp(tokens["logp_infer"].to_numpy(float)), side="right")
-    stratum = p_bin * 1000 + tokens["position"].to_numpy() // 4  # 20 positions: bins of 4
+    h_bin = np.where(np.isnan(entropy), -1, np.searchsorted(MATCHED_ENTROPY_EDGES, entropy, side="right"))
+    strata = list(zip(p_bin, h_bin, tokens["position"].to_numpy() // 8, strict=True))  # 20 positions: 3 bins of 8
     size, n_flipped = np.abs(_diff(tokens)), tokens["n_flipped_layers"].to_numpy()
-    one = n_flipped == 1
-    excess, n, unmatched = 0.0, 0, 0
-    for s in np.unique(stratum[one]):
-        group, rest = size[one & (stratum == s)], size[(n_flipped == 0) & (stratum == s)]
-        if len(rest):
-            excess += (group - rest.mean()).sum()
+    flipped, reference, n, unmatched = 0.0, 0.0, 0, 0
+    for stratum in set(strata):
+        is_in = np.array([each == stratum for each in strata])
+        group, rest = size[is_in & (n_flipped == 1)], size[is_in & (n_flipped == 0)]
+        if len(rest) >= 2:
+            flipped += group.sum()
+            reference += len(group) * rest.mean()
             n += len(group)
         else:
             unmatched += len(group)
     row = frame[(frame["grouping"] == "n_flipped_layers") & (frame["group_low"] == 1)].iloc[0]
     assert (row["n_tokens"], row["n_unmatched"]) == (n, unmatched)
-    assert row["cost"] == pytest.approx(excess / n)
-    assert flip_costs(_tokens(dense=True)).empty
+    assert unmatched > 0
+    assert row["excess"] == pytest.approx((flipped - reference) / n)
+    assert row["ratio"] == pytest.approx(flipped / reference)
+    assert flip_excess(_tokens(dense=True)).empty
 
 
 def test_entropies_of_masked_and_kept_tokens() -> None:

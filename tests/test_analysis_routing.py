@@ -96,7 +96,7 @@ def test_rates_equal_a_plain_loop() -> None:
     assert rates.independent_any_layer_share == pytest.approx(1 - np.prod(1 - np.mean(flips, axis=0)))
 
 
-def test_flips_per_token_counts_and_costs() -> None:
+def test_flips_per_token_counts_and_differences() -> None:
     block = make_block(flip_noise=0.5)
     pair = make_pair(block)
     tokens = token_frame(pair)

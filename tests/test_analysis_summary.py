@@ -68,6 +68,17 @@ def test_counts_are_of_the_pair() -> None:
     assert (summary["n_unscored"], summary["n_tokens"]) == (4, len(block) - 4)
 
 
+def test_what_is_not_scored_is_counted_and_belongs_to_no_count_of_scored_ones() -> None:
+    """Bug: sequences and prompts without a scored token counted, and an infinite logp was left out without a word."""
+    block = make_block(n_prompts=9, samples=3)
+    block.logp_infer_T[block.prompt_id_T == block.prompt_id_T[0]] = np.nan
+    block.logp_train_T[-2:], block.logp_infer_T[-1] = -np.inf, -np.inf
+    summary = _summary(block)
+    assert (summary["n_prompts"], summary["n_sequences"]) == (8, 24)
+    assert summary["n_impossible"] == 2
+    assert summary["n_tokens"] + summary["n_unscored"] == len(block)
+
+
 def test_dense_has_no_routing() -> None:
     summary = _summary(make_block(dense=True))
     assert summary["routing"] is None

@@ -11,6 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import MOEDIAG
 
+
+def registered() -> list[str]:
+    """The names of all commands."""
+    from moediag.cli.main import app
+
+    return [str(command.name) for command in app.registered_commands]
+
+
 CHECKPOINT = Path(__file__).parent / "fixtures" / "ring-tiny"
 LINES = {signal.SIGINT: "moediag: interrupted; ", signal.SIGTERM: "moediag: ended by SIGTERM; "}
 
@@ -71,3 +79,23 @@ def test_main_leaves_the_handlers_of_its_caller_in_place(capsys: pytest.CaptureF
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     assert main(["--help"]) == 0
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+RESUMING = {"demo", "profile", "capture"}
+
+
+@pytest.mark.parametrize("command", sorted(registered()))
+def test_a_resume_is_promised_only_where_the_same_command_resumes(monkeypatch, capsys, command: str) -> None:
+    """Bug: SIGTERM during trend, and any other command that captures nothing, promised a resume."""
+    from moediag.cli import main as entry
+
+    monkeypatch.setattr(entry, "_run", lambda arguments: os.kill(os.getpid(), signal.SIGTERM))
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert entry.main([command, "x"]) == 128 + signal.SIGTERM
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    said = capsys.readouterr().err
+    assert ("to resume" in said) == (command in RESUMING)
+    assert ("starts over" in said) == (command not in RESUMING)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MOEDIAG, REPOSITORY, run_moediag, write_jsonl
+from scripted_engine import make_scripted_run
 
 from moediag.cli.main import main
 from moediag.engines import versions
@@ -165,6 +166,51 @@ def test_an_output_that_holds_something_else_is_not_touched(
         arguments = ("profile", random_moe, "--prompts", prompts, "-o", thesis.parent, *force)
         assert "holds no run.json" in refused(capsys, *arguments)
     assert thesis.read_text() == "years of work"
+
+
+def test_force_brings_the_old_run_back_when_the_new_one_does_not_start(
+    capsys: pytest.CaptureFixture[str], random_moe: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Bug: a command that could not start had removed the finished run by then. The message names the logs."""
+    run = make_scripted_run(tmp_path / "run").path
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    given = write_jsonl(tmp_path / "given.jsonl", [{"prompt": "An import", "completion_token_ids": [1, 2]}])
+    for begun_with, option, complaint in (
+        (given, ("--attn-implementation", "no-such-attention"), "see"),  # transformers fails to load
+        (prompts, (), "has no tokens yet"),  # nothing to score
+    ):
+        arguments = ("capture", "train", random_moe, "--prompts", begun_with, "-o", run, "--force", *option)
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert status == 1
+        assert complaint in captured.err.splitlines()[-1]
+        assert f"{run} is again the run that was there" in captured.out + captured.err
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        if complaint == "see":
+            logs = Path(captured.err.split("; see ")[-1].strip())
+            assert (logs / "train.log").exists()
+    assert not (tmp_path / ".run.replaced").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("infer", "--vllm-option", "enforce_eager=false"), "enforce_eager=False is refused"),
+        (("train-replay", "--replay-layers", "5:2"), "--replay-layers"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_before_the_run_is_replaced(
+    capsys: pytest.CaptureFixture[str], random_moe: Path, tmp_path: Path, arguments: tuple[str, ...], complaint: str
+) -> None:
+    """Bug: capture made, and with --force replaced, the run before it looked at the arm's own options."""
+    run = make_scripted_run(tmp_path / "run").path
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    given = write_jsonl(tmp_path / "given.jsonl", [{"prompt": "An import", "completion_token_ids": [1, 2]}])
+    arm, *options = arguments
+    command = ["capture", arm, random_moe, "--prompts", given, "-o", run, "--force", *options]
+    assert main([str(word) for word in command]) in (1, 2)
+    assert complaint in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
 def test_an_unsupported_vllm_is_named_with_the_supported_versions(tmp_path: Path) -> None:

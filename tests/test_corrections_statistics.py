@@ -56,7 +56,7 @@ def plain_statistics(batch: Batch, name: str, eps: float = 0.2) -> dict[str, flo
     weight = plain_weights(
         name, train, infer, batch.row_T.tolist(), batch.advantage_T.tolist(), **METHODS[name].parameters
     )
-    scored = [t for t in range(len(batch)) if not math.isnan(train[t] - infer[t])]
+    scored = [t for t in range(len(batch)) if math.isfinite(train[t]) and math.isfinite(infer[t])]
     kept, masked = [t for t in scored if weight[t] > 0], [t for t in scored if weight[t] == 0]
     sequences = sorted({int(batch.row_T[t]) for t in scored})
     of = {s: [t for t in scored if batch.row_T[t] == s] for s in sequences}

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+from scripted_engine import make_scripted_run
 
 from moediag.engines.arms import DECODE, HOOKS, PREFILL, SAMPLED, UNOBSERVED, arm_request
+from moediag.engines.channel import Reporter
+from moediag.engines.hf_engine import Replay, capture_train
 from moediag.engines.launch import infer_environment, infer_options, observable
 from moediag.errors import EngineError
 from moediag.notation import ARMS, INFER_PRODUCTION
+from moediag.run.capture import Capture
+from moediag.run.directory import Run, open_run
+from moediag.run.files import write_sealed
 
 
 def test_every_declared_arm_can_be_asked_for() -> None:
@@ -75,3 +84,41 @@ def test_one_ulp_noise_moves_every_value_to_a_neighbour_and_the_same_seed_moves_
     assert float((moved - values).abs().max() / values.abs().max()) <= torch.finfo(torch.bfloat16).eps
     rounded = rounded_to_fp8(values)
     assert 0 < float((rounded - values).abs().max()) <= float(values.abs().max()) / 16  # e4m3: 3 bits of mantissa
+
+
+def _replayed(run: Run, **changes: Any) -> str:
+    """What a train-replay arm that forces gate weights is told, before any model is loaded."""
+    manifest = {**run.manifest, "model": {**run.model, "routing": {**run.model["routing"], **changes}}}
+    write_sealed(run.path / "run.json", manifest)
+    request = {"arm": "train-replay", "replay": {"source": "infer", "weights": True}}
+    with pytest.raises(Exception, match=".") as raised:
+        capture_train(open_run(run.path), {"checkpoint": str(run.path / "logs"), "request": request}, Silent())
+    return str(raised.value)
+
+
+class Silent(Reporter):
+    def __init__(self) -> None: ...
+
+    def stage(self, text: str) -> None: ...
+
+
+def test_gate_weights_that_are_no_coefficients_are_not_forced(tmp_path: Path) -> None:
+    """Arms of earlier versions lack vLLM's factor of the experts' sum; arms of ids only have no gate weights."""
+    run = make_scripted_run(tmp_path / "run")
+    (run.path / "logs").mkdir()  # a folder without a checkpoint
+    assert "lack routed_scaling_factor" in _replayed(run, scaling_factor=2.5)
+    assert str(run.path / "logs") in _replayed(run, scaling_factor=1.0)  # nothing to object to: on to the model
+    for shard in run.shards:
+        whole = run.capture("infer", shard)
+        ids_only = Capture(whole.logp_T, whole.entropy_T, whole.expert_ids_TLK)
+        run.write_capture("infer", shard, run.tokens(shard), ids_only, {}, {})
+    assert "kept expert ids only" in _replayed(run, scaling_factor=1.0)
+
+
+def test_routes_of_an_arm_of_ids_only_are_forced_without_weights(tmp_path: Path) -> None:
+    """Bug: replay of an --ids-only run ended in an assertion about the gate weights that nobody had asked for."""
+    run = make_scripted_run(tmp_path / "run")
+    whole = run.capture("infer", run.shards[0])
+    routes = Replay("infer").routes(Capture(whole.logp_T, whole.entropy_T, whole.expert_ids_TLK), 0, 3)
+    assert routes.weights_TLK is None
+    assert routes.ids_TLK.tolist() == whole.expert_ids_TLK[:3].tolist()  # type: ignore[index]

@@ -128,7 +128,10 @@ def test_unobserved_rollouts_decoded_again_show_what_observation_changed(random_
     assert opened.arm("infer")["path"] == "decode (given tokens, forced one by one)"
     np.testing.assert_array_equal(response_logps(run, "infer-production"), response_logps(run, "infer"))
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["floors"]["observation"]["is_bit_exact"]
+    assert summary["floors"]["forced_settings"]["is_bit_exact"]
+    assert summary["main_pair"] == "infer-production~train"
+    observed, main = (summary["pairs"][pair] for pair in ("infer~train", "infer-production~train"))
+    assert main["routing"] == observed["routing"]
     assert summary["pairs"]["infer-production~infer"]["routing"] is None
-    assert "what observing vLLM changed: nothing" in done.stdout
+    assert "what the settings that capture forces on vLLM changed: nothing" in done.stdout
     assert run_moediag("validate", run).returncode == 0

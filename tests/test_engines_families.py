@@ -11,18 +11,31 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, run_moediag
+from families import make_checkpoint
 from family_measures import NAMES, RING, FamilyMeasures, measure
+
+from moediag.engines.checkpoint import open_checkpoint
+from moediag.engines.hf_engine import load_model
+from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
+from moediag.engines.routing_rows import MARGINS
 
 pytestmark = pytest.mark.engines
 
 AGREEING = tuple(name for name in NAMES if name != "olmoe_renormalized")
 # A rule that looks at a bias or at groups: TopK of the raw logits must miss it.
 BIASED = ("glm4_moe", "deepseek_v3", "moonlight", "dots1", "bailing_moe")
+# All of them, as made here, scale renormalised gate weights by routed_scaling_factor = 2.5.
+SCALED = BIASED
 
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FamilyMeasures]:
     return measure(NAMES, torch.bfloat16, tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FamilyMeasures]:
+    return measure(AGREEING, torch.float32, tmp_path_factory.mktemp("exact"))
 
 
 def test_a_rule_that_only_one_engine_follows_is_named(families: dict[str, FamilyMeasures]) -> None:
@@ -31,6 +44,7 @@ def test_a_rule_that_only_one_engine_follows_is_named(families: dict[str, Family
         "vLLM's routers have renormalize = False, config.json says True",
     )
     assert not any(found.disagreements for name, found in families.items() if name in AGREEING)
+    assert set(families["olmoe_renormalized"].findings) == {"D14-gate-factor", "gate-sum"}
     assert families["olmoe_renormalized"].train_rule_rate == 1.0
     assert families["olmoe_renormalized"].mean_abs_logp_diff > 2 * families["olmoe"].mean_abs_logp_diff
 
@@ -50,6 +64,47 @@ def test_a_family_is_captured_completely_exactly_and_can_be_replayed(
     assert found.same_set_rate > 0.9
     assert found.mean_abs_logp_diff < 0.05
     assert found.mean_abs_logp_diff_replayed <= found.mean_abs_logp_diff
+    assert found.mean_abs_logp_diff_replayed_with_weights <= found.mean_abs_logp_diff
+
+
+@pytest.mark.parametrize("name", AGREEING)
+def test_gate_weights_are_the_coefficients_of_the_experts_outputs_in_both_engines(
+    families: dict[str, FamilyMeasures], exact: dict[str, FamilyMeasures], name: str
+) -> None:
+    """Bug: vLLM's lacked routed_scaling_factor where vLLM applies it after the experts.
+
+    Forced on transformers they moved log-probabilities by 0.07 to 0.2 nat in float32, and ``validate`` warned of
+    healthy runs; a test that counted errors only did not see it.
+    """
+    found, words = exact[name], "effective, on the expert's input" if name == "llama4" else "effective"
+    assert found.gate_weights == {"infer": words, "train": words}
+    assert found.gate_weight_sums["infer"] == pytest.approx(found.gate_weight_sums["train"], rel=1e-5)
+    assert name not in SCALED or found.gate_weight_sums["infer"] == pytest.approx(2.5, rel=1e-5)
+    assert found.mean_abs_logp_diff < 2e-6
+    assert found.mean_abs_logp_diff_replayed_with_weights < 2e-6
+    assert (families[name].findings, found.findings) == ((), ())
+
+
+def test_gate_weights_that_multiply_an_experts_input_are_forced_there(tmp_path: Path) -> None:
+    """Bug: llama4's experts take routed input, and --replay-weights left its gate weights alone without a word."""
+    model = load_model(str(make_checkpoint("llama4", tmp_path / "llama4", torch.float32)), {"dtype": torch.float32})
+    spec = open_checkpoint(str(tmp_path / "llama4")).routing
+    assert spec is not None
+
+    def run(forced: ForcedRoutes | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with torch.inference_mode(), RoutingTaps(model, spec, MARGINS, forced) as taps:
+            logits = model(input_ids=torch.arange(40, 60)[None], use_cache=False).logits
+            return logits, taps.take(torch.arange(20))
+
+    own_logits, own = run(None)
+    ids, weights = own["expert_ids_TLK"].long(), own["gate_weights_TLK"]
+    same_logits, _ = run(ForcedRoutes(ids, weights, range(spec.n_layers)))
+    assert torch.equal(same_logits, own_logits)
+    ids[-1] = -1  # the last row routes itself
+    halved_logits, halved = run(ForcedRoutes(ids, weights / 2, range(spec.n_layers)))
+    assert torch.equal(halved["gate_weights_TLK"][:-1], weights[:-1] / 2)
+    assert (halved["gate_weights_TLK"][-1] > 0.5 * weights[-1]).all()
+    assert (halved_logits - own_logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -360,6 +360,7 @@ def test_percent_keeps_a_hundred_for_every_one():
 @example(0.99999997)
 @example(5e-7)
 @example(0.999995)
+@example(0.99999)
 def test_percent_says_none_and_all_of_nothing_else_and_needs_few_digits(share):
     """Bug: shares were shown as "99.999997 %", "5.0e-05 %" and "~0 %"."""
     text = percent(share)

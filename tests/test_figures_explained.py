@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.text import Text
 from synthetic_frames import make_run
 
-from moediag.analysis.predicted import best_method, forecast_rows, predicted_flips
-from moediag.figures import Floor, draw_figure, figures_left_out, plot_explained_flips, plot_flip_costs
+from moediag.analysis.explain import BORDER_ONLY
+from moediag.analysis.predicted import best_method, predicted_flips
+from moediag.figures import Floor, draw_figure, figures_left_out, plot_explained_flips, plot_flip_excess
 from moediag.figures.explained import source_words
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -45,14 +45,12 @@ def test_rates_of_the_best_method_are_the_frame(moe):
     np.testing.assert_allclose(ends, rows[["observed_ci_low", "observed_ci_high"]])
 
 
-def test_forecasts_are_those_of_infer_as_measured_and_silent_ones_are_named(moe):
+def test_forecasts_are_the_frame_and_silent_ones_are_named(moe):
     frame = moe["forecast_flips"]
     ax = drawn(moe).axes[0]
-    rows = frame[(frame["noise_from"] == "rounding to fp8") & (frame["layer"] >= 0)]
-    np.testing.assert_array_equal(line(ax, "forecast: router logits in fp8").get_ydata(), rows["forecast"])
-    perturbed = frame[(frame["noise_from"] == "train~train-perturbed") & (frame["layer"] >= 0)]
-    shown = line(ax, "forecast: noise of train-perturbed").get_ydata()
-    np.testing.assert_array_equal(shown, perturbed.loc[perturbed["multiplier"] == 1, "forecast"])
+    rows = frame[(frame["noise_from"] == "train~train-perturbed") & (frame["layer"] >= 0)]
+    shown = line(ax, "forecast: if it had the noise of train-perturbed").get_ydata()
+    np.testing.assert_array_equal(shown, rows["forecast"])
     assert "No flip forecast, not drawn: noise of infer-repeat." in words(drawn(moe))
 
 
@@ -96,19 +94,22 @@ def test_the_headline_is_the_pooled_row(moe, forecasts):
     assert found["explained"]["explained"] == pooled["explained"]
     assert found["explained"]["gap_ci"] == [pooled["gap_ci_low"], pooled["gap_ci_high"]]
     assert [row["noise_from"] for row in found["forecast"]] == (
-        ["rounding to fp8", "infer~infer-repeat", "train~train-perturbed"] if forecasts else []
+        ["infer~infer-repeat", "train~train-perturbed"] if forecasts else []
     )
+    assert all(row["pair"] == "infer~train" for row in found["forecast"])
+    assert all(row["observed"] == pooled["observed"] for row in found["forecast"])
+    assert not any("forecast_ci" in row for row in found["forecast"]), "an interval that misses what is found"
+    assert "explained_ci" not in found["explained"]
     assert predicted_flips({}) is None
     assert predicted_flips(make_run(n_tokens=64, n_layers=0)) is None
 
 
-def test_of_two_rows_of_one_source_the_one_of_more_choices_is_taken(moe):
-    """infer-repeat stood twice in every list: once from the thinned curve, once from every choice."""
-    frame = moe["forecast_flips"]
-    thinned = frame.assign(n_choices=frame["n_choices"] // 10, forecast=0.5)
-    doubled = forecast_rows(pd.concat([thinned, frame], ignore_index=True))
-    assert len(doubled) == len(forecast_rows(frame))
-    assert set(doubled["n_choices"]) == set(frame["n_choices"])
+def test_margins_alone_say_what_they_leave_out(moe):
+    """Margins alone fall short of the flips, the more the more choices flip, and no cause stood beside the gap."""
+    rows = moe["explained_flips"]
+    margins = rows[rows["method"] == "margin_change"].assign(note=BORDER_ONLY)
+    assert f"{BORDER_ONLY}." in words(drawn({**moe, "explained_flips": margins}))
+    assert predicted_flips({"explained_flips": margins})["explained"]["note"] == BORDER_ONLY
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,6 @@ def test_of_two_rows_of_one_source_the_one_of_more_choices_is_taken(moe):
     [
         ("train~train-perturbed", "noise of train-perturbed"),
         ("infer-repeat~infer", "noise of infer-repeat"),
-        ("bf16 undone", "router logits in float32"),
     ],
 )
 def test_sources_are_said_as_readers_know_them(source, said):
@@ -125,7 +125,7 @@ def test_sources_are_said_as_readers_know_them(source, said):
 
 def test_a_floor_off_the_axis_leaves_no_words_outside_the_panel(moe):
     """The label of a floor below the axis stood between two panels."""
-    figure = plot_flip_costs({"moe": moe["flip_costs"]}, floor=Floor(1e-30, "repeats"))
+    figure = plot_flip_excess({"moe": moe["flip_excess"]}, floor=Floor(1e-30, "repeats"))
     assert "floor" not in [text.get_text() for text in figure.axes[0].texts]
     assert "1.0e-30 nat" in words(figure)
 

@@ -13,7 +13,7 @@ from moediag.figures import (
     Floor,
     plot_agreement_by_depth,
     plot_expert_swaps,
-    plot_flip_costs,
+    plot_flip_excess,
     plot_flip_map,
     plot_flips_per_token,
     plot_margins_by_layer,
@@ -84,16 +84,16 @@ def test_margin_maps_are_the_frame_layer_by_layer(moe):
     np.testing.assert_array_equal(marks.get_xdata(), sigma)
 
 
-def test_costs_are_the_frame_and_groups_without_interval_are_pale(moe):
-    frame = moe["flip_costs"]
-    left, right = plot_flip_costs({"moe": frame}).axes
+def test_excess_is_the_frame_and_groups_without_interval_are_pale(moe):
+    frame = moe["flip_excess"]
+    left, right = plot_flip_excess({"moe": frame}).axes
     rows = frame[frame["grouping"] == "n_flipped_layers"]
     dots = next(c for c in left.collections if c.get_label() == "flipped tokens")
     np.testing.assert_allclose(dots.get_offsets()[:, 1], rows["flipped_mean"])
     np.testing.assert_array_equal(line(left, "unflipped").get_ydata(), rows["unflipped_mean"])
-    assert [alpha < 1 for alpha in np.atleast_1d(dots.get_alpha())] == list(rows["cost_ci_low"].isna())
+    assert [alpha < 1 for alpha in np.atleast_1d(dots.get_alpha())] == list(rows["excess_ci_low"].isna())
     by_layer = frame[frame["grouping"] == "first_flipped_layer"]
-    np.testing.assert_array_equal(right.containers[0][0].get_ydata(), by_layer["cost"])
+    np.testing.assert_array_equal(right.containers[0][0].get_ydata(), by_layer["excess"])
     ticks = [tick.get_text() for tick in left.get_xticklabels()]
     assert ticks[0].endswith(f"\n{rows['n_tokens'].iloc[0]:,}"), "a group of two tokens must not look like a trend"
 

@@ -17,7 +17,7 @@ from moediag.figures import (
     plot_expert_swaps,
     plot_explained_flips,
     plot_figure1,
-    plot_flip_costs,
+    plot_flip_excess,
     plot_flip_map,
     plot_flips_per_token,
     plot_logp_diff_by_p_infer,
@@ -134,7 +134,7 @@ PLOTS = {
     "margins": plot_margins,
     "margins_by_layer": plot_margins_by_layer,
     "explained_flips": plot_explained_flips,
-    "flip_costs": plot_flip_costs,
+    "flip_excess": plot_flip_excess,
     "expert_swaps": plot_expert_swaps,
 }
 

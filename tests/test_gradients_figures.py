@@ -70,6 +70,7 @@ def test_dividing_by_the_mean_weight_changes_lengths_and_no_direction() -> None:
     mean = 34 / 32
     for method in METHODS:
         raw, normalised = found.loc[("sequence_is", method)], found.loc[("sequence_is_normalised", method)]
+        assert normalised["verdict"] == raw["verdict"]
         assert normalised["batch_cosine"] == pytest.approx(raw["batch_cosine"])
         assert normalised["cosine"] == pytest.approx(raw["cosine"])
         assert normalised["gain"] == pytest.approx(raw["gain"] * mean)
@@ -79,21 +80,49 @@ def test_the_nearer_correction_is_told_and_drawn_as_nearer() -> None:
     frame = audit(exact=True)
     words = cosine_finding(frame)
     assert "lm_head; sequence IS: icepop 0.5/5, tis_sequence 2 nearer" in words
-    assert "lm_head; exact per prefix: icepop 0.5/5 nearer" in words
+    assert "lm_head; one-token, exact: icepop 0.5/5 nearer" in words
     figure = plot_gradient_cosines(frame)
-    drawn = figure.axes[0].containers[0].lines[0]
     rows = frame[frame["reference"] == "sequence_is"]
-    np.testing.assert_allclose(drawn.get_xdata(orig=False), rows["batch_cosine"])
+    drawn = figure.axes[0].containers[0].lines[0]
+    np.testing.assert_allclose(drawn.get_xdata(orig=False), rows["cosine"])
+    noise, batch = figure.axes[0].lines[:2]
+    np.testing.assert_allclose(noise.get_xdata(orig=False), rows["noise_cosine"])
+    np.testing.assert_allclose(batch.get_xdata(orig=False), rows["batch_cosine"])
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == [short_method(m) for m in METHODS]
-    assert "exact per prefix: 16 prompts, 16 sequences, 160 prefixes" in " ".join(figure.get_supxlabel().split())
+    assert "one-token, exact: 16 prompts, 16 sequences, 160 prefixes" in " ".join(figure.get_supxlabel().split())
 
 
-def test_overlapping_intervals_are_told_as_such() -> None:
+def test_what_cannot_be_told_is_told_as_such() -> None:
     record, arrays = inner_products()
     rng = np.random.default_rng(4)
     arrays["coefficient_MB"][1] = arrays["coefficient_MB"][0] + 1e-3 * rng.normal(size=arrays["prompt_B"].shape)
-    words = cosine_finding(audit_frames(record, arrays)["gradient_audit"])
-    assert "1 of 2 not told apart from no correction" in words
+    arrays["coefficient_MB"][2] = 0.7 * arrays["coefficient_MB"][0]
+    found = audit_frames(record, arrays)["gradient_audit"]
+    assert found["verdict"].tolist() == 2 * ["", "cannot tell", "same direction"]
+    assert "cannot tell: 1 of 2; same direction: 1 of 2" in cosine_finding(found)
+
+
+def test_changes_of_the_size_of_rounding_are_called_rounding_where_autograd_made_them() -> None:
+    """Changes of 1e-4 in routers, experts and attention were told as changes; the head is not so coarse."""
+    record, arrays = inner_products(2)
+    n_vectors = len(arrays["prompt_B"])
+    arrays["coefficient_MB"][1] = np.tile([1.0, 1e-3], n_vectors // 2)
+    found = audit_frames(record, arrays)["gradient_audit"].set_index(["group", "reference", "method"])
+    head, routers = (found.loc[(group, "sequence_is", METHODS[1])] for group in ("lm_head", "routers"))
+    assert 0 < head["cosine_change"] < 2e-4
+    assert (head["verdict"], routers["verdict"]) == ("nearer", "rounding")
+
+
+def test_without_enough_prompts_there_is_no_interval_and_no_verdict() -> None:
+    """A change without an interval was counted among those "not told apart"."""
+    record, arrays = inner_products()
+    few = arrays["prompt_B"] < 6
+    arrays["gram_lm_head_BB"] = arrays["gram_lm_head_BB"][np.ix_(few, few)]
+    arrays["coefficient_MB"], arrays["prompt_B"] = arrays["coefficient_MB"][:, few], arrays["prompt_B"][few]
+    arrays["sequence_weight_S"] = arrays["sequence_weight_S"][:12]
+    found = audit_frames(record, arrays)["gradient_audit"]
+    assert found["verdict"].tolist() == 2 * ["", "no interval", "no interval"]
+    assert "no interval: 2 of 2" in cosine_finding(found)
 
 
 def test_bias_is_held_against_its_floor() -> None:

@@ -78,10 +78,10 @@ def test_first_screen_is_verdict_five_numbers_and_a_picture(page):
     numbers = [line for line in screen.splitlines() if line.startswith("| ")][1:]
     assert len(numbers) == 5
     for line in numbers:
-        name, value, interval, floor, ratio, unit, n, end = (cell.strip() for cell in line.split("|")[1:-1])
+        name, value, interval, floor, rounding, unit, n, end = (cell.strip() for cell in line.split("|")[1:-1])
         assert re.search(r"\d", value), name
         assert " to " in interval
-        assert (floor, ratio) == ("not measured", "–")
+        assert (floor, rounding) == ("not measured", "not measured")
         assert unit
         assert re.match(r"[\d,]+ ", n)
         assert end == "lower is better"
@@ -106,7 +106,8 @@ def test_every_metric_of_the_contract_is_shown_with_the_frames_value(page, moe):
 def test_sections_of_a_moe_run(page, moe):
     for words in (
         "<summary>Expert agreement by layer<", "<summary>Near ties: margins and flips<", "<summary>The tail<",
-        "<summary>Drift by position and by length<", "<summary>IcePop mask<", "<summary>Noise floors<",
+        "<summary>Drift by position and by length<", "<summary>IcePop mask<",
+        "<summary>Noise floors and rounding scale<",
         "<summary>What these numbers mean<", "## What these numbers cannot show", "<summary>Provenance<",
         "That training will be stable", "not thresholds", "sha256:1f2e", "0.30.0", "moediag report RUN",
     ):  # fmt: skip
@@ -230,15 +231,17 @@ def test_top_k_off_is_neutral_in_both_spellings(moe, off):
     assert "not neutral" not in run_report(summary, moe, [])
 
 
-def replayed(moe, removed=0.41, **replay):
+def replayed(moe, removed=0.41, layers=None, **replay):
     summary = make_summary(moe)
     plain_pair = summary["pairs"]["infer~train"]
     forced = make_summary(make_run(n_tokens=2048, scale=0.5))["pairs"]["infer~train"]
     forced["routing"] = {**plain_pair["routing"], "flip_rate": 0.0, "flip_rate_ci": [0.0, 0.056]}
     summary["pairs"]["infer~train-replay"] = forced
     summary["arms"]["train-replay"] = {"replay": {"source": "infer", **replay}}
-    summary["routing_replay"] = {"removed_share": removed, "removed_share_ci": [removed - 0.05, removed + 0.05],
-                                 "n_tokens": 2048, "n_prompts": 64, "note": ""}  # fmt: skip
+    mean = {"share": removed, "share_ci": [removed - 0.05, removed + 0.05], "note": ""}
+    p99 = {"share": 0.72, "share_ci": None, "note": "ratio of two quantiles"}
+    summary["routing_replay"] = {"removed": {"abs_logp_diff.mean": mean, "abs_logp_diff.p99": p99}, "layers": layers,
+                                 "is_broken": removed < -9, "n_tokens": 2048, "n_prompts": 64}  # fmt: skip
     return summary
 
 
@@ -254,16 +257,21 @@ def test_routing_replay_stands_beside_the_plain_pair(moe):
     for cell, pair in ((mean[2], "infer~train"), (mean[4], "infer~train-replay")):
         assert float(cell) == pytest.approx(summary["pairs"][pair]["logp"]["abs_logp_diff"]["mean"], rel=0.01)
     assert rows(text, "flip rate: expert set differs")[0][4] == "0 %"
-    share = "**At most this much of the mismatch is routing (R9): 41.00 %** of the mean abs logp diff"
-    assert f"{share} (95 %: 36.00 % to 46.00 %; 2,048 tokens of 64 prompts)" in text
+    share = (
+        "**Forcing infer's experts on train in all MoE layers removes 41 % of the mean abs logp diff, "
+        "72 % of its p99.** (of the mean, 95 %: 36.00 % to 46.00 %; 2,048 tokens of 64 prompts"
+    )
+    assert share in text
+    assert "This is no bound of routing's part" in text
     assert "Infer's experts were forced on train in all MoE layers." in text
     assert "<summary>Routing replay" not in run_report(make_summary(moe), moe, [])
 
 
 def test_replay_says_what_was_forced_and_when_it_makes_things_worse(moe):
-    text = run_report(replayed(moe, removed=-0.2, first_layer=2, last_layer=None, weights=True), moe, [])
-    assert "Infer's experts and gate weights were forced on train in MoE layers 2 to the last only." in text
-    assert "It is negative: with infer's experts the arms differ more." in text
+    text = run_report(replayed(moe, removed=-0.2, layers=[2, 5], first_layer=2, weights=True), moe, [])
+    assert "Infer's experts and gate weights were forced on train in MoE layers 2 to 5 only." in text
+    assert "A negative share: with infer's experts the arms differ more." in text
+    assert "The replay is broken" in run_report(replayed(moe, removed=-4.92e5, weights=True), moe, [])
 
 
 def test_absent_values_are_a_dash_and_never_zero(moe):

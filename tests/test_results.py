@@ -14,18 +14,22 @@ import pytest
 from test_run_directory import LAYERS, N_EXPERTS, TOP_K, capture_of, tokens_of
 
 from moediag.cli.main import main
-from moediag.errors import CorruptRunError, IncompleteRunError, MoediagError, RunError
+from moediag.errors import CorruptRunError, DiskFullError, IncompleteRunError, MoediagError, RunError
 from moediag.results import analyze_run, compare, compare_runs, load_frames, load_summary, report, report_run
 from moediag.run.capture import Capture
 from moediag.run.create import create_run, split_into_shards
 from moediag.run.directory import Run, open_run
-from moediag.run.files import canonical_json, sha256_bytes, write_sealed
+from moediag.run.files import canonical_json, process_tag, sha256_bytes, write_sealed
 
 LENGTHS = [(2, 6)] * 12  # (prompt, response) tokens; 12 prompts are enough for intervals
 
 
 def make_run(
-    path: Path, arms: tuple[str, ...] = ("infer", "train"), is_moe: bool = True, completions: bool = False
+    path: Path,
+    arms: tuple[str, ...] = ("infer", "train"),
+    is_moe: bool = True,
+    completions: bool = False,
+    sampler: str = "infer",
 ) -> Run:
     """A complete run in two shards."""
     sink = io.BytesIO()
@@ -39,6 +43,7 @@ def make_run(
         "prompts": {"n": len(LENGTHS), "source": "p.jsonl", "source_sha256": "p"},
         "completions": completions,
         "moediag_version": "0",
+        **({} if sampler == "infer" else {"sampled_by": sampler}),
         "shards": [vars(shard) for shard in split_into_shards(len(LENGTHS), 8)],
     }, sink.getvalue())  # fmt: skip
     for shard in run.shards:
@@ -51,7 +56,8 @@ def make_run(
 
 
 def begin(run: Run, arm: str) -> None:
-    run.begin_arm(arm, {"configuration": {}, "engine": arm, "replay": {"source": "infer"} if "replay" in arm else None})
+    replay = {"source": "infer"} if "replay" in arm else None
+    run.begin_arm(arm, {"configuration": {}, "engine": arm, "replay": replay, "is_routed": "production" not in arm})
 
 
 def write(run: Run, arm: str, shard: object, is_moe: bool = True) -> None:
@@ -59,12 +65,13 @@ def write(run: Run, arm: str, shard: object, is_moe: bool = True) -> None:
     tokens = run.tokens(shard)
     base = capture_of(tokens, seed=shard.index, last_row=arm != "infer")
     routed = base if arm != "train" else capture_of(tokens, seed=100 + shard.index, last_row=True)
-    size = {"infer": 0.0, "train": 0.02, "train-replay": 0.005}[arm]
+    size = {"infer": 0.0, "infer-production": 0.01, "train": 0.02, "train-replay": 0.005}[arm]
     sign = np.where(np.arange(len(tokens)) % 3 == 0, 1.0, -1.0)
     wobble = 1 + 0.5 * np.sin(tokens.prompt_id_T)
     logp = (base.logp_T - 1 + size * sign * wobble).astype(np.float32)
-    arrays = {**routed.arrays(), "logp_T": logp} if is_moe else {"logp_T": logp, "entropy_T": base.entropy_T}
-    run.write_capture(arm, shard, tokens, Capture(**arrays), {}, {"gate_weights_TLK": "float32"} if is_moe else {})
+    is_routed = is_moe and arm != "infer-production"
+    arrays = {**routed.arrays(), "logp_T": logp} if is_routed else {"logp_T": logp, "entropy_T": base.entropy_T}
+    run.write_capture(arm, shard, tokens, Capture(**arrays), {}, {"gate_weights_TLK": "float32"} if is_routed else {})
 
 
 @pytest.fixture(scope="module")
@@ -180,16 +187,10 @@ def test_a_changed_frame_is_refused(folder: Path) -> None:
         report_run(open_run("moe"))
 
 
-@pytest.mark.parametrize("command", [["report", "moe"], ["compare", "moe", "dense", "-o", "c"]])
-def test_a_file_in_the_way_of_figures_is_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str], command: list[str]
-) -> None:
+def test_a_file_in_the_way_of_figures_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """RUN/figures being a file ended in a traceback."""
     (folder / "moe" / "figures").write_text("mine")
-    (folder / "c").mkdir()
-    write_sealed(folder / "c" / "summary.json", {"kind": compare.COMPARISON})
-    (folder / "c" / "figures").write_text("mine")
-    assert "cannot write" in refused(capsys, *command)
+    assert "cannot write" in refused(capsys, "report", "moe")
     assert (folder / "moe" / "figures").read_text() == "mine"
 
 
@@ -221,9 +222,60 @@ def test_an_interrupted_comparison_is_made_whole_by_the_same_command(
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_kill_during_the_very_first_write_does_not_block_the_comparison(folder: Path) -> None:
-    (folder / "c").mkdir()
-    (folder / "c" / ".summary.json.123.tmp").write_text("{")
+    half_made = folder / f".c.{process_tag(4194303)}.new"  # above the largest process id
+    half_made.mkdir()
+    (half_made / ".summary.json.123.tmp").write_text("{")
     assert main(["compare", "moe", "dense", "-o", "c"]) == 0
+    assert not half_made.exists()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_comparison_of_other_runs_is_replaced_only_with_force_and_only_by_a_whole_one(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: compare wrote over a comparison of other runs without a word, and before its own pages were made."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise DiskFullError("no space")
+
+    shutil.copytree("dense", "other")
+    assert main(["compare", "moe", "dense", "-o", "c"]) == 0
+    capsys.readouterr()
+    before = contents(folder / "c")
+    assert "comparison of other runs (dense, moe)" in refused(capsys, "compare", "moe", "other", "-o", "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "comparison_page", fail)
+        assert "no space" in refused(capsys, "compare", "moe", "other", "-o", "c", "--force")
+    assert contents(folder / "c") == before
+    assert main(["compare", "moe", "dense", "-o", "c"]) == 0  # the same runs: nothing is lost
+    assert main(["compare", "moe", "other", "-o", "c", "--force"]) == 0
+    assert list(json.loads((folder / "c" / "summary.json").read_text())["runs"]) == ["moe", "other"]
+    assert sorted(path.name for path in folder.iterdir()) == ["c", "dense", "moe", "other"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_comparison_that_cannot_be_read_is_replaced_only_with_force(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "c").mkdir()
+    write_sealed(folder / "c" / "summary.json", {"kind": compare.COMPARISON})
+    (folder / "c" / "figures").write_text("in the way")
+    assert "other runs (which cannot be read)" in refused(capsys, "compare", "moe", "dense", "-o", "c")
+    assert (folder / "c" / "figures").read_text() == "in the way"
+    assert main(["compare", "moe", "dense", "-o", "c", "--force"]) == 0
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_current_folder_is_not_replaced_under_the_shell(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "c").mkdir()
+    monkeypatch.chdir(folder / "c")
+    assert "is the current folder" in refused(capsys, "compare", "../moe", "../dense", "-o", ".")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_foreign_content_is_never_touched(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,19 +353,67 @@ def test_a_half_captured_further_arm_does_not_block_the_main_pair(folder: Path) 
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_the_pair_that_counts_is_train_and_the_arm_that_sampled(tmp_path: Path) -> None:
+    """Tokens came from the unobserved rollouts, but the headline took infer's log-probabilities for them, k3 of infer's
+    forced tokens was called a KL, and rollouts against train were not analysed at all."""
+    arms = ("infer-production", "infer", "train", "train-replay")
+    run = make_run(tmp_path / "run", arms=arms, sampler="infer-production")
+    summary = analyze_run(run)
+    pairs = summary["pairs"]
+    assert summary["main_pair"] == "infer-production~train"
+    means = {name: pair["logp"]["abs_logp_diff"]["mean"] for name, pair in pairs.items()}
+    assert means["infer-production~train"] == pytest.approx(means["infer~train"] / 2, rel=0.01)
+    assert pairs["infer-production~train"]["routing"] == pairs["infer~train"]["routing"] != None  # noqa: E711
+    assert pairs["infer-production~infer"]["routing"] is None, "routes taken from infer say nothing against infer"
+    frames = load_frames(run)
+    assert frames["tokens"]["n_flipped_layers"].max() > 0
+    page = report_run(run).read_text()
+    assert "Pair `infer-production~train`" in page
+    assert "k3 statistic (forced text: no KL)" in page.split("Routing replay")[1]
+    assert "k3 statistic" not in page.split("Routing replay")[0]
+    assert "settings that capture forces" in page
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_the_share_that_replay_removes_is_that_of_the_two_means(tmp_path: Path) -> None:
     """Replay was captured and analysed and shown nowhere; the share is one statistic over the same tokens."""
     run = make_run(tmp_path / "run", arms=("infer", "train", "train-replay"))
     summary = analyze_run(run)
     plain, forced = (summary["pairs"][pair]["logp"]["abs_logp_diff"]["mean"] for pair in sorted(summary["pairs"]))
     replay = summary["routing_replay"]
-    assert replay["removed_share"] == pytest.approx(1 - forced / plain) == pytest.approx(0.75, abs=0.001)
-    low, high = replay["removed_share_ci"] or (0.0, 1.0)
-    assert low <= replay["removed_share"] <= high
+    mean = replay["removed"]["abs_logp_diff.mean"]
+    assert mean["share"] == pytest.approx(1 - forced / plain) == pytest.approx(0.75, abs=0.001)
+    low, high = mean["share_ci"] or (0.0, 1.0)
+    assert low <= mean["share"] <= high
+    assert replay["removed"]["abs_logp_diff.p99"]["share"] == pytest.approx(0.75, abs=0.01)
+    assert replay["removed"]["kl_infer_train_k3"]["share"] == pytest.approx(1 - 0.25**2, abs=0.01)
+    assert (replay["layers"], replay["is_broken"]) == (None, False)
     assert (replay["n_tokens"], replay["n_prompts"]) == (72, 12)
     page = report_run(run).read_text()
-    assert "**At most this much of the mismatch is routing (R9): 75.0" in page
+    assert (
+        "**Forcing infer's experts on train in all MoE layers removes 75 % of the mean abs logp diff, 75 % of" in page
+    )
     assert "Infer's experts were forced on train in all MoE layers." in page
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(("factor", "is_broken"), [(1.5, False), (9.0, False), (11.0, True)])
+def test_a_replay_that_makes_things_ten_times_worse_is_called_broken(
+    tmp_path: Path, factor: float, is_broken: bool
+) -> None:
+    """Bug: "replay removes -4.92e+07 %" was told as a finding about routing."""
+    run = make_run(tmp_path / "run", arms=("infer", "train", "train-replay"))
+    for shard in run.shards:
+        infer, train = (run.capture(arm, shard) for arm in ("infer", "train"))
+        logp_T = infer.logp_T + np.float32(factor) * (train.logp_T - infer.logp_T)
+        spoilt = Capture(**{**run.capture("train-replay", shard).arrays(), "logp_T": logp_T})
+        run.write_capture("train-replay", shard, run.tokens(shard), spoilt, {}, {"gate_weights_TLK": "float32"})
+    summary = analyze_run(run)
+    replay = summary["routing_replay"]
+    assert replay["removed"]["abs_logp_diff.mean"]["share"] == pytest.approx(1 - factor, abs=0.01)
+    assert replay["is_broken"] is is_broken
+    words = " ".join(summary["verdict"]["evidence"])
+    assert ("the replay is broken: with infer's experts forced the mean is 11 times as large" in words) is is_broken
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -323,7 +423,7 @@ def test_replay_of_bit_exact_arms_names_no_share(tmp_path: Path) -> None:
         for arm in ("train", "train-replay"):
             same = Capture(**{**run.capture(arm, shard).arrays(), "logp_T": run.capture("infer", shard).logp_T})
             run.write_capture(arm, shard, run.tokens(shard), same, {}, {"gate_weights_TLK": "float32"})
-    assert analyze_run(run)["routing_replay"]["removed_share"] is None
+    assert analyze_run(run)["routing_replay"]["removed"]["abs_logp_diff.mean"]["share"] is None
     assert "There is no mismatch whose part could be named." in report_run(run).read_text()
 
 

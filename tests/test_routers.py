@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,54 @@ def test_dense_first_layers_and_sparse_steps_give_the_layer_map() -> None:
         "llama4_text": (2, 5),
         "mixtral": (0, 1, 2, 3, 4, 5),
     }
+
+
+def _verdict(config: dict[str, Any]) -> str:
+    try:
+        return "dense" if router_spec(config, "here") is None else "captured"
+    except CheckpointError as error:
+        return "refused" if "is not known to this version" in str(error) else str(error)
+
+
+def _counts_of_experts(config: Any) -> set[int]:
+    """Every integer above 1 under a name that holds the word, however deep: what a dense model has none of."""
+    if isinstance(config, list):
+        return set().union(*map(_counts_of_experts, config)) if config else set()
+    if not isinstance(config, dict):
+        return set()
+    own = {value for key, value in config.items() if "expert" in key and type(value) is int and value > 1}
+    return own.union(*map(_counts_of_experts, config.values()))
+
+
+def test_every_config_class_of_transformers_is_dense_only_without_experts_anywhere() -> None:
+    """Bug: dbrx (E under ffn_config) and qwen3_omni_moe (thinker_config.text_config) were taken for dense models."""
+    from transformers import CONFIG_MAPPING
+
+    verdicts: dict[str, str] = {}
+    for name in CONFIG_MAPPING:
+        try:
+            config = CONFIG_MAPPING[name]()
+        except Exception:  # wants parts, packages or the hub: nothing to read
+            continue
+        as_saved = json.loads(config.to_json_string())
+        verdicts[name] = _verdict(as_saved)
+        if verdicts[name] == "dense":
+            assert not _counts_of_experts(as_saved), name
+    counts = Counter(verdicts.values())
+    assert counts["dense"] > 500  # a rule that refuses everything would pass the rest
+    assert counts["refused"] > 60
+    assert {name for name, verdict in verdicts.items() if verdict == "captured"} >= {
+        "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
+    }  # fmt: skip
+    assert [verdicts[name] for name in ("dbrx", "qwen3_omni_moe", "jamba", "gemma4", "llama")] == [
+        "refused", "refused", "refused", "dense", "dense",
+    ]  # fmt: skip
+
+
+def test_experts_counted_by_layer_are_experts() -> None:
+    """A list of counts used to be told as a config.json that is no language model's."""
+    assert _verdict({"model_type": "hunyuan", "num_experts": [1, 8, 8]}) == "refused"
+    assert _verdict({"model_type": "hunyuan", "num_experts": [1, 1], "num_experts_per_tok": 4}) == "dense"
 
 
 def test_a_spec_survives_its_record() -> None:

@@ -23,7 +23,7 @@ from moediag.errors import (
 from moediag.hygiene import check_run
 from moediag.run import codec
 from moediag.run.capture import Capture, TokenRows
-from moediag.run.create import create_run, split_into_shards
+from moediag.run.create import bring_back, create_run, split_into_shards
 from moediag.run.directory import Run, open_run
 from moediag.run.files import (
     canonical_json,
@@ -33,6 +33,7 @@ from moediag.run.files import (
     rows_prefix,
     write_sealed,
 )
+from moediag.run.replace import drop_replaced, replaced
 
 N_EXPERTS, TOP_K, LAYERS = 8, 2, (1, 3)
 PROMPTS = codec.encode_prompts([[1, 2, 3], [4], [5, 6]], None)
@@ -195,6 +196,58 @@ def test_the_same_configuration_opens_the_run_that_is_there(run: Run) -> None:
 
 def test_force_starts_anew(run: Run) -> None:
     assert create_run(run.path, manifest(max_tokens=6), PROMPTS, force=True).arms() == []
+
+
+def test_a_replaced_run_comes_back_while_the_new_one_holds_no_shard(run: Run) -> None:
+    """Bug: --force removed the finished run before the new one was known to start."""
+    before = contents(run.path)
+    new = create_run(run.path, manifest(max_tokens=6), PROMPTS, force=True)
+    assert new.arms() == []
+    assert contents(replaced(run.path)) == before
+    failed = bring_back(run.path)
+    assert contents(run.path) == before
+    assert failed is not None
+    assert not replaced(run.path).exists()
+    assert open_run(failed).manifest == new.manifest
+    assert bring_back(run.path) is None
+
+
+def test_a_replaced_run_is_kept_once_the_new_one_holds_a_shard(run: Run) -> None:
+    before = contents(run.path)
+    shard, tokens, capture = run.shards[0], run.tokens(run.shards[0]), run.capture("infer", run.shards[0])
+    new = create_run(run.path, manifest(max_tokens=6), PROMPTS, force=True)
+    new.begin_arm("infer", {"configuration": {}})
+    new.write_capture("infer", shard, tokens, capture, {}, {})
+    assert bring_back(run.path) is None
+    assert open_run(run.path).arms() == ["infer"]
+    assert contents(replaced(run.path)) == before
+    create_run(run.path, manifest(max_tokens=7), PROMPTS, force=True)  # of two, the one that was finished is kept
+    assert contents(replaced(run.path)) == before
+    drop_replaced(run.path)
+    assert open_run(run.path).configuration["max_tokens"] == 7
+    assert [path.name for path in run.path.parent.iterdir()] == [run.path.name]
+
+
+def test_a_new_run_that_a_living_process_is_about_to_fill_stays(run: Run) -> None:
+    new = create_run(run.path, manifest(max_tokens=6), PROMPTS, force=True)
+    with new.in_use():
+        assert bring_back(run.path) is None
+        assert open_run(run.path).configuration["max_tokens"] == 6
+
+
+def test_the_next_command_undoes_a_force_that_was_killed_before_it_captured_anything(run: Run) -> None:
+    """Killed between the two renames, or with the new run in place: the old one is opened, not a third one made."""
+    before = contents(run.path)
+    create_run(run.path, manifest(max_tokens=6), PROMPTS, force=True)
+    create_run(run.path, manifest(), PROMPTS)
+    assert contents(run.path) == before
+    run.path.rename(replaced(run.path))
+    create_run(run.path, manifest(), PROMPTS)
+    assert contents(run.path) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from moediag.hygiene import check_run
 from moediag.run import claims
 from moediag.run.derived import derived_damage
 from moediag.run.directory import open_run
+from moediag.run.replace import replaced
 from moediag.run.shards import Shard, Slice
 
 LAYOUT: dict[str, Any] = {"n_prompts": 12, "shard_size": 2}
@@ -208,6 +209,28 @@ def test_force_never_removes_a_run_that_another_worker_fills(tmp_path: Path) -> 
     finish([worker])
     assert run.is_complete("infer")
     assert create_scripted_run(run.path, **LAYOUT, force=True).arms() == []
+
+
+def test_killed_at_random_moments_force_never_loses_the_run_that_it_replaces(tmp_path: Path, undisturbed: Path) -> None:
+    """Bug: between removing the finished run and the first shard of the new one, a kill lost both."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")  # shown when the test fails
+    rng = random.Random(seed)
+    places = set()
+    for attempt in range(25):
+        run = tmp_path / str(attempt) / "run"
+        shutil.copytree(undisturbed, run)
+        layout = {**LAYOUT, "seed": 1, "force": True}
+        worker = start_worker(run, layout, arms=("infer",), death=Death(at_event=rng.randint(1, 120)))
+        worker.join(60)
+        assert worker.exitcode in (0, *SUDDEN)
+        whole = [path for path in (run, replaced(run)) if path.exists() and captured(path) == captured(undisturbed)]
+        assert len(whole) == 1
+        places.add(whole[0].name)
+        if not any(run.glob("arms/*/shard-*.json")) or whole == [run]:
+            fill_scripted_run(run, LAYOUT)  # the old command: as if the other had never been
+            assert_whole(run, undisturbed)
+    assert places == {"run", ".run.replaced"}
 
 
 def test_a_run_that_was_started_anew_is_not_written_to(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_engine import VOCABULARY, create_scripted_run, make_scripted_run, scripted_capture, scripted_record
@@ -68,6 +70,18 @@ def test_the_shards_together_keep_the_chosen_sequences_evenly_spread(
         assert all(i * n_sequences // n_chosen in shard.seq_ids for i in which)
     assert found == [i * n_sequences // n_chosen for i in range(n_chosen)]
     assert len(set(found)) == n_chosen
+
+
+def test_the_benchmark_counts_distributions_apart_from_bytes_per_token(tmp_path: Path) -> None:
+    """Bug: 564 bytes a token were written where the arithmetic of the arrays says 32."""
+    benchmark = runpy.run_path(str(REPOSITORY / "benchmarks" / "capture_overhead.py"))
+    plain, keeping = make_run(tmp_path / "plain", n_chosen=0), make_run(tmp_path / "keeping")
+    arrays, nothing = benchmark["written"](plain, "infer")
+    with_arrays, distributions = benchmark["written"](keeping, "infer")
+    assert nothing == 0
+    assert with_arrays == pytest.approx(arrays, rel=0.01)  # sidecars name other digests
+    rows = sum(len(response_rows(keeping.tokens(s), keeping.vocab_sequences("infer", s))) for s in keeping.shards)
+    assert distributions > 4 * VOCABULARY * rows > 2 * arrays
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:

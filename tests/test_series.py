@@ -171,11 +171,13 @@ def test_a_table_of_steps_keeps_its_metrics_and_errors(tmp_path):
         (lambda t: t.drop(columns="step"), "no column step"),
         (lambda t: t.drop(columns="logp_train"), "lacks logp_train"),
         (lambda t: pd.concat([t, t.iloc[[3]]]), "1 rows stand at a"),
-        (lambda t: t.assign(logp_train=-t["logp_train"]), "log-probability and at most 0"),
+        (lambda t: t.assign(logp_train=-t["logp_train"]), "log-probabilities are at most 0"),
         (lambda t: t.assign(is_response=False), "no response token"),
         (lambda t: t[["step"]], "no column of numbers beside step"),
         (lambda t: t[["step"]].assign(k3=1.0), "more than one row"),
         (lambda t: pd.DataFrame({"step": [0, 1], "k3": [1.0, 2.0], "k3_se": [1.0, -1.0]}), "at least 0"),
+        (lambda t: pd.DataFrame({"step": [0, 7], "k3": [1.0, -0.2]}), "at least 0 by definition, found -0.2 at step 7"),
+        (lambda t: pd.DataFrame({"step": [0, 1], "icepop_masked_share": [0.1, 1.2]}), "between 0 and 1"),
         (lambda t: pd.DataFrame({"step": [0, 1], "k3": [1.0, 2.0], "mismatch_kl": 1.0}), "are one metric"),
     ],
 )
@@ -242,6 +244,94 @@ def test_without_a_kl_nothing_is_fitted():
     found = trend_recurrence(trend[trend["metric"] == MASKED], None)
     assert found.outcome == "cannot tell"
     assert "no KL" in found.reason
+
+
+def steps_table(tmp_path, **columns):
+    path = tmp_path / "steps.csv"
+    pd.DataFrame(columns).to_csv(path, index=False)
+    return path
+
+
+def test_k1_may_be_negative_and_k3_only_by_rounding(tmp_path):
+    """Bug: a negative k3, which no tokens have, was taken; one of float32 rounding is set to 0, with a note."""
+    source = read_trend([steps_table(tmp_path, step=[0, 1], k1=[-0.1, 0.1], k3=[-1e-7, 1e-3])], None, silent)
+    assert value_of(source.trend, "kl_infer_train_k1") == -0.1
+    assert value_of(source.trend, "kl_infer_train_k3") == 0.0
+    assert any("k3: 1 values beyond their range by rounding" in note for note in source.notes)
+
+
+def test_tokens_that_a_side_calls_impossible_are_left_out_and_counted(tmp_path):
+    """Bug: -inf on one side or both left k3 and F(2) without a word."""
+    table = token_table()
+    table.loc[[0, 1], "logp_train"] = -np.inf
+    table.loc[[1, 2], "logp_infer"] = -np.inf
+    table.loc[3, "logp_infer"] = np.nan
+    path = tmp_path / "tokens.parquet"
+    table.to_parquet(path)
+    source = read_trend([path], None, silent)
+    assert source.notes[0].startswith(
+        f"D31-impossible-logp: 3 of {len(table):,} tokens have a log-probability of -inf (at 1 of 3"
+    )
+    without = step_metrics(0, path.name, table[table["step"] == 0].drop(index=[0, 1, 2, 3]))
+    assert value_of(source.trend, "kl_infer_train_k3") == value_of(without, "kl_infer_train_k3")
+
+
+def test_an_infinite_metric_is_a_warning(tmp_path):
+    """Bug: a metric that is infinite at one step vanished from every sentence."""
+    found = measure_trend([steps_table(tmp_path, step=range(10), k3=[0.1] * 9 + [np.inf], k3_se=0.01)], None, None)
+    assert found.warnings[0].startswith("kl_infer_train_k3: infinite at 1 of 10 steps, first at step 9")
+    assert outcome_lines(found)[0].startswith("Warning: ")
+    assert "agree" not in found.recurrence.reason
+
+
+@pytest.mark.parametrize("column", ["mean_abs_logp_diff", "k1", "k3"])
+@pytest.mark.parametrize("steps", [(0, 2), (0, 1, 2)])
+def test_a_collapse_after_two_steps_is_no_rounding(tmp_path, column, steps):
+    """Bug: .0175, then 66.5 two steps later, was only "cannot tell"."""
+    values = [0.0175, 0.9, 66.5] if len(steps) == 3 else [0.0175, 66.5]
+    found = measure_trend([steps_table(tmp_path, step=steps, **{column: values})], None, None)
+    assert len(found.warnings) == 1
+    for words in ("no rounding does this", "66.5", "after 0.0175 at step 0", "weight sync (D25", "lr = 0 (D27)"):
+        assert words in found.warnings[0]
+
+
+def test_a_mismatch_that_is_beyond_rounding_from_the_first_step_is_not_put_down_to_an_update(tmp_path):
+    found = measure_trend([steps_table(tmp_path, step=[0, 1], mean_abs_logp_diff=[1.33, 60.0])], None, None)
+    assert "1.33 nat at step 0 and 60 at step 1, from the first on: no rounding does this" in found.warnings[0]
+    assert "D25" not in found.warnings[0]
+
+
+def test_a_start_far_above_what_is_published_is_said_with_its_source(tmp_path):
+    """Bug: a KL of 0.05 at the first step, where below 0.01 is recommended, passed without a word."""
+    found = measure_trend([steps_table(tmp_path, step=[0, 20], kl_sample_train_v1=[0.05, 0.1])], None, None)
+    assert found.warnings[0].startswith(
+        "kl_infer_train_k1: starts at 0.05 (step 0), 5 times 0.01 (Tinker's documentation"
+    )
+    assert "no drift of training" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"mean_abs_logp_diff": [0.019, 0.02, 0.05]},
+        {"k3": [1.5e-3, 9e-3, 2e-2]},
+        {"k3": [1e-6, 1e-5, 1e-3]},  # tenfold and more, but still below what healthy training starts from
+        {"k3": [0.012, 0.15, 0.012], "k3_se": [0.01, 0.1, 0.01]},  # one step carried by a token, as its error says
+        {"kl_ref": [0.0, 5.0, 60.0]},
+    ],
+)
+def test_what_others_publish_as_healthy_raises_no_warning(tmp_path, columns):
+    assert not measure_trend([steps_table(tmp_path, step=[0, 1, 2], **columns)], None, None).warnings
+
+
+def test_a_table_of_tokens_of_very_many_steps_is_thinned_and_that_is_said(tmp_path, monkeypatch):
+    """Bug: 100,000 steps ran without end or warning."""
+    monkeypatch.setattr("moediag.trend_sources.MOST_TOKEN_STEPS", 3)
+    path = tmp_path / "tokens.parquet"
+    token_table((0, 1, 2, 3, 4, 5, 6)).to_parquet(path)
+    source = read_trend([path], None, silent)
+    assert list(dict.fromkeys(source.trend["step"])) == [0, 3, 6]
+    assert any("3 of 7 steps are measured" in note for note in source.notes)
 
 
 def test_every_mark_has_a_source_and_a_metric_that_is_there():

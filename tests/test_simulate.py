@@ -38,7 +38,7 @@ def test_a_table_is_only_printed(table: Path, capsys: pytest.CaptureFixture[str]
     for words in (
         STABILITY,
         "icepop:alpha=0.5,beta=5",
-        "Band to start from",
+        "No band is recommended",
         "masked [95 %]",
         "rewards as the table has",
     ):
@@ -64,7 +64,7 @@ def test_the_json_says_what_the_python_call_computes(table: Path, capsys: pytest
     rows = {row["correction"]: row for row in found["frames"]["correction_statistics"]}
     assert list(rows) == ["none", "icepop:alpha=0.4,beta=3"]
     frame = logged(40)
-    scored = frame[frame["is_response"]]
+    scored = frame[frame["is_response"] & np.isfinite(frame["logp_train"])]
     weight_T = weights("icepop", scored["logp_train"], scored["logp_infer"], scored["seq_id"], alpha=0.4, beta=3.0)
     row = rows["icepop:alpha=0.4,beta=3"]
     assert row["masked_share"] == pytest.approx((weight_T == 0).mean())
@@ -149,6 +149,53 @@ def test_a_folder_of_something_else_is_left_alone(table: Path, capsys: pytest.Ca
     assert (folder / "thesis.tex").read_text() == "x"
 
 
+def test_another_request_does_not_replace_a_simulation(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: a second simulation into the same folder replaced the first one's page without a word."""
+    folder = table.parent / "out"
+    first = ["simulate", str(table), "--method", "icepop", "-o", str(folder)]
+    assert main(first) == 0
+    page = (folder / "report.md").read_text()
+    others = (["--method", "tis_token"], ["--method", "icepop", "--sweep"], ["--method", "icepop", "--reward", "none"])
+    other_table = write(logged(20), table.with_name("other.parquet"))
+    for arguments in (*([str(table), *more] for more in others), [str(other_table), "--method", "icepop"]):
+        capsys.readouterr()
+        assert main(["simulate", *arguments, "-o", str(folder)]) == 1
+        err = " ".join(capsys.readouterr().err.split())
+        assert "holds the simulation of another request, t.parquet with icepop:alpha=0.5,beta=5;" in err
+        assert "--force" in err
+        assert (folder / "report.md").read_text() == page
+    assert main(first) == 0  # the same may be made again
+    assert main(["simulate", str(table), "--method", "tis_token", "-o", str(folder), "--force"]) == 0
+    assert "tis_token:cap=2" in (folder / "report.md").read_text()
+
+
+def test_sequences_and_prompts_without_a_score_are_not_counted_as_scored(
+    table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: 1,200 scored tokens of 60 sequences were said to be of all 100."""
+    frame = logged(40).assign(logp_train=lambda f: f["logp_infer"].where(f["prompt_id"] >= 5))
+    path = write(frame, table.with_name("some.parquet"))
+    assert main(["simulate", str(path), "--method", "icepop"]) == 0
+    scored = frame[frame["is_response"] & frame["logp_train"].notna()]
+    assert scored["seq_id"].nunique() == 30
+    assert f"{len(scored)} scored tokens of 30 sequences, 15 prompts." in capsys.readouterr().out
+
+
+def test_no_interval_of_a_mean_weight_goes_beyond_what_weights_can_be() -> None:
+    """Bug: one token with a ratio of 7,000 gave mean weights of 24 [-25, 7.5e9], and 1.003 [0.997, 812,224] of at
+    most 2."""
+    frame = logged(60).assign(logp_train=lambda f: f["logp_infer"], prompt_id=lambda f: f["seq_id"])
+    frame.loc[frame["is_response"].idxmax(), ["logp_train", "logp_infer"]] = [-0.1, -9.0]
+    found = simulate(frame_source(frame), choose(["mis_token:cap=inf", "tis_token"]), "t").frames[
+        "correction_statistics"
+    ]
+    known = found[found["weight_mean_ci_low"].notna()]
+    assert (known["weight_mean_ci_low"] == 0).any()
+    assert (known["weight_mean_ci_low"] >= 0).all()
+    assert known.set_index("correction").loc["tis_token:cap=2", "weight_mean_ci_high"] <= 2
+    assert (known["weight_mean"] <= known["weight_mean_ci_high"]).all()
+
+
 def test_everything_on_disk_is_declared_named_and_made_anew(tmp_path: Path) -> None:
     simulation = simulate(frame_source(logged(40)), choose(), "t")
     add_sweep(simulation)
@@ -177,7 +224,7 @@ def test_both_pages_hold_the_sentences_and_the_limits(tmp_path: Path) -> None:
     write_simulation(simulation, tmp_path / "out", ["moediag simulate t"])
     for name in ("report.md", "report.html"):
         text = (tmp_path / "out" / name).read_text()
-        for words in (STABILITY, "Band to start from", "Caution: Chosen on these tokens", "moediag simulate t"):
+        for words in (STABILITY, "No band is recommended. The tokens cannot tell", "moediag simulate t"):
             assert words in text, (name, words)
         assert "<b>mine" not in text
     assert "…" not in (tmp_path / "out" / "report.md").read_text()  # no sentence is cut
@@ -214,7 +261,12 @@ def test_a_run_and_its_own_token_table_agree_and_the_run_stays_valid(demo: Path,
         assert of_run[name] == of_table[name]
     assert of_run["recommended_band"][0]["floor_k3"] is not None
     assert of_table["recommended_band"][0]["floor_k3"] is None
-    assert run_moediag("simulate", run, "--method", "icepop").returncode == 0
-    assert (run / "simulate" / "infer~train" / "report.html").exists()
+    # every request has its own folder in the run: none replaces another
+    for arguments in ([], ["--method", "icepop"], ["--method", "tis_token"], ["--method", "icepop"]):
+        assert run_moediag("simulate", run, *arguments).returncode == 0
+    pages = sorted(path.parent.name for path in (run / "simulate").glob("*/report.html"))
+    assert len(pages) == 3
+    assert pages[0] == "infer~train"
+    assert all(name.startswith("infer~train-") for name in pages[1:])
     validated = run_moediag("validate", run)
     assert validated.returncode == 0, validated.stdout

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moediag.corrections import parse_correction, weights
+from moediag.corrections import compare_corrections, parse_correction, sweep_by_band, weights
 from moediag.corrections.histograms import masked_entropy, ratio_counts
 from moediag.corrections.rewards import grpo_advantages, sequence_rewards
 from moediag.corrections.sources import LOGP_ALIASES, Source, frame_source, table_source
@@ -271,10 +271,13 @@ def test_ratio_counts_hold_every_scored_token() -> None:
     frame = logged(60)
     counts = ratio_counts(frame_source(frame).batch)
     diff_T = (frame["logp_train"] - frame["logp_infer"])[frame["is_response"]]
-    assert counts["n_tokens"].sum() == diff_T.notna().sum()
+    diff_T = diff_T[np.isfinite(diff_T)]
+    assert counts["n_tokens"].sum() == len(diff_T)
     for row in counts[counts["n_tokens"] > 0].itertuples():
         assert row.n_tokens == ((diff_T >= row.bin_low) & (diff_T < row.bin_high)).sum()
-    assert counts["n_tokens"].iloc[0] == np.isneginf(diff_T).sum() > 0
+    far = frame.assign(logp_train=lambda f: np.where(f.index % 7 == 1, -1000.0, f["logp_infer"]))
+    counts = ratio_counts(frame_source(far).batch)  # beyond the outermost edges stand the open bins
+    assert counts["n_tokens"].iloc[0] == (far.loc[far["is_response"], "logp_train"] == -1000).sum() > 0
 
 
 def test_masked_entropy_counts_the_masked_tokens_of_a_plain_loop() -> None:
@@ -282,6 +285,7 @@ def test_masked_entropy_counts_the_masked_tokens_of_a_plain_loop() -> None:
     source = frame_source(frame)
     counts = masked_entropy(source.batch, {"icepop": parse_correction("icepop")})
     response = frame[frame["is_response"]]
+    response = response[np.isfinite(response["logp_train"])]
     ratio_T = np.exp(response["logp_train"] - response["logp_infer"])
     is_masked_T = (ratio_T < 0.5) | (ratio_T > 5)
     assert counts["n_masked"].sum() == is_masked_T.sum() > 0
@@ -289,3 +293,84 @@ def test_masked_entropy_counts_the_masked_tokens_of_a_plain_loop() -> None:
         is_inside_T = (response["entropy"] >= row.bin_low) & (response["entropy"] < row.bin_high)
         assert row.n_tokens == is_inside_T.sum()
         assert row.n_masked == (is_inside_T & is_masked_T).sum()
+
+
+def scored_frame(n: int = 400, dtype: Any = np.float64) -> pd.DataFrame:
+    """Twenty tokens a sequence, everything scored."""
+    rng = np.random.default_rng(1)
+    infer_T = -rng.exponential(1.0, n) - 0.01
+    train_T = np.minimum(infer_T + 0.05 * rng.normal(size=n), -1e-3)
+    columns = {"seq_id": np.arange(n) // 20, "position": np.arange(n) % 20}
+    return pd.DataFrame({**columns, "logp_train": train_T.astype(dtype), "logp_infer": infer_T.astype(dtype)})
+
+
+def statistics(source: Source, words: str) -> pd.Series:
+    return compare_corrections(source.batch, {"x": parse_correction(words)})["correction_statistics"].iloc[0]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+def test_a_log_probability_above_0_by_rounding_is_0_and_counted(tmp_path: Path, ending: str) -> None:
+    """Bug: one value of +2e-7 among thousands of rows ended the command with "are these logits or probabilities?"."""
+    frame = scored_frame()
+    frame.loc[[5, 9], "logp_infer"] = [2e-7, 9e-5]
+    source = table_source(write(frame, tmp_path / f"t.{ending}"))
+    np.testing.assert_array_equal(source.batch.logp_infer_T[[5, 9]], 0)
+    assert any("2 of 400 logp_infer are above 0 by rounding, at most 9e-05 nat" in note for note in source.notes)
+    rounded = frame_source(frame.assign(logp_infer=frame["logp_infer"].clip(upper=0)))
+    assert statistics(source, "tis_token").equals(statistics(rounded, "tis_token"))
+    frame.loc[5, "logp_infer"] = 2e-4
+    with pytest.raises(DumpError, match=r"logp_infer is above 0 in 1 rows, first seq_id 0 position 5 \(0.0002\)"):
+        table_source(write(frame, tmp_path / f"u.{ending}"))
+
+
+@pytest.mark.parametrize("side", ["logp_train", "logp_infer"])
+def test_an_impossible_log_probability_is_left_out_counted_and_said(side: str) -> None:
+    """Bug: one -inf on the infer side made k3 242,583, and the analysis of runs left such a token out: two rules."""
+    frame = scored_frame()
+    frame.loc[[3, 77], side] = -np.inf
+    source = frame_source(frame)
+    left = statistics(frame_source(frame.drop(index=[3, 77])), "mis_token:cap=inf")
+    found = statistics(source, "mis_token:cap=inf")
+    for name in ("n_tokens", "kept_k3", "weight_mean", "ess_token"):
+        assert found[name] == pytest.approx(left[name], rel=1e-12), name
+    assert (batch_weights(source, parse_correction("tis_token"))[[3, 77]] == 0).all()
+    (note,) = [note for note in source.notes if "D31-impossible-logp" in note]
+    assert (
+        f"2 of 400 response tokens have a log-probability of -inf ({'2 in' if side == 'logp_train' else '0 in'}" in note
+    )
+    assert not any("lack a log-probability" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+def test_a_ratio_on_the_bound_in_float32_is_kept_from_every_kind_of_file(tmp_path: Path, ending: str) -> None:
+    """Bug: log of 0.5 as float32 lies 1e-9 below the bound, and 100 % of such a table was masked."""
+    frame = scored_frame(dtype=np.float32)
+    frame["logp_train"], frame["logp_infer"] = np.float32(np.log(0.5)), np.float32(0)
+    in_full = frame.astype({"logp_train": float, "logp_infer": float})  # as Python writes a float32 tensor's numbers
+    for each in (in_full,) if ending == "jsonl" else (frame, in_full):
+        source = table_source(write(each, tmp_path / f"t.{ending}"))
+        np.testing.assert_array_equal(source.batch.logp_train_T, in_full["logp_train"])
+        assert statistics(source, "icepop:alpha=0.5,beta=5")["masked_share"] == 0
+        assert sweep_by_band(source.batch, [0.5, 0.51], [5.0])["masked_share"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "steps"), [("float16", "float16", "0.0039 nat from -4 to -8 and 0.0078"),
+                                 ("bfloat16", "bfloat16", "0.031 nat from -4 to -8 and 0.062")],
+)  # fmt: skip
+def test_log_probabilities_in_half_precision_get_a_note_with_their_step(
+    tmp_path: Path, dtype: str, name: str, steps: str
+) -> None:
+    """Bug: a float16 table, with steps of 0.004 to 0.008 nat at -8, was read like any other."""
+    frame = scored_frame()
+    if dtype == "float16":
+        half = frame.astype({"logp_train": np.float16})
+        assert (np.spacing(np.float16(5)), np.spacing(np.float16(9))) == (2.0**-8, 2.0**-7)
+    else:
+        bits = frame["logp_train"].to_numpy(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+        half = frame.assign(logp_train=bits.view(np.float32))
+    for ending in ("parquet", "csv") if dtype == "bfloat16" else ("parquet",):  # a csv has float16's shortest digits
+        notes = table_source(write(half, tmp_path / f"t.{ending}")).notes
+        (note,) = [note for note in notes if "was stored in" in note]
+        assert note.startswith(f"logp_train was stored in {name}: a step is {steps}")
+    assert not any("was stored in" in note for note in frame_source(frame.astype({"logp_train": np.float32})).notes)

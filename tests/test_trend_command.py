@@ -55,6 +55,7 @@ def words(figure):
     return " ".join(text.get_text() for text in figure.findobj(Text)).replace("\n", " ")
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_growing_series_is_told_and_written_whole(capsys, table, tmp_path):
     out = tmp_path / "out"
     status, captured = run(capsys, table, "-o", out, "--json")
@@ -69,6 +70,8 @@ def test_a_growing_series_is_told_and_written_whole(capsys, table, tmp_path):
     assert sealed["recurrence"] == found
     assert sealed["frames"]["trend_by_step"] == sha256_bytes((out / "trend.parquet").read_bytes())
     page = (out / "trend.md").read_text()
+    assert "is one explanation" in page
+    assert "…" not in page, "a sentence was cut"
     for sentence in ("inequality", "No offline number shows that training will be stable", "k3 of forced text"):
         assert sentence in page
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "something half-written is left"
@@ -190,3 +193,34 @@ def test_a_refused_series_has_neither_fit_nor_boundary_in_its_figure(short):
     assert "delta_c" not in said
     forced = words(plot_trend(trend, found, "kl_infer_train_k3", is_kl=False))
     assert "k3 statistic (no KL)" in forced
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_published_range_is_drawn_as_a_band_and_labelled_so(tmp_path):
+    """Bug: "1 to 2 per mille" was a line at 0.0015."""
+    path = tmp_path / "t.csv"
+    pd.DataFrame({"step": [0, 1, 2], "icepop_masked_share": [1e-3, 2e-3, 3e-3]}).to_csv(path, index=False)
+    figure = plot_trend(read_trend([path], None, lambda *done: None).trend)
+    bands = [(p.get_y(), p.get_y() + p.get_height()) for p in figure.axes[0].patches if hasattr(p, "get_height")]
+    assert any(np.allclose(band, (0.001, 0.002)) for band in bands)
+    said = words(figure)
+    assert "IcePop post, start 0.001 to 0.002" in said
+    assert "0.0015" not in said
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_infinite_step_is_drawn_and_said(capsys, tmp_path):
+    """Bug: the step at which a metric is infinite was left out of the picture without a word."""
+    path = tmp_path / "t.csv"
+    pd.DataFrame({"step": range(10), "k3": [0.1] * 9 + [np.inf], "k3_se": 0.01}).to_csv(path, index=False)
+    trend = read_trend([path], None, lambda *done: None).trend
+    figure = plot_trend(trend, warnings=("k3: infinite at 1 of 10 steps",))
+    markers = [line for line in figure.axes[0].get_lines() if line.get_marker() == "^"]
+    assert [list(line.get_xdata()) for line in markers] == [[9]]
+    assert "Triangles at the top: infinite there" in words(figure)
+    assert "Warning: k3: infinite at 1 of 10 steps" in words(figure)
+    status, captured = run(capsys, path, "-o", tmp_path / "out")
+    assert status == 0
+    assert captured.out.startswith("Warning: kl_infer_train_k3: infinite at 1 of 10 steps")
+    assert json.loads((tmp_path / "out" / "trend.json").read_text())["warnings"]
+    assert "infinite at 1 of 10 steps" in (tmp_path / "out" / "trend.md").read_text()

@@ -5,7 +5,7 @@ so the floors of an engine against itself are the same functions on the same fra
 """
 
 from moediag.analysis.aliases import ALIASES, Alias, aliases_of
-from moediag.analysis.attribution import flip_costs
+from moediag.analysis.attribution import flip_excess
 from moediag.analysis.choice_scores import RoutingRule, choice_scores
 from moediag.analysis.entropies import entropy_quantiles
 from moediag.analysis.explain import Explanation, explain_pair, explained_flips
@@ -75,7 +75,7 @@ __all__ = [
     "explained_flips",
     "first_divergence",
     "fit_recurrence",
-    "flip_costs",
+    "flip_excess",
     "flips_by_layer_position",
     "flips_per_token",
     "forecast_flips",

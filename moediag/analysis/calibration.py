@@ -2,7 +2,9 @@
 
 Invariants:
     - sums only, so ``merge(parts)`` equals the whole; a choice without a prediction counts nowhere, not as a 0;
-    - an interval of ``gap`` (observed minus predicted) resamples prompts with both numbers together.
+    - an interval of ``gap`` (observed minus predicted) resamples prompts with both numbers together; the predicted rate
+      alone has none: under a noise taken as known a nominal 0.95 held the mean prediction .91 of the time, and .63
+      where prompts differ in loudness (synthetic, 16 prompts, 100 sets); the gap's held its mean .96 and 1.00.
 """
 
 from __future__ import annotations
@@ -77,10 +79,10 @@ class PredictionTotals:
 
 @dataclass(frozen=True)
 class RateIntervals:
-    """Rates of all layers and, last, of all layers pooled, with their intervals."""
+    """Rates of all layers and, last, of all layers pooled; observed and gap with their intervals."""
 
     observed: Intervals
-    predicted: Intervals
+    predicted_M: Float64
     gap: Intervals
 
 
@@ -91,7 +93,7 @@ def rate_intervals(totals: PredictionTotals) -> RateIntervals:
     )
     return RateIntervals(
         ratio_mean_interval(flips_CM, n_CM, "rate"),
-        ratio_mean_interval(predicted_CM, n_CM, "positive"),  # a mean of probabilities: 0 is no absence of events
+        divide(predicted_CM.sum(axis=0), n_CM.sum(axis=0)),
         ratio_mean_interval(flips_CM - predicted_CM, n_CM, "signed"),
     )
 

@@ -274,21 +274,23 @@ DRIFT_BY_LENGTH = declare(
     Column("abs_log_ratio_p90", "float64", "nat", "90 % quantile", nullable=True),
 )
 
-FLIP_COSTS = declare(
-    "flip_costs",
-    "group of tokens compared with unflipped tokens of the same strata",
+FLIP_EXCESS = declare(
+    "flip_excess",
+    "group of flipped tokens compared with unflipped tokens of the same strata",
     Column("grouping", "str", "1", "any_flip, n_flipped_layers, first_flipped_layer or misrouted_mass"),
     Column("group_low", "float64", "grouping's", "lower end of the group, inclusive"),
     Column("group_high", "float64", "grouping's", "upper end, inclusive (exclusive for misrouted_mass)"),
-    Column("n_tokens", "int64", "token", "tokens of the group in strata that hold unflipped tokens, too"),
-    Column("n_unmatched", "int64", "token", "tokens of the group left out: no unflipped token in their stratum"),
+    Column("matched_on", "str", "1", "what the strata hold equal; unseen difficulty is not controlled"),
+    Column("n_tokens", "int64", "token", "tokens of the group in strata that hold two unflipped tokens or more"),
+    Column("n_unmatched", "int64", "token", "tokens of the group left out: fewer unflipped tokens in their stratum"),
     Column("flipped_mean", "float64", "nat", "mean abs(logp_diff) of the group", nullable=True),
     Column(
         "unflipped_mean", "float64", "nat", "mean of unflipped tokens, strata weighted as the group's", nullable=True
     ),
-    Column("cost", "float64", "nat", "flipped_mean - unflipped_mean", nullable=True),
-    *ci_columns("cost", "nat", "cost"),
+    Column("excess", "float64", "nat", "flipped_mean - unflipped_mean: an association, no effect", nullable=True),
+    *ci_columns("excess", "nat", "excess"),
     Column("ratio", "float64", "1", "flipped_mean / unflipped_mean", nullable=True),
+    *ci_columns("ratio", "1", "ratio"),
     Column("raw_ratio", "float64", "1", "the same without matching strata: what a bare comparison says", nullable=True),
 )
 

@@ -67,7 +67,6 @@ class FlipPredictor:
         rule: how experts are chosen.
         method: ``all_pairs`` and ``border_pair`` from logits, ``simulated`` for group limits, ``margin_change`` from
             margins alone.
-        multipliers: factors on every scale, for forecasts of louder or softer noise; 1 = as measured.
         bias_LE: the router's correction bias by layer, where the rule has one.
     """
 
@@ -76,83 +75,74 @@ class FlipPredictor:
         counts: NoiseCounts,
         rule: RoutingRule,
         method: Method,
-        multipliers: tuple[float, ...] = (1.0,),
         bias_LE: Float64 | None = None,
     ) -> None:
         self.rule, self.method, self.bias_LE = rule, method, bias_LE
-        self.octaves = tuple(float(np.log2(multiplier)) for multiplier in multipliers)
         others = counts.of_other_folds()
         self._profile_FLZ = others.profile_FLZ()
         self._share_FLRH, self._zero_FLR = others.shares()
         self._rng = np.random.default_rng(_SEED)
 
     def layer_probability(self, view: BlockView, layer: int) -> Float64:
-        """P(flip) of one layer's choices for every multiplier: (M, T), NaN = not predicted."""
+        """P(flip) of one layer's choices: (T,), NaN = not predicted."""
         if self.method == "margin_change":
             rows = np.flatnonzero(view.is_known_TL[:, layer])
         else:
             rows = np.flatnonzero(view.usable_rows(layer))
         fold_N, stratum_N = view.fold_T[rows], view.stratum_TL[rows, layer]
-        flip_MT = np.full((len(self.octaves), len(view.prompt_id_T)), np.nan)
+        flip_T = np.full(len(view.prompt_id_T), np.nan)
         if self.method == "margin_change" and self.rule.is_grouped:
-            return (
-                flip_MT  # a margin is the border within the groups kept; that a whole group may lose it does not tell
-            )
+            return flip_T  # a margin is the border within the groups kept; that a whole group may lose it does not tell
         has_noise_N = ~np.isnan(self._zero_FLR[fold_N, layer, stratum_N])
         rows, group_N = rows[has_noise_N], (fold_N[has_noise_N], stratum_N[has_noise_N])
         if self.rule.is_unrivalled:
-            flip_MT[:, rows] = 0.0
+            flip_T[rows] = 0.0
         elif self.method == "margin_change":
-            flip_MT[:, rows] = self._from_changes(view.gap_TL[rows, layer], group_N, layer)
+            flip_T[rows] = self._from_changes(view.gap_TL[rows, layer], group_N, layer)
         elif self.method == "simulated":
-            flip_MT[:, rows] = self._simulated(view.logits_TLE[rows, layer], group_N, layer)
+            flip_T[rows] = self._simulated(view.logits_TLE[rows, layer], group_N, layer)
         else:
-            flip_MT[:, rows] = self._integrated(view.logits_TLE[rows, layer], group_N, layer)
-        return flip_MT
+            flip_T[rows] = self._integrated(view.logits_TLE[rows, layer], group_N, layer)
+        return flip_T
 
     def _from_changes(self, gap_N: Float64, group_N: tuple[Int64, Int64], layer: int) -> Float64:
         """Half the share of changes that are larger than the gap: the other half moves away from the border."""
         above_FRH = np.zeros((*self._zero_FLR[:, layer].shape, N_CELLS + 2))
         above_FRH[..., :N_CELLS] = self._share_FLRH[:, layer, :, ::-1].cumsum(axis=-1)[..., ::-1]
-        flip_MN = np.zeros((len(self.octaves), len(gap_N)))
         with np.errstate(divide="ignore"):
-            cell_N = (np.log2(gap_N) - np.log2(CELL_SCALE[0])) * CELLS_PER_OCTAVE + 0.5
-        for row, octaves in enumerate(self.octaves):
-            at_N = np.clip(cell_N - octaves * CELLS_PER_OCTAVE, 0, N_CELLS)
-            low_N = at_N.astype(np.int64)
-            part_N = at_N - low_N
-            below, above = above_FRH[*group_N, low_N], above_FRH[*group_N, low_N + 1]
-            flip_MN[row] = ((1 - part_N) * below + part_N * above) / 2
-        return flip_MN
+            cell_N = np.clip((np.log2(gap_N) - np.log2(CELL_SCALE[0])) * CELLS_PER_OCTAVE + 0.5, 0, N_CELLS)
+        low_N = cell_N.astype(np.int64)
+        part_N = cell_N - low_N
+        below_N, above_N = above_FRH[*group_N, low_N], above_FRH[*group_N, low_N + 1]
+        return np.asarray(((1 - part_N) * below_N + part_N * above_N) / 2)
 
     def _node_shares(self, layer: int) -> Float64:
-        """Share of every node by multiplier, fold and stratum; what is missing to 1 are exact zeros."""
+        """Share of every node by fold and stratum; what is missing to 1 are exact zeros."""
         share_FRH = without_estimation_error(np.nan_to_num(self._share_FLRH[:, layer]), noise_freedom(self.rule))
         position_H = np.arange(N_CELLS) / _CELLS_PER_NODE
-        moved = (position_H + octaves * CELLS_PER_OCTAVE / _CELLS_PER_NODE for octaves in self.octaves)
-        return np.stack([spread_on_grid(share_FRH, np.broadcast_to(p, share_FRH.shape), _N_NODES) for p in moved])
+        return spread_on_grid(share_FRH, np.broadcast_to(position_H, share_FRH.shape), _N_NODES)
 
     def _noise_profile(self, logits_NE: NDArray[np.float32], fold_N: Int64, layer: int) -> Float64:
         return np.asarray(self._profile_FLZ[fold_N[:, None], layer, size_of(logits_NE)])
 
     def _integrated(self, logits_NE: NDArray[np.float32], group_N: tuple[Int64, Int64], layer: int) -> Float64:
         """Average over the scales; nodes at which a choice is safe cost nothing."""
-        share_MNQ = self._node_shares(layer)[:, group_N[0], group_N[1]]
+        share_NQ = self._node_shares(layer)[group_N]
         score_NE = compared_scores(logits_NE, self.rule, self._bias(layer))
         unit_NE = self._noise_profile(logits_NE, group_N[0], layer) * score_slopes(logits_NE, self.rule)
         order_NE = np.argsort(-score_NE, axis=1, kind="stable")
         score_NE, unit_NE = (np.take_along_axis(array, order_NE, axis=1) for array in (score_NE, unit_NE))
-        flip_MN = np.zeros(share_MNQ.shape[:2])
-        for node, active in self._active(score_NE, unit_NE, share_MNQ):
+        flip_N = np.zeros(len(share_NQ))
+        for node, active in self._active(score_NE, unit_NE, share_NQ):
             probability = self._at_scale(score_NE[active], unit_NE[active] * _NODE_SCALE[node])
-            flip_MN[:, active] += share_MNQ[:, active, node] * probability
-        return flip_MN
+            flip_N[active] += share_NQ[active, node] * probability
+        return flip_N
 
-    def _active(self, score_NE: Float64, unit_NE: Float64, share_MNQ: Float64) -> Iterator[tuple[int, Int64]]:
+    def _active(self, score_NE: Float64, unit_NE: Float64, share_NQ: Float64) -> Iterator[tuple[int, Int64]]:
         top_k = self.rule.top_k
         reach_N = (score_NE[:, top_k - 1] - score_NE[:, top_k]) / (_SAFE * unit_NE.max(axis=1))
-        for node in np.flatnonzero(share_MNQ.any(axis=(0, 1))).tolist():
-            yield node, np.flatnonzero((reach_N < _NODE_SCALE[node]) & share_MNQ[:, :, node].any(axis=0))
+        for node in np.flatnonzero(share_NQ.any(axis=0)).tolist():
+            yield node, np.flatnonzero((reach_N < _NODE_SCALE[node]) & (share_NQ[:, node] > 0))
 
     def _at_scale(self, score_NE: Float64, sigma_NE: Float64) -> Float64:
         if self.method == "all_pairs":
@@ -162,20 +152,15 @@ class FlipPredictor:
         return border_flip_probability(gap_N, np.sqrt(np.square(sigma_NE[:, pair]).sum(axis=1)))
 
     def _simulated(self, logits_NE: NDArray[np.float32], group_N: tuple[Int64, Int64], layer: int) -> Float64:
-        share_MFRQ, unit_NE = self._node_shares(layer), self._noise_profile(logits_NE, group_N[0], layer)
-        flip_MN = np.zeros((len(self.octaves), len(logits_NE)))
-        for row, share_FRQ in enumerate(share_MFRQ):
-            upto_NQ = share_FRQ.cumsum(axis=-1)[group_N]
+        upto_NQ = self._node_shares(layer).cumsum(axis=-1)[group_N]
+        unit_NE = self._noise_profile(logits_NE, group_N[0], layer)
 
-            def noise(upto_NQ: Float64 = upto_NQ) -> Float64:
-                node_N = (upto_NQ < self._rng.random(len(upto_NQ))[:, None]).sum(axis=1)
-                scale_N = np.append(_NODE_SCALE, 0.0)[node_N]  # beyond the last share lie the exact zeros
-                return np.asarray(scale_N[:, None] * unit_NE * self._rng.standard_normal(unit_NE.shape))
+        def noise() -> Float64:
+            node_N = (upto_NQ < self._rng.random(len(upto_NQ))[:, None]).sum(axis=1)
+            scale_N = np.append(_NODE_SCALE, 0.0)[node_N]  # beyond the last share lie the exact zeros
+            return np.asarray(scale_N[:, None] * unit_NE * self._rng.standard_normal(unit_NE.shape))
 
-            flip_MN[row] = simulated_flip_probability(
-                logits_NE.astype(np.float64), self.rule, self._bias(layer), noise, N_DRAWS
-            )
-        return flip_MN
+        return simulated_flip_probability(logits_NE.astype(np.float64), self.rule, self._bias(layer), noise, N_DRAWS)
 
     def _bias(self, layer: int) -> Float64 | None:
         return None if self.bias_LE is None else self.bias_LE[layer]

@@ -253,7 +253,7 @@ def _unseen_events(total_M: Float64, square_M: Float64, n_per_event: Float64) ->
     Never more than what prompts without any spread inside have, sum n^2 / sum n.
     """
     log_odds_M = -np.log(TAIL) * _UNSEEN_CV2 * square_M / np.square(total_M)
-    return np.minimum(n_per_event * np.expm1(log_odds_M) / log_odds_M, square_M / total_M)
+    return np.asarray(np.minimum(n_per_event * np.expm1(log_odds_M) / log_odds_M, square_M / total_M))
 
 
 def _design_effects(residual_CM: Float64, spread_M: Float64, unseen_M: Float64) -> tuple[Float64, Float64]:

@@ -21,6 +21,7 @@ from moediag.analysis.declarations import LOGP_METRICS, RATIO_QUANTILES, TAIL_CU
 from moediag.analysis.intervals import Interval, Kind, mean_interval, ratio_mean_interval
 from moediag.analysis.jackknife import jackknife_interval
 from moediag.analysis.measures import (
+    BIT_EXACT,
     EXTREME_TAU,
     LOWER,
     ONE,
@@ -239,7 +240,7 @@ _METRICS: Final[tuple[tuple[str, str, str, _Measure], ...]] = (
     ("abs_prob_diff.p99", "1", LOWER, _quantile(0.99, prob_diff)),
     ("abs_prob_diff.max", "1", LOWER, _point(lambda x: float(prob_diff(x.tokens).max()), _NO_MAX)),
     ("abs_prob_diff.std", "1", LOWER, lambda x: std_interval(x.tokens)),
-    *((m.name, m.unit, m.direction, _token_mean(m)) for m in TOKEN_MEASURES[2:]),
+    *((m.name, m.unit, m.direction, _token_mean(m)) for m in (*TOKEN_MEASURES[2:], BIT_EXACT)),
     ("pearson_p", "1", ONE, lambda x: pearson_interval(x.tokens)),
     ("ess_token", "1", ONE, _point(lambda x: _effective_share(x.tokens.diff_T), _UNCOVERED)),
     ("ess_sequence", "1", ONE, _point(lambda x: _effective_share(x.diff_S), _UNCOVERED)),

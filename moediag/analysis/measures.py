@@ -76,6 +76,7 @@ class TokenMeasure:
         offset: added to mean and bounds; a mean of 1 + something small is studentised as the small thing.
         tail: the heavy positive part of a signed value. The upper bound is at least as far above the value as
             the upper bound of this part is above its own mean: a signed bootstrap cannot know a tail on one side.
+        least: no value is below; an interval cut off there loses no coverage.
     """
 
     name: str
@@ -85,6 +86,7 @@ class TokenMeasure:
     of: Callable[[Scored], Float64]
     offset: float = 0.0
     tail: Callable[[Scored], Float64] | None = None
+    least: float = -math.inf
 
     def intervals(self, x: Scored, sums: Callable[[Float64], Float64], n_CM: Float64) -> Intervals:
         """Mean and interval of every column that ``sums`` makes of token values, ``n_CM`` tokens behind each."""
@@ -96,6 +98,7 @@ class TokenMeasure:
                 high_M = np.fmax(high_M, found.value_M + tail.high_M - tail.value_M)
             high_M = np.where(np.isfinite(found.high_M), high_M, found.high_M)
         value_M, low_M, high_M = (array + self.offset for array in (found.value_M, found.low_M, high_M))
+        low_M = np.maximum(low_M, self.least)
         return replace(found, value_M=value_M, low_M=low_M, high_M=high_M)
 
 
@@ -163,7 +166,7 @@ TOKEN_MEASURES: Final = (
     TokenMeasure("kl_infer_train_k2", "nat", LOWER, "positive", lambda x: np.square(x.diff_T) / 2),
     TokenMeasure("kl_infer_train_k3", "nat", LOWER, "positive", k3),
     # ratio = 1 + diff + k3
-    TokenMeasure("mean_ratio", "1", ONE, "signed", lambda x: np.expm1(x.diff_T), offset=1.0, tail=k3),
+    TokenMeasure("mean_ratio", "1", ONE, "signed", lambda x: np.expm1(x.diff_T), offset=1.0, tail=k3, least=0.0),
     TokenMeasure("extreme_share_2", "1", LOWER, "rate", lambda x: is_extreme(x.diff_T).astype(np.float64)),
     TokenMeasure("prob_mult_error", "1", ONE, "positive", lambda x: np.expm1(np.abs(x.diff_T)), offset=1.0),
     TokenMeasure(
@@ -174,6 +177,9 @@ TOKEN_MEASURES: Final = (
     ),
 )
 """Means over tokens, in the order of the tables; every stratum gets the same ones."""
+
+BIT_EXACT: Final = TokenMeasure("bit_exact_share", "1", ONE, "rate", lambda x: (x.diff_T == 0).astype(np.float64))
+"""Tokens with the same log-probability, bit for bit: what a floor is made of."""
 
 QUANTILE_MEASURES: Final[tuple[tuple[str, float, Callable[[Scored], Float64]], ...]] = (
     ("abs_logp_diff.p50", 0.5, abs_diff),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from moediag.analysis.attribution import flip_costs
+from moediag.analysis.attribution import flip_excess
 from moediag.analysis.entropies import entropy_quantiles
 from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
 from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
@@ -27,7 +27,7 @@ from moediag.analysis.sequences import (
 )
 from moediag.analysis.strata import metrics_by_stratum
 from moediag.analysis.streaming import RoutingPass, read_pair
-from moediag.analysis.tokens import scored_tokens
+from moediag.analysis.tokens import is_impossible, scored_tokens
 from moediag.corrections.masked_shares import masked_shares
 from moediag.run.align import Pair
 
@@ -40,8 +40,9 @@ class PairAnalysis:
 
     Args:
         pair_name, minuend, subtrahend: as in :class:`~moediag.run.align.Pair`.
-        n_sequences, n_prompts: with a response token, scored or not.
+        n_sequences, n_prompts: with a token that both arms scored.
         n_tokens, n_unscored: response tokens scored by both arms, and not.
+        n_impossible: of those not scored, tokens with an infinite log-probability (D31-impossible-logp).
     """
 
     pair_name: str
@@ -51,6 +52,7 @@ class PairAnalysis:
     n_prompts: int
     n_tokens: int
     n_unscored: int
+    n_impossible: int
     tokens: pd.DataFrame
     logp_metrics: pd.DataFrame
     tail_curve: pd.DataFrame
@@ -70,7 +72,7 @@ class PairAnalysis:
     flips_by_layer_position: pd.DataFrame | None = None
     expert_swaps: pd.DataFrame | None = None
     first_divergence: pd.DataFrame | None = None
-    flip_costs: pd.DataFrame | None = None
+    flip_excess: pd.DataFrame | None = None
     margin_curve: pd.DataFrame | None = None
     margin_quantiles: pd.DataFrame | None = None
     margin_noise: pd.DataFrame | None = None
@@ -90,16 +92,17 @@ def analyze_pair(pair: Pair) -> PairAnalysis:
         Declared frames and scalars; a pair without tokens gives NaN values with n = 0.
     """
     tokens, routing = read_pair(pair)
-    n_scored = len(scored_tokens(tokens))
+    scored = scored_tokens(tokens)
     sequences = sequence_frame(tokens, pair.n_layers)
     return PairAnalysis(
         pair_name=pair.name,
         minuend=pair.minuend,
         subtrahend=pair.subtrahend,
-        n_sequences=len(sequences),
-        n_prompts=tokens["prompt_id"].nunique(),
-        n_tokens=n_scored,
-        n_unscored=len(tokens) - n_scored,
+        n_sequences=scored["seq_id"].nunique(),
+        n_prompts=scored["prompt_id"].nunique(),
+        n_tokens=len(scored),
+        n_unscored=len(tokens) - len(scored),
+        n_impossible=int(is_impossible(tokens["logp_train"].to_numpy(), tokens["logp_infer"].to_numpy()).sum()),
         tokens=tokens,
         logp_metrics=logp_metrics(tokens),
         tail_curve=tail_curve(tokens),
@@ -127,7 +130,7 @@ def _routing_parts(pair: Pair, tokens: pd.DataFrame, routing: RoutingPass, seque
         "flips_by_layer_position": flips_by_layer_position(routing.flips or FlipMap.empty(pair.n_layers), layers),
         "expert_swaps": expert_swaps(swaps, layers),
         "first_divergence": first_divergence(sequences),
-        "flip_costs": flip_costs(tokens),
+        "flip_excess": flip_excess(tokens),
     }
     if margins := routing.known_margins:
         parts["margin_curve"] = margin_curve(margins)

@@ -1,7 +1,7 @@
 """The few numbers of explained and forecast flips that a reader needs first, out of their frames.
 
-Invariants: one method only, the best that gave a prediction, so that no reader picks the one that fits; forecasts are
-those at the noise as measured (multiplier 1), each with what must hold for it.
+Invariants: one method only, the best that gave a prediction, so that no reader picks the one that fits; every forecast
+names its pair and what must hold for it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.notation import INFER
-
 POOLED: Final = -1
-_EXPLAINED: Final = ("observed", "explained", "gap")
 _CALIBRATION: Final = ("calibration_error", "calibration_error_expected", "calibration_slope")
 
 
@@ -23,17 +20,6 @@ def best_method(explained: pd.DataFrame) -> str | None:
     """The first method of frame ``explained_flips`` (its order is best first) with a prediction; None = none has."""
     given = explained.loc[explained["explained"].notna(), "method"]
     return str(given.iloc[0]) if len(given) else None
-
-
-def forecast_rows(forecasts: pd.DataFrame, target: str = INFER) -> pd.DataFrame:
-    """Rows of frame ``forecast_flips`` of one target under the noise as measured, sources in the frame's order.
-
-    Of a source with two rows (one of a thinned curve of multipliers, one of every choice) the one of more choices.
-    A source without a forecast stays, NaN: its ``assumption`` says why.
-    """
-    rows: pd.DataFrame = forecasts[(forecasts["target"] == target) & (forecasts["multiplier"] == 1)]
-    rows = rows.sort_values("n_choices", kind="stable")
-    return rows.drop_duplicates(["noise_from", "layer"], keep="last").sort_index()
 
 
 def predicted_flips(frames: Mapping[str, pd.DataFrame]) -> dict[str, Any] | None:
@@ -44,7 +30,8 @@ def predicted_flips(frames: Mapping[str, pd.DataFrame]) -> dict[str, Any] | None
 
     Returns:
         ``explained``: observed and explained flip rate over all layers, their gap and the calibration, by the best
-        method; ``forecast``: one entry per source of noise, for infer's scores. Rates in [0, 1]; a gap of 0 is best.
+        method, and what it leaves out; ``forecast``: one entry per source of noise. Rates in [0, 1]; a gap of 0 is
+        best.
     """
     explained, forecasts = frames.get("explained_flips"), frames.get("forecast_flips")
     found = {
@@ -59,21 +46,21 @@ def _explained(frame: pd.DataFrame) -> dict[str, Any] | None:
     if method is None:
         return None
     row = frame[(frame["method"] == method) & (frame["layer"] == POOLED)].iloc[0]
-    head = {"method": method, "side": str(row["side"]), "n_choices": int(row["n_choices"])}
-    return {**head, **_with_bounds(row, _EXPLAINED), **{name: _number(row[name]) for name in _CALIBRATION}}
+    head = {"method": method, "side": str(row["side"]), "note": str(row["note"]), "n_choices": int(row["n_choices"])}
+    plain = {name: _number(row[name]) for name in ("explained", *_CALIBRATION)}
+    return {**head, **_with_bounds(row, ("observed", "gap")), **plain}
 
 
 def _forecasts(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    rows = forecast_rows(frame)
     return [
         {
-            "noise_from": str(row["noise_from"]),
-            "method": str(row["method"]),
+            **{name: str(row[name]) for name in ("pair", "side", "noise_from", "method")},
             "n_choices": int(row["n_choices"]),
-            **_with_bounds(row, ("forecast", "observed")),
+            "forecast": _number(row["forecast"]),
+            **_with_bounds(row, ("observed", "noise_observed")),
             "assumption": str(row["assumption"]),
         }
-        for _, row in rows[rows["layer"] == POOLED].iterrows()
+        for _, row in frame[frame["layer"] == POOLED].iterrows()
     ]
 
 

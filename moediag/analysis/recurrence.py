@@ -1,4 +1,4 @@
-"""Does the mismatch of a training run compound? The recurrence delta' = (1 + a) delta - b, fitted or refused.
+"""Does the mismatch of a training run grow as if it compounded? delta' = (1 + a) delta - b, fitted or refused.
 
 The theorem (Ring-1T, appendix) is an inequality, delta' >= (1 + eta mu) delta - kappa mu. What is fitted is the
 *equality* model with a = eta mu, b = kappa mu, process noise, and a delta that is measured with a known error at every
@@ -6,8 +6,10 @@ step; its boundary delta_c = 2 b / a is an estimate under :data:`ASSUMPTIONS`, a
 be stable.
 
 Invariants:
-    - a series that cannot tell is refused in a sentence with its numbers: too few steps, errors not known, no change
-      beyond the errors, or an interval of a that holds 0;
+    - a series that cannot tell is refused in a sentence with its numbers: an infinite value, too few steps, errors not
+      known, no change beyond the errors, an interval of a that holds 0, or another shape that fits better;
+    - growth faster than a straight line is never called compounding: the recurrence is one explanation of it, and
+      others that fit as well are named (:mod:`moediag.analysis.recurrence_shapes`);
     - intervals are those values that a likelihood ratio does not reject, with its own distribution simulated at each
       value tried (grid bootstrap): a ratio has no symmetric interval, near a = 0 no ratio is chi-squared, and 30 steps
       do not tell process noise from none. They may be unbounded, and then say so;
@@ -30,6 +32,7 @@ from scipy import special
 from moediag.analysis.intervals import Interval
 from moediag.analysis.recurrence_filter import Series
 from moediag.analysis.recurrence_intervals import Likelihood
+from moediag.analysis.recurrence_shapes import STRONG, Shape, other_shapes
 from moediag.analysis.resampling import LEVEL
 from moediag.errors import FrameError
 
@@ -39,6 +42,10 @@ Outcome = Literal["grows", "cannot tell", "does not grow"]
 MIN_STEPS: Final = 8
 """Fewest steps: four unknowns (a, b, the start, the process noise) leave four of them to tell noise from growth.
 Coverage was measured from 8 steps on (``benchmarks/recurrence_coverage.py``)."""
+
+MOST_STEPS: Final = 128
+"""More are thinned, evenly: the map is composed over gaps, so fewer steps bring no bias. The time of a fit grows with
+the steps, since 199 series are simulated at every bound tried: about 20 s at 128 on one core."""
 
 ASSUMPTIONS: Final = (
     "equality where the theorem has an inequality",
@@ -52,12 +59,12 @@ ASSUMPTIONS: Final = (
 
 @dataclass(frozen=True)
 class Recurrence:
-    """What a series says about compounding.
+    """What a series says about growth.
 
     Args:
-        outcome: ``grows``, or why not: ``does not grow`` (a below 0) or ``cannot tell``.
+        outcome: ``grows`` (faster than a straight line), or why not: ``does not grow`` (a below 0) or ``cannot tell``.
         reason: the outcome in one sentence with its numbers.
-        n_steps: steps with a standard error, all of which were used.
+        n_steps: steps with a standard error that were used.
         growth: a [1/step]; None where nothing was fitted.
         drain: b [unit of delta / step], and boundary: delta_c = 2 b / a [unit of delta]; None unless it grows.
         start: fitted delta at the first step.
@@ -106,7 +113,7 @@ def fit_recurrence(
 
     Args:
         step_N: training step of every measurement, strictly ascending; gaps may differ.
-        delta_N: the measured mismatch, any unit; NaN = not measured.
+        delta_N: the measured mismatch, any unit; NaN = not measured. An infinite one ends the fit.
         se_N: standard error of each; steps whose error is not known (NaN or 0) are left out.
         on_progress: called with (bounds done, bounds in all).
 
@@ -118,17 +125,43 @@ def fit_recurrence(
     """
     series, n_without = _usable(step_N, delta_N, se_N)
     ends = (float(series.step_N[0]), float(series.step_N[-1])) if len(series) else (np.nan, np.nan)
-    if reason := why_not_fitted(series, n_without):
+    if reason := _infinite(step_N, delta_N) or why_not_fitted(series, n_without):
         return Recurrence("cannot tell", reason, len(series), *ends)
+    series, of_steps = thinned(series)
     likelihood = Likelihood.of(series)
     tell = on_progress or (lambda done, total: None)
     growth = likelihood.interval("a", lambda done: tell(done, 6))
     if not growth.low > 0:
-        return Recurrence(*_not_growing(series, growth), len(series), *ends, growth)
+        outcome, reason = _not_growing(series, growth)
+        return Recurrence(outcome, reason + of_steps, len(series), *ends, growth)
+    shapes = other_shapes(series, likelihood.found.growth_R)
+    if shapes[0].advantage >= STRONG:
+        return Recurrence("cannot tell", _another_shape(growth, shapes[0]) + of_steps, len(series), *ends, growth)
     drain = likelihood.interval("b", lambda done: tell(2 + done, 6))
     boundary = likelihood.interval("delta_c", lambda done: tell(4 + done, 6))
-    start, noise_sd = likelihood.start_and_noise()
-    return Recurrence("grows", _grows(growth, boundary), len(series), *ends, growth, drain, boundary, start, noise_sd)
+    reason = _grows(growth, boundary, shapes) + of_steps
+    return Recurrence("grows", reason, len(series), *ends, growth, drain, boundary, *likelihood.start_and_noise())
+
+
+def thinned(series: Series) -> tuple[Series, str]:
+    """At most :data:`MOST_STEPS` of the steps, first and last among them, and words that say so."""
+    if len(series) <= MOST_STEPS:
+        return series, ""
+    kept = np.linspace(0, len(series) - 1, MOST_STEPS).round().astype(int)
+    fewer = Series(series.step_N[kept], series.delta_N[kept], series.se_N[kept])
+    return fewer, f"; fitted to {MOST_STEPS} of {len(series):,} steps, evenly spaced, for the time a fit takes"
+
+
+def _infinite(step_N: ArrayLike, delta_N: ArrayLike) -> str:
+    """Why a series with an infinite value is not fitted; empty where all are finite."""
+    steps, deltas = (np.asarray(values, dtype=np.float64) for values in (step_N, delta_N))
+    wrong = np.flatnonzero(np.isinf(deltas))
+    if not len(wrong):
+        return ""
+    return (
+        f"the value is infinite at {len(wrong)} of {len(deltas)} steps, first at step {steps[wrong[0]]:g}; no finite "
+        "noise gives that, and leaving it out would leave out the worst: find the tokens behind it"
+    )
 
 
 def _usable(step_N: ArrayLike, delta_N: ArrayLike, se_N: ArrayLike) -> tuple[Series, int]:
@@ -164,7 +197,7 @@ def why_not_fitted(series: Series, n_without: int = 0) -> str:
     limit = 2 * float(special.gammaincinv((len(series) - 1) / 2, LEVEL))  # of chi-squared
     if spread <= limit:
         return (
-            f"all {len(series)} steps agree with one value, {mean:.3g}, within their measurement errors "
+            f"all {len(series)} steps with a known error agree with one value, {mean:.3g}, within these errors "
             f"(chi-squared {spread:.1f}, 95 % limit {limit:.1f} at {len(series) - 1} degrees of freedom)"
         )
     return ""
@@ -181,12 +214,36 @@ def _not_growing(series: Series, growth: Interval) -> tuple[Outcome, str]:
     )
 
 
-def _grows(growth: Interval, boundary: Interval) -> str:
-    words = f"delta compounds: a = {growth.value:.3g} per step, 95 % interval {_bounds(growth)}; "
+def _grows(growth: Interval, boundary: Interval, shapes: list[Shape]) -> str:
+    words = f"{_faster(growth)}; a recurrence that compounds is one explanation. {_compared(shapes)}. If it compounds, "
     words += f"delta_c = 2 b / a = {boundary.value:.3g}, 95 % interval {_bounds(boundary)}"
     if boundary.low > 0:
         return f"{words}; the map grows from half of that on"
     return f"{words}, which {'holds 0' if boundary.high > 0 else 'lies below 0'}: no boundary above 0 can be told"
+
+
+def _faster(growth: Interval) -> str:
+    return f"delta grows faster than a straight line: a = {growth.value:.3g} per step, 95 % interval {_bounds(growth)}"
+
+
+def _compared(shapes: list[Shape]) -> str:
+    """Which other shapes fit as well, which do not."""
+    as_well = [shape.words for shape in shapes if shape.advantage > -STRONG]
+    worse = [shape.words for shape in shapes if shape.advantage <= -STRONG]
+    said = [f"{' and '.join(as_well)} cannot be told from it"] if as_well else []
+    said += [f"{' and '.join(worse)} {'fit' if len(worse) > 1 else 'fits'} worse"] if worse else []
+    words = "; ".join(said)
+    return (
+        f"{words[0].upper()}{words[1:]}, {STRONG:.0f} being strong evidence (Kass and Raftery 1995); a schedule or a "
+        "change of data is not among them"
+    )
+
+
+def _another_shape(growth: Interval, shape: Shape) -> str:
+    return (
+        f"{_faster(growth)}, but {shape.words} fits better than a recurrence, {STRONG:.0f} being strong evidence "
+        "(Kass and Raftery 1995): no compounding is to be read from it, and no delta_c"
+    )
 
 
 def _bounds(interval: Interval) -> str:

@@ -138,9 +138,9 @@ def layer_flip_rates(totals: RoutingTotals) -> Float64:
 
 
 def flips_per_token(tokens: pd.DataFrame, totals: RoutingTotals) -> pd.DataFrame:
-    """How many layers flip per token, against what independent layers would give, and what it costs in logp.
+    """How many layers flip per token, against what independent layers would give, and how much such tokens differ.
 
-    The costs here are bare means, which mix in that hard tokens flip more; :mod:`moediag.analysis.attribution`
+    Its differences are bare means, which mix in that hard tokens flip more; :mod:`moediag.analysis.attribution`
     compares like with like.
 
     Args:

@@ -34,6 +34,7 @@ _SUMMARISED = (
     "kl_infer_train_k3",
     "mean_ratio",
     "extreme_share_2",
+    "bit_exact_share",
     "prob_mult_error",
     "binary_kl_infer_train",
     "binary_kl_train_infer",
@@ -75,6 +76,7 @@ def pair_summary(analysis: PairAnalysis) -> dict[str, Any]:
         "n_prompts": int(analysis.n_prompts),
         "n_tokens": int(analysis.n_tokens),
         "n_unscored": int(analysis.n_unscored),
+        "n_impossible": int(analysis.n_impossible),
         "logp": _logp_summary(analysis.logp_metrics),
         "routing": _routing_summary(analysis),
         "margins": _margin_summary(analysis.margin_quantiles),
@@ -90,7 +92,7 @@ def pair_summary(analysis: PairAnalysis) -> dict[str, Any]:
             "log_ratio_slope_per_1k_tokens_ci": _bounds(analysis.length_slope.low, analysis.length_slope.high),
             "n_sequences": analysis.length_slope.n_sequences,
         },
-        "flip_cost": _flip_cost_summary(analysis.flip_costs),
+        "flip_excess": _flip_excess_summary(analysis.flip_excess),
         "corrections": {str(row["method"]): _correction_summary(row) for _, row in analysis.corrections.iterrows()},
     }
 
@@ -165,16 +167,17 @@ def _margin_summary(quantiles: pd.DataFrame | None) -> dict[str, Any] | None:
     return summary
 
 
-def _flip_cost_summary(costs: pd.DataFrame | None) -> dict[str, Any] | None:
-    """What flips cost over all flipped tokens; None for a dense model or without a flip."""
-    rows = costs[costs["grouping"] == "any_flip"] if costs is not None else None
+def _flip_excess_summary(excess: pd.DataFrame | None) -> dict[str, Any] | None:
+    """Excess of abs(logp_diff) over all flipped tokens; None for a dense model or without a flip."""
+    rows = excess[excess["grouping"] == "any_flip"] if excess is not None else None
     if rows is None or rows.empty:
         return None
     row = rows.iloc[0]
-    names = ("flipped_mean", "unflipped_mean", "cost", "ratio", "raw_ratio")
+    names = ("flipped_mean", "unflipped_mean", "excess", "ratio", "raw_ratio")
     counts = {name: int(row[name]) for name in ("n_tokens", "n_unmatched")}
-    bounds = _bounds(row["cost_ci_low"], row["cost_ci_high"])
-    return {**{name: _number(row[name]) for name in names}, "cost_ci": bounds, **counts}
+    bounds = {f"{name}_ci": _bounds(row[f"{name}_ci_low"], row[f"{name}_ci_high"]) for name in ("excess", "ratio")}
+    matched_on = str(row["matched_on"])
+    return {**{name: _number(row[name]) for name in names}, **bounds, "matched_on": matched_on, **counts}
 
 
 def _correction_summary(row: pd.Series[Any]) -> dict[str, Any]:

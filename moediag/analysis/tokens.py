@@ -2,8 +2,9 @@
 
 Invariants:
     - routing arrays are read block by block and dropped; what stays is 56 bytes per token (``BYTES_PER_TOKEN``);
-    - a token counts as *scored* when both arms gave a finite log-probability. NaN and infinities are
-      excluded and counted, never averaged (rule D31: -inf is a defect to report, not a number).
+    - a token counts as *scored* when both arms gave a finite log-probability, here, in corrections and in series
+      (:func:`is_scored`). NaN is "not scored"; an infinity is a defect to report, not a number (rule
+      D31-impossible-logp): both are left out of every statistic and counted, never averaged.
 """
 
 from __future__ import annotations
@@ -51,15 +52,25 @@ def concatenate_tokens(parts: list[dict[str, NDArray[Any]]]) -> pd.DataFrame:
 
 def scored_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
     """The rows of a token frame that both arms scored (finite log-probabilities)."""
-    is_scored_T = np.isfinite(tokens["logp_train"].to_numpy()) & np.isfinite(tokens["logp_infer"].to_numpy())
-    scored: pd.DataFrame = tokens.loc[is_scored_T]
+    scored: pd.DataFrame = tokens.loc[is_scored(tokens["logp_train"].to_numpy(), tokens["logp_infer"].to_numpy())]
     return scored
+
+
+def is_scored(logp_train_T: NDArray[Any], logp_infer_T: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which tokens have two finite log-probabilities."""
+    return np.asarray(np.isfinite(logp_train_T) & np.isfinite(logp_infer_T))
+
+
+def is_impossible(logp_train_T: NDArray[Any], logp_infer_T: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which tokens have an infinite log-probability on a side: a probability of 0, which was yet sampled."""
+    return np.asarray(np.isinf(logp_train_T) | np.isinf(logp_infer_T))
 
 
 def logp_diff(tokens: pd.DataFrame) -> Float64:
     """logp_train - logp_infer of every row in float64 [nat]; 0 is perfect agreement."""
     train_T = tokens["logp_train"].to_numpy().astype(np.float64)
-    return np.asarray(train_T - tokens["logp_infer"].to_numpy().astype(np.float64))
+    with np.errstate(invalid="ignore"):  # -inf on both sides is no number, and not scored
+        return np.asarray(train_T - tokens["logp_infer"].to_numpy().astype(np.float64))
 
 
 def token_columns(

@@ -10,8 +10,9 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
+from moediag.analysis.gradients import LM_HEAD
 from moediag.audit.batch import AuditTokens, SequenceBasis, audit_tokens, is_token_level
-from moediag.audit.gradients import LM_HEAD, WORDS, GradientRequest, train_arm_options
+from moediag.audit.gradients import WORDS, GradientRequest, train_arm_options
 from moediag.audit.groups import AUTOGRAD_GROUPS, affordable, autograd_grams, parameters_of, pieces
 from moediag.audit.head import Head, Prefixes, expected_gram, head_of, is_plain, sampled_gram
 from moediag.engines.channel import Reporter

@@ -7,10 +7,12 @@ tokens decide which directions are differentiated at all.
 Definitions (entry ``words`` of audit.json):
     - gradient of a method: mean over sequences of (1 / len) sum_t w_t A grad log pi_train(y_t), the policy-gradient
       term of IcePop's objective at theta = theta_old, in the train arm's dtype and options;
-    - reference ``sequence_is``: w = the full product ratio of the sequence, the unbiased answer, and a noisy one;
+    - reference ``sequence_is``: w = the full product ratio of the sequence. Right in expectation; in a batch it answers
+      nothing unless its effective sample size and its signal to noise, which stand beside it, can carry an answer;
       ``sequence_is_normalised`` divides by its mean;
-    - reference ``exact`` (lm_head, where infer's full distributions were captured): per prefix, the gradient of train's
-      own expected token reward, without any sampling of the token.
+    - reference ``exact`` (lm_head, where infer's full distributions were captured): the expected one-token gradient
+      over infer's prefixes, summed: at every prefix that of train's own expected reward of the next token, without any
+      sampling of the token. Not the gradient of the sequence's expected reward: prefixes stay as infer visits them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
+from moediag.analysis.gradients import LM_HEAD, captures_digest, is_audited, write_audit
 from moediag.corrections.rewards import ADVANTAGE_WORDS, REWARD_WORDS
 from moediag.engines import channel
 from moediag.engines.arms import ArmRequest
@@ -30,7 +33,6 @@ from moediag.notation import INFER, TRAIN
 from moediag.run import claims
 from moediag.run.directory import CLAIMS, Run
 
-LM_HEAD: Final = "lm_head"
 GROUPS: Final = (LM_HEAD, "routers", "experts", "attention")
 METHODS: Final = (
     "none",
@@ -53,10 +55,11 @@ WORDS: Final = {
     "reward": REWARD_WORDS,
     "advantage": ADVANTAGE_WORDS,
     "gradient": "mean over sequences of (1 / len) sum_t w_t A grad log pi_train(y_t), len = scored response tokens",
-    "sequence_is": "w = product of ratios over the sequence (log clamped to +-20); unbiased, noisy",
+    "sequence_is": "w = product of ratios over the sequence (log clamped to +-20); right in expectation, see its ess",
     "exact": (
-        "per prefix, grad of train's expected reward of the next token; methods in expectation over infer's "
-        "distribution, baseline infer's expected reward; prefixes as infer visits them"
+        "expected one-token gradient over infer's prefixes, summed: grad of train's expected reward of the next token; "
+        "methods in expectation over infer's distribution, baseline infer's expected reward; prefixes as infer visits "
+        "them, so not the gradient of the sequence's expected reward"
     ),
     "lm_head": "the head's part only, where the matrix is tied to the embeddings",
     "why_text": "advantages that do not depend on the text have no expected gradient: they would show noise only",
@@ -121,8 +124,6 @@ def run_gradient_audit(run: Run, checkpoint: Checkpoint, request: GradientReques
         RunConflictError: another process audits this run.
         MoediagError: what the engine process raised.
     """
-    from moediag.analysis.gradients import captures_digest, is_audited, write_audit
-
     require_train_engine()
     request = request.check()
     run.pair(request.train, request.infer)

@@ -48,34 +48,40 @@ def command(
     """
     from moediag.cli import jobs
 
-    worker = o.parse_slice(shard_index, num_shards)
+    worker, layers = o.parse_slice(shard_index, num_shards), o.parse_layers(replay_layers)
     jobs.require((arm.value,))
+
+    def request(given: bool, sampler: str, needed_length: int, seed: int) -> jobs.ArmRequest:
+        if engine_side(arm.value) == INFER:
+            observer = jobs.UNOBSERVED if arm.value == INFER_PRODUCTION else settings.observer.value
+            engine = settings.infer_options(settings.vllm_options, observer, needed_length, seed)
+        else:
+            engine = settings.train_options()
+        return jobs.arm_request(
+            arm.value,
+            engine,
+            given,
+            sampler=sampler,
+            observer=settings.observer.value,
+            scoring=settings.scoring.value,
+            batching=settings.train_batching,
+            replay={"source": INFER, "weights": replay_weights, **layers},
+        )
+
     if prompts is not None:
         plan = settings.plan(ckpt, prompts, INFER_PRODUCTION if arm.value == INFER_PRODUCTION else INFER)
-        jobs.announce(plan, output, (arm.value,), settings.dtype.value)
-        run, checkpoint, needed_length = plan.create(output, force), plan.checkpoint, plan.max_model_len
+        # Before the run: what cannot be asked for must not begin one, nor replace the one that is there.
+        asked = request(plan.completion_ids is not None, plan.sampled_by, plan.max_model_len, plan.sampling.seed)
+        jobs.announce(plan, output, (arm.value,), settings.dtype.value, is_anew=force)
+        run, checkpoint = plan.create(output, force), plan.checkpoint
     else:
         _refuse_without_effect(context)
         given = ckpt, settings.revision, settings.max_model_len, settings.trust_remote_code
         run, checkpoint, needed_length = jobs.join(output, *given)
-    run.worker = worker
-    if engine_side(arm.value) == INFER:
-        observer = jobs.UNOBSERVED if arm.value == INFER_PRODUCTION else settings.observer.value
         seed = int(run.manifest["sampling"]["seed"])
-        engine = settings.infer_options(settings.vllm_options, observer, needed_length, seed)
-    else:
-        engine = settings.train_options()
-    request = jobs.arm_request(
-        arm.value,
-        engine,
-        run.manifest["completions"],
-        sampler=run.sampler,
-        observer=settings.observer.value,
-        scoring=settings.scoring.value,
-        batching=settings.train_batching,
-        replay={"source": INFER, "weights": replay_weights, **o.parse_layers(replay_layers)},
-    )
-    jobs.capture(run, checkpoint, [request], is_shared=True)
+        asked = request(run.manifest["completions"], run.sampler, needed_length, seed)
+    run.worker = worker
+    jobs.capture(run, checkpoint, [asked], is_shared=True)
     jobs.wrote(run.path / "arms" / arm.value)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from moediag.engines.versions import require_infer_engine, require_train_engine
 from moediag.errors import CheckpointError, CorruptRunError, DiskFullError, IncompleteRunError
 from moediag.notation import INFER, INFER_PRODUCTION, TRAIN, TRAIN_REPLAY, engine_side
 from moediag.results import analyze_run, report_run
+from moediag.run.create import bring_back
 from moediag.run.directory import MANIFEST, Run, open_run, refuse_other_configuration
+from moediag.run.replace import drop_replaced, replaced
 
 __all__ = [
     "UNOBSERVED",
@@ -64,11 +68,11 @@ def profile_requests(
     """The arms of the main job, in the order in which they are captured.
 
     Args:
-        with_floors: each engine against itself as well, and for a MoE the scale of one-ulp noise.
+        with_floors: each engine against itself as well, and the scale of one-ulp noise.
         production: vLLM's options where unobserved rollouts sample the tokens.
     """
     given = plan.completion_ids is not None
-    floors = ["infer-repeat", "train-repeat", *(["train-perturbed"] if plan.checkpoint.routing else [])]
+    floors = ["infer-repeat", "train-repeat", "train-perturbed"]
     engines = {INFER_PRODUCTION: production, INFER: infer, TRAIN: train}
     sampler = [INFER_PRODUCTION] if production is not None else []
     arms = [*sampler, INFER, TRAIN, *([TRAIN_REPLAY] if replay else []), *(floors if with_floors else [])]
@@ -86,8 +90,11 @@ def profile_requests(
     ]
 
 
-def announce(plan: Plan, output: Path, arms: Sequence[str], dtype: str) -> None:
+def announce(plan: Plan, output: Path, arms: Sequence[str], dtype: str, is_anew: bool = False) -> None:
     """Print what will be done and how much will be written.
+
+    Args:
+        is_anew: the run that is there is kept until the new one is complete, and none of it is used again.
 
     Raises:
         DiskFullError: there is less space than the run may need.
@@ -108,17 +115,19 @@ def announce(plan: Plan, output: Path, arms: Sequence[str], dtype: str) -> None:
             f"Vocab    whole next-token distributions of {plan.full_vocab} of {plan.n_sequences} sequences, "
             f"at most {n_vocab / 1e6:,.1f} MB per arm of infer and train (--full-vocab 0: none)"
         )
-    note(f"Writes   at most {n_bytes / 1e6:,.1f} MB under {output} ({n_bytes / plan.max_token_rows:,.0f} B per token)")
+    per_token = replace(plan, full_vocab=0).max_bytes(arms, dtype) / plan.max_token_rows
+    beside = " beside whole distributions" if plan.full_vocab else ""
+    note(f"Writes   at most {n_bytes / 1e6:,.1f} MB under {output} ({per_token:,.0f} B per token{beside})")
     if not plan.completion_ids and not sampling.is_neutral:
         note("Note     sampling is not neutral (temperature 1, no truncation): k1 and k3 are then no KL estimates")
     if plan.ignored_keys:
         note(f"Note     keys of the prompts file that are not used: {', '.join(plan.ignored_keys)}")
-    _refuse_full_disk(output, n_bytes)
+    _refuse_full_disk(output, n_bytes, is_anew)
 
 
-def _refuse_full_disk(output: Path, n_bytes: int) -> None:
+def _refuse_full_disk(output: Path, n_bytes: int, is_anew: bool) -> None:
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    written = sum(path.stat().st_size for path in output.glob("arms/*/shard-*"))
+    written = 0 if is_anew else sum(path.stat().st_size for path in output.glob("arms/*/shard-*"))
     needed, free = max(0, n_bytes - written), shutil.disk_usage(existing).free
     if free < needed:
         raise DiskFullError(
@@ -163,9 +172,9 @@ def capture(
         CheckpointError: replay was asked of a dense model, which has no routes.
         IncompleteRunError: other workers still hold shards, and the arm is not ``is_shared``.
     """
-    if any(request.replay for request in requests) and not run.decoder_layers:
-        raise CheckpointError(f"{checkpoint.name} is dense: it has no routes to replay; leave the replay arm out")
-    with run.in_use():
+    with _replacing(run), run.in_use():
+        if any(request.replay for request in requests) and not run.decoder_layers:
+            raise CheckpointError(f"{checkpoint.name} is dense: it has no routes to replay; leave the replay arm out")
         for request in requests:
             if run.own_missing_shards(request.arm):
                 with bar(title(request.arm)) as progress:
@@ -173,6 +182,28 @@ def capture(
             else:
                 _check_captured(run, request)
             _tell_what_remains(run, request.arm, is_shared)
+    if all(run.is_complete(request.arm) for request in requests):
+        drop_replaced(run.path)
+
+
+@contextmanager
+def _replacing(run: Run) -> Iterator[None]:
+    """The run that --force set aside comes back when the new one ends before its first shard; say what is where."""
+    kept = replaced(run.path)
+    where = f"the run that was in {run.path} is kept in {kept}"
+    if kept.exists():
+        note(f"Note     {where} until the new one is complete")
+    try:
+        yield
+    except BaseException as error:
+        failed = bring_back(run.path)
+        if failed is not None:
+            logs = str(run.path / "logs")
+            error.args = tuple(str(part).replace(logs, str(failed / "logs")) for part in error.args)
+            note(f"Note     {run.path} is again the run that was there; what did not start lies in {failed}")
+        elif kept.exists():
+            note(f"Note     {where}; the same command without --force goes on with the new one")
+        raise
 
 
 def title(arm: str) -> str:

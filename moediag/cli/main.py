@@ -1,6 +1,7 @@
 """Entry point ``moediag``: maps errors to one line and an exit code.
 
-Exit codes: 0 done, 1 a moediag error (one line on stderr), 2 usage, 130 interrupted, 143 ended by SIGTERM.
+Exit codes: 0 done, 1 a moediag error (one line on stderr), 2 usage, 3 what was asked about is not so (findings of error
+grade in ``validate``, ``--strict``), 130 interrupted, 143 ended by SIGTERM.
 Nothing heavy is imported until a command runs.
 """
 
@@ -54,10 +55,15 @@ for module in (
     app.command(module.NAME)(module.command)
 
 
+_RESUMING = (demo.NAME, profile.NAME, capture.NAME)
+"""Commands that go on where they were ended: captures are kept shard by shard. The others start over."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        with interruptible():
+        with interruptible(resumes=next((word for word in words if word[:1] != "-"), "") in _RESUMING):
             return _run(arguments)
     except Interrupted as signal:
         print(signal.line, file=sys.stderr)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from moediag.errors import EngineError, RunError
 from moediag.run.shards import Slice
+
+if TYPE_CHECKING:
+    from moediag.hygiene import Finding
 
 _ALL_SEQUENCES = 2**31
 
@@ -162,8 +166,21 @@ NumShards = Annotated[
     int | None,
     typer.Option("--num-shards", metavar="N", help="Workers that fill the run; this one takes every N-th shard."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Start anew: the run that is there is removed.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Start anew: the run that is there goes once the new one is complete.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Exit code 3 when the rules of validate find an error in the tokens.")
+]
+NOT_SO: Final = 3
+"""Exit code: what was asked about is not so."""
+
+
+def refuse_errors(findings: Iterable[Finding]) -> None:
+    """End with :data:`NOT_SO` where a finding is an error."""
+    if any(found.level == "error" for found in findings):
+        raise typer.Exit(NOT_SO)
 
 
 def parse_full_vocab(text: str | None, observer: Observer) -> int | None:

@@ -42,7 +42,7 @@ def command(
         settings.train_batching,
         production,
     )
-    jobs.announce(plan, output, [request.arm for request in requests], settings.dtype.value)
+    jobs.announce(plan, output, [request.arm for request in requests], settings.dtype.value, is_anew=force)
     run = plan.create(output, force)
     jobs.capture(run, plan.checkpoint, requests)
     jobs.finish(run, training_window, no_text)

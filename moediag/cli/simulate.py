@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,7 +30,8 @@ Target = Annotated[
     typer.Argument(
         metavar="RUN|TABLE",
         help="Run directory, or a .parquet, .csv or .jsonl with a row per token: seq_id, position, logp_train, "
-        "logp_infer; optionally prompt_id, is_response, reward or advantage, entropy, logp_train_new, token_id.",
+        "logp_infer; optionally prompt_id, is_response (or a framework's loss mask), reward or advantage, entropy, "
+        "logp_train_new, token_id.",
     ),
 ]
 Methods = Annotated[
@@ -50,7 +52,9 @@ WeightsOut = Annotated[
     Path | None,
     typer.Option("--weights-out", metavar="FILE", help="Write each row's keys and its weight under each correction."),
 ]
-PairOption = Annotated[str | None, typer.Option("--pair", metavar="A~B", help="RUN: two arms; default infer~train.")]
+PairOption = Annotated[
+    str | None, typer.Option("--pair", metavar="A~B", help="RUN: two arms; default: train and the arm that sampled.")
+]
 Reward = Annotated[
     str | None,
     typer.Option(
@@ -58,6 +62,12 @@ Reward = Annotated[
         metavar="none|hash|COLUMN",
         help="Where advantages come from; default: the table's advantage or reward, else a synthetic reward of the "
         "token ids, used only where advantages are needed.",
+    ),
+]
+Mask = Annotated[
+    str | None,
+    typer.Option(
+        "--mask", metavar="COLUMN", help="TABLE: the loss mask; default: the one known by its name in a framework."
     ),
 ]
 EpsClip = Annotated[float, typer.Option("--eps-clip", min=0.0, help="PPO's clip, for clip share and objective.")]
@@ -69,7 +79,13 @@ Checkpoint = Annotated[
 ]
 Folder = Annotated[
     Path | None,
-    typer.Option("-o", "--output", metavar="DIR", help="Frames, figures and report; default: RUN/simulate/PAIR."),
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="Frames, figures and report; default: RUN/simulate/PAIR, or PAIR-xxxxxxxx where options ask for something "
+        "else than --all.",
+    ),
 ]
 
 
@@ -84,13 +100,16 @@ def command(
     weights_out: WeightsOut = None,
     pair: PairOption = None,
     reward: Reward = None,
+    mask: Mask = None,
     eps_clip: EpsClip = 0.2,
     gradient_audit: Audit = False,
     checkpoint: Checkpoint = None,
     output: Folder = None,
+    strict: o.Strict = False,
     as_json: o.Json = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Write over a file or into a folder of something else.")
+        bool,
+        typer.Option("--force", help="Write over a file, or into a folder of something else or of another request."),
     ] = False,
 ) -> None:
     """Simulate IcePop and its rivals on the same logged tokens: what each masks, weighs and leaves; needs no engine.
@@ -106,8 +125,13 @@ def command(
     chosen = choose(method or [], preset or [], everything)
     if weights_out is not None:
         refuse_weights_path(weights_out, force)
-    asked = Asked(target, chosen, _grid(sweep or everything, alphas, betas), pair, reward, eps_clip)
-    run = asked.open(gradient_audit, checkpoint)
+    grid = _grid(sweep or everything, alphas, betas)
+    asked = Asked(target, chosen, grid, pair, reward, eps_clip, mask, gradient_audit, checkpoint)
+    run = asked.open()
+    if run is not None and run.sampler != INFER and pair is None:
+        asked = replace(
+            asked, pair=f"{run.sampler}~{TRAIN}"
+        )  # the rollouts' own log-probabilities are what is corrected
     folder = asked.folder(run, output, force)
     columns = {name: one.correction for name, one in chosen.items() if name != "none" or everything}
     simulation = asked.simulate(run, weights_out, columns)
@@ -116,10 +140,12 @@ def command(
     pages = [] if folder is None else asked.write(simulation, folder, force)
     if as_json:
         say_json(content_of(simulation))
-        return
-    show_simulation(simulation)
-    for path in [*([weights_out] if weights_out else []), *pages]:
-        wrote(path)
+    else:
+        show_simulation(simulation)
+        for path in [*([weights_out] if weights_out else []), *pages]:
+            wrote(path)
+    if strict:
+        o.refuse_errors(simulation.source.findings)
 
 
 @dataclass(frozen=True)
@@ -132,6 +158,9 @@ class Asked:
     pair: str | None = None
     reward: str | None = None
     eps_clip: float = 0.2
+    mask: str | None = None
+    gradient_audit: bool = False
+    checkpoint: str | None = None
 
     @property
     def arms(self) -> tuple[str, str]:
@@ -141,32 +170,55 @@ class Asked:
             raise typer.BadParameter(f"wants two arms as A~B, found {self.pair}", param_hint="--pair")
         return first, second
 
-    def open(self, gradient_audit: bool, checkpoint: str | None) -> Run | None:
+    def open(self) -> Run | None:
         """The run, or None for a table."""
         from moediag.run.directory import open_run
 
-        if checkpoint and not gradient_audit:
+        if self.checkpoint and not self.gradient_audit:
             raise typer.BadParameter("goes with --gradient-audit", param_hint="--checkpoint")
         if self.target.is_dir():
+            if self.mask:
+                raise typer.BadParameter(
+                    f"{self.target} is a run, which knows its response tokens", param_hint="--mask"
+                )
             return open_run(self.target)
         for name, is_given in (
             ("--pair", self.pair),
-            ("--gradient-audit", gradient_audit),
-            ("--checkpoint", checkpoint),
+            ("--gradient-audit", self.gradient_audit),
+            ("--checkpoint", self.checkpoint),
         ):
             if is_given:
                 raise typer.BadParameter(f"{self.target} is no run directory", param_hint=name)
         return None
 
-    def folder(self, run: Run | None, output: Path | None, force: bool) -> Path | None:
-        """Where the simulation goes; refused before anything is computed."""
+    @property
+    def words(self) -> dict[str, Any]:
+        """What is asked of the tokens, in plain types."""
         from moediag.notation import pair_name
-        from moediag.run.derived import SIMULATIONS
-        from moediag.simulation import refuse_folder
 
-        folder = output or (None if run is None else run.path / SIMULATIONS / pair_name(*self.arms))
+        bands = None if self.grid is None else [[str(bound) for bound in side] for side in vars(self.grid).values()]
+        named = {name: getattr(self, name) for name in ("reward", "eps_clip", "mask", "gradient_audit", "checkpoint")}
+        corrections = {label: str(one.correction) for label, one in self.chosen.items()}
+        return {"pair": pair_name(*self.arms), "corrections": corrections, "bands": bands, **named}
+
+    def request(self, folder: Path) -> dict[str, Any]:
+        """What a simulation in the folder must have been asked for to be replaced by this one."""
+        return {"target": os.path.relpath(self.target.resolve(), folder.resolve()), **self.words}
+
+    def folder(self, run: Run | None, output: Path | None, force: bool) -> Path | None:
+        """Where the simulation goes, refused before anything is computed: in a run every request has its own folder."""
+        from moediag.corrections.chosen import choose
+        from moediag.run.derived import SIMULATIONS
+        from moediag.run.files import digest_of
+        from moediag.simulation import Grid, refuse_folder
+
+        folder = output
+        if folder is None and run is not None:
+            is_usual = self.words == Asked(self.target, choose(), Grid(), self.pair).words
+            name = str(self.words["pair"]) if is_usual else f"{self.words['pair']}-{digest_of(self.words)[:8]}"
+            folder = run.path / SIMULATIONS / name
         if folder is not None:
-            refuse_folder(folder, force)
+            refuse_folder(folder, force, self.request(folder))
         return folder
 
     def simulate(
@@ -198,7 +250,7 @@ class Asked:
         from moediag.corrections.sources import run_source, table_source
 
         if run is None:
-            return table_source(self.target, self.reward, on_progress)
+            return table_source(self.target, self.reward, on_progress, self.mask)
         return run_source(run, self.arms, self.reward)
 
     def _label(self, run: Run | None) -> str:
@@ -212,7 +264,8 @@ class Asked:
         """Write the simulation; the page names the command that was given."""
         from moediag.simulation import write_simulation
 
-        return write_simulation(simulation, folder, [f"moediag {shlex.join(sys.argv[1:])}"], force)
+        command = f"moediag {shlex.join(sys.argv[1:])}"
+        return write_simulation(simulation, folder, [command], force, self.request(folder))
 
 
 def _grid(is_wanted: bool, alphas: str | None, betas: str | None) -> Grid | None:

@@ -18,10 +18,13 @@ _WIDTH: Final = 110
 
 
 def show_simulation(simulation: Simulation) -> None:
-    """Print a row per correction, then sentences."""
+    """Print what is wrong with the tokens, a row per correction, then sentences."""
     from moediag.cli.console import say
+    from moediag.hygiene.findings import headline
     from moediag.report.tables import records
 
+    for line in headline(simulation.source.findings):
+        say(line)
     rows = [_HEADER, _UNITS, *(_cells(row) for row in records(simulation.frames["correction_statistics"]))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     for row in rows:
@@ -36,12 +39,17 @@ def show_simulation(simulation: Simulation) -> None:
 
 def show_sentences(simulation: Simulation) -> None:
     """Print what was found in words."""
-    from moediag.cli.console import say
     from moediag.report.simulation_page import sentences
 
     summary = simulation.summary()
     for line in [*sentences(summary, simulation.frames), *(f"Note: {note}." for note in summary["notes"])]:
-        say(textwrap.fill(line, _WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))
+        _say_filled(line)
+
+
+def _say_filled(line: str) -> None:
+    from moediag.cli.console import say
+
+    say(textwrap.fill(line, _WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -16,9 +16,7 @@ from moediag.corrections.chosen import choose
 from moediag.demo.corpus import demo_prompts
 from moediag.demo.pair import build_pair
 from moediag.demo.train import MOE
-from moediag.notation import pair_name
 from moediag.results import compare_runs
-from moediag.run.derived import SIMULATIONS
 from moediag.run.directory import make_folder, open_run
 from moediag.run.files import write_atomic, write_error
 from moediag.simulation import Grid
@@ -50,19 +48,20 @@ def tell(output: Path, force: bool = False, no_text: bool = False) -> None:
         note(f"\n== {name}: sampled by vLLM, scored by transformers ==")
         _profile(checkpoint, prompts, output / name, force, no_text)
     note("\n== moe: what IcePop and its rivals would mask ==")
-    _simulate(output / "moe")
+    _simulate(output / "moe", force)
     note("\n== moe against dense ==")
-    summary = compare_runs([output / name for name in checkpoints], output / "compare", MOE.window)
+    summary = compare_runs([output / name for name in checkpoints], output / "compare", MOE.window, force)
     show_table(summary["runs"])
     wrote(output / "compare" / "figures" / "figure1.png")
     wrote(output / "compare" / "report.html")
     wrote(output / "compare" / "report.md")
 
 
-def _simulate(path: Path) -> None:
-    asked = Asked(path, choose([], [], everything=True), Grid())
-    simulation = asked.simulate(open_run(path))
-    pages = asked.write(simulation, path / SIMULATIONS / pair_name(*asked.arms), force=False)
+def _simulate(path: Path, force: bool) -> None:
+    asked, run = Asked(path, choose(), Grid()), open_run(path)
+    folder = asked.folder(run, None, force)
+    simulation = asked.simulate(run)
+    pages = [] if folder is None else asked.write(simulation, folder, force)
     show_sentences(simulation)
     for page in pages:
         wrote(page)
@@ -101,7 +100,7 @@ def _profile(checkpoint: Path, prompts: Path, output: Path, force: bool, no_text
     train = jobs.train_options(dtype="bfloat16")
     # The replay arm says how much of the mismatch is routing.
     requests = jobs.profile_requests(plan, infer, train, replay=plan.checkpoint.routing is not None, with_floors=True)
-    jobs.announce(plan, output, [request.arm for request in requests], "bfloat16")
+    jobs.announce(plan, output, [request.arm for request in requests], "bfloat16", is_anew=force)
     run = plan.create(output, force)
     jobs.capture(run, plan.checkpoint, requests)
     jobs.finish(run, MOE.window, no_text)

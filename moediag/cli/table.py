@@ -8,15 +8,13 @@ from typing import Any
 
 from moediag.cli.console import say
 from moediag.figures.numbers import percent, sig
-from moediag.notation import INFER, TRAIN, TRAIN_REPLAY, pair_name
+from moediag.report import REPLAY_PAIR, main_pair_name
 from moediag.report.headline import text_origin
 from moediag.report.measures import carried_words, lookup
 
 Column = Callable[[str], str]
 """A cell of the column by the metric's dotted name in the summary of a pair."""
 
-_MAIN_PAIR = pair_name(TRAIN, INFER)
-_REPLAY_PAIR = pair_name(TRAIN_REPLAY, INFER)
 _K3 = "k3 of KL(infer || train)"
 _HEADLINES = (
     ("response tokens compared", "token", "n_tokens"),
@@ -37,7 +35,7 @@ def show_table(summaries: dict[str, dict[str, Any]]) -> None:
     columns = {title: column for label, summary in summaries.items() for title, column in _columns(label, summary)}
     origins = sorted({text_origin(summary) for summary in summaries.values()} - {""})
     names = {_K3: f"k3 statistic ({' or '.join(origins)}: no KL)"} if origins else {}
-    header = [_MAIN_PAIR, *columns, "unit"]
+    header = [" or ".join(sorted({main_pair_name(summary) for summary in summaries.values()})), *columns, "unit"]
     rows = [
         [names.get(name, name), *cells, unit]
         for name, unit, dotted in _HEADLINES
@@ -58,37 +56,42 @@ def show_table(summaries: dict[str, dict[str, Any]]) -> None:
 
 def _columns(label: str, summary: dict[str, Any]) -> Iterator[tuple[str, Column]]:
     pairs, floors = summary["pairs"], summary.get("floors")
-    yield label, partial(_cell, pairs[_MAIN_PAIR])
+    yield label, partial(_cell, pairs[main_pair_name(summary)])
     if floors:
-        yield f"{label}: floor (ratio)", partial(_floor_cell, floors["metrics"])
-    if _REPLAY_PAIR in pairs:
-        yield f"{label}: replay", partial(_cell, pairs[_REPLAY_PAIR])
+        yield f"{label}: floor", partial(_floor_cell, floors["metrics"])
+    if floors and floors["rounding"]:
+        yield f"{label}: rounding", partial(_cell, pairs[floors["rounding"]["pair"]])
+    if REPLAY_PAIR in pairs:
+        yield f"{label}: replay", partial(_cell, pairs[REPLAY_PAIR])
 
 
 def _words(summary: dict[str, Any]) -> Iterator[str]:
     """Verdict, means that hang on one prompt, and what the further A/A pairs say."""
     verdict = summary.get("verdict")
     if verdict:
-        yield f"{verdict['word']}: {'; '.join([verdict['reason'], *verdict['evidence']])}"
+        yield f"{verdict['word']}: {verdict['reason']}"
+        yield from (f"  {line}" for line in verdict["evidence"])
     for name, _, dotted in _HEADLINES:
-        if words := carried_words(lookup(summary["pairs"][_MAIN_PAIR], f"{dotted}_largest_prompt_share")):
+        if words := carried_words(lookup(summary["pairs"][main_pair_name(summary)], f"{dotted}_largest_prompt_share")):
             yield f"{name.strip()}: {words} of it; other samples of such prompts may lie outside the interval"
     floors = summary.get("floors") or {}
     prefilled = floors.get("decode_vs_prefill")
     if prefilled:
         far = "bit-exact" if prefilled["is_bit_exact"] else f"mean abs logp diff {prefilled['mean']:.3g} nat"
         yield f"decode against prefill inside vLLM: {far} (n = {prefilled['n_tokens']:,} tokens)"
-    production = floors.get("observation")
-    if production:
-        far = "nothing" if production["is_bit_exact"] else f"mean abs logp diff {production['mean']:.3g} nat"
-        yield f"what observing vLLM changed: {far} (n = {production['n_tokens']:,} tokens)"
+    forced = floors.get("forced_settings")
+    if forced:
+        far = "nothing" if forced["is_bit_exact"] else f"mean abs logp diff {forced['mean']:.3g} nat"
+        yield f"what the settings that capture forces on vLLM changed: {far} (n = {forced['n_tokens']:,} tokens)"
     for line in floors.get("noise") or []:
+        if line == floors["rounding"]:
+            continue
         flips = "" if line["flip_rate"] is None else f", flip rate {line['flip_rate']:.3g}"
         yield f"noise scale, {line['what']}: mean abs logp diff {line['mean']:.3g} nat{flips}"
 
 
 def _floor_cell(metrics: dict[str, Any], dotted: str) -> str:
-    """Floor and ratio; a bit-exact floor has no ratio, half a floor says which side it lacks."""
+    """Floor, and the multiple of it where there is one; half a floor says which side it lacks."""
     line = metrics.get(dotted.removeprefix("logp.").removeprefix("routing."))
     if line is None or line["floor"] is None:
         return "-"

@@ -38,11 +38,13 @@ def command(
     steps: Steps = None,
     fit: Fit = None,
     output: OutputFolder = None,
+    strict: o.Strict = False,
     force: Replace = False,
     as_json: o.Json = False,
 ) -> None:
     """Show every metric by training step, and fit delta' = (1 + a) delta - b, or say why the steps cannot tell."""
     from moediag.cli.console import bar, say, say_json, wrote
+    from moediag.hygiene.findings import headline
     from moediag.trend import measure_trend, outcome_lines, refuse_output, write_trend
 
     if output is not None:
@@ -52,11 +54,13 @@ def command(
     written = write_trend(trend, output, force) if output is not None else []
     if as_json:
         say_json(trend.summary())
-        return
-    for line in outcome_lines(trend):
-        say(line)
-    for path in written:
-        wrote(path)
+    else:
+        for line in [*headline(trend.source.findings), *outcome_lines(trend)]:
+            say(line)
+        for path in written:
+            wrote(path)
+    if strict:
+        o.refuse_errors(trend.source.findings)
 
 
 def _numbers(text: str | None) -> list[int] | None:

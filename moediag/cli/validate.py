@@ -24,6 +24,7 @@ NumExperts = Annotated[
 FirstRow = Annotated[
     int, typer.Option("--first-row", min=0, help="FILE: position of the first routing row in its sequence.")
 ]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit code 3 for warnings too.")]
 ListRules = Annotated[bool, typer.Option("--list-rules", help="Print the table of rules and exit.")]
 
 
@@ -31,10 +32,13 @@ def command(
     target: Target = None,
     num_experts: NumExperts = None,
     first_row: FirstRow = 0,
+    strict: Strict = False,
     list_rules: ListRules = False,
     as_json: o.Json = False,
 ) -> None:
-    """Check every file and every row of a run, or a dump of another tool; exit code 1 when something is wrong.
+    """Check every file and every row of a run, or a dump of another tool; exit code 3 when something is wrong.
+
+    Exit code 1 is kept for what cannot be read.
 
     A dump has one row per sequence: prompt_token_ids, token_ids, and of logprobs, routed_experts ([rows][layers][K]),
     train_logprobs, train_routed_experts what is there.
@@ -46,8 +50,8 @@ def command(
         raise typer.BadParameter("give a run directory or a dump, or --list-rules", param_hint="RUN|FILE")
     inspection = _inspect(target, num_experts, first_row)
     _show(target, inspection, as_json)
-    if inspection.n_errors:
-        raise typer.Exit(1)
+    if inspection.n_errors or (strict and inspection.n_warnings):
+        raise typer.Exit(o.NOT_SO)
 
 
 def _inspect(target: Path, num_experts: int | None, first_row: int) -> Inspection:
@@ -62,13 +66,16 @@ def _inspect(target: Path, num_experts: int | None, first_row: int) -> Inspectio
 
 def _show(target: Path, inspection: Inspection, as_json: bool) -> None:
     from moediag.cli.console import say, say_json
+    from moediag.hygiene.rules import RULES
 
     findings = inspection.findings
     if as_json:
         say_json(
             {
                 "n_errors": inspection.n_errors,
-                "n_rules": inspection.n_rules,
+                "n_rules": len(RULES),
+                "n_applied": inspection.n_applied,
+                "left_out": inspection.left_out,
                 "n_rows": inspection.n_rows,
                 "findings": [finding.record() for finding in findings],
             }
@@ -80,7 +87,9 @@ def _show(target: Path, inspection: Inspection, as_json: bool) -> None:
     counts = ", ".join(
         f"{sum(finding.level == level for finding in findings)} {level}s" for level in ("error", "warning", "note")
     )
-    say(f"{target}: {counts}; {inspection.n_rules} rules on {inspection.n_rows:,} token rows")
+    applied = f"{inspection.n_applied} of {len(RULES)} rules applied to {inspection.n_rows:,} token rows"
+    without = "; ".join(f"{', '.join(names)} because no {what}" for what, names in inspection.left_out.items())
+    say(f"{target}: {counts}; {applied}{f'; left out: {without}' if without else ''}")
 
 
 def _lines(finding: Finding) -> list[str]:

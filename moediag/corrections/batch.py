@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from moediag.analysis.tokens import is_scored
 from moediag.corrections.terms import Float64, Terms
 from moediag.errors import MoediagError
 
@@ -28,7 +29,7 @@ class Batch:
     """Response tokens of S whole sequences of C prompts.
 
     Args:
-        logp_train_T, logp_infer_T: log-probabilities at theta_old [nat]; NaN = not scored.
+        logp_train_T, logp_infer_T: log-probabilities at theta_old [nat]; not finite = not scored.
         row_T: 0 .. S-1, the sequence of every token; ascending, every sequence has at least one row.
         seq_id_S: id of every sequence.
         prompt_row_S: 0 .. C-1, the prompt of every sequence.
@@ -87,16 +88,18 @@ class Batch:
 
     @cached_property
     def is_scored_T(self) -> NDArray[np.bool_]:  # noqa: N802
-        """Which tokens have a ratio: neither log-probability is NaN, and not both are -inf."""
-        with np.errstate(invalid="ignore"):
-            return np.asarray(~np.isnan(self.logp_train_T - self.logp_infer_T))
+        """Which tokens have a ratio: both log-probabilities are finite."""
+        return is_scored(self.logp_train_T, self.logp_infer_T)
+
+    @cached_property
+    def is_scored_S(self) -> NDArray[np.bool_]:  # noqa: N802
+        """Which sequences have a scored token."""
+        return np.bincount(self.row_T[self.is_scored_T], minlength=self.n_sequences) > 0
 
     @property
     def n_scored_prompts(self) -> int:
         """Prompts with a scored token."""
-        if not len(self):
-            return 0
-        return len(np.unique(self.prompt_row_S[np.logical_or.reduceat(self.is_scored_T, self.start_S)]))
+        return len(np.unique(self.prompt_row_S[self.is_scored_S]))
 
     def chunks(self, n_tokens: int = CHUNK_TOKENS) -> Iterator[Batch]:
         """Parts of whole sequences with about ``n_tokens`` tokens each, and at least one sequence.

@@ -2,12 +2,13 @@
 
 Invariants:
     - the same arrays give the same weights, bit for bit, in any order of rows and through any route;
-    - a row that an arm did not score (NaN) gets 0: no update, and nothing that would poison a product. Whether a 0
-      means "masked" or "not scored" is told by the log-probabilities, not by the weight.
+    - a row without two finite log-probabilities gets 0: no update, and nothing that would poison a product. Whether a
+      0 means "masked" or "not scored" is told by the log-probabilities, not by the weight.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moediag.corrections.methods import DROPPED, METHODS, Method
 from moediag.corrections.rules import log_bound
-from moediag.corrections.terms import Float64, Terms, scored_terms
+from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms, scored_terms
 from moediag.errors import MoediagError
 
 _STEP: Final = re.compile(r"\s*([a-z_0-9]+)\s*(?::(.*))?", re.ASCII | re.DOTALL)
@@ -86,6 +87,12 @@ class Correction:
         return any(step.rule.beyond == DROPPED for step in self.steps)
 
     @property
+    def largest_weight(self) -> float:
+        """No weight is larger: what is beyond a cap or the upper end of a band is cut down or masked."""
+        bounds = (step.parameters.get(name, math.inf) for step in self.steps for name in ("cap", "beta"))
+        return min(float(np.exp(LOG_RATIO_CLAMP)), *bounds)
+
+    @property
     def side(self) -> str:
         """Whose log-ratio tells on which side a masked token is: token, sequence, or none where steps disagree."""
         sides = {step.rule.side for step in self.steps if step.rule.side}
@@ -95,8 +102,8 @@ class Correction:
     def log_cap(self) -> tuple[str, float] | None:
         """Level and log-ratio from which on ratios are truncated; None = the correction truncates nothing."""
         for step in self.steps:
-            if step.method in ("tis_token", "tis_sequence"):
-                return step.method.removeprefix("tis_"), log_bound(step.parameters["cap"])
+            if step.rule.truncates:
+                return step.rule.truncates, log_bound(step.parameters["cap"])
         return None
 
     def of_terms(self, x: Terms) -> Float64:
@@ -156,8 +163,8 @@ def weights(
     Args:
         method: a name of :data:`~moediag.corrections.methods.METHODS`, or a composition in words
             (:func:`parse_correction`: ``"tis_token:cap=2+geometric_band"``), which takes no further parameters.
-        logp_train_T, logp_infer_T: log-probabilities of the same tokens at theta_old [nat]; NaN = not scored (prompt,
-            padding); -inf = probability 0.
+        logp_train_T, logp_infer_T: log-probabilities of the same tokens at theta_old [nat]; not scored is what is NaN
+            (prompt, padding) or -inf (a sampled token has no probability of 0: a defect, see D31-impossible-logp).
         seq_id_T: sequence of every token, any hashable values; rows in any order.
         advantage_T: advantages [1]; only ``dppo_tv`` and ``dppo_kl`` look at them.
         **params: the method's parameters; defaults as its source has them.
@@ -165,8 +172,7 @@ def weights(
     Returns:
         (T,) float64; 0 = no update. Unscored rows get 0. Tests see the log-ratio d as it is, weights see it clamped to
         +-20: d = +100 weighs the cap under truncation, 0 under every mask with a bound there, exp(20) where nothing
-        bounds it; a probability of 0 on the train side weighs exp(-20) unless a lower bound masks it. Where a sequence
-        holds d = +inf and d = -inf, its product ratio is undefined and the sequence gets no update.
+        bounds it. Log-probabilities that are float32 numbers are held against bounds in float32.
 
     Raises:
         MoediagError: unknown method or parameter, empty band, arrays of different lengths, advantages missing.

@@ -98,6 +98,7 @@ SWEEP_BY_BAND = declare(
     Column("n_tokens", "int64", "token", "scored response tokens"),
     Column("n_prompts", "int64", "prompt", "their prompts"),
     *_share("masked_share", "share of tokens outside the band; lower loses less data"),
+    Column("n_masked_prompts", "int64", "prompt", "prompts (pooled into 512) with a token outside the band"),
     Column("below_share", "float64", "1", "share with ratio < alpha", nullable=True),
     Column("above_share", "float64", "1", "share with ratio > beta", nullable=True),
     Column("kept_k3", "float64", "nat", "mean k3 of kept tokens; lower is better", nullable=True),
@@ -112,9 +113,13 @@ SWEEP_BY_BAND = declare(
 RECOMMENDED_BAND = declare(
     "recommended_band",
     "recommendation (one)",
-    Column("alpha", "float64", "1", "lower end of the closed band of ratio"),
-    Column("beta", "float64", "1", "upper end"),
-    Column("rule", "str", "1", "floor: widest band that leaves the A/A floor's k3; budget: least k3 within the budget"),
+    Column("alpha", "float64", "1", "lower end of the closed band of ratio; NaN = cannot tell", nullable=True),
+    Column("beta", "float64", "1", "upper end; NaN = cannot tell", nullable=True),
+    Column(
+        "rule", "str", "1",
+        "floor: widest band that leaves the A/A floor's k3; budget: least k3 within the budget; least masked: every "
+        "band is beyond the budget; cannot tell: too few tokens lie beyond the band",
+    ),
     Column("n_tokens", "int64", "token", "scored response tokens"),
     Column("n_prompts", "int64", "prompt", "their prompts"),
     *_share("masked_share", "share of tokens outside the band"),
@@ -125,4 +130,4 @@ RECOMMENDED_BAND = declare(
     Column("budget", "float64", "1", "most tokens that may be masked"),
     Column("reason", "str", "1", "why this band, in words"),
     Column("caveat", "str", "1", "what the recommendation does not say"),
-)
+)  # fmt: skip

@@ -32,12 +32,12 @@ def sums_by_sequence(values_T: Float64, row_T: NDArray[np.intp], n_T_S: NDArray[
     """Sum of every sequence's values, whatever their order.
 
     Args:
-        values_T: finite or infinite values, no NaN.
+        values_T: finite values.
         row_T: 0 .. S-1, the sequence of every value.
         n_T_S: number of values of every sequence.
 
     Returns:
-        (S,) sums; infinite where a value is; NaN where +inf meets -inf.
+        (S,) sums; infinite where they exceed float64.
 
     Source: pre-rounding, Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 21 (2013).
 
@@ -82,9 +82,6 @@ def _sums_one_by_one(values_T: Float64, row_T: NDArray[np.intp]) -> Float64:
 
 
 def _sum(values_T: Float64) -> float:
-    infinite = values_T[np.isinf(values_T)]
-    if len(infinite):
-        return float(infinite[0]) if (infinite == infinite[0]).all() else math.nan
     try:
         return math.fsum(values_T)
     except OverflowError:

@@ -1,20 +1,33 @@
 """Rows of a log brought into canonical order, response tokens only, with what no log holds refused.
 
-Invariant: every refusal is one line that counts the rows and names the first of them.
+Invariants:
+    - every refusal is one line that counts the rows and names the first of them;
+    - log-probabilities are taken as they are, but those above 0 by rounding, and what a reader has to know of them is
+      said (:func:`checked_logps`, which series over steps use, too).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moediag.analysis.tokens import is_scored
 from moediag.corrections.table_files import Columns, Ids
 from moediag.errors import DumpError
+from moediag.hygiene.logps import LARGEST_ROUNDED_LOGP
 
 Float64 = NDArray[np.float64]
+
+IS_RESPONSE: Final = "is_response"
+LOGPS: Final[tuple[str, ...]] = ("logp_train", "logp_infer", "logp_train_new")
+
+_N_LOOKED_AT: Final = 1000
+_FEW: Final = 8
+"""Different values that by chance are not all short: a float32 is a float16 once in 2^13."""
 
 
 def canonical_order(columns: Columns, where: str) -> NDArray[np.intp]:
@@ -42,6 +55,75 @@ def canonical_order(columns: Columns, where: str) -> NDArray[np.intp]:
     return order_N
 
 
+def checked_logps(
+    columns: Mapping[str, Float64], where: str, place: Callable[[NDArray[np.bool_]], str]
+) -> tuple[dict[str, Float64], tuple[str, ...]]:
+    """Log-probabilities of response tokens as they are to be used, and what a reader has to know of them.
+
+    Args:
+        columns: name -> values as they were read [nat]; ``logp_train`` and ``logp_infer`` among them.
+        where: what they were read from.
+        place: the first of some tokens, in words.
+
+    Returns:
+        The columns, with 0 for what is above 0 by rounding, and as float32 where the digits are float32's; and notes:
+        rounded, impossible and coarse values.
+
+    Raises:
+        DumpError: log-probabilities that no model gives.
+    """
+    checked, notes = {}, []
+    for name, values_T in columns.items():
+        is_bad_T = values_T > LARGEST_ROUNDED_LOGP
+        if is_bad_T.any():
+            raise DumpError(
+                f"{where}: {name} is above 0 in {int(is_bad_T.sum()):,} rows, first {place(is_bad_T)} "
+                f"({values_T[is_bad_T][0]:g}); log-probabilities are at most 0: are these logits or probabilities?"
+            )
+        n_above = int((values_T > 0).sum())
+        if n_above:
+            notes.append(f"{n_above:,} of {len(values_T):,} {name} are above 0 by rounding, at most "
+                         f"{values_T[values_T > 0].max():.2g} nat, and taken as 0")  # fmt: skip
+        checked[name] = _float32_again(np.minimum(values_T, 0.0))
+        if coarse := _coarse_words(checked[name]):
+            notes.append(f"{name} {coarse}")
+    is_inf_T = {side: np.isinf(checked[side]) for side in LOGPS[:2]}
+    n_impossible = int(np.logical_or(*is_inf_T.values()).sum())
+    if n_impossible:
+        sides = ", ".join(f"{int(is_T.sum()):,} in {side}" for side, is_T in is_inf_T.items())
+        notes.append(f"{n_impossible:,} of {len(is_inf_T[LOGPS[0]]):,} response tokens have a log-probability of -inf "
+                     f"({sides}): a sampled token has no probability of 0, so they are left out of every statistic "
+                     "and get weight 0 (D31-impossible-logp)")  # fmt: skip
+    return checked, tuple(notes)
+
+
+def _float32_again(values_T: Float64) -> Float64:
+    """Float32 numbers that were written in their shortest digits (pandas' csv) as they were; others as they are."""
+    known_T = values_T[np.isfinite(values_T)][:_N_LOOKED_AT]
+    with np.errstate(over="ignore"):
+        single_T = known_T.astype(np.float32)
+        if [float(str(value)) for value in single_T] != known_T.tolist():
+            return values_T
+        return values_T.astype(np.float32).astype(np.float64)
+
+
+def _coarse_words(values_T: Float64) -> str:
+    """What format log-probabilities were stored in, if one that is too coarse for them; by the values, for a table of
+    float64 tells of no rounding before."""
+    known_T = values_T[np.isfinite(values_T) & (values_T != 0)]
+    with np.errstate(over="ignore"):
+        single_T = known_T.astype(np.float32)
+        is_brain = not (single_T.view(np.uint32) & 0xFFFF).any() and (single_T == known_T).all()
+        is_half = (known_T.astype(np.float16) == known_T).all()
+    if not (is_brain or is_half) or len(np.unique(known_T[:_N_LOOKED_AT])) < _FEW:
+        return ""
+    name, step = ("bfloat16", 2.0**-5) if is_brain else ("float16", 2.0**-8)
+    return (
+        f"was stored in {name}: a step is {step:.2g} nat from -4 to -8 and {2 * step:.2g} nat from -8 to -16, so that "
+        "differences of that size are rounding, not mismatch; export float32"
+    )
+
+
 @dataclass(frozen=True)
 class LoggedTokens:
     """Response tokens in canonical order.
@@ -50,6 +132,8 @@ class LoggedTokens:
         columns: all rows' columns; where: what they were read from, for messages.
         input_row_T: row of every token.
         row_T: 0 .. S-1, its sequence; seq_id_S: the sequence's name; start_S: its first token.
+        logps: name -> log-probabilities of the tokens, as they are to be used.
+        logp_notes: what there is to know of them.
     """
 
     columns: Columns
@@ -58,6 +142,8 @@ class LoggedTokens:
     row_T: NDArray[np.intp]
     seq_id_S: NDArray[Any]
     start_S: NDArray[np.intp]
+    logps: dict[str, Float64] = field(default_factory=dict)
+    logp_notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, columns: Columns, where: str) -> LoggedTokens:
@@ -67,8 +153,8 @@ class LoggedTokens:
             DumpError: two rows of one place, no response token, or log-probabilities that no model gives.
         """
         order_N = canonical_order(columns, where)
-        if "is_response" in columns:
-            order_N = order_N[columns["is_response"][order_N].astype(bool)]
+        if IS_RESPONSE in columns:
+            order_N = order_N[columns[IS_RESPONSE][order_N]]
         if not len(order_N):
             raise DumpError(f"{where} holds no response token")
         sequences: Ids = columns["seq_id"]
@@ -77,22 +163,29 @@ class LoggedTokens:
         start_S = np.flatnonzero(is_first_T)
         row_T = np.cumsum(is_first_T) - 1
         tokens = cls(columns, where, order_N, row_T, sequences.values_N[name_T[start_S]], start_S)
-        tokens._refuse_logps()
-        return tokens
+        raw: dict[str, Float64] = {name: tokens.raw(name) for name in LOGPS if name in columns}
+        logps, notes = checked_logps(raw, where, tokens.place)
+        if not is_scored(logps["logp_train"], logps["logp_infer"]).any():
+            raise DumpError(f"{where}: no response token has both log-probabilities; there is nothing to correct")
+        return replace(tokens, logps=logps, logp_notes=notes)
 
     def get(self, name: str) -> NDArray[Any] | None:
         """A column's values of the tokens; None where there is none."""
         return self.columns[name][self.input_row_T] if name in self.columns else None
 
-    def numbers(self, name: str) -> Float64:
-        """A column that is there, as float64."""
+    def raw(self, name: str) -> Float64:
+        """A column that is there, as it is in the table, as float64."""
         return np.asarray(self.columns[name][self.input_row_T], dtype=np.float64)
 
     @property
     def is_scored_T(self) -> NDArray[np.bool_]:  # noqa: N802 - the legend suffix
         """Tokens that have a ratio."""
-        with np.errstate(invalid="ignore"):
-            return ~np.isnan(self.numbers("logp_train") - self.numbers("logp_infer"))
+        return is_scored(self.logps["logp_train"], self.logps["logp_infer"])
+
+    @property
+    def is_zero_T(self) -> NDArray[np.bool_]:  # noqa: N802 - the legend suffix
+        """Tokens whose log-probabilities are exactly 0 on both sides in the table; one that was rounded to 0 is not."""
+        return np.asarray((self.raw("logp_train") == 0) & (self.raw("logp_infer") == 0))
 
     @property
     def position_T(self) -> NDArray[np.int64]:  # noqa: N802 - the legend suffix
@@ -108,30 +201,16 @@ class LoggedTokens:
         row_T = self.columns["prompt_id"].row_T[self.input_row_T]
         return np.asarray(np.unique(self._constant(row_T, "prompt_id"), return_inverse=True)[1], dtype=np.intp)
 
-    def _refuse_logps(self) -> None:
-        """Refuse log-probabilities that no model gives, and tables where nothing was scored."""
-        for name in ("logp_train", "logp_infer", "logp_train_new"):
-            values_T = self.get(name)
-            if values_T is None:
-                continue
-            is_bad_T = values_T > 0
-            if is_bad_T.any():
-                raise DumpError(
-                    f"{self.where}: {name} is above 0 in {int(is_bad_T.sum()):,} rows, first {self.place(is_bad_T)} "
-                    f"({values_T[is_bad_T][0]:g}); log-probabilities are at most 0: are these logits or probabilities?"
-                )
-        if not self.is_scored_T.any():
-            raise DumpError(f"{self.where}: no response token has both log-probabilities; there is nothing to correct")
-
     def notes(self) -> tuple[str, ...]:
         """What a reader has to know of these rows."""
         said = []
         n_rows, n_tokens = len(self.columns["position"]), len(self.row_T)
         if n_rows > n_tokens:
             said.append(f"{n_rows - n_tokens:,} of {n_rows:,} rows are no response token (weight 0)")
-        n_unscored = int((~self.is_scored_T).sum())
+        n_unscored = int(np.logical_or.reduce([np.isnan(self.logps[name]) for name in LOGPS[:2]]).sum())
         if n_unscored:
             said.append(f"{n_unscored:,} of {n_tokens:,} response tokens lack a log-probability (not scored, weight 0)")
+        said += self.logp_notes
         if "prompt_id" not in self.columns:
             said.append("no prompt_id: every sequence counts as a prompt of its own, which makes intervals too short "
                         "where several are samples of one prompt")  # fmt: skip
@@ -149,7 +228,7 @@ class LoggedTokens:
         Raises:
             DumpError: it changes within one, or is missing.
         """
-        values_T = self.numbers(name)
+        values_T = self.raw(name)
         if not np.isfinite(values_T).all():
             is_bad_T = ~np.isfinite(values_T)
             raise DumpError(

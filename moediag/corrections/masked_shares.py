@@ -12,6 +12,7 @@ from moediag.analysis.intervals import mean_interval
 from moediag.analysis.tokens import logp_diff, scored_tokens
 from moediag.corrections.presets import PRESETS, Preset
 from moediag.corrections.rules import log_bound
+from moediag.corrections.terms import are_float32, on_bounds
 from moediag.errors import MoediagError
 
 RUN_PRESETS: Final = (PRESETS["ring-1t"], PRESETS["glm-5"], PRESETS["prime-rl-icepop"])
@@ -35,11 +36,14 @@ def masked_shares(tokens: pd.DataFrame, presets: tuple[Preset, ...] = RUN_PRESET
     Source: IcePop post: 1-2 per mille of tokens at first, rising sharply later.
     """
     rows = scored_tokens(tokens)
-    diff_T, prompt_T = logp_diff(rows), rows["prompt_id"].to_numpy()
+    prompt_T = rows["prompt_id"].to_numpy()
+    is_float32_T = are_float32(rows["logp_train"].to_numpy(), rows["logp_infer"].to_numpy())
     records = []
     for preset in presets:
         alpha, beta = _band(preset)
-        below_T, above_T = diff_T < log_bound(alpha), diff_T > log_bound(beta)
+        low, high = log_bound(alpha), log_bound(beta)
+        diff_T = on_bounds(logp_diff(rows), [low, high], is_float32_T)
+        below_T, above_T = diff_T < low, diff_T > high
         masked = mean_interval(below_T | above_T, prompt_T, "rate")
         records.append(
             {

@@ -37,6 +37,7 @@ class Method:
         side: whose log-ratio tells on which side of the band a masked token is; none = its bound has no two sides;
             empty = masks nothing.
         needs_advantage: the rule looks at the sign of the advantage.
+        truncates: whose ratio is cut down to the parameter ``cap``; empty = cuts nothing down.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Method:
     source: str
     side: Side = ""
     needs_advantage: bool = False
+    truncates: Side = ""
 
     def with_defaults(self, given: dict[str, float]) -> dict[str, float]:
         """The parameters, defaults where none is given.
@@ -100,11 +102,11 @@ METHODS: Final[dict[str, Method]] = {
         ),
         Method(
             "tis_token", "weight", {"cap": 2.0}, _RATIO, "min(r, cap)", "the update goes on with weight cap",
-            rules.tis_token, "Yao et al. 2025, TIS; verl, slime",
+            rules.tis_token, "Yao et al. 2025, TIS; verl, slime", truncates="token",
         ),
         Method(
             "tis_sequence", "weight", {"cap": 2.0}, _PRODUCT, "min(R, cap)", "the update goes on with weight cap",
-            rules.tis_sequence, "verl, sequence level",
+            rules.tis_sequence, "verl, sequence level", truncates="sequence",
         ),
         Method(
             "mis_token", "weight", {"cap": 2.0}, _RATIO, "r if r <= cap else 0", _ZERO, rules.mis_token,

@@ -2,6 +2,7 @@
 
 Invariants:
     - a recommendation is a frame row with its rule, reason, intervals and caveat; never a bare pair of numbers;
+    - no band is recommended from a handful of masked tokens: then the row says why, without a band;
     - only bands on the frontier of masked share and remaining k3 are considered, so no band of the grid is better in
       both;
     - a band chosen among hundreds on the same tokens looks better than it is: its intervals do not know of the choice,
@@ -16,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
+from moediag.analysis.quantiles import TAIL_MIN_CLUSTERS, TAIL_MIN_EXCEEDANCES
 from moediag.corrections.batch import Batch
 from moediag.corrections.declarations import RECOMMENDED_BAND
 from moediag.corrections.sweep import sweep_by_band
@@ -29,6 +31,8 @@ CAVEAT: Final = (
     "another pair of engines or a later step of training wants its own sweep (Ring-1T trains with [0.5, 5] and reports "
     "that [0.5, 2] destabilises; GLM-5 uses [0.5, 2]). No offline number shows that training will be stable."
 )
+FLOOR: Final = "floor"
+CANNOT_TELL: Final = "cannot tell"
 _ENDS: Final = ("", "_ci_low", "_ci_high")
 
 
@@ -49,6 +53,11 @@ def recommend_band(
     narrowest band, least masked share the widest: one of the two must be bounded from outside, and the share that
     IcePop reports for healthy training is the one published number there is.
 
+    The bounds of such a band are quantiles of the ratio at the edge of the sample, and the choice hangs on the tokens
+    beyond them. Where these are fewer than any quantile beyond p99 wants (20 tokens of 10 prompts), no band is
+    recommended: from one masked token, the share of masked tokens may be anything from 0.03 to 5.6 times what was seen
+    (95 %, Poisson), from 20 between 0.6 and 1.5 times.
+
     Args:
         sweep: frame ``sweep_by_band``.
         floor_k3: k3 of an engine against itself [nat], the larger of both sides; None = not measured.
@@ -57,12 +66,13 @@ def recommend_band(
         batch: the tokens of the sweep, from which the k3 interval is taken if the sweep has none for the band.
 
     Returns:
-        Frame ``recommended_band`` with one row, or none where nothing was scored.
+        Frame ``recommended_band`` with one row, without a band where the tokens cannot tell, or no row where nothing
+        was scored.
 
     Raises:
         MoediagError: a budget outside [0, 1], or a floor below 0.
 
-    Source: ours; budget from the IcePop post.
+    Source: ours; budget from the IcePop post; least number of masked tokens from :mod:`moediag.analysis.quantiles`.
     """
     if not 0 <= budget <= 1:
         raise MoediagError(f"the budget of masked tokens is a share in [0, 1], found {budget}")
@@ -80,6 +90,10 @@ def recommend_band(
     row, rule, reason = _choose(some, floor_k3, budget, whole)
     record: dict[str, Any] = {name: row[name] for name in ("alpha", "beta", "n_tokens", "n_prompts")}
     record |= {f"{name}{end}": row[f"{name}{end}"] for name in ("masked_share", "kept_k3") for end in _ENDS}
+    if not (rule == FLOOR and row["masked_share"] == 0) and (unsure := _why_unsure(row, budget)):
+        rule, reason = CANNOT_TELL, unsure
+        record |= dict.fromkeys(("alpha", "beta"), math.nan)
+        record |= {f"{name}{end}": math.nan for name in ("masked_share", "kept_k3") for end in _ENDS}
     record |= {"rule": rule, "all_k3": whole, "floor_k3": math.nan if floor_k3 is None else floor_k3, "budget": budget}
     record |= {"reason": reason, "caveat": CAVEAT}
     return RECOMMENDED_BAND.validate(pd.DataFrame([record]))
@@ -93,12 +107,12 @@ def _choose(some: pd.DataFrame, floor_k3: float | None, budget: float, whole: fl
             row = _first(low, ["masked_share", "kept_k3"])
             if row["masked_share"] == 0:
                 reason = f"No mask is wanted: all tokens together have no more k3 ({_nat(row)}) than the A/A floor."
-                return row, "floor", reason
+                return row, FLOOR, reason
             reason = (
                 f"It masks least among the bands that leave no more k3 ({_nat(row)}) than the engines have against "
                 f"themselves ({floor_k3:.3g} nat): masking more would throw tokens away for noise."
             )
-            return row, "floor", reason
+            return row, FLOOR, reason
     if affordable.empty:
         row = _first(some, ["masked_share", "kept_k3"])
         reason = (
@@ -113,6 +127,21 @@ def _choose(some: pd.DataFrame, floor_k3: float | None, budget: float, whole: fl
         f"share that IcePop reports for healthy training; it masks {_percent(row)}.{floor}{_removed(row, whole)}"
     )
     return row, "budget", reason
+
+
+def _why_unsure(row: pd.Series[Any], budget: float) -> str:
+    """Why the tokens beyond a band are too few to choose it by; empty where they are not."""
+    n_masked, n_prompts = round(row["masked_share"] * row["n_tokens"]), int(row["n_masked_prompts"])
+    if n_masked >= TAIL_MIN_EXCEEDANCES and n_prompts >= TAIL_MIN_CLUSTERS:
+        return ""
+    share = f"{n_masked or 'none'} of {row['n_tokens']:,} tokens, of {n_prompts} of {row['n_prompts']:,} prompts"
+    least = TAIL_MIN_EXCEEDANCES / budget if budget else math.inf
+    size = f" (at {100 * budget:.2g} % that is {least:,.0f} tokens)" if row["n_tokens"] < least < math.inf else ""
+    return (
+        f"The tokens cannot tell: the rule's band, [{row['alpha']:g}, {row['beta']:g}], masks {share}. A bound that "
+        f"far out is a quantile of the ratio, and quantiles beyond p99 want {TAIL_MIN_EXCEEDANCES} tokens of "
+        f"{TAIL_MIN_CLUSTERS} prompts beyond them{size}. Log more, or take a band in use and look at what it masks."
+    )
 
 
 def _removed(row: pd.Series[Any], whole: float) -> str:

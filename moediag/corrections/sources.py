@@ -9,6 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,13 @@ from numpy.typing import NDArray
 
 from moediag.analysis.tokens import token_frame
 from moediag.corrections.batch import Batch
-from moediag.corrections.logged_tokens import LoggedTokens
+from moediag.corrections.logged_tokens import IS_RESPONSE, LoggedTokens
+from moediag.corrections.loss_masks import LossMasks, unmasked_padding
 from moediag.corrections.rewards import ADVANTAGE_WORDS, REWARD_WORDS, grpo_advantages, sequence_rewards
-from moediag.corrections.table_files import Columns, Ids, Kind, OnProgress, TableFile, open_table
+from moediag.corrections.table_files import Columns, Ids, Kind, OnProgress, TableFile, as_flags, open_table
 from moediag.errors import DumpError
+from moediag.hygiene.findings import Finding, by_level
+from moediag.hygiene.logged import check_tokens
 from moediag.run.directory import Run
 
 Float64 = NDArray[np.float64]
@@ -32,7 +36,6 @@ REQUIRED: Final[dict[str, Kind]] = {"seq_id": "id", "position": "whole", "logp_t
 OPTIONAL: Final[dict[str, Kind]] = {
     "prompt_id": "id",
     "sample_index": "whole",
-    "is_response": "flag",
     "advantage": "number",
     "reward": "number",
     "entropy": "number",
@@ -56,10 +59,11 @@ ALIASES: Final = {
     "entropy": "entropy_infer",
     "advantage": "advantages",
     "reward": "rewards",
-    "is_response": "response_mask",
 }
 
 _SIDES: Final = ("logp_train", "logp_infer")
+_PANDAS: Final = re.compile(r"__index_level_\d+__")
+"""A frame's index, which pandas writes into parquet as a column."""
 
 NO_REWARD: Final = "none"
 HASH_REWARD: Final = "hash"
@@ -80,6 +84,7 @@ class Source:
         input_row_T: row of every token of the batch.
         reward: where advantages come from, in words.
         notes: what a reader has to know of how the rows were read.
+        findings: what is wrong with them, or likely so, by the rules of ``validate``.
     """
 
     batch: Batch
@@ -88,6 +93,7 @@ class Source:
     input_row_T: NDArray[np.intp]
     reward: str
     notes: tuple[str, ...]
+    findings: tuple[Finding, ...] = ()
 
     @property
     def has_advantages(self) -> bool:
@@ -123,23 +129,32 @@ def run_source(run: Run, arms: tuple[str, str], reward: str | None = None) -> So
     frame = token_frame(pair).rename(columns={"entropy_infer": "entropy"})
     names = {name: kind for name, kind in {**REQUIRED, **OPTIONAL}.items() if name in frame}
     columns = {name: _as_kind(frame[name], kind) for name, kind in names.items()}
-    return columns_source(columns, f"{run.path} {pair.name}", reward)
+    return columns_source(columns, f"{run.path} {pair.name}", reward, is_foreign=False)
 
 
-def table_source(path: Path, reward: str | None = None, on_progress: OnProgress | None = None) -> Source:
+def table_source(
+    path: Path, reward: str | None = None, on_progress: OnProgress | None = None, mask: str | None = None
+) -> Source:
     """The response tokens of a table on disk.
 
     Args:
         reward: ``none``, ``hash`` or the column of rewards; None = the advantage or reward column where there is one,
             else hash where there are token ids, else none.
+        mask: the column of the loss mask; None = the one known by its name (:data:`~moediag.corrections.loss_masks`).
 
     Raises:
         DumpError: the table cannot be read, lacks a column, or holds what no log has.
     """
     table = open_table(path)
     name_of, notes = _names(table, reward)
-    columns = table.read({theirs: {**REQUIRED, **OPTIONAL}[ours] for ours, theirs in name_of.items()}, on_progress)
-    return columns_source({ours: columns[theirs] for ours, theirs in name_of.items()}, str(path), reward, notes)
+    masks = LossMasks.among(table.types, str(path), mask, "choose one with --mask COLUMN")
+    kinds: dict[str, Kind] = {theirs: {**REQUIRED, **OPTIONAL}[ours] for ours, theirs in name_of.items()}
+    unused = [name for name in table.types if not (name in kinds or name in masks.columns or _PANDAS.match(name))]
+    if unused:
+        notes = (*notes, f"columns not used: {', '.join(unused)}")
+    read = table.read({**kinds, **dict.fromkeys(masks.columns, "flag")}, on_progress)
+    columns = {ours: read[theirs] for ours, theirs in name_of.items()}
+    return _masked_source(columns, masks, read, reward, notes)
 
 
 def frame_source(frame: pd.DataFrame, reward: str | None = None) -> Source:
@@ -151,18 +166,39 @@ def frame_source(frame: pd.DataFrame, reward: str | None = None) -> Source:
     missing = [name for name in REQUIRED if name not in frame]
     if missing:
         raise DumpError(f"the frame lacks {', '.join(missing)}; found {', '.join(map(str, frame.columns))}")
-    kinds = {name: kind for name, kind in {**REQUIRED, **OPTIONAL}.items() if name in frame}
-    return columns_source({name: _as_kind(frame[name], kind) for name, kind in kinds.items()}, "the frame", reward)
+    columns = {name: _as_kind(frame[name], kind) for name, kind in {**REQUIRED, **OPTIONAL}.items() if name in frame}
+    masks = LossMasks.among(frame.columns, "the frame")
+    return _masked_source(columns, masks, {name: _as_kind(frame[name], "flag") for name in masks.columns}, reward, ())
 
 
-def columns_source(columns: Columns, where: str, reward: str | None = None, notes: tuple[str, ...] = ()) -> Source:
+def _masked_source(
+    columns: Columns, masks: LossMasks, flags: Columns, reward: str | None, notes: tuple[str, ...]
+) -> Source:
+    is_response_T, said = masks.response(flags)
+    if is_response_T is None:
+        return columns_source(columns, masks.where, reward, notes, is_masked=False)
+    return columns_source({**columns, IS_RESPONSE: is_response_T}, masks.where, reward, (*said, *notes))
+
+
+def columns_source(
+    columns: Columns,
+    where: str,
+    reward: str | None = None,
+    notes: tuple[str, ...] = (),
+    *,
+    is_masked: bool = True,
+    is_foreign: bool = True,
+) -> Source:
     """The response tokens of columns in memory.
 
     Args:
-        columns: the names of :data:`REQUIRED` and any of :data:`OPTIONAL`, one entry per row.
+        columns: the names of :data:`REQUIRED` and any of :data:`OPTIONAL`, one entry per row, and ``is_response``
+            where some rows are no response tokens.
         where: what they were read from, for messages.
         reward: as for :func:`table_source`.
         notes: what was said of the columns before.
+        is_masked: whether prompt and padding are known to be ruled out; else what looks like them is a finding.
+        is_foreign: whether another tool made the data.
 
     Raises:
         DumpError: rows that no log has: twice the same place, log-probabilities above 0, a reward that changes within
@@ -172,29 +208,46 @@ def columns_source(columns: Columns, where: str, reward: str | None = None, note
     tokens = LoggedTokens.of(columns, where)
     advantage_T, reward_S, words = _advantages(tokens, reward)
     batch = Batch(
-        logp_train_T=tokens.numbers("logp_train"),
-        logp_infer_T=tokens.numbers("logp_infer"),
+        logp_train_T=tokens.logps["logp_train"],
+        logp_infer_T=tokens.logps["logp_infer"],
         row_T=tokens.row_T,
         seq_id_S=tokens.seq_id_S,
         prompt_row_S=tokens.prompt_row_S,
         position_T=tokens.position_T,
         advantage_T=advantage_T,
         entropy_T=tokens.get("entropy"),
-        logp_train_new_T=tokens.get("logp_train_new"),
+        logp_train_new_T=tokens.logps.get("logp_train_new"),
         n_flipped_layers_T=tokens.get("n_flipped_layers"),
         reward_S=reward_S,
     )
     keys = {name: columns[name] for name in KEYS if name in columns}
-    return Source(batch, keys, n_rows, tokens.input_row_T, words, (*notes, *tokens.notes()))
+    padding = () if is_masked else tuple(unmasked_padding(tokens.is_zero_T, tokens.start_S, where))
+    known = {found.rule for found in padding}
+    findings = by_level([*padding, *(found for found in _findings(tokens, is_foreign) if found.rule not in known)])
+    return Source(batch, keys, n_rows, tokens.input_row_T, words, (*notes, *tokens.notes()), tuple(findings))
+
+
+def _findings(tokens: LoggedTokens, is_foreign: bool) -> list[Finding]:
+    """What the rules of ``validate`` find in the tokens, as they were read."""
+    return check_tokens(
+        tokens.raw("logp_train"),
+        tokens.raw("logp_infer"),
+        tokens.row_T,
+        tokens.columns["position"][tokens.input_row_T],
+        sequence_names_S=tokens.seq_id_S,
+        prompt_T=tokens.prompt_row_S[tokens.row_T],
+        entropy_T=tokens.get("entropy"),
+        is_foreign=is_foreign,
+    )
 
 
 def _as_kind(column: pd.Series, kind: Kind) -> Any:
     try:
         if kind == "id":
             return Ids.of(column.to_numpy())
-        return (
-            column.to_numpy(np.float64) if kind == "number" else column.to_numpy(bool if kind == "flag" else np.int64)
-        )
+        if kind == "flag":
+            return as_flags(column.to_numpy(), f"column {column.name}")
+        return column.to_numpy(np.float64 if kind == "number" else np.int64)
     except (TypeError, ValueError):
         wanted = {"id": "numbers or words", "number": "numbers", "flag": "true or false", "whole": "whole numbers"}[
             kind
@@ -252,7 +305,7 @@ def _advantages(tokens: LoggedTokens, reward: str | None) -> tuple[Float64 | Non
     if reward == NO_REWARD:
         return None, None, NO_REWARD_WORDS
     if "advantage" in columns and reward in (None, "advantage"):
-        advantage_T = tokens.numbers("advantage")
+        advantage_T = tokens.raw("advantage")
         _refuse_missing_advantage(tokens, advantage_T)
         return advantage_T, None, "advantages as the table has them"
     if "reward" in columns and reward != HASH_REWARD:

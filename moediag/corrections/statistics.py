@@ -175,8 +175,9 @@ def _statistics(totals: CorrectionPass, batch: Batch) -> pd.DataFrame:
         columns |= _intervals(
             name, [one[over] for one in sums], [one[under] for one in sums], kind, offset, n_per_event
         )
-    for name in ("weight_variance", "ess_token", "ess_sequence"):
-        columns[name] = [_moments(one)[name] for one in sums]
+    columns["weight_variance"] = [one.token_weights.variance_G[0] for one in totals.by_correction]
+    columns["ess_token"] = [one.token_weights.effective_share_G[0] for one in totals.by_correction]
+    columns["ess_sequence"] = [one.sequence_weights.effective_share_G[0] for one in totals.by_correction]
     for name in ("below", "above"):
         columns[f"{name}_share"] = [_share(one[f"n_{name}"], one["n_tokens"]) for one in sums]
     is_sided = np.array([correction.side != "none" for correction in corrections], dtype=bool)
@@ -184,6 +185,10 @@ def _statistics(totals: CorrectionPass, batch: Batch) -> pd.DataFrame:
     frame = pd.DataFrame(columns)
     mass = [f"kept_probability_mass{end}" for end in _ENDS]
     frame[mass] = frame[mass].clip(0.0, 1.0)
+    # an interval cut off where no mean of weights can be loses no coverage
+    largest = np.array([correction.largest_weight for correction in corrections], dtype=np.float64)
+    frame["weight_mean_ci_low"] = frame["weight_mean_ci_low"].clip(lower=0.0)
+    frame["weight_mean_ci_high"] = np.minimum(frame["weight_mean_ci_high"], largest)
     frame.loc[~is_sided, ["below_share", "above_share"]] = np.nan
     frame.loc[~is_capped, [f"truncated_share{end}" for end in _ENDS]] = np.nan
     # what masks nothing by definition masks nothing on other prompts, too
@@ -229,26 +234,6 @@ def _intervals(
     found = ratio_mean_interval(np.stack(over, axis=1), np.stack(under, axis=1), kind, n_per_event=n_per_event)
     arrays = (found.value_M, found.low_M, found.high_M)
     return {f"{name}{end}": array + offset for end, array in zip(_ENDS, arrays, strict=True)}
-
-
-def _moments(one: Sums) -> dict[str, float]:
-    """Variance and effective sample sizes from sums of w - 1 and its square."""
-    n, n_sequences = one["n_tokens"].sum(), one["n_sequences"].sum()
-    if not n:
-        return dict.fromkeys(("weight_variance", "ess_token", "ess_sequence"), np.nan)
-    mean, square = one["excess"].sum() / n, one["excess_square"].sum() / n
-    mean_S, square_S = one["excess_mean"].sum() / n_sequences, one["excess_mean_square"].sum() / n_sequences
-    return {
-        "weight_variance": max(square - mean**2, 0.0),
-        "ess_token": effective_share(mean, square),
-        "ess_sequence": effective_share(mean_S, square_S),
-    }
-
-
-def effective_share(mean: float, square: float) -> float:
-    """(sum w)^2 / (n sum w^2) from the means of w - 1 and of its square; NaN where every weight is 0."""
-    mean_square = 1 + 2 * mean + square
-    return float((1 + mean) ** 2 / mean_square) if mean_square > 0 else np.nan
 
 
 def _share(some_C: Float64, all_C: Float64) -> float:

@@ -5,7 +5,8 @@ Invariants:
       memory depends on clusters, strata and corrections and not on tokens;
     - kept = all - masked for counts and for bounded values (probabilities, entropies); k3 is summed over the kept
       tokens themselves, because one masked token can outweigh all others by nine orders of magnitude;
-    - variances come from w - 1, not from w: weights are near 1.
+    - means of weights are kept as sums of w - 1 by cluster (weights are near 1), their spread as moments about the mean
+      (weights may be near anything, see :mod:`moediag.corrections.moments`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 
 from moediag.corrections.batch import Batch
 from moediag.corrections.correction import Correction
+from moediag.corrections.moments import Moments
 from moediag.corrections.strata import Stratifier
-from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms
+from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms, on_bounds
 from moediag.errors import MoediagError
 
 MAX_CLUSTERS: Final = 512
@@ -36,11 +38,14 @@ class Sums:
         n_clusters: C.
         by_name: name -> (C,) sums.
         n_CB: tokens by cluster and stratum.
+        token_weights, sequence_weights: moments of the weights of tokens, and of the mean weights of sequences.
     """
 
     n_clusters: int
     by_name: dict[str, Float64] = field(default_factory=dict)
     n_CB: Float64 | None = None
+    token_weights: Moments = field(default_factory=Moments.none)
+    sequence_weights: Moments = field(default_factory=Moments.none)
 
     def add(self, name: str, cluster_N: NDArray[np.intp], values_N: NDArray[Any] | None = None) -> None:
         """Add values (or counts) to the sums of their clusters."""
@@ -194,16 +199,11 @@ def add_correction(
 
 
 def _add_weights(sums: Sums, chunk: Chunk, weight_T: Float64) -> None:
-    excess_T = weight_T - 1.0
-    excess_N = chunk.by_sequence(excess_T)
-    mean_N = excess_N / chunk.n_N
-    sums.add("excess", chunk.cluster_N, excess_N)
-    sums.add("excess_mean", chunk.cluster_N, mean_N)
-    sums.add("excess_mean_square", chunk.cluster_N, np.square(mean_N))
-    sums.add("excess_square", chunk.cluster_N, chunk.by_sequence(np.square(excess_T, out=excess_T)))
+    sums.add("excess", chunk.cluster_N, chunk.by_sequence(weight_T - 1.0))
+    sums.token_weights += Moments.of(weight_T)
+    sums.sequence_weights += Moments.of(chunk.by_sequence(weight_T) / chunk.n_N)
     if chunk.surrogate_T is not None:
-        terms_N = chunk.by_sequence(np.multiply(weight_T, chunk.surrogate_T, out=excess_T))
-        sums.add("objective", chunk.cluster_N, terms_N / chunk.n_N)
+        sums.add("objective", chunk.cluster_N, chunk.by_sequence(weight_T * chunk.surrogate_T) / chunk.n_N)
 
 
 def _add_masked(sums: Sums, chunk: Chunk, masked: NDArray[np.intp]) -> None:
@@ -241,7 +241,11 @@ def _add_truncated(sums: Sums, chunk: Chunk, correction: Correction, weight_T: F
     if cap is None:
         return
     level, log_cap = cap
-    log_ratio_T = chunk.x.diff_T if level == "token" else chunk.x.of_sequence(chunk.x.log_product_S)
+    x = chunk.x
+    if level == "token":
+        log_ratio_T = on_bounds(x.diff_T, [log_cap], x.is_float32_T)
+    else:
+        log_ratio_T = x.of_sequence(on_bounds(x.log_product_S, [log_cap], x.is_float32_S))
     sums.add("n_truncated", chunk.cluster_T[np.flatnonzero((log_ratio_T > log_cap) & (weight_T > 0))])
 
 

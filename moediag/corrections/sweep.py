@@ -5,7 +5,8 @@ Invariants:
     - every token is put once between the sorted bounds of all bands; a band's sums are differences of prefix sums over
       these intervals, by cluster of prompts. The bounds are sorted, not the tokens: 40 bounds tell 400 bands apart, and
       the tokens are read chunk by chunk;
-    - prefix sums run from small ratios to large ones, so the heavy tail above beta never enters a band's difference.
+    - prefix sums run from small ratios to large ones, so the heavy tail above beta never enters a band's difference;
+      means and variances of weights join the intervals of a band instead, because weights may be of any size.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from numpy.typing import NDArray
 from moediag.analysis.intervals import divide, ratio_mean_interval
 from moediag.corrections.batch import CHUNK_TOKENS, Batch
 from moediag.corrections.declarations import SWEEP_BY_BAND
+from moediag.corrections.moments import Moments
 from moediag.corrections.rules import log_bound
 from moediag.corrections.sums import MAX_CLUSTERS
+from moediag.corrections.terms import on_bounds
 from moediag.errors import MoediagError
 
 Float64 = NDArray[np.float64]
@@ -43,13 +46,12 @@ _N_INTERVALS: Final = 24
 
 @dataclass(frozen=True)
 class _Cut:
-    """Sums by cluster and interval between cuts: tokens, w - 1, its square and k3."""
+    """Sums by cluster and interval between cuts of tokens and k3, and moments of the ratios by interval."""
 
     cuts: Float64
     n_CB: Float64
-    excess_CB: Float64
-    square_CB: Float64
     k3_CB: Float64
+    ratios: Moments
 
 
 def sweep_by_band(
@@ -81,7 +83,8 @@ def sweep_by_band(
     bands = _bands(alphas, betas)
     low_M = np.array([log_bound(alpha) for alpha, _ in bands])
     above_M = np.nextafter(np.array([log_bound(beta) for _, beta in bands]), np.inf)  # first log-ratio beyond the band
-    cut = _cut_tokens(batch, np.unique(np.r_[low_M, above_M]), on_progress, chunk_tokens)
+    bounds = np.unique([log_bound(bound) for band in bands for bound in band])
+    cut = _cut_tokens(batch, np.unique(np.r_[low_M, above_M]), bounds, on_progress, chunk_tokens)
     inside = _inside_sums(cut, low_M, above_M)
     frame = _frame(bands, cut, inside, low_M, above_M)
     frame["n_prompts"] = batch.n_scored_prompts
@@ -121,22 +124,25 @@ def _bands(alphas: Sequence[float], betas: Sequence[float]) -> list[tuple[float,
     return bands
 
 
-def _cut_tokens(batch: Batch, cuts: Float64, on_progress: OnProgress | None, chunk_tokens: int) -> _Cut:
+def _cut_tokens(
+    batch: Batch, cuts: Float64, bounds: Float64, on_progress: OnProgress | None, chunk_tokens: int
+) -> _Cut:
     """Put every token between two cuts; interval b holds cuts[b - 1] <= log-ratio < cuts[b]."""
     n_clusters = min(int(batch.prompt_row_S.max(initial=0)) + 1, MAX_CLUSTERS)
     shape = n_clusters, len(cuts) + 1
-    sums = [np.zeros(shape[0] * shape[1]) for _ in range(4)]
-    done = 0
+    n_CB, k3_CB = np.zeros(shape), np.zeros(shape)
+    ratios, done = Moments.none(shape[1]), 0
     for part in batch.chunks(chunk_tokens):
         x, _ = part.scored()
-        cell_T = np.searchsorted(cuts, x.diff_T, side="right") + (part.prompt_row_S % n_clusters * shape[1])[x.row_T]
-        excess_T = x.ratio_T - 1.0
-        for total, values_T in zip(sums, (None, excess_T, np.square(excess_T), x.k3_T), strict=True):
-            total += np.bincount(cell_T, weights=values_T, minlength=len(total))
+        between_T = np.searchsorted(cuts, on_bounds(x.diff_T, bounds, x.is_float32_T), side="right")
+        cell_T = between_T + (part.prompt_row_S % n_clusters * shape[1])[x.row_T]
+        n_CB += np.bincount(cell_T, minlength=n_CB.size).reshape(shape)
+        k3_CB += np.bincount(cell_T, weights=x.k3_T, minlength=k3_CB.size).reshape(shape)
+        ratios += Moments.of(x.ratio_T, between_T, shape[1])
         done += len(part)
         if on_progress is not None:
             on_progress(done, len(batch), "tokens")
-    return _Cut(cuts, *(total.reshape(shape) for total in sums))
+    return _Cut(cuts, n_CB, k3_CB, ratios)
 
 
 def _inside_sums(cut: _Cut, low_M: Float64, above_M: Float64) -> dict[str, Float64]:
@@ -144,8 +150,7 @@ def _inside_sums(cut: _Cut, low_M: Float64, above_M: Float64) -> dict[str, Float
     first_M = np.searchsorted(cut.cuts, low_M) + 1
     last_M = np.searchsorted(cut.cuts, above_M) + 1
     inside = {}
-    for name in ("n", "excess", "square", "k3"):
-        sums_CB = getattr(cut, f"{name}_CB")
+    for name, sums_CB in (("n", cut.n_CB), ("k3", cut.k3_CB)):
         prefix_CB = np.concatenate([np.zeros((len(sums_CB), 1)), np.cumsum(sums_CB, axis=1)], axis=1)
         inside[name] = prefix_CB[:, last_M] - prefix_CB[:, first_M]
     # an empty band's difference of prefix sums is rounding error, not a sum
@@ -159,11 +164,12 @@ def _frame(
     n_C = cut.n_CB.sum(axis=1)
     n = float(n_C.sum())
     n_kept_M = inside["n"].sum(axis=0)
-    masked = ratio_mean_interval(n_C[:, None] - inside["n"], np.broadcast_to(n_C[:, None], inside["n"].shape), "rate")
+    n_masked_CM = n_C[:, None] - inside["n"]
+    masked = ratio_mean_interval(n_masked_CM, np.broadcast_to(n_C[:, None], n_masked_CM.shape), "rate")
     prefix_B = np.concatenate([[0.0], np.cumsum(cut.n_CB.sum(axis=0))])
     below_M = prefix_B[np.searchsorted(cut.cuts, low_M) + 1]
     above_n_M = n - prefix_B[np.searchsorted(cut.cuts, above_M) + 1]
-    mean_M, square_M, variance_M = _weight_moments(inside, n_kept_M, n)
+    weights = _weights(cut, low_M, above_M)
     kept_k3_M = divide(inside["k3"].sum(axis=0), n_kept_M)
     columns: dict[str, Any] = {
         "alpha": [alpha for alpha, _ in bands],
@@ -172,24 +178,26 @@ def _frame(
         "masked_share": masked.value_M,
         "masked_share_ci_low": masked.low_M,
         "masked_share_ci_high": masked.high_M,
+        "n_masked_prompts": (n_masked_CM > 0).sum(axis=0),
         "below_share": divide(below_M, np.full(len(bands), n)),
         "above_share": divide(above_n_M, np.full(len(bands), n)),
         "kept_k3": kept_k3_M,
-        "weight_mean": mean_M,
-        "weight_variance": variance_M,
-        "ess_token": divide(np.square(mean_M), square_M),
+        "weight_mean": np.where(weights.n_G > 0, weights.mean_G, np.nan),
+        "weight_variance": weights.variance_G,
+        "ess_token": weights.effective_share_G,
         "is_on_k3_frontier": frontier(masked.value_M, kept_k3_M),
-        "is_on_variance_frontier": frontier(masked.value_M, variance_M),
+        "is_on_variance_frontier": frontier(masked.value_M, weights.variance_G),
     }
     return pd.DataFrame(columns)
 
 
-def _weight_moments(inside: dict[str, Float64], n_kept_M: Float64, n: float) -> tuple[Float64, Float64, Float64]:
-    """Mean, mean square and variance of the weights; a masked token's w - 1 is -1."""
-    total_M, n_masked_M = np.full(len(n_kept_M), n), n - n_kept_M
-    excess_M = divide(inside["excess"].sum(axis=0) - n_masked_M, total_M)
-    excess_square_M = divide(inside["square"].sum(axis=0) + n_masked_M, total_M)
-    return 1 + excess_M, 1 + 2 * excess_M + excess_square_M, np.maximum(excess_square_M - np.square(excess_M), 0.0)
+def _weights(cut: _Cut, low_M: Float64, above_M: Float64) -> Moments:
+    """Moments of every band's weights: the ratios of the intervals inside it, and 0 for all other tokens."""
+    between_B = np.arange(len(cut.cuts) + 1)
+    first_M, last_M = (np.searchsorted(cut.cuts, bound_M) for bound_M in (low_M, above_M))
+    inside = cut.ratios.joined((between_B > first_M[:, None]) & (between_B <= last_M[:, None]))
+    masked_M = cut.ratios.n_G.sum() - inside.n_G
+    return inside + Moments(masked_M, np.zeros_like(masked_M), np.zeros_like(masked_M))
 
 
 def _add_k3_intervals(frame: pd.DataFrame, inside: dict[str, Float64]) -> None:

@@ -29,7 +29,7 @@ from moediag.errors import DumpError
 
 KINDS: Final = (".parquet", ".csv", ".jsonl")
 Kind = Literal["id", "whole", "number", "flag"]
-"""id: whole numbers or words; whole: whole numbers; number: float64, empty = NaN; flag: true/false or 1/0."""
+"""id: whole numbers or words; whole: whole numbers; number: float64, empty = NaN; flag: true/false or 1/0 (1.0/0.0)."""
 
 OnProgress = Callable[[int, int, str], None]
 """Called with what is done, of how much, and its unit."""
@@ -194,7 +194,7 @@ def _parsed_as(kind: Kind, found: pa.DataType) -> pa.DataType:
     if kind == "number":
         return pa.float64()
     if kind == "flag":
-        return pa.bool_() if pa.types.is_boolean(found) else pa.int64()
+        return found if pa.types.is_boolean(found) or pa.types.is_floating(found) else pa.int64()
     return pa.int64() if kind == "whole" or pa.types.is_integer(found) else pa.string()
 
 
@@ -212,9 +212,13 @@ _READERS: Final[dict[str, Callable[..., Iterator[pa.RecordBatch]]]] = {
 _ACCEPTED: Final[dict[Kind, tuple[str, Callable[[pa.DataType], bool]]]] = {
     "id": ("whole numbers or words", lambda kind: pa.types.is_integer(kind) or _is_words(kind)),
     "whole": ("whole numbers", pa.types.is_integer),
-    "number": ("numbers", lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind)),
-    "flag": ("true/false or 1/0", lambda kind: pa.types.is_boolean(kind) or pa.types.is_integer(kind)),
+    "number": ("numbers", lambda kind: _is_number(kind)),
+    "flag": ("true/false or 1/0", lambda kind: pa.types.is_boolean(kind) or _is_number(kind)),
 }
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
 def _is_words(kind: pa.DataType) -> bool:
@@ -238,7 +242,7 @@ def _column(path: Path, name: str, kind: Kind, column: pa.ChunkedArray) -> Any:
     if kind == "whole":
         return np.asarray(column.cast(pa.int64()).to_numpy())
     if kind == "flag":
-        return _flags(path, name, column)
+        return as_flags(column.to_numpy(), f"{path}: column {name}")
     if pa.types.is_integer(column.type):
         return Ids.of(column.cast(pa.int64()).to_numpy())
     return _words(column)
@@ -255,12 +259,14 @@ def _words(column: pa.ChunkedArray) -> Ids:
     return Ids(rank_N[encoded.indices.to_numpy()], words_N[order_N])
 
 
-def _flags(path: Path, name: str, column: pa.ChunkedArray) -> NDArray[np.bool_]:
-    values_T = column.to_numpy()
+def as_flags(values_T: NDArray[Any], where: str) -> NDArray[np.bool_]:
+    """Flags from booleans or from numbers 1 and 0.
+
+    Raises:
+        DumpError: any other value.
+    """
     if values_T.dtype != bool and not np.isin(values_T, (0, 1)).all():
-        raise DumpError(
-            f"{path}: column {name} wants true/false or 1/0, found {values_T[~np.isin(values_T, (0, 1))][0]}"
-        )
+        raise DumpError(f"{where} wants true/false or 1/0, found {values_T[~np.isin(values_T, (0, 1))][0]}")
     return np.asarray(values_T, dtype=bool)
 
 

@@ -1,15 +1,17 @@
 """The logged tokens that every correction looks at, with what several of them need computed once.
 
 Invariants:
-    - a token is scored unless a log-probability of it is NaN (or both are -inf: 0 / 0 is no ratio); a single -inf is a
-      value, probability 0, and gives an infinite log-ratio: leaving it out would hide the worst token of a batch;
+    - a token is scored when both its log-probabilities are finite (:func:`~moediag.analysis.tokens.is_scored`);
     - comparisons are made between log-ratios, never between their exponentials; log-ratios are clamped to +-20
       before ``exp``, so nothing overflows, and a kept ratio is never smaller than exp(-20): 0 always means no update;
+    - what float32 log-probabilities give is held against a bound in float32 (:func:`on_bounds`): the float32 nearest to
+      log 0.5 lies 1e-9 below it, and stands *on* the bound for everyone who computes in float32;
     - nothing depends on the order of the rows (see :mod:`moediag.corrections.exact_sums`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -19,6 +21,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from moediag.analysis.measures import binary_kl
+from moediag.analysis.tokens import is_scored
 from moediag.corrections.exact_sums import sums_by_sequence
 from moediag.errors import MoediagError
 
@@ -31,6 +34,36 @@ LOG_RATIO_CLAMP: Final = 20.0
 def clamped_exp(log_ratio: Float64) -> Float64:
     """exp of the log-ratio clamped to +-20."""
     return np.asarray(np.exp(np.clip(log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)))
+
+
+def are_float32(*values: Float64) -> NDArray[np.bool_]:
+    """Where all of some values are float32 numbers: engines' own, whatever kind of file they came through.
+
+    A log-probability that was computed in float64 is one by chance once in 2^29.
+    """
+    with np.errstate(over="ignore"):
+        return np.asarray(np.logical_and.reduce([array == array.astype(np.float32) for array in values]))
+
+
+def on_bounds(values: Float64, bounds: Sequence[float] | Float64, is_float32: NDArray[np.bool_]) -> Float64:
+    """Values to hold against bounds: those from float32 that round to the same float32 as a bound are that bound.
+
+    Args:
+        values: of tokens or sequences.
+        bounds: ascending.
+        is_float32: which values were computed from float32 log-probabilities.
+
+    Source: AReaL, OpenRLHF, prime-rl, slime, TRL and verl compare in float32.
+
+    Example:
+        >>> on_bounds(np.float64([np.float32(np.log(0.5))]), [np.log(0.5)], np.array([True])) == np.log(0.5)
+        array([ True])
+    """
+    with np.errstate(over="ignore"):
+        rounded, rounded_bounds = values.astype(np.float32), np.asarray(bounds).astype(np.float32)
+    nth = np.minimum(np.searchsorted(rounded_bounds, rounded), len(rounded_bounds) - 1)
+    is_on = is_float32 & (rounded_bounds[nth] == rounded)
+    return np.where(is_on, np.asarray(bounds)[nth], values)
 
 
 @dataclass(frozen=True)
@@ -59,14 +92,27 @@ class Terms:
         return self.logp_train_T - self.logp_infer_T
 
     @cached_property
+    def is_float32_T(self) -> NDArray[np.bool_]:  # noqa: N802
+        """Both log-probabilities are float32 numbers."""
+        return are_float32(self.logp_train_T, self.logp_infer_T)
+
+    @cached_property
+    def is_float32_S(self) -> NDArray[np.bool_]:  # noqa: N802
+        """All log-probabilities of the sequence are float32 numbers."""
+        n_float32_S = np.bincount(self.row_T[self.is_float32_T], minlength=self.n_sequences)
+        return np.asarray(n_float32_S == self.n_S)
+
+    @cached_property
     def ratio_T(self) -> Float64:  # noqa: N802
         """pi_train / pi_infer of every token, clamped."""
         return clamped_exp(self.diff_T)
 
     @cached_property
     def prob_diff_T(self) -> Float64:  # noqa: N802
-        """p_train - p_infer of every token."""
-        return np.asarray(np.exp(self.logp_train_T) - np.exp(self.logp_infer_T))
+        """p_train - p_infer of every token; float32 log-probabilities have float32 probabilities."""
+        train_T, infer_T = np.exp(self.logp_train_T), np.exp(self.logp_infer_T)
+        float32_T = train_T.astype(np.float32).astype(np.float64) - infer_T.astype(np.float32)
+        return np.where(self.is_float32_T, float32_T, train_T - infer_T)
 
     @cached_property
     def binary_kl_infer_train_T(self) -> Float64:  # noqa: N802
@@ -91,7 +137,7 @@ class Terms:
 
     @cached_property
     def log_product_S(self) -> Float64:  # noqa: N802
-        """Log of the sequence's product ratio: the sum of its log-ratios [nat]; NaN where +inf meets -inf."""
+        """Log of the sequence's product ratio: the sum of its log-ratios [nat]."""
         return sums_by_sequence(self.diff_T, self.row_T, self.n_S)
 
     @cached_property
@@ -125,7 +171,7 @@ def scored_terms(
     """The scored tokens among the rows, and which rows these are.
 
     Args:
-        logp_train_T, logp_infer_T: log-probabilities of the same tokens [nat]; NaN = not scored.
+        logp_train_T, logp_infer_T: log-probabilities of the same tokens [nat]; not finite = not scored.
         seq_id_T: sequence of every row (numbers or words), rows in any order.
         advantage_T: advantage of every row; its value where a token is not scored does not matter.
 
@@ -142,8 +188,7 @@ def scored_terms(
     row_T, sequences = pd.factorize(ids_T)
     if (row_T < 0).any():
         raise MoediagError(f"corrections want the sequence of every token; {int((row_T < 0).sum())} rows have none")
-    with np.errstate(invalid="ignore"):
-        is_scored_T = ~np.isnan(train_T - infer_T)
+    is_scored_T = is_scored(train_T, infer_T)
     _refuse_values(train_T, infer_T, given_T, is_scored_T)
     if is_scored_T.all():
         return Terms(train_T, infer_T, row_T, len(sequences), given_T), is_scored_T

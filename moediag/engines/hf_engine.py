@@ -27,7 +27,7 @@ from moediag.engines.perturbation import Perturbed, seed_of
 from moediag.engines.provenance import arm_sections, process_facts
 from moediag.engines.redaction import redact
 from moediag.engines.routers import RouterSpec
-from moediag.engines.routing_rows import level_of
+from moediag.engines.routing_rows import gate_weights_words, level_of
 from moediag.engines.selected import train_dtypes, train_engine_config, train_kernels
 from moediag.engines.versions import numeric_versions, require_train_engine
 from moediag.errors import CheckpointError, IncompleteRunError
@@ -53,9 +53,12 @@ def capture_train(run: Run, options: dict[str, Any], reporter: Reporter) -> None
     """
     request = ArmRequest(**options["request"])
     missing = run.own_missing_shards(request.arm)
-    _refuse_missing_input(run, missing, Replay(**request.replay).source if request.replay else None)
+    replay = Replay(**request.replay) if request.replay else None
+    _refuse_missing_input(run, missing, replay.source if replay else None)
     if not missing:
         return
+    if replay and replay.weights:
+        _refuse_other_weights(run, replay.source, missing[0])
     reporter.stage("loading transformers")
     engine = TrainEngine(run, options["checkpoint"], request)
     run.begin_arm(request.arm, engine.arm_record(options["configuration"]), engine.correction_bias())
@@ -72,6 +75,23 @@ def _refuse_missing_input(run: Run, shards: list[Shard], source: str | None) -> 
             f"{run.path} has no {'routes' if source else 'tokens'} yet for {len(waiting)} of {len(run.shards)} shards "
             f"({named}); run first: moediag capture {needed} CKPT -o {run.path}"
         )
+
+
+def _refuse_other_weights(run: Run, source: str, shard: Shard) -> None:
+    """Gate weights can be forced only where they were kept, as the coefficients that they are in transformers too.
+
+    Raises:
+        IncompleteRunError: they were not.
+    """
+    if run.capture(source, shard).gate_weights_TLK is None:
+        reason = "kept expert ids only"
+    elif run.arm(source).get("gate_weights") or run.model["routing"].get("scaling_factor", 1) == 1:
+        return
+    else:
+        reason = "was captured by an earlier version, whose gate weights lack routed_scaling_factor"
+    raise IncompleteRunError(
+        f"{run.path}: arm {source} {reason}, so --replay-weights cannot force them; leave it out, or begin another run"
+    )
 
 
 @dataclass(frozen=True)
@@ -92,12 +112,12 @@ class Replay:
     def routes(self, source: Capture, start: int, end: int) -> ForcedRoutes:
         """Routes of one sequence, rows [start, end) of the source capture."""
         assert source.expert_ids_TLK is not None
-        assert source.gate_weights_TLK is not None
         n_layers = source.expert_ids_TLK.shape[1]
         last = n_layers - 1 if self.last_layer is None else self.last_layer
+        weights_TLK = source.gate_weights_TLK if self.weights else None
         return ForcedRoutes(
             ids_TLK=torch.from_numpy(source.expert_ids_TLK[start:end].astype(np.int64)),
-            weights_TLK=torch.from_numpy(source.gate_weights_TLK[start:end].copy()) if self.weights else None,
+            weights_TLK=torch.from_numpy(weights_TLK[start:end].copy()) if weights_TLK is not None else None,
             layers=range(self.first_layer or 0, min(last, n_layers - 1) + 1),
         )
 
@@ -149,6 +169,7 @@ class TrainEngine:
             "router_dtypes": stage_dtypes(find_blocks(self.model)[0], self.spec, self.model.dtype)
             if self.spec
             else None,
+            "gate_weights": gate_weights_words(self.level, self.spec.scales_input) if self.spec else None,
             "observer": "forward hooks on routers and experts" if self.spec else "none needed",
         }
         return dict(redact(record))
@@ -186,7 +207,8 @@ class TrainEngine:
     def _perturbed(self, name: str) -> AbstractContextManager[object]:
         if not self.request.perturbation:
             return nullcontext()
-        return Perturbed(find_blocks(self.model), self.request.perturbation, seed_of(name))
+        modules = [block.gate for block in find_blocks(self.model)] if self.spec else decoder_layers(self.model)
+        return Perturbed(modules, self.request.perturbation, seed_of(name))
 
     def score(
         self, tokens: TokenRows, batch: Batch, forced: ForcedRoutes | None = None, vocab: VocabRows | None = None
@@ -223,6 +245,22 @@ def load_model(checkpoint: str, options: dict[str, Any]) -> Any:
         options["device_map"] = "cuda"
     model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True, **options)
     return model.eval()
+
+
+def decoder_layers(model: Any) -> list[torch.nn.Module]:
+    """The decoder layers, in order: the module list of as many entries as config.json says.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    n_layers = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    found = next((layers for layers in lists if len(layers) == n_layers), None)
+    if found is None:
+        raise CheckpointError(
+            f"{type(model).__name__} has no list of {n_layers} decoder layers; please report this model"
+        )
+    return list(found)
 
 
 def score_sequence(

@@ -125,6 +125,7 @@ class RoutingTaps:
         """Run the router with its TopK answered by the forced ids."""
         assert self.forced is not None
         original, ids_TK = block.gate.forward, self.forced.ids_TLK[:, layer]
+        weights = self.forced.weights_TLK if self.spec.scales_input else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             with _ForcedTopK(ids_TK, self.spec) as mode:
@@ -134,7 +135,7 @@ class RoutingTaps:
                     f"MoE layer {layer}: the forced routes were used {mode.n_hits} times, wanted once; "
                     "nothing was stored"
                 )
-            return output
+            return output if weights is None else (_scores_of(ids_TK, weights[:, layer], output[0]), *output[1:])
 
         block.gate.forward = forward
 
@@ -145,7 +146,7 @@ class RoutingTaps:
             self._check_logits(layer, logits)
             if "logits" in self.kept:
                 self._rows.setdefault(layer, {})["logits"] = logits
-            if self.spec.gate == "sigmoid":  # llama4: the experts get scaled inputs, ids and weights end here
+            if self.spec.scales_input:  # the experts get scaled inputs: ids and weights end here
                 weights, ids = torch.topk(output[0], self.spec.top_k, dim=-1)
                 self._store(layer, ids, weights)
 
@@ -153,7 +154,7 @@ class RoutingTaps:
 
     def _before_experts(self, layer: int, block: Block) -> Any:
         def hook(module: torch.nn.Module, args: Any) -> Any:
-            if self.spec.gate == "sigmoid":
+            if self.spec.scales_input:
                 return None
             hidden, ids, weights, *rest = args
             forced = None if self.forced is None else self.forced.weights_TLK
@@ -181,6 +182,13 @@ class RoutingTaps:
             )
         if looks_like_probabilities(logits):
             raise CaptureError(f"MoE layer {layer}: the router gives probabilities under the name of logits")
+
+
+def _scores_of(ids_TK: torch.Tensor, weights_TK: torch.Tensor, scores_TE: torch.Tensor) -> torch.Tensor:
+    """Scores that multiply every expert's input: forced gate weights at forced ids, 0 elsewhere; -1 keeps the row."""
+    ids_TK = ids_TK.to(scores_TE.device)
+    forced_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK.clamp(min=0), weights_TK.to(scores_TE))
+    return torch.where(ids_TK[:, :1] >= 0, forced_TE, scores_TE)
 
 
 def _stacked(layers: list[torch.Tensor], row_T: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,11 @@
-"""Small, named changes to what transformers' routers compute: a noise scale where an engine repeats itself exactly.
+"""Small, named changes to what transformers computes: a noise scale where an engine repeats itself exactly.
 
-``ulp``           every number a router receives is moved to its neighbour in the model's dtype, up or down by a coin
+``ulp``           every number a router receives (in a dense model: every decoder layer) is moved to its neighbour in
+                  the model's dtype, up or down by a coin
 ``router-fp32``   the router's matmul runs in float32 instead of the model's dtype
 ``router-fp8``    the router's weight and input are rounded to float8 (e4m3, scaled by their largest value) first
 
-Nothing but the routers' own arithmetic is touched; what follows from other choices is the effect to be seen.
+Nothing else is touched; what follows from other choices is the effect to be seen.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from moediag.engines.hf_taps import Block
 from moediag.errors import EngineError
 
 ULP, FP32, FP8 = "ulp", "router-fp32", "router-fp8"
@@ -25,10 +25,10 @@ _FP8_MAX = 448.0  # largest finite float8_e4m3fn
 
 
 class Perturbed:
-    """Routers perturbed while the context is entered.
+    """Modules perturbed while the context is entered.
 
     Args:
-        blocks: the model's MoE blocks.
+        modules: the model's routers, or a dense model's decoder layers: their first argument is what is perturbed.
         kind: one of :data:`PERTURBATIONS`.
         seed: of the coins; the same seed gives the same noise.
 
@@ -36,25 +36,25 @@ class Perturbed:
         EngineError: unknown kind.
     """
 
-    def __init__(self, blocks: list[Block], kind: str, seed: int) -> None:
+    def __init__(self, modules: list[torch.nn.Module], kind: str, seed: int) -> None:
         if kind not in PERTURBATIONS:
             raise EngineError(f"unknown perturbation {kind!r}; wanted one of {', '.join(PERTURBATIONS)}")
-        self.blocks, self.kind = blocks, kind
+        self.modules, self.kind = modules, kind
         self.generator = torch.Generator().manual_seed(seed)
         self._wrapped: list[tuple[torch.nn.Module, Any]] = []
 
     def __enter__(self) -> Perturbed:
-        for block in self.blocks:
-            self._wrapped.append((block.gate, block.gate.__dict__.get("forward")))
-            block.gate.forward = self._forward(block.gate.forward)
+        for module in self.modules:
+            self._wrapped.append((module, module.__dict__.get("forward")))
+            module.forward = self._forward(module.forward)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for gate, own in self._wrapped:
+        for module, own in self._wrapped:
             if own is None:
-                gate.__dict__.pop("forward", None)
+                module.__dict__.pop("forward", None)
             else:
-                gate.forward = own
+                module.forward = own
         self._wrapped.clear()
 
     def _forward(self, original: Callable[..., Any]) -> Callable[..., Any]:

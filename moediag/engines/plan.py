@@ -23,7 +23,7 @@ from moediag.errors import CheckpointError, EngineError
 from moediag.notation import INFER
 from moediag.prompts import read_prompts
 from moediag.run.codec import bytes_per_token, encode_prompts
-from moediag.run.create import create_run, split_into_shards
+from moediag.run.create import bring_back, create_run, split_into_shards
 from moediag.run.directory import Run
 from moediag.run.files import digest_of
 from moediag.run.shards import Shard
@@ -186,7 +186,11 @@ class Plan:
         }
         run = create_run(path, manifest, encode_prompts(self.prompt_ids, self.completion_ids), force=force)
         if self.completion_ids:
-            _write_given_tokens(run)
+            try:
+                _write_given_tokens(run)
+            except BaseException:
+                bring_back(path)
+                raise
         return run
 
 

@@ -10,6 +10,7 @@ The gate weight comes from the *score*, never from the bias.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,11 @@ class RouterSpec:
     def n_layers(self) -> int:
         """L, the number of MoE layers."""
         return len(self.decoder_layers)
+
+    @property
+    def scales_input(self) -> bool:
+        """True where the gate weight multiplies an expert's input and not its output (llama4)."""
+        return self.gate == SIGMOID
 
     def record(self) -> dict[str, Any]:
         """As run.json holds it."""
@@ -158,6 +164,8 @@ _FAMILIES = {
 }
 # Published checkpoints and transformers 5 write E under different names for the same family.
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_NO_COUNT = re.compile("per_tok|shared|top_?k|group")
+"""Keys that name experts without counting the routed ones: how many a token uses, those that every token passes."""
 
 
 def supported_families() -> tuple[str, ...]:
@@ -173,9 +181,10 @@ def router_spec(config: dict[str, Any], where: str) -> RouterSpec | None:
     """
     text = text_config(config)
     family = str(text.get("model_type"))
-    n_experts = next((int(text[key]) for key in _EXPERT_KEYS if text.get(key)), 0)
-    if family not in _FAMILIES:
-        if n_experts > 1:
+    is_known = family in _FAMILIES
+    n_experts = next((int(text[key]) for key in _EXPERT_KEYS if text.get(key)), 0) if is_known else 0
+    if n_experts < 2:
+        if has_experts(config):
             raise CheckpointError(
                 f"{where}: the routing of MoE family {family} is not known to this version "
                 f"(known: {', '.join(supported_families())}); refusing rather than recording margins by a wrong rule"
@@ -183,7 +192,7 @@ def router_spec(config: dict[str, Any], where: str) -> RouterSpec | None:
         return None
     known = _FAMILIES[family]
     layers = tuple(i for i in range(int(text["num_hidden_layers"])) if known.is_sparse(text, i))
-    if not layers or n_experts < 2:
+    if not layers:
         return None
     return _checked(
         RouterSpec(
@@ -202,6 +211,24 @@ def router_spec(config: dict[str, Any], where: str) -> RouterSpec | None:
         ),
         where,
     )
+
+
+def has_experts(config: Any) -> bool:
+    """True where config.json, or any part of it however deep, counts more than one routed expert.
+
+    Configs nest (dbrx: ``ffn_config``; qwen3_omni_moe: ``thinker_config.text_config``) and some count by layer.
+    """
+    if isinstance(config, list):
+        return any(map(has_experts, config))
+    if not isinstance(config, dict):
+        return False
+    counts = (value for key, value in config.items() if "experts" in key and not _NO_COUNT.search(key))
+    return any(_is_several(value) for value in counts) or any(map(has_experts, config.values()))
+
+
+def _is_several(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return any(isinstance(number, int | float) and number > 1 for number in numbers)
 
 
 def _checked(spec: RouterSpec, where: str) -> RouterSpec:

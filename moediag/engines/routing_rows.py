@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 IDS, MARGINS, FULL = "ids", "margins", "full"
 
+EFFECTIVE, EFFECTIVE_ON_INPUT = "effective", "effective, on the expert's input"
+"""What arm.json says of gate weights: the coefficient with which an expert's output enters the block's output, after
+normalisation and scaling, wherever the engine applies them; or the factor of its input (llama4). Arms of earlier
+versions say nothing: there vLLM's lack a factor that is applied after the experts."""
+
 _CHUNK = 1024  # rows whose margins are computed at a time: 1024 x 48 layers x 128 experts x 4 B = 25 MB per temporary
 
 
@@ -28,6 +33,13 @@ def level_of(configuration: dict[str, Any]) -> str:
 def kept_by(level: str) -> tuple[str, ...]:
     """What the taps have to copy at a level: ``ids``, ``weights``, ``logits``."""
     return ("ids",) if level == IDS else ("ids", "weights", "logits")
+
+
+def gate_weights_words(level: str, on_input: bool) -> str | None:
+    """What arm.json says of an arm's gate weights; None where none are kept."""
+    if level == IDS:
+        return None
+    return EFFECTIVE_ON_INPUT if on_input else EFFECTIVE
 
 
 def routing_arrays(

@@ -28,7 +28,7 @@ from moediag.engines.native import cross_check, native_rows, require_native_obse
 from moediag.engines.plan import load_prompt_tokens
 from moediag.engines.provenance import arm_sections
 from moediag.engines.redaction import redact
-from moediag.engines.routing_rows import IDS, level_of
+from moediag.engines.routing_rows import IDS, gate_weights_words, level_of
 from moediag.engines.selected import vllm_engine_config, vllm_sampling
 from moediag.engines.versions import numeric_versions, require_infer_engine
 from moediag.engines.vllm_loaded import agreed, disagreements, refuse_unseen_routing
@@ -151,6 +151,9 @@ class InferEngine:
             "sampling": vllm_sampling(engine, self._parameters(0, Sequence(prompt, prompt[:1])), prompt),
             "disagreements": disagreements(self.facts, self.run.model["routing"]),
             "observer": OBSERVERS[self.request.observer],
+            "gate_weights": gate_weights_words(self.level, self.facts["weights_on_input"])
+            if self.has_taps and self.run.model["routing"]
+            else None,
             "is_routed": bool(self.run.model["routing"]) and self.request.observer != UNOBSERVED,
             "forced_by_observation": OBSERVER_FORCES[self.request.observer],
             "seeding": "per shard (workers reseeded)" if self.seeds_shards else "per request",

@@ -54,11 +54,15 @@ def disagreements(facts: dict[str, Any], routing: dict[str, Any] | None) -> list
     wanted = {"renormalize": routing["renormalize"], "scoring_func": routing["score_function"]}
     if routing["n_group"] > 1:
         wanted |= {"num_expert_group": routing["n_group"], "topk_group": routing["topk_group"]}
-    return [
+    told = [
         f"vLLM's routers have {name} = {rule[name]!r}, config.json says {value!r}"
         for name, value in wanted.items()
         if name in rule and rule[name] != value
     ]
+    factors = [rule.get("routed_scaling_factor", 1.0) * scale for scale in facts["scale_after_experts"]]
+    if factors != [routing["scaling_factor"]]:
+        told.append(f"vLLM scales gate weights by {factors}, config.json says {routing['scaling_factor']!r}")
+    return told
 
 
 def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ Invariants:
     - rows stay in device buffers over many steps; nothing waits for the device until they are drained;
     - in every step every MoE layer fires exactly once, or the flush says which did not;
     - the positions and token ids of a row are those the model really received in that step;
+    - a gate weight is kept as the coefficient with which the expert's output enters the block's: what the router gave,
+      times what vLLM multiplies the experts' sum by;
     - a distribution is kept as vLLM's own log-softmax gives it: the same operation on the same logits, so that the
       token's log-probability is one of its numbers, bit for bit.
 """
@@ -82,10 +84,23 @@ class RowBuffers:
 class StepRecorder:
     """Rows of every step since :meth:`begin`."""
 
-    def __init__(self, spec: RouterSpec | None, level: str, bias_LE: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        spec: RouterSpec | None,
+        level: str,
+        bias_LE: torch.Tensor | None = None,
+        scale_L: Sequence[float] = (),
+    ) -> None:
+        """Record at a level of :mod:`moediag.engines.routing_rows`.
+
+        Args:
+            bias_LE: correction bias; needed where the family has one.
+            scale_L: factor of the experts' sum, by MoE layer; empty = 1 everywhere.
+        """
         self.spec = spec
         self.level = level
         self.bias_LE = bias_LE
+        self.scale_L = torch.tensor(scale_L)
         self.kept = kept_by(level)
         self.routing = RowBuffers(spec.n_layers) if spec else None
         self.inputs = RowBuffers(1)
@@ -210,7 +225,10 @@ class StepRecorder:
             self._append(name, rows[0].to("cpu", torch.int64, copy=True))
         # A layer that never fired has no rows to give; the problem is told and nothing of the shard is stored.
         if self.routing is not None and self.spec is not None and not self.problems:
-            for name, rows in routing_arrays(self.routing.held(), self.spec, self.bias_LE, self.level).items():
+            kept = self.routing.held()
+            if "weights" in kept and (self.scale_L != 1).any():
+                kept["weights"] = kept["weights"].float() * self.scale_L[:, None, None].to(kept["weights"].device)
+            for name, rows in routing_arrays(kept, self.spec, self.bias_LE, self.level).items():
                 self._append(name, rows)
 
     def flush(self, path: Path | None) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class MoediagWorkerExtension:
         routers = find_routers(self.model_runner.model)
         router_spec = RouterSpec.from_record(spec) if spec else None
         bias_LE = correction_bias([router for _, _, router in routers])
-        recorder = StepRecorder(router_spec, level if self.rank == 0 else IDS, bias_LE)
+        recorder = StepRecorder(router_spec, level if self.rank == 0 else IDS, bias_LE, scales_after_experts(routers))
         self._moediag_recorder = recorder
         self._moediag_undo: list[Undo] = [
             *tap_runner(self.model_runner, recorder),
@@ -114,11 +114,21 @@ def correction_bias(routers: list[Any]) -> torch.Tensor | None:
     return torch.stack([bias.detach().float() for bias in found]) if found and len(found) == len(routers) else None
 
 
+def scales_after_experts(routers: list[tuple[int, torch.nn.Module, Any]]) -> list[float]:
+    """By MoE layer, what vLLM multiplies the sum of the experts' weighted outputs by.
+
+    vLLM hands ``routed_scaling_factor`` to one of two: to the router, whose weights then contain it, or to the module
+    that holds the router and runs the experts, which scales their sum (``apply_routed_scale_to_output``). Which of the
+    two depends on model, kernel and platform; the other one is told 1. Same in vLLM 0.30 to 0.32.
+    """
+    return [float(getattr(module, "routed_scaling_factor", 1.0)) for _, module, _ in routers]
+
+
 def describe_worker(runner: Any, routers: list[tuple[int, torch.nn.Module, Any]]) -> dict[str, Any]:
     """What was really loaded and selected in this worker."""
     parameters = {str(parameter.dtype).removeprefix("torch.") for parameter in runner.model.parameters()}
     backends = {group.backend.get_name() for groups in getattr(runner, "attn_groups", []) for group in groups}
-    quant_methods = [_quant_method(module) for _, module, _ in routers]
+    quant_methods = [getattr(_experts(module), "quant_method", None) for _, module, _ in routers]
     return {
         "decoder_layers": [layer for layer, _, _ in routers],
         "n_experts": sorted({int(getattr(r, "global_num_experts", 0)) for _, _, r in routers}),
@@ -128,6 +138,10 @@ def describe_worker(runner: Any, routers: list[tuple[int, torch.nn.Module, Any]]
             for name in _RULE_ATTRIBUTES
             if (value := getattr(routers[0][2], name, None) if routers else None) is not None
         },
+        "scale_after_experts": sorted(set(scales_after_experts(routers))),
+        "weights_on_input": any(
+            bool(getattr(_experts(m), "apply_router_weight_on_input", False)) for _, m, _ in routers
+        ),
         "router_classes": sorted({type(r).__name__ for _, _, r in routers}),
         "experts_kernel": sorted({type(method).__name__ for method in quant_methods if method is not None}),
         "is_monolithic": any(bool(getattr(method, "is_monolithic", False)) for method in quant_methods),
@@ -145,9 +159,8 @@ def describe_worker(runner: Any, routers: list[tuple[int, torch.nn.Module, Any]]
     }
 
 
-def _quant_method(module: torch.nn.Module) -> Any:
-    experts = getattr(module, "routed_experts", module)
-    return getattr(experts, "quant_method", None)
+def _experts(module: torch.nn.Module) -> Any:
+    return getattr(module, "routed_experts", module)
 
 
 def _tap_router(router: Any, layer: int, recorder: StepRecorder) -> Undo:

@@ -1,8 +1,8 @@
 """Figures: declared frames in, drawn figures out; nothing is computed here beyond what drawing takes."""
 
 from moediag.figures.catalogue import FIGURES, FigureKind, reason_left_out
-from moediag.figures.costs import plot_flip_costs
 from moediag.figures.density import plot_logp_diff_by_p_infer
+from moediag.figures.excess import plot_flip_excess
 from moediag.figures.explained import plot_explained_flips
 from moediag.figures.flip_counts import plot_flips_per_token
 from moediag.figures.flip_maps import plot_flip_map, plot_margins_by_layer
@@ -41,7 +41,7 @@ __all__ = [
     "plot_expert_swaps",
     "plot_explained_flips",
     "plot_figure1",
-    "plot_flip_costs",
+    "plot_flip_excess",
     "plot_flip_map",
     "plot_flips_per_token",
     "plot_logp_diff_by_p_infer",

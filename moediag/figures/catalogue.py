@@ -124,19 +124,20 @@ FIGURES: Final[dict[str, FigureKind]] = {
         is_routing=True,
     ),
     "explained_flips": FigureKind(
-        "Flips observed, explained by noise at near ties, and forecast for other noise",
+        "Flips observed, explained by noise at near ties, and forecast for the noise of other pairs",
         "Left: flip rate by layer; explained from one side's scores and the noise of other prompts of this pair, "
-        "forecast from noise measured elsewhere. Right: predicted against observed shares; on the diagonal the "
-        "explanation is right.",
+        "forecast for this pair if it had the noise of another. Right: predicted against observed shares; on the "
+        "diagonal the explanation is right.",
         ("explained_flips", "flip_calibration", "forecast_flips"),
         "flip_rate",
         is_routing=True,
     ),
-    "flip_costs": FigureKind(
-        "What a flip costs: flipped tokens against unflipped ones like them",
-        "Mean difference of tokens by number of flipped layers and by first flipped layer, with unflipped tokens of "
-        "the same p_infer and position. An association: only forcing the routes shows a cause.",
-        ("flip_costs",),
+    "flip_excess": FigureKind(
+        "How much more flipped tokens differ than unflipped ones like them",
+        "Mean difference of tokens by number of flipped layers, with unflipped tokens of the same p_infer, entropy and "
+        "position, and the excess by first flipped layer. Difficulty that these do not show is not controlled: an "
+        "association, only forcing the routes shows a cause.",
+        ("flip_excess",),
         "abs_logp_diff.mean",
         is_routing=True,
     ),
@@ -243,11 +244,11 @@ def _pooled_choices(rows: pd.DataFrame) -> int:
     return int(rows.loc[(rows["layer"] == -1) & (rows["space"] == first), "n_choices"].sum())
 
 
-def _no_costs(frames: Frames) -> str:
-    rows = frames["flip_costs"]
+def _no_excess(frames: Frames) -> str:
+    rows = frames["flip_excess"]
     if rows.empty:
         return f"{NO_FLIP} on a scored token"
-    if not rows["cost"].notna().any():
+    if not rows["excess"].notna().any():
         return "no unflipped token stands in the strata of the flipped ones"
     return "" if rows["flipped_mean"].max() > 0 or rows["unflipped_mean"].max() > 0 else NO_DIFFERENCE
 
@@ -268,6 +269,6 @@ _REASONS: Final[dict[str, Callable[[Frames], str]]] = {
     "margins": _no_margins,
     "margins_by_layer": _no_margins_by_layer,
     "explained_flips": _no_explanation,
-    "flip_costs": _no_costs,
+    "flip_excess": _no_excess,
     "expert_swaps": _no_swaps,
 }

@@ -1,7 +1,7 @@
 """Flips explained and forecast: what the noise of scores makes of near ties, layer by layer, and how well it fits.
 
 Left: the observed flip rate with its interval, what the pair's own noise explains (cross-fitted by prompt), and what
-noise from elsewhere would flip. Right: the prediction held against what happened, choice by choice.
+the pair would flip if it had the noise of another. Right: the prediction held against what happened, choice by choice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from moediag.analysis.predicted import POOLED, best_method, forecast_rows
+from moediag.analysis.predicted import POOLED, best_method
 from moediag.figures.catalogue import MIN_CHOICES
 from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words, share
 from moediag.figures.numbers import count, percent
@@ -47,13 +47,8 @@ _METHOD_WORDS: Final = {
     "simulated": "simulated choices",
     "margin_change": "margins alone",
 }
-_SOURCE_WORDS: Final = {
-    "bf16 undone": "router logits in float32",
-    "rounding to fp8": "router logits in fp8",
-    "rounding to bf16": "router logits in bf16",
-}
 _COLOURS: Final = (*DENSE_COLOURS, *MOE_COLOURS[1:])
-_NOTE: Final = "Bars and bands: 95 %, clustered by prompt (of a prediction: its noise taken as known)."
+_NOTE: Final = "Bars: 95 %, clustered by prompt. Predictions have none: the noise they take is an estimate, too."
 
 
 @house_style
@@ -72,7 +67,7 @@ def plot_explained_flips(
     Args:
         explained: label -> ``explained_flips`` frame; of its methods the best with a prediction is drawn.
         calibration: label -> ``flip_calibration`` frame.
-        forecasts: label -> ``forecast_flips`` frame; infer's scores under each noise as measured are drawn.
+        forecasts: label -> ``forecast_flips`` frame.
         styles: how runs are drawn; by default every run is a MoE.
         caption: counts, drawn under the axes.
         floor: of the flip rate over all layers [1]; drawn on the left.
@@ -95,7 +90,7 @@ def plot_explained_flips(
         _say_errors(right, rows[rows["layer"] == POOLED].iloc[0])
     add_words(
         figure,
-        explained_finding(explained, forecasts or {}),
+        explained_finding(explained),
         caption,
         floor_words(floor, "the flip rate", explained, share),
         _method_note(explained),
@@ -105,56 +100,42 @@ def plot_explained_flips(
     return figure
 
 
-def explained_finding(explained: Mapping[str, pd.DataFrame], forecasts: Mapping[str, pd.DataFrame]) -> str:
-    """The title: how many choices flip, how many the pair's noise explains, and the loudest forecast."""
+def explained_finding(explained: Mapping[str, pd.DataFrame]) -> str:
+    """The title: how many choices flip, and how many the pair's noise explains."""
     parts = []
     for label, frame in explained.items():
-        row = frame[(frame["method"] == best_method(frame)) & (frame["layer"] == POOLED)].iloc[0]
-        words = (
+        row = _best_pooled(frame)
+        parts.append(
             f"{figure_text(label)}: {percent(row['observed'])} of choices flip, near ties under the pair's own noise "
             f"explain {percent(row['explained'])}"
         )
-        words += _loudest(forecasts.get(label))
-        parts.append(words)
     return "\n".join(parts) or "No run"
 
 
-def _loudest(forecasts: pd.DataFrame | None) -> str:
-    """The source of noise that would flip most, for the title."""
-    if forecasts is None:
-        return ""
-    rows = forecast_rows(forecasts)
-    pooled = rows[(rows["layer"] == POOLED) & (rows["forecast"] > 0)].sort_values("forecast")
-    if pooled.empty:
-        return ""
-    most = pooled.iloc[-1]
-    return f"; forecast with {source_words(most['noise_from'])}: {percent(most['forecast'])}"
+def _best_pooled(frame: pd.DataFrame) -> pd.Series[Any]:
+    return frame[(frame["method"] == best_method(frame)) & (frame["layer"] == POOLED)].iloc[0]
 
 
 def source_words(noise_from: object) -> str:
-    """A source of noise as a reader says it: the arm that was perturbed or repeated, or the precision of the scores."""
-    name = str(noise_from)
-    return _SOURCE_WORDS.get(name, f"noise of {figure_text(_other_arm(name))}")
-
-
-def _other_arm(pair: str) -> str:
-    """The arm of an A/A pair that is not the engine's main one."""
-    first, _, second = pair.partition("~")
-    return first if len(first) > len(second) else second
+    """A source of noise as a reader says it: the arm of an A/A pair that is not the engine's main one."""
+    first, _, second = str(noise_from).partition("~")
+    return f"noise of {figure_text(first if len(first) > len(second) else second)}"
 
 
 def _method_note(explained: Mapping[str, pd.DataFrame]) -> str:
-    methods = {label: best_method(frame) for label, frame in explained.items()}
-    said = {_METHOD_WORDS.get(str(method), str(method)) for method in methods.values()}
-    choices = max(int(frame["n_choices"].max()) for frame in explained.values()) if explained else 0
-    return f"Explained from {' or '.join(sorted(said))}, up to {count(choices, 'choice')}." if explained else ""
+    """What was explained from, how much, and what that leaves out."""
+    if not explained:
+        return ""
+    rows = [_best_pooled(frame) for frame in explained.values()]
+    said = sorted({_METHOD_WORDS.get(str(row["method"]), str(row["method"])) for row in rows})
+    notes = sorted({str(row["note"]) for row in rows} - {""})
+    choices = max(int(frame["n_choices"].max()) for frame in explained.values())
+    parts = [f"Explained from {' or '.join(said)}, up to {count(choices, 'choice')}", *notes]
+    return f"{'; '.join(parts)}."
 
 
 def draw_rates(ax: Axes, rows: pd.DataFrame, style: RunStyle) -> None:
-    """Observed rates with their bars and the explained ones with their band, by layer."""
-    ax.fill_between(
-        rows["layer"], rows["explained_ci_low"], rows["explained_ci_high"], color=INK, alpha=0.15, linewidth=0
-    )
+    """Observed rates with their bars and the explained ones, by layer."""
     ax.plot(rows["layer"], rows["explained"], color=INK, linewidth=1.2, marker="o" if len(rows) <= 16 else "",
             markersize=4, markerfacecolor="white", label="explained")  # fmt: skip
     ax.errorbar(rows["layer"], rows["observed"], _bars(rows, "observed"), fmt=style.marker, color=style.colour,
@@ -170,8 +151,7 @@ def _bars(rows: pd.DataFrame, name: str) -> npt.NDArray[np.float64]:
 def draw_forecasts(ax: Axes, forecasts: pd.DataFrame | None) -> set[str]:
     """One dashed line per source of noise; returns the sources that flip nothing, which are not drawn."""
     silent: set[str] = set()
-    rows = pd.DataFrame() if forecasts is None else forecast_rows(forecasts)
-    rows = rows[rows["layer"] != POOLED] if len(rows) else rows
+    rows = pd.DataFrame() if forecasts is None else forecasts[forecasts["layer"] != POOLED]
     nth = 0
     for source, of_source in rows.groupby("noise_from", sort=False) if len(rows) else ():
         if not (of_source["forecast"] > 0).any():
@@ -179,7 +159,8 @@ def draw_forecasts(ax: Axes, forecasts: pd.DataFrame | None) -> set[str]:
             continue
         ax.plot(of_source["layer"], of_source["forecast"], color=_COLOURS[nth % len(_COLOURS)],
                 linestyle=DENSE_LINES[nth % len(DENSE_LINES)], linewidth=1.2, markersize=3.5,
-                marker=MARKERS[1 + nth % (len(MARKERS) - 1)], label=f"forecast: {source_words(source)}")  # fmt: skip
+                marker=MARKERS[1 + nth % (len(MARKERS) - 1)],
+                label=f"forecast: if it had the {source_words(source)}")  # fmt: skip
         nth += 1
     return silent
 

@@ -52,6 +52,8 @@ def summary_floors(floors: Mapping[str, Any] | None) -> dict[str, AnyFloor]:
         return {}
     sides = [str(floors[side]["pair"]) for side in (TRAIN, INFER) if floors.get(side)]
     name = " + ".join(sides) if len(sides) == 2 else f"{' '.join(sides)} only"
+    exact = [share for side in (TRAIN, INFER) if (share := (floors.get(side) or {}).get("bit_exact_share")) is not None]
+    name += f"; bit-exact on {percent(min(exact))} of tokens" if exact else ""
     known = {metric: found for metric, found in floors["metrics"].items() if found["floor"] is not None}
     return {
         metric: "bit-exact" if found.get("is_bit_exact") else Floor(float(found["floor"]), name)
@@ -99,7 +101,7 @@ def _statement(floor: AnyFloor, of: str, words: Callable[[float], str]) -> str:
         return f"Floor: {NO_FLOOR}."
     if not isinstance(floor, Floor):
         return f"Floor of {of}: bit-exact."
-    return f"Floor of {of}: {words(floor.value)} ({figure_text(floor.name, 60)})."
+    return f"Floor of {of}: {words(floor.value)} ({figure_text(floor.name, 100)})."
 
 
 def share(value: float) -> str:

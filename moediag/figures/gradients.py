@@ -11,9 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moediag.analysis.gradients import FARTHER, NEARER
 from moediag.figures.numbers import count
 from moediag.figures.style import (
     FULL_WIDTH,
+    GREY,
     INK,
     LIGHT,
     add_words,
@@ -26,7 +28,7 @@ from moediag.figures.style import (
 
 _REFERENCES: Final = {
     "sequence_is": ("sequence IS", "#0072B2", "o"),
-    "exact": ("exact per prefix", "#D55E00", "D"),
+    "exact": ("one-token, exact", "#D55E00", "D"),
 }
 """Reference -> how it is called and drawn; the self-normalised one has the same direction."""
 
@@ -47,17 +49,17 @@ def plot_gradient_cosines(audit: pd.DataFrame, *, caption: str = "", width: floa
     columns = 1 if is_column(width) else min(2, max(len(parts), 1))
     figure, panels = _grid(max(len(parts), 1), columns, len(methods), width)
     for ax, ((group, reference), rows) in zip(panels, parts, strict=False):
-        _draw(ax, rows, methods, "batch_cosine", reference)
-        if (rows["method"] == "none").any():
-            ax.axvline(_of_none(rows), color=INK, linewidth=0.8, linestyle=(0, (1, 1.5)))
+        _draw_batch(ax, rows, methods, reference)
+        _draw(ax, rows, methods, "cosine", reference)
         ax.set_title(f"{figure_text(group)}, {_REFERENCES[reference][0]}")
         ax.set_xlabel("cosine to the reference (1 = same direction)")
     if not parts:
         state(panels[0], "No gradient was audited.")
     note = (
-        "Bars: 95 % over prompts, where draws of prompts bound the value. Dotted: no correction. Sequence IS: of this "
-        "batch, whose noise both gradients share; exact: in expectation over the next token, so corrections of whole "
-        "sequences have none."
+        "Filled: noise removed (bars: 95 % over prompts, where they can be had); absent where an expected gradient is "
+        "not above its noise. Open: this batch, whose noise both gradients share; grey stroke: what noise alone gives. "
+        "One-token, exact: expected one-token gradient over infer's prefixes, summed; corrections of whole sequences "
+        "have none."
     )
     add_words(figure, cosine_finding(audit), caption, _counts(audit), note)
     return figure
@@ -112,26 +114,19 @@ def short_method(method: str) -> str:
 
 
 def cosine_finding(audit: pd.DataFrame) -> str:
-    """The title: which corrections point nearer to the reference than none does, beyond their interval."""
+    """The title: which corrections point nearer to the reference than none, and of how many nothing can be told."""
     said: dict[tuple[str, str], list[str]] = {}
-    cosines: dict[str, list[float]] = {}
     for (group, reference), rows in _by_reference(audit):
         others = rows[rows["method"] != "none"]
-        nearer = others.loc[others["batch_cosine_change_ci_low"] > 0, "method"]
-        farther = others.loc[others["batch_cosine_change_ci_high"] < 0, "method"]
-        alike = len(others) - len(nearer) - len(farther)
-        words = [f"{_list(nearer)} nearer than no correction" if len(nearer) else ""]
-        words.append(f"{_list(farther)} farther{'' if len(nearer) else ' than no correction'}" if len(farther) else "")
-        words.append(f"{alike} of {len(others)} not told apart from no correction" if alike else "")
-        cosines.setdefault(reference, []).extend(rows["batch_cosine"])
-        said.setdefault((reference, "; ".join(filter(None, words))), []).append(group)
-    return _lines(said, {r: f"; cosines {_cosine(min(x))} to {_cosine(max(x))}" for r, x in cosines.items()})
-
-
-def _cosine(value: float) -> str:
-    """Three decimals, or as many as keep it apart from 1."""
-    gap = 1 - value
-    return f"{value:.{min(7, max(3, 1 - math.floor(math.log10(gap))))}f}" if gap > 1e-7 else f"{value:.3f}"
+        words: list[str] = []
+        for verdict, n in others["verdict"].value_counts(sort=False).items():
+            if verdict in (NEARER, FARTHER):
+                these = _list(others.loc[others["verdict"] == verdict, "method"])
+                words.insert(0, f"{these} {verdict!s} than no correction")
+            else:
+                words.append(f"{verdict!s}: {n} of {len(others)}")
+        said.setdefault((reference, "; ".join(words) or "no other correction"), []).append(group)
+    return _lines(said)
 
 
 def bias_finding(audit: pd.DataFrame) -> str:
@@ -142,13 +137,13 @@ def bias_finding(audit: pd.DataFrame) -> str:
         above = rows.loc[rows["batch_relative_bias"] > (1 + 1e-9) * rows["bias_floor"], "method"]
         words = f"bias of {_list(above)} above chance" if len(above) else "no correction's bias is above chance"
         said.setdefault((reference, words), []).append(group)
-    return _lines(said, {})
+    return _lines(said)
 
 
-def _lines(said: dict[tuple[str, str], list[str]], ranges: dict[str, str]) -> str:
+def _lines(said: dict[tuple[str, str], list[str]]) -> str:
     """One line per finding, the groups that share it together."""
     lines = [
-        f"{', '.join(map(figure_text, groups))}; {_REFERENCES[reference][0]}: {words}{ranges.get(reference, '')}"
+        f"{', '.join(map(figure_text, groups))}; {_REFERENCES[reference][0]}: {words}"
         for (reference, words), groups in said.items()
     ]
     return "\n".join(lines) or "No gradient was audited"
@@ -195,8 +190,12 @@ def _draw(ax: Axes, rows: pd.DataFrame, methods: list[str], name: str, reference
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:.7g}")  # no offset: 0.99999 and not 1e-5 + 1
 
 
-def _of_none(rows: pd.DataFrame) -> float:
-    return float(rows.loc[rows["method"] == "none", "batch_cosine"].to_numpy()[0])
+def _draw_batch(ax: Axes, rows: pd.DataFrame, methods: list[str], reference: str) -> None:
+    """The batch's own cosine, open, and a stroke at the one that noise alone gives."""
+    _, colour, marker = _REFERENCES[reference]
+    place = [methods.index(method) for method in rows["method"]]
+    ax.plot(rows["noise_cosine"], place, "|", color=GREY, markersize=11, markeredgewidth=1.6)
+    ax.plot(rows["batch_cosine"], place, marker, color=colour, markersize=4.6, markerfacecolor="none")
 
 
 def _draw_floors(ax: Axes, rows: pd.DataFrame, methods: list[str]) -> None:

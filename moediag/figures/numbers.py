@@ -66,7 +66,7 @@ def percent(share: float | None) -> str:
     if share < 0.01:
         return f"{sig(100 * share, 2)} %"
     decimals = 2 if share < 0.9999 or share > 1 else math.ceil(-math.log10(1 - share)) - 2
-    return f"{100 * share:.{max(decimals, 2)}f} %"
+    return f"{100 * share:.{min(max(decimals, 2), 3)}f} %"
 
 
 def near_one(value: float, digits: int = 5) -> str:

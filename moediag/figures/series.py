@@ -71,6 +71,7 @@ def plot_trend(
     *,
     is_kl: bool = True,
     marks: Sequence[Mark] = MARKS,
+    warnings: Sequence[str] = (),
     caption: str = "",
     width: float = FULL_WIDTH,
 ) -> Figure:
@@ -81,7 +82,8 @@ def plot_trend(
         recurrence: what the series says of compounding.
         delta: the metric it was fitted to.
         is_kl: False where the text was not freely sampled: k1 and k3 are then called statistics.
-        marks: published numbers, named lines where they are near the data.
+        marks: published numbers, named lines, or bands where a range was published, where they are near the data.
+        warnings: what no drift of training explains: said first.
         caption: said under the axes first.
         width: of the figure [inch].
     """
@@ -95,7 +97,13 @@ def plot_trend(
         found = recurrence if metric == delta else None
         off_axis += _draw_metric(ax, metric_rows(trend, metric), found, [m for m in marks if m.metric == metric])
         ax.set_title(title_of(metric, is_kl))
-    notes = [caption, _counts(trend), _band_note(trend), *_mark_notes(trend, marks, off_axis)]
+    notes = [
+        *(f"Warning: {warning}." for warning in warnings),
+        caption,
+        _counts(trend),
+        _band_note(trend),
+        *_mark_notes(trend, marks, off_axis),
+    ]
     notes += [_fit_note(recurrence), _left_out(metrics[MOST_PANELS:])]
     add_words(figure, trend_finding(trend, recurrence, delta, is_kl), " ".join(filter(None, notes)))
     return figure
@@ -114,7 +122,7 @@ def title_of(metric: str, is_kl: bool = True) -> str:
 
 
 def trend_finding(trend: pd.DataFrame, recurrence: Recurrence | None, delta: str | None, is_kl: bool = True) -> str:
-    """The title: first and last step of delta, and whether it compounds."""
+    """The title: first and last step of delta, and how it grows."""
     shown = delta or next(iter(trend["metric"]), None)
     rows = metric_rows(trend, str(shown)).dropna(subset=["value"])
     if rows.empty:
@@ -123,18 +131,18 @@ def trend_finding(trend: pd.DataFrame, recurrence: Recurrence | None, delta: str
     unit = f" {first['unit']}" if first["unit"] == "nat" else ""
     words = f"{title_of(str(shown), is_kl)}: {sig(first['value'])}{unit} at step {first['step']}"
     if len(rows) > 1:
-        words += f", {sig(last['value'])} at step {last['step']} ({times(last['value'], first['value'])})"
-    return f"{words}\n{_compounds(recurrence)}" if recurrence is not None else words
+        rise = f" ({times(last['value'], first['value'])})" if math.isfinite(last["value"]) else ""
+        words += f", {sig(last['value'])} at step {last['step']}{rise}"
+    return f"{words}\n{_growth(recurrence)}" if recurrence is not None else words
 
 
-def _compounds(recurrence: Recurrence) -> str:
+def _growth(recurrence: Recurrence) -> str:
     boundary = recurrence.boundary
     if recurrence.outcome == "grows" and boundary is not None:
+        words = "Faster than a straight line; if it compounds, "
         if boundary.low <= 0:
-            return f"It compounds; a delta_c above 0 cannot be told from none (95 %: at most {_bound(boundary.high)})"
-        return (
-            f"It compounds; delta_c {sig(boundary.value, 2)}, 95 %: {_bound(boundary.low)} to {_bound(boundary.high)}"
-        )
+            return f"{words}delta_c is none or at most {_bound(boundary.high)} (95 %)"
+        return f"{words}delta_c {sig(boundary.value, 2)}, 95 %: {_bound(boundary.low)} to {_bound(boundary.high)}"
     if recurrence.outcome == "does not grow":
         return "It does not compound: steps are pulled to a level, so there is no boundary"
     return "Whether it compounds, these steps cannot tell"
@@ -151,9 +159,9 @@ def _draw_metric(ax: Axes, rows: pd.DataFrame, fit: Recurrence | None, marks: Se
         np.where(_is_none(rows), np.nan, rows[f"value_ci_{end}"].to_numpy(np.float64)) for end in ("low", "high")
     )
     is_log = _asks_for_log(str(rows["metric"].iloc[0]), value_N)
-    near = [mark for mark in marks if is_log and _is_near(mark.value, value_N)]
+    near = [mark for mark in marks if is_log and (_is_near(mark.value, value_N) or _is_near(mark.highest, value_N))]
     boundary = fit.boundary if fit is not None and fit.outcome == "grows" else None
-    lines = [mark.value for mark in near]
+    lines = [end for mark in near for end in (mark.value, mark.highest)]
     lines += [boundary.value] if boundary is not None and _is_near(boundary.value, value_N) else []
     _scale(ax, value_N, low_N, high_N, lines, is_log)
     bottom, is_none = ax.get_ylim()[0], _is_none(rows)
@@ -162,8 +170,14 @@ def _draw_metric(ax: Axes, rows: pd.DataFrame, fit: Recurrence | None, marks: Se
     if is_none.any():  # an empty line that is not clipped has its marker in the figure's corner
         ax.plot(step_N[is_none], value_N[is_none], color=COLOUR, marker="o", markersize=3.5, markerfacecolor="white",
                 linestyle="none", clip_on=False)  # fmt: skip
-    labels = [_Label(mark.value, f"{mark.name}\n{sig(mark.value, 2)}", GREY) for mark in near]
+    if len(step_I := step_N[np.isinf(value_N)]):
+        ax.plot(step_I, np.ones(len(step_I)), color=COLOUR, marker="^", markersize=7, linestyle="none", clip_on=False,
+                transform=ax.get_xaxis_transform())  # fmt: skip
+    labels = [_Label(math.sqrt(mark.value * mark.highest), f"{mark.name}\n{mark.text}", GREY) for mark in near]
     for mark in near:
+        if mark.high is not None:
+            ax.axhspan(mark.value, mark.high, color=GREY, alpha=0.18, linewidth=0)
+            continue
         ax.axhline(mark.value, color=GREY, linewidth=1.0, linestyle=(0, (1, 2)))
     if fit is not None and fit.growth is not None and boundary is not None:
         labels += _draw_fit(ax, step_N, fit, boundary)
@@ -177,7 +191,7 @@ def _draw_metric(ax: Axes, rows: pd.DataFrame, fit: Recurrence | None, marks: Se
 def _asks_for_log(metric: str, value_N: Float64) -> bool:
     """Growth is exponential, so mismatch stands on a log axis; a table's other columns only where they span much."""
     known = value_N[np.isfinite(value_N)]
-    return bool((known > 0).all()) and (metric in UNITS or known.max() > LOG_FROM * known.min())
+    return bool(len(known) and (known > 0).all()) and (metric in UNITS or known.max() > LOG_FROM * known.min())
 
 
 def _is_none(rows: pd.DataFrame) -> npt.NDArray[np.bool_]:
@@ -208,6 +222,7 @@ def _is_near(value: float, value_N: Float64) -> bool:
 
 def _scale(ax: Axes, value_N: Float64, low_N: Float64, high_N: Float64, lines: list[float], is_log: bool) -> None:
     """Room for data, intervals and lines; a lower bound near 0 does not decide a log axis."""
+    value_N = np.where(np.isfinite(value_N), value_N, np.nan)
     known = np.concatenate([value_N, high_N, lines])
     known = known[np.isfinite(known)]
     if not is_log:
@@ -254,6 +269,8 @@ def _span(numbers: pd.Series) -> str:
 
 def _band_note(trend: pd.DataFrame) -> str:
     words = "Bands: 95 % intervals." if trend["value_ci_low"].notna().any() else "No interval could be given."
+    if np.isinf(trend["value"]).any():
+        words += " Triangles at the top: infinite there."
     highest = trend.loc[_is_none(trend), "value_ci_high"].max()
     if math.isnan(highest):
         return words
@@ -265,8 +282,10 @@ def _mark_notes(trend: pd.DataFrame, marks: Sequence[Mark], off_axis: Sequence[M
     there = [mark for mark in marks if mark.metric in set(trend["metric"])]
     if not there:
         return []
-    words = [f"{mark.value:g} {mark.source}{' (off the axis)' if mark in off_axis else ''}" for mark in there]
-    return [f"Dotted: numbers others published, other stacks, no thresholds: {'; '.join(words)}."]
+    words = [f"{mark.text} {mark.source}{' (off the axis)' if mark in off_axis else ''}" for mark in there]
+    return [
+        f"Dotted or grey bands: numbers and ranges others published, other stacks, no thresholds: {'; '.join(words)}."
+    ]
 
 
 def _fit_note(recurrence: Recurrence | None) -> str:

@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moediag.figures.catalogue import FIGURES, Frames, is_moe, reason_left_out
-from moediag.figures.costs import plot_flip_costs
 from moediag.figures.density import plot_logp_diff_by_p_infer
+from moediag.figures.excess import plot_flip_excess
 from moediag.figures.explained import plot_explained_flips
 from moediag.figures.flip_counts import plot_flips_per_token
 from moediag.figures.flip_maps import plot_flip_map, plot_margins_by_layer
@@ -41,7 +41,7 @@ _PLOTS: Final[dict[str, Callable[..., Figure]]] = {
     "margins": plot_margins,
     "margins_by_layer": plot_margins_by_layer,
     "explained_flips": plot_explained_flips,
-    "flip_costs": plot_flip_costs,
+    "flip_excess": plot_flip_excess,
     "expert_swaps": plot_expert_swaps,
 }
 

@@ -18,6 +18,7 @@ Base rates:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -133,24 +134,64 @@ def correlation_excess(sums_GS: NDArray[Any], sums0_GS: NDArray[Any], n_copies: 
         sums_GS: per group the sums of 1, x, y, x^2, y^2, xy.
         sums0_GS: the same for the correlation it must exceed.
     """
-    used_G = (sums_GS[:, 0] > 0) | (sums0_GS[:, 0] > 0)
+    both_GS = np.concatenate([sums_GS, sums0_GS], axis=1)
     totals, totals0 = sums_GS.sum(axis=0), sums0_GS.sum(axis=0)
     excess = float(correlation(totals) - correlation(totals0))
     if not excess > 0:
         return False
-    n_groups = int(used_G.sum())
-    if n_groups >= MIN_GROUPS:
-        left_G = correlation(totals - sums_GS[used_G]) - correlation(totals0 - sums0_GS[used_G])
-        if not np.isfinite(left_G).all():
-            return False
-        error = math.sqrt((n_groups - 1) / n_groups * float(((left_G - left_G.mean()) ** 2).sum()))
-        return excess > float(stats.t.isf(ALPHA / n_tests, n_groups - 1)) * error
+    if int(((sums_GS[:, 0] > 0) | (sums0_GS[:, 0] > 0)).sum()) >= MIN_GROUPS:
+        return is_positive(both_GS, lambda sums: correlation(sums[..., :6]) - correlation(sums[..., 6:]), n_tests)
     rows = min(totals[0], totals0[0]) / max(n_copies, 1)
     if rows < MIN_GROUPS:
         return False
+    r, r0 = (_fisher_z(correlation(t)) for t in (totals, totals0))
+    return r - r0 > float(stats.norm.isf(ALPHA / n_tests)) * math.sqrt(2 / (rows - 3))
+
+
+def correlation_is_below(limit: float, sums_GS: NDArray[Any], n_copies: int) -> bool:
+    """True when a correlation is below a limit by more than its error explains; errors as :func:`correlation_excess`.
+
+    Fisher's z is used up to three times as many groups: streams that are unrelated have independent products whatever
+    their groups, and a t quantile of few groups would ask for twice as many tokens.
+
+    Args:
+        sums_GS: per group the sums of 1, x, y, x^2, y^2, xy.
+    """
+    totals = sums_GS.sum(axis=0)
+    r = float(correlation(totals))
+    if not r < limit:
+        return False
+    if int((sums_GS[:, 0] > 0).sum()) >= 3 * MIN_GROUPS:
+        return is_positive(sums_GS, lambda sums: limit - correlation(sums))
+    rows = totals[0] / max(n_copies, 1)
+    return bool(
+        rows >= MIN_GROUPS and _fisher_z(limit) - _fisher_z(r) > float(stats.norm.isf(ALPHA)) / math.sqrt(rows - 3)
+    )
+
+
+def is_positive(sums_GS: NDArray[Any], statistic: Callable[[NDArray[Any]], NDArray[Any]], n_tests: int = 1) -> bool:
+    """True when a statistic of sums is above 0 by more than its error (delete-one-group jackknife, t at ALPHA).
+
+    Below MIN_GROUPS groups nothing is said.
+
+    Args:
+        sums_GS: sums of each group; unused groups are 0 throughout.
+        statistic: of (..., S) sums.
+    """
+    used_GS = sums_GS[(sums_GS != 0).any(axis=1)]
+    n_groups, totals = len(used_GS), sums_GS.sum(axis=0)
+    if n_groups < MIN_GROUPS:
+        return False
+    left_G = statistic(totals - used_GS)
+    if not np.isfinite(left_G).all():
+        return False
+    error = math.sqrt((n_groups - 1) / n_groups * float(((left_G - left_G.mean()) ** 2).sum()))
+    return bool(statistic(totals) > float(stats.t.isf(ALPHA / n_tests, n_groups - 1)) * error)
+
+
+def _fisher_z(r: Any) -> float:
     limit = 1 - 1e-12
-    r, r0 = (float(np.clip(correlation(t), -limit, limit)) for t in (totals, totals0))
-    return math.atanh(r) - math.atanh(r0) > float(stats.norm.isf(ALPHA / n_tests)) * math.sqrt(2 / (rows - 3))
+    return math.atanh(float(np.clip(r, -limit, limit)))
 
 
 def correlation(sums: NDArray[Any]) -> NDArray[Any]:

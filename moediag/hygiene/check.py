@@ -7,7 +7,7 @@ where rows are missing at the beginning of sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,12 +19,31 @@ from moediag.hygiene.filler import Filler
 from moediag.hygiene.findings import Finding, by_level, finding
 from moediag.hygiene.identifiers import Identifiers
 from moediag.hygiene.lags import LayerLag, RowLag, TokenLag
+from moediag.hygiene.layers import LayerAtChance, TwinLayers
 from moediag.hygiene.logps import Logps
 from moediag.hygiene.router_scores import RouterScores
 from moediag.hygiene.rows import Rows, Shape
-from moediag.hygiene.rules import ERROR, RULES
+from moediag.hygiene.rules import (
+    BOTH_GATES,
+    BOTH_IDS,
+    BOTH_LOGPS,
+    DISTRIBUTIONS,
+    ENTROPIES,
+    ERROR,
+    FILES,
+    GATES,
+    IDS,
+    LOGITS,
+    LOGPS,
+    MARGINS,
+    N_EXPERTS,
+    RULES,
+    WARNING,
+    left_out,
+)
 from moediag.hygiene.sides import ContradictedZeros, GateFactor
 from moediag.hygiene.stale import Stale
+from moediag.hygiene.streams import MeanRatio, OtherSequence, SameBits, Temperature
 from moediag.notation import INFER, pair_name
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.derived import derived_damage
@@ -35,16 +54,37 @@ _DENSE = Shape(0, 0, 0)
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found, and on how much: findings (errors first), rules applied, token rows read over all arms."""
+    """What was found, and by which rules on how much.
+
+    Args:
+        findings: errors first.
+        has: what was there for the rules (:mod:`moediag.hygiene.rules`).
+        n_rows: token rows read, over all arms.
+    """
 
     findings: list[Finding]
-    n_rules: int
+    has: frozenset[str]
     n_rows: int
+
+    @property
+    def left_out(self) -> dict[str, list[str]]:
+        """What was not there -> rules that could not be applied."""
+        return left_out(self.has)
+
+    @property
+    def n_applied(self) -> int:
+        """Rules applied, of all there are."""
+        return len(RULES) - sum(map(len, self.left_out.values()))
 
     @property
     def n_errors(self) -> int:
         """Findings of level error."""
         return sum(found.level == ERROR for found in self.findings)
+
+    @property
+    def n_warnings(self) -> int:
+        """Findings of level warning."""
+        return sum(found.level == WARNING for found in self.findings)
 
 
 class _ArmRule(Protocol):
@@ -70,8 +110,9 @@ class ArmHygiene:
         self._rules: list[_ArmRule] = [Logps()]
         self._completeness = Completeness(arm)
         if shape.n_layers:
-            self._rules += [Identifiers(shape), Filler(shape), Stale(shape), RouterScores(shape)]
+            self._rules += [Identifiers(shape), Filler(shape), TwinLayers(shape), Stale(shape), RouterScores(shape)]
         self.n_rows = 0
+        self.has: set[str] = set()
 
     @_DAMAGED_NUMBERS
     def add(self, rows: Rows) -> None:
@@ -79,6 +120,7 @@ class ArmHygiene:
         self.n_rows += len(rows)
         if not len(rows):
             return
+        self.has |= what_is_there(rows.capture)
         if rows.shape.n_layers:
             self._completeness.add(rows)
         for rule in self._rules:
@@ -96,26 +138,38 @@ class ArmHygiene:
 
 
 class PairHygiene:
-    """Every rule about two arms of the same tokens, fed shard by shard."""
+    """Every rule about two arms of the same tokens, fed shard by shard.
 
-    def __init__(self, arms: tuple[str, str], shape: Shape) -> None:
+    Args:
+        arms: names of train and infer.
+        shape: of the routing that *both* have; without layers only log-probabilities are compared.
+        is_foreign: whether another tool made the data: then one side may be a copy of the other, and how infer sampled
+            is not known.
+    """
+
+    def __init__(self, arms: tuple[str, str], shape: Shape, is_foreign: bool = False) -> None:
+        self._lag = TokenLag()
+        self._rules: list[_PairRule] = [OtherSequence(), Temperature()]
         self._zeros = [ContradictedZeros(arm) for arm in arms]
-        self._rules: list[_PairRule] = [TokenLag()]
+        self._foreign_rules: list[_PairRule] = [SameBits(), MeanRatio()] if is_foreign else []
+        self._routed_rules: list[_PairRule] = []
         if shape.n_layers:
-            self._rules += [RowLag(shape), LayerLag(shape), GateFactor(shape)]
+            self._routed_rules = [RowLag(shape), LayerLag(shape), LayerAtChance(shape), GateFactor(shape)]
 
     @_DAMAGED_NUMBERS
     def add(self, train: Rows, infer: Rows) -> None:
         """Feed a shard of both arms."""
         self._zeros[0].add(train, infer)
         self._zeros[1].add(infer, train)
-        for rule in self._rules:
+        for rule in (self._lag, *self._rules, *self._foreign_rules, *self._routed_rules):
             rule.add(train, infer)
 
     def findings(self, where: str) -> list[Finding]:
-        """All findings of the pair."""
-        found = [item for rule in self._rules for item in rule.findings(where)]
-        return found + [item for side in self._zeros for item in side.findings(where)]
+        """All findings of the pair; what a fault already named brings with it is not named again."""
+        found = self._lag.findings(where) or [item for rule in self._rules for item in rule.findings(where)]
+        found += [item for side in self._zeros for item in side.findings(where)]
+        found = found or [item for rule in self._foreign_rules for item in rule.findings(where)]
+        return found + [item for rule in self._routed_rules for item in rule.findings(where)]
 
 
 def check_run(run: Run, arms: Sequence[str] | None = None) -> list[Finding]:
@@ -149,7 +203,10 @@ def inspect_run(run: Run, arms: Sequence[str] | None = None) -> Inspection:
     found += [item for arm, rules in pairs.items() for item in rules.findings(pair_name(arm, INFER))]
     if not run.arms():
         found.append(finding("no-arm", str(run.path), "no arm has been captured"))
-    return Inspection(by_level(found), len(RULES), sum(rules.n_rows for rules in hygiene.values()))
+    has = {FILES, N_EXPERTS} | {DISTRIBUTIONS for arm in names if _has_distributions(run, arm)}
+    has |= {what for rules in hygiene.values() for what in rules.has}
+    has |= {what for arm in pairs for what in both_have(hygiene[arm].has, hygiene[INFER].has)}
+    return Inspection(by_level(found), frozenset(has), sum(rules.n_rows for rules in hygiene.values()))
 
 
 def check_capture(
@@ -177,20 +234,59 @@ def check_capture(
 
 
 def check_pair(
-    tokens: TokenRows, train: Capture, infer: Capture, *, n_experts: int = 0, where: str = "infer~train"
+    tokens: TokenRows,
+    train: Capture,
+    infer: Capture,
+    *,
+    n_experts: int = 0,
+    where: str = "infer~train",
+    is_foreign: bool = False,
 ) -> list[Finding]:
     """Check two arms of the same tokens beside each other; each alone is :func:`check_capture`'s business.
 
+    Routing is compared where both sides have it, log-probabilities in any case.
+
     Args:
         n_experts: E; 0 = infer's largest id + 1.
+        is_foreign: as for :class:`PairHygiene`.
     """
-    shape = _shape_of_arrays(infer, n_experts, None)
-    wrong = _misfits(tokens, infer, shape, where) or _misfits(tokens, train, shape, where)
+    wrong = _misfits(tokens, train.unrouted(), _DENSE, where) or _misfits(tokens, infer.unrouted(), _DENSE, where)
     if wrong:
         return wrong
-    hygiene = PairHygiene((where.partition("~")[2], where.partition("~")[0]), shape)
+    shape = _shape_of_arrays(infer, n_experts, None) if train.is_routed and infer.is_routed else _DENSE
+    if shape.n_layers:
+        wrong = _misfits(tokens, infer, shape, where) or _misfits(tokens, train, shape, where)
+    if wrong or not shape.n_layers:
+        shape, train, infer = _DENSE, train.unrouted(), infer.unrouted()
+    hygiene = PairHygiene((where.partition("~")[2], where.partition("~")[0]), shape, is_foreign)
     hygiene.add(Rows(tokens, train, shape), Rows(tokens, infer, shape))
-    return by_level(hygiene.findings(where))
+    return by_level(wrong + hygiene.findings(where))
+
+
+def what_is_there(capture: Capture) -> set[str]:
+    """What one side has for the rules; a side without any finite log-probability was dumped without them."""
+    of_array = {
+        IDS: capture.expert_ids_TLK,
+        GATES: capture.gate_weights_TLK,
+        MARGINS: capture.margin_TL,
+        LOGITS: capture.router_logits_TLE,
+        LOGPS: capture.logp_T if np.isfinite(capture.logp_T).any() else None,
+        ENTROPIES: capture.entropy_T if np.isfinite(capture.entropy_T).any() else None,
+    }
+    return {name for name, array in of_array.items() if array is not None}
+
+
+def both_have(train: Collection[str], infer: Collection[str]) -> set[str]:
+    """What two sides have for the rules about both."""
+    both = {LOGPS: BOTH_LOGPS, IDS: BOTH_IDS, GATES: BOTH_GATES}
+    return {both[what] for what in both if what in train and what in infer}
+
+
+def _has_distributions(run: Run, arm: str) -> bool:
+    try:
+        return any(run.keeps_vocab(arm, shard) for shard in run.shards)
+    except RunError:
+        return False
 
 
 def _shape_of_arm(run: Run, arm: str) -> Shape:

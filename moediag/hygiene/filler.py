@@ -29,11 +29,11 @@ class Filler:
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
-        zeros = [np.zeros(shape.n_layers, dtype=np.int64) for _ in range(6)]
-        self._routed_L, self._first_L, self._last_L, self._tied_L, self._flat_L, self._logits_L = zeros
+        zeros = [np.zeros(shape.n_layers, dtype=np.int64) for _ in range(7)]
+        self._routed_L, self._first_L, self._last_L, self._tied_L, self._flat_L, self._logits_L, self._on_L = zeros
         self._tied_apart_L = np.zeros(shape.n_layers, dtype=np.int64)
         self._n_apart = 0
-        self._first, self._last, self._tied = Count(), Count(), Count()
+        self._first, self._last, self._tied, self._on = Count(), Count(), Count(), Count()
         self._tied_on = (Count(), Count())  # with one layer: tied rows on the first and the last set
         self._free_on = np.zeros(2, dtype=np.int64)
         self._has_scores = False
@@ -46,6 +46,7 @@ class Filler:
             for count, hit_TL, hit_L in (
                 (self._first, rows.first_set, self._first_L),
                 (self._last, rows.last_set, self._last_L),
+                (self._on, rows.counting, self._on_L),
             ):
                 count.add(rows.tokens, np.asarray(hit_TL.all(axis=1)), n, rows.prefixes)
                 hit_L += hit_TL[rows.routed_throughout].sum(axis=0)
@@ -113,10 +114,16 @@ class Filler:
             if exceeds(tied.n_distinct, tied.n_of, rate, n_tests=2):
                 message = f"{tied.text()} tied rows are experts {name}; other rows seldom are"
                 return [counted("D04-filler-rows", where, message, tied, rate)]
-        for count, hit_L, name in ((self._first, self._first_L, first), (self._last, self._last_L, last)):
-            rate = joint_rate(hit_L, count.n_of)
-            if exceeds(count.n_distinct, count.n_of, rate, n_tests=2) or self._is_all(count):
-                message = f"{count.text()} rows are experts {name} in all {self._shape.n_layers} layers"
+        for count, hit_L, name in (
+            (self._on, self._on_L, "ids that count on from slot to slot (arange modulo E, as slime fills rows)"),
+            (self._first, self._first_L, f"experts {first}"),
+            (self._last, self._last_L, f"experts {last}"),
+        ):
+            # ids that count on are never popular: their rate is that of rows which do not do so throughout
+            n_full = count.n if count is self._on else 0
+            rate = joint_rate(hit_L - n_full, count.n_of - n_full)
+            if exceeds(count.n_distinct, count.n_of, rate, n_tests=3) or self._is_all(count):
+                message = f"{count.text()} rows are {name} in all {self._shape.n_layers} layers"
                 return [counted("D04-filler-rows", where, message, count, rate)]
         return []
 

@@ -5,6 +5,7 @@ Invariant: a finding does not depend on the order of sequences or on where shard
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ _N_KEYS = 1 << 16
 class Place(NamedTuple):
     """Where: sequence, position in it, MoE layer (None = the whole row)."""
 
-    seq_id: int
+    seq_id: int | str
     position: int
     layer: int | None = None
 
@@ -93,6 +94,17 @@ def counted(rule: str, where: str, message: str, count: Count, base_rate: float 
     return finding(rule, where, message, n=count.n, n_of=count.n_of, places=tuple(count.places), base_rate=base_rate)
 
 
+def headline(findings: Iterable[Finding]) -> list[str]:
+    """The worst finding in full, and the others above a note by name, as lines; none where nothing is wrong."""
+    serious = by_level([found for found in findings if found.level != NOTE])
+    if not serious:
+        return []
+    worst = serious[0]
+    lines = [worst.line(), f"    likely: {worst.cause}; next: {worst.next_check}"]
+    others = [f"{found.level} {found.rule} ({found.where})" for found in serious[1:]]
+    return [*lines, f"    also: {', '.join(others)}"] if others else lines
+
+
 def by_level(findings: list[Finding]) -> list[Finding]:
     """Errors first; within a level as they came."""
     return sorted(findings, key=lambda found: LEVELS.index(found.level))
@@ -134,6 +146,13 @@ class Count:
             layers = [None] if hit.ndim == 1 else np.flatnonzero(hit[row]).tolist()
             self.places += [Place(int(tokens.seq_id_T[row]), int(tokens.position_T[row]), layer) for layer in layers]
         self.places = sorted(self.places)[:N_PLACES]
+
+    @classmethod
+    def merged(cls, counts: Iterable[Count], n_of: int) -> Count:
+        """Several counts as one of ``n_of``; copies are not told apart any more."""
+        some = list(counts)
+        places = sorted(place for count in some for place in count.places)
+        return cls(sum(count.n for count in some), n_of, places[:N_PLACES])
 
     @property
     def n_distinct(self) -> int:

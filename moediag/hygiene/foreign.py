@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,39 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from moediag.errors import DumpError
-from moediag.hygiene.check import Inspection, check_capture, check_pair
+from moediag.hygiene.check import Inspection, both_have, check_capture, check_pair, what_is_there
 from moediag.hygiene.findings import Finding, Place, by_level, finding
-from moediag.hygiene.rules import RULES
+from moediag.hygiene.rules import BOTH_TOKENS, FOREIGN, LOGPS, N_EXPERTS
 from moediag.notation import INFER, NOT_ROUTED, TRAIN
 from moediag.run.capture import Capture, TokenRows
 
 _SIDES = {INFER: ("logprobs", "routed_experts"), TRAIN: ("train_logprobs", "train_routed_experts")}
+_TRAIN_TOKENS = ("train_token_ids", "train_prompt_token_ids")
 _CONTEXT = 3
+_MOST_DENSE = 4
+"""Dense layers in a row: published models have up to 3 in front (DeepSeek-V3, GLM-4.5) or 4 (Step-3), or one between
+two MoE layers. A longer block of zeros is another pipeline rank's."""
+
+_LEAST_SEGMENT = 4
+_LEAST_REPEATED = 0.5
+"""Share of a segment's rows that must come again for it to be called repeated: a row computed anew may flip."""
 
 
 @dataclass(frozen=True)
 class Dump:
-    """A foreign capture: token rows, a capture per side that is there, and what tells the sides' tokens apart."""
+    """A foreign capture: token rows, and a capture per side that is there, without slots of dense layers.
+
+    Args:
+        n_experts: E; differing: what tells the sides' tokens apart; slots: what was left out of the layers.
+        has_both_tokens: whether the train side has token ids of its own.
+    """
 
     tokens: TokenRows
     captures: dict[str, Capture]
     n_experts: int
     differing: list[Finding]
+    slots: list[Finding]
+    has_both_tokens: bool
 
 
 def check_dump(path: Path, n_experts: int | None = None, first_row: int = 0) -> Inspection:
@@ -52,16 +67,20 @@ def check_dump(path: Path, n_experts: int | None = None, first_row: int = 0) -> 
         DumpError: not such a dump; names the row and the column.
     """
     dump = read_dump(path, n_experts, first_row)
-    found = list(dump.differing)
+    found = [*dump.differing, *dump.slots]
+    sides = {arm: what_is_there(capture) for arm, capture in dump.captures.items()}
+    has = {FOREIGN}.union(*sides.values())
     for arm, capture in dump.captures.items():
         alone = check_capture(dump.tokens, capture, n_experts=dump.n_experts, arm=arm)
-        is_scored = bool(np.isfinite(capture.logp_T).any())  # a side without any logprobs was dumped without them
-        found += [item for item in alone if is_scored or item.rule != "D31-nan-logp"]
-    if set(dump.captures) == set(_SIDES) and not dump.differing:
+        # a side without any logprobs was dumped without them
+        found += [item for item in alone if LOGPS in sides[arm] or item.rule != "D31-nan-logp"]
+    if set(sides) == set(_SIDES) and not dump.differing:
         train, infer = dump.captures[TRAIN], dump.captures[INFER]
-        if train.is_routed == infer.is_routed:
-            found += check_pair(dump.tokens, train, infer, n_experts=dump.n_experts)
-    return Inspection(by_level(found), len(RULES), len(dump.tokens) * len(dump.captures))
+        found += check_pair(dump.tokens, train, infer, n_experts=dump.n_experts, is_foreign=True)
+        has |= both_have(sides[TRAIN], sides[INFER])
+    has |= {N_EXPERTS} if n_experts is not None else set()
+    has |= {BOTH_TOKENS} if dump.has_both_tokens else set()
+    return Inspection(by_level(found), frozenset(has), len(dump.tokens) * len(dump.captures))
 
 
 def read_dump(path: Path, n_experts: int | None = None, first_row: int = 0) -> Dump:
@@ -85,11 +104,14 @@ def read_dump(path: Path, n_experts: int | None = None, first_row: int = 0) -> D
             )
     if not captures:
         raise DumpError(f"{path} has neither logprobs nor routed_experts; nothing to check")
+    slots = _take_dense_slots(captures)
     ids = [capture.expert_ids_TLK for capture in captures.values() if capture.expert_ids_TLK is not None]
     largest = max((int(array.max(initial=NOT_ROUTED)) for array in ids), default=NOT_ROUTED)
     top_k = max((array.shape[2] for array in ids), default=0)
     n_experts = (max(largest + 1, top_k) if n_experts is None else n_experts) if ids else 0
-    return Dump(tokens, captures, n_experts, _differing_tokens(path, records, prompts, responses))
+    differing = _differing_tokens(path, records, prompts, responses)
+    has_both_tokens = any(record.get(name) is not None for record in records for name in _TRAIN_TOKENS)
+    return Dump(tokens, captures, n_experts, differing, slots, has_both_tokens)
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
@@ -181,12 +203,85 @@ def _expert_ids(
         if start + first_row + len(rows) > end:
             raise DumpError(
                 f"{path} sequence {i}: {name} has {len(rows)} rows from row {first_row} for {end - start} tokens; "
-                "wanted prompt + response - 1 (see --first-row)"
+                f"{_repeated_segment(rows, end - start - 1 - first_row)}"
             )
         if np.abs(rows).max() > np.iinfo(np.int16).max:
-            raise DumpError(f"{path} sequence {i}: {name} holds {rows.max()}, which is no expert id")
+            raise DumpError(f"{path} sequence {i}: {name} holds {_no_id(int(rows.flat[np.abs(rows).argmax()]))}")
         ids_TLK[start + first_row : start + first_row + len(rows)] = rows
     return ids_TLK
+
+
+def _take_dense_slots(captures: dict[str, Capture]) -> list[Finding]:
+    """Take slots of dense layers out of the captures: layers that are expert 0 in every row, where K > 1.
+
+    A layer that only one of two equally deep sides lacks is no dense one, nor is a long block of them, nor all layers:
+    those stay, for D03 to name.
+    """
+    zeros = {arm: _zero_layers(capture.expert_ids_TLK) for arm, capture in captures.items()
+             if capture.expert_ids_TLK is not None}  # fmt: skip
+    if len({len(zero_L) for zero_L in zeros.values()}) == 1 and len(zeros) > 1:
+        both_L = np.logical_and(*zeros.values())
+        zeros = dict.fromkeys(zeros, both_L)
+    notes = []
+    for arm, zero_L in zeros.items():
+        if not zero_L.any() or zero_L.all() or _longest(zero_L) > _MOST_DENSE:
+            continue
+        layers = np.flatnonzero(zero_L).tolist()
+        ids_TLK = captures[arm].expert_ids_TLK
+        assert ids_TLK is not None
+        captures[arm] = replace(captures[arm], expert_ids_TLK=ids_TLK[:, ~zero_L])
+        message = (
+            f"layers {layers} of {len(zero_L)} are expert 0 in every row: slots of dense layers, left out (layer 0 "
+            f"elsewhere is layer {int(np.argmin(zero_L))} of the dump)"
+        )
+        notes.append(finding("D03-dense-slot", arm, message, n=len(layers), n_of=len(zero_L)))
+    return notes
+
+
+def _zero_layers(ids_TLK: NDArray[np.int16]) -> NDArray[np.bool_]:
+    """(L,) Layers that hold nothing but expert 0 in every row that is there; none where K = 1."""
+    present_T = (ids_TLK != NOT_ROUTED).any(axis=(1, 2))
+    if ids_TLK.shape[2] == 1 or not present_T.any():
+        return np.zeros(ids_TLK.shape[1], dtype=np.bool_)
+    return np.asarray((ids_TLK[present_T] == 0).all(axis=(0, 2)))
+
+
+def _longest(hit_L: NDArray[np.bool_]) -> int:
+    """Longest run of hits."""
+    return int(np.diff(np.flatnonzero(np.r_[True, ~hit_L, True])).max() - 1)
+
+
+def _repeated_segment(rows: NDArray[np.int64], wanted: int) -> str:
+    """What is wrong with more rows than tokens: a generation that was interrupted and stored once per segment?"""
+    seam = len(rows) - wanted
+    n = min(seam, wanted)
+    same = (rows[:n] == rows[seam : seam + n]).all(axis=(1, 2)) if n > 0 else np.zeros(0, dtype=bool)
+    if n < _LEAST_SEGMENT or same.mean() < _LEAST_REPEATED:
+        return "wanted prompt + response - 1 (see --first-row)"
+    return (
+        f"rows {seam}..{seam + n - 1} repeat rows 0..{n - 1}: segments of a generation that was interrupted and "
+        f"resumed were joined, each with the whole sequence so far; keep the last {wanted} rows"
+    )
+
+
+def _no_id(value: int) -> str:
+    """A value beyond any expert id, and what its bytes look like."""
+    if value in (2**16 - 1, 2**32 - 1):
+        return f"{value}, which is -1 (not routed) in an unsigned type; store -1, or leave the row out"
+    if not 0 <= value < 2**63:
+        return f"{value}, which is no expert id"
+    size = 4 if value < 2**31 else 8
+    held = value.to_bytes(size, "little")
+    if size == 8 and value % 2**32 < 2**15:
+        read, width, ids = "int64", "int32", [value % 2**32, value >> 32]
+    elif not any(held[1::2]):
+        read, width, ids = f"int{8 * size}", "uint16", [int(byte) for byte in held[::2]]
+    else:
+        read, width, ids = f"int{8 * size}", "uint8", list(held)
+    return (
+        f"{value}, which is no expert id: bytes {list(held)}, as {len(ids)} {width} ids read as one {read}; read the "
+        "payload in the width that its sender declares (SGLang: routed_experts_dtype)"
+    )
 
 
 def _array(path: Path, sequence: int, name: str, value: Any, dtype: Any) -> NDArray[Any]:
@@ -204,7 +299,7 @@ def _differing_tokens(
     places, first = [], ""
     n_compared = 0
     for i, record in enumerate(records):
-        if record.get("train_token_ids") is None and record.get("train_prompt_token_ids") is None:
+        if all(record.get(name) is None for name in _TRAIN_TOKENS):
             continue
         n_compared += 1
         ours = np.r_[prompts[i], responses[i]]

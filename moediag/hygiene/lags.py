@@ -126,7 +126,7 @@ class LayerLag:
         sets = [rows.sets[good_T] for rows in (train, infer)]
         self._n_G += np.bincount(group_T, minlength=N_GROUPS)
         for side, rows in enumerate((train, infer)):
-            self._chosen_LE[side] += _popularity(rows.ids[good_T], self._shape.n_experts)
+            self._chosen_LE[side] += popularity(rows.ids[good_T], self._shape.n_experts)
         at0_T = self._overlap(sets, 0)
         self._at[0] += float(at0_T.sum())
         for lag in self._lags:
@@ -187,7 +187,7 @@ def _n_shared(shared_TLW: NDArray[np.uint64]) -> NDArray[np.int64]:
     return np.asarray(np.bitwise_count(shared_TLW).reshape(n_rows, n_layers * n_words).sum(axis=1, dtype=np.int64))
 
 
-def _popularity(ids_TLK: NDArray[np.int16], n_experts: int) -> NDArray[np.int64]:
+def popularity(ids_TLK: NDArray[np.int16], n_experts: int) -> NDArray[np.int64]:
     """(L, E) how often each expert was chosen."""
     counts = [np.bincount(ids_TLK[:, layer].ravel(), minlength=n_experts) for layer in range(ids_TLK.shape[1])]
     return np.array(counts).reshape(ids_TLK.shape[1], n_experts)

@@ -21,11 +21,16 @@ _ROUNDING = 1e-3
 """Entropies may be negative by rounding of -sum p log p in half precision; below this [nat] they are wrong."""
 
 
+LARGEST_ROUNDED_LOGP = 1e-4
+"""Log-probability [nat] up to which a value above 0 is rounding and counts as 0: a float32 logit less its logsumexp is
+off by half a unit in the last place, 6.1e-5 for logits of 1,024 to 2,048. Beyond it, it is no log-probability."""
+
+
 class Logps:
     """Counts impossible and certain log-probabilities of one arm's response tokens."""
 
     def __init__(self) -> None:
-        self._nan, self._impossible = Count(), Count()
+        self._nan, self._impossible, self._rounded = Count(), Count(), Count()
         self._zero, self._contradicted = Count(), Count()
         self._entropy_missing, self._entropy_negative = Count(), Count()
         self._longest = 0
@@ -38,7 +43,8 @@ class Logps:
         zero_T = response_T & (logp_T == 0)
         scored_T = response_T & np.isfinite(logp_T)
         self._nan.add(tokens, response_T & np.isnan(logp_T), n)
-        self._impossible.add(tokens, response_T & (np.isinf(logp_T) | (logp_T > 0)), n)
+        self._impossible.add(tokens, response_T & (np.isinf(logp_T) | (logp_T > LARGEST_ROUNDED_LOGP)), n)
+        self._rounded.add(tokens, response_T & (logp_T > 0) & (logp_T <= LARGEST_ROUNDED_LOGP), n)
         self._zero.add(tokens, zero_T, n)
         self._contradicted.add(tokens, zero_T & (entropy_T > MOST_ENTROPY_OF_CERTAIN), int(zero_T.sum()))
         self._entropy_missing.add(tokens, scored_T & ~np.isfinite(entropy_T), int(scored_T.sum()))
@@ -53,6 +59,9 @@ class Logps:
         if self._impossible.n:
             message = f"{self._impossible.text()} logps are infinite or above 0"
             found.append(counted("D31-impossible-logp", where, message, self._impossible))
+        if self._rounded.n:
+            message = f"{self._rounded.text()} logps are above 0 by at most {LARGEST_ROUNDED_LOGP:g} nat"
+            found.append(counted("D31-rounded-logp", where, message, self._rounded))
         if self._contradicted.n:
             message = (
                 f"{self._contradicted.text()} logps of exactly 0 stand beside {MOST_ENTROPY_OF_CERTAIN} nat or more"
@@ -60,7 +69,7 @@ class Logps:
             found.append(counted("D31-zero-logp", where, message, self._contradicted))
         elif self._zero.n:
             message = (
-                f"{self._zero.text()} logps are exactly 0, longest run {self._longest:,}; nothing contradicts them"
+                f"{self._zero.text()} logps are exactly 0, longest run {self._longest:,}; no entropy contradicts them"
             )
             found.append(counted("D31-certain-tokens", where, message, self._zero))
         # an arm without any entropy has none to be had

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.hygiene.findings import N_PLACES, Count, Finding, counted
+from moediag.hygiene.findings import Count, Finding, counted
 from moediag.hygiene.rows import MIN_ROWS, Rows, Shape, over_slots
 
 _BF16 = 2.0**-8
@@ -68,11 +68,7 @@ class RouterScores:
         off = [count for number, count in self._sums.items() if abs(number - usual) > 1]
         if not off:
             return []
-        total = Count(
-            sum(count.n for count in off),
-            sum(count.n for count in self._sums.values()),
-            sorted(place for count in off for place in count.places)[:N_PLACES],
-        )
+        total = Count.merged(off, sum(count.n for count in self._sums.values()))
         text = f"{total.text()} (token, layer) have weights that do not sum to {math.exp(usual * self._step):.3g}"
         return [counted("gate-sum", where, text, total)]
 

@@ -6,6 +6,7 @@ operations per (token, layer) whatever K is.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moediag.hygiene.chance import ALPHA
 from moediag.notation import NOT_ROUTED
 from moediag.run.capture import Bool, Capture, TokenRows
 
@@ -133,12 +135,25 @@ class Rows:
         return self._is_set(range(self.shape.n_experts - self.shape.top_k, self.shape.n_experts))
 
     @cached_property
+    def counting(self) -> Bool:
+        """(T, L) Ids that count on from slot to slot and from the layer before, modulo E: ``arange(L * K) % E``.
+
+        Nowhere where so few slots and experts make that an ordinary row.
+        """
+        n_steps = self.shape.n_layers * self.shape.top_k - 1
+        if n_steps * math.log(self.shape.n_experts) < -math.log(ALPHA):
+            return np.zeros(self.ids.shape[:2], dtype=np.bool_)
+        flat_TN = self.ids.reshape(len(self), -1).astype(np.int32)
+        on_TN = np.diff(flat_TN, axis=1, prepend=flat_TN[:, :1] - 1) % self.shape.n_experts == 1
+        return _booleans(on_TN.reshape(self.ids.shape).all(axis=2) & self.routed)
+
+    @cached_property
     def filler(self) -> Bool:
         """(T,) Rows that look like filler in all layers: other rules leave them to D03, D04 and D34."""
         filler_T = _booleans(self.ids[:, 0, 0] == 0)
         filler_T[filler_T] = (self.ids[filler_T] == 0).all(axis=(1, 2))
         if self.shape.is_choice:
-            filler_T = filler_T | self.first_set.all(axis=1) | self.last_set.all(axis=1)
+            filler_T = filler_T | self.first_set.all(axis=1) | self.last_set.all(axis=1) | self.counting.all(axis=1)
         if self.tied is not None:
             filler_T = filler_T | self.tied.all(axis=1)
         return filler_T

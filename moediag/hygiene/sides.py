@@ -29,6 +29,7 @@ class ContradictedZeros:
     def __init__(self, zero_side: str) -> None:
         self._side = zero_side
         self._zeros, self._near = Count(), Count()
+        self._n_scored, self._n_trailing, self._sum_beside = 0, 0, 0.0
 
     def add(self, this: Rows, other: Rows) -> None:
         """Add a shard; ``this`` has the zeros."""
@@ -38,6 +39,9 @@ class ContradictedZeros:
         zero_T, near_T = scored_T & (logp_T == 0), scored_T & (logp_T < 0) & (logp_T > _NEAR_CERTAIN)
         self._zeros.add(tokens, zero_T & contradicted_T, int(zero_T.sum()), this.prefixes)
         self._near.add(tokens, near_T & contradicted_T, int(near_T.sum()))
+        self._n_scored += int(scored_T.sum())
+        self._n_trailing += int((zero_T & _trailing(zero_T, this.ends)).sum())
+        self._sum_beside += float(other.capture.logp_T[zero_T].astype(np.float64).sum())
 
     def findings(self, where: str) -> list[Finding]:
         """An error where zeros are contradicted much more often than near-certain tokens are."""
@@ -45,8 +49,21 @@ class ContradictedZeros:
         rate = min(1.0, max(_LEAST_RATE, 2 * near))
         if not exceeds(self._zeros.n_distinct, self._zeros.n_of, rate, n_tests=2):
             return []
-        message = f"{self._zeros.text()} logps of exactly 0 in {self._side} are below {_CONTRADICTION} nat beside it"
+        n = self._zeros.n_of
+        message = (
+            f"{n / self._n_scored:.1%} of {self._side}'s {self._n_scored:,} logps are exactly 0, {self._n_trailing:,} "
+            f"of these {n:,} at the end of sequences; the other side has {self._sum_beside / n:.2g} nat there on "
+            f"average, and {self._zeros.n:,} times less than {_CONTRADICTION:g}"
+        )
         return [counted("D31-zero-logp", where, message, self._zeros, rate)]
+
+
+def _trailing(hit_T: NDArray[np.bool_], ends_T: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Rows from which on every row of their sequence is a hit."""
+    here_T = np.arange(len(hit_T))
+    next_miss_T = np.minimum.accumulate(np.where(hit_T, len(hit_T), here_T)[::-1])[::-1]
+    next_end_T = np.minimum.accumulate(np.where(ends_T, here_T, len(hit_T))[::-1])[::-1]
+    return np.asarray(next_miss_T > next_end_T)
 
 
 class GateFactor:

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.analysis.gradients import HEADLINE
-from moediag.figures.numbers import count, is_number
+from moediag.analysis.gradients import CANNOT_TELL, EXACT, HEADLINE, IS_ROUNDING, NO_INTERVAL, ROUNDING, SAME
+from moediag.figures.numbers import count, is_number, sig
 from moediag.report.blocks import Block, Picture, Section, section
 from moediag.report.tables import declared_table, records
 
@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 _REFERENCES: Final = {
     "sequence_is": "sequence-level importance weighting",
-    "exact": "the exact gradient under both engines' full distributions",
+    EXACT: "the expected one-token gradient over infer's prefixes, summed",
 }
 
 
@@ -30,34 +30,73 @@ def audit_section(frames: Mapping[str, pd.DataFrame], pictures: Mapping[str, Pic
     return section("gradients", "Which correction points the update the right way?", *shown)
 
 
-def audit_words(audit: pd.DataFrame | None) -> list[str]:
-    """Per parameter group and reference: the cosine of no correction, and which corrections are told apart from it."""
-    if audit is None:
+def audit_words(frames: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Per parameter group and reference: what the reference can carry, the cosine without correction, the verdicts."""
+    if "gradient_audit" not in frames:
         return []
     said = []
-    for (group, reference), part in audit.groupby(["group", "reference"], sort=False):
+    references = {(row["group"], row["reference"]): row for row in records(frames["gradient_references"])}
+    for key, part in frames["gradient_audit"].groupby(["group", "reference"], sort=False):
+        group, reference = map(str, key)
         uncorrected = records(part[part["method"] == "none"])
         if reference not in _REFERENCES or not uncorrected:
             continue
-        row = uncorrected[0]
-        cosine = _near_one(row["batch_cosine"]) + _bounds(row, "batch_cosine", _near_one)
         said.append(
-            f"Gradient audit of {group} against {_REFERENCES[reference]}, {count(int(row['n_prompts']), 'prompt')}: "
-            f"cosine {cosine} without correction; {_told_apart(part)}."
+            f"Gradient audit of {group} against {_REFERENCES[reference]} "
+            f"({_carries(references[group, reference])}): {_cosine_words(uncorrected[0])} without correction; "
+            f"{_verdict_words(part, uncorrected[0])}."
         )
     return said
 
 
-def _told_apart(part: pd.DataFrame) -> str:
-    low, high = part["batch_cosine_change_ci_low"], part["batch_cosine_change_ci_high"]
-    some = part[((low > 0) | (high < 0)) & (part["method"] != "none")]
-    if some.empty:
-        return "no correction is told apart from that"
-    each = [
-        f"{row['method']} {_signed(row['batch_cosine_change'])}{_bounds(row, 'batch_cosine_change', _signed)}"
-        for row in records(some)
-    ]
-    return f"changed by {', '.join(each)}"
+def _carries(row: Row) -> str:
+    """What stands behind a reference: prompts, signal to noise, and effective sequences where weights take them."""
+    signal = f"signal to noise {sig(row['signal_to_noise'], 2)}"
+    ess = f"effective sample size {sig(row['ess'], 3)} of {count(row['n_sequences'], 'sequence')}"
+    facts = [count(row["n_prompts"], "prompt"), *([ess] if is_number(row["ess"]) else []), signal]
+    if not is_number(row["norm"]):
+        facts.append("no direction above its own noise")
+    return ", ".join(facts)
+
+
+def _cosine_words(row: Row) -> str:
+    if is_number(row["cosine"]):
+        own = f" and {_near_one(row['batch_cosine'])} on these very prefixes" if row["reference"] == EXACT else ""
+        return f"cosine {_near_one(row['cosine'])}{_bounds(row, 'cosine', _near_one)}, noise removed,{own}"
+    if not is_number(row["batch_cosine"]):
+        return f"no cosine ({row['note']})"
+    return (
+        f"cosine of this batch {_near_one(row['batch_cosine'])}, where noise alone gives "
+        f"{_near_one(row['noise_cosine'])},"
+    )
+
+
+def _verdict_words(part: pd.DataFrame, uncorrected: Row) -> str:
+    """Every correction under its verdict, with the change or, below the noise, what noise alone gives."""
+    found: dict[str, list[str]] = {}
+    for row in records(part[part["method"] != "none"]):
+        found.setdefault(row["verdict"], []).append(f"{row['method']}{_evidence(row, uncorrected)}")
+    title = {
+        CANNOT_TELL: "cannot tell whether nearer or farther than that",
+        IS_ROUNDING: f"no change beyond rounding ({ROUNDING:g})",
+        SAME: "the same direction as that",
+        NO_INTERVAL: "no interval",
+    }
+    said = [f"{title.get(verdict, f'{verdict} than that')}: {', '.join(each)}" for verdict, each in found.items()]
+    return "; ".join(said) or "no other correction was audited"
+
+
+def _evidence(row: Row, uncorrected: Row) -> str:
+    """The change; with the one-token reference, which samples no token, also the exact one on these very prefixes."""
+    if row["verdict"] == SAME:
+        return ""
+    if is_number(row["cosine_change"]):
+        own = row["batch_cosine"] - uncorrected["batch_cosine"]
+        words = f", on these very prefixes {own:+.2g}" if row["reference"] == EXACT else ""
+        return f" {row['cosine_change']:+.2g}{_bounds(row, 'cosine_change', '{:+.2g}'.format)}{words}"
+    if not is_number(row["batch_cosine"]):
+        return ""
+    return f" (this batch {_near_one(row['batch_cosine'])}, noise alone {_near_one(row['noise_cosine'])})"
 
 
 def _bounds(row: Row, name: str, words: Any) -> str:
@@ -65,11 +104,7 @@ def _bounds(row: Row, name: str, words: Any) -> str:
     return f" (95 %: {words(low)} to {words(high)})" if is_number(low) and is_number(high) else ""
 
 
-def _signed(change: float) -> str:
-    return f"{change:+.2g}"
-
-
 def _near_one(cosine: float) -> str:
-    """Three digits; of a cosine that would round to 1, three digits of what is missing."""
+    """Three digits; of a cosine that would round to 1, two digits of what is missing."""
     missing = 1 - cosine
-    return f"1 - {missing:.2g}" if 0 < missing < 5e-4 else f"{cosine:.3f}"
+    return f"1 - {missing:.2g}" if 1e-12 < missing < 5e-4 else f"{cosine:.3f}"

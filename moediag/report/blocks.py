@@ -146,7 +146,7 @@ class Verdict:
 
     Args:
         label: the run's name in a comparison; empty on a run's own page.
-        word: at floor, above floor, bug signature or cannot tell.
+        word: one of the verdict's words in :mod:`moediag.analysis.floors`.
         reason: why that word.
         evidence: lines that carry it.
         seen: what was measured, in sentences.

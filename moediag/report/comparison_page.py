@@ -48,7 +48,7 @@ _PLACES: Final = (
     ("tail", "The tail", ("tail_curve", "ratio_histogram", "logp_diff_by_p_infer")),
     ("depth", "Expert agreement by layer", ("agreement_by_depth", "flips_per_token", "flip_map", "expert_swaps")),
     ("margins", "Near ties: margins and flips", ("margins", "margins_by_layer", "explained_flips")),
-    ("cost", "What a flip costs", ("flip_costs",)),
+    ("excess", "How much more flipped tokens differ", ("flip_excess",)),
     ("drift", "Drift by position and by length", ("position_drift", "sequence_drift")),
 )
 

@@ -40,8 +40,10 @@ _ROWS: Final = (
     ("margin", "K-th minus (K+1)-th choice score", "score", "larger is safer",
      "a choice can flip only where the margin is smaller than the perturbation"),
     ("overlap", "mean share of the K experts that both arms chose", "share of n", "higher is better", ""),
-    ("cost of a flip", "mean of flipped tokens − mean of unflipped tokens of the same p_infer and position", "nat",
-     "lower is better", "an association: only replay shows a cause"),
+    ("excess of flipped tokens",
+     "mean abs(logp_diff) of flipped tokens − that of unflipped tokens of the same p_infer, entropy and position",
+     "nat", "lower is better",
+     "difficulty that these do not show is not controlled: an association, only replay shows a cause"),
     ("log-ratio of a response", "sum of logp_diff over its tokens", "nat", "0 is best",
      "what sequence-level corrections see"),
     ("masked", "tokens whose ratio leaves the closed band: weight 0, no update", "share of n", "lower loses less",
@@ -51,7 +53,9 @@ _ROWS: Final = (
      f"said from {100 * LARGE_SHARE:.0f} % on: where samples typically show so much, 95 % intervals held the mean in "
      "65 to 90 % of them, since those that happen to lack such a prompt look calm; more prompts help"),
     ("floor", "the same number of one engine against itself", "the number's", "lower is better",
-     "a number without a floor says nothing of noise"),
+     "says whether an engine repeats itself; one that is mostly exact zeros is no scale for what two engines do"),
+    ("rounding scale", "the same number with one unit in the last place added to every router input (dense model: to "
+     "every block's input)", "the number's", "-", "says what harmless arithmetic does to this very model"),
 )  # fmt: skip
 
 

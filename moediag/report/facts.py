@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from moediag.figures.numbers import NONE
-from moediag.notation import INFER, TRAIN
 from moediag.report.blocks import Block, Table, table
 from moediag.report.measures import Summary, lookup
+from moediag.report.pairs import main_pair_name
 from moediag.report.tables import facts_table
 from moediag.report.text import Markdown, code, one_line, plain
 
@@ -49,11 +49,12 @@ def model_facts(summary: Summary) -> dict[str, Any]:
 def compared_blocks(summary: Summary) -> list[Block]:
     """Both arms side by side, then model and sampling."""
     arms: Mapping[str, Any] = summary.get("arms") or {}
-    both = [arms.get(arm) or {} for arm in (INFER, TRAIN)]
+    names = main_pair_name(summary).split("~")
+    both = [arms.get(arm) or {} for arm in names]
     rows = [["engine", *map(_engine, both)]]
-    rows += [[words, *(_fact(arm, names) for arm in both)] for words, names in _ARM_FACTS]
+    rows += [[words, *(_fact(arm, keys) for arm in both)] for words, keys in _ARM_FACTS]
     rows = [row for row in rows if any(cell != NONE for cell in row[1:])]
-    return [table(["", INFER, TRAIN], rows, caption="The two arms"), _model_words(summary), _sampling_words(summary)]
+    return [table(["", *names], rows, caption="The two arms"), _model_words(summary), _sampling_words(summary)]
 
 
 def _engine(arm: Mapping[str, Any]) -> Markdown:
@@ -82,7 +83,11 @@ def _model_words(summary: Summary) -> Markdown:
 def _sampling_words(summary: Summary) -> Markdown:
     sampling = summary.get("sampling") or {}
     said = ", ".join(f"{key} {sampling[key]}" for key in _SAMPLING if sampling.get(key) is not None)
-    how = "given completions, scored and not sampled" if sampling.get("given_completions") else "sampled by infer"
+    how = (
+        "given completions, scored and not sampled"
+        if sampling.get("given_completions")
+        else f"sampled by {main_pair_name(summary).split('~')[0]}"
+    )
     return Markdown(f"Responses: {how}; {plain(said or 'parameters not recorded')}.")
 
 

@@ -1,4 +1,4 @@
-"""Noise floors on the page: where they come from, and what else was measured against the same engine.
+"""Both yardsticks on the page: where floors and rounding scale come from, and what else an engine's own pairs tell.
 
 Invariant: a side that was not measured is said; a floor of exactly 0 is called bit-exact.
 """
@@ -21,7 +21,9 @@ NO_FLOOR_WORDS: Final = Markdown(
 
 RULE_WORDS: Final = Markdown(
     "Floor of a mean or of a rate: train's plus infer's (triangle bound); of a tail or a divergence, which obey no "
-    "such bound: the larger of the two. × floor is the number over its floor; a bit-exact floor gives no ratio."
+    "such bound: the larger of the two. A multiple is given only of a floor whose engine differs from itself on most "
+    "tokens: else it counts how often two batches happen to be bit-equal. The rounding scale is the same number for "
+    "the smallest change of arithmetic there is, one unit in the last place: it says what is ordinary for this model."
 )
 
 _SIDES: Final = ("train", "infer")
@@ -38,13 +40,19 @@ def floor_words(summary: Summary) -> Markdown:
     if not has_floor(summary):
         return NO_FLOOR_WORDS
     floors: Mapping[str, Any] = summary["floors"]
-    return Markdown(f"Floors: {'; '.join(_side_words(side, floors.get(side)) for side in _SIDES)}.")
+    rounding = floors.get("rounding")
+    scale = f"mean {number(rounding.get('mean'))} nat" if rounding else NOT_MEASURED
+    return Markdown(
+        f"Floors: {'; '.join(_side_words(side, floors.get(side)) for side in _SIDES)}. Rounding scale: {scale}."
+    )
 
 
 def _side_words(side: str, line: Mapping[str, Any] | None) -> str:
     if not line:
         return f"{side}'s was not measured"
-    size = BIT_EXACT if line.get("is_bit_exact") else f"mean {number(line.get('mean'))} nat"
+    share = line.get("bit_exact_share")
+    exact = f", bit-exact on {number(share, 'share')} of tokens" if is_number(share) else ""
+    size = BIT_EXACT if line.get("is_bit_exact") else f"mean {number(line.get('mean'))} nat{exact}"
     return f"{side}'s from {code(line.get('pair'))} ({plain(line.get('what') or '')}): {size}"
 
 
@@ -53,8 +61,14 @@ def floor_blocks(summary: Summary) -> list[Block]:
     floors: Mapping[str, Any] = summary.get("floors") or {}
     rows = [_row(f"floor of {side}", floors.get(side)) for side in _SIDES]
     rows += [_row("decode against prefill", floors["decode_vs_prefill"])] if floors.get("decode_vs_prefill") else []
-    rows += [_row("noise scale", line) for line in floors.get("noise") or ()]
-    if not any(floors.get(key) for key in (*_SIDES, "decode_vs_prefill", "noise")):
+    forced = floors.get("forced_settings")
+    rows += [_row("settings that capture forces", forced)] if forced else []
+    rounded = (floors.get("rounding") or {}).get("arm")
+    rows += [
+        _row("rounding scale" if line.get("arm") == rounded else "noise scale", line)
+        for line in floors.get("noise") or ()
+    ]
+    if not rows[2:] and not any(floors.get(side) for side in _SIDES):
         return [NO_FLOOR_WORDS]
     words = (
         "Each pair compares one engine with itself. Noise scales perturb one engine on purpose: they say how far "
@@ -64,13 +78,14 @@ def floor_blocks(summary: Summary) -> list[Block]:
 
 
 def _table(rows: Sequence[Sequence[object]]) -> Table:
-    header = ["what", "pair", "what changes", "mean [nat]", "p99 [nat]", "max [nat]", "flip rate", "n tokens"]
-    return table(header, rows, range(3, 8), "Each engine against itself: abs(logp_diff) and flips; lower is better")
+    header = ["what", "pair", "what changes", "mean [nat]", "p99 [nat]", "max [nat]", "bit-exact tokens", "flip rate",
+              "n tokens"]  # fmt: skip
+    return table(header, rows, range(3, 9), "Each engine against itself: abs(logp_diff) and flips; lower is better")
 
 
 def _row(what: str, line: Mapping[str, Any] | None) -> list[object]:
     if not line:
-        return [what, Markdown(NOT_MEASURED), *[number(None)] * 6]
+        return [what, Markdown(NOT_MEASURED), *[number(None)] * 7]
     values = [number(line.get(name)) for name in ("mean", "p99", "max")]
     if line.get("is_bit_exact"):
         values[0] = Markdown(f"0 ({BIT_EXACT})")
@@ -80,6 +95,7 @@ def _row(what: str, line: Mapping[str, Any] | None) -> list[object]:
         code(line.get("pair")),
         line.get("what") or "",
         *values,
+        number(line.get("bit_exact_share"), "share"),
         number(line.get("flip_rate"), "share"),
         count(n if is_number(n) else None),
     ]

@@ -1,7 +1,7 @@
 """The verdict in words: what was seen, whether the semantics look sound, and what the floors say.
 
-Invariants: the word of the verdict (at floor, above floor, bug signature, cannot tell) is the summary's, never made
-up here; without a measured A/A floor the words are about the mismatch of this pair and blame neither engine.
+Invariants: the word of the verdict is the summary's, never made up here; without a measured A/A floor the words are
+about the mismatch of this pair and blame neither engine.
 """
 
 from __future__ import annotations

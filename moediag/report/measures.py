@@ -34,6 +34,7 @@ LOGP_ROWS: Final[tuple[tuple[str, str, str], ...]] = (
     ("kl_infer_train_k2", "KL(infer‖train), k2", "nat"),
     ("kl_infer_train_k3", "KL(infer‖train), k3", "nat"),
     ("mean_ratio", "mean ratio train / infer", "1"),
+    ("bit_exact_share", "tokens with the same log-probability, bit for bit", "share"),
     ("extreme_share_2", "F(2): tokens whose ratio or its inverse is above 2", "share"),
     ("abs_prob_diff.mean", "abs prob diff, mean", "1"),
     ("abs_prob_diff.max", "abs prob diff, max", "1"),
@@ -67,27 +68,38 @@ _NEUTRAL: Final = {"temperature": (None, 1), "top_p": (None, 1), "top_k": (None,
 
 @dataclass(frozen=True)
 class Floor:
-    """The floor of one metric, as summary.json has it.
+    """Both yardsticks of one metric, as summary.json has them.
 
     Args:
         value: None = not measured.
+        ratio: of the metric to its floor; None where a multiple would say nothing.
+        rounding: the same metric of one unit in the last place against none; None = not measured.
         is_defined: False where a number has no floor (it is signed, computed, or no engine pair bounds it).
     """
 
     value: float | None = None
+    low: float | None = None
+    high: float | None = None
     ratio: float | None = None
+    rounding: float | None = None
     is_bit_exact: bool = False
     note: str = ""
     is_defined: bool = True
 
     def cells(self, unit: str) -> list[Markdown]:
-        """Floor and ratio to it; a bit-exact floor gives no ratio."""
+        """Floor with its interval and multiple, and rounding scale."""
+        missing = Markdown(NOT_MEASURED if self.is_defined else NONE)
+        rounding = missing if self.rounding is None else number(self.rounding, unit)
         if self.value is None:
-            return [Markdown(NOT_MEASURED if self.is_defined else NONE), Markdown(NONE)]
+            return [missing, rounding]
+        is_spread = is_number(self.low) and is_number(self.high) and self.low != self.high
+        bounds = f" ({interval(self.low, self.high, unit)})" if is_spread and not self.is_bit_exact else ""
+        ratio = f", {sig(self.ratio, 2)}× that" if is_number(self.ratio) and not self.is_bit_exact else ""
         note = f" ({plain(self.note)})" if self.note else ""
-        words = BIT_EXACT if self.is_bit_exact else number(self.value, unit)
-        ratio = f"{sig(self.ratio, 2)}×" if is_number(self.ratio) and not self.is_bit_exact else NONE
-        return [Markdown(f"{words}{note}"), Markdown(ratio)]
+        return [
+            Markdown(f"{BIT_EXACT if self.is_bit_exact else number(self.value, unit)}{bounds}{ratio}{note}"),
+            rounding,
+        ]
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ class Measured:
     largest_share: float | None = None
 
     def cells(self) -> list[Markdown | str]:
-        """name, value, interval, floor, ratio to the floor, unit, n, direction."""
+        """name, value, interval, floor, rounding scale, unit, n, direction."""
         unit = "share of n" if self.unit == "share" else self.unit
         bounds = interval(self.low, self.high, self.unit, self.note)
         if words := carried_words(self.largest_share):
@@ -130,7 +142,7 @@ def carried_words(largest_share: float | None) -> str:
     return f"one prompt carries {percent(largest_share)}" if is_large else ""
 
 
-MEASURED_HEADER: Final = ("number", "value", "95 % interval", "floor", "× floor", "unit", "n", "good end")
+MEASURED_HEADER: Final = ("number", "value", "95 % interval", "floor", "rounding scale", "unit", "n", "good end")
 
 
 def measured_table(rows: Sequence[Measured], caption: str) -> Table:
@@ -139,12 +151,14 @@ def measured_table(rows: Sequence[Measured], caption: str) -> Table:
 
 
 def floor_of(summary: Summary, metric: str) -> Floor:
-    """The floor of a metric of infer~train."""
+    """The floor and the rounding scale of a metric of the main pair."""
     metrics = (summary.get("floors") or {}).get("metrics") or {}
     line = metrics.get(metric)
-    if not line or not is_number(line.get("floor")):
-        return Floor(is_defined=not metrics or metric in metrics)
-    return Floor(line["floor"], line.get("ratio"), bool(line.get("is_bit_exact")), str(line.get("note") or ""))
+    if not line:
+        return Floor(is_defined=not metrics)
+    low, high = line.get("floor_ci") or (None, None)
+    is_exact, note = bool(line.get("is_bit_exact")), str(line.get("note") or "")
+    return Floor(line.get("floor"), low, high, line.get("ratio"), line.get("rounding"), is_exact, note)
 
 
 def with_floors(rows: Sequence[tuple[str, Measured]], summary: Summary) -> list[Measured]:

@@ -7,16 +7,18 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.analysis.predicted import POOLED, best_method, forecast_rows
+from moediag.analysis.predicted import POOLED, best_method
 from moediag.figures.explained import source_words
 from moediag.figures.numbers import count, is_number, percent, sig
-from moediag.notation import INFER
+from moediag.notation import ARMS, INFER, TRAIN, pair_name
 from moediag.report.blocks import Block, Table, interval, number, table
 from moediag.report.measures import Summary
 from moediag.report.tables import rate, records
-from moediag.report.text import Markdown, plain
+from moediag.report.text import Markdown, code, plain
 
 _N_MARKDOWN: Final = 30
+ROUTER_ARMS: Final = ("train-router-fp32", "train-router-fp8")
+"""Arms that run the routers alone in another precision."""
 _METHOD_WORDS: Final = {
     "all_pairs": "all pairs",
     "border_pair": "border pair",
@@ -37,8 +39,13 @@ def prediction_words(summary: Summary) -> Markdown:
         f"{percent(explained.get('observed'))} did (gap {number(explained.get('gap'), 'share')}, 95 %: "
         f"{interval(low, high, 'share')}); choice by choice the prediction is off by {error}, by chance alone {chance} "
         f"(from {plain(_METHOD_WORDS.get(str(explained.get('method')), explained.get('method')))}, "
-        f"{count(explained.get('n_choices'), 'choice')})."
+        f"{count(explained.get('n_choices'), 'choice')}).{plain(_note_words(explained.get('note')))}"
     )
+
+
+def _note_words(note: object) -> str:
+    """What the method leaves out, as a sentence of its own beside the gap."""
+    return f" {str(note)[:1].upper()}{str(note)[1:]}." if note else ""
 
 
 def explained_table(frame: pd.DataFrame) -> Table:
@@ -49,7 +56,7 @@ def explained_table(frame: pd.DataFrame) -> Table:
             _layer_words(row),
             _said_method(row),
             *rate(row, "observed"),
-            *rate(row, "explained"),
+            number(row["explained"], "share"),
             *rate(row, "gap"),
             number(row["calibration_error"], "share"),
             number(row["calibration_error_expected"], "share"),
@@ -57,15 +64,18 @@ def explained_table(frame: pd.DataFrame) -> Table:
         ]
         for row in records(pd.concat([_pooled(frame), by_layer]))
     ]
-    header = ["layer (decoder)", "from", "observed", "95 %", "explained", "95 %", "gap", "95 %", "error", "by chance"]
-    caption = "Flips observed and explained [share of n]; a gap and an error of 0 are best"
-    return table([*header, "n choices"], rows, range(2, 11), caption, n_markdown=_N_MARKDOWN)
+    header = ["layer (decoder)", "from", "observed", "95 %", "explained", "gap", "95 %", "error", "by chance"]
+    caption = (
+        "Flips observed and explained [share of n]; a gap and an error of 0 are best; explained has no interval of its "
+        "own, the noise it takes is an estimate, too"
+    )
+    return table([*header, "n choices"], rows, range(2, 10), caption, n_markdown=_N_MARKDOWN)
 
 
 def _said_method(row: Mapping[str, Any]) -> str:
-    """The method, and why it could not predict where it could not."""
+    """The method and, once for all layers, why it could not predict or what it leaves out."""
     words = _METHOD_WORDS.get(str(row["method"]), str(row["method"]))
-    return f"{words}: {row['note']}" if row["note"] else words
+    return f"{words}: {row['note']}" if row["note"] and row["layer"] == POOLED else words
 
 
 def _layer_words(row: Mapping[str, Any]) -> str:
@@ -73,37 +83,42 @@ def _layer_words(row: Mapping[str, Any]) -> str:
 
 
 def forecast_table(frame: pd.DataFrame) -> Table:
-    """Flips that infer's scores would show under noise from elsewhere, all layers together, with the assumption."""
+    """Flips that the pair would show under noise measured elsewhere, all layers together, with the assumption."""
     rows = [
         [
+            row["pair"],
             source_words(row["noise_from"]),
-            *rate(row, "forecast"),
+            number(row["forecast"], "share"),
             *rate(row, "observed"),
+            *rate(row, "noise_observed"),
             count(row["n_choices"]),
             row["assumption"],
         ]
-        for row in records(_pooled(forecast_rows(frame)))
+        for row in records(_pooled(frame))
     ]
-    header = ["noise from", "forecast for infer", "95 %", "that pair's own flips", "95 %", "n choices", "holds if"]
-    return table(header, rows, range(1, 6), "Flips forecast under other noise [share of n]; lower is better")
+    header = ["pair", "if it had the", "forecast", "it shows", "95 %", "the noise's own pair shows", "95 %"]
+    caption = (
+        "Flips forecast for the pair under the noise of another [share of n]; lower is better; no interval, the noise "
+        "is an estimate, too"
+    )
+    return table([*header, "n choices", "holds if"], rows, range(2, 8), caption)
 
 
-def multiplier_table(frame: pd.DataFrame) -> Block:
-    """Flips forecast for infer's scores under louder and softer noise of the same source; empty without a curve."""
-    rows = _pooled(frame[(frame["target"] == INFER) & frame["forecast"].notna()])
-    rows = rows[rows.groupby("noise_from")["multiplier"].transform("nunique") > 1]
-    if rows.empty:
+def router_table(summary: Summary) -> Block:
+    """Flip rates of infer against train with another router arithmetic, measured; empty without such an arm."""
+    pairs: Mapping[str, Any] = summary["pairs"]
+    rows = []
+    for arm in ROUTER_ARMS:
+        for name in (pair_name(arm, INFER), pair_name(TRAIN, arm)):
+            found = (pairs.get(name) or {}).get("routing") or {}
+            if is_number(found.get("flip_rate")):
+                low, high = found.get("flip_rate_ci") or (None, None)
+                cells = number(found["flip_rate"], "share"), interval(low, high, "share"), count(found.get("n_choices"))
+                rows.append([code(name), ARMS[arm], *cells])
+    if not rows:
         return Markdown("")
-    factors = sorted(set(rows["multiplier"]))
-    # At a multiplier of 1 a source may stand twice: once in the thinned curve, once for every choice.
-    rows = rows.sort_values("n_choices", kind="stable").drop_duplicates(["noise_from", "multiplier"])
-    by_source = rows.pivot(index="noise_from", columns="multiplier", values="forecast")
-    cells = [
-        [source_words(source), *(number(value, "share") for value in line)] for source, line in by_source.iterrows()
-    ]
-    n = count(rows["n_choices"].min(), "choice")
-    caption = f"The same at multiples of the noise [share of n], {n}; lower is better; no interval here"
-    return table(["noise from", *(f"× {sig(x, 2)}" for x in factors)], cells, range(1, 1 + len(factors)), caption)
+    caption = "Flip rate with another router arithmetic on the train side, measured [share of n]; lower is better"
+    return table(["pair", "what differs", "flip rate", "95 %", "n choices"], rows, range(2, 5), caption)
 
 
 def calibration_table(frame: pd.DataFrame) -> Table:

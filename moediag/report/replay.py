@@ -1,7 +1,7 @@
-"""Routing replay: what is left of the mismatch when infer's experts are forced on train (rule R9).
+"""Routing replay: what is left of the mismatch when infer's experts are forced on train.
 
-Invariant: the share removed is named for what it is, an upper bound of routing's part. Forcing also removes
-what the flips set off later, so it is never said that routing *is* that much of the mismatch.
+Invariant: what forcing removes is named for what it is, and for the layers that were forced. It is neither routing's
+part of the mismatch nor a bound of it.
 """
 
 from __future__ import annotations
@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from moediag.figures.numbers import count, is_number, percent
+from moediag.analysis.floors import replay_words
+from moediag.figures.numbers import count
 from moediag.notation import TRAIN_REPLAY
 from moediag.report.blocks import Block, interval, table
-from moediag.report.measures import Measured, Summary, logp_measure, logp_rows, routing_measures
-from moediag.report.pairs import MAIN_PAIR, REPLAY_PAIR
+from moediag.report.measures import FORCED, Measured, Summary, logp_measure, logp_rows, routing_measures
+from moediag.report.pairs import OBSERVED_PAIR, REPLAY_PAIR, main_pair_name
 from moediag.report.text import Markdown, plain
 
 _METRICS: Final = (
     "abs_logp_diff.mean", "abs_logp_diff.p99", "abs_logp_diff.max", "kl_infer_train_k3", "extreme_share_2"
 )  # fmt: skip
+
+NO_PART_WORDS: Final = Markdown(
+    "This is no bound of routing's part: forcing also removes what flips set off later, and of two independent causes "
+    "of equal size the mean loses 29 % with one of them, the variance 50 %."
+)
 
 LIMIT_WORDS: Final = Markdown(
     "Forcing fixes which experts run, not how anything is computed: what is left (kernels, attention, head) is not "
@@ -33,15 +39,17 @@ def replay_blocks(summary: Summary, origin: str) -> list[Block]:
         origin: as :func:`moediag.report.measures.text_origin` gives it.
     """
     pairs: Mapping[str, Summary] = summary.get("pairs") or {}
-    if MAIN_PAIR not in pairs or REPLAY_PAIR not in pairs:
+    if OBSERVED_PAIR not in pairs or REPLAY_PAIR not in pairs:
         return []
-    columns = [_measures(pairs[name], origin) for name in (MAIN_PAIR, REPLAY_PAIR)]
+    if main_pair_name(summary) != OBSERVED_PAIR:  # infer was given the tokens that another arm sampled
+        origin = FORCED
+    columns = [_measures(pairs[name], origin) for name in (OBSERVED_PAIR, REPLAY_PAIR)]
     rows: list[list[object]] = []
     for without, replayed in zip(*columns, strict=True):
         unit, n = without.cells()[5:7]
         rows.append([without.name, unit, *without.cells()[1:3], *replayed.cells()[1:3], n])
-    header = ["number", "unit", MAIN_PAIR, "95 %", REPLAY_PAIR, "95 %", "n"]
-    words = " ".join(filter(None, [_forced_words(summary), _share_words(summary.get("routing_replay") or {})]))
+    header = ["number", "unit", OBSERVED_PAIR, "95 %", REPLAY_PAIR, "95 %", "n"]
+    words = " ".join(filter(None, [_forced_words(summary), _removed_words(summary.get("routing_replay") or {})]))
     return [
         table(
             header, rows, range(2, 7), "The pair as it is, and with infer's experts forced on train; lower is better"
@@ -57,28 +65,26 @@ def _measures(pair: Summary, origin: str) -> list[Measured]:
 
 
 def _forced_words(summary: Summary) -> str:
-    """What was forced; replay of some layers bounds the part of those layers only."""
+    """What was forced."""
     replay: Mapping[str, Any] = ((summary.get("arms") or {}).get(TRAIN_REPLAY) or {}).get("replay") or {}
     if not replay:
         return "The arm's record does not say which layers were forced."
-    ends = [replay.get(key) for key in ("first_layer", "last_layer")]
-    layers = "all MoE layers"
-    if any(end is not None for end in ends):
-        first, last = ("the first" if ends[0] is None else ends[0]), ("the last" if ends[1] is None else ends[1])
-        layers = f"MoE layers {first} to {last} only"
+    ends = (summary.get("routing_replay") or {}).get("layers")
+    layers = "all MoE layers" if ends is None else f"MoE layers {ends[0]} to {ends[1]} only"
     what = "experts and gate weights" if replay.get("weights") else "experts"
     return f"Infer's {plain(what)} were forced on train in {plain(layers)}."
 
 
-def _share_words(replay: Summary) -> str:
-    share = replay.get("removed_share")
-    if not is_number(share):
+def _removed_words(replay: Summary) -> str:
+    """What forcing removes, and what that does not say."""
+    said = [f"**{plain(words[:1].upper() + words[1:])}.**" for words in replay_words(replay)]
+    mean = (replay.get("removed") or {}).get("abs_logp_diff.mean") or {}
+    if not said:
         return "There is no mismatch whose part could be named."
-    low, high = replay.get("removed_share_ci") or (None, None)
-    known = f"95 %: {interval(low, high, 'share', str(replay.get('note') or ''))}"
+    if replay.get("is_broken"):
+        return said[0]
+    low, high = mean.get("share_ci") or (None, None)
+    known = f"of the mean, 95 %: {interval(low, high, 'share', str(mean.get('note') or ''))}"
     n = f"{count(replay.get('n_tokens'), 'token')} of {count(replay.get('n_prompts'), 'prompt')}"
-    words = (
-        f"**At most this much of the mismatch is routing (R9): {percent(share)}** of the mean abs logp diff "
-        f"({known}; {n}), that is 1 − mean with replay / mean without, over the same tokens."
-    )
-    return words + (" It is negative: with infer's experts the arms differ more." if share < 0 else "")
+    worse = " A negative share: with infer's experts the arms differ more." if mean["share"] < 0 else ""
+    return f"{said[0]} ({known}; {n}; the same tokens with and without.){worse} {NO_PART_WORDS}"

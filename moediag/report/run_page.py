@@ -13,7 +13,7 @@ from typing import Final
 import pandas as pd
 
 from moediag.errors import MoediagError
-from moediag.figures.numbers import count, is_number, times
+from moediag.figures.numbers import count, is_number, sig, times
 from moediag.notation import SCHEMA_VERSION
 from moediag.report import definitions, tables, token_tables
 from moediag.report import prediction_tables as predictions
@@ -32,15 +32,15 @@ from moediag.report.measures import (
     routing_measures,
     text_origin,
 )
-from moediag.report.pairs import MAIN_PAIR
+from moediag.report.pairs import OBSERVED_PAIR, main_pair_name
 from moediag.report.replay import replay_blocks
 from moediag.report.text import Markdown, code, plain
 
 REGENERATE: Final = ("moediag analyze RUN", "moediag report RUN")
 KEY_FIGURE: Final = "figure1"
-_COST_WORDS: Final = Markdown(
-    "Flipped tokens are compared with unflipped ones of the same p_infer and position. It is an association: only "
-    "forcing the routes (replay) shows a cause."
+_EXCESS_WORDS: Final = (
+    "It is an association and no cost of a flip: difficulty that these do not show is not controlled, and it makes "
+    "hard tokens flip more and differ more at once. Only forcing the routes (replay) shows a cause."
 )
 _LATE_WORDS: Final = (
     "Late bins hold only the sequences that got that far: a change along the table may be a change of sequences. Of "
@@ -55,8 +55,13 @@ _TIE_WORDS: Final = (
     "perturbation."
 )
 _MODEL_WORDS: Final = Markdown(
-    "*Explained*: the noise comes from this very pair, cross-fitted by prompt. *Forecast*: the noise comes from "
-    "elsewhere (a perturbation arm of one engine, another dtype)."
+    "*Explained*: the noise comes from this very pair, cross-fitted by prompt. *Forecast*: what infer~train would flip "
+    "if it had the noise of another pair (one engine repeated or perturbed). What routers in another precision do is "
+    "not forecast: capture the arms `train-router-fp32` and `train-router-fp8` to measure it."
+)
+UNOBSERVED_WORDS: Final = (
+    "Its log-probabilities are those of the rollouts as they ran; which experts ran is known from decoding the same "
+    "tokens again under observation (arm infer). "
 )
 _DENSE_WORDS: Final = Markdown(
     "This run is **dense**: it has no expert routing, so there is no agreement by layer and there are no margins."
@@ -117,19 +122,20 @@ def check_version(summary: Summary) -> None:
 
 
 def main_pair(summary: Summary) -> Summary:
-    """The pair infer~train of a summary.
+    """The main pair of a summary.
 
     Raises:
         MoediagError: another schema version, or no such pair.
     """
     check_version(summary)
     pairs: Mapping[str, Summary] = summary.get("pairs") or {}
-    if MAIN_PAIR not in pairs:
+    name = main_pair_name(summary)
+    if name not in pairs:
         raise MoediagError(
-            f"the report wants a summary with the pair {MAIN_PAIR}, found {', '.join(pairs) or 'none'}: "
+            f"the report wants a summary with the pair {name}, found {', '.join(pairs) or 'none'}: "
             "capture both arms, then analyze"
         )
-    return pairs[MAIN_PAIR]
+    return pairs[name]
 
 
 class _Pictures:
@@ -157,7 +163,7 @@ def _first_blocks(summary: Summary, pair: Summary, frames: Frames) -> tuple[Bloc
     blocks: list[Block] = [
         measured_table(measures, "The five numbers to look at first"),
         floor_words(summary),
-        _pair_words(pair),
+        _pair_words(main_pair_name(summary), pair),
         sampling_words(summary),
     ]
     return tuple(block for block in blocks if block)
@@ -174,12 +180,13 @@ def _closing_sections(summary: Summary, show: _Pictures, regenerate: Sequence[st
     ]
 
 
-def _pair_words(pair: Summary) -> Markdown:
+def _pair_words(name: str, pair: Summary) -> Markdown:
     counts = [count(pair.get("n_tokens"), "token"), count(pair.get("n_unscored"), "token")]
     wholes = [count(pair.get("n_sequences"), "sequence"), count(pair.get("n_prompts"), "prompt")]
+    impossible = f" ({count(pair['n_impossible'])} with a logp of -inf: a defect)" if pair.get("n_impossible") else ""
     return Markdown(
-        f"Pair {code(MAIN_PAIR)}: {counts[0]} scored by both arms, {counts[1]} not scored, {', '.join(wholes)}. "
-        f"{definitions.SIGN_WORDS}"
+        f"Pair {code(name)}: {counts[0]} of {', '.join(wholes)} scored by both arms, {counts[1]} not scored"
+        f"{impossible}. {'' if name == OBSERVED_PAIR else UNOBSERVED_WORDS}{definitions.SIGN_WORDS}"
     )
 
 
@@ -194,7 +201,7 @@ def _mismatch_sections(summary: Summary, pair: Summary, frames: Frames, show: _P
             made(frames, "exact_divergences", tables.exact_table),
             measured_table(further, "Numbers that other frameworks print") if further else None,
         ),
-        section("floors", "Noise floors", *floor_blocks(summary)),
+        section("floors", "Noise floors and rounding scale", *floor_blocks(summary)),
         section(
             "tail",
             "The tail",
@@ -235,12 +242,11 @@ def _routing_sections(summary: Summary, pair: Summary, frames: Frames, show: _Pi
             *_prediction_blocks(summary, frames, show),
         ),
         section(
-            "cost",
-            "What a flip costs",
-            _cost_words(pair),
-            *show("flip_costs"),
-            made(frames, "flip_costs", token_tables.cost_table),
-            _COST_WORDS if pair.get("flip_cost") else None,
+            "excess",
+            "How much more flipped tokens differ",
+            _excess_words(pair),
+            *show("flip_excess"),
+            made(frames, "flip_excess", token_tables.excess_table),
         ),
         section("replay", "Routing replay", *replay_blocks(summary, text_origin(summary))),
     ]
@@ -253,23 +259,29 @@ def _prediction_blocks(summary: Summary, frames: Frames, show: _Pictures) -> lis
         made(frames, "explained_flips", predictions.explained_table),
         made(frames, "flip_calibration", predictions.calibration_table),
         made(frames, "forecast_flips", predictions.forecast_table),
-        made(frames, "forecast_flips", predictions.multiplier_table),
+        predictions.router_table(summary),
         made(frames, "score_noise", partial(tables.declared_table, "score_noise")),
     ]
     return [_MODEL_WORDS, predictions.prediction_words(summary), *tables_made] if any(tables_made) else []
 
 
-def _cost_words(pair: Summary) -> Markdown:
-    cost = pair.get("flip_cost") or {}
-    if not is_number(cost.get("cost")):
+def _excess_words(pair: Summary) -> Markdown:
+    found = pair.get("flip_excess") or {}
+    if not is_number(found.get("excess")):
         return Markdown("")
-    low, high = cost.get("cost_ci") or (None, None)
+    low, high = found.get("excess_ci") or (None, None)
     return Markdown(
-        f"A token with a flip differs by {number(cost.get('flipped_mean'))} nat on average, an unflipped token like it "
-        f"by {number(cost.get('unflipped_mean'))} nat: **{number(cost['cost'])} nat more** (95 %: "
-        f"{interval(low, high)}; {times(cost.get('flipped_mean'), cost.get('unflipped_mean'))}; "
-        f"{count(cost.get('n_tokens'), 'flipped token')}, {count(cost.get('n_unmatched'))} without a like, left out)."
+        f"A token with a flip differs by {number(found.get('flipped_mean'))} nat on average, an unflipped token like "
+        f"it (same {plain(found.get('matched_on'))}) by {number(found.get('unflipped_mean'))} nat: "
+        f"**{number(found['excess'])} nat more** (95 %: {interval(low, high)}; "
+        f"{times(found.get('flipped_mean'), found.get('unflipped_mean'))}{_ratio_words(found.get('ratio_ci'))}; "
+        f"{count(found.get('n_tokens'), 'flipped token')}, {count(found.get('n_unmatched'))} without a like, left "
+        f"out). {_EXCESS_WORDS}"
     )
+
+
+def _ratio_words(bounds: Sequence[float] | None) -> str:
+    return f", 95 %: {sig(bounds[0], 2)}× to {sig(bounds[1], 2)}×" if bounds else ""
 
 
 def _token_sections(pair: Summary, frames: Frames, show: _Pictures, texts: TokenTexts) -> list[Section | None]:

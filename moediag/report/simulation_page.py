@@ -96,7 +96,7 @@ def simulation_page(
         section("limits", "What these numbers cannot show", Bullets(tuple(map(Markdown, _LIMITS)))),
         section("regenerate", "How to make this page again", Shell(tuple(regenerate)) if regenerate else None),
     ]
-    words = _bullets(sentences(summary, frames))
+    words = _bullets([*finding_words(summary), *sentences(summary, frames)])
     return Page(
         f"Corrections simulated: {summary['label']}",
         (),
@@ -106,21 +106,25 @@ def simulation_page(
     )
 
 
+def finding_words(summary: Mapping[str, Any]) -> list[str]:
+    """The worst that the rules of ``validate`` found in the tokens, which stands before every number."""
+    return ["; ".join(line.strip() for line in summary["finding_words"])] if summary["finding_words"] else []
+
+
 def sentences(summary: Mapping[str, Any], frames: Frames) -> list[str]:
     """What was found, in words."""
     statistics = frames["correction_statistics"]
-    said = [_base_words(summary, statistics), mask_words(statistics), *same_words(frames), *flip_words(statistics)]
+    said = [_base_words(summary), mask_words(statistics), *same_words(frames), *flip_words(statistics)]
     said += band_words(frames.get("recommended_band"))
-    said += audit_words(frames.get("gradient_audit"))
+    said += audit_words(frames)
     said += [f"Advantages (looked at by {ADVANTAGE_USERS} only): {summary['reward']}."]
     said += [f"Left out: {', '.join(summary['left_out'])} (no advantages are known)."] if summary["left_out"] else []
     return [*filter(None, said), STABILITY]
 
 
-def _base_words(summary: Mapping[str, Any], statistics: pd.DataFrame) -> str:
-    n = int(statistics["n_tokens"].max()) if len(statistics) else 0
-    wholes = f"{count(summary['n_sequences'], 'sequence')}, {count(summary['n_prompts'], 'prompt')}"
-    return f"{count(n, 'scored token')} of {wholes}."
+def _base_words(summary: Mapping[str, Any]) -> str:
+    wholes = f"{count(summary['n_scored_sequences'], 'sequence')}, {count(summary['n_scored_prompts'], 'prompt')}"
+    return f"{count(summary['n_scored_tokens'], 'scored token')} of {wholes}."
 
 
 def mask_words(statistics: pd.DataFrame) -> str:
@@ -189,10 +193,12 @@ def _clear_words(some: pd.DataFrame, base: float) -> str:
 
 
 def band_words(recommended: pd.DataFrame | None) -> list[str]:
-    """The recommended band with its reason and caveat."""
+    """The recommended band with its reason and caveat, or why there is none."""
     if recommended is None or recommended.empty:
         return []
     row = recommended.iloc[0]
+    if not is_number(row["alpha"]):
+        return [f"No band is recommended. {row['reason']}"]
     band = f"Band to start from: [{row['alpha']:g}, {row['beta']:g}], masking {percent(row['masked_share'])} of tokens"
     caveat = str(row["caveat"]).removesuffix(STABILITY).strip()
     return [f"{band}{_bounds(row, 'masked_share')}.", f"Why: {row['reason']}", f"Caution: {caveat}"]

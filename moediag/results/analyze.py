@@ -15,8 +15,8 @@ from moediag.analysis.prediction import predict_flips
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.errors import RunError
 from moediag.hygiene import check_run
-from moediag.notation import INFER, TRAIN
-from moediag.report import MAIN_PAIR
+from moediag.notation import INFER, TRAIN, pair_name
+from moediag.report import OBSERVED_PAIR
 from moediag.results.load import frames_folder
 from moediag.results.summary import summarize
 from moediag.run.directory import Run
@@ -24,7 +24,9 @@ from moediag.run.files import read_sealed, sha256_bytes, write_atomic, write_sea
 
 
 def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[str, Any]:
-    """Analyse infer~train, further complete arms against infer, and each engine against itself; return the summary.
+    """Analyse the main pair, further complete arms against infer, and each engine against itself; return the summary.
+
+    The main pair is train and the arm that sampled the tokens: infer~train, or infer-production~train.
 
     Only the arms analysed are validated: a further arm that is half captured is left for later, it does not
     keep infer~train from being read.
@@ -38,7 +40,8 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
         RunError: validation found errors.
     """
     arms = [INFER, TRAIN, *_further_arms(run)]
-    pairs = [run.pair(*names) for names in _pairs_to_analyse(arms)]
+    main = run.pair(TRAIN, run.sampler)
+    pairs = [main, *(run.pair(*names) for names in _pairs_to_analyse(arms) if pair_name(*names) != main.name)]
     errors = [finding for finding in check_run(run, arms=arms) if finding.level == "error"]
     if errors and not force:
         raise RunError(
@@ -51,14 +54,15 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
         for analysis in analyses
     }
     predictions = predict_flips(run)
-    frames[MAIN_PAIR] |= _write_frames(frames_folder(run, MAIN_PAIR), predictions)
+    frames[main.name] |= _write_frames(frames_folder(run, main.name), predictions)
     exact = exact_divergences(run)
     if exact is not None:
-        frames[MAIN_PAIR] |= _write_frames(frames_folder(run, MAIN_PAIR), exact.frames())
+        # whole distributions are kept of the observed arms only
+        frames[OBSERVED_PAIR] |= _write_frames(frames_folder(run, OBSERVED_PAIR), exact.frames())
     provenance = {"frames": frames, "validation_errors": len(errors), "no_text": no_text}
     summary = summarize(run, analyses, provenance) | {"predicted_flips": predicted_flips(predictions)}
     if exact is not None:
-        summary["pairs"][MAIN_PAIR]["logp"] |= exact.summary()
+        summary["pairs"][OBSERVED_PAIR]["logp"] |= exact.summary()
     write_sealed(run.path / "summary.json", summary)
     return read_sealed(run.path / "summary.json")
 

@@ -1,7 +1,8 @@
 """Analysed runs side by side: summary.json, figures and both pages in a folder of their own.
 
-Invariant: summary.json is written before anything else in the folder: it marks the folder as one that the same
-command may fill again.
+Invariants:
+    - the folder appears whole, in place of a comparison that is there, which stays if anything fails;
+    - a comparison of the same runs is replaced, one of other runs only with ``force``, anything else never.
 """
 
 from __future__ import annotations
@@ -11,23 +12,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moediag.errors import RunError
+from moediag.errors import CorruptRunError, RunError
 from moediag.figures import draw_comparison_figures, first_of_each_kind
 from moediag.figures.floors import summary_floors
 from moediag.notation import SCHEMA_VERSION
-from moediag.report import MAIN_PAIR, comparison_page
+from moediag.report import comparison_page, main_pair_name
 from moediag.results.load import load_summary, read_frames, shell_command
 from moediag.results.report import label_of, longest_prompt, window_option, write_pages
 from moediag.run import environment
 from moediag.run.directory import open_run
 from moediag.run.files import read_sealed, write_error, write_sealed
+from moediag.run.replace import made_whole
 
 COMPARISON = "moediag comparison"
 _RATIO_METRICS = ("abs_logp_diff.mean", "abs_logp_diff.p99", "abs_logp_diff.max", "kl_infer_train_k3")
 
 
-def compare_runs(paths: Sequence[Path], output: Path, training_window: int | None = None) -> dict[str, Any]:
+def compare_runs(
+    paths: Sequence[Path], output: Path, training_window: int | None = None, force: bool = False
+) -> dict[str, Any]:
     """Compare analysed runs side by side; writes summary.json, figures and both pages under ``output``.
+
+    Args:
+        force: replace a comparison of other runs.
 
     Raises:
         RunError: fewer than two runs, two of one name, or ``output`` holds something else.
@@ -37,6 +44,8 @@ def compare_runs(paths: Sequence[Path], output: Path, training_window: int | Non
         raise RunError(f"compare wants two or more runs with different folder names, found {[str(p) for p in paths]}")
     _refuse_foreign_output(output)
     summaries = {label: load_summary(run) for label, run in runs.items()}
+    if not force:
+        _refuse_other_runs(output, summaries)
     frames = {label: read_frames(run, summaries[label]) for label, run in runs.items()}
     # One prompts file cut by --limit to two lengths makes two sets of prompts.
     prompts = {(run.manifest["prompts"]["source_sha256"], run.manifest["prompts"]["n"]) for run in runs.values()}
@@ -47,24 +56,25 @@ def compare_runs(paths: Sequence[Path], output: Path, training_window: int | Non
         "runs": summaries,
         "ratios": _ratios(summaries),
     }
-    write_sealed(output / "summary.json", summary)
-    figures = draw_comparison_figures(
-        frames,
-        output / "figures",
-        training_window=training_window,
-        prompt_length=max(longest_prompt(run) for run in runs.values()),
-        floors={label: summary_floors(one["floors"]) for label, one in summaries.items()},
-    )
     command = shell_command("compare", *paths, "-o", output, *window_option(training_window))
     first, *others = runs
     environments = {f"A = {first}, B = {b}": environment.compare_runs(runs[first], runs[b]) for b in others}
-    write_pages(output, comparison_page(summary, frames, figures, regenerate=(command,), environments=environments))
+    with made_whole(output) as folder:
+        write_sealed(folder / "summary.json", summary)
+        figures = draw_comparison_figures(
+            frames,
+            folder / "figures",
+            training_window=training_window,
+            prompt_length=max(longest_prompt(run) for run in runs.values()),
+            floors={label: summary_floors(one["floors"]) for label, one in summaries.items()},
+        )
+        write_pages(folder, comparison_page(summary, frames, figures, regenerate=(command,), environments=environments))
     return {**read_sealed(output / "summary.json"), "runs": summaries}  # in the order asked for: JSON sorts by label
 
 
 def _ratios(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """First MoE run over first dense run, metric by metric; empty without one of each."""
-    pairs = {label: summary["pairs"][MAIN_PAIR] for label, summary in summaries.items()}
+    pairs = {label: summary["pairs"][main_pair_name(summary)] for label, summary in summaries.items()}
     moe, dense = first_of_each_kind({label: bool(pair["routing"]) for label, pair in pairs.items()})
     if moe is None or dense is None:
         return {}
@@ -83,20 +93,33 @@ def _metric(pair: dict[str, Any], dotted: str) -> float | None:
 
 
 def _refuse_foreign_output(output: Path) -> None:
-    """A comparison may replace a comparison, never anything else.
-
-    What a kill left of the very first write counts as nothing.
-    """
+    """A comparison may replace a comparison, never anything else."""
     try:
-        if not output.exists():
-            return
-        is_folder = output.is_dir()
-        there = {path.name for path in output.iterdir()} if is_folder else set()
-        there -= {path.name for path in output.glob(".summary.json.*.tmp")}
+        is_empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     except OSError as error:
         raise write_error(error, output) from error
-    if not is_folder or (there and _kind(output / "summary.json") != COMPARISON):
+    if not is_empty and _kind(output / "summary.json") != COMPARISON:
         raise RunError(f"{output} holds something that is not a comparison; give -o another folder")
+
+
+def _refuse_other_runs(output: Path, summaries: dict[str, dict[str, Any]]) -> None:
+    """The same command may make its comparison again; of other runs it would be lost without a word."""
+    if not (output / "summary.json").exists():
+        return
+    try:
+        there = _made_of(read_sealed(output / "summary.json")["runs"])
+    except (CorruptRunError, KeyError, TypeError, AttributeError):
+        there = {}
+    if there != _made_of(summaries):
+        raise RunError(
+            f"{output} holds a comparison of other runs ({', '.join(there) or 'which cannot be read'}); "
+            "give -o another folder, or --force to replace it"
+        )
+
+
+def _made_of(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """By label, what makes two runs the same."""
+    return {label: summary["provenance"]["configuration"] for label, summary in summaries.items()}
 
 
 def _kind(path: Path) -> Any:

@@ -12,7 +12,7 @@ import pandas as pd
 import moediag.analysis  # noqa: F401 - declares the frames
 from moediag.errors import CorruptRunError, IncompleteRunError
 from moediag.frames import declared_frames
-from moediag.report import MAIN_PAIR
+from moediag.report import main_pair_name
 from moediag.results.summary import captures_digest
 from moediag.run.directory import Run, check_schema_version
 from moediag.run.files import read_checked, read_sealed
@@ -31,7 +31,11 @@ def load_summary(run: Run) -> dict[str, Any]:
     try:
         summary = read_sealed(path)
         check_schema_version(summary, path)
-        captures, _, _ = summary["provenance"]["captures"], summary["pairs"][MAIN_PAIR], _frame_digests(summary)
+        captures, _, _ = (
+            summary["provenance"]["captures"],
+            summary["pairs"][summary["main_pair"]],
+            _frame_digests(summary),
+        )
     except (CorruptRunError, KeyError, TypeError, AttributeError):
         raise CorruptRunError(
             f"{path} is not what this moediag writes (damaged, edited, or of another version); {analyze_again(run)}"
@@ -42,7 +46,7 @@ def load_summary(run: Run) -> dict[str, Any]:
 
 
 def load_frames(run: Run) -> dict[str, pd.DataFrame]:
-    """The frames of the pair infer~train that summary.json names, checked against digest and declaration.
+    """The frames of the main pair that summary.json names, checked against digest and declaration.
 
     Raises:
         IncompleteRunError: never analysed, the arms have changed since, or a frame is missing.
@@ -56,7 +60,7 @@ def read_frames(run: Run, summary: dict[str, Any]) -> dict[str, pd.DataFrame]:
     specs = {spec.name: spec for spec in declared_frames()}
     frames = {}
     for name, digest in _frame_digests(summary).items():
-        path = frames_folder(run, MAIN_PAIR) / f"{name}.parquet"
+        path = frames_folder(run, main_pair_name(summary)) / f"{name}.parquet"
         if not path.exists():
             raise IncompleteRunError(f"{path} is missing; {analyze_again(run)}")
         try:
@@ -85,4 +89,4 @@ def shell_command(*words: object) -> str:
 
 
 def _frame_digests(summary: dict[str, Any]) -> dict[str, str]:
-    return dict(summary["provenance"]["frames"][MAIN_PAIR])
+    return dict(summary["provenance"]["frames"][main_pair_name(summary)])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import numpy as np
 
@@ -13,22 +13,33 @@ from moediag.analysis.intervals import cluster_sums, ratio_mean_interval
 from moediag.analysis.pair_analysis import PairAnalysis
 from moediag.analysis.summary import pair_summary
 from moediag.analysis.tokens import logp_diff
-from moediag.notation import INFER, PREFILLED, SCHEMA_VERSION
-from moediag.report import MAIN_PAIR, REPLAY_PAIR
+from moediag.notation import INFER, PREFILLED, SCHEMA_VERSION, TRAIN_REPLAY
+from moediag.report import OBSERVED_PAIR, REPLAY_PAIR
 from moediag.run.directory import Run
 from moediag.run.files import digest_of
+
+BROKEN_REPLAY: Final = -9.0
+"""Share of the mean removed below which it is the replay that is broken: more than ten times as large as without.
+
+Ours: infer's routes can only bring train closer to infer, up to rounding and what flips amplify; on 13 router families
+in bfloat16 and float32 the mean with replay was at most 1.1 times the one without, with gate weights forced too.
+"""
+_LEAST_BROKEN: Final = 1e-5
+"""A mean below this is float32 rounding with replay or without [nat]: over those families at most 1e-6."""
 
 
 def summarize(run: Run, analyses: Sequence[PairAnalysis], provenance: dict[str, Any]) -> dict[str, Any]:
     """The content of summary.json.
 
     Args:
+        analyses: the main pair first.
         provenance: what the analysis adds: digests of its frames, number of validation errors overridden.
     """
     model, routing = run.model, run.model["routing"] or {}
     pairs = {analysis.pair_name: pair_summary(analysis) for analysis in analyses}
-    floor = floors(pairs, is_prefilled=run.arm(INFER).get("path") == PREFILLED)
-    replay = _replay_summary(analyses)
+    main = analyses[0].pair_name
+    floor = floors(pairs, main, is_prefilled=run.arm(INFER).get("path") == PREFILLED)
+    replay = _replay_summary(run, analyses)
     analysed = {arm for analysis in analyses for arm in (analysis.minuend, analysis.subtrahend)}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -50,7 +61,8 @@ def summarize(run: Run, analyses: Sequence[PairAnalysis], provenance: dict[str, 
             "captures": captures_digest(run),
             **provenance,
         },
-        "verdict": verdict(pairs[MAIN_PAIR], floor, provenance["validation_errors"], replay),
+        "main_pair": main,
+        "verdict": verdict(pairs[main], floor, provenance["validation_errors"], replay),
         "pairs": pairs,
         "floors": floor,
         "routing_replay": replay,
@@ -74,25 +86,48 @@ def _arm_facts(run: Run, arm: str) -> dict[str, Any]:
     return {**{key: record.get(key) for key in keys}, "router_dtypes": dtypes}
 
 
-def _replay_summary(analyses: Sequence[PairAnalysis]) -> dict[str, Any] | None:
-    """Share of the mean abs logp diff that forcing infer's experts removes (R9); None without a replay arm.
+def _replay_summary(run: Run, analyses: Sequence[PairAnalysis]) -> dict[str, Any] | None:
+    """What forcing infer's experts on train removes of the mismatch; None without a replay arm.
 
-    The two means are of the same tokens, so their ratio is resampled as one statistic, by prompt. Tokens that
-    one of the pairs did not score are left out of both means.
+    Both pairs are of the same tokens, so a ratio of two means is resampled as one statistic, by prompt. Tokens that
+    one of the pairs did not score are left out of both. No interval is known to cover for a ratio of two quantiles.
     """
     tokens = {analysis.pair_name: analysis.tokens for analysis in analyses}
     if REPLAY_PAIR not in tokens:
         return None
-    diff_T, replay_diff_T = (np.abs(logp_diff(tokens[pair])) for pair in (MAIN_PAIR, REPLAY_PAIR))
+    diff_T, replay_diff_T = (logp_diff(tokens[pair]) for pair in (OBSERVED_PAIR, REPLAY_PAIR))
     is_scored_T = np.isfinite(diff_T) & np.isfinite(replay_diff_T)
-    prompt_T = tokens[MAIN_PAIR]["prompt_id"].to_numpy()[is_scored_T]
-    with_C, without_C = (cluster_sums(values_T[is_scored_T], prompt_T) for values_T in (replay_diff_T, diff_T))
-    kept = ratio_mean_interval(with_C, without_C, kind="positive").one()
-    bounds = [1 - kept.high, 1 - kept.low]
+    prompt_T = tokens[OBSERVED_PAIR]["prompt_id"].to_numpy()[is_scored_T]
+    both = (replay_diff_T[is_scored_T], diff_T[is_scored_T])
+
+    def of_means(value: Callable[[Any], Any]) -> dict[str, Any]:
+        with_C, without_C = (cluster_sums(value(values_T), prompt_T) for values_T in both)
+        kept = ratio_mean_interval(with_C, without_C, kind="positive").one()
+        bounds = [1 - kept.high, 1 - kept.low]
+        is_known = all(map(math.isfinite, bounds))
+        share = 1 - kept.value if math.isfinite(kept.value) else None
+        return {"share": share, "share_ci": bounds if is_known else None, "note": kept.note}
+
+    p99s = [float(np.quantile(np.abs(values_T), 0.99)) if len(values_T) else math.nan for values_T in both]
+    p99 = {"share": 1 - p99s[0] / p99s[1] if p99s[1] > 0 else None, "share_ci": None, "note": "ratio of two quantiles"}
+    removed = {
+        "abs_logp_diff.mean": of_means(np.abs),
+        "abs_logp_diff.p99": p99,
+        "kl_infer_train_k3": of_means(lambda diff_T: np.expm1(diff_T) - diff_T),
+    }
+    share, forced = removed["abs_logp_diff.mean"]["share"], np.abs(both[0]).mean() if len(both[0]) else 0.0
     return {
-        "removed_share": 1 - kept.value if math.isfinite(kept.value) else None,
-        "removed_share_ci": bounds if all(map(math.isfinite, bounds)) else None,
+        "layers": _forced_layers(run),
+        "removed": removed,
         "n_tokens": int(is_scored_T.sum()),
         "n_prompts": len(np.unique(prompt_T)),
-        "note": kept.note,
+        "is_broken": share is not None and share < BROKEN_REPLAY and bool(forced > _LEAST_BROKEN),
     }
+
+
+def _forced_layers(run: Run) -> list[int] | None:
+    """First and last MoE layer whose experts were forced; None where all were."""
+    forced = run.arm(TRAIN_REPLAY).get("replay") or {}
+    first, last = forced.get("first_layer") or 0, forced.get("last_layer")
+    last = len(run.decoder_layers) - 1 if last is None else min(int(last), len(run.decoder_layers) - 1)
+    return None if (first, last) == (0, len(run.decoder_layers) - 1) else [int(first), last]

@@ -2,14 +2,13 @@
 
 Invariants:
     - of several processes that make the same run at the same instant one does, the others find it made;
-    - a run that another process is filling is never removed.
+    - a run that another process is filling is never replaced;
+    - a run that ``force`` replaces is kept beside the new one until that is complete, and comes back if the new one
+      ends before it holds a shard.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +19,12 @@ from moediag.errors import MoediagError, RunConflictError, RunError
 from moediag.notation import SCHEMA_VERSION
 from moediag.run import claims
 from moediag.run.directory import Run, open_run
-from moediag.run.files import host_tag, make_folder, process_tag, sha256_bytes, write_atomic, write_error, write_sealed
+from moediag.run.files import make_folder, sha256_bytes, write_atomic, write_error, write_sealed
 from moediag.run.manifest import KIND, MANIFEST, PROMPTS, refuse_other_configuration
+from moediag.run.replace import being_made, refuse_current_folder, replaced, take_place
 from moediag.run.shards import split_into_shards
 
-__all__ = ["create_run", "split_into_shards"]
+__all__ = ["bring_back", "create_run", "split_into_shards"]
 
 
 def create_run(path: Path, manifest: dict[str, Any], prompts: bytes, force: bool = False) -> Run:
@@ -33,24 +33,25 @@ def create_run(path: Path, manifest: dict[str, Any], prompts: bytes, force: bool
     Args:
         manifest: ``configuration``, ``model``, ``sampling``, ``prompts``, ``shards``, ``completions``.
         prompts: content of the prompts file.
-        force: start anew: remove the run that is there first.
+        force: start anew: the run that is there is kept beside the new one (:func:`~moediag.run.replace.replaced`).
 
     Raises:
         RunConflictError: the folder holds a run of another configuration, or with ``force`` one that another
             process is filling.
         RunError: the folder holds something that is not a run.
     """
+    bring_back(path)  # what a command that was killed before it captured anything had set aside
     if (path / MANIFEST).exists() and not force:
         return _open_same(path, manifest)
     _refuse_foreign_folder(path)
     given, path = path, path.resolve()  # "." and links have no name of their own to make a folder beside
-    _remove_dead_attempts(path)
-    fresh = _beside(path, "new")
+    fresh = being_made(path)
     try:
         _fill(fresh, manifest, prompts)
-        with _held_alone(path) if force else contextlib.nullcontext():
-            if force and path.exists():
-                _put_aside(path)
+        if force:
+            with _held_alone(path):
+                take_place(fresh, path)
+        else:
             fresh.rename(path)  # the folder appears whole: a kill leaves no half-made run behind
     except MoediagError:  # DiskFullError is an OSError too, and says already what happened
         raise
@@ -61,8 +62,32 @@ def create_run(path: Path, manifest: dict[str, Any], prompts: bytes, force: bool
         raise write_error(error, path) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(_beside(path, "old"), ignore_errors=True)
     return open_run(given)
+
+
+def bring_back(path: Path) -> Path | None:
+    """Put the run that ``force`` set aside in its place again, if the new one never captured anything.
+
+    Nothing happens where the new one holds a shard of an arm, or where a living process is about to fill it.
+
+    Returns:
+        Where the new one lies now, with its logs; None where nothing was brought back.
+    """
+    path = path.resolve()
+    kept, failed = replaced(path), path.with_name(f".{path.name}.failed")
+    if not (kept / MANIFEST).exists() or any(path.glob("arms/*/shard-*.json")):
+        return None
+    try:
+        with _held_alone(path if path.exists() else kept):
+            shutil.rmtree(failed, ignore_errors=True)
+            if path.exists():
+                path.rename(failed)
+            kept.rename(path)
+    except RunConflictError:
+        return None
+    except OSError as error:
+        raise write_error(error, path) from error
+    return failed
 
 
 def _open_same(path: Path, manifest: dict[str, Any]) -> Run:
@@ -78,19 +103,9 @@ def _fill(fresh: Path, manifest: dict[str, Any], prompts: bytes) -> None:
     write_sealed(fresh / MANIFEST, {"kind": KIND, "schema_version": SCHEMA_VERSION, **manifest})
 
 
-def _beside(path: Path, kind: str) -> Path:
-    """Where a run is made (``new``) or put aside (``old``): on the same file system, named after this process."""
-    return path.with_name(f".{path.name}.{process_tag()}.{kind}")
-
-
-def _put_aside(path: Path) -> None:
-    """Out of the way in one step: a kill in the middle of removing must not leave half a run in place."""
-    path.rename(_beside(path, "old"))
-
-
 @contextmanager
 def _held_alone(path: Path) -> Iterator[None]:
-    """Keep workers out of a run that is about to be removed.
+    """Keep workers out of a run that is about to be moved.
 
     Raises:
         RunConflictError: another process is filling it.
@@ -102,7 +117,7 @@ def _held_alone(path: Path) -> Iterator[None]:
     with manifest.open("r+b") as file:
         if not claims.lock(file, manifest):
             raise RunConflictError(
-                f"{path} is being filled by another process, so --force would remove what it writes; "
+                f"{path} is being filled by another process, so --force would take it away from it; "
                 "wait for it or stop it first"
             )
         try:
@@ -117,28 +132,6 @@ def _refuse_foreign_folder(path: Path) -> None:
         return
     if not path.is_dir():
         raise RunError(f"{path} is a file; give -o a folder")
-    if path.samefile(Path.cwd()):
-        raise RunError(f"{path} is the current folder; give -o a folder of its own, e.g. -o run")
+    refuse_current_folder(path)
     if any(path.iterdir()) and not (path / MANIFEST).exists():
         raise RunError(f"{path} is not empty and holds no {MANIFEST}; give -o a new folder")
-
-
-def _remove_dead_attempts(path: Path) -> None:
-    """Remove what a killed process of this machine left half-made for this very run; living ones are left alone."""
-    attempt = re.compile(rf"\.{re.escape(path.name)}\.{host_tag()}-(\d+)\.(new|old)")
-    if not path.parent.is_dir():
-        return
-    for folder in path.parent.iterdir():
-        match = attempt.fullmatch(folder.name)
-        if match and folder.is_dir() and not _is_alive(int(match.group(1))):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

@@ -21,13 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moediag.errors import AlignmentError, CorruptRunError, IncompleteRunError, RunConflictError
-from moediag.notation import INFER, minuend_first, pair_name
+from moediag.notation import INFER, TRAIN, engine_side, minuend_first, pair_name
 from moediag.run import claims, codec
 from moediag.run.align import Pair, PairBlock, align
 from moediag.run.capture import Capture, TokenRows
@@ -92,9 +93,22 @@ class Run(RunFiles):
         minuend_capture, subtrahend_capture = (
             self._readable(arm, shard, self.capture(arm, shard)) for arm in (minuend, subtrahend)
         )
+        if self._borrows_routes(minuend, subtrahend):
+            observed = self._readable(INFER, shard, self.capture(INFER, shard))
+            own = subtrahend_capture
+            subtrahend_capture = replace(observed, logp_T=own.logp_T, entropy_T=own.entropy_T)
         if minuend_capture.is_routed != subtrahend_capture.is_routed:  # one arm was not observed
             minuend_capture, subtrahend_capture = minuend_capture.unrouted(), subtrahend_capture.unrouted()
         return align(self.tokens(shard), minuend_capture, subtrahend_capture, where, with_logits)
+
+    def _borrows_routes(self, minuend: str, subtrahend: str) -> bool:
+        """Whether the sampler, unobserved, stands beside a train arm: its routes are those of infer.
+
+        Infer decoded the very tokens that the sampler drew, under observation. It is the nearest that can be known of
+        the sampler's routes; the log-probabilities stay the sampler's own.
+        """
+        is_unobserved = subtrahend == self.sampler != INFER and not self.is_routed(subtrahend)
+        return is_unobserved and self.is_routed(minuend) and engine_side(minuend) == TRAIN and self.is_complete(INFER)
 
     def _readable(self, arm: str, shard: Shard, capture: Capture) -> Capture:
         """The capture, when its arrays are of the model's layers and experts; what no ``--force`` gets past.
@@ -145,7 +159,9 @@ class Run(RunFiles):
         def read_blocks() -> Iterator[PairBlock]:
             return (self.block(minuend, subtrahend, shard, with_logits) for shard in self.shards)
 
-        is_routed = self.is_routed(minuend) and self.is_routed(subtrahend)
+        is_routed = self.is_routed(minuend) and (
+            self.is_routed(subtrahend) or self._borrows_routes(minuend, subtrahend)
+        )
         routing = (self.model["routing"] or {}) if is_routed else {}
         return Pair(
             name=pair_name(minuend, subtrahend),

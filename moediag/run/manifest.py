@@ -107,6 +107,7 @@ _ARM = {
     **dict.fromkeys(("loaded?", "replay?"), maybe(OBJECT)),
     "router_dtypes?": maybe(TEXT_BY_NAME),
     "disagreements?": maybe(TEXTS),
+    "gate_weights?": maybe(TEXT),
     "correction_bias_sha256?": maybe(TEXT),
 }
 _SIDECAR = {

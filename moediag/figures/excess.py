@@ -1,4 +1,4 @@
-"""What a flip costs: flipped tokens beside unflipped tokens of the same confidence and position."""
+"""How much more flipped tokens differ: beside unflipped tokens of the same confidence, entropy and position."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from moediag.figures.style import (
 from moediag.figures.ticks import layer_ticks, log_axis
 
 _NOTE: Final = (
-    "Matched on p_infer and position; an association, only forced routes show a cause. "
-    "Bars: 95 % of the cost; pale: too few prompts."
+    "Not controlled: difficulty that these do not show. An association, only forced routes show a cause. "
+    "Bars: 95 % of the excess; pale: too few prompts."
 )
 
 
 @house_style
-def plot_flip_costs(
+def plot_flip_excess(
     frames: Mapping[str, pd.DataFrame],
     *,
     styles: Mapping[str, RunStyle] | None = None,
@@ -43,10 +43,10 @@ def plot_flip_costs(
     floor: FloorArgument = None,
     width: float = FULL_WIDTH,
 ) -> Figure:
-    """Draw abs(logp_diff) of flipped tokens against matched ones, by flipped layers; cost by first flipped layer.
+    """Draw abs(logp_diff) of flipped tokens against matched ones, by flipped layers; the excess by first flipped layer.
 
     Args:
-        frames: label -> ``flip_costs`` frame.
+        frames: label -> ``flip_excess`` frame.
         styles: how runs are drawn; by default every run is a MoE.
         caption: counts, drawn under the axes.
         floor: of the mean abs(logp_diff) [nat]; drawn on the left.
@@ -57,43 +57,48 @@ def plot_flip_costs(
     for nth, (label, frame) in enumerate(frames.items()):
         left, right = panels[2 * nth], panels[2 * nth + 1]
         left.set_title(f"{figure_text(label, 16)}: by flipped layers")
-        right.set_title("Cost by first flipped layer")
+        right.set_title("Excess by first flipped layer")
         _draw_pairs(left, _group(frame, "n_flipped_layers"), styles[label])
         draw_floor(left, floor_value(floor, label))
-        _draw_costs(right, _group(frame, "first_flipped_layer"), styles[label])
+        _draw_excess(right, _group(frame, "first_flipped_layer"), styles[label])
     floored = floor_words(floor, "the mean", frames)
-    notes = [caption, floored, _NOTE, _unmatched(frames)]
-    add_words(figure, cost_finding(frames), *notes)
+    notes = [caption, floored, _matched(frames), _NOTE, _unmatched(frames)]
+    add_words(figure, excess_finding(frames), *notes)
     return figure
 
 
-def cost_finding(frames: Mapping[str, pd.DataFrame]) -> str:
-    """The title: tokens with any flip against unflipped ones like them, with the interval of the cost."""
+def excess_finding(frames: Mapping[str, pd.DataFrame]) -> str:
+    """The title: tokens with any flip against unflipped ones like them, with the interval of the excess."""
     parts = []
     for label, frame in frames.items():
-        rows = frame[(frame["grouping"] == "any_flip") & frame["cost"].notna()]
+        rows = frame[(frame["grouping"] == "any_flip") & frame["excess"].notna()]
         if rows.empty:
             parts.append(f"{figure_text(label)}: no flipped token has an unflipped one like it")
             continue
         row = rows.iloc[0]
-        low, high = row["cost_ci_low"], row["cost_ci_high"]
+        low, high = row["excess_ci_low"], row["excess_ci_high"]
         bounds = "" if math.isnan(low) else f" (95 %: {sig(low, 2)} to {sig(high, 2)})"
         ratio = "" if math.isnan(row["ratio"]) else f", {sig(row['ratio'], 2)}× unflipped tokens like them"
         parts.append(
             f"{figure_text(label)}: flipped tokens differ by {sig(row['flipped_mean'], 2)} nat{ratio}; "
-            f"cost {sig(row['cost'], 2)} nat{bounds}"
+            f"excess {sig(row['excess'], 2)} nat{bounds}"
         )
     return "\n".join(parts) or "No run"
 
 
 def _group(frame: pd.DataFrame, grouping: str) -> pd.DataFrame:
-    rows: pd.DataFrame = frame[(frame["grouping"] == grouping) & frame["cost"].notna()]
+    rows: pd.DataFrame = frame[(frame["grouping"] == grouping) & frame["excess"].notna()]
     return rows.sort_values("group_low")
+
+
+def _matched(frames: Mapping[str, pd.DataFrame]) -> str:
+    on = sorted({words for frame in frames.values() for words in frame["matched_on"]})
+    return f"Matched on {'; or on '.join(on)}." if on else ""
 
 
 def _unmatched(frames: Mapping[str, pd.DataFrame]) -> str:
     n = sum(int(frame.loc[frame["grouping"] == "any_flip", "n_unmatched"].sum()) for frame in frames.values())
-    return f"Left out, no unflipped token like them: {count(n, 'token')}." if n else ""
+    return f"Left out, fewer than two unflipped tokens like them: {count(n, 'token')}." if n else ""
 
 
 def _names(rows: pd.DataFrame) -> list[str]:
@@ -108,20 +113,20 @@ def _short(n: int) -> str:
 
 
 def _bars(rows: pd.DataFrame, at: pd.Series[float]) -> npt.NDArray[np.float64]:
-    """Lengths of the cost's interval around a drawn value, never negative."""
-    low, high = rows["cost"] - rows["cost_ci_low"], rows["cost_ci_high"] - rows["cost"]
+    """Lengths of the excess's interval around a drawn value, never negative."""
+    low, high = rows["excess"] - rows["excess_ci_low"], rows["excess_ci_high"] - rows["excess"]
     return np.vstack([np.minimum(low.clip(lower=0), 0.999 * at.abs()), high.clip(lower=0)]).astype(np.float64)
 
 
 def _draw_pairs(ax: Axes, rows: pd.DataFrame, style: RunStyle) -> None:
-    """Flipped and matched unflipped mean of each group, joined: the gap is the cost."""
+    """Flipped and matched unflipped mean of each group, joined: the gap is the excess."""
     values = rows[["flipped_mean", "unflipped_mean"]].to_numpy(np.float64)
     values = values[values > 0]
     if not len(values):
         state(ax, "No flipped token has an unflipped one like it.")
         return
     x = np.arange(len(rows))
-    pale: Any = np.where(rows["cost_ci_low"].isna(), 0.35, 1.0)
+    pale: Any = np.where(rows["excess_ci_low"].isna(), 0.35, 1.0)
     ax.vlines(x, rows["unflipped_mean"], rows["flipped_mean"], color=GREY, linewidth=1.0, linestyle=(0, (1, 1.5)))
     ax.errorbar(x, rows["flipped_mean"], _bars(rows, rows["flipped_mean"]), fmt="none", color=style.colour,
                 capsize=2, elinewidth=1.0)  # fmt: skip
@@ -138,18 +143,18 @@ def _draw_pairs(ax: Axes, rows: pd.DataFrame, style: RunStyle) -> None:
     legend_below(ax, *ax.get_legend_handles_labels(), columns=1, down=0.64)
 
 
-def _draw_costs(ax: Axes, rows: pd.DataFrame, style: RunStyle) -> None:
-    """Cost with its interval over the first flipped layer; tokens flip later on as well."""
+def _draw_excess(ax: Axes, rows: pd.DataFrame, style: RunStyle) -> None:
+    """Excess with its interval over the first flipped layer; tokens flip later on as well."""
     if rows.empty:
         state(ax, "No flipped token has an unflipped one like it.")
         return
-    bars = np.vstack([(rows["cost"] - rows["cost_ci_low"]).clip(lower=0),
-                      (rows["cost_ci_high"] - rows["cost"]).clip(lower=0)])  # fmt: skip
+    bars = np.vstack([(rows["excess"] - rows["excess_ci_low"]).clip(lower=0),
+                      (rows["excess_ci_high"] - rows["excess"]).clip(lower=0)])  # fmt: skip
     size = 5 if len(rows) <= 16 else 3
-    ax.errorbar(rows["group_low"], rows["cost"], bars, fmt=style.marker, color=style.colour, markersize=size,
+    ax.errorbar(rows["group_low"], rows["excess"], bars, fmt=style.marker, color=style.colour, markersize=size,
                 capsize=2 if len(rows) <= 16 else 0, elinewidth=1.0)  # fmt: skip
     ax.axhline(0, color=GREY, linewidth=0.8)
     ticks = layer_ticks(int(rows["group_low"].max()), 8)
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.set_xlabel("first flipped MoE layer")
-    ax.set_ylabel("cost: flipped − unflipped [nat]")
+    ax.set_ylabel("excess: flipped − unflipped [nat]")
