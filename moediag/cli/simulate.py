@@ -129,9 +129,8 @@ def command(
     asked = Asked(target, chosen, grid, pair, reward, eps_clip, mask, gradient_audit, checkpoint)
     run = asked.open()
     if run is not None and run.sampler != INFER and pair is None:
-        asked = replace(
-            asked, pair=f"{run.sampler}~{TRAIN}"
-        )  # the rollouts' own log-probabilities are what is corrected
+        # what a trainer corrects are the rollouts' own log-probabilities
+        asked = replace(asked, pair=f"{run.sampler}~{TRAIN}")
     folder = asked.folder(run, output, force)
     columns = {name: one.correction for name, one in chosen.items() if name != "none" or everything}
     simulation = asked.simulate(run, weights_out, columns)

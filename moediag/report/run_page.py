@@ -59,7 +59,7 @@ _MODEL_WORDS: Final = Markdown(
     "if it had the noise of another pair (one engine repeated or perturbed). What routers in another precision do is "
     "not forecast: capture the arms `train-router-fp32` and `train-router-fp8` to measure it."
 )
-UNOBSERVED_WORDS: Final = (
+_UNOBSERVED_WORDS: Final = (
     "Its log-probabilities are those of the rollouts as they ran; which experts ran is known from decoding the same "
     "tokens again under observation (arm infer). "
 )
@@ -186,7 +186,7 @@ def _pair_words(name: str, pair: Summary) -> Markdown:
     impossible = f" ({count(pair['n_impossible'])} with a logp of -inf: a defect)" if pair.get("n_impossible") else ""
     return Markdown(
         f"Pair {code(name)}: {counts[0]} of {', '.join(wholes)} scored by both arms, {counts[1]} not scored"
-        f"{impossible}. {'' if name == OBSERVED_PAIR else UNOBSERVED_WORDS}{definitions.SIGN_WORDS}"
+        f"{impossible}. {'' if name == OBSERVED_PAIR else _UNOBSERVED_WORDS}{definitions.SIGN_WORDS}"
     )
 
 
