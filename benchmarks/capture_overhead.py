@@ -28,7 +28,7 @@ from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.launch import FORCED, INFER_ENVIRONMENT
 from moediag.engines.plan import Sampling, make_plan
 from moediag.run.codec import bytes_per_token
-from moediag.run.directory import Run, open_run
+from moediag.run.reader import Run, open_run
 
 N_PROMPTS, MAX_TOKENS, N_ROUNDS = 32, 128, 7
 LEVELS = {"ids": "ids only", "margins": "ids, gate weights, margins", "full": "with full router logits"}

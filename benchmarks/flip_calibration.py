@@ -32,7 +32,7 @@ from moediag.analysis.flip_probability import border_flip_probability, set_flip_
 from moediag.analysis.forecast import forecast_flips
 from moediag.analysis.noise import noise_of_logits, view_block
 from moediag.analysis.prediction import predict_flips
-from moediag.run.directory import Run, open_run
+from moediag.run.reader import Run, open_run
 
 Array = NDArray[np.float64]
 

@@ -12,13 +12,13 @@ __all__ = ["Pair", "PairBlock", "Run", "__version__", "open_run"]
 
 if TYPE_CHECKING:
     from moediag.run.align import Pair, PairBlock
-    from moediag.run.directory import Run, open_run
+    from moediag.run.reader import Run, open_run
 
 _HOME = {
     "Pair": "moediag.run.align",
     "PairBlock": "moediag.run.align",
-    "Run": "moediag.run.directory",
-    "open_run": "moediag.run.directory",
+    "Run": "moediag.run.reader",
+    "open_run": "moediag.run.reader",
 }
 
 

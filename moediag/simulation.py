@@ -37,8 +37,9 @@ from moediag.report.pairs import main_pair_name
 from moediag.report.simulation_page import simulation_page
 from moediag.results import load_summary
 from moediag.run.derived import SIMULATION_SEAL
-from moediag.run.directory import MANIFEST, Run, make_folder
-from moediag.run.files import read_sealed, sha256_bytes, write_atomic, write_error, write_sealed
+from moediag.run.files import make_folder, read_sealed, sha256_bytes, write_atomic, write_error, write_sealed
+from moediag.run.reader import Run
+from moediag.run.records import MANIFEST
 
 SIMULATION: Final = "moediag simulation"
 

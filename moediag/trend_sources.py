@@ -39,9 +39,8 @@ from moediag.corrections.table_files import KINDS, Kind, TableFile, open_table
 from moediag.errors import DumpError
 from moediag.hygiene.findings import Finding, by_level
 from moediag.hygiene.logged import check_steps
-from moediag.notation import TRAIN
 from moediag.report.measures import text_origin
-from moediag.run.directory import Run, open_run
+from moediag.run.reader import Run, open_run
 
 OnProgress = Callable[[int, int, str], None]
 
@@ -132,19 +131,20 @@ def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: On
     numbers, origin = steps_of(labels, steps)
     frames, notes, infinite = [], [], _Infinite()
     for done, (run, label, step) in enumerate(zip(runs, labels, numbers, strict=True), start=1):
-        tokens = concatenate_tokens([token_columns(block, None) for block in run.pair(TRAIN, run.sampler).blocks()])
+        tokens = concatenate_tokens([token_columns(block, None) for block in run.pair(*run.main_arms).blocks()])
         infinite.add(step, tokens)
         exact = exact_divergences(run)
         rows = [] if exact is None else exact.measures.to_dict("records")
         frames.append(step_metrics(step, label, tokens, rows))
-        sampling = {**run.manifest["sampling"], "given_completions": run.manifest["completions"]}
-        if said := text_origin({"sampling": sampling}):
+        sampling = run.record.sampling.content() if run.record.sampling else {}
+        if said := text_origin({"sampling": {**sampling, "given_completions": run.record.tokens.origin == "given"}}):
             notes.append(f"{label}: {said}, so k1 and k3 are statistics and no KL")
         on_progress(done, len(runs), "runs")
-    architectures = sorted({str(run.model["architecture"]) for run in runs})
+    checkpoints = (run.checkpoint_of(run.main_arms[0]) for run in runs)
+    architectures = sorted({str(one.architecture) for one in checkpoints if one is not None})
     if len(architectures) > 1:
         notes.append(f"the runs are of different architectures ({', '.join(architectures)}): no steps of one training")
-    sources = {(run.manifest["prompts"]["source_sha256"], run.manifest["prompts"]["n"]) for run in runs}
+    sources = {run.record.prompts and (run.record.prompts.source_sha256, run.record.prompts.n) for run in runs}
     if len(sources) > 1:
         notes.append("the runs were made from different prompts: a change of prompts is in the series too")
     elif len(runs) > 1:

@@ -16,7 +16,7 @@ from execution_settings import SETTINGS
 
 from moediag.hygiene import check_run
 from moediag.run.capture import Capture, TokenRows
-from moediag.run.directory import Run, open_run
+from moediag.run.reader import Run, open_run
 
 TEXT = "The quick brown fox jumps over the lazy dog and the cat sits on the mat while it rains and rains"
 LENGTHS = (1, 1, 2, 5, 20, 40, 60, 96)

@@ -31,8 +31,8 @@ from moediag.engines.routing_rows import FULL
 from moediag.engines.rules import rule_agreement_by_layer
 from moediag.hygiene import check_run
 from moediag.run.capture import Capture, TokenRows
-from moediag.run.directory import Run, open_run
 from moediag.run.files import read_sealed, write_sealed
+from moediag.run.reader import Run, open_run
 
 RING = Path(__file__).parent / "fixtures" / "ring-tiny"
 NAMES = (*FAMILIES, "bailing_moe")

@@ -19,7 +19,7 @@ from vllm_probe import Silent, greedy
 from moediag.engines.arms import ArmRequest
 from moediag.engines.fill import fill_missing_shards
 from moediag.engines.launch import INFER_ENVIRONMENT
-from moediag.run.directory import Run, open_run
+from moediag.run.reader import Run, open_run
 
 
 def capture(run: Run, checkpoint: str) -> dict[str, Any]:

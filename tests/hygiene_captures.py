@@ -17,7 +17,7 @@ from scripted_engine import create_scripted_run, scripted_record
 from moediag.hygiene import Finding, check_capture, check_pair
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.create import create_run, split_into_shards
-from moediag.run.directory import Run, open_run
+from moediag.run.reader import Run, open_run
 
 SHAPES = [  # (E, K, L)
     (8, 2, 3),

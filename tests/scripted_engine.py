@@ -27,9 +27,9 @@ from moediag.engines.fill import fill_missing_shards
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.codec import encode_prompts
 from moediag.run.create import create_run, split_into_shards
-from moediag.run.directory import Run, Shard, open_run
 from moediag.run.files import rows_prefix
-from moediag.run.shards import WHOLE, Slice
+from moediag.run.reader import Run, open_run
+from moediag.run.shards import WHOLE, Shard, Slice
 
 VOCABULARY = 200
 SCORE_DTYPES = {"gate_weights_TLK": "bfloat16"}

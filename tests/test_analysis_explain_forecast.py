@@ -19,7 +19,7 @@ from moediag.analysis.flip_declarations import EXPLAINED_FLIPS, FORECAST_FLIPS
 from moediag.analysis.forecast import forecast_flips
 from moediag.analysis.prediction import noise_arms, predict_flips
 from moediag.run.create import create_run, split_into_shards
-from moediag.run.directory import Run, open_run
+from moediag.run.reader import Run, open_run
 
 TRUTH = Truth(n_prompts=16, tokens=120, n_layers=2, scale=0.01)
 

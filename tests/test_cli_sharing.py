@@ -12,8 +12,8 @@ from moediag.cli.main import main
 from moediag.engines.arms import ArmRequest
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
 from moediag.errors import IncompleteRunError, RunConflictError
-from moediag.run.directory import Run, open_run
 from moediag.run.files import read_sealed, write_sealed
+from moediag.run.reader import Run, open_run
 from moediag.run.shards import Slice
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "ring-tiny"

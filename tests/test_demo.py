@@ -11,7 +11,7 @@ from conftest import run_moediag
 
 from moediag.frames import declared_frames
 from moediag.results import load_frames
-from moediag.run.directory import open_run
+from moediag.run.reader import open_run
 
 pytestmark = pytest.mark.engines
 

@@ -15,8 +15,8 @@ from moediag.engines.launch import infer_environment, infer_options, observable
 from moediag.errors import EngineError
 from moediag.notation import ARMS, INFER_PRODUCTION
 from moediag.run.capture import Capture
-from moediag.run.directory import Run, open_run
 from moediag.run.files import write_sealed
+from moediag.run.reader import Run, open_run
 
 
 def test_every_declared_arm_can_be_asked_for() -> None:

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, run_moediag
 from execution_measures import ExecutionMeasures, measure, write_prompts
 from execution_settings import SETTINGS
 
-from moediag.run.directory import open_run
+from moediag.run.reader import open_run
 
 pytestmark = pytest.mark.engines
 

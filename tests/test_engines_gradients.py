@@ -17,7 +17,7 @@ from moediag.audit.gradients import GradientRequest, run_gradient_audit
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.errors import CheckpointError, CorruptRunError, EngineError, IncompleteRunError, MoediagError
 from moediag.run.derived import AUDIT_SEAL, GRADIENTS, derived_damage
-from moediag.run.directory import Run, open_run
+from moediag.run.reader import Run, open_run
 
 pytestmark = pytest.mark.engines
 

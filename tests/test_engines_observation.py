@@ -20,7 +20,7 @@ from moediag.engines.plan import Sampling, make_plan
 from moediag.engines.routing_rows import FULL, MARGINS
 from moediag.errors import CaptureError
 from moediag.hygiene import check_run
-from moediag.run.directory import Run, open_run
+from moediag.run.reader import Run, open_run
 
 pytestmark = pytest.mark.engines
 N_PREFILLED = 4

@@ -16,7 +16,7 @@ from test_command_line import full_disk
 
 from moediag.hygiene import check_run
 from moediag.run.claims import lock
-from moediag.run.directory import open_run
+from moediag.run.reader import open_run
 
 pytestmark = pytest.mark.engines
 

@@ -13,7 +13,7 @@ from scripted_engine import make_scripted_run
 from moediag.hygiene import Finding, check_run
 from moediag.hygiene.rules import RULES, Rule
 from moediag.run.capture import Capture
-from moediag.run.directory import Run
+from moediag.run.reader import Run
 
 ONE_LAYER = "needs two layers"
 NO_CHOICE = "every expert is always chosen"

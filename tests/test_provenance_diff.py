@@ -15,7 +15,6 @@ from scripted_engine import create_scripted_run, write_scripted_shard
 
 from moediag.cli.diff_env import excerpts, table_lines
 from moediag.cli.main import main
-from moediag.run.directory import Run
 from moediag.run.environment import (
     DIFFERENT,
     NOT_INSTALLED,
@@ -29,6 +28,7 @@ from moediag.run.environment import (
     compare_runs,
 )
 from moediag.run.files import read_sealed, write_sealed
+from moediag.run.reader import Run
 
 RECORD: dict[str, Any] = {
     "configuration": {"dtype": "bfloat16"},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import run_moediag, write_jsonl
 
-from moediag.run.directory import open_run
+from moediag.run.reader import open_run
 
 pytestmark = pytest.mark.engines
 

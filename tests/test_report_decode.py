@@ -14,8 +14,8 @@ from moediag.cli.main import main
 from moediag.errors import RunError
 from moediag.report.decode import WITHHELD, token_texts
 from moediag.results import analyze_run, load_frames, load_summary, report, report_run
-from moediag.run.directory import Run, open_run
 from moediag.run.files import digest_of, sha256_bytes, write_sealed
+from moediag.run.reader import Run, open_run
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from moediag.errors import CorruptRunError, DiskFullError, IncompleteRunError, M
 from moediag.results import analyze_run, compare, compare_runs, load_frames, load_summary, report, report_run
 from moediag.run.capture import Capture
 from moediag.run.create import create_run, split_into_shards
-from moediag.run.directory import Run, open_run
 from moediag.run.files import canonical_json, process_tag, sha256_bytes, write_sealed
+from moediag.run.reader import Run, open_run
 
 LENGTHS = [(2, 6)] * 12  # (prompt, response) tokens; 12 prompts are enough for intervals
 

@@ -14,8 +14,8 @@ from moediag.analysis.explain import explain_pair
 from moediag.analysis.prediction import predict_flips
 from moediag.errors import CorruptRunError
 from moediag.hygiene import check_run
-from moediag.run.directory import Run
 from moediag.run.files import write_sealed
+from moediag.run.reader import Run
 
 BIASED = RoutingRule(8, 2, "sigmoid", has_correction_bias=True)
 GROUPED = RoutingRule(8, 2, "sigmoid", has_correction_bias=True, n_group=4, topk_group=2)

@@ -20,9 +20,9 @@ from moediag.hygiene import check_run
 from moediag.results import analyze_run, report_run
 from moediag.run import logs
 from moediag.run.derived import AUDIT_RECORD, GRADIENTS, GRAMS, begin_report, derived_damage
-from moediag.run.directory import Run, open_run
 from moediag.run.files import read_sealed, sha256_bytes, write_atomic, write_sealed
 from moediag.run.logs import kept
+from moediag.run.reader import Run, open_run
 from moediag.simulation import simulate, write_simulation
 
 N_FLIPS = 2_000

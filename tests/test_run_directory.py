@@ -24,7 +24,6 @@ from moediag.hygiene import check_run
 from moediag.run import codec
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.create import bring_back, create_run, split_into_shards
-from moediag.run.directory import Run, open_run
 from moediag.run.files import (
     canonical_json,
     digest_of,
@@ -33,6 +32,7 @@ from moediag.run.files import (
     rows_prefix,
     write_sealed,
 )
+from moediag.run.reader import Run, open_run
 from moediag.run.replace import drop_replaced, replaced
 
 N_EXPERTS, TOP_K, LAYERS = 8, 2, (1, 3)

@@ -15,8 +15,8 @@ from scripted_engine import create_scripted_run, make_scripted_run
 from moediag.errors import AlignmentError, CorruptRunError, DiskFullError, IncompleteRunError, RunError
 from moediag.run import codec
 from moediag.run.capture import Capture
-from moediag.run.directory import Run, open_run
 from moediag.run.files import read_sealed, sha256_bytes, write_sealed
+from moediag.run.reader import Run, open_run
 
 
 @pytest.fixture

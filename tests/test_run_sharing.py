@@ -29,7 +29,7 @@ from moediag.errors import RunConflictError
 from moediag.hygiene import check_run
 from moediag.run import claims
 from moediag.run.derived import derived_damage
-from moediag.run.directory import open_run
+from moediag.run.reader import open_run
 from moediag.run.replace import replaced
 from moediag.run.shards import Shard, Slice
 

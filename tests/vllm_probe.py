@@ -16,7 +16,7 @@ import numpy as np
 from moediag.engines.arms import PREFILL, ArmRequest
 from moediag.engines.fill import fill_missing_shards
 from moediag.engines.launch import INFER_ENVIRONMENT
-from moediag.run.directory import open_run
+from moediag.run.reader import open_run
 
 
 class Silent:

@@ -1,4 +1,4 @@
-"""What TopK compares, from recorded router logits and the routing rule of run.json; in numpy, without an engine.
+"""What TopK compares, from recorded router logits and the rule in arm.json; in numpy, without an engine.
 
 Invariants:
     - the arithmetic is float32 and in the order of :func:`moediag.engines.routers.choice_scores`, so the two agree to
@@ -11,7 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from moediag.errors import MoediagError
+from moediag.run.records import Router
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -50,23 +51,27 @@ class RoutingRule:
     topk_group: int = 1
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> RoutingRule:
-        """From ``model.routing`` of run.json, the record of a RouterSpec.
+    def of_routers(cls, routers: Sequence[Router]) -> RoutingRule | None:
+        """The rule that all routers of a model share; None where it is not known, or not one.
 
         Raises:
-            MoediagError: the record lacks an entry, or names a score function that this version does not know.
+            MoediagError: a score function that this version does not know.
         """
-        try:
-            rule = cls(
-                n_experts=int(record["n_experts"]),
-                top_k=int(record["top_k"]),
-                score_function=str(record["score_function"]),
-                has_correction_bias=bool(record["has_correction_bias"]),
-                n_group=int(record["n_group"]),
-                topk_group=int(record["topk_group"]),
+        rules = {
+            cls(
+                router.n_experts,
+                router.top_k,
+                router.spec.score_function,
+                router.spec.has_correction_bias,
+                router.spec.n_group,
+                router.spec.topk_group,
             )
-        except KeyError as error:
-            raise MoediagError(f"the routing record lacks {error}; capture the run again with this version") from None
+            for router in routers
+            if router.spec is not None
+        }
+        if len(rules) != 1 or any(router.spec is None for router in routers):
+            return None
+        rule = rules.pop()
         if rule.score_function not in (SOFTMAX, SIGMOID, LOGIT):
             raise MoediagError(f"unknown score function {rule.score_function!r}; wanted softmax, sigmoid or logit")
         return rule

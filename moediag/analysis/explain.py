@@ -85,9 +85,7 @@ class Explanation:
     flip_calibration: pd.DataFrame
 
 
-def explain_pair(
-    pair: Pair, spec_record: dict[str, Any], side: Side = "infer", bias_LE: Float64 | None = None
-) -> Explanation:
+def explain_pair(pair: Pair, rule: RoutingRule, side: Side = "infer", bias_LE: Float64 | None = None) -> Explanation:
     """Explain the flips of a pair, in every way that its captures allow.
 
     With full router logits on both sides all K (E - K) pairs enter; with margins alone, the border pair. Both are
@@ -95,7 +93,7 @@ def explain_pair(
 
     Args:
         pair: two arms; give a pair with logits (``Run.pair(..., with_logits=True)``) for the better methods.
-        spec_record: ``model.routing`` of run.json.
+        rule: of the routers.
         side: whose scores predict; the other side only says what happened.
         bias_LE: the routers' correction bias by layer, where the rule has one; without it only margins can be used.
 
@@ -104,7 +102,7 @@ def explain_pair(
 
     Source: ours; a flip needs a gap below the noise (TRM), the noise being a scale mixture over tokens.
     """
-    return explain_measured(measure_noise(pair, RoutingRule.from_record(spec_record), side), bias_LE)
+    return explain_measured(measure_noise(pair, rule, side), bias_LE)
 
 
 def explain_measured(noise: PairNoise, bias_LE: Float64 | None = None) -> Explanation:
@@ -127,10 +125,10 @@ def explain_measured(noise: PairNoise, bias_LE: Float64 | None = None) -> Explan
 
 
 def explained_flips(
-    pair: Pair, spec_record: dict[str, Any], side: Side = "infer", bias_LE: Float64 | None = None
+    pair: Pair, rule: RoutingRule, side: Side = "infer", bias_LE: Float64 | None = None
 ) -> pd.DataFrame:
     """Frame ``explained_flips`` of :func:`explain_pair`."""
-    return explain_pair(pair, spec_record, side, bias_LE).explained_flips
+    return explain_pair(pair, rule, side, bias_LE).explained_flips
 
 
 def measure_noise(pair: Pair, rule: RoutingRule, side: Side = "infer") -> PairNoise:

@@ -15,10 +15,13 @@ Source: ours, from the triangle inequality of mean distances.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
-from moediag.notation import ARMS, INFER, INFER_PRODUCTION, TRAIN, engine_side, pair_name
+from moediag.notation import INFER, TRAIN
+from moediag.run.reader import Run
+from moediag.run.recipes import ENGINE_WORDS, RECIPES
 
 SUMMED: Final = ("abs_logp_diff.mean", "abs_prob_diff.mean", "flip_rate", "any_layer_share", "abs_log_ratio_mean")
 """Means of a distance (of tokens, choices or whole responses), for which the triangle bound holds."""
@@ -36,11 +39,10 @@ _PLACES: Final = {
 }
 """Where a metric stands in a pair's summary, if not by its dotted name under ``logp``."""
 
-# The first that was captured: other batches say more than the same once again.
-FLOOR_ARMS: Final = {TRAIN: ("train-repeat",), INFER: ("infer-repeat", "infer-redecode")}
-RESCORED: Final = "infer-rescore"
-ROUNDED: Final = "train-perturbed"
-NOISE_ARMS: Final = (ROUNDED, "train-fp32", "train-router-fp32", "train-router-fp8")
+NOISE_CHANGES: Final = ("perturbation", "dtype", "router-dtype")
+"""Changes of one engine on purpose; of those, a perturbation is the rounding scale."""
+OWN_CHANGES: Final = ("repeat", "path", "observation", "checkpoint", "batching", *NOISE_CHANGES)
+"""Changes that are compared with the arm they are made of; forced routes (``replay``) are compared across engines."""
 
 MOSTLY: Final = 0.5
 """A floor that is exactly 0 on more than this share of its tokens gives no multiple ("most tokens")."""
@@ -54,24 +56,61 @@ ROUNDING, ABOVE_ROUNDING = "of the size of rounding", "above rounding"
 NOT_REPEATING, CANNOT_TELL = "does not repeat itself", "cannot tell"
 """The words of a verdict."""
 
-_ENGINES: Final = {INFER: "vLLM", TRAIN: "transformers"}
-
 Summary = Mapping[str, Any]
 
 
-def own_side_pairs(arms: list[str]) -> list[tuple[str, str]]:
-    """A/A pairs among the arms: each further arm with the main arm of its own engine."""
-    known = {*FLOOR_ARMS[TRAIN], *FLOOR_ARMS[INFER], RESCORED, INFER_PRODUCTION, *NOISE_ARMS}
-    return [(engine_side(arm), arm) for arm in arms if arm in known and engine_side(arm) in arms]
+@dataclass(frozen=True)
+class Variant:
+    """An arm beside the arm of its own side that it repeats or changes.
+
+    Args:
+        arm, of: both arms' names.
+        role, change: as in :class:`~moediag.run.records.ArmRecord`.
+        engine: as words say it.
+        words: what is different.
+    """
+
+    arm: str
+    of: str
+    role: str
+    change: str
+    engine: str
+    words: str
+
+    @property
+    def pair(self) -> str:
+        """Name of the pair of the two, the arm changed as subtrahend."""
+        return f"{self.arm}~{self.of}"
 
 
-def floors(pairs: Mapping[str, Summary], main: str, is_prefilled: bool) -> dict[str, Any] | None:
+def variants(run: Run, arms: Sequence[str]) -> list[Variant]:
+    """The variants among the arms whose own arm is among them, in the order of the recipes, then by name."""
+    listed, found = list(RECIPES), []
+    for arm in arms:
+        record = run.arm(arm)
+        if record.variant_of in arms and record.change in OWN_CHANGES:
+            recipe = record.captured.recipe if record.captured else ""
+            rank = listed.index(recipe) if recipe in listed else len(listed)
+            engine = ENGINE_WORDS.get(record.engine, record.engine)
+            words = f"{engine}: {record.change} of {record.variant_of}"
+            if record.change == "checkpoint":
+                source = run.checkpoint_of(arm)
+                words = f"{engine} with other weights ({source.source if source else 'not recorded'})"
+            elif recipe in RECIPES:
+                words = RECIPES[recipe].words
+            found.append(
+                ((rank, arm), Variant(arm, str(record.variant_of), record.role, str(record.change), engine, words))
+            )
+    return [variant for _, variant in sorted(found, key=lambda entry: entry[0])]
+
+
+def floors(pairs: Mapping[str, Summary], main: str, own: Sequence[Variant]) -> dict[str, Any] | None:
     """Floors and rounding scale of every headline metric of a run's main pair.
 
     Args:
         pairs: summaries by pair name, as :func:`~moediag.analysis.summary.pair_summary` gives them.
         main: name of the pair that they stand beside.
-        is_prefilled: the infer arm scored by prefill, so that prefilling again is its floor.
+        own: arms compared with the arm of their own side, of which floors and scales are made.
 
     Returns:
         ``train`` and ``infer`` (the arm that gives each side's floor, or None), ``rounding`` (the arm that gives the
@@ -79,14 +118,17 @@ def floors(pairs: Mapping[str, Summary], main: str, is_prefilled: bool) -> dict[
         the floor, rounding scale), ``decode_vs_prefill``, ``forced_settings`` (rollouts with their own settings
         against the same tokens decoded under those that capture forces) and ``noise``; None when nothing was measured.
     """
-    infer_arms = (*FLOOR_ARMS[INFER], *([RESCORED] if is_prefilled else []))
-    sides = {TRAIN: _side(pairs, TRAIN, FLOOR_ARMS[TRAIN]), INFER: _side(pairs, INFER, infer_arms)}
-    rescored = None if is_prefilled else _line(pairs, INFER, RESCORED)
-    noise = [line for arm in NOISE_ARMS if (line := _line(pairs, TRAIN, arm))]
-    forced = _line(pairs, INFER, INFER_PRODUCTION)
+
+    def lines(role: str, *changes: str) -> list[dict[str, Any]]:
+        some = (variant for change in changes for variant in own if (variant.role, variant.change) == (role, change))
+        return [line for variant in some if (line := _line(pairs, variant))]
+
+    sides = {side: next(iter(lines(side, "repeat")), None) for side in (TRAIN, INFER)}
+    rescored, forced = (next(iter(lines(INFER, change)), None) for change in ("path", "observation"))
+    noise = lines(TRAIN, *NOISE_CHANGES)
     if not any((*sides.values(), rescored, noise, forced)):
         return None
-    rounding = next((line for line in noise if line["arm"] == ROUNDED), None)
+    rounding = next(iter(lines(TRAIN, "perturbation")), None)
     metrics = {metric: _metric_floor(metric, pairs[main], pairs, sides, rounding) for metric in (*SUMMED, *LARGER)}
     return {
         **sides,
@@ -118,22 +160,17 @@ def _entry(pair: Summary, metric: str, suffix: str) -> Any:
     return None if value is None else value.get(f"{leaf}{suffix}")
 
 
-def _side(pairs: Mapping[str, Summary], main: str, arms: tuple[str, ...]) -> dict[str, Any] | None:
-    lines = (_line(pairs, main, arm) for arm in arms)
-    return next((line for line in lines if line), None)
-
-
-def _line(pairs: Mapping[str, Summary], main: str, arm: str) -> dict[str, Any] | None:
+def _line(pairs: Mapping[str, Summary], variant: Variant) -> dict[str, Any] | None:
     """One A/A pair in a line; None when it was not captured or shares no scored token."""
-    name = pair_name(main, arm)
-    pair = pairs.get(name)
+    pair = pairs.get(variant.pair)
     if pair is None or not pair["n_tokens"]:
         return None
     largest, flip_rate = metric_value(pair, "abs_logp_diff.max"), metric_value(pair, "flip_rate")
     return {
-        "arm": arm,
-        "pair": name,
-        "what": ARMS[arm],
+        "arm": variant.arm,
+        "pair": variant.pair,
+        "engine": variant.engine,
+        "what": variant.words,
         "is_bit_exact": largest == 0 and not flip_rate,
         "bit_exact_share": metric_value(pair, "bit_exact_share"),
         "n_tokens": pair["n_tokens"],
@@ -212,7 +249,7 @@ def verdict(pair: Summary, floor: Summary | None, n_errors: int, replay: Summary
     for side in (INFER, TRAIN):
         line = (floor or {}).get(side)
         if line and rounding and _low(line) > FAR * _high(rounding):
-            engine = _ENGINES[side]
+            engine = line["engine"]
             reason = (
                 f"{engine} scores the same tokens {line['mean']:.3g} nat away from its own first pass, "
                 f"{line['mean'] / rounding['mean']:.3g} times what one unit in the last place does to this model: find "
@@ -271,7 +308,7 @@ def _evidence(pair: Summary, floor: Summary | None, replay: Summary | None) -> l
         lines.append(f"rounding scale: one unit in the last place on {change} makes {_mean_words(rounding)}{times}")
     for side in (INFER, TRAIN):
         if line := (floor or {}).get(side):
-            lines.append(f"floor of {side}, {_ENGINES[side]} against itself: {_floor_words(line)}")
+            lines.append(f"floor of {side}, {line['engine']} against itself: {_floor_words(line)}")
     ratio = (floor or {}).get("metrics", {}).get("abs_logp_diff.mean", {}).get("ratio")
     if ratio is not None:
         lines.append(f"the mismatch is {ratio:.3g} times the sum of both floors")

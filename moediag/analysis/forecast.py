@@ -44,14 +44,14 @@ _ASSUMED: Final = (
 
 
 def forecast_flips(
-    target: Pair, noise: Pair, spec_record: dict[str, Any], side: Side = "infer", bias_LE: Float64 | None = None
+    target: Pair, noise: Pair, rule: RoutingRule, side: Side = "infer", bias_LE: Float64 | None = None
 ) -> pd.DataFrame:
     """Flip rate that a pair would have under the noise of another pair, from the scores of one of its arms.
 
     Args:
         target: the pair that the forecast is of, e.g. infer~train; its own noise plays no part.
         noise: the pair that the noise is measured on, e.g. ``run.pair("train-perturbed", "train", with_logits=True)``.
-        spec_record: ``model.routing`` of run.json.
+        rule: of the routers.
         side: whose scores of ``target`` predict.
         bias_LE: the routers' correction bias of that side by layer, where the rule has one.
 
@@ -61,7 +61,6 @@ def forecast_flips(
 
     Source: ours; assumptions stand in the column ``assumption``.
     """
-    rule = RoutingRule.from_record(spec_record)
     return forecast_from(measure_noise(target, rule, side), measure_noise(noise, rule), bias_LE)
 
 

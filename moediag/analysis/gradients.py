@@ -28,8 +28,8 @@ from moediag.analysis.intervals import Interval
 from moediag.errors import CorruptRunError, IncompleteRunError
 from moediag.frames import Column, FrameSpec, ci_columns, declare
 from moediag.run.derived import AUDIT_RECORD, AUDIT_SEAL, GRADIENTS, GRAMS
-from moediag.run.directory import Run
 from moediag.run.files import digest_of, read_checked, read_sealed, sha256_bytes, write_atomic, write_sealed
+from moediag.run.reader import Run
 
 EXACT: Final = "exact"
 SEQUENCE_IS: Final = "sequence_is"
@@ -175,8 +175,7 @@ def load_record(run: Run) -> dict[str, Any]:
 def captures_digest(run: Run, train: str, infer: str) -> dict[str, str]:
     """Digest of both arms' captures, by arm."""
     return {
-        arm: digest_of([run.capture_sidecar(arm, shard)["data_sha256"] for shard in run.shards])
-        for arm in (train, infer)
+        arm: digest_of([run.capture_sidecar(arm, shard).data_sha256 for shard in run.shards]) for arm in (train, infer)
     }
 
 

@@ -1,7 +1,7 @@
 """What a run's arms allow to be said about why choices flip, and what would flip under noise measured elsewhere.
 
 Picks by what was captured: router logits on both sides, else margins; every complete repeat arm and train-perturbed as
-a source of noise. Engines are told apart by :mod:`moediag.notation`; nothing here reads a file but through the run.
+a source of noise. Nothing here reads a file but through the run.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from moediag.analysis.choice_scores import RoutingRule
 from moediag.analysis.explain import PairNoise, explain_measured, frame_of, measure_noise
 from moediag.analysis.flip_declarations import FORECAST_FLIPS
 from moediag.analysis.forecast import forecast_from
-from moediag.notation import INFER, TRAIN, TRAIN_REPLAY, engine_side
-from moediag.run.directory import Run
+from moediag.notation import INFER, TRAIN
+from moediag.run.reader import Run
 
 Float64 = NDArray[np.float64]
 
-_NOT_NOISE: Final = (INFER, TRAIN, TRAIN_REPLAY, "train-fp32", "train-router-fp32", "train-router-fp8")
-"""Arms that are no repetition of their engine: the two compared, the one with forced experts, and other precisions.
-
-What a precision changes against its own engine is no forecast of infer~train *with* that precision and reads as one:
-on the demo 1.77 % by the noise of train-router-fp32 (infer~train 2.60 %); infer~train-router-fp32 shows 2.66 %."""
+_NOISE: Final = ("repeat", "path", "perturbation")
+"""Changes that are a repetition of an engine, or rounding. Not other precisions: what one changes against its own
+engine is no forecast of infer~train *with* it and reads as one. On the demo 1.77 % by the noise of train-router-fp32
+(infer~train 2.60 %); infer~train-router-fp32 shows 2.66 %."""
 
 
 def predict_flips(run: Run) -> dict[str, pd.DataFrame]:
@@ -40,15 +39,19 @@ def predict_flips(run: Run) -> dict[str, pd.DataFrame]:
         ``forecast_flips``: of infer~train, if it had the noise of a repeat arm or of train-perturbed against its own
         engine.
     """
-    routing = run.model["routing"] or {}
-    is_captured = all(arm in run.arms() and run.is_complete(arm) and run.is_routed(arm) for arm in (INFER, TRAIN))
-    if not is_captured or "score_function" not in routing:  # no rule, no prediction: a guess would look like a finding
+    infer, train = run.reference(INFER), run.reference(TRAIN)
+    if not all(arm in run.arms() and run.is_complete(arm) and run.is_routed(arm) for arm in (infer, train)):
         return {}
-    rule = RoutingRule.from_record(routing)
-    main = _measured(run, TRAIN, INFER, rule)
-    bias_LE = _bias(run, INFER)
+    rules = [RoutingRule.of_routers(run.arm(arm).routers) for arm in (infer, train)]
+    if rules[0] is None or rules[0] != rules[1]:  # no rule, no prediction: a guess would look like a finding
+        return {}
+    rule = rules[0]
+    main = _measured(run, train, infer, rule)
+    bias_LE = _bias(run, infer)
     explanation = explain_measured(main, bias_LE)
-    forecasts = [forecast_from(main, _measured(run, arm, engine_side(arm), rule), bias_LE) for arm in noise_arms(run)]
+    forecasts = [
+        forecast_from(main, _measured(run, arm, reference, rule), bias_LE) for arm, reference in noise_arms(run)
+    ]
     some = [frame for frame in forecasts if len(frame)]
     return {
         "score_noise": explanation.score_noise,
@@ -58,9 +61,15 @@ def predict_flips(run: Run) -> dict[str, pd.DataFrame]:
     }
 
 
-def noise_arms(run: Run) -> list[str]:
-    """Complete, routed arms that repeat their own engine or perturb it by rounding."""
-    return [arm for arm in run.arms() if arm not in _NOT_NOISE and run.is_complete(arm) and run.is_routed(arm)]
+def noise_arms(run: Run) -> list[tuple[str, str]]:
+    """Complete, routed arms that repeat their own engine or perturb it by rounding, each with the arm it repeats."""
+    records = [run.arm(arm) for arm in run.arms() if run.is_complete(arm)]
+    routed = {record.name: record for record in records if record.is_routed}
+    return [
+        (name, record.variant_of)
+        for name, record in routed.items()
+        if record.change in _NOISE and record.variant_of in routed
+    ]
 
 
 def _bias(run: Run, arm: str) -> Float64 | None:

@@ -25,7 +25,8 @@ from moediag.errors import AlignmentError
 from moediag.frames import Column, declare
 from moediag.notation import INFER, TRAIN
 from moediag.run.capture import TokenRows
-from moediag.run.directory import MANIFEST, Run
+from moediag.run.reader import Run
+from moediag.run.records import MANIFEST
 from moediag.run.vocabulary import VocabLogps, response_rows
 
 Float64 = NDArray[np.float64]
@@ -172,12 +173,13 @@ def _normalised(logps_NV: NDArray[Any]) -> Float64:
 
 def _shard_divergences(run: Run) -> Iterator[tuple[pd.DataFrame, int]]:
     """Rows of frame ``vocab_divergences`` of one shard, and V."""
+    arms = run.reference(INFER), run.reference(TRAIN)
     for shard in run.shards:
-        infer, train = run.load_vocab(INFER, shard), run.load_vocab(TRAIN, shard)
+        infer, train = (run.load_vocab(arm, shard) for arm in arms)
         if infer is None or train is None:
             continue
         tokens = run.tokens(shard)
-        wanted_N = response_rows(tokens, run.vocab_sequences(INFER, shard))
+        wanted_N = response_rows(tokens, run.vocab_sequences(arms[0], shard))
         is_same = infer.logps_NV.shape == train.logps_NV.shape
         n_vocabulary = infer.logps_NV.shape[1]
         is_of_these = all(np.array_equal(vocab.row_N, wanted_N) for vocab in (infer, train))

@@ -23,7 +23,7 @@ from moediag.analysis.gradients import SEQUENCE_IS
 from moediag.corrections import METHODS, parse_correction, weights
 from moediag.corrections.rewards import grpo_advantages, sequence_rewards
 from moediag.errors import EngineError
-from moediag.run.directory import Run
+from moediag.run.reader import Run
 
 Float64 = NDArray[np.float64]
 

@@ -19,8 +19,8 @@ from moediag.engines.channel import Reporter
 from moediag.engines.hf_engine import load_model
 from moediag.engines.versions import numeric_versions
 from moediag.run.derived import AUDIT_RECORD, GRADIENTS, GRAMS
-from moediag.run.directory import Run
 from moediag.run.files import sha256_bytes, write_atomic, write_sealed
+from moediag.run.reader import Run
 
 NO_VOCABULARY: Final = (
     "infer's full next-token distributions were not captured: no exact reference (capture with --full-vocab)"

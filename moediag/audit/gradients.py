@@ -31,7 +31,8 @@ from moediag.engines.versions import require_train_engine
 from moediag.errors import CheckpointError, EngineError, RunConflictError
 from moediag.notation import INFER, TRAIN
 from moediag.run import claims
-from moediag.run.directory import CLAIMS, Run
+from moediag.run.reader import Run
+from moediag.run.writer import CLAIMS
 
 GROUPS: Final = (LM_HEAD, "routers", "experts", "attention")
 METHODS: Final = (
@@ -127,7 +128,8 @@ def run_gradient_audit(run: Run, checkpoint: Checkpoint, request: GradientReques
     require_train_engine()
     request = request.check()
     run.pair(request.train, request.infer)
-    wanted, found = run.configuration.get("weights_sha256"), checkpoint.digests["weights_sha256"]
+    scored = run.checkpoint_of(request.train)
+    wanted, found = scored and scored.weights_sha256, checkpoint.digests["weights_sha256"]
     if wanted and wanted != found:
         raise CheckpointError(
             f"{checkpoint.path} holds other weights (sha256 {found[:12]}) than {run.path} was captured with "
@@ -162,9 +164,12 @@ def train_arm_options(run: Run, request: GradientRequest) -> dict[str, Any]:
     """transformers options that the train arm was captured with, and those of the request over them.
 
     Raises:
-        EngineError: the arm was replayed or perturbed, so its log-probabilities are not the plain model's.
+        EngineError: the arm was imported, replayed or perturbed, so its log-probabilities are not the plain model's.
     """
-    configuration = run.arm(request.train)["configuration"]
+    captured = run.arm(request.train).captured
+    if captured is None:
+        raise EngineError(f"arm {request.train} was imported: no engine here can take its gradients")
+    configuration = captured.configuration
     own = {f.name for f in fields(ArmRequest)}
     unusual = {name: value for name, value in configuration.items() if name in own and name != "batching"}
     if any(unusual.values()):

@@ -23,7 +23,7 @@ def command(
     from moediag.cli.console import say_json, wrote
     from moediag.cli.table import show_table
     from moediag.results import analyze_run
-    from moediag.run.directory import open_run
+    from moediag.run.reader import open_run
 
     opened = open_run(run)
     summary = analyze_run(opened, force, no_text)

@@ -31,8 +31,8 @@ def command(
     run: o.RunPath, other: OtherRun = None, arms: Arms = None, fail_on_difference: Fail = False, as_json: o.Json = False
 ) -> None:
     """Print which versions, kernels, dtypes, threads and settings differ; numerics first."""
-    from moediag.run.directory import open_run
     from moediag.run.environment import DIFFERENT, compare_arms, compare_content, compare_runs
+    from moediag.run.reader import open_run
 
     if other is not None and arms is not None:
         raise typer.BadParameter("--arms compares two arms of one run: give one run, or leave --arms out")

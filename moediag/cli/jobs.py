@@ -20,8 +20,10 @@ from moediag.errors import CheckpointError, CorruptRunError, DiskFullError, Inco
 from moediag.notation import INFER, INFER_PRODUCTION, TRAIN, TRAIN_REPLAY, engine_side
 from moediag.results import analyze_run, report_run
 from moediag.run.create import bring_back
-from moediag.run.directory import MANIFEST, Run, open_run, refuse_other_configuration
+from moediag.run.reader import Run, open_run
+from moediag.run.records import MANIFEST
 from moediag.run.replace import drop_replaced, replaced
+from moediag.run.XXX import refuse_other_configuration
 
 __all__ = [
     "UNOBSERVED",

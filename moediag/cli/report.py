@@ -26,7 +26,7 @@ def command(
     """Draw the figures and write report.md and report.html; needs no engine."""
     from moediag.cli.console import wrote
     from moediag.results import report_run
-    from moediag.run.directory import open_run
+    from moediag.run.reader import open_run
 
     if tokenizer is not None and no_text:
         raise typer.BadParameter("--tokenizer shows text and --no-text leaves it out: give one of the two")

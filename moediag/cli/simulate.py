@@ -13,6 +13,7 @@ import typer
 
 from moediag.cli import options as o
 from moediag.cli.simulation_table import show_simulation
+from moediag.errors import RunError
 from moediag.notation import INFER, TRAIN
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from moediag.corrections.correction import Correction
     from moediag.corrections.sources import Source
     from moediag.corrections.table_files import OnProgress
-    from moediag.run.directory import Run
+    from moediag.run.reader import Run
     from moediag.simulation import Grid, Simulation
 
 NAME = "simulate"
@@ -128,9 +129,8 @@ def command(
     grid = _grid(sweep or everything, alphas, betas)
     asked = Asked(target, chosen, grid, pair, reward, eps_clip, mask, gradient_audit, checkpoint)
     run = asked.open()
-    if run is not None and run.sampler != INFER and pair is None:
-        # what a trainer corrects are the rollouts' own log-probabilities
-        asked = replace(asked, pair=f"{run.sampler}~{TRAIN}")
+    if run is not None:
+        asked = asked.of(run)
     folder = asked.folder(run, output, force)
     columns = {name: one.correction for name, one in chosen.items() if name != "none" or everything}
     simulation = asked.simulate(run, weights_out, columns)
@@ -161,17 +161,29 @@ class Asked:
     gradient_audit: bool = False
     checkpoint: str | None = None
 
-    @property
-    def arms(self) -> tuple[str, str]:
-        """The two arms of ``--pair``."""
-        first, mark, second = (self.pair or f"{INFER}~{TRAIN}").partition("~")
+    def of(self, run: Run) -> Asked:
+        """The same of a run's pair, named as the run names it; by default the main pair: train and what sampled."""
+        if self.pair is None:
+            return replace(self, pair=run.pair_name(*run.main_arms))
+        first, mark, second = self.pair.partition("~")
         if not (first and mark and second):
             raise typer.BadParameter(f"wants two arms as A~B, found {self.pair}", param_hint="--pair")
-        return first, second
+        return replace(self, pair=run.pair_name(first, second))
+
+    @property
+    def pair_name(self) -> str:
+        """The pair as the run names it; a table's two sides are called by their roles."""
+        return self.pair or f"{INFER}~{TRAIN}"
+
+    @property
+    def arms(self) -> tuple[str, str]:
+        """Minuend and subtrahend of the pair."""
+        subtrahend, _, minuend = self.pair_name.partition("~")
+        return minuend, subtrahend
 
     def open(self) -> Run | None:
         """The run, or None for a table."""
-        from moediag.run.directory import open_run
+        from moediag.run.reader import open_run
 
         if self.checkpoint and not self.gradient_audit:
             raise typer.BadParameter("goes with --gradient-audit", param_hint="--checkpoint")
@@ -193,12 +205,10 @@ class Asked:
     @property
     def words(self) -> dict[str, Any]:
         """What is asked of the tokens, in plain types."""
-        from moediag.notation import pair_name
-
         bands = None if self.grid is None else [[str(bound) for bound in side] for side in vars(self.grid).values()]
         named = {name: getattr(self, name) for name in ("reward", "eps_clip", "mask", "gradient_audit", "checkpoint")}
         corrections = {label: str(one.correction) for label, one in self.chosen.items()}
-        return {"pair": pair_name(*self.arms), "corrections": corrections, "bands": bands, **named}
+        return {"pair": self.pair_name, "corrections": corrections, "bands": bands, **named}
 
     def request(self, folder: Path) -> dict[str, Any]:
         """What a simulation in the folder must have been asked for to be replaced by this one."""
@@ -226,7 +236,6 @@ class Asked:
         """Read the tokens, simulate, and write the weights of ``columns`` where a file for them is given."""
         from moediag.cli.console import bar
         from moediag.corrections.weight_files import write_weights
-        from moediag.notation import pair_name
         from moediag.simulation import add_sweep, run_floor_k3, simulate
 
         with bar("reading") as progress:
@@ -236,7 +245,7 @@ class Asked:
                 source, self.chosen, self._label(run), eps_clip=self.eps_clip, on_progress=progress.show
             )
         if self.grid is not None:
-            floor_k3 = None if run is None else run_floor_k3(run, pair_name(*self.arms))
+            floor_k3 = None if run is None else run_floor_k3(run, self.pair_name)
             with bar("sweeping") as progress:
                 add_sweep(simulation, self.grid, floor_k3, progress.show)
         if weights_out is not None:
@@ -253,11 +262,10 @@ class Asked:
         return run_source(run, self.arms, self.reward)
 
     def _label(self, run: Run | None) -> str:
-        from moediag.notation import pair_name
-
         if run is None:
             return self.target.name
-        return run.path.resolve().name + (f" {pair_name(*self.arms)}" if self.pair else "")
+        usual = f"{run.reference(INFER)}~{run.reference(TRAIN)}"
+        return run.path.resolve().name + (f" {self.pair_name}" if self.pair_name != usual else "")
 
     def write(self, simulation: Simulation, folder: Path, force: bool) -> list[Path]:
         """Write the simulation; the page names the command that was given."""
@@ -289,12 +297,19 @@ def _audit(simulation: Simulation, run: Run, arms: tuple[str, str], checkpoint: 
     from moediag.audit.gradients import METHODS, GradientRequest, run_gradient_audit
     from moediag.cli.console import bar
     from moediag.engines.checkpoint import open_checkpoint
-    from moediag.notation import minuend_first
     from moediag.simulation import add_gradient_audit
 
-    train, infer = minuend_first(*arms)
+    train, infer = arms
     words = tuple(str(one.correction) for one in simulation.chosen.values())
     request = GradientRequest(methods=words if is_named else METHODS, train=train, infer=infer)
     with bar("gradient audit") as progress:
-        run_gradient_audit(run, open_checkpoint(checkpoint or run.model["name"]), request, progress.on_event)
+        run_gradient_audit(run, open_checkpoint(checkpoint or _source(run, train)), request, progress.on_event)
     add_gradient_audit(simulation, run)
+
+
+def _source(run: Run, arm: str) -> str:
+    """What the user called the checkpoint that an arm scored with."""
+    record = run.checkpoint_of(arm)
+    if record is None:
+        raise RunError(f"{run.path}: arm {arm} has no checkpoint; give one with --checkpoint")
+    return record.source

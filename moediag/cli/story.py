@@ -17,8 +17,8 @@ from moediag.demo.corpus import demo_prompts
 from moediag.demo.pair import build_pair
 from moediag.demo.train import MOE
 from moediag.results import compare_runs
-from moediag.run.directory import make_folder, open_run
-from moediag.run.files import write_atomic, write_error
+from moediag.run.files import make_folder, write_atomic, write_error
+from moediag.run.reader import open_run
 from moediag.simulation import Grid
 
 N_PROMPTS = 64

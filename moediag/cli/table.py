@@ -8,7 +8,7 @@ from typing import Any
 
 from moediag.cli.console import say
 from moediag.figures.numbers import percent, sig
-from moediag.report import REPLAY_PAIR, main_pair_name
+from moediag.report import main_pair_name, replay_pair_name
 from moediag.report.headline import text_origin
 from moediag.report.measures import carried_words, lookup
 
@@ -61,8 +61,8 @@ def _columns(label: str, summary: dict[str, Any]) -> Iterator[tuple[str, Column]
         yield f"{label}: floor", partial(_floor_cell, floors["metrics"])
     if floors and floors["rounding"]:
         yield f"{label}: rounding", partial(_cell, pairs[floors["rounding"]["pair"]])
-    if REPLAY_PAIR in pairs:
-        yield f"{label}: replay", partial(_cell, pairs[REPLAY_PAIR])
+    if (replayed := replay_pair_name(summary)) is not None:
+        yield f"{label}: replay", partial(_cell, pairs[replayed])
 
 
 def _words(summary: dict[str, Any]) -> Iterator[str]:

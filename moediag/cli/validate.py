@@ -57,7 +57,7 @@ def command(
 def _inspect(target: Path, num_experts: int | None, first_row: int) -> Inspection:
     from moediag.hygiene import inspect_run
     from moediag.hygiene.foreign import check_dump
-    from moediag.run.directory import open_run
+    from moediag.run.reader import open_run
 
     if target.is_file():
         return check_dump(target, num_experts, first_row)

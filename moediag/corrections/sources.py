@@ -28,7 +28,7 @@ from moediag.corrections.table_files import Columns, Ids, Kind, OnProgress, Tabl
 from moediag.errors import DumpError
 from moediag.hygiene.findings import Finding, by_level
 from moediag.hygiene.logged import check_tokens
-from moediag.run.directory import Run
+from moediag.run.reader import Run
 
 Float64 = NDArray[np.float64]
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from moediag.engines.channel import Reporter, hold_lifeline
 from moediag.errors import DiskFullError, EngineError, MoediagError
-from moediag.run.directory import Run, open_run
 from moediag.run.files import write_error
+from moediag.run.reader import Run, open_run
 from moediag.run.shards import Slice
 
 _TASKS: Final = {

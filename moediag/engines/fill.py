@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moediag.engines.channel import Reporter
-from moediag.run.directory import Run, Shard
+from moediag.run.reader import Run
+from moediag.run.shards import Shard
 
 OnDone = Callable[[float], None]
 """Told how many of the shard's sequences are done; fractions while one is being sampled."""

@@ -32,7 +32,8 @@ from moediag.engines.selected import train_dtypes, train_engine_config, train_ke
 from moediag.engines.versions import numeric_versions, require_train_engine
 from moediag.errors import CheckpointError, IncompleteRunError
 from moediag.run.capture import Capture, TokenRows
-from moediag.run.directory import Run, Shard
+from moediag.run.reader import Run
+from moediag.run.shards import Shard
 from moediag.run.vocabulary import VocabRows
 
 _LOGIT_ROWS = 512  # rows of vocabulary-wide float32 held at a time: 512 x 152k x 4 B = 0.3 GB

@@ -15,7 +15,7 @@ from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.versions import require_infer_engine, require_train_engine
 from moediag.errors import EngineError
 from moediag.notation import INFER
-from moediag.run.directory import Run
+from moediag.run.reader import Run
 from moediag.run.shards import WHOLE
 
 # Set for the engine's process where the user has not set them; recorded in arm.json.

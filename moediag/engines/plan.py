@@ -24,8 +24,8 @@ from moediag.notation import INFER
 from moediag.prompts import read_prompts
 from moediag.run.codec import bytes_per_token, encode_prompts
 from moediag.run.create import bring_back, create_run, split_into_shards
-from moediag.run.directory import Run
 from moediag.run.files import digest_of
+from moediag.run.reader import Run
 from moediag.run.shards import Shard
 from moediag.run.vocabulary import VOCABULARY_ARMS, chosen_in
 

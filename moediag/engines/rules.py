@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moediag.engines.hf_taps import Block, find_blocks, route_recorded
 from moediag.engines.routers import RouterSpec, apply_rule, plain_topk
 from moediag.errors import IncompleteRunError
-from moediag.run.directory import Run
+from moediag.run.reader import Run
 
 
 @dataclass(frozen=True)

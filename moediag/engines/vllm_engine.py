@@ -44,8 +44,9 @@ from moediag.engines.vllm_paths import (
 )
 from moediag.errors import EngineError, IncompleteRunError
 from moediag.run.capture import TokenRows
-from moediag.run.directory import Run, Shard
 from moediag.run.files import rows_prefix
+from moediag.run.reader import Run
+from moediag.run.shards import Shard
 
 _WORKER = "moediag.engines.vllm_worker.MoediagWorkerExtension"
 _DTYPE_NAMES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}

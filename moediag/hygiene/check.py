@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -44,10 +44,11 @@ from moediag.hygiene.rules import (
 from moediag.hygiene.sides import ContradictedZeros, GateFactor
 from moediag.hygiene.stale import Stale
 from moediag.hygiene.streams import MeanRatio, OtherSequence, SameBits, Temperature
-from moediag.notation import INFER, pair_name
+from moediag.notation import INFER
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.derived import derived_damage
-from moediag.run.directory import Run, Shard
+from moediag.run.reader import Run
+from moediag.run.shards import Shard
 
 _DENSE = Shape(0, 0, 0)
 
@@ -106,9 +107,9 @@ _DAMAGED_NUMBERS = np.errstate(invalid="ignore", over="ignore")
 class ArmHygiene:
     """Every rule about one arm, fed shard by shard."""
 
-    def __init__(self, arm: str, shape: Shape) -> None:
+    def __init__(self, shape: Shape, is_sampled: bool) -> None:
         self._rules: list[_ArmRule] = [Logps()]
-        self._completeness = Completeness(arm)
+        self._completeness = Completeness(is_sampled)
         if shape.n_layers:
             self._rules += [Identifiers(shape), Filler(shape), TwinLayers(shape), Stale(shape), RouterScores(shape)]
         self.n_rows = 0
@@ -187,30 +188,36 @@ def inspect_run(run: Run, arms: Sequence[str] | None = None) -> Inspection:
             kept from being made by a damaged figure, which it replaces.
     """
     found = _check_prompts(run) if arms is not None else _check_beside_arms(run)
-    names = list(run.arms() if arms is None else arms)
+    names, reference = list(run.arms() if arms is None else arms), run.reference(INFER)
     found += [item for arm in names for item in _check_record(run, arm)]
     shapes = {arm: _shape_of_arm(run, arm) for arm in names}
-    hygiene = {arm: ArmHygiene(arm, shape) for arm, shape in shapes.items()}
+    hygiene = {arm: ArmHygiene(shape, _is_sampled(run, arm)) for arm, shape in shapes.items()}
     pairs = {
-        arm: PairHygiene((arm, INFER), min(shape, shapes[INFER], key=lambda one: one.n_layers))
+        arm: PairHygiene((arm, reference), _common_shape(shape, shapes[reference]))
         for arm, shape in shapes.items()
-        if arm != INFER and INFER in names
+        if arm != reference and reference in names
     }
     for shard in run.shards:
-        found += _check_shard(run, shard, hygiene, pairs, shapes)
+        found += _check_shard(run, shard, reference, hygiene, pairs, shapes)
     prefixes = _prefixes_of(run, set().union(*(rule.gap_lengths for rule in hygiene.values())))
     found += [item for arm, rules in hygiene.items() for item in rules.findings(arm, prefixes)]
-    found += [item for arm, rules in pairs.items() for item in rules.findings(pair_name(arm, INFER))]
+    found += [item for arm, rules in pairs.items() for item in rules.findings(f"{reference}~{arm}")]
     if not run.arms():
         found.append(finding("no-arm", str(run.path), "no arm has been captured"))
     has = {FILES, N_EXPERTS} | {DISTRIBUTIONS for arm in names if _has_distributions(run, arm)}
     has |= {what for rules in hygiene.values() for what in rules.has}
-    has |= {what for arm in pairs for what in both_have(hygiene[arm].has, hygiene[INFER].has)}
+    has |= {what for arm in pairs for what in both_have(hygiene[arm].has, hygiene[reference].has)}
     return Inspection(by_level(found), frozenset(has), sum(rules.n_rows for rules in hygiene.values()))
 
 
 def check_capture(
-    tokens: TokenRows, capture: Capture, *, n_experts: int = 0, arm: str = INFER, renormalize: bool | None = None
+    tokens: TokenRows,
+    capture: Capture,
+    *,
+    n_experts: int = 0,
+    arm: str = INFER,
+    is_sampled: bool = True,
+    renormalize: bool | None = None,
 ) -> list[Finding]:
     """Check one arm's arrays against its tokens.
 
@@ -218,14 +225,15 @@ def check_capture(
         tokens: whole sequences, T rows.
         capture: the arm's arrays, T rows.
         n_experts: E; 0 = the largest id + 1.
-        arm: its name; an infer arm's last rows may lack routing, and findings are of it.
+        arm: its name, which findings give.
+        is_sampled: it decoded token by token, so that the last rows of sequences may lack routing.
         renormalize: whether gate weights are divided by their sum; None = unknown.
     """
     shape = _shape_of_arrays(capture, n_experts, renormalize)
     wrong = _misfits(tokens, capture, shape, arm)
     if wrong:
         return wrong
-    hygiene = ArmHygiene(arm, shape)
+    hygiene = ArmHygiene(shape, is_sampled)
     hygiene.add(Rows(tokens, capture, shape))
     prefixes: dict[tuple[int, int], int] = {}
     if hygiene.gap_lengths:
@@ -271,7 +279,7 @@ def what_is_there(capture: Capture) -> set[str]:
         MARGINS: capture.margin_TL,
         LOGITS: capture.router_logits_TLE,
         LOGPS: capture.logp_T if np.isfinite(capture.logp_T).any() else None,
-        ENTROPIES: capture.entropy_T if np.isfinite(capture.entropy_T).any() else None,
+        ENTROPIES: None if capture.entropy_T is None or not np.isfinite(capture.entropy_T).any() else capture.entropy_T,
     }
     return {name for name, array in of_array.items() if array is not None}
 
@@ -289,12 +297,30 @@ def _has_distributions(run: Run, arm: str) -> bool:
         return False
 
 
-def _shape_of_arm(run: Run, arm: str) -> Shape:
-    """The model's shape, or a dense one's where the arm's routing was not observed; damage is found elsewhere."""
+def _is_sampled(run: Run, arm: str) -> bool:
     try:
-        return _shape_of(run) if run.is_routed(arm) else _DENSE
+        return run.arm(arm).role == INFER
     except RunError:
-        return _shape_of(run)
+        return True
+
+
+def _shape_of_arm(run: Run, arm: str) -> Shape:
+    """The arm's shape, or a dense one's where its routing was not observed; damage is found elsewhere."""
+    try:
+        record = run.arm(arm)
+    except RunError:
+        return _DENSE
+    if not record.is_routed:
+        return _DENSE
+    specs = {router.spec for router in record.routers}
+    spec = specs.pop() if len(specs) == 1 else None
+    return Shape(len(record.routers), record.n_experts, record.top_k, spec.renormalize if spec else None)
+
+
+def _common_shape(shape: Shape, other: Shape) -> Shape:
+    """The shape that both arms have; routing of two shapes is not compared row by row."""
+    both = [(one.n_layers, one.n_experts, one.top_k) for one in (shape, other)]
+    return shape if both[0] == both[1] else _DENSE
 
 
 def _check_beside_arms(run: Run) -> list[Finding]:
@@ -311,7 +337,7 @@ def _check_prompts(run: Run) -> list[Finding]:
 
 def _check_record(run: Run, arm: str) -> list[Finding]:
     try:
-        told = run.arm(arm).get("disagreements") or []
+        told = run.arm(arm).disagreements
         run.correction_bias(arm)
     except RunError as error:
         return [finding("damaged", f"{arm} arm.json", str(error))]
@@ -319,18 +345,23 @@ def _check_record(run: Run, arm: str) -> list[Finding]:
 
 
 def _check_shard(
-    run: Run, shard: Shard, hygiene: dict[str, ArmHygiene], pairs: dict[str, PairHygiene], shapes: dict[str, Shape]
+    run: Run,
+    shard: Shard,
+    reference: str,
+    hygiene: dict[str, ArmHygiene],
+    pairs: dict[str, PairHygiene],
+    shapes: dict[str, Shape],
 ) -> list[Finding]:
     """Feed one shard to every arm's and pair's rules; returns what is wrong with its files."""
     found: list[Finding] = []
     tokens = _read_tokens(run, shard, found)
     infer: Rows | None = None
-    for arm in sorted(hygiene, key=lambda name: name != INFER):
+    for arm in sorted(hygiene, key=lambda name: name != reference):
         rows = _read_rows(run, arm, shard, tokens, shapes[arm], found)
         if rows is None:
             continue
         hygiene[arm].add(rows)
-        if arm == INFER:
+        if arm == reference:
             infer = rows
         elif infer is not None:
             pairs[arm].add(rows, infer)
@@ -356,7 +387,7 @@ def _read_rows(
         found.append(finding("missing-shard", where, "not captured yet; run the capture again"))
         return None
     try:
-        is_of_these = run.capture_sidecar(arm, shard).get("tokens_sha256") == run.tokens_digest(shard)
+        is_of_these = run.capture_sidecar(arm, shard).tokens_sha256 == run.tokens_digest(shard)
         capture = run.capture(arm, shard)
     except RunError as error:
         found.append(finding("damaged", where, str(error)))
@@ -404,13 +435,6 @@ def _prefixes_of(run: Run, lengths: set[int]) -> dict[tuple[int, int], int]:
         if tokens is not None:
             count_prefixes(tokens, lengths, counts)
     return counts
-
-
-def _shape_of(run: Run) -> Shape:
-    routing: dict[str, Any] = run.model["routing"] or {}
-    if not run.decoder_layers:
-        return _DENSE
-    return Shape(len(run.decoder_layers), run.n_experts, int(routing["top_k"]), routing.get("renormalize"))
 
 
 def _shape_of_arrays(capture: Capture, n_experts: int, renormalize: bool | None) -> Shape:

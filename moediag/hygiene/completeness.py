@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from moediag.hygiene.findings import Count, Finding, counted, finding
 from moediag.hygiene.rows import Rows, prefix_hashes
-from moediag.notation import INFER, engine_side
 from moediag.run.capture import Int64, TokenRows
 
 _RANKS = (2, 3, 4, 6, 8, 16)
@@ -30,10 +29,10 @@ class _Gap(NamedTuple):
 
 
 class Completeness:
-    """Counts absent rows of one arm, shard by shard."""
+    """Counts absent rows of one arm, shard by shard; where it sampled, the last row of a sequence may lack."""
 
-    def __init__(self, arm: str) -> None:
-        self._is_sampled = engine_side(arm) == INFER
+    def __init__(self, is_sampled: bool) -> None:
+        self._is_sampled = is_sampled
         self._absent, self._absent_last = Count(), Count()
         self._absent_L: NDArray[np.int64] | None = None
         self._n_sequences = 0

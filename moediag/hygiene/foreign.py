@@ -71,7 +71,7 @@ def check_dump(path: Path, n_experts: int | None = None, first_row: int = 0) -> 
     sides = {arm: what_is_there(capture) for arm, capture in dump.captures.items()}
     has = {FOREIGN}.union(*sides.values())
     for arm, capture in dump.captures.items():
-        alone = check_capture(dump.tokens, capture, n_experts=dump.n_experts, arm=arm)
+        alone = check_capture(dump.tokens, capture, n_experts=dump.n_experts, arm=arm, is_sampled=arm == INFER)
         # a side without any logprobs was dumped without them
         found += [item for item in alone if LOGPS in sides[arm] or item.rule != "D31-nan-logp"]
     if set(sides) == set(_SIDES) and not dump.differing:
@@ -99,7 +99,6 @@ def read_dump(path: Path, n_experts: int | None = None, first_row: int = 0) -> D
         if any(record.get(name) is not None for record in records for name in (logprobs, routed)):
             captures[arm] = Capture(
                 logp_T=_logps(path, records, tokens, logprobs),
-                entropy_T=np.full(len(tokens), np.nan, np.float32),
                 expert_ids_TLK=_expert_ids(path, records, tokens, routed, first_row),
             )
     if not captures:

@@ -31,7 +31,7 @@ class TokenLag:
         """Add a shard of both sides, same tokens."""
         tokens = train.tokens
         self._n_copies = max(self._n_copies, int(tokens.sample_index_T.max(initial=0)) + 1)
-        response_T = tokens.is_response_T
+        response_T = tokens.is_scored_T
         x_T, y_T = (np.where(response_T, rows.capture.logp_T, np.nan).astype(np.float64) for rows in (infer, train))
         group_T = group_of(tokens.prompt_id_T, tokens.position_T)
         for lag, sums in self._sums.items():

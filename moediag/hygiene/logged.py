@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moediag.hygiene.check import check_capture, check_pair
 from moediag.hygiene.findings import Finding, Place, by_level
-from moediag.notation import INFER, TRAIN, pair_name
+from moediag.notation import INFER, TRAIN
 from moediag.run.capture import Capture, TokenRows
 
 
@@ -64,11 +64,10 @@ def check_tokens(
         token_id_T=(infer_N.view(np.int32) if token_id_T is None else token_id_T[order_N]).astype(np.int64),
         is_response_T=np.ones(len(row_N), dtype=np.bool_),
     )
-    unknown_N = np.full(len(row_N), np.nan, np.float32)
-    entropy_N = unknown_N if entropy_T is None else np.asarray(entropy_T, dtype=np.float32)[order_N]
-    train, infer = Capture(train_N, unknown_N), Capture(infer_N, entropy_N)
-    found = [*check_capture(tokens, infer, arm=arms[1]), *check_capture(tokens, train, arm=arms[0])]
-    found += check_pair(tokens, train, infer, where=pair_name(*arms), is_foreign=is_foreign)
+    entropy_N = None if entropy_T is None else np.asarray(entropy_T, dtype=np.float32)[order_N]
+    train, infer = Capture(train_N), Capture(infer_N, entropy_N)
+    found = [*check_capture(tokens, infer, arm=arms[1]), *check_capture(tokens, train, arm=arms[0], is_sampled=False)]
+    found += check_pair(tokens, train, infer, where=f"{arms[1]}~{arms[0]}", is_foreign=is_foreign)
 
     first_of = dict(zip(row_N[start_S].tolist(), start_S.tolist(), strict=True))
 

@@ -37,8 +37,8 @@ class Logps:
 
     def add(self, rows: Rows) -> None:
         """Count a shard."""
-        tokens, logp_T, entropy_T = rows.tokens, rows.capture.logp_T, rows.capture.entropy_T
-        response_T = tokens.is_response_T
+        tokens, logp_T = rows.tokens, rows.capture.logp_T
+        response_T = tokens.is_scored_T
         n = int(response_T.sum())
         zero_T = response_T & (logp_T == 0)
         scored_T = response_T & np.isfinite(logp_T)
@@ -46,6 +46,7 @@ class Logps:
         self._impossible.add(tokens, response_T & (np.isinf(logp_T) | (logp_T > LARGEST_ROUNDED_LOGP)), n)
         self._rounded.add(tokens, response_T & (logp_T > 0) & (logp_T <= LARGEST_ROUNDED_LOGP), n)
         self._zero.add(tokens, zero_T, n)
+        entropy_T = np.full_like(logp_T, np.nan) if rows.capture.entropy_T is None else rows.capture.entropy_T
         self._contradicted.add(tokens, zero_T & (entropy_T > MOST_ENTROPY_OF_CERTAIN), int(zero_T.sum()))
         self._entropy_missing.add(tokens, scored_T & ~np.isfinite(entropy_T), int(scored_T.sum()))
         self._entropy_negative.add(tokens, scored_T & (entropy_T < -_ROUNDING), int(scored_T.sum()))

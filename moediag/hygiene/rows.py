@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moediag.hygiene.chance import ALPHA
-from moediag.notation import NOT_ROUTED
+from moediag.notation import NO_TOKEN, NOT_ROUTED
 from moediag.run.capture import Bool, Capture, TokenRows
 
 Bits = NDArray[np.uint64]
@@ -160,7 +160,8 @@ class Rows:
 
     def take_tokens(self, part: slice) -> TokenRows:
         """A part of the token rows; it may cut sequences."""
-        return TokenRows(**{f.name: getattr(self.tokens, f.name)[part] for f in fields(TokenRows)})
+        columns = {f.name: getattr(self.tokens, f.name) for f in fields(TokenRows)}
+        return TokenRows(**{name: column if column is None else column[part] for name, column in columns.items()})
 
     def _is_set(self, experts: range) -> Bool:
         wanted_W = bit_sets(np.array([[list(experts)]]), self.shape.n_experts)[0, 0]
@@ -202,10 +203,14 @@ def over_slots(combine: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
 
 
 def prefix_hashes(tokens: TokenRows) -> NDArray[np.uint64]:
-    """Hash of each row's prefix, its own token included; equal prefixes have equal hashes."""
+    """Hash of each row's prefix, its own token included; equal prefixes have equal hashes.
+
+    A token whose id is not known is one of its own: nothing shows that two prefixes with it are equal.
+    """
+    token_id_T = np.where(tokens.token_id_T == NO_TOKEN, -2 - np.arange(len(tokens)), tokens.token_id_T)
     weight_T = (tokens.position_T.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     weight_T = (weight_T ^ (weight_T >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) | np.uint64(1)
-    mixed_T = (tokens.token_id_T.astype(np.uint64) + np.uint64(1)) * np.uint64(0x94D049BB133111EB)
+    mixed_T = (token_id_T.astype(np.uint64) + np.uint64(1)) * np.uint64(0x94D049BB133111EB)
     sum_T = np.cumsum((mixed_T ^ (mixed_T >> np.uint64(31))) * weight_T, dtype=np.uint64)
     before_T = np.r_[np.uint64(0), sum_T[:-1]]
     start_T = np.maximum.accumulate(np.where(tokens.position_T == 0, np.arange(len(tokens)), 0))

@@ -34,7 +34,7 @@ class ContradictedZeros:
     def add(self, this: Rows, other: Rows) -> None:
         """Add a shard; ``this`` has the zeros."""
         tokens, logp_T = this.tokens, this.capture.logp_T
-        scored_T = tokens.is_response_T & np.isfinite(logp_T) & np.isfinite(other.capture.logp_T)
+        scored_T = tokens.is_scored_T & np.isfinite(logp_T) & np.isfinite(other.capture.logp_T)
         contradicted_T = scored_T & (other.capture.logp_T < _CONTRADICTION)
         zero_T, near_T = scored_T & (logp_T == 0), scored_T & (logp_T < 0) & (logp_T > _NEAR_CERTAIN)
         self._zeros.add(tokens, zero_T & contradicted_T, int(zero_T.sum()), this.prefixes)

@@ -239,7 +239,7 @@ class MeanRatio:
 def _scored(train: Rows, infer: Rows) -> tuple[NDArray[np.bool_], Float64, Float64]:
     """Response tokens that both sides scored, and (infer's, train's) logps of all rows."""
     x_T, y_T = (rows.capture.logp_T.astype(np.float64) for rows in (infer, train))
-    return train.tokens.is_response_T & np.isfinite(x_T) & np.isfinite(y_T), x_T, y_T
+    return train.tokens.is_scored_T & np.isfinite(x_T) & np.isfinite(y_T), x_T, y_T
 
 
 def _log_spread(sums: Float64) -> Float64:

@@ -19,8 +19,8 @@ import pandas as pd
 
 from moediag.errors import DependencyError, RunError
 from moediag.run.capture import TokenRows
-from moediag.run.directory import Run
 from moediag.run.files import tokenizer_digest
+from moediag.run.reader import Run
 
 N_BEFORE: Final = 48
 """Tokens of context shown before a token."""
@@ -116,7 +116,8 @@ def _decoder(run: Run, tokenizer: Path | None) -> tuple[Decode, str]:
         is_runs = _is_the_runs(run, path.parent)
         doubt = "" if is_runs else " It is not the run's tokenizer (digest differs): the text may be wrong."
         return _reader(path), f"Text decoded with the tokenizer given with --tokenizer.{doubt}"
-    folder = Path(str(run.model.get("name"))).expanduser()
+    checkpoint = run.checkpoint_of(run.main_arms[0])
+    folder = Path(checkpoint.source if checkpoint else "").expanduser()
     if not (folder / "tokenizer.json").is_file():
         return _ids, "No tokenizer.json is at hand (give --tokenizer PATH): tokens are shown by id."
     if not _is_the_runs(run, folder):
@@ -129,7 +130,7 @@ def _decoder(run: Run, tokenizer: Path | None) -> tuple[Decode, str]:
 
 def _is_the_runs(run: Run, folder: Path) -> bool:
     try:
-        return tokenizer_digest(folder) == run.configuration.get("tokenizer_sha256")
+        return run.record.tokenizer is not None and tokenizer_digest(folder) == run.record.tokenizer.files_sha256
     except OSError:
         return False
 

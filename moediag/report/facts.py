@@ -18,6 +18,7 @@ _N_MARKDOWN: Final = 40
 _ARM_FACTS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("dtype", ("dtype",)),
     ("how it scored", ("path",)),
+    ("checkpoint", ("checkpoint.source",)),
     ("device", ("loaded.device",)),
     ("accelerator", ("loaded.accelerator",)),
     ("torch", ("versions.torch",)),

@@ -10,14 +10,13 @@ import pandas as pd
 from moediag.analysis.predicted import POOLED, best_method
 from moediag.figures.explained import source_words
 from moediag.figures.numbers import count, is_number, percent, sig
-from moediag.notation import ARMS, INFER, TRAIN, pair_name
 from moediag.report.blocks import Block, Table, interval, number, table
 from moediag.report.measures import Summary
+from moediag.report.pairs import observed_pair_name
 from moediag.report.tables import rate, records
 from moediag.report.text import Markdown, code, plain
 
 _N_MARKDOWN: Final = 30
-ROUTER_ARMS: Final = ("train-router-fp32", "train-router-fp8")
 """Arms that run the routers alone in another precision."""
 _METHOD_WORDS: Final = {
     "all_pairs": "all pairs",
@@ -108,13 +107,16 @@ def router_table(summary: Summary) -> Block:
     """Flip rates of infer against train with another router arithmetic, measured; empty without such an arm."""
     pairs: Mapping[str, Any] = summary["pairs"]
     rows = []
-    for arm in ROUTER_ARMS:
-        for name in (pair_name(arm, INFER), pair_name(TRAIN, arm)):
+    for line in (summary.get("floors") or {}).get("noise") or ():
+        if ((summary.get("arms") or {}).get(line["arm"]) or {}).get("change") != "router-dtype":
+            continue
+        infer = (observed_pair_name(summary) or "").partition("~")[0]
+        for name in (f"{infer}~{line['arm']}", line["pair"]):
             found = (pairs.get(name) or {}).get("routing") or {}
             if is_number(found.get("flip_rate")):
                 low, high = found.get("flip_rate_ci") or (None, None)
                 cells = number(found["flip_rate"], "share"), interval(low, high, "share"), count(found.get("n_choices"))
-                rows.append([code(name), ARMS[arm], *cells])
+                rows.append([code(name), line["what"], *cells])
     if not rows:
         return Markdown("")
     caption = "Flip rate with another router arithmetic on the train side, measured [share of n]; lower is better"

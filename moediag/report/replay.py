@@ -11,10 +11,9 @@ from typing import Any, Final
 
 from moediag.analysis.floors import replay_words
 from moediag.figures.numbers import count
-from moediag.notation import TRAIN_REPLAY
 from moediag.report.blocks import Block, interval, table
 from moediag.report.measures import FORCED, Measured, Summary, logp_measure, logp_rows, routing_measures
-from moediag.report.pairs import OBSERVED_PAIR, REPLAY_PAIR, main_pair_name
+from moediag.report.pairs import main_pair_name, observed_pair_name, replay_pair_name
 from moediag.report.text import Markdown, plain
 
 _METRICS: Final = (
@@ -39,16 +38,17 @@ def replay_blocks(summary: Summary, origin: str) -> list[Block]:
         origin: as :func:`moediag.report.measures.text_origin` gives it.
     """
     pairs: Mapping[str, Summary] = summary.get("pairs") or {}
-    if OBSERVED_PAIR not in pairs or REPLAY_PAIR not in pairs:
+    observed, replayed = observed_pair_name(summary), replay_pair_name(summary)
+    if observed not in pairs or replayed not in pairs:
         return []
-    if main_pair_name(summary) != OBSERVED_PAIR:  # infer was given the tokens that another arm sampled
+    if main_pair_name(summary) != observed:  # infer was given the tokens that another arm sampled
         origin = FORCED
-    columns = [_measures(pairs[name], origin) for name in (OBSERVED_PAIR, REPLAY_PAIR)]
+    columns = [_measures(pairs[name], origin) for name in (observed, replayed)]
     rows: list[list[object]] = []
-    for without, replayed in zip(*columns, strict=True):
+    for without, with_routes in zip(*columns, strict=True):
         unit, n = without.cells()[5:7]
-        rows.append([without.name, unit, *without.cells()[1:3], *replayed.cells()[1:3], n])
-    header = ["number", "unit", OBSERVED_PAIR, "95 %", REPLAY_PAIR, "95 %", "n"]
+        rows.append([without.name, unit, *without.cells()[1:3], *with_routes.cells()[1:3], n])
+    header = ["number", "unit", observed, "95 %", replayed, "95 %", "n"]
     words = " ".join(filter(None, [_forced_words(summary), _removed_words(summary.get("routing_replay") or {})]))
     return [
         table(
@@ -66,7 +66,8 @@ def _measures(pair: Summary, origin: str) -> list[Measured]:
 
 def _forced_words(summary: Summary) -> str:
     """What was forced."""
-    replay: Mapping[str, Any] = ((summary.get("arms") or {}).get(TRAIN_REPLAY) or {}).get("replay") or {}
+    arm = (replay_pair_name(summary) or "").partition("~")[2]
+    replay: Mapping[str, Any] = ((summary.get("arms") or {}).get(arm) or {}).get("replay") or {}
     if not replay:
         return "The arm's record does not say which layers were forced."
     ends = (summary.get("routing_replay") or {}).get("layers")

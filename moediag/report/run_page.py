@@ -32,7 +32,7 @@ from moediag.report.measures import (
     routing_measures,
     text_origin,
 )
-from moediag.report.pairs import OBSERVED_PAIR, main_pair_name
+from moediag.report.pairs import main_pair_name, observed_pair_name
 from moediag.report.replay import replay_blocks
 from moediag.report.text import Markdown, code, plain
 
@@ -163,7 +163,7 @@ def _first_blocks(summary: Summary, pair: Summary, frames: Frames) -> tuple[Bloc
     blocks: list[Block] = [
         measured_table(measures, "The five numbers to look at first"),
         floor_words(summary),
-        _pair_words(main_pair_name(summary), pair),
+        _pair_words(summary, pair),
         sampling_words(summary),
     ]
     return tuple(block for block in blocks if block)
@@ -180,13 +180,14 @@ def _closing_sections(summary: Summary, show: _Pictures, regenerate: Sequence[st
     ]
 
 
-def _pair_words(name: str, pair: Summary) -> Markdown:
+def _pair_words(summary: Summary, pair: Summary) -> Markdown:
+    name = main_pair_name(summary)
     counts = [count(pair.get("n_tokens"), "token"), count(pair.get("n_unscored"), "token")]
     wholes = [count(pair.get("n_sequences"), "sequence"), count(pair.get("n_prompts"), "prompt")]
     impossible = f" ({count(pair['n_impossible'])} with a logp of -inf: a defect)" if pair.get("n_impossible") else ""
     return Markdown(
         f"Pair {code(name)}: {counts[0]} of {', '.join(wholes)} scored by both arms, {counts[1]} not scored"
-        f"{impossible}. {'' if name == OBSERVED_PAIR else _UNOBSERVED_WORDS}{definitions.SIGN_WORDS}"
+        f"{impossible}. {'' if name == observed_pair_name(summary) else _UNOBSERVED_WORDS}{definitions.SIGN_WORDS}"
     )
 
 

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pandas as pd
 
-from moediag.analysis.floors import NOISE_ARMS, own_side_pairs
+from moediag.analysis.floors import variants
 from moediag.analysis.pair_analysis import analyze_pair
 from moediag.analysis.predicted import predicted_flips
 from moediag.analysis.prediction import predict_flips
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.errors import RunError
 from moediag.hygiene import check_run
-from moediag.notation import INFER, TRAIN, pair_name
-from moediag.report import OBSERVED_PAIR
+from moediag.notation import INFER, TRAIN
 from moediag.results.load import frames_folder
 from moediag.results.summary import summarize
-from moediag.run.directory import Run
 from moediag.run.files import read_sealed, sha256_bytes, write_atomic, write_sealed
+from moediag.run.reader import Run
+
+_OWN_SIDE_ONLY: Final = ("repeat", "path", "observation", "perturbation", "batching")
+"""Changes that say what an engine does against itself: such an arm says nothing new about the other side."""
 
 
 def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[str, Any]:
     """Analyse the main pair, further complete arms against infer, and each engine against itself; return the summary.
 
-    The main pair is train and the arm that sampled the tokens: infer~train, or infer-production~train.
+    The main pair is train and the arm that sampled the tokens: infer~train, or infer-production~train. What a run lacks
+    is left out, and the summary says why.
 
     Only the arms analysed are validated: a further arm that is half captured is left for later, it does not
     keep infer~train from being read.
@@ -39,44 +42,49 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
         IncompleteRunError: an arm or shard is missing.
         RunError: validation found errors.
     """
-    arms = [INFER, TRAIN, *_further_arms(run)]
-    main = run.pair(TRAIN, run.sampler)
-    pairs = [main, *(run.pair(*names) for names in _pairs_to_analyse(arms) if pair_name(*names) != main.name)]
+    minuend, subtrahend = run.main_arms
+    train, infer = run.reference(TRAIN), run.reference(INFER)
+    arms = list(dict.fromkeys([infer, train, minuend, subtrahend, *filter(run.is_complete, run.arms())]))
+    main = run.pair(minuend, subtrahend)
+    own = variants(run, arms)
+    pairs = {main.name: main}
+    for names in [(train, infer), *_across(run, arms, train, infer), *((one.of, one.arm) for one in own)]:
+        pair = run.pair(*names)
+        pairs.setdefault(pair.name, pair)
     errors = [finding for finding in check_run(run, arms=arms) if finding.level == "error"]
     if errors and not force:
         raise RunError(
             f"{run.path} has {len(errors)} validation errors, first: {errors[0].line()}; "
             f"see moediag validate {run.path}"
         )
-    analyses = [analyze_pair(pair) for pair in pairs]
+    analyses = [analyze_pair(pair) for pair in pairs.values()]
     frames = {
         analysis.pair_name: _write_frames(frames_folder(run, analysis.pair_name), _shared(analysis.frames(), no_text))
         for analysis in analyses
     }
     predictions = predict_flips(run)
     frames[main.name] |= _write_frames(frames_folder(run, main.name), predictions)
-    exact = exact_divergences(run)
+    exact, observed = exact_divergences(run), run.pair_name(train, infer)
     if exact is not None:
         # whole distributions are kept of the observed arms only
-        frames[OBSERVED_PAIR] |= _write_frames(frames_folder(run, OBSERVED_PAIR), exact.frames())
+        frames[observed] |= _write_frames(frames_folder(run, observed), exact.frames())
     provenance = {"frames": frames, "validation_errors": len(errors), "no_text": no_text}
-    summary = summarize(run, analyses, provenance) | {"predicted_flips": predicted_flips(predictions)}
+    summary = summarize(run, analyses, own, provenance) | {"predicted_flips": predicted_flips(predictions)}
     if exact is not None:
-        summary["pairs"][OBSERVED_PAIR]["logp"] |= exact.summary()
+        summary["pairs"][observed]["logp"] |= exact.summary()
     write_sealed(run.path / "summary.json", summary)
     return read_sealed(run.path / "summary.json")
 
 
-def _pairs_to_analyse(arms: list[str]) -> list[tuple[str, str]]:
-    """infer~train first; then what changes the train side against infer, then each engine against itself."""
-    own = own_side_pairs(arms)
-    floor_only = {arm for _, arm in own if arm not in NOISE_ARMS or arm == "train-perturbed"}
-    return [*((arm, INFER) for arm in arms[1:] if arm not in floor_only), *own]
-
-
-def _further_arms(run: Run) -> list[str]:
-    """Complete arms beside infer and train."""
-    return [arm for arm in run.arms() if arm not in (INFER, TRAIN) and run.is_complete(arm)]
+def _across(run: Run, arms: list[str], train: str, infer: str) -> list[tuple[str, str]]:
+    """Arms that say something about the other side: other precisions, forced routes, other weights, another engine."""
+    across = []
+    for arm in arms:
+        record = run.arm(arm)
+        if arm in (train, infer) or record.change in _OWN_SIDE_ONLY:
+            continue
+        across.append((train, arm) if record.role == INFER else (arm, infer))
+    return across
 
 
 def _write_frames(folder: Path, frames: dict[str, pd.DataFrame]) -> dict[str, str]:

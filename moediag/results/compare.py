@@ -20,8 +20,8 @@ from moediag.report import comparison_page, main_pair_name
 from moediag.results.load import load_summary, read_frames, shell_command
 from moediag.results.report import label_of, longest_prompt, window_option, write_pages
 from moediag.run import environment
-from moediag.run.directory import open_run
 from moediag.run.files import read_sealed, write_error, write_sealed
+from moediag.run.reader import open_run
 from moediag.run.replace import made_whole
 
 COMPARISON = "moediag comparison"
@@ -48,11 +48,11 @@ def compare_runs(
         _refuse_other_runs(output, summaries)
     frames = {label: read_frames(run, summaries[label]) for label, run in runs.items()}
     # One prompts file cut by --limit to two lengths makes two sets of prompts.
-    prompts = {(run.manifest["prompts"]["source_sha256"], run.manifest["prompts"]["n"]) for run in runs.values()}
+    prompts = {run.record.prompts and (run.record.prompts.source_sha256, run.record.prompts.n) for run in runs.values()}
     summary = {
         "schema_version": SCHEMA_VERSION,
         "kind": COMPARISON,
-        "same_prompts": len(prompts) == 1,
+        "same_prompts": len(prompts) == 1 and None not in prompts,
         "runs": summaries,
         "ratios": _ratios(summaries),
     }

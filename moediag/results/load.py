@@ -14,8 +14,9 @@ from moediag.errors import CorruptRunError, IncompleteRunError
 from moediag.frames import declared_frames
 from moediag.report import main_pair_name
 from moediag.results.summary import captures_digest
-from moediag.run.directory import Run, check_schema_version
 from moediag.run.files import read_checked, read_sealed
+from moediag.run.reader import Run
+from moediag.run.records import check_schema_version
 
 
 def load_summary(run: Run) -> dict[str, Any]:

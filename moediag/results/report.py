@@ -12,8 +12,8 @@ from moediag.report import html_page, markdown_page, run_page, token_texts
 from moediag.report.blocks import Page
 from moediag.results.load import analyze_again, load_summary, read_frames, shell_command
 from moediag.run.derived import begin_report, seal_report
-from moediag.run.directory import Run
 from moediag.run.files import write_atomic
+from moediag.run.reader import Run
 
 
 def report_run(

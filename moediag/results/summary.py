@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
+import pandas as pd
 
-from moediag.analysis.floors import floors, verdict
+from moediag.analysis.floors import Variant, floors, verdict
 from moediag.analysis.intervals import cluster_sums, ratio_mean_interval
 from moediag.analysis.pair_analysis import PairAnalysis
 from moediag.analysis.summary import pair_summary
 from moediag.analysis.tokens import logp_diff
-from moediag.notation import INFER, PREFILLED, SCHEMA_VERSION, TRAIN_REPLAY
-from moediag.report import OBSERVED_PAIR, REPLAY_PAIR
-from moediag.run.directory import Run
+from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.run.files import digest_of
+from moediag.run.reader import Run
 
 BROKEN_REPLAY: Final = -9.0
 """Share of the mean removed below which it is the replay that is broken: more than ten times as large as without.
@@ -28,40 +28,43 @@ _LEAST_BROKEN: Final = 1e-5
 """A mean below this is float32 rounding with replay or without [nat]: over those families at most 1e-6."""
 
 
-def summarize(run: Run, analyses: Sequence[PairAnalysis], provenance: dict[str, Any]) -> dict[str, Any]:
+def summarize(
+    run: Run, analyses: Sequence[PairAnalysis], own: Sequence[Variant], provenance: dict[str, Any]
+) -> dict[str, Any]:
     """The content of summary.json.
 
     Args:
         analyses: the main pair first.
+        own: arms compared with the arm of their own side.
         provenance: what the analysis adds: digests of its frames, number of validation errors overridden.
     """
-    model, routing = run.model, run.model["routing"] or {}
+    record = run.record
     pairs = {analysis.pair_name: pair_summary(analysis) for analysis in analyses}
     main = analyses[0].pair_name
-    floor = floors(pairs, main, is_prefilled=run.arm(INFER).get("path") == PREFILLED)
-    replay = _replay_summary(run, analyses)
+    observed = run.pair_name(run.reference(TRAIN), run.reference(INFER))
+    floor = floors(pairs, main, own)
+    replay = _replay_summary(run, {analysis.pair_name: analysis.tokens for analysis in analyses}, observed)
     analysed = {arm for analysis in analyses for arm in (analysis.minuend, analysis.subtrahend)}
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {
-            "path": model["name"],
-            **{key: model[key] for key in ("revision", "architecture", "model_type", "n_decoder_layers")},
-            "n_moe_layers": len(run.decoder_layers),
-            "n_experts": run.n_experts,
-            "top_k": int(routing.get("top_k", 0)),
-            "decoder_layers": list(run.decoder_layers),
+        "model": _model(run),
+        "n_prompts": record.prompts.n if record.prompts else analyses[0].n_prompts,
+        "sampling": {
+            **(record.sampling.content() if record.sampling else {}),
+            "given_completions": record.tokens.origin == "given",
         },
-        "n_prompts": run.manifest["prompts"]["n"],
-        "sampling": {**run.manifest["sampling"], "given_completions": run.manifest["completions"]},
         "arms": {arm: _arm_facts(run, arm) for arm in run.arms() if arm in analysed},
         "provenance": {
-            "moediag_version": run.manifest["moediag_version"],
-            "configuration": run.configuration,
-            "prompts": run.manifest["prompts"],
+            "moediag_version": record.moediag_version,
+            "run_schema": run.schema_version,
+            "configuration": record.configuration,
+            "prompts": record.prompts.content() if record.prompts else None,
             "captures": captures_digest(run),
             **provenance,
         },
         "main_pair": main,
+        "observed_pair": observed if observed in pairs else None,
+        "replay_pair": next(iter(_replay_pairs(run, pairs)), None),
         "verdict": verdict(pairs[main], floor, provenance["validation_errors"], replay),
         "pairs": pairs,
         "floors": floor,
@@ -72,32 +75,59 @@ def summarize(run: Run, analyses: Sequence[PairAnalysis], provenance: dict[str, 
 def captures_digest(run: Run) -> dict[str, str]:
     """Digest of the captures of every complete arm, by arm: tells whether an analysis is of the arms as they are."""
     return {
-        arm: digest_of([run.capture_sidecar(arm, shard)["data_sha256"] for shard in run.shards])
+        arm: digest_of([run.capture_sidecar(arm, shard).data_sha256 for shard in run.shards])
         for arm in run.arms()
         if run.is_complete(arm)
     }
 
 
+def _model(run: Run) -> dict[str, Any]:
+    """What was trained: the checkpoint of the main pair's minuend, or what little is known without one."""
+    checkpoint, routers = run.checkpoint_of(run.main_arms[0]), run.routers
+    keys = ("revision", "architecture", "model_type", "n_decoder_layers")
+    return {
+        "path": checkpoint.source if checkpoint else None,
+        **{key: getattr(checkpoint, key, None) for key in keys},
+        "n_moe_layers": len(routers),
+        "n_experts": max((router.n_experts for router in routers), default=0),
+        "top_k": max((router.top_k for router in routers), default=0),
+        "decoder_layers": [router.decoder_layer for router in routers],
+    }
+
+
 def _arm_facts(run: Run, arm: str) -> dict[str, Any]:
-    record = run.arm(arm)
-    keys = ("engine", "versions", "path", "dtype", "loaded", "seeding", "environment", "replay")
-    # vLLM's router dtypes are known only once a step has run: they stand beside the first shard
-    dtypes = record.get("router_dtypes") or run.capture_sidecar(arm, run.shards[0]).get("router_dtypes")
-    return {**{key: record.get(key) for key in keys}, "router_dtypes": dtypes}
+    record, facts = run.arm(arm), run.arm(arm).facts
+    checkpoint = run.checkpoint_of(arm)
+    return {
+        **{key: getattr(record, key) for key in ("role", "engine", "path", "variant_of", "change", "dtype")},
+        "checkpoint": {"digest": checkpoint.digest, "source": checkpoint.source} if checkpoint else None,
+        "origin": record.origin.kind,
+        "versions": record.captured.versions if record.captured else None,
+        "environment": record.captured.environment if record.captured else None,
+        **{key: facts.get(key) for key in ("loaded", "seeding", "replay")},
+        "router_dtypes": run.router_dtypes(arm),
+    }
 
 
-def _replay_summary(run: Run, analyses: Sequence[PairAnalysis]) -> dict[str, Any] | None:
+def _replay_pairs(run: Run, pairs: Container[str]) -> Iterator[str]:
+    """Pairs of the reference infer arm with a train arm that infer's experts were forced on."""
+    for arm in run.arms():
+        if run.arm(arm).change == "replay" and (name := run.pair_name(arm, run.reference(INFER))) in pairs:
+            yield name
+
+
+def _replay_summary(run: Run, tokens: dict[str, pd.DataFrame], observed: str) -> dict[str, Any] | None:
     """What forcing infer's experts on train removes of the mismatch; None without a replay arm.
 
     Both pairs are of the same tokens, so a ratio of two means is resampled as one statistic, by prompt. Tokens that
     one of the pairs did not score are left out of both. No interval is known to cover for a ratio of two quantiles.
     """
-    tokens = {analysis.pair_name: analysis.tokens for analysis in analyses}
-    if REPLAY_PAIR not in tokens:
+    replayed = next(_replay_pairs(run, tokens), None)
+    if replayed is None or observed not in tokens:
         return None
-    diff_T, replay_diff_T = (logp_diff(tokens[pair]) for pair in (OBSERVED_PAIR, REPLAY_PAIR))
+    diff_T, replay_diff_T = (logp_diff(tokens[pair]) for pair in (observed, replayed))
     is_scored_T = np.isfinite(diff_T) & np.isfinite(replay_diff_T)
-    prompt_T = tokens[OBSERVED_PAIR]["prompt_id"].to_numpy()[is_scored_T]
+    prompt_T = tokens[observed]["prompt_id"].to_numpy()[is_scored_T]
     both = (replay_diff_T[is_scored_T], diff_T[is_scored_T])
 
     def of_means(value: Callable[[Any], Any]) -> dict[str, Any]:
@@ -117,7 +147,7 @@ def _replay_summary(run: Run, analyses: Sequence[PairAnalysis]) -> dict[str, Any
     }
     share, forced = removed["abs_logp_diff.mean"]["share"], np.abs(both[0]).mean() if len(both[0]) else 0.0
     return {
-        "layers": _forced_layers(run),
+        "layers": _forced_layers(run, replayed.partition("~")[2]),
         "removed": removed,
         "n_tokens": int(is_scored_T.sum()),
         "n_prompts": len(np.unique(prompt_T)),
@@ -125,9 +155,9 @@ def _replay_summary(run: Run, analyses: Sequence[PairAnalysis]) -> dict[str, Any
     }
 
 
-def _forced_layers(run: Run) -> list[int] | None:
+def _forced_layers(run: Run, arm: str) -> list[int] | None:
     """First and last MoE layer whose experts were forced; None where all were."""
-    forced = run.arm(TRAIN_REPLAY).get("replay") or {}
+    forced, n_layers = run.arm(arm).facts.get("replay") or {}, len(run.arm(arm).routers)
     first, last = forced.get("first_layer") or 0, forced.get("last_layer")
-    last = len(run.decoder_layers) - 1 if last is None else min(int(last), len(run.decoder_layers) - 1)
-    return None if (first, last) == (0, len(run.decoder_layers) - 1) else [int(first), last]
+    last = n_layers - 1 if last is None else min(int(last), n_layers - 1)
+    return None if (first, last) == (0, n_layers - 1) else [int(first), last]

@@ -11,14 +11,17 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moediag.errors import AlignmentError
+from moediag.notation import NOT_ROUTED
 from moediag.run.capture import Capture, Float32, Int16, Int32, Int64, TokenRows
+
+_NO_ROW: Final = -1
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class PairBlock:
 
     Args:
         seq_id_T, prompt_id_T, sample_index_T: whose token it is.
-        position_T: position in the response, 0 = first response token.
-        token_id_T: the token scored.
+        position_T: position in the response, 0 = first response token; tool tokens count, though they are not here.
+        token_id_T: the token scored; -1 = its id is not known.
         logp_train_T, logp_infer_T: log-probability of that token given its prefix [nat]; NaN = not scored.
         entropy_train_T, entropy_infer_T: entropy of the next-token distribution [nat]; NaN = not to be had.
         expert_ids_train_TLK, expert_ids_infer_TLK: experts used while consuming the token before; -1 = none.
@@ -70,6 +73,7 @@ class Pair:
         decoder_layer_L: decoder layer of every MoE layer; empty for a dense model.
         n_experts, top_k: E and K, 0 for a dense model.
         read_blocks: gives a fresh iterator over the blocks, in shard order.
+        left_out: what cannot be compared (``routing``) -> why.
     """
 
     name: str
@@ -79,6 +83,7 @@ class Pair:
     n_experts: int
     top_k: int
     read_blocks: Callable[[], Iterator[PairBlock]]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_routed(self) -> bool:
@@ -96,7 +101,7 @@ class Pair:
 
 
 def align(tokens: TokenRows, train: Capture, infer: Capture, where: str, with_logits: bool = False) -> PairBlock:
-    """Align two captures of the same token rows, keeping the response tokens.
+    """Align two captures of the same token rows, keeping the response tokens under the loss mask.
 
     Args:
         tokens: the T token rows that both captures scored.
@@ -115,9 +120,11 @@ def align(tokens: TokenRows, train: Capture, infer: Capture, where: str, with_lo
             )
     if train.is_routed != infer.is_routed:
         raise AlignmentError(f"{where}: one capture has expert ids and the other has none; were they the same model?")
-    row_T = np.flatnonzero(tokens.is_response_T)
-    routing_row_T = row_T - 1  # TokenRows.check: a response never starts a sequence, so row - 1 is its own prefix
-    first_response_T = np.maximum.accumulate(np.where(tokens.is_response_T[routing_row_T], 0, row_T))
+    row_T = np.flatnonzero(tokens.is_scored_T)
+    # A sequence whose prompt is not known begins with its response: nothing routed its first token that is known of.
+    routing_row_T = np.where(tokens.position_T[row_T] > 0, row_T - 1, _NO_ROW)
+    begins_T = tokens.is_response_T & (np.r_[True, ~tokens.is_response_T[:-1]] | (tokens.position_T == 0))
+    first_response_T = np.maximum.accumulate(np.where(begins_T, np.arange(len(tokens)), 0))[row_T]
     return PairBlock(
         seq_id_T=tokens.seq_id_T[row_T],
         prompt_id_T=tokens.prompt_id_T[row_T],
@@ -126,8 +133,8 @@ def align(tokens: TokenRows, train: Capture, infer: Capture, where: str, with_lo
         token_id_T=tokens.token_id_T[row_T],
         logp_train_T=train.logp_T[row_T],
         logp_infer_T=infer.logp_T[row_T],
-        entropy_train_T=train.entropy_T[row_T],
-        entropy_infer_T=infer.entropy_T[row_T],
+        entropy_train_T=_entropies(train, row_T),
+        entropy_infer_T=_entropies(infer, row_T),
         expert_ids_train_TLK=_rows(train.expert_ids_TLK, routing_row_T),
         expert_ids_infer_TLK=_rows(infer.expert_ids_TLK, routing_row_T),
         gate_weights_train_TLK=_rows(train.gate_weights_TLK, routing_row_T),
@@ -141,5 +148,17 @@ def align(tokens: TokenRows, train: Capture, infer: Capture, where: str, with_lo
     )
 
 
+def _entropies(capture: Capture, row_T: Int64) -> Float32:
+    if capture.entropy_T is None:
+        return np.full(len(row_T), np.nan, np.float32)
+    return capture.entropy_T[row_T]
+
+
 def _rows(array: NDArray[Any] | None, row_T: Int64) -> NDArray[Any] | None:
-    return None if array is None else array[row_T]
+    if array is None:
+        return None
+    rows = array[row_T]
+    absent_T = row_T == _NO_ROW
+    if absent_T.any():
+        rows[absent_T] = NOT_ROUTED if np.issubdtype(array.dtype, np.integer) else np.nan
+    return rows

@@ -4,7 +4,7 @@ Invariants:
     - rows are sorted by (seq_id, position) and each sequence is whole, positions 0 .. n-1;
     - float arrays are float32 in memory whatever the engine's dtype was (float32 holds bf16 and fp16
       exactly); expert ids are int16 with -1 = not routed;
-    - a dense model has no routing arrays at all (``None``), never arrays of zeros.
+    - an array that an arm does not have is absent (``None``), never zeros.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from moediag.errors import CorruptRunError
 
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 Int16 = NDArray[np.int16]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -26,7 +27,17 @@ Bool = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The token table of whole sequences: what every arm of a run scores."""
+    """The token table of whole sequences: what every arm of a run scores.
+
+    Args:
+        token_id_T: -1 = not known.
+        is_response_T: not the prompt; a sequence whose prompt is not known begins with its response.
+        is_trained_T: the loss mask: response rows that a tool or the environment wrote are not trained; None = every
+            response row is.
+        turn_T: which turn of a conversation, -1 = not known.
+        weight_version_T: version of the weights that sampled the token, text, None = not known.
+        advantage_T, reward_T: NaN = not known.
+    """
 
     seq_id_T: Int64
     prompt_id_T: Int64
@@ -34,9 +45,19 @@ class TokenRows:
     position_T: Int32
     token_id_T: Int64
     is_response_T: Bool
+    is_trained_T: Bool | None = None
+    turn_T: Int32 | None = None
+    weight_version_T: NDArray[np.object_] | None = None
+    advantage_T: Float64 | None = None
+    reward_T: Float64 | None = None
 
     def __len__(self) -> int:
         return len(self.seq_id_T)
+
+    @property
+    def is_scored_T(self) -> Bool:  # noqa: N802 - the legend suffix
+        """Rows that count: response rows under the loss mask."""
+        return self.is_response_T if self.is_trained_T is None else self.is_trained_T
 
     def sequence_bounds(self) -> list[tuple[int, int]]:
         """[start, end) of every sequence, in order; an empty table has none."""
@@ -46,20 +67,22 @@ class TokenRows:
         return list(zip(starts.tolist(), [*starts[1:].tolist(), len(self)], strict=True))
 
     def check(self, where: str) -> TokenRows:
-        """Return self when rows are whole sequences in order, each with a prompt before its response.
+        """Return self when rows are whole sequences in order, each prompt before its response.
 
         Raises:
-            CorruptRunError: they are not.
+            CorruptRunError: they are not, or a row is trained that is no response.
         """
         for start, end in self.sequence_bounds():
             seq = int(self.seq_id_T[start])
             if not np.array_equal(self.position_T[start:end], np.arange(end - start)):
                 raise CorruptRunError(f"{where}: sequence {seq} should have positions 0..{end - start - 1} in order")
             response = self.is_response_T[start:end]
-            if response[0] or np.any(response[:-1] & ~response[1:]):
+            if np.any(response[:-1] & ~response[1:]):
                 raise CorruptRunError(f"{where}: sequence {seq} is not a prompt followed by a response")
         if np.any(np.diff(self.seq_id_T) < 0):
             raise CorruptRunError(f"{where}: sequences are not in order")
+        if self.is_trained_T is not None and np.any(self.is_trained_T & ~self.is_response_T):
+            raise CorruptRunError(f"{where}: prompt rows are marked as trained")
         return self
 
 
@@ -67,13 +90,14 @@ class TokenRows:
 class Capture:
     """One arm's arrays for the rows of a :class:`TokenRows`, row by row.
 
-    ``logp_T`` [nat] and ``entropy_T`` [nat] are NaN where nothing was scored (prompt rows).
+    ``logp_T`` [nat] and ``entropy_T`` [nat] are NaN where nothing was scored (prompt rows). Every array but ``logp_T``
+    is None where the arm does not have it. K is that of the arm's largest layer; a layer with fewer is padded with -1.
     ``margin_TL`` is in choice-score space, ``logit_margin_TL`` in raw router logits: the smallest chosen
     minus the largest not chosen logit, hence negative where a bias or a group rule overruled the logits.
     """
 
     logp_T: Float32
-    entropy_T: Float32
+    entropy_T: Float32 | None = None
     expert_ids_TLK: Int16 | None = None
     gate_weights_TLK: Float32 | None = None
     margin_TL: Float32 | None = None

@@ -20,7 +20,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from moediag.errors import CorruptRunError
-from moediag.notation import NOT_ROUTED
+from moediag.notation import NO_TOKEN, NOT_ROUTED
 from moediag.run.capture import Capture, TokenRows
 
 _ID_DTYPES = {"U8": np.uint8, "U16": np.uint16}
@@ -35,13 +35,28 @@ _CAPTURE_DIMENSIONS = {
     "router_logits_TLE": 3,
 }
 TOKEN_COLUMNS = {
-    "seq_id": "int64",
-    "prompt_id": "int64",
-    "sample_index": "int32",
-    "position": "int32",
-    "token_id": "int64",
-    "is_response": "bool",
+    "seq_id": pa.int64(),
+    "prompt_id": pa.int64(),
+    "sample_index": pa.int32(),
+    "position": pa.int32(),
+    "token_id": pa.int64(),
+    "is_response": pa.bool_(),
+    "is_trained": pa.bool_(),
+    "turn": pa.int32(),
+    "weight_version": pa.string(),
+    "advantage": pa.float64(),
+    "reward": pa.float64(),
 }
+"""Columns of a token table; runs of schema 1 have the first six."""
+_ABSENT: dict[str, Any] = {
+    "token_id": NO_TOKEN,
+    "turn": -1,
+    "weight_version": None,
+    "advantage": np.nan,
+    "reward": np.nan,
+}
+"""What stands in memory for a null of the columns that may hold one."""
+_OF_SCHEMA_1 = ("seq_id", "prompt_id", "sample_index", "position", "token_id", "is_response")
 
 
 def encode_capture(capture: Capture, n_experts: int, score_dtypes: Mapping[str, str]) -> bytes:
@@ -78,9 +93,8 @@ def decode_capture(data: bytes, where: str) -> Capture:
     except (safetensors.SafetensorError, ValueError) as error:
         raise CorruptRunError(f"{where} is not a safetensors file ({error}); capture that shard again") from None
     arrays = {name: _from_storage(name, tensor, where) for name, tensor in tensors.items()}
-    for name in ("logp_T", "entropy_T"):
-        if name not in arrays:
-            raise CorruptRunError(f"{where} holds no {name}; capture that shard again")
+    if "logp_T" not in arrays:
+        raise CorruptRunError(f"{where} holds no logp_T; capture that shard again")
     n_rows = {len(array) for array in arrays.values()}
     if len(n_rows) > 1:
         raise CorruptRunError(f"{where}: arrays have different row counts {sorted(n_rows)}; capture that shard again")
@@ -88,10 +102,18 @@ def decode_capture(data: bytes, where: str) -> Capture:
 
 
 def encode_tokens(tokens: TokenRows) -> bytes:
-    """Serialise a token table as parquet."""
-    table = pa.table({name: getattr(tokens, f"{name}_T") for name in TOKEN_COLUMNS})
+    """Serialise a token table as parquet: a column that is not known is all null."""
+    columns = {}
+    for name, kind in TOKEN_COLUMNS.items():
+        values_T = tokens.is_scored_T if name == "is_trained" else getattr(tokens, f"{name}_T")
+        if values_T is None:
+            columns[name] = pa.nulls(len(tokens), kind)
+        elif name in _ABSENT:
+            columns[name] = pa.array(values_T, kind, mask=_is_absent(name, values_T))
+        else:
+            columns[name] = pa.array(values_T, kind)
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(pa.table(columns), sink, compression="zstd")
     return sink.getvalue()
 
 
@@ -103,13 +125,33 @@ def decode_tokens(data: bytes, where: str) -> TokenRows:
     """
     table = _read_table(data, where, "a moediag token table")
     arrays = {}
-    for name, dtype in TOKEN_COLUMNS.items():
+    for name, kind in TOKEN_COLUMNS.items():
         column = table[name] if name in table.column_names else None
-        if column is None or column.null_count or column.type != pa.from_numpy_dtype(dtype):
+        if column is None and name not in _OF_SCHEMA_1:
+            continue
+        if column is None or column.type != kind or (column.null_count and name not in _ABSENT):
             found = "absent" if column is None else f"{column.type} with {column.null_count} nulls"
-            raise CorruptRunError(f"{where}: column {name} should be {dtype}, found {found}; capture that shard again")
-        arrays[f"{name}_T"] = column.to_numpy()
+            raise CorruptRunError(f"{where}: column {name} should be {kind}, found {found}; capture that shard again")
+        if column.null_count == len(column) and name not in _OF_SCHEMA_1 and len(column):
+            continue  # not known of any token
+        arrays[f"{name}_T"] = _to_memory(name, column)
     return TokenRows(**arrays).check(where)
+
+
+def _is_absent(name: str, values_T: NDArray[Any]) -> NDArray[np.bool_]:
+    absent = _ABSENT[name]
+    if absent is None:
+        return np.array([value is None for value in values_T], dtype=bool)
+    return np.asarray(np.isnan(values_T) if absent != absent else values_T == absent)
+
+
+def _to_memory(name: str, column: pa.ChunkedArray) -> NDArray[Any]:
+    if name == "weight_version":
+        return np.array(column.to_pylist(), dtype=object)
+    if column.null_count:
+        column = column.fill_null(_ABSENT[name])
+    array: NDArray[Any] = column.to_numpy()
+    return array
 
 
 def encode_prompts(prompt_ids: list[list[int]], completion_ids: list[list[int]] | None) -> bytes:

@@ -13,26 +13,31 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from moediag.errors import MoediagError, RunConflictError, RunError
-from moediag.notation import SCHEMA_VERSION
 from moediag.run import claims
-from moediag.run.directory import Run, open_run
-from moediag.run.files import make_folder, sha256_bytes, write_atomic, write_error, write_sealed
-from moediag.run.manifest import KIND, MANIFEST, PROMPTS, refuse_other_configuration
-from moediag.run.replace import being_made, refuse_current_folder, replaced, take_place
+from moediag.run.files import make_folder, sha256_bytes, write_atomic, write_error
+from moediag.run.reader import Run, open_run
+from moediag.run.records import MANIFEST, PROMPTS, CheckpointRecord, RunRecord, write_record
+from moediag.run.replace import being_made, drop_replaced, refuse_current_folder, replaced, take_place
 from moediag.run.shards import split_into_shards
+from moediag.run.writer import differing
 
 __all__ = ["bring_back", "create_run", "split_into_shards"]
 
+_SAID_OF_MODELS = ("weights_sha256", "config_sha256")
 
-def create_run(path: Path, manifest: dict[str, Any], prompts: bytes, force: bool = False) -> Run:
+
+def create_run(
+    path: Path, record: RunRecord, prompts: bytes | None, checkpoint: CheckpointRecord | None, force: bool = False
+) -> Run:
     """Create a run directory, or open the one of the same configuration that is there.
 
+    A run of another configuration in which nothing was captured yet is made anew.
+
     Args:
-        manifest: ``configuration``, ``model``, ``sampling``, ``prompts``, ``shards``, ``completions``.
-        prompts: content of the prompts file.
+        prompts: content of the prompts file, which ``record.prompts`` vouches for.
+        checkpoint: the one that the run is begun with.
         force: start anew: the run that is there is kept beside the new one (:func:`~moediag.run.replace.replaced`).
 
     Raises:
@@ -41,16 +46,21 @@ def create_run(path: Path, manifest: dict[str, Any], prompts: bytes, force: bool
         RunError: the folder holds something that is not a run.
     """
     bring_back(path)  # what a command that was killed before it captured anything had set aside
+    is_worthless = False
     if (path / MANIFEST).exists() and not force:
-        return _open_same(path, manifest)
+        if not _is_empty_of_another(path, record):
+            return _open_same(path, record, checkpoint)
+        force, is_worthless = True, True
     _refuse_foreign_folder(path)
     given, path = path, path.resolve()  # "." and links have no name of their own to make a folder beside
     fresh = being_made(path)
     try:
-        _fill(fresh, manifest, prompts)
+        _fill(fresh, record, prompts, checkpoint)
         if force:
             with _held_alone(path):
                 take_place(fresh, path)
+            if is_worthless:
+                drop_replaced(path)
         else:
             fresh.rename(path)  # the folder appears whole: a kill leaves no half-made run behind
     except MoediagError:  # DiskFullError is an OSError too, and says already what happened
@@ -58,7 +68,7 @@ def create_run(path: Path, manifest: dict[str, Any], prompts: bytes, force: bool
     except OSError as error:
         # Renaming onto a folder that is not empty fails: then another worker of the same command was first.
         if not force and (path / MANIFEST).exists():
-            return _open_same(given, manifest)
+            return _open_same(given, record, checkpoint)
         raise write_error(error, path) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -90,17 +100,46 @@ def bring_back(path: Path) -> Path | None:
     return failed
 
 
-def _open_same(path: Path, manifest: dict[str, Any]) -> Run:
+def _is_empty_of_another(path: Path, record: RunRecord) -> bool:
+    """Whether a run of another configuration is there in which nothing was captured yet, and nobody is about to."""
+    if any(path.glob("arms/*/shard-*")) or open_run(path).record.configuration == record.configuration:
+        return False
+    try:
+        with _held_alone(path):
+            return True
+    except RunConflictError:
+        return False
+
+
+def _open_same(path: Path, asked: RunRecord, checkpoint: CheckpointRecord | None) -> Run:
     run = open_run(path)
-    refuse_other_configuration(run.configuration, manifest["configuration"], str(path))
-    return run
+    there = run.record
+    if there.configuration == asked.configuration and there.schema_version == asked.schema_version:
+        return run
+    differences = []
+    if there.checkpoint is not None and checkpoint is not None and there.checkpoint != checkpoint.digest:
+        differences.append(f"checkpoint: {run.checkpoint(there.checkpoint).words} there, {checkpoint.words} asked")
+    options = [
+        {key: value for key, value in record.configuration.items() if not (differences and key in _SAID_OF_MODELS)}
+        for record in (there, asked)
+    ]
+    differences += differing(*options)
+    if there.schema_version != asked.schema_version:
+        differences = [f"schema_version: {there.schema_version} there, {asked.schema_version} asked"]
+    raise RunConflictError(
+        f"{path} was made with another configuration ({'; '.join(differences)}); use another -o or --force"
+    )
 
 
-def _fill(fresh: Path, manifest: dict[str, Any], prompts: bytes) -> None:
+def _fill(fresh: Path, record: RunRecord, prompts: bytes | None, checkpoint: CheckpointRecord | None) -> None:
     make_folder(fresh)
-    write_atomic(fresh / PROMPTS, prompts)
-    manifest = {**manifest, "prompts": {**manifest["prompts"], "data_sha256": sha256_bytes(prompts)}}
-    write_sealed(fresh / MANIFEST, {"kind": KIND, "schema_version": SCHEMA_VERSION, **manifest})
+    if prompts is not None:
+        assert record.prompts is not None
+        assert record.prompts.data_sha256 == sha256_bytes(prompts)
+        write_atomic(fresh / PROMPTS, prompts)
+    if checkpoint is not None:
+        write_record(fresh / "checkpoints" / f"{checkpoint.digest}.json", checkpoint)
+    write_record(fresh / MANIFEST, record)
 
 
 @contextmanager

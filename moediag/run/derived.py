@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from moediag.errors import RunError
-from moediag.run.directory import Run, open_run
 from moediag.run.files import read_checked, read_sealed, sha256_bytes, write_error, write_sealed
-from moediag.run.layout import BIAS
 from moediag.run.logs import log_damage
-from moediag.run.manifest import MANIFEST, PROMPTS, check_schema_version
+from moediag.run.reader import BIAS, Run, open_run
+from moediag.run.records import MANIFEST, PROMPTS, check_schema_version
 
 SUMMARY = "summary.json"
 REPORT_SEAL = "report.json"
@@ -74,12 +73,15 @@ def derived_damage(run_path: Path) -> list[Damage]:
 
 def _prompts(run: Run) -> Iterator[Damage]:
     """Prompts that are whole, but not those that run.json tells of."""
+    told = run.record.prompts
+    if told is None:
+        return
     try:
         prompts, completions = run.prompt_tokens()
     except RunError as error:
         yield PROMPTS, str(error)
         return
-    if (len(prompts), completions is not None) != (run.manifest["prompts"]["n"], run.manifest["completions"]):
+    if (len(prompts), completions is not None) != (told.n, run.record.tokens.origin == "given"):
         yield PROMPTS, f"does not hold the prompts and completions that {MANIFEST} tells of; restore it"
 
 
@@ -101,7 +103,7 @@ def _foreign_files(run: Run) -> Iterator[Damage]:
         if run.keeps_vocab(arm, shard)
     }
     known |= {arm / BIAS for arm in arms}
-    there = {*run.path.glob("tokens/*"), *run.path.glob("arms/*/*")}
+    there = {*run.path.glob("tokens/*"), *run.path.glob("arms/*/*")} - {*run.path.glob("arms/*/probes")}
     there |= {path for path in run.path.glob("arms/*") if not path.is_dir()}
     for path in sorted(there - known - {arm / "arm.json" for arm in arms}):
         if not path.name.startswith("."):
@@ -112,11 +114,10 @@ def _other_makers(run: Run) -> Iterator[Damage]:
     """Shards merged into an arm of another configuration or version: a plain copy keeps one arm.json."""
     for arm in run.arms():
         for shard in run.shards:
-            if not run.has_capture(arm, shard):
-                continue
             try:
-                made_as = run.capture_sidecar(arm, shard).get("made_as")
-                if made_as in (None, run.made_as(arm)):
+                if not run.has_capture(arm, shard):
+                    continue
+                if run.capture_sidecar(arm, shard).made_as in (None, run.arm(arm).made_as()):
                     continue
             except RunError:  # found by whoever reads the arm
                 continue

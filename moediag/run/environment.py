@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moediag.run.directory import Run
+from moediag.notation import INFER
+from moediag.run.reader import Run
+from moediag.run.records import CheckpointRecord
 
 NOT_RECORDED = "not recorded"
 NOT_SET = "not set"
@@ -29,17 +31,13 @@ SECTIONS = (
     "versions", "kernels", "dtypes", "threads", "determinism", "environment", "hardware", "engine_config",
     "sampling", "loaded", "configuration", "observation", "run", "software",
 )  # fmt: skip
-_NO_FACTS = ("arm", "kind", "sha256")
+_OBSERVATION = ("engine", "path", "role", "gate_weights", "disagreements", "no_checkpoint")
+"""Fields of an arm's record that are compared as they are."""
 # Said once more, with more detail, by other sections of a full record.
 _REPEATED = (
     "n_threads", "parameter_dtypes", "attention_backends", "experts_kernel", "attn_implementation",
     "experts_implementation", "tf32", "cpu_capability", "accelerator", "max_model_len",
 )  # fmt: skip
-_DIGESTS = {
-    "weights": "weights_sha256", "tokenizer": "tokenizer_sha256", "config": "config_sha256",
-    "prompts": "prompts_sha256",
-}  # fmt: skip
-
 Facts = dict[tuple[str, str], str]
 """(section, name): value as text."""
 
@@ -80,7 +78,8 @@ def compare_runs(run_a: Run, run_b: Run) -> list[ArmComparison]:
     """
     asked = _compare("run", _run_facts(run_a), _run_facts(run_b))
     names = {name: None for run in (run_a, run_b) for name in run.arms()}
-    ordered = sorted(names, key=lambda name: (name != "infer", name))
+    first = run_a.reference(INFER)
+    ordered = sorted(names, key=lambda name: (name != first, name))
     return [asked, *(_compare_arm(run_a, run_b, name) for name in ordered)]
 
 
@@ -92,7 +91,7 @@ def compare_arms(run: Run, arm_a: str, arm_b: str) -> ArmComparison:
     """
     facts_a, facts_b = arm_facts(run, arm_a), arm_facts(run, arm_b)
     label = f"{arm_a} against {arm_b}"
-    if run.arm(arm_a).get("engine") == run.arm(arm_b).get("engine"):
+    if run.arm(arm_a).engine == run.arm(arm_b).engine:
         return _compare(label, facts_a, facts_b)
     left_out = {key for key in facts_a.keys() ^ facts_b.keys() if not _is_settable(key)}
     left_out |= {key for key in facts_a if key[0] == "observation"}  # what engine it is, and how that is observed
@@ -102,8 +101,8 @@ def compare_arms(run: Run, arm_a: str, arm_b: str) -> ArmComparison:
 
 def compare_content(run_a: Run, run_b: Run) -> dict[str, str]:
     """Whether weights, tokenizer, config, prompts and tokens are the same: identical, different, not comparable."""
-    a, b = run_a.configuration, run_b.configuration
-    told = {name: _verdict(a.get(key), b.get(key)) for name, key in _DIGESTS.items()}
+    sides = [_digests(run) for run in (run_a, run_b)]
+    told = {name: _verdict(sides[0][name], sides[1][name]) for name in sides[0]}
     if told["weights"] == DIFFERENT and _has_full_record(run_a) != _has_full_record(run_b):
         told["weights"] = UNKNOWN  # before full records the digest was one of files, which may be split otherwise
     has_all = all(run.has_tokens(shard) for run in (run_a, run_b) for shard in run.shards)
@@ -120,13 +119,27 @@ def arm_facts(run: Run, arm: str) -> Facts:
         IncompleteRunError: the arm was never begun.
     """
     record = run.arm(arm)
-    record = {**record, "router_dtypes": record.get("router_dtypes") or _observed_dtypes(run, arm)}
+    whole: dict[str, Any] = {name: getattr(record, name) for name in _OBSERVATION}
+    whole |= {
+        "dtype": record.dtype,
+        "is_routed": record.is_routed,
+        "correction_bias_sha256": record.correction_bias_sha256,
+    }
+    checkpoint = run.checkpoint_of(arm)
+    if checkpoint is not None:
+        whole["checkpoint"] = {"weights_sha256": checkpoint.weights_sha256, "config_sha256": checkpoint.config_sha256}
+    if record.captured is not None:
+        asked = record.captured
+        whole |= {"configuration": asked.configuration, "versions": asked.versions, "environment": asked.environment}
+        whole |= {**asked.facts, "router_dtypes": run.router_dtypes(arm)}
     facts: Facts = {}
-    for key, value in record.items():
-        if value is None or key in _NO_FACTS:
+    for key, value in whole.items():
+        if value is None or value == ():
             continue
         section, prefix = _place(key)
-        facts |= {(section, name): text for name, text in _flat(prefix, value)}
+        facts |= {
+            (section, name): text for name, text in _flat(prefix, list(value) if isinstance(value, tuple) else value)
+        }
     # older records listed a few variables, with nothing for those that were not set
     return {key: value for key, value in facts.items() if not (key[0] == "environment" and value == "")}
 
@@ -158,17 +171,32 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def _run_facts(run: Run) -> Facts:
     """What was asked for: run.json without digests, which are told apart, and without names of folders."""
-    asked = {k: v for k, v in run.configuration.items() if not k.endswith("_sha256")}
-    model = {f"model.{k}": v for k, v in run.model.items() if k != "name"}
-    whole = {**asked, **model, "moediag_version": run.manifest.get("moediag_version")}
+    record = run.record
+    asked = {key: value for key, value in record.configuration.items() if not key.endswith("_sha256")}
+    model = _checkpoint(run).content() if _checkpoint(run) else {}
+    routers = model.pop("routers", ())
+    kept = ("revision", "architecture", "model_type", "n_decoder_layers", "stored_dtype", "quantization")
+    whole = {**asked, **{f"model.{key}": model.get(key) for key in kept}, "moediag_version": record.moediag_version}
+    if routers:
+        whole["model.routers"] = {str(router["decoder_layer"]): router["spec"] or {} for router in routers}
+        whole["model.n_experts"] = [router["n_experts"] for router in routers]
+        whole["model.top_k"] = [router["top_k"] for router in routers]
     return {("run", name): text for key, value in whole.items() for name, text in _flat(key, value)}
 
 
-def _observed_dtypes(run: Run, arm: str) -> Any:
-    """vLLM's router dtypes are known only once a step has run: they stand beside the first shard."""
-    if not run.shards or not run.has_capture(arm, run.shards[0]):
-        return None
-    return run.capture_sidecar(arm, run.shards[0]).get("router_dtypes")
+def _checkpoint(run: Run) -> CheckpointRecord | None:
+    return None if run.record.checkpoint is None else run.checkpoint(run.record.checkpoint)
+
+
+def _digests(run: Run) -> dict[str, str | None]:
+    """What makes two runs comparable: weights, tokenizer, config and prompts."""
+    checkpoint = _checkpoint(run)
+    return {
+        "weights": checkpoint and checkpoint.weights_sha256,
+        "tokenizer": run.record.tokenizer and run.record.tokenizer.files_sha256,
+        "config": checkpoint and checkpoint.config_sha256,
+        "prompts": run.record.configuration.get("prompts_sha256"),
+    }
 
 
 def _compare_arm(run_a: Run, run_b: Run, arm: str) -> ArmComparison:
@@ -220,7 +248,7 @@ def _is_full(facts: Facts) -> bool:
 
 
 def _has_full_record(run: Run) -> bool:
-    return any("hardware" in run.arm(arm) for arm in run.arms())
+    return any("hardware" in run.arm(arm).facts for arm in run.arms())
 
 
 def _verdict(a: Any, b: Any) -> str:

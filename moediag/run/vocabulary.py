@@ -17,12 +17,8 @@ import safetensors
 from numpy.typing import NDArray
 
 from moediag.errors import CaptureError, CorruptRunError
-from moediag.notation import INFER, TRAIN
 from moediag.run.capture import Float32, Int64, TokenRows
 from moediag.run.shards import Shard
-
-VOCABULARY_ARMS: Final = (INFER, TRAIN)
-"""Arms that keep distributions: the two of the main pair."""
 
 ROUNDING: Final = 1e-4
 """How far [nat] a float32 log-softmax may be from normalised: over 2^18 tokens its own rounding is about 2e-5."""
