@@ -24,12 +24,15 @@ import numpy as np
 
 from moediag.engines.channel import Reporter
 from moediag.engines.fill import fill_missing_shards
-from moediag.run.capture import Capture, TokenRows
+from moediag.run.capture import Capture, TokenRows, arrays_of
 from moediag.run.codec import encode_prompts
 from moediag.run.create import create_run, split_into_shards
-from moediag.run.files import rows_prefix
+from moediag.run.files import digest_of, rows_prefix, sha256_bytes
 from moediag.run.reader import Run, open_run
+from moediag.run.recipes import RECIPES
+from moediag.run.records import ArmRecord, Captured, CheckpointRecord, Prompts, Router, RunRecord, Sampling, TokensFrom
 from moediag.run.shards import WHOLE, Shard, Slice
+from moediag.run.writer import RunWriter
 
 VOCABULARY = 200
 SCORE_DTYPES = {"gate_weights_TLK": "bfloat16"}
@@ -55,10 +58,11 @@ def make_scripted_run(
         path, n_prompts=n_prompts, n_layers=n_layers, n_experts=n_experts, top_k=top_k, shard_size=shard_size,
         seed=seed, dense=dense,
     )  # fmt: skip
+    writer = RunWriter(run)
     for arm in ("infer", "train"):
-        run.begin_arm(arm, scripted_record(arm))
+        writer.begin_arm(scripted_record(run, arm))
         for shard in run.shards:
-            write_scripted_shard(run, arm, shard)
+            write_scripted_shard(writer, arm, shard)
     return open_run(path)
 
 
@@ -76,66 +80,82 @@ def create_scripted_run(
     full_vocab: int = 0,
 ) -> Run:
     """The run directory alone, no arm captured; the same arguments open the one that is there."""
-    sampling = {
-        "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_tokens": 6, "n": 1, "seed": seed,
-        "ignore_eos": False,
-    }  # fmt: skip
-    routing = {"n_experts": n_experts, "top_k": top_k, "decoder_layers": list(range(1, n_layers + 1))}
-    model = {
-        "name": "models/scripted",
-        "revision": None,
-        "architecture": "ScriptedForCausalLM",
-        "model_type": "scripted",
-        "n_decoder_layers": n_layers + 1,
-        "stored_dtype": "bfloat16",
-        "routing": None if dense else routing,
-    }
-    prompts = [_prompt(seed, i) for i in range(n_prompts)]
-    manifest = {
-        "moediag_version": "0",
-        "configuration": {
-            **sampling,
-            "weights_sha256": "w",
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=6, n=1, seed=seed, ignore_eos=False)
+    checkpoint = scripted_checkpoint(n_layers, n_experts, top_k, dense=dense)
+    prompts = encode_prompts([_prompt(seed, i) for i in range(n_prompts)], None)
+    record = RunRecord(
+        moediag_version="0",
+        configuration={
+            **sampling.content(),
+            "weights_sha256": checkpoint.weights_sha256,
+            "config_sha256": checkpoint.config_sha256,
             "n_prompts": n_prompts,
-            "model": model,
             **({"full_vocab": full_vocab} if full_vocab else {}),
         },
-        "model": model,
-        "prompts": {"n": n_prompts, "source": "prompts.jsonl", "source_sha256": f"{seed}:{n_prompts}"},
-        "completions": False,
-        "sampling": sampling,
-        "shards": [vars(shard) for shard in split_into_shards(n_prompts, shard_size)],
-    }
-    return create_run(path, manifest, encode_prompts(prompts, None), force=force)
+        checkpoint=checkpoint.digest,
+        tokens=TokensFrom(origin="sampled", arm="infer"),
+        prompts=Prompts(
+            n=n_prompts, data_sha256=sha256_bytes(prompts), source="prompts.jsonl", source_sha256=f"{seed}:{n_prompts}"
+        ),
+        sampling=sampling,
+        full_vocab=full_vocab,
+        shards=tuple(split_into_shards(n_prompts, shard_size)),
+    )
+    return create_run(path, record, prompts, checkpoint, force=force)
 
 
-def scripted_record(arm: str) -> dict[str, Any]:
+def scripted_checkpoint(
+    n_layers: int = 3, n_experts: int = 8, top_k: int = 2, *, dense: bool = False, name: str = "models/scripted"
+) -> CheckpointRecord:
+    """A checkpoint of which nothing but its record exists."""
+    routers = tuple(Router(decoder_layer=layer, n_experts=n_experts, top_k=top_k) for layer in range(1, n_layers + 1))
+    return CheckpointRecord(
+        source=name,
+        architecture="ScriptedForCausalLM",
+        model_type="scripted",
+        n_decoder_layers=n_layers + 1,
+        stored_dtype="bfloat16",
+        config_sha256=digest_of([n_layers, n_experts, top_k, dense]),
+        weights_sha256=digest_of(name),
+        routers=() if dense else routers,
+    )
+
+
+def scripted_record(run: Run, arm: str, **changes: Any) -> ArmRecord:
     """What arm.json says of a scripted arm."""
-    return {
-        "configuration": CONFIGURATION,
+    recipe, reference = RECIPES[arm], RECIPES[arm].change is None
+    routers = run.checkpoint(str(run.record.checkpoint)).routers
+    record: dict[str, Any] = {
+        "name": arm,
+        "role": recipe.role,
         "engine": "scripted",
-        "versions": {"scripted": "1"},
-        "path": "scripted",
+        "path": "teacher-forced" if recipe.role == "train" else "sampled",
+        "variant_of": None if reference else recipe.role,
+        "change": recipe.change,
+        "checkpoint": run.record.checkpoint,
+        "origin": Captured(
+            recipe=arm, configuration=CONFIGURATION, versions={"scripted": "1"}, facts={"loaded": {"device": "none"}}
+        ),
         "dtype": "bfloat16",
-        "loaded": {"device": "none"},
-        "replay": None,
-        "environment": {},
-        "router_dtypes": None,
+        "arrays": tuple(arrays_of("margins", bool(routers), distributions=bool(run.record.full_vocab) and reference)),
+        "routers": routers,
     }
+    return ArmRecord(**{**record, **changes})
 
 
-def write_scripted_shard(run: Run, arm: str, shard: Shard) -> None:
+def write_scripted_shard(writer: RunWriter, arm: str, shard: Shard) -> None:
     """Commit one shard of an arm; the infer arm brings the tokens, after its arrays, as vLLM's does."""
+    run = writer.run
     tokens = scripted_tokens(run, shard) if arm == "infer" else run.tokens(shard)
     capture = scripted_capture(run, arm, tokens)
-    run.write_capture(arm, shard, tokens, capture, {"seconds": 0.1}, SCORE_DTYPES if run.decoder_layers else {})
+    writer.write_capture(arm, shard, tokens, capture, {"seconds": 0.1}, SCORE_DTYPES if run.arm(arm).routers else {})
     if arm == "infer":
-        run.write_tokens(shard, tokens)
+        writer.write_tokens(shard, tokens)
 
 
 def scripted_tokens(run: Run, shard: Shard) -> TokenRows:
     """Prompts of the run, each followed by 3 to 6 sampled tokens."""
-    seed = int(run.manifest["sampling"]["seed"])
+    seed = _seed(run)
     prompts = [_prompt(seed, seq_id) for seq_id in shard.seq_ids]
     responses = []
     for seq_id in shard.seq_ids:
@@ -164,7 +184,7 @@ def scripted_capture(run: Run, arm: str, tokens: TokenRows) -> Capture:
 
 
 def _sequence(run: Run, arm: str, tokens: TokenRows, start: int, end: int) -> dict[str, Any]:
-    seed, seq_id = int(run.manifest["sampling"]["seed"]), int(tokens.seq_id_T[start])
+    seed, seq_id = _seed(run), int(tokens.seq_id_T[start])
     shared, own = _rng(seed, "shared", seq_id), _rng(seed, arm, seq_id)
     n, is_response_T = end - start, tokens.is_response_T[start:end]
     wobble = 0.0 if arm == "infer" else 0.02
@@ -173,10 +193,11 @@ def _sequence(run: Run, arm: str, tokens: TokenRows, start: int, end: int) -> di
         "logp_T": np.where(is_response_T, logp_T, np.nan).astype(np.float32),
         "entropy_T": np.where(is_response_T, shared.random(n) + 0.5, np.nan).astype(np.float32),
     }
-    if not run.decoder_layers:
+    if not run.routers:
         return arrays
-    logits_TLE = shared.normal(size=(n, len(run.decoder_layers), run.n_experts))
-    arrays |= _routing(logits_TLE + 5 * wobble * own.normal(size=logits_TLE.shape), run.model["routing"]["top_k"])
+    record = run.arm(arm)
+    logits_TLE = shared.normal(size=(n, len(record.routers), record.n_experts))
+    arrays |= _routing(logits_TLE + 5 * wobble * own.normal(size=logits_TLE.shape), record.top_k)
     if arm == "infer":  # the last sampled token is never consumed
         for name in ("expert_ids_TLK", "gate_weights_TLK", "margin_TL", "logit_margin_TL"):
             arrays[name][-1] = -1 if name == "expert_ids_TLK" else np.nan
@@ -199,6 +220,11 @@ def _routing(logits_TLE: np.ndarray, top_k: int) -> dict[str, Any]:
         "gate_weights_TLK": (weights_TLK.view(np.uint32) & 0xFFFF0000).view(np.float32),
         **margins,
     }
+
+
+def _seed(run: Run) -> int:
+    assert run.record.sampling is not None
+    return int(run.record.sampling.seed or 0)
 
 
 def _prompt(seed: int, prompt_id: int) -> list[int]:
@@ -260,24 +286,24 @@ def fill_scripted_run(
     if death:
         death.prepare(path)
     run = create_scripted_run(path, **layout)
-    run.worker = worker
+    writer = RunWriter(run, worker)
     rng, reporter = random.Random(), Reporter()
-    with run.in_use():
+    with writer.in_use():
         for arm in arms:
-            missing = run.own_missing_shards(arm)
+            missing = writer.own_missing_shards(arm)
             if not missing or (arm != "infer" and not all(map(run.has_tokens, missing))):
                 continue  # a real train engine refuses in words
-            run.begin_arm(arm, scripted_record(arm))
+            writer.begin_arm(scripted_record(run, arm))
 
             def capture_shard(shard: Shard, on_done: Any, arm: str = arm) -> None:
                 _note(journal, f"begun {arm} {shard.stem}")
                 with tempfile.TemporaryDirectory(prefix=rows_prefix(shard.stem), dir=run.path / "arms" / arm) as rows:
                     (Path(rows) / "rows.bin").write_bytes(b"rows")
                     time.sleep(rng.uniform(0, 2 * pause))
-                write_scripted_shard(run, arm, shard)
+                write_scripted_shard(writer, arm, shard)
                 _note(journal, f"done {arm} {shard.stem}")
 
-            fill_missing_shards(run, arm, reporter, capture_shard)
+            fill_missing_shards(writer, arm, reporter, capture_shard)
 
 
 def _note(journal: Path | None, line: str) -> None:

@@ -116,3 +116,20 @@ class Capture:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays present, by legend name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+def arrays_of(level: str, is_routed: bool, *, observed: bool = True, distributions: bool = False) -> list[str]:
+    """Names of the arrays that an arm keeps.
+
+    Args:
+        level: ``ids``, ``margins`` or ``full``.
+        observed: False for rollouts that nothing but their log-probabilities is known of.
+    """
+    arrays = ["logp_T", *(["entropy_T"] if observed else [])]
+    if is_routed:
+        arrays.append("expert_ids_TLK")
+        if level != "ids":
+            arrays += ["gate_weights_TLK", "margin_TL", "logit_margin_TL"]
+        if level == "full":
+            arrays.append("router_logits_TLE")
+    return arrays + (["distributions"] if distributions else [])

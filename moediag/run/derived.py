@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moediag.errors import RunError
+from moediag.notation import SCHEMA_VERSION
 from moediag.run.files import read_checked, read_sealed, sha256_bytes, write_error, write_sealed
 from moediag.run.logs import log_damage
 from moediag.run.reader import BIAS, Run, open_run
@@ -190,8 +191,8 @@ def _held_against_seal(
     if seal.exists():
         try:
             content = read_sealed(seal)
-            if seal.name in _VERSIONED:
-                check_schema_version(content, seal)
+            if seal.name in _VERSIONED:  # an analysis by an earlier version is stale, not damaged
+                check_schema_version(content, seal, (1, SCHEMA_VERSION))
             named = {(Path(folder) / name).as_posix(): digest for name, digest in named_by(content).items()}
         except RunError:
             yield _where(run, seal), f"is damaged, edited, or of another version; {advice}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moediag.errors import CorruptRunError
+from moediag.run.capture import arrays_of
 from moediag.run.files import read_sealed
 from moediag.run.recipes import PATH_WORDS, RECIPES, Recipe, change_of
 from moediag.run.records import ArmRecord, CheckpointRecord, RunRecord, as_record, short
@@ -113,23 +114,6 @@ def arm(of: Run, name: str, content: dict[str, Any]) -> ArmRecord:
     except (KeyError, TypeError, AttributeError) as error:
         raise _broken(where, error) from None
     return as_record(record, ArmRecord, where)
-
-
-def arrays_of(level: str, is_routed: bool, *, observed: bool = True, distributions: bool = False) -> list[str]:
-    """Names of the arrays that an arm keeps.
-
-    Args:
-        level: ``ids``, ``margins`` or ``full``.
-        observed: False for rollouts that nothing but their log-probabilities is known of.
-    """
-    arrays = ["logp_T", *(["entropy_T"] if observed else [])]
-    if is_routed:
-        arrays.append("expert_ids_TLK")
-        if level != "ids":
-            arrays += ["gate_weights_TLK", "margin_TL", "logit_margin_TL"]
-        if level == "full":
-            arrays.append("router_logits_TLE")
-    return arrays + (["distributions"] if distributions else [])
 
 
 def _path_of_infer(of: Run) -> str | None:
