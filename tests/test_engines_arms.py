@@ -10,6 +10,7 @@ from scripted_engine import make_scripted_run
 
 from moediag.engines.arms import DECODE, HOOKS, PREFILL, SAMPLED, UNOBSERVED, arm_request
 from moediag.engines.channel import Reporter
+from moediag.engines.held import Held
 from moediag.engines.hf_engine import Replay, capture_train
 from moediag.engines.launch import infer_environment, infer_options, observable
 from moediag.errors import EngineError
@@ -92,7 +93,7 @@ def _replayed(run: Run, **changes: Any) -> str:
     write_sealed(run.path / "run.json", manifest)
     request = {"arm": "train-replay", "replay": {"source": "infer", "weights": True}}
     with pytest.raises(Exception, match=".") as raised:
-        capture_train(open_run(run.path), {"checkpoint": str(run.path / "logs"), "request": request}, Silent())
+        capture_train(open_run(run.path), {"checkpoint": str(run.path / "logs"), "request": request}, Silent(), Held())
     return str(raised.value)
 
 

@@ -16,7 +16,8 @@ from moediag.audit.gradients import WORDS, GradientRequest, train_arm_options
 from moediag.audit.groups import AUTOGRAD_GROUPS, affordable, autograd_grams, parameters_of, pieces
 from moediag.audit.head import Head, Prefixes, expected_gram, head_of, is_plain, sampled_gram
 from moediag.engines.channel import Reporter
-from moediag.engines.hf_engine import load_model
+from moediag.engines.held import Held
+from moediag.engines.hf_engine import held_model
 from moediag.engines.versions import numeric_versions
 from moediag.run.derived import AUDIT_RECORD, GRADIENTS, GRAMS
 from moediag.run.files import sha256_bytes, write_atomic, write_sealed
@@ -32,13 +33,12 @@ Float64 = NDArray[np.float64]
 class GradientEngine:
     """The train arm's model, and inner products of its gradients."""
 
-    def __init__(self, run: Run, checkpoint: str, request: GradientRequest, reporter: Reporter) -> None:
-        reporter.stage("loading transformers")
+    def __init__(self, run: Run, checkpoint: str, request: GradientRequest, reporter: Reporter, held: Held) -> None:
         self.run, self.request, self.reporter = run, request, reporter
         self.options = train_arm_options(run, request)
         self.tokens = audit_tokens(run, (request.train, request.infer), request.methods, request.n_sequences)
         self.bases = [self.tokens.basis(s) for s in range(len(self.tokens.seq_id_S))]
-        self.model = load_model(checkpoint, self.options).requires_grad_(False)
+        self.model = held_model(held, checkpoint, self.options, reporter).requires_grad_(False)
         self.rows = _sequence_rows(run, self.tokens)
         self.arrays: dict[str, NDArray[Any]] = {}
         self.left_out: dict[str, str] = {}

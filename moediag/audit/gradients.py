@@ -26,6 +26,7 @@ from moediag.corrections.rewards import ADVANTAGE_WORDS, REWARD_WORDS
 from moediag.engines import channel
 from moediag.engines.arms import ArmRequest
 from moediag.engines.checkpoint import Checkpoint
+from moediag.engines.held import Held
 from moediag.engines.launch import TRAIN_ENVIRONMENT
 from moediag.engines.versions import require_train_engine
 from moediag.errors import CheckpointError, EngineError, RunConflictError
@@ -142,20 +143,24 @@ def run_gradient_audit(run: Run, checkpoint: Checkpoint, request: GradientReques
         if is_audited(run, told):
             on_event({"stage": "the audit of these arms is there already"})
             return
-        options = {**told, "run": str(run.path), "checkpoint": str(checkpoint.path)}
+        options = {**told, "checkpoint": str(checkpoint.path)}
         log = run.path / "logs" / "gradients.log"
-        channel.run_child("gradients", options, log, on_event, TRAIN_ENVIRONMENT)
+        job = channel.Job(
+            "gradients", "moediag.audit.gradients:audit", str(run.path), asdict(run.worker), options, str(log)
+        )
+        with channel.Engines() as engines:
+            engines.do(job, TRAIN_ENVIRONMENT, on_event)
         write_audit(run)
 
 
-def audit(run: Run, options: dict[str, Any], reporter: channel.Reporter) -> None:
+def audit(run: Run, options: dict[str, Any], reporter: channel.Reporter, held: Held) -> None:
     """The engine process: inner products of gradients of every group, and what was done, to RUN/gradients."""
     from moediag.audit.engine import GradientEngine
 
     given = {**options["request"]}
     request = GradientRequest(**{**given, "methods": tuple(given["methods"]), "groups": tuple(given["groups"])})
     started = time.monotonic()
-    engine = GradientEngine(run, options["checkpoint"], request, reporter)
+    engine = GradientEngine(run, options["checkpoint"], request, reporter, held)
     engine.measure()
     engine.write(options, round(time.monotonic() - started, 1))
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
 from moediag.engines.arms import HOOKS, PREFILL, UNOBSERVED, ArmRequest, arm_request
+from moediag.engines.channel import Engines
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
-from moediag.engines.launch import infer_options, observable, run_arm, train_options
+from moediag.engines.launch import fill_arm, infer_options, observable, train_options
 from moediag.engines.plan import Plan, Sampling, make_plan, needed_length
 from moediag.engines.versions import require_infer_engine, require_train_engine
 from moediag.errors import CheckpointError, CorruptRunError, DiskFullError, IncompleteRunError
@@ -28,6 +29,7 @@ from moediag.run.XXX import refuse_other_configuration
 __all__ = [
     "UNOBSERVED",
     "ArmRequest",
+    "Capture",
     "Plan",
     "Sampling",
     "announce",
@@ -159,13 +161,28 @@ def join(
     return run, checkpoint, max_model_len or needed_length(run, checkpoint)
 
 
-def capture(
-    run: Run,
-    checkpoint: Checkpoint,
-    requests: Sequence[ArmRequest],
-    is_shared: bool = False,
-) -> None:
-    """Fill the worker's slice of the arms asked for, each in an engine process of its own.
+@dataclass(frozen=True)
+class Capture:
+    """Arms of a run to be filled from one checkpoint."""
+
+    run: Run
+    checkpoint: Checkpoint
+    requests: Sequence[ArmRequest]
+
+    def refuse_replay_without_routes(self) -> None:
+        """Refuse what a dense model does not have.
+
+        Raises:
+            CheckpointError: replay is asked of it.
+        """
+        if any(request.replay for request in self.requests) and not self.run.decoder_layers:
+            raise CheckpointError(
+                f"{self.checkpoint.name} is dense: it has no routes to replay; leave the replay arm out"
+            )
+
+
+def capture(*captures: Capture, is_shared: bool = False) -> None:
+    """Fill the worker's slice of the arms asked for, with as few engine processes and loads as there can be.
 
     Args:
         is_shared: shards may be left to other workers; else every arm must be complete before the next begins.
@@ -174,18 +191,29 @@ def capture(
         CheckpointError: replay was asked of a dense model, which has no routes.
         IncompleteRunError: other workers still hold shards, and the arm is not ``is_shared``.
     """
-    with _replacing(run), run.in_use():
-        if any(request.replay for request in requests) and not run.decoder_layers:
-            raise CheckpointError(f"{checkpoint.name} is dense: it has no routes to replay; leave the replay arm out")
-        for request in requests:
-            if run.own_missing_shards(request.arm):
-                with bar(title(request.arm)) as progress:
-                    run_arm(run, checkpoint, request, progress.on_event)
+    with ExitStack() as stack:
+        for one in captures:
+            stack.enter_context(_replacing(one.run))
+            stack.enter_context(one.run.in_use())
+            one.refuse_replay_without_routes()
+        engines = stack.enter_context(Engines())
+        for one, request in _by_engine(captures):
+            named = title(request.arm) if len(captures) == 1 else f"{one.run.path.name}: {title(request.arm)}"
+            if one.run.own_missing_shards(request.arm):
+                with bar(named) as progress:
+                    fill_arm(engines, one.run, one.checkpoint, request, progress.on_event)
             else:
-                _check_captured(run, request)
-            _tell_what_remains(run, request.arm, is_shared)
-    if all(run.is_complete(request.arm) for request in requests):
-        drop_replaced(run.path)
+                _check_captured(one.run, request, named)
+            _tell_what_remains(one.run, request.arm, named, is_shared)
+    for one in captures:
+        if all(one.run.is_complete(request.arm) for request in one.requests):
+            drop_replaced(one.run.path)
+
+
+def _by_engine(captures: Sequence[Capture]) -> list[tuple[Capture, ArmRequest]]:
+    """Arms of one environment beside each other, and of these those of one checkpoint: unobserved vLLM, vLLM, train."""
+    pairs = [(one, request) for one in captures for request in one.requests]
+    return sorted(pairs, key=lambda pair: (pair[1].side == TRAIN, pair[1].observer != UNOBSERVED))
 
 
 @contextmanager
@@ -213,7 +241,7 @@ def title(arm: str) -> str:
     return f"{'vLLM' if engine_side(arm) == INFER else 'transformers'} ({arm})"
 
 
-def _check_captured(run: Run, request: ArmRequest) -> None:
+def _check_captured(run: Run, request: ArmRequest, named: str) -> None:
     """Nothing to do, if what is there was made as asked."""
     arm = request.arm
     if arm in run.arms():
@@ -224,10 +252,10 @@ def _check_captured(run: Run, request: ArmRequest) -> None:
             f"restore it, or delete the folder and capture {arm} again"
         )
     slice_ = "" if run.is_complete(arm) else f"slice {run.worker} is "
-    note(f"{title(arm)}: {slice_}complete, nothing to capture")
+    note(f"{named}: {slice_}complete, nothing to capture")
 
 
-def _tell_what_remains(run: Run, arm: str, is_shared: bool) -> None:
+def _tell_what_remains(run: Run, arm: str, named: str, is_shared: bool) -> None:
     """Shards of other workers: a remark where the arm is shared, else the end of the command."""
     missing = run.missing_shards(arm)
     if not missing:
@@ -237,7 +265,7 @@ def _tell_what_remains(run: Run, arm: str, is_shared: bool) -> None:
     if not is_shared:
         raise IncompleteRunError(f"{run.path}: {remain}; run the same command again when the other workers are done")
     is_done = not run.own_missing_shards(arm)
-    note(f"{title(arm)}: {f'slice {run.worker} is complete; ' if is_done else ''}{remain}")
+    note(f"{named}: {f'slice {run.worker} is complete; ' if is_done else ''}{remain}")
 
 
 def finish(run: Run, training_window: int | None = None, no_text: bool = False) -> None:

@@ -44,9 +44,12 @@ def tell(output: Path, force: bool = False, no_text: bool = False) -> None:
     prompts = output / "prompts.jsonl"
     lines = [json.dumps({"prompt": text}) + "\n" for text in demo_prompts(N_PROMPTS)]
     write_atomic(prompts, "".join(lines).encode())
-    for name, checkpoint in checkpoints.items():
-        note(f"\n== {name}: sampled by vLLM, scored by transformers ==")
-        _profile(checkpoint, prompts, output / name, force, no_text)
+    note(f"\n== {' and '.join(checkpoints)}: sampled by vLLM, scored by transformers ==")
+    captures = [_begin(checkpoint, prompts, output / name, force) for name, checkpoint in checkpoints.items()]
+    jobs.capture(*captures)
+    for one in captures:
+        note(f"\n== {one.run.path.name}: what the engines disagree about ==")
+        jobs.finish(one.run, MOE.window, no_text)
     note("\n== moe: what IcePop and its rivals would mask ==")
     _simulate(output / "moe", force)
     note("\n== moe against dense ==")
@@ -89,7 +92,7 @@ def _checkpoints(output: Path) -> dict[str, Path]:
     return folders
 
 
-def _profile(checkpoint: Path, prompts: Path, output: Path, force: bool, no_text: bool) -> None:
+def _begin(checkpoint: Path, prompts: Path, output: Path, force: bool) -> jobs.Capture:
     sampling = jobs.Sampling(max_tokens=MAX_TOKENS)
     plan = jobs.make_plan(
         jobs.open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full", full_vocab=None
@@ -101,6 +104,4 @@ def _profile(checkpoint: Path, prompts: Path, output: Path, force: bool, no_text
     # The replay arm says how much of the mismatch is routing.
     requests = jobs.profile_requests(plan, infer, train, replay=plan.checkpoint.routing is not None, with_floors=True)
     jobs.announce(plan, output, [request.arm for request in requests], "bfloat16", is_anew=force)
-    run = plan.create(output, force)
-    jobs.capture(run, plan.checkpoint, requests)
-    jobs.finish(run, MOE.window, no_text)
+    return jobs.Capture(plan.create(output, force), plan.checkpoint, requests)

@@ -1,4 +1,7 @@
-"""Entry of an engine process: ``python -m moediag.engines.child TASK`` (started by :mod:`.channel`)."""
+"""Entry of an engine process: ``python -m moediag.engines.child`` (started by :mod:`.channel`).
+
+It does the jobs that come in on its standard input, one after the other, and ends with the first that fails.
+"""
 
 from __future__ import annotations
 
@@ -6,49 +9,56 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from moediag.engines.channel import Reporter, hold_lifeline
+from moediag.engines.channel import Reporter, coming_jobs, write_output_to
+from moediag.engines.held import Held
 from moediag.errors import DiskFullError, EngineError, MoediagError
 from moediag.run.files import write_error
 from moediag.run.reader import Run, open_run
 from moediag.run.shards import Slice
 
-_TASKS: Final = {
-    "infer": ("moediag.engines.vllm_engine", "capture_infer"),
-    "train": ("moediag.engines.hf_engine", "capture_train"),
-    "gradients": ("moediag.audit.gradients", "audit"),
-}
-"""Where a task lives: each is imported in its own process only, and one may lie in a room above the engines."""
-
-
-def _run_task(name: str, run: Run, options: dict[str, Any], reporter: Reporter) -> None:
-    module, function = _TASKS[name]
-    getattr(importlib.import_module(module), function)(run, options, reporter)
+Task = Callable[[Run, dict[str, Any], Reporter, Held], None]
+"""What a job names as ``module:function``: imported in its process only, it may lie in a room above the engines."""
 
 
 def main() -> int:
-    """Run the task named on the command line; every failure reaches the parent as one line."""
-    reporter = Reporter()
-    options = hold_lifeline()
-    run_path = Path(options.pop("run"))
-    try:
-        run = open_run(run_path, Slice(**options.pop("worker", {})))
-        with run.in_use():
-            _run_task(sys.argv[1], run, options, reporter)
-    except MoediagError as error:
-        traceback.print_exc()
-        reporter.error(error)
-        return 1
-    except Exception as error:  # engines raise anything: the traceback is in the log, the parent gets one line
-        traceback.print_exc()
-        reporter.error(_one_line(error, sys.argv[1], run_path))
-        return 1
+    """Do every job that comes; a failure reaches the parent as one line."""
+    reporter, held = Reporter(), Held()
+    for job in coming_jobs():
+        run_path = Path(job["run"])
+        try:
+            write_output_to(Path(job["log"]))
+            _do(job, reporter, held)
+        except MoediagError as error:
+            _tell(reporter, error)
+            return 1
+        except Exception as error:  # engines raise anything: the traceback is in the log, the parent gets one line
+            _tell(reporter, _one_line(error, job["engine"], run_path))
+            return 1
+        _flush()
+        reporter.end()
     return 0
 
 
-def _one_line(error: Exception, task: str, run_path: Path) -> MoediagError:
+def _do(job: dict[str, Any], reporter: Reporter, held: Held) -> None:
+    module, _, function = job["task"].partition(":")
+    run = open_run(Path(job["run"]), Slice(**job["worker"]))
+    with run.in_use():
+        task: Task = getattr(importlib.import_module(module), function)
+        task(run, job["options"], reporter, held)
+
+
+def _tell(reporter: Reporter, error: MoediagError) -> None:
+    """First to the log: once the parent is told, it ends this process."""
+    traceback.print_exc()
+    _flush()
+    reporter.error(error)
+
+
+def _one_line(error: Exception, engine: str, run_path: Path) -> MoediagError:
     """A full disk is told as such; everything else an engine raises is told with where its output is."""
     if isinstance(error, OSError):
         failure = write_error(error, Path(error.filename or run_path))
@@ -56,12 +66,16 @@ def _one_line(error: Exception, task: str, run_path: Path) -> MoediagError:
             return failure
     reason = str(error).strip().splitlines()
     summary = f"{type(error).__name__}: {reason[0] if reason else ''}"
-    return EngineError(f"the {task} engine failed: {summary}; see {run_path / 'logs'}")
+    return EngineError(f"the {engine} engine failed: {summary}; see {run_path / 'logs'}")
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     # Engines leave threads and atexit handlers behind that can hang for minutes; everything is on disk.
     os._exit(status)

@@ -22,6 +22,7 @@ from moediag.engines.assemble import capture_of
 from moediag.engines.batching import PACKED, Batch, Batching, alone, refuse_leak
 from moediag.engines.channel import Reporter
 from moediag.engines.fill import OnDone, fill_missing_shards
+from moediag.engines.held import Held
 from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps, find_blocks, stage_dtypes
 from moediag.engines.perturbation import Perturbed, seed_of
 from moediag.engines.provenance import arm_sections, process_facts
@@ -42,7 +43,7 @@ OnLogProbs = Callable[[torch.Tensor, torch.Tensor], None]
 """Told, some rows at a time, token rows of the batch (M,) and their next-token log-probabilities (M, V), float32."""
 
 
-def capture_train(run: Run, options: dict[str, Any], reporter: Reporter) -> None:
+def capture_train(run: Run, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
     """Fill the missing shards of one of the run's train arms.
 
     Args:
@@ -60,8 +61,7 @@ def capture_train(run: Run, options: dict[str, Any], reporter: Reporter) -> None
         return
     if replay and replay.weights:
         _refuse_other_weights(run, replay.source, missing[0])
-    reporter.stage("loading transformers")
-    engine = TrainEngine(run, options["checkpoint"], request)
+    engine = TrainEngine(run, held_model(held, options["checkpoint"], request.engine, reporter), request)
     run.begin_arm(request.arm, engine.arm_record(options["configuration"]), engine.correction_bias())
     fill_missing_shards(run, request.arm, reporter, engine.capture_shard)
 
@@ -124,15 +124,15 @@ class Replay:
 
 
 class TrainEngine:
-    """One transformers model with its taps."""
+    """One arm on a transformers model, with its taps."""
 
-    def __init__(self, run: Run, checkpoint: str, request: ArmRequest) -> None:
+    def __init__(self, run: Run, model: Any, request: ArmRequest) -> None:
         self.version = require_train_engine()
         self.run = run
         self.request = request
         self.replay = Replay(**request.replay) if request.replay else None
         self.batching = Batching(**(request.batching or {})).check()
-        self.model = load_model(checkpoint, request.engine)
+        self.model = model
         routing = run.model["routing"]
         self.spec = RouterSpec.from_record(routing) if routing else None
         self.level = level_of(run.configuration)
@@ -232,6 +232,16 @@ class TrainEngine:
             with RoutingTaps(self.model, self.spec, self.level, spread) as taps:
                 logp_T, entropy_T = score_batch(self.model, batch, token_id_T, is_response_T, keep)
                 return {"logp_T": logp_T, "entropy_T": entropy_T, **taps.take(batch.row_of_token)}
+
+
+def held_model(held: Held, checkpoint: str, options: dict[str, Any], reporter: Reporter) -> Any:
+    """The model that the process holds, or the one that is wanted in its place."""
+
+    def load() -> Any:
+        reporter.stage("loading transformers")
+        return load_model(checkpoint, options)
+
+    return held.get(("transformers", checkpoint, options), load, let_go=lambda _: None)
 
 
 def load_model(checkpoint: str, options: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from moediag.engines.arms import BOTH, HOOKS, NATIVE, UNOBSERVED, ArmRequest
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.versions import require_infer_engine, require_train_engine
 from moediag.errors import EngineError
-from moediag.notation import INFER
+from moediag.notation import INFER, TRAIN
 from moediag.run.reader import Run
 from moediag.run.shards import WHOLE
 
@@ -85,6 +85,9 @@ _REFUSED = {
 }
 
 
+_TASKS = {INFER: "moediag.engines.vllm_engine:capture_infer", TRAIN: "moediag.engines.hf_engine:capture_train"}
+
+
 def infer_options(extra: dict[str, Any], observer: str = HOOKS, **named: Any) -> dict[str, Any]:
     """vLLM options, by their own names; None means vLLM's own default.
 
@@ -120,8 +123,10 @@ def train_options(**named: Any) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def run_arm(run: Run, checkpoint: Checkpoint, request: ArmRequest, on_event: channel.OnEvent) -> None:
-    """Fill the worker's slice of an arm in an engine process of its own.
+def fill_arm(
+    engines: channel.Engines, run: Run, checkpoint: Checkpoint, request: ArmRequest, on_event: channel.OnEvent
+) -> None:
+    """Fill the worker's slice of an arm; a model that the engine process has loaded already is used again.
 
     Raises:
         DependencyError: the engine is not installed or not of a supported version.
@@ -134,14 +139,12 @@ def run_arm(run: Run, checkpoint: Checkpoint, request: ArmRequest, on_event: cha
     if engine.get("dtype") == "auto":
         engine["dtype"] = checkpoint.stored_dtype
     told = {
-        "run": str(run.path),
-        "worker": asdict(run.worker),
         "checkpoint": str(checkpoint.path),
-        "arm": request.arm,
         "request": {**asdict(request), "engine": engine},
         "configuration": request.configuration(),
     }
     worker = "" if run.worker == WHOLE else f"-{run.worker.index}-of-{run.worker.count}"
     log = run.path / "logs" / f"{request.arm}{worker}.log"
     environment = infer_environment(request.observer) if is_infer else TRAIN_ENVIRONMENT
-    channel.run_child(request.side, told, log, on_event, environment)
+    job = channel.Job(request.side, _TASKS[request.side], str(run.path), asdict(run.worker), told, str(log))
+    engines.do(job, environment, on_event)

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.engines.arms import BOTH, DECODE, HOOKS, NATIVE, OBSERVERS, PATHS, PREFILL, SAMPLED, UNOBSERVED, ArmRequest
+from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, PATHS, PREFILL, SAMPLED, UNOBSERVED, ArmRequest
 from moediag.engines.assemble import capture_of, order_rows, recomputed_rows, token_rows
 from moediag.engines.channel import Reporter
 from moediag.engines.fill import OnDone, fill_missing_shards
+from moediag.engines.held import Held
 from moediag.engines.launch import OBSERVER_FORCES
 from moediag.engines.native import cross_check, native_rows, require_native_observer
 from moediag.engines.plan import load_prompt_tokens
@@ -52,7 +53,7 @@ _WORKER = "moediag.engines.vllm_worker.MoediagWorkerExtension"
 _DTYPE_NAMES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
 
 
-def capture_infer(run: Run, options: dict[str, Any], reporter: Reporter) -> None:
+def capture_infer(run: Run, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
     """Fill the missing shards of one of the run's infer arms.
 
     Args:
@@ -73,30 +74,59 @@ def capture_infer(run: Run, options: dict[str, Any], reporter: Reporter) -> None
                 f"{run.path} has no tokens yet for {len(waiting)} of its shards, first {waiting[0].stem}; "
                 f"run first: moediag capture infer CKPT -o {run.path}"
             )
-    reporter.stage("loading vLLM")
-    engine = InferEngine(run, options["checkpoint"], request)
+    engine = InferEngine(run, held_llm(held, options["checkpoint"], request, reporter), request)
     run.begin_arm(request.arm, engine.arm_record(options["configuration"]), engine.correction_bias())
     fill_missing_shards(run, request.arm, reporter, engine.capture_shard)
 
 
-class InferEngine:
-    """One vLLM engine, observed as the request says: by hooks, by vLLM's own record of experts, both, or not at all."""
+def held_llm(held: Held, checkpoint: str, request: ArmRequest, reporter: Reporter) -> Any:
+    """The vLLM engine that the process holds, or the one that is wanted in its place; one does for all paths.
 
-    def __init__(self, run: Run, checkpoint: str, request: ArmRequest) -> None:
+    Raises:
+        EngineError: the observer is not to be had here.
+    """
+    options = _load_options(request)
+
+    def load() -> Any:
         from vllm import LLM
 
+        reporter.stage("loading vLLM")
         if request.observer in (NATIVE, BOTH):
             require_native_observer()
+        return LLM(model=checkpoint, worker_extension_cls=_WORKER, **options)
+
+    return held.get(("vllm", checkpoint, options), load, _let_go)
+
+
+def _load_options(request: ArmRequest) -> dict[str, Any]:
+    """What vLLM is loaded with: the request's options, what its observer forces, and what any observed path needs."""
+    options = {**request.engine, **OBSERVER_FORCES[request.observer]}
+    if request.observer == UNOBSERVED:  # loaded as the user's rollouts are
+        return options
+    if options.get("max_model_len"):
+        options["max_model_len"] += 1  # vLLM samples a token behind what it prefills; it is thrown away
+    return {**options, **forcing_options(os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1")}
+
+
+def _let_go(llm: Any) -> None:
+    """End vLLM's engine: its workers and its process groups, which another engine in this process makes anew."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+class InferEngine:
+    """One arm on a vLLM engine, observed as asked: by hooks, by vLLM's own record of experts, both, or not at all."""
+
+    def __init__(self, run: Run, llm: Any, request: ArmRequest) -> None:
         self.run = run
         self.request = request
         self.path = request.path
         self.version = require_infer_engine()
+        self.max_length: int | None = request.engine.get("max_model_len")
         self.prompts = load_prompt_tokens(run)
-        forcing = forcing_options(os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1") if self.path == DECODE else {}
-        self.options = {**request.engine, **OBSERVER_FORCES[request.observer], **forcing}
-        if self.path == PREFILL and self.options.get("max_model_len"):
-            self.options["max_model_len"] += 1  # vLLM samples a token behind what it prefills; it is thrown away
-        self.llm = LLM(model=checkpoint, worker_extension_cls=_WORKER, **self.options)
+        self.llm = llm
         self.level = IDS if request.observer == NATIVE else level_of(run.configuration)
         self.facts: dict[str, Any] = self._install()[0]
         refuse_unseen_routing(self.facts, run.model["routing"], request.observer)
@@ -235,6 +265,8 @@ class InferEngine:
         if self.path == SAMPLED and not self.seeds_shards:
             extra["seed"] = self._seed("sequence", seq_id)
         sampling = {k: v for k, v in self.run.manifest["sampling"].items() if k not in ("n", "seed")}
+        if self.max_length:  # vLLM itself has room for one token more
+            sampling["max_tokens"] = min(sampling["max_tokens"], self.max_length - len(sequence.prompt))
         return sampling_parameters(self.path, sequence, sampling, self.facts["is_v2_runner"], **extra)
 
     def _shard_seed(self, shard: Shard) -> int | None:

@@ -36,7 +36,7 @@ class MoediagWorkerExtension:
     model_runner: Any
 
     def moediag_install(self, spec: dict[str, Any] | None, level: str) -> dict[str, Any]:
-        """Set the taps on this worker.
+        """Set the taps on this worker, in place of those of an earlier arm.
 
         Args:
             spec: fields of :class:`RouterSpec`, or None for a dense model.
@@ -45,6 +45,7 @@ class MoediagWorkerExtension:
         Returns:
             What the loaded model is: MoE layers, E, K, dtypes, kernels, attention backend.
         """
+        self.moediag_remove()
         routers = find_routers(self.model_runner.model)
         router_spec = RouterSpec.from_record(spec) if spec else None
         bias_LE = correction_bias([router for _, _, router in routers])
