@@ -129,9 +129,9 @@ def test_hooked_and_unhooked_logits_of_transformers_are_bit_equal(moe: Run, mode
     import torch
 
     from moediag.engines.hf_taps import RoutingTaps
-    from moediag.engines.routers import RouterSpec
+    from moediag.engines.routers import ModelRouting
 
-    spec = RouterSpec.from_record(moe.model["routing"])
+    spec = ModelRouting.from_record(moe.model["routing"])
     ids, _ = next(sequences(moe))
     with torch.inference_mode():
         plain = model(input_ids=ids[None], use_cache=False).logits
@@ -148,9 +148,9 @@ def test_hooks_come_off_when_the_body_raises_and_a_silent_layer_is_an_error(moe:
     import torch
 
     from moediag.engines.hf_taps import RoutingTaps
-    from moediag.engines.routers import RouterSpec
+    from moediag.engines.routers import ModelRouting
 
-    spec = RouterSpec.from_record(moe.model["routing"])
+    spec = ModelRouting.from_record(moe.model["routing"])
     with pytest.raises(CaptureError, match="MoE layer 0 never fired"), RoutingTaps(model, spec, MARGINS) as taps:
         taps.take(torch.arange(5))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -162,9 +162,9 @@ def test_replay_forces_what_it_is_asked_to_force(moe: Run, model: Any) -> None:
 
     from moediag.engines.hf_engine import Replay
     from moediag.engines.hf_taps import RoutingTaps
-    from moediag.engines.routers import RouterSpec
+    from moediag.engines.routers import ModelRouting
 
-    spec = RouterSpec.from_record(moe.model["routing"])
+    spec = ModelRouting.from_record(moe.model["routing"])
     shard = moe.shards[0]
     start, end = moe.tokens(shard).sequence_bounds()[0]
     infer = moe.capture("infer", shard)
@@ -198,9 +198,9 @@ def test_forced_routes_that_are_not_used_are_an_error(moe: Run, model: Any) -> N
     import torch
 
     from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
-    from moediag.engines.routers import RouterSpec
+    from moediag.engines.routers import ModelRouting
 
-    spec = dataclasses.replace(RouterSpec.from_record(moe.model["routing"]), top_k=3)  # no TopK of 3 happens
+    spec = dataclasses.replace(ModelRouting.from_record(moe.model["routing"]), top_k=3)  # no TopK of 3 happens
     ids = torch.arange(5)
     forced = ForcedRoutes(torch.zeros(5, spec.n_layers, 3, dtype=torch.long), None, range(spec.n_layers))
     with (
@@ -217,9 +217,9 @@ def test_recorded_ids_are_what_transformers_own_rule_gives_on_vllms_logits(moe: 
     import torch
 
     from moediag.engines.hf_taps import find_blocks
-    from moediag.engines.routers import RouterSpec, apply_rule
+    from moediag.engines.routers import ModelRouting, apply_rule
 
-    spec = RouterSpec.from_record(moe.model["routing"])
+    spec = ModelRouting.from_record(moe.model["routing"])
     gates = [block.gate for block in find_blocks(model)]
     n_rows = 0
     for shard in moe.shards:

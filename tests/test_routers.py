@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from moediag.cli.main import main
 from moediag.engines.routers import (
-    RouterSpec,
+    ModelRouting,
     apply_rule,
     choice_scores,
     group_scores,
@@ -31,7 +31,7 @@ from moediag.errors import CheckpointError
 RING = REPOSITORY / "tests" / "fixtures" / "ring-tiny"
 
 
-def spec_of(score_function: str = "softmax", top_k: int = 2, n_experts: int = 4, **changes: Any) -> RouterSpec:
+def spec_of(score_function: str = "softmax", top_k: int = 2, n_experts: int = 4, **changes: Any) -> ModelRouting:
     plain = {
         "family": "made up",
         "n_experts": n_experts,
@@ -46,7 +46,7 @@ def spec_of(score_function: str = "softmax", top_k: int = 2, n_experts: int = 4,
         "n_shared_experts": 0,
         "decoder_layers": (0,),
     }
-    return RouterSpec(**{**plain, **changes})
+    return ModelRouting(**{**plain, **changes})
 
 
 LOG = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).log()
@@ -225,7 +225,7 @@ def test_experts_counted_by_layer_are_experts() -> None:
 
 def test_a_spec_survives_its_record() -> None:
     spec = spec_of(decoder_layers=(1, 3))
-    assert RouterSpec.from_record(json.loads(json.dumps(spec.record()))) == spec
+    assert ModelRouting.from_record(json.loads(json.dumps(spec.record()))) == spec
 
 
 def test_impossible_groups_are_refused() -> None:

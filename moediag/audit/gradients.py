@@ -33,6 +33,7 @@ from moediag.errors import CheckpointError, EngineError, RunConflictError
 from moediag.notation import INFER, TRAIN
 from moediag.run import claims
 from moediag.run.reader import Run
+from moediag.run.shards import WHOLE
 from moediag.run.writer import CLAIMS
 
 GROUPS: Final = (LM_HEAD, "routers", "experts", "attention")
@@ -145,22 +146,20 @@ def run_gradient_audit(run: Run, checkpoint: Checkpoint, request: GradientReques
             return
         options = {**told, "checkpoint": str(checkpoint.path)}
         log = run.path / "logs" / "gradients.log"
-        job = channel.Job(
-            "gradients", "moediag.audit.gradients:audit", str(run.path), asdict(run.worker), options, str(log)
-        )
+        job = channel.Job("gradients", "moediag.audit.gradients:audit", str(run.path), asdict(WHOLE), options, str(log))
         with channel.Engines() as engines:
             engines.do(job, TRAIN_ENVIRONMENT, on_event)
         write_audit(run)
 
 
-def audit(run: Run, options: dict[str, Any], reporter: channel.Reporter, held: Held) -> None:
+def audit(writer: RunWriter, options: dict[str, Any], reporter: channel.Reporter, held: Held) -> None:
     """The engine process: inner products of gradients of every group, and what was done, to RUN/gradients."""
     from moediag.audit.engine import GradientEngine
 
     given = {**options["request"]}
     request = GradientRequest(**{**given, "methods": tuple(given["methods"]), "groups": tuple(given["groups"])})
     started = time.monotonic()
-    engine = GradientEngine(run, options["checkpoint"], request, reporter, held)
+    engine = GradientEngine(writer.run, options["checkpoint"], request, reporter, held)
     engine.measure()
     engine.write(options, round(time.monotonic() - started, 1))
 

@@ -1,21 +1,20 @@
-"""``moediag capture infer|train``: one arm at a time, for engines that live in different environments."""
+"""``moediag capture RECIPE``: one arm at a time, for engines that live in different environments."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moediag.cli import options as o
 from moediag.cli.settings import Settings, with_settings
-from moediag.notation import ARMS, INFER, INFER_PRODUCTION, engine_side
+from moediag.notation import INFER
+from moediag.run.recipes import RECIPES
 
 NAME = "capture"
 
-
-Arm = StrEnum("Arm", [(name.replace("-", "_"), name) for name in ARMS])  # type: ignore[misc]
-
+RecipeName = StrEnum("RecipeName", [(name.replace("-", "_"), name) for name in RECIPES])  # type: ignore[misc]
 
 _BEGIN_ONLY = ("limit", "temperature", "top_p", "top_k", "min_p", "max_tokens", "n", "seed", "ignore_eos",
                "router_logits", "ids_only", "full_vocab", "stop_token_ids", "shard_size", "force")  # fmt: skip
@@ -24,17 +23,19 @@ _BEGIN_ONLY = ("limit", "temperature", "top_p", "top_k", "min_p", "max_tokens", 
 @with_settings
 def command(
     context: typer.Context,
-    arm: Annotated[
-        Arm,
+    recipe: Annotated[
+        RecipeName,
         typer.Argument(
-            metavar="ARM",
-            help="; ".join(f"{name}: {words}" for name, words in ARMS.items()),
+            metavar="RECIPE",
+            help="; ".join(f"{name}: {made.words}" for name, made in RECIPES.items()),
         ),
     ],
     ckpt: o.Ckpt,
     output: o.Output,
     settings: Settings,
     prompts: o.OptionalPrompts = None,
+    name: o.ArmName = None,
+    other_checkpoint: o.OtherCheckpoint = False,
     replay_weights: o.ReplayWeights = False,
     replay_layers: o.ReplayLayers = None,
     shard_index: o.ShardIndex = None,
@@ -47,42 +48,58 @@ def command(
     and --num-shards they also share the work across machines; merging is then a plain copy (cp -rn B/. A/).
     """
     from moediag.cli import jobs
+    from moediag.run.recipes import VLLM
+    from moediag.run.recipes import recipe as recipe_of
+    from moediag.run.writer import RunWriter
 
+    made, arm = recipe_of(recipe.value), o.check_arm_name(name) or recipe.value
     worker, layers = o.parse_slice(shard_index, num_shards), o.parse_layers(replay_layers)
-    jobs.require((arm.value,))
+    jobs.require(recipe.value)
 
-    def request(given: bool, sampler: str, needed_length: int, seed: int) -> jobs.ArmRequest:
-        if engine_side(arm.value) == INFER:
-            observer = jobs.UNOBSERVED if arm.value == INFER_PRODUCTION else settings.observer.value
-            engine = settings.infer_options(settings.vllm_options, observer, needed_length, seed)
+    def request(given: bool, sampler: str, needed_length: int, seed: int, **more: Any) -> jobs.ArmRequest:
+        if made.engine == VLLM:
+            observer = settings.observer.value if made.is_observed else jobs.UNOBSERVED
+            options = settings.infer_options(settings.vllm_options, observer, needed_length, seed)
         else:
-            engine = settings.train_options()
+            options = settings.train_options()
+        routes = more.pop("routes", INFER)
         return jobs.arm_request(
-            arm.value,
-            engine,
+            recipe.value,
+            options,
             given,
+            arm=arm,
             sampler=sampler,
             observer=settings.observer.value,
             scoring=settings.scoring.value,
             batching=settings.train_batching,
-            replay={"source": INFER, "weights": replay_weights, **layers},
+            replay={"source": routes, "weights": replay_weights, **layers},
+            **more,
         )
 
     if prompts is not None:
-        plan = settings.plan(ckpt, prompts, INFER_PRODUCTION if arm.value == INFER_PRODUCTION else INFER)
+        samples = arm if recipe.value in (INFER, jobs.INFER_PRODUCTION) else INFER
+        plan = settings.plan(ckpt, prompts, samples)
         # Before the run: what cannot be asked for must not begin one, nor replace the one that is there.
         asked = request(plan.completion_ids is not None, plan.sampled_by, plan.max_model_len, plan.sampling.seed)
-        jobs.announce(plan, output, (arm.value,), settings.dtype.value, is_anew=force)
-        run, checkpoint = plan.create(output, force), plan.checkpoint
+        jobs.announce(plan, output, [asked], settings.dtype.value, is_anew=force)
+        run, checkpoint, needed_length = plan.create(output, force), plan.checkpoint, plan.max_model_len
     else:
         _refuse_without_effect(context)
-        given = ckpt, settings.revision, settings.max_model_len, settings.trust_remote_code
-        run, checkpoint, needed_length = jobs.join(output, *given)
-        seed = int(run.manifest["sampling"]["seed"])
-        asked = request(run.manifest["completions"], run.sampler, needed_length, seed)
-    run.worker = worker
-    jobs.capture(jobs.Capture(run, checkpoint, [asked]), is_shared=True)
-    jobs.wrote(run.path / "arms" / arm.value)
+        given = ckpt, settings.revision, settings.trust_remote_code
+        run, checkpoint = jobs.join(output, *given, is_other_checkpoint=other_checkpoint)
+        needed_length = settings.max_model_len or jobs.needed_length(run, checkpoint)
+    reference, has_other_weights = jobs.reference_for(run, recipe.value, arm, checkpoint)
+    asked = request(
+        run.record.tokens.origin != "sampled",
+        run.sampler,
+        needed_length,
+        int((run.record.sampling and run.record.sampling.seed) or 0),
+        reference=reference,
+        is_other_checkpoint=has_other_weights,
+        routes=run.reference(INFER),
+    )
+    jobs.capture(jobs.Capture(RunWriter(run, worker), [asked], {made.role: checkpoint}), is_shared=True)
+    jobs.wrote(run.arm_folder(arm))
 
 
 def _refuse_without_effect(context: typer.Context) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,27 +11,28 @@ from typing import Any
 
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
-from moediag.engines.arms import HOOKS, PREFILL, UNOBSERVED, ArmRequest, arm_request
+from moediag.engines.arms import HOOKS, PREFILL, UNOBSERVED, ArmRequest, Reference, arm_request
 from moediag.engines.channel import Engines
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
-from moediag.engines.launch import fill_arm, infer_options, observable, train_options
-from moediag.engines.plan import Plan, Sampling, make_plan, needed_length
-from moediag.engines.versions import require_infer_engine, require_train_engine
-from moediag.errors import CheckpointError, CorruptRunError, DiskFullError, IncompleteRunError
-from moediag.notation import INFER, INFER_PRODUCTION, TRAIN, TRAIN_REPLAY, engine_side
+from moediag.engines.launch import fill_arm, infer_options, observable, require_engine, train_options
+from moediag.engines.plan import Plan, SamplingOptions, check_loadable, known_sampling, make_plan, needed_length
+from moediag.engines.tokenised import refuse_other_tokenizer
+from moediag.errors import CheckpointError, DiskFullError, IncompleteRunError, RunConflictError
+from moediag.notation import INFER, TRAIN
 from moediag.results import analyze_run, report_run
 from moediag.run.create import bring_back
 from moediag.run.reader import Run, open_run
-from moediag.run.records import MANIFEST
+from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM, recipe
+from moediag.run.records import Tokenizer
 from moediag.run.replace import drop_replaced, replaced
-from moediag.run.XXX import refuse_other_configuration
+from moediag.run.writer import RunWriter
 
 __all__ = [
     "UNOBSERVED",
     "ArmRequest",
     "Capture",
     "Plan",
-    "Sampling",
+    "SamplingOptions",
     "announce",
     "arm_request",
     "capture",
@@ -39,6 +40,7 @@ __all__ = [
     "infer_options",
     "join",
     "make_plan",
+    "needed_length",
     "observable",
     "open_checkpoint",
     "profile_requests",
@@ -47,15 +49,17 @@ __all__ = [
     "wrote",
 ]
 
+INFER_PRODUCTION = "infer-production"
 
-def require(arms: Iterable[str]) -> None:
-    """Refuse before anything else when an engine is missing or of an unsupported version.
+
+def require(*recipes: str) -> None:
+    """Refuse before anything else when the engine of a recipe is missing or of an unsupported version.
 
     Raises:
         DependencyError: says which and what to install.
     """
-    for arm in arms:
-        (require_infer_engine if engine_side(arm) == INFER else require_train_engine)()
+    for name in recipes:
+        require_engine(recipe(name).engine)
 
 
 def profile_requests(
@@ -76,25 +80,28 @@ def profile_requests(
         production: vLLM's options where unobserved rollouts sample the tokens.
     """
     given = plan.completion_ids is not None
-    floors = ["infer-repeat", "train-repeat", "train-perturbed"]
-    engines = {INFER_PRODUCTION: production, INFER: infer, TRAIN: train}
-    sampler = [INFER_PRODUCTION] if production is not None else []
-    arms = [*sampler, INFER, TRAIN, *([TRAIN_REPLAY] if replay else []), *(floors if with_floors else [])]
-    return [
-        arm_request(
-            arm,
-            engines.get(arm) or engines[engine_side(arm)] or {},
-            given,
-            sampler=plan.sampled_by,
-            observer=observer,
-            scoring=scoring,
-            batching=batching,
+    first = [INFER_PRODUCTION] if production is not None else []
+    floors = ["infer-repeat", "train-repeat", "train-perturbed"] if with_floors else []
+    requests: list[ArmRequest] = []
+    for name in [*first, INFER, TRAIN, *(["train-replay"] if replay else []), *floors]:
+        options = production if name == INFER_PRODUCTION else infer if recipe(name).engine == VLLM else train
+        there = {request.arm: request.path for request in requests}
+        requests.append(
+            arm_request(
+                name,
+                options or {},
+                given,
+                sampler=plan.sampled_by,
+                reference=Reference(recipe(name).role, there.get(recipe(name).role)),
+                observer=observer,
+                scoring=scoring,
+                batching=batching,
+            )
         )
-        for arm in arms
-    ]
+    return requests
 
 
-def announce(plan: Plan, output: Path, arms: Sequence[str], dtype: str, is_anew: bool = False) -> None:
+def announce(plan: Plan, output: Path, requests: Sequence[ArmRequest], dtype: str, is_anew: bool = False) -> None:
     """Print what will be done and how much will be written.
 
     Args:
@@ -109,17 +116,18 @@ def announce(plan: Plan, output: Path, arms: Sequence[str], dtype: str, is_anew:
     how = (
         "scoring the given completions" if plan.completion_ids else f"sampling up to {sampling.max_tokens} tokens each"
     )
-    n_bytes = plan.max_bytes(arms, dtype)
+    n_bytes = plan.max_bytes(requests, dtype)
     note(f"Model    {plan.checkpoint.name} ({model}; {layers})")
     note(f"Tokens   {len(plan.prompt_ids)} prompts, {plan.n_sequences} sequences, {how}")
-    note(f"Arms     {', '.join(arms)}; hooks force eager execution and no prefix cache in vLLM")
+    arms = ", ".join(request.arm for request in requests)
+    note(f"Arms     {arms}; hooks force eager execution and no prefix cache in vLLM")
     if plan.full_vocab:
         n_vocab = plan.vocabulary_bytes(plan.full_vocab)
         note(
             f"Vocab    whole next-token distributions of {plan.full_vocab} of {plan.n_sequences} sequences, "
             f"at most {n_vocab / 1e6:,.1f} MB per arm of infer and train (--full-vocab 0: none)"
         )
-    per_token = replace(plan, full_vocab=0).max_bytes(arms, dtype) / plan.max_token_rows
+    per_token = replace(plan, full_vocab=0).max_bytes(requests, dtype) / plan.max_token_rows
     beside = " beside whole distributions" if plan.full_vocab else ""
     note(f"Writes   at most {n_bytes / 1e6:,.1f} MB under {output} ({per_token:,.0f} B per token{beside})")
     if not plan.completion_ids and not sampling.is_neutral:
@@ -141,43 +149,118 @@ def _refuse_full_disk(output: Path, n_bytes: int, is_anew: bool) -> None:
 
 
 def join(
-    output: Path, ckpt: str, revision: str | None, max_model_len: int | None, trust_remote_code: bool
-) -> tuple[Run, Checkpoint, int]:
-    """An arm for a run that exists: the same weights, wherever they lie on this machine.
-
-    Returns:
-        The run, the checkpoint, and the longest sequence vLLM must have room for [tokens].
+    output: Path,
+    ckpt: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    is_other_checkpoint: bool,
+) -> tuple[Run, Checkpoint]:
+    """An arm for a run that exists: the run's checkpoint, wherever it lies on this machine, or another one if said so.
 
     Raises:
-        RunConflictError: the checkpoint is not the one the run was made with.
+        RunConflictError: the checkpoint is not the one the run was made with, or it is and was called another.
+        CheckpointError: the other checkpoint's tokenizer gives tokens other ids.
         CorruptRunError: run.json does not say how sequences are sampled.
+        SchemaVersionError: the run was made by an earlier version.
     """
     run, checkpoint = open_run(output), open_checkpoint(ckpt, revision, trust_remote_code)
-    lacking = [key for key in ("max_tokens", "n", "seed") if key not in run.manifest["sampling"]]
-    if lacking:
-        raise CorruptRunError(f"{output / MANIFEST} does not say sampling {lacking}, so no arm can join it; restore it")
-    there = {key: run.configuration.get(key) for key in checkpoint.digests}
-    refuse_other_configuration(there, checkpoint.digests, str(output))
-    return run, checkpoint, max_model_len or needed_length(run, checkpoint)
+    RunWriter(run).refuse_earlier_schema()
+    known_sampling(run)
+    there = None if run.record.checkpoint is None else run.checkpoint(run.record.checkpoint)
+    is_other = there is None or there.digest != checkpoint.record.digest
+    if is_other and not is_other_checkpoint:
+        words = "none" if there is None else there.words
+        raise RunConflictError(
+            f"{output} was made with another checkpoint: {words} there, {checkpoint.record.words} asked; use "
+            "another -o, or --other-checkpoint to compare the two"
+        )
+    if run.record.tokenizer is not None:
+        refuse_other_tokenizer(run.record.tokenizer, checkpoint, trust_remote_code)
+    return run, checkpoint
+
+
+def reference_for(run: Run, name: str, arm: str, checkpoint: Checkpoint) -> tuple[Reference, bool]:
+    """The arm that a recipe's arm repeats or changes, and whether what it changes are the weights.
+
+    Args:
+        name: of the recipe.
+        arm: what the arm is to be called.
+
+    Raises:
+        RunConflictError: an arm of that name is there, of other weights.
+    """
+    role, digest = recipe(name).role, checkpoint.record.digest
+    records = [run.arm(one) for one in run.arms()]
+    mine = [one for one in records if one.role == role and one.change in (None, "checkpoint")]
+    same = [one for one in mine if one.checkpoint == digest]
+    there = next((one for one in records if one.name == run.reference(role)), None)
+    if recipe(name).change is not None:
+        found = next(iter(same), there)
+        return Reference(found.name if found else role, found.path if found else None), False
+    if there is None or there.name == arm or there.checkpoint == digest:
+        if there is not None and there.name == arm and there.checkpoint != digest:
+            source = run.checkpoint_of(arm)
+            raise RunConflictError(
+                f"{run.path} has an arm {arm} of another checkpoint ({source.words if source else 'not recorded'}); "
+                f"give the one of {checkpoint.record.words} a name of its own with --name"
+            )
+        return Reference(role, there.path if there else None), False
+    return Reference(there.name, there.path), True
+
+
+def open_other(name: str, plan: Plan, trust_remote_code: bool) -> Checkpoint:
+    """A second checkpoint for a run that is planned.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or its tokenizer gives tokens other ids.
+    """
+    checkpoint = open_checkpoint(name, None, trust_remote_code)
+    check_loadable(checkpoint, trust_remote_code)
+    ours = plan.checkpoint.digests["tokenizer_sha256"]
+    refuse_other_tokenizer(Tokenizer(files_sha256=ours, map_sha256=plan.map_sha256), checkpoint, trust_remote_code)
+    return checkpoint
 
 
 @dataclass(frozen=True)
 class Capture:
-    """Arms of a run to be filled from one checkpoint."""
+    """Arms of a run to be filled.
 
-    run: Run
-    checkpoint: Checkpoint
+    Args:
+        checkpoints: what the arms of each role load.
+    """
+
+    writer: RunWriter
     requests: Sequence[ArmRequest]
+    checkpoints: Mapping[str, Checkpoint]
 
-    def refuse_replay_without_routes(self) -> None:
-        """Refuse what a dense model does not have.
+    def checkpoint(self, request: ArmRequest) -> Checkpoint:
+        """What an arm loads."""
+        return self.checkpoints[recipe(request.recipe).role]
+
+    def refuse(self) -> None:
+        """Refuse what cannot be captured, before any engine is started.
 
         Raises:
-            CheckpointError: replay is asked of it.
+            CheckpointError: replay is asked of a dense model, which has no routes.
+            RunConflictError: an arm is there that was made another way.
+            IncompleteRunError: an arm has every shard, but nothing says how they were made.
         """
-        if any(request.replay for request in self.requests) and not self.run.decoder_layers:
-            raise CheckpointError(
-                f"{self.checkpoint.name} is dense: it has no routes to replay; leave the replay arm out"
+        run = self.writer.run
+        for request in self.requests:
+            checkpoint = self.checkpoint(request)
+            if request.replay and checkpoint.routing is None:
+                raise CheckpointError(
+                    f"{checkpoint.name} is dense: it has no routes to replay; leave the replay arm out"
+                )
+            if request.arm not in run.arms():
+                if run.is_complete(request.arm):
+                    raise IncompleteRunError(
+                        f"{run.arm_folder(request.arm)} holds every shard but no arm.json, which says how they were "
+                        f"made; restore it, or delete the folder and capture {request.arm} again"
+                    )
+                continue
+            self.writer.refuse_other_request(
+                request.arm, request.recipe, request.variant_of, checkpoint.record, request.configuration()
             )
 
 
@@ -188,32 +271,35 @@ def capture(*captures: Capture, is_shared: bool = False) -> None:
         is_shared: shards may be left to other workers; else every arm must be complete before the next begins.
 
     Raises:
-        CheckpointError: replay was asked of a dense model, which has no routes.
+        MoediagError: as :meth:`Capture.refuse`, and what an engine raised.
         IncompleteRunError: other workers still hold shards, and the arm is not ``is_shared``.
     """
     with ExitStack() as stack:
         for one in captures:
-            stack.enter_context(_replacing(one.run))
-            stack.enter_context(one.run.in_use())
-            one.refuse_replay_without_routes()
+            stack.enter_context(_replacing(one.writer.run))
+            stack.enter_context(one.writer.in_use())
+            one.refuse()
         engines = stack.enter_context(Engines())
         for one, request in _by_engine(captures):
-            named = title(request.arm) if len(captures) == 1 else f"{one.run.path.name}: {title(request.arm)}"
-            if one.run.own_missing_shards(request.arm):
+            writer, run = one.writer, one.writer.run
+            named = title(request) if len(captures) == 1 else f"{run.path.name}: {title(request)}"
+            if writer.own_missing_shards(request.arm):
                 with bar(named) as progress:
-                    fill_arm(engines, one.run, one.checkpoint, request, progress.on_event)
+                    fill_arm(engines, writer, one.checkpoint(request), request, progress.on_event)
             else:
-                _check_captured(one.run, request, named)
-            _tell_what_remains(one.run, request.arm, named, is_shared)
+                slice_ = "" if run.is_complete(request.arm) else f"slice {writer.worker} is "
+                note(f"{named}: {slice_}complete, nothing to capture")
+            _tell_what_remains(writer, request.arm, named, is_shared)
     for one in captures:
-        if all(one.run.is_complete(request.arm) for request in one.requests):
-            drop_replaced(one.run.path)
+        keep_comparison(one.writer, one.checkpoints.values())
+        if all(one.writer.run.is_complete(request.arm) for request in one.requests):
+            drop_replaced(one.writer.run.path)
 
 
 def _by_engine(captures: Sequence[Capture]) -> list[tuple[Capture, ArmRequest]]:
     """Arms of one environment beside each other, and of these those of one checkpoint: unobserved vLLM, vLLM, train."""
     pairs = [(one, request) for one in captures for request in one.requests]
-    return sorted(pairs, key=lambda pair: (pair[1].side == TRAIN, pair[1].observer != UNOBSERVED))
+    return sorted(pairs, key=lambda pair: (pair[1].engine == TRANSFORMERS, pair[1].observer != UNOBSERVED))
 
 
 @contextmanager
@@ -236,36 +322,23 @@ def _replacing(run: Run) -> Iterator[None]:
         raise
 
 
-def title(arm: str) -> str:
+def title(request: ArmRequest) -> str:
     """The arm as progress calls it."""
-    return f"{'vLLM' if engine_side(arm) == INFER else 'transformers'} ({arm})"
+    return f"{ENGINE_WORDS[request.engine]} ({request.arm})"
 
 
-def _check_captured(run: Run, request: ArmRequest, named: str) -> None:
-    """Nothing to do, if what is there was made as asked."""
-    arm = request.arm
-    if arm in run.arms():
-        run.begin_arm(arm, {"configuration": request.configuration()})  # refuses other options
-    elif run.is_complete(arm):
-        raise IncompleteRunError(
-            f"{run.path / 'arms' / arm} holds every shard but no arm.json, which says how they were made; "
-            f"restore it, or delete the folder and capture {arm} again"
-        )
-    slice_ = "" if run.is_complete(arm) else f"slice {run.worker} is "
-    note(f"{named}: {slice_}complete, nothing to capture")
-
-
-def _tell_what_remains(run: Run, arm: str, named: str, is_shared: bool) -> None:
+def _tell_what_remains(writer: RunWriter, arm: str, named: str, is_shared: bool) -> None:
     """Shards of other workers: a remark where the arm is shared, else the end of the command."""
+    run = writer.run
     missing = run.missing_shards(arm)
     if not missing:
         return
-    n_held = sum(run.is_claimed(arm, shard) for shard in missing)
+    n_held = sum(writer.is_claimed(arm, shard) for shard in missing)
     remain = f"{len(missing)} of {len(run.shards)} shards of arm {arm} remain ({n_held} being captured by others now)"
     if not is_shared:
         raise IncompleteRunError(f"{run.path}: {remain}; run the same command again when the other workers are done")
-    is_done = not run.own_missing_shards(arm)
-    note(f"{named}: {f'slice {run.worker} is complete; ' if is_done else ''}{remain}")
+    is_done = not writer.own_missing_shards(arm)
+    note(f"{named}: {f'slice {writer.worker} is complete; ' if is_done else ''}{remain}")
 
 
 def finish(run: Run, training_window: int | None = None, no_text: bool = False) -> None:

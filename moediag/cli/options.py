@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -129,6 +130,21 @@ VllmOption = Annotated[
 AttnImplementation = Annotated[str | None, typer.Option(help="transformers' attn_implementation.")]
 ExpertsImplementation = Annotated[str | None, typer.Option(help="transformers' experts_implementation.")]
 DeviceMap = Annotated[str | None, typer.Option(help="transformers' device_map.")]
+InferCheckpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--infer-checkpoint",
+        metavar="OTHER",
+        help="vLLM loads this instead of CKPT: quantised rollout weights, a converted folder, an older step.",
+    ),
+]
+OtherCheckpoint = Annotated[
+    bool,
+    typer.Option("--other-checkpoint", help="CKPT is another checkpoint than the run's: how the two differ is kept."),
+]
+ArmName = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="What the arm is called; default: as its recipe.")
+]
 Replay = Annotated[
     bool, typer.Option("--replay", help="Add the arm train-replay: transformers with vLLM's experts forced (MoE only).")
 ]
@@ -181,6 +197,17 @@ def refuse_errors(findings: Iterable[Finding]) -> None:
     """End with :data:`NOT_SO` where a finding is an error."""
     if any(found.level == "error" for found in findings):
         raise typer.Exit(NOT_SO)
+
+
+def check_arm_name(name: str | None) -> str | None:
+    """The name of an arm, which is a folder's name and a part of its pairs'.
+
+    Raises:
+        RunError: it cannot be one.
+    """
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise RunError(f"--name {name}: wanted letters, digits, '.', '_' and '-', beginning with a letter or digit")
+    return name
 
 
 def parse_full_vocab(text: str | None, observer: Observer) -> int | None:

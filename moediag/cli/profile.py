@@ -14,6 +14,7 @@ def command(
     prompts: o.Prompts,
     output: o.Output,
     settings: Settings,
+    infer_checkpoint: o.InferCheckpoint = None,
     replay: o.Replay = False,
     floors: o.Floors = True,
     production_rollouts: o.ProductionRollouts = False,
@@ -21,12 +22,16 @@ def command(
     no_text: o.NoText = False,
     force: o.Force = False,
 ) -> None:
-    """Sample in vLLM, score in transformers, analyse, draw and report: both arms of one checkpoint."""
+    """Sample in vLLM, score in transformers, analyse, draw and report: both arms of one checkpoint, or of two."""
     from moediag.cli import jobs
-    from moediag.notation import INFER, INFER_PRODUCTION
+    from moediag.notation import INFER, TRAIN
+    from moediag.run.writer import RunWriter
 
-    jobs.require(("infer", "train"))
-    plan = settings.plan(ckpt, prompts, INFER_PRODUCTION if production_rollouts else INFER)
+    jobs.require(INFER, TRAIN)
+    plan = settings.plan(ckpt, prompts, jobs.INFER_PRODUCTION if production_rollouts else INFER)
+    checkpoints = {TRAIN: plan.checkpoint, INFER: plan.checkpoint}
+    if infer_checkpoint is not None:
+        checkpoints[INFER] = jobs.open_other(infer_checkpoint, plan, settings.trust_remote_code)
     needed, extra = (plan.max_model_len, settings.seed), settings.vllm_options
     production = settings.infer_options(extra, jobs.UNOBSERVED, *needed) if production_rollouts else None
     # What only rollouts may do is left out where the same tokens are decoded again, observed.
@@ -42,7 +47,7 @@ def command(
         settings.train_batching,
         production,
     )
-    jobs.announce(plan, output, [request.arm for request in requests], settings.dtype.value, is_anew=force)
+    jobs.announce(plan, output, requests, settings.dtype.value, is_anew=force)
     run = plan.create(output, force)
-    jobs.capture(jobs.Capture(run, plan.checkpoint, requests))
+    jobs.capture(jobs.Capture(RunWriter(run), requests, checkpoints))
     jobs.finish(run, training_window, no_text)

@@ -60,11 +60,11 @@ class Settings:
             MoediagError: they cannot be met.
         """
         from moediag.engines.checkpoint import open_checkpoint
-        from moediag.engines.plan import Sampling, make_plan
+        from moediag.engines.plan import SamplingOptions, make_plan
 
-        sampling = Sampling(
-            **{field.name: getattr(self, field.name) for field in fields(Sampling) if field.name != "stop_token_ids"},
-            stop_token_ids=tuple(self.stop_token_ids or ()),
+        names = [field.name for field in fields(SamplingOptions) if field.name != "stop_token_ids"]
+        sampling = SamplingOptions(
+            **{name: getattr(self, name) for name in names}, stop_token_ids=tuple(self.stop_token_ids or ())
         )
         return make_plan(
             open_checkpoint(ckpt, self.revision, self.trust_remote_code),

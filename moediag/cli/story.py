@@ -16,9 +16,11 @@ from moediag.corrections.chosen import choose
 from moediag.demo.corpus import demo_prompts
 from moediag.demo.pair import build_pair
 from moediag.demo.train import MOE
+from moediag.notation import INFER, TRAIN
 from moediag.results import compare_runs
 from moediag.run.files import make_folder, write_atomic, write_error
 from moediag.run.reader import open_run
+from moediag.run.writer import RunWriter
 from moediag.simulation import Grid
 
 N_PROMPTS = 64
@@ -35,7 +37,7 @@ def tell(output: Path, force: bool = False, no_text: bool = False) -> None:
     Raises:
         MoediagError: as ``profile`` and ``compare`` do.
     """
-    jobs.require(("infer", "train"))
+    jobs.require(INFER, TRAIN)
     make_folder(output)
     try:
         checkpoints = _checkpoints(output)
@@ -48,8 +50,8 @@ def tell(output: Path, force: bool = False, no_text: bool = False) -> None:
     captures = [_begin(checkpoint, prompts, output / name, force) for name, checkpoint in checkpoints.items()]
     jobs.capture(*captures)
     for one in captures:
-        note(f"\n== {one.run.path.name}: what the engines disagree about ==")
-        jobs.finish(one.run, MOE.window, no_text)
+        note(f"\n== {one.writer.run.path.name}: what the engines disagree about ==")
+        jobs.finish(one.writer.run, MOE.window, no_text)
     note("\n== moe: what IcePop and its rivals would mask ==")
     _simulate(output / "moe", force)
     note("\n== moe against dense ==")
@@ -93,7 +95,7 @@ def _checkpoints(output: Path) -> dict[str, Path]:
 
 
 def _begin(checkpoint: Path, prompts: Path, output: Path, force: bool) -> jobs.Capture:
-    sampling = jobs.Sampling(max_tokens=MAX_TOKENS)
+    sampling = jobs.SamplingOptions(max_tokens=MAX_TOKENS)
     plan = jobs.make_plan(
         jobs.open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full", full_vocab=None
     )
@@ -103,5 +105,5 @@ def _begin(checkpoint: Path, prompts: Path, output: Path, force: bool) -> jobs.C
     train = jobs.train_options(dtype="bfloat16")
     # The replay arm says how much of the mismatch is routing.
     requests = jobs.profile_requests(plan, infer, train, replay=plan.checkpoint.routing is not None, with_floors=True)
-    jobs.announce(plan, output, [request.arm for request in requests], "bfloat16", is_anew=force)
-    return jobs.Capture(plan.create(output, force), plan.checkpoint, requests)
+    jobs.announce(plan, output, requests, "bfloat16", is_anew=force)
+    return jobs.Capture(RunWriter(plan.create(output, force)), requests, dict.fromkeys((INFER, TRAIN), plan.checkpoint))

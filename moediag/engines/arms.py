@@ -10,7 +10,8 @@ from typing import Any
 
 from moediag.engines.redaction import redact
 from moediag.errors import EngineError
-from moediag.notation import INFER, INFER_PRODUCTION, PREFILLED, TRAIN, TRAIN_REPLAY, engine_side
+from moediag.run.recipes import RECIPES, TRANSFORMERS, change_of, recipe
+from moediag.run.records import ArmRecord, Captured, Change, Score
 
 HOOKS, NATIVE, BOTH, UNOBSERVED = "hooks", "native", "both", "none"
 OBSERVERS = {
@@ -20,12 +21,15 @@ OBSERVERS = {
     UNOBSERVED: "none: log-probabilities only, as the user's rollouts run",
 }
 
-SAMPLED, PREFILL, DECODE = "sampled", "prefill", "decode"
-PATHS = {
-    SAMPLED: "decode (sampled)",
-    PREFILL: PREFILLED,
-    DECODE: "decode (given tokens, forced one by one)",
-}
+SAMPLED, PREFILL, DECODE, TEACHER_FORCED = "sampled", "prefill", "decode", "teacher-forced"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The arm that a recipe's arm repeats or changes: its name, and how it got its scores (None = not known)."""
+
+    name: str
+    path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,12 @@ class ArmRequest:
     """One arm to capture.
 
     Args:
-        arm: its name; the first word says the engine.
-        engine: options of vLLM or transformers, by their own names.
+        arm: its name.
+        recipe: what it is, a key of :data:`~moediag.run.recipes.RECIPES`.
+        options: of vLLM or transformers, by their own names.
         observer: how vLLM's routing is seen, a key of :data:`OBSERVERS`.
-        path: how vLLM gets its scores, a key of :data:`PATHS`; ignored by train arms.
+        path: how the arm gets its scores.
+        variant_of, change: as in :class:`~moediag.run.records.ArmRecord`.
         reversed_order: vLLM gets the sequences last to first and at most half of them at a time: other batches.
         replay: routes to force in transformers, see :class:`~moediag.engines.hf_engine.Replay`.
         batching: sequences per forward in transformers, see :class:`~moediag.engines.batching.Batching`.
@@ -44,79 +50,134 @@ class ArmRequest:
     """
 
     arm: str
-    engine: dict[str, Any] = field(default_factory=dict)
+    recipe: str
+    options: dict[str, Any] = field(default_factory=dict)
     observer: str = HOOKS
     path: str = SAMPLED
+    variant_of: str | None = None
+    change: Change | None = None
     reversed_order: bool = False
     replay: dict[str, Any] | None = None
     batching: dict[str, Any] | None = None
     perturbation: str = ""
 
     @property
-    def side(self) -> str:
-        """``infer`` or ``train``."""
-        return engine_side(self.arm)
+    def engine(self) -> str:
+        """``vllm`` or ``transformers``."""
+        return RECIPES[self.recipe].engine
 
     def unusual(self) -> dict[str, Any]:
         """What departs from the default, engine options aside."""
+        default = {"path": TEACHER_FORCED} if self.engine == TRANSFORMERS else {}
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.name not in ("arm", "engine") and getattr(self, f.name) != f.default
+            if f.name not in ("arm", "recipe", "options", "variant_of", "change")
+            and getattr(self, f.name) != default.get(f.name, f.default)
         }
 
     def configuration(self) -> dict[str, Any]:
         """What makes two captures of an arm the same; secrets and home paths are hidden."""
-        return dict(redact({**self.engine, **self.unusual()}))
+        return dict(redact({**self.options, **self.unusual()}))
 
+    def record(
+        self,
+        checkpoint: str,
+        configuration: dict[str, Any],
+        facts: dict[str, Any],
+        versions: dict[str, str | None],
+        **more: Any,
+    ) -> ArmRecord:
+        """The arm's record.
 
-_REPEAT_BATCHING = {"batch_size": 4, "layout": "padded"}
-_PERTURBATIONS = {"train-perturbed": "ulp", "train-router-fp32": "router-fp32", "train-router-fp8": "router-fp8"}
-_FIXED_PATHS = {"infer-rescore": PREFILL, "infer-redecode": DECODE}
+        Args:
+            checkpoint: digest of what its engine loaded.
+            configuration: what was asked (:meth:`configuration` before ``auto`` was replaced).
+            facts: what the engine says of itself, by section.
+            more: the record's further fields.
+        """
+        told = dict(redact(facts))
+        environment = told.pop("environment", {})
+        origin = Captured(
+            recipe=self.recipe,
+            configuration=configuration,
+            versions=versions,
+            environment=environment,
+            facts={name: value for name, value in told.items() if value is not None},
+        )
+        return ArmRecord(
+            name=self.arm,
+            role=RECIPES[self.recipe].role,
+            engine=self.engine,
+            path=self.path,  # type: ignore[arg-type]  # pydantic holds it against the literals
+            variant_of=self.variant_of,
+            change=self.change,
+            checkpoint=checkpoint,
+            origin=origin,
+            # Both engines give the log-softmax of the raw logits in float32, before temperature and truncation.
+            score=Score(temperature=1.0, processed=False, dtype="float32"),
+            **more,
+        )
 
 
 def arm_request(
-    arm: str,
-    engine: dict[str, Any],
+    name: str,
+    options: dict[str, Any],
     given: bool,
     *,
-    sampler: str = INFER,
+    arm: str | None = None,
+    sampler: str = "infer",
+    reference: Reference | None = None,
+    is_other_checkpoint: bool = False,
+    routes: str = "infer",
     observer: str = HOOKS,
     scoring: str = PREFILL,
     batching: dict[str, Any] | None = None,
     replay: dict[str, Any] | None = None,
 ) -> ArmRequest:
-    """What an arm of this name is, on a run whose tokens are sampled or given.
+    """What an arm of a recipe is, on a run whose tokens are sampled or given.
 
     Args:
-        engine: options of vLLM or transformers, by their own names.
+        name: of the recipe.
+        options: of vLLM or transformers, by their own names.
         given: the run's completions were given with its prompts.
+        arm: what the arm is called; None = after its recipe.
         sampler: else, the arm that samples them; every other arm scores what it sampled.
+        reference: the reference arm of the recipe's role; None = called after its role, of unknown path.
+        is_other_checkpoint: the arm loads other weights than the reference arm of its role, which is there already.
+        routes: the arm whose experts ``train-replay`` forces.
         scoring: how vLLM scores given completions, ``prefill`` or ``decode``.
         batching, replay: for the arms that have one; ``train-repeat`` defaults to padded batches of 4.
+
+    Raises:
+        RunError: no such recipe.
+        EngineError: rollouts are asked of a run that has its tokens.
     """
-    if engine_side(arm) == TRAIN:
-        return ArmRequest(
-            arm,
-            {**engine, "dtype": "float32"} if arm == "train-fp32" else engine,
-            replay=(replay or {"source": INFER}) if arm == TRAIN_REPLAY else None,
-            batching=batching or (_REPEAT_BATCHING if arm == "train-repeat" else None),
-            perturbation=_PERTURBATIONS.get(arm, ""),
-        )
-    if arm == sampler and not given:
+    made, arm = recipe(name), arm or name
+    reference = reference or Reference(made.role)
+    if made.engine == TRANSFORMERS:
+        path = TEACHER_FORCED
+    elif arm == sampler and not given:
         path = SAMPLED
-    elif arm == INFER_PRODUCTION:
+    elif not made.is_observed:
         how = "given" if given else f"sampled by {sampler}"
         raise EngineError(
-            f"{arm} samples, and this run's tokens were {how}; begin a run with it: "
+            f"{name} samples, and this run's tokens were {how}; begin a run with it: "
             "moediag capture infer-production CKPT --prompts FILE -o RUN"
         )
     else:
-        path = _FIXED_PATHS.get(arm, scoring if given else DECODE)
+        path = made.path or (scoring if given else DECODE)
+    change = "checkpoint" if is_other_checkpoint else change_of(name, path, reference.path)
     return ArmRequest(
         arm,
-        engine,
-        observer=UNOBSERVED if arm == INFER_PRODUCTION else observer,
+        name,
+        {**options, **made.options},
+        observer=observer if made.is_observed else UNOBSERVED,
         path=path,
-        reversed_order=arm == "infer-repeat",
+        variant_of=reference.name if change else None,
+        change=change,
+        reversed_order=made.reversed_order,
+        replay=(replay or {"source": routes}) if made.change == "replay" else None,
+        batching=batching or made.batching if made.engine == TRANSFORMERS else None,
+        perturbation=made.perturbation,
     )

@@ -76,13 +76,13 @@ def recomputed_rows(tokens: TokenRows, rows: dict[str, NDArray[Any]], request_se
     return {"n_rows_recomputed": int(is_again_T.sum()), "n_recomputed_otherwise": n_otherwise}
 
 
-def capture_of(logp_T: NDArray[Any], entropy_T: NDArray[Any], routing: dict[str, NDArray[Any]]) -> Capture:
+def capture_of(logp_T: NDArray[Any], entropy_T: NDArray[Any] | None, routing: dict[str, NDArray[Any]]) -> Capture:
     """A capture in memory dtypes from an engine's arrays."""
     scores = {name: array.astype(np.float32) for name, array in routing.items() if name != "expert_ids_TLK"}
     ids = routing.get("expert_ids_TLK")
     return Capture(
         logp_T=logp_T.astype(np.float32),
-        entropy_T=entropy_T.astype(np.float32),
+        entropy_T=None if entropy_T is None else entropy_T.astype(np.float32),
         expert_ids_TLK=None if ids is None else ids.astype(np.int16),
         **scores,
     )

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from moediag.engines.redaction import redact
-from moediag.engines.routers import RouterSpec, router_spec, text_config
+from moediag.engines.routers import ModelRouting, router_spec, text_config
 from moediag.engines.tensor_digest import weights_digest
 from moediag.errors import CheckpointError
 from moediag.run.files import digest_of, tokenizer_digest
+from moediag.run.records import CheckpointRecord
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
@@ -39,7 +40,7 @@ class Checkpoint:
     revision: str | None
     config: dict[str, Any]
     weight_files: tuple[Path, ...]
-    routing: RouterSpec | None
+    routing: ModelRouting | None
 
     @property
     def architecture(self) -> str:
@@ -78,17 +79,34 @@ class Checkpoint:
             "config_sha256": digest_of(config),
         }
 
-    def record(self) -> dict[str, Any]:
-        """The ``model`` entry of run.json, without digests; where the checkpoint lies at home is nobody's business."""
+    @property
+    def n_vocabulary(self) -> int:
+        """V, as config.json has it; 0 where it does not say."""
+        return int(text_config(self.config).get("vocab_size") or 0)
+
+    def described(self) -> dict[str, Any]:
+        """What is shown of it, without reading its weights; where it lies at home is nobody's business."""
         return {
-            "name": redact(self.name),
+            "source": redact(self.name),
             "revision": redact(self.revision),
             "architecture": self.architecture,
             "model_type": str(self.config.get("model_type")),
             "n_decoder_layers": int(text_config(self.config).get("num_hidden_layers", 0)),
+            "n_vocabulary": self.n_vocabulary or None,
             "stored_dtype": self.stored_dtype,
-            "routing": None if self.routing is None else self.routing.record(),
+            "quantization": self.config.get("quantization_config"),
         }
+
+    @cached_property
+    def record(self) -> CheckpointRecord:
+        """As the run keeps it.
+
+        Raises:
+            CheckpointError: a weight file is not a whole safetensors file.
+        """
+        routers = self.routing.routers() if self.routing else ()
+        content: dict[str, Any] = {**self.described(), **self.digests, "routers": routers}
+        return CheckpointRecord(**content)
 
 
 def open_checkpoint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
@@ -108,7 +126,7 @@ def open_checkpoint(name: str, revision: str | None = None, trust_remote_code: b
     config = _read_config(path)
     try:
         checkpoint = Checkpoint(path, name, revision, config, _weight_files(path), router_spec(config, str(path)))
-        checkpoint.record()
+        checkpoint.described()
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -17,10 +17,11 @@ from moediag.engines.channel import Reporter, coming_jobs, write_output_to
 from moediag.engines.held import Held
 from moediag.errors import DiskFullError, EngineError, MoediagError
 from moediag.run.files import write_error
-from moediag.run.reader import Run, open_run
+from moediag.run.reader import open_run
 from moediag.run.shards import Slice
+from moediag.run.writer import RunWriter
 
-Task = Callable[[Run, dict[str, Any], Reporter, Held], None]
+Task = Callable[[RunWriter, dict[str, Any], Reporter, Held], None]
 """What a job names as ``module:function``: imported in its process only, it may lie in a room above the engines."""
 
 
@@ -45,10 +46,10 @@ def main() -> int:
 
 def _do(job: dict[str, Any], reporter: Reporter, held: Held) -> None:
     module, _, function = job["task"].partition(":")
-    run = open_run(Path(job["run"]), Slice(**job["worker"]))
-    with run.in_use():
+    writer = RunWriter(open_run(job["run"]), Slice(**job["worker"]))
+    with writer.in_use():
         task: Task = getattr(importlib.import_module(module), function)
-        task(run, job["options"], reporter, held)
+        task(writer, job["options"], reporter, held)
 
 
 def _tell(reporter: Reporter, error: MoediagError) -> None:

@@ -9,46 +9,48 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moediag.engines.channel import Reporter
-from moediag.run.reader import Run
 from moediag.run.shards import Shard
+from moediag.run.writer import RunWriter
 
 OnDone = Callable[[float], None]
 """Told how many of the shard's sequences are done; fractions while one is being sampled."""
 
 
-def fill_missing_shards(run: Run, arm: str, reporter: Reporter, capture_shard: Callable[[Shard, OnDone], None]) -> None:
+def fill_missing_shards(
+    writer: RunWriter, arm: str, reporter: Reporter, capture_shard: Callable[[Shard, OnDone], None]
+) -> None:
     """Call ``capture_shard`` for every shard of the worker's slice that is neither committed nor held by another.
 
     Passes are repeated until one finds nothing to do: what a worker that was killed meanwhile had held is free
     again. Shards that living workers still hold are left to them.
     """
-    while sum(_fill_shard(run, arm, shard, reporter, capture_shard) for shard in run.own_missing_shards(arm)):
+    while sum(_fill_shard(writer, arm, shard, reporter, capture_shard) for shard in writer.own_missing_shards(arm)):
         pass
-    run.remove_dead_claims(arm)
-    _tell(reporter, run, _n_done(run, arm))
+    writer.remove_dead_claims(arm)
+    _tell(reporter, writer, _n_done(writer, arm))
 
 
 def _fill_shard(
-    run: Run, arm: str, shard: Shard, reporter: Reporter, capture_shard: Callable[[Shard, OnDone], None]
+    writer: RunWriter, arm: str, shard: Shard, reporter: Reporter, capture_shard: Callable[[Shard, OnDone], None]
 ) -> bool:
     """Capture one shard; False when another worker holds it or has committed it meanwhile."""
-    with run.claim(arm, shard) as is_mine:
-        if not is_mine or run.has_capture(arm, shard):
+    with writer.claim(arm, shard) as is_mine:
+        if not is_mine or writer.run.has_capture(arm, shard):
             return False
-        n_done = _n_done(run, arm)
-        _tell(reporter, run, n_done)
-        capture_shard(shard, lambda n_in_shard: _tell(reporter, run, n_done + n_in_shard))
+        n_done = _n_done(writer, arm)
+        _tell(reporter, writer, n_done)
+        capture_shard(shard, lambda n_in_shard: _tell(reporter, writer, n_done + n_in_shard))
     return True
 
 
-def _n_done(run: Run, arm: str) -> int:
+def _n_done(writer: RunWriter, arm: str) -> int:
     """Sequences of this worker's slice that are committed, whoever captured them."""
-    return _n_all(run) - sum(shard.n_sequences for shard in run.own_missing_shards(arm))
+    return _n_all(writer) - sum(shard.n_sequences for shard in writer.own_missing_shards(arm))
 
 
-def _n_all(run: Run) -> int:
-    return sum(shard.n_sequences for shard in run.shards if run.worker.has(shard))
+def _n_all(writer: RunWriter) -> int:
+    return sum(shard.n_sequences for shard in writer.run.shards if writer.worker.has(shard))
 
 
-def _tell(reporter: Reporter, run: Run, n_done: float) -> None:
-    reporter.progress(n_done, _n_all(run), "sequences")
+def _tell(reporter: Reporter, writer: RunWriter, n_done: float) -> None:
+    reporter.progress(n_done, _n_all(writer), "sequences")

@@ -26,16 +26,17 @@ from moediag.engines.held import Held
 from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps, find_blocks, stage_dtypes
 from moediag.engines.perturbation import Perturbed, seed_of
 from moediag.engines.provenance import arm_sections, process_facts
-from moediag.engines.redaction import redact
-from moediag.engines.routers import RouterSpec
-from moediag.engines.routing_rows import gate_weights_words, level_of
+from moediag.engines.routers import ModelRouting
+from moediag.engines.routing_rows import gate_weights_words
 from moediag.engines.selected import train_dtypes, train_engine_config, train_kernels
 from moediag.engines.versions import numeric_versions, require_train_engine
 from moediag.errors import CheckpointError, IncompleteRunError
-from moediag.run.capture import Capture, TokenRows
+from moediag.run.capture import Capture, TokenRows, arrays_of
 from moediag.run.reader import Run
+from moediag.run.records import ArmRecord
 from moediag.run.shards import Shard
 from moediag.run.vocabulary import VocabRows
+from moediag.run.writer import RunWriter
 
 _LOGIT_ROWS = 512  # rows of vocabulary-wide float32 held at a time: 512 x 152k x 4 B = 0.3 GB
 
@@ -43,31 +44,33 @@ OnLogProbs = Callable[[torch.Tensor, torch.Tensor], None]
 """Told, some rows at a time, token rows of the batch (M,) and their next-token log-probabilities (M, V), float32."""
 
 
-def capture_train(run: Run, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
-    """Fill the missing shards of one of the run's train arms.
+def capture_train(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+    """Fill the missing shards of one of the run's transformers arms.
 
     Args:
-        options: ``checkpoint`` (folder), ``request`` (fields of :class:`ArmRequest`), ``configuration``.
+        options: as for :func:`moediag.engines.vllm_engine.capture_infer`.
 
     Raises:
         IncompleteRunError: the run's tokens, or the routes to replay, are not there yet.
         CaptureError: a layer never fired; nothing of that shard is stored.
     """
-    request = ArmRequest(**options["request"])
-    missing = run.own_missing_shards(request.arm)
+    run, request = writer.run, ArmRequest(**options["request"])
+    missing = writer.own_missing_shards(request.arm)
     replay = Replay(**request.replay) if request.replay else None
     _refuse_missing_input(run, missing, replay.source if replay else None)
     if not missing:
         return
     if replay and replay.weights:
         _refuse_other_weights(run, replay.source, missing[0])
-    engine = TrainEngine(run, held_model(held, options["checkpoint"], request.engine, reporter), request)
-    run.begin_arm(request.arm, engine.arm_record(options["configuration"]), engine.correction_bias())
-    fill_missing_shards(run, request.arm, reporter, engine.capture_shard)
+    model = held_model(held, options["folder"], request.options, reporter)
+    engine = TrainEngine(writer, model, request, options["routing"])
+    record = engine.arm_record(options["checkpoint"], options["configuration"])
+    writer.begin_arm(record, engine.correction_bias())
+    fill_missing_shards(writer, request.arm, reporter, engine.capture_shard)
 
 
 def _refuse_missing_input(run: Run, shards: list[Shard], source: str | None) -> None:
-    needed = source or "infer"
+    needed = source or run.sampler
     has_input = run.has_tokens if source is None else partial(run.has_capture, source)
     waiting = [shard for shard in shards if not has_input(shard)]
     if waiting:
@@ -86,10 +89,10 @@ def _refuse_other_weights(run: Run, source: str, shard: Shard) -> None:
     """
     if run.capture(source, shard).gate_weights_TLK is None:
         reason = "kept expert ids only"
-    elif run.arm(source).get("gate_weights") or run.model["routing"].get("scaling_factor", 1) == 1:
+    elif run.arm(source).gate_weights:
         return
     else:
-        reason = "was captured by an earlier version, whose gate weights lack routed_scaling_factor"
+        reason = "does not say on what scale its gate weights are"
     raise IncompleteRunError(
         f"{run.path}: arm {source} {reason}, so --replay-weights cannot force them; leave it out, or begin another run"
     )
@@ -126,26 +129,25 @@ class Replay:
 class TrainEngine:
     """One arm on a transformers model, with its taps."""
 
-    def __init__(self, run: Run, model: Any, request: ArmRequest) -> None:
+    def __init__(self, writer: RunWriter, model: Any, request: ArmRequest, routing: dict[str, Any] | None) -> None:
         self.version = require_train_engine()
-        self.run = run
+        self.writer, self.run = writer, writer.run
         self.request = request
         self.replay = Replay(**request.replay) if request.replay else None
         self.batching = Batching(**(request.batching or {})).check()
         self.model = model
-        routing = run.model["routing"]
-        self.spec = RouterSpec.from_record(routing) if routing else None
-        self.level = level_of(run.configuration)
+        self.spec = ModelRouting.from_record(routing) if routing else None
+        self.level = self.run.record.level
         if self.spec:
             _check_loaded(self.model, self.spec)
         if self.batching.layout == PACKED and self.batching.batch_size > 1:
-            refuse_leak(self.model, torch.from_numpy(run.tokens(run.shards[0]).token_id_T.copy()))
+            refuse_leak(self.model, torch.from_numpy(self.run.tokens(self.run.shards[0]).token_id_T.copy()))
 
-    def arm_record(self, configuration: dict[str, Any]) -> dict[str, Any]:
+    def arm_record(self, checkpoint: str, configuration: dict[str, Any]) -> ArmRecord:
         """What arm.json says of this arm."""
         config = self.model.config
         parameters = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters()}
-        facts = {
+        loaded = {
             "model_class": type(self.model).__name__,
             "parameter_dtypes": sorted(parameters),
             "attn_implementation": config._attn_implementation,
@@ -157,23 +159,29 @@ class TrainEngine:
             "dtypes": train_dtypes(self.model),
             "process": process_facts(),
         }
-        record = {
-            "configuration": configuration,
-            "engine": "transformers",
-            "versions": {**numeric_versions(), "transformers": self.version},
-            "path": f"teacher-forced, {self.batching.words}",
+        stages = stage_dtypes(find_blocks(self.model)[0], self.spec, self.model.dtype) if self.spec else None
+        facts = {
+            "batching": self.batching.words,
             "replay": asdict(self.replay) if self.replay else None,
             "perturbation": self.request.perturbation or None,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            **arm_sections(facts),
+            **arm_sections(loaded),
             "engine_config": train_engine_config(self.model),
-            "router_dtypes": stage_dtypes(find_blocks(self.model)[0], self.spec, self.model.dtype)
-            if self.spec
-            else None,
-            "gate_weights": gate_weights_words(self.level, self.spec.scales_input) if self.spec else None,
+            "router_dtypes": stages,
             "observer": "forward hooks on routers and experts" if self.spec else "none needed",
         }
-        return dict(redact(record))
+        is_reference = self.request.variant_of is None
+        return self.request.record(
+            checkpoint,
+            configuration,
+            facts,
+            {**numeric_versions(), "transformers": self.version},
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            arrays=arrays_of(
+                self.level, self.spec is not None, has_distributions=is_reference and self.run.record.full_vocab > 0
+            ),
+            routers=self.spec.routers() if self.spec else (),
+            gate_weights=gate_weights_words(self.level, self.spec.scales_input) if self.spec else None,
+        )
 
     def correction_bias(self) -> list[list[float]] | None:
         """The routers' correction bias by MoE layer and expert; None where the rule has none."""
@@ -203,7 +211,7 @@ class TrainEngine:
         capture = capture_of(arrays.pop("logp_T"), arrays.pop("entropy_T"), arrays)
         facts = {"seconds": round(time.monotonic() - started, 3)}
         whole = vocab.whole(tokens, capture.logp_T, chosen) if len(chosen) else None
-        self.run.write_capture(self.request.arm, shard, tokens, capture, facts, dtypes, whole)
+        self.writer.write_capture(self.request.arm, shard, tokens, capture, facts, dtypes, whole)
 
     def _perturbed(self, name: str) -> AbstractContextManager[object]:
         if not self.request.perturbation:
@@ -323,8 +331,8 @@ def score_batch(
     return logp_T, entropy_T
 
 
-def _check_loaded(model: Any, spec: RouterSpec) -> None:
-    """Hold the RouterSpec, read from config.json, against the routers that were really built."""
+def _check_loaded(model: Any, spec: ModelRouting) -> None:
+    """Hold the ModelRouting, read from config.json, against the routers that were really built."""
     blocks = find_blocks(model)
     found = [block.decoder_layer for block in blocks]
     if found != list(spec.decoder_layers):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from moediag.engines.routers import RouterSpec
+from moediag.engines.routers import ModelRouting
 from moediag.engines.routing_rows import kept_by, routing_arrays
 from moediag.errors import CaptureError
 
@@ -67,7 +67,7 @@ class RoutingTaps:
     """Hooks on every MoE block: router logits as the router gave them, ids and weights as the experts used them."""
 
     def __init__(
-        self, model: torch.nn.Module, spec: RouterSpec, level: str, forced: ForcedRoutes | None = None
+        self, model: torch.nn.Module, spec: ModelRouting, level: str, forced: ForcedRoutes | None = None
     ) -> None:
         self.spec = spec
         self.level = level
@@ -206,7 +206,7 @@ class _ForcedTopK(TorchFunctionMode):
     Group-limited routers call TopK on groups first: only the call on a (T, E) tensor with k = K is the choice.
     """
 
-    def __init__(self, ids_TK: torch.Tensor, spec: RouterSpec) -> None:
+    def __init__(self, ids_TK: torch.Tensor, spec: ModelRouting) -> None:
         super().__init__()
         self.ids_TK = ids_TK
         self.spec = spec
@@ -241,7 +241,7 @@ class _RecordedLogits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def route_recorded(block: Block, logits_NE: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
+def route_recorded(block: Block, logits_NE: torch.Tensor, spec: ModelRouting) -> torch.Tensor:
     """Expert ids (N, K) that the model's own router code chooses on recorded logits.
 
     Run on another engine's logits it separates *logit drift* from *another routing rule*: where this reproduces the
@@ -273,7 +273,7 @@ class _TopKInput(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def stage_dtypes(block: Block, spec: RouterSpec, hidden_dtype: torch.dtype) -> dict[str, str]:
+def stage_dtypes(block: Block, spec: ModelRouting, hidden_dtype: torch.dtype) -> dict[str, str]:
     """Dtypes of the router at its four stages: weight, matmul (logits), score (TopK's input), gate.
 
     Seen by running the router alone on a few rows of zeros.

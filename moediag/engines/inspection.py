@@ -28,7 +28,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
     """Facts about a checkpoint's routing, JSON-ready.
 
     Returns:
-        ``model``, ``routing`` (RouterSpec, None when dense), ``router_dtypes`` (weight, matmul, score, gate in
+        ``model``, ``routing`` (ModelRouting, None when dense), ``router_dtypes`` (weight, matmul, score, gate in
         transformers), ``router_tensors`` (one entry per tensor: layer, dtype, shape, unique values of a bias),
         ``generation_config`` (sampling values) and ``warnings``.
 
@@ -37,13 +37,12 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
     """
     checkpoint = open_checkpoint(name, revision)
     tensors, warnings = _router_tensors(checkpoint)
-    record = checkpoint.record()
-    routing = record.pop("routing")
+    routing = checkpoint.routing.record() if checkpoint.routing else None
     generation = _generation_config(checkpoint.path)
     if generation.get("temperature") not in (None, 1, 1.0) or generation.get("top_p") not in (None, 1, 1.0):
         warnings.append("generation_config.json changes sampling; moediag tells vLLM to leave it alone")
     return {
-        "model": record,
+        "model": checkpoint.described(),
         "routing": routing,
         "router_dtypes": _router_dtypes(checkpoint) if checkpoint.routing else None,
         "router_tensors": tensors,

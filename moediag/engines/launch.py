@@ -14,9 +14,9 @@ from moediag.engines.arms import BOTH, HOOKS, NATIVE, UNOBSERVED, ArmRequest
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.versions import require_infer_engine, require_train_engine
 from moediag.errors import EngineError
-from moediag.notation import INFER, TRAIN
-from moediag.run.reader import Run
+from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM
 from moediag.run.shards import WHOLE
+from moediag.run.writer import RunWriter
 
 # Set for the engine's process where the user has not set them; recorded in arm.json.
 INFER_ENVIRONMENT = {
@@ -85,7 +85,7 @@ _REFUSED = {
 }
 
 
-_TASKS = {INFER: "moediag.engines.vllm_engine:capture_infer", TRAIN: "moediag.engines.hf_engine:capture_train"}
+_TASKS = {VLLM: "moediag.engines.vllm_engine:capture_infer", TRANSFORMERS: "moediag.engines.hf_engine:capture_train"}
 
 
 def infer_options(extra: dict[str, Any], observer: str = HOOKS, **named: Any) -> dict[str, Any]:
@@ -124,7 +124,11 @@ def train_options(**named: Any) -> dict[str, Any]:
 
 
 def fill_arm(
-    engines: channel.Engines, run: Run, checkpoint: Checkpoint, request: ArmRequest, on_event: channel.OnEvent
+    engines: channel.Engines,
+    writer: RunWriter,
+    checkpoint: Checkpoint,
+    request: ArmRequest,
+    on_event: channel.OnEvent,
 ) -> None:
     """Fill the worker's slice of an arm; a model that the engine process has loaded already is used again.
 
@@ -132,19 +136,31 @@ def fill_arm(
         DependencyError: the engine is not installed or not of a supported version.
         MoediagError: what the engine process raised.
     """
-    is_infer = request.side == INFER
-    (require_infer_engine if is_infer else require_train_engine)()
+    require_engine(request.engine)
+    run = writer.run
+    writer.add_checkpoint(checkpoint.record)
     # "auto" means another dtype to each engine where a checkpoint is stored in float32: say it in words.
-    engine = dict(request.engine)
-    if engine.get("dtype") == "auto":
-        engine["dtype"] = checkpoint.stored_dtype
+    options = dict(request.options)
+    if options.get("dtype") == "auto":
+        options["dtype"] = checkpoint.stored_dtype
     told = {
-        "checkpoint": str(checkpoint.path),
-        "request": {**asdict(request), "engine": engine},
+        "folder": str(checkpoint.path),
+        "checkpoint": checkpoint.record.digest,
+        "routing": checkpoint.routing.record() if checkpoint.routing else None,
+        "request": {**asdict(request), "options": options},
         "configuration": request.configuration(),
     }
-    worker = "" if run.worker == WHOLE else f"-{run.worker.index}-of-{run.worker.count}"
+    worker = "" if writer.worker == WHOLE else f"-{writer.worker.index}-of-{writer.worker.count}"
     log = run.path / "logs" / f"{request.arm}{worker}.log"
-    environment = infer_environment(request.observer) if is_infer else TRAIN_ENVIRONMENT
-    job = channel.Job(request.side, _TASKS[request.side], str(run.path), asdict(run.worker), told, str(log))
-    engines.do(job, environment, on_event)
+    environment = infer_environment(request.observer) if request.engine == VLLM else TRAIN_ENVIRONMENT
+    name, task = ENGINE_WORDS[request.engine], _TASKS[request.engine]
+    engines.do(channel.Job(name, task, str(run.path), asdict(writer.worker), told, str(log)), environment, on_event)
+
+
+def require_engine(engine: str) -> None:
+    """Refuse where an engine is missing or of an unsupported version.
+
+    Raises:
+        DependencyError: says which and what to install.
+    """
+    (require_infer_engine if engine == VLLM else require_train_engine)()

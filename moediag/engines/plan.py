@@ -14,20 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from moediag import __version__
+from moediag.engines.arms import ArmRequest
 from moediag.engines.assemble import token_rows
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.redaction import redact
-from moediag.engines.routers import SIGMOID, refuse_ambiguous_rule, text_config
-from moediag.engines.tokenised import check_lengths, tokenise
-from moediag.errors import CheckpointError, EngineError
+from moediag.engines.routers import SIGMOID, refuse_ambiguous_rule
+from moediag.engines.tokenised import check_lengths, map_digest, token_map, tokenise
+from moediag.errors import CheckpointError, CorruptRunError, EngineError
 from moediag.notation import INFER
 from moediag.prompts import read_prompts
 from moediag.run.codec import bytes_per_token, encode_prompts
 from moediag.run.create import bring_back, create_run, split_into_shards
-from moediag.run.files import digest_of
+from moediag.run.files import digest_of, sha256_bytes
 from moediag.run.reader import Run
+from moediag.run.records import MANIFEST, Prompts, RunRecord, Sampling, Tokenizer, TokensFrom
 from moediag.run.shards import Shard
-from moediag.run.vocabulary import VOCABULARY_ARMS, chosen_in
+from moediag.run.vocabulary import chosen_in
+from moediag.run.writer import RunWriter
 
 _SCORE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -44,7 +47,7 @@ SequenceTokens = tuple[int, int, list[int], list[int] | None]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingOptions:
     """Sampling parameters by vLLM's own names and defaults (temperature 1, no truncation)."""
 
     temperature: float = 1.0
@@ -57,7 +60,7 @@ class Sampling:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
 
-    def check(self) -> Sampling:
+    def check(self) -> SamplingOptions:
         """Return self when vLLM would take the values.
 
         Raises:
@@ -76,11 +79,9 @@ class Sampling:
                 raise EngineError(f"sampling parameter {name} = {getattr(self, name)}: wanted {wanted}")
         return self
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Sampling:
         """As run.json holds it."""
-        record = asdict(self)
-        stop_token_ids = list(record.pop("stop_token_ids"))
-        return {**record, **({"stop_token_ids": stop_token_ids} if stop_token_ids else {})}
+        return Sampling(**{**asdict(self), "stop_token_ids": self.stop_token_ids or None})
 
     @property
     def is_neutral(self) -> bool:
@@ -96,7 +97,7 @@ class Plan:
     prompts_path: Path
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]] | None
-    sampling: Sampling
+    sampling: SamplingOptions
     router_logits: str
     shard_size: int
     max_model_len: int
@@ -105,6 +106,7 @@ class Plan:
     ids_only: bool = False
     sampled_by: str = INFER
     full_vocab: int = 0
+    map_sha256: str | None = None
 
     @property
     def n_sequences(self) -> int:
@@ -122,7 +124,7 @@ class Plan:
     @property
     def n_vocabulary(self) -> int:
         """V, as config.json has it; 0 where it does not say."""
-        return int(text_config(self.checkpoint.config).get("vocab_size") or 0)
+        return self.checkpoint.n_vocabulary
 
     def vocabulary_bytes(self, n_chosen: int) -> int:
         """Largest number of bytes that the whole distributions of so many sequences take in one arm."""
@@ -135,11 +137,11 @@ class Plan:
         chosen = (i * len(lengths) // n_chosen for i in chosen_in(whole, n_chosen, len(lengths)))
         return 4 * self.n_vocabulary * sum(lengths[sequence] for sequence in chosen)
 
-    def max_bytes(self, arms: Sequence[str], dtype: str) -> int:
+    def max_bytes(self, arms: Sequence[ArmRequest], dtype: str) -> int:
         """Largest number of bytes the arms will write.
 
         Args:
-            arms: their names: only those of the main pair keep whole distributions.
+            arms: only reference arms keep whole distributions.
             dtype: model dtype as asked for; routers that score in float32 whatever it is are counted so.
         """
         routing = self.checkpoint.routing
@@ -150,7 +152,7 @@ class Plan:
         sizes = bytes_per_token(layers, k, e, weight_bytes=4, logits_bytes=logits)
         if self.ids_only:
             sizes = {name: sizes[name] for name in sizes if name in ("logp_T", "entropy_T", "expert_ids_TLK")}
-        n_keeping = sum(arm in VOCABULARY_ARMS for arm in arms)
+        n_keeping = sum(request.variant_of is None for request in arms)
         vocabulary = n_keeping * self.vocabulary_bytes(self.full_vocab)
         return self.max_token_rows * (len(arms) * sum(sizes.values()) + 8) + vocabulary
 
@@ -160,7 +162,7 @@ class Plan:
             **self.checkpoint.digests,
             "prompts_sha256": digest_of([self.prompt_ids, self.completion_ids]),
             "n_prompts": len(self.prompt_ids),
-            **({} if self.completion_ids else self.sampling.record()),
+            **({} if self.completion_ids else self.sampling.record().content()),
             "router_logits": self.router_logits,
             **({"ids_only": True} if self.ids_only else {}),
             **({} if self.sampled_by == INFER else {"sampled_by": self.sampled_by}),
@@ -170,21 +172,27 @@ class Plan:
 
     def create(self, path: Path, force: bool) -> Run:
         """Create the run directory, or open the one of the same configuration."""
-        manifest = {
-            "moediag_version": __version__,
-            "configuration": self.configuration(),
-            "model": self.checkpoint.record(),
-            "prompts": {
-                "source": redact(self.prompts_path.name),
-                "source_sha256": self.source_sha256,
-                "n": len(self.prompt_ids),
-            },
-            "completions": self.completion_ids is not None,
-            "sampled_by": self.sampled_by,
-            "sampling": self.sampling.record(),
-            "shards": [asdict(shard) for shard in split_into_shards(self.n_sequences, self.shard_size)],
-        }
-        run = create_run(path, manifest, encode_prompts(self.prompt_ids, self.completion_ids), force=force)
+        prompts = encode_prompts(self.prompt_ids, self.completion_ids)
+        record = RunRecord(
+            moediag_version=__version__,
+            configuration=self.configuration(),
+            checkpoint=self.checkpoint.record.digest,
+            tokenizer=Tokenizer(files_sha256=self.checkpoint.digests["tokenizer_sha256"], map_sha256=self.map_sha256),
+            tokens=TokensFrom(origin="given")
+            if self.completion_ids
+            else TokensFrom(origin="sampled", arm=self.sampled_by),
+            prompts=Prompts(
+                n=len(self.prompt_ids),
+                data_sha256=sha256_bytes(prompts),
+                source=redact(self.prompts_path.name),
+                source_sha256=self.source_sha256,
+            ),
+            sampling=self.sampling.record(),
+            level="ids" if self.ids_only else "full" if self.router_logits == "full" else "margins",
+            full_vocab=self.full_vocab,
+            shards=tuple(split_into_shards(self.n_sequences, self.shard_size)),
+        )
+        run = create_run(path, record, prompts, self.checkpoint.record, force=force)
         if self.completion_ids:
             try:
                 _write_given_tokens(run)
@@ -197,7 +205,7 @@ class Plan:
 def make_plan(
     checkpoint: Checkpoint,
     prompts_path: Path,
-    sampling: Sampling,
+    sampling: SamplingOptions,
     *,
     limit: int | None = None,
     router_logits: str = "none",
@@ -222,8 +230,7 @@ def make_plan(
     if ids_only and router_logits == "full":
         raise EngineError("--ids-only keeps no router logits: leave --router-logits full out, or --ids-only")
     prompts = read_prompts(prompts_path, limit)
-    _check_architecture(checkpoint, trust_remote_code)
-    refuse_ambiguous_rule(checkpoint.config, str(checkpoint.path))
+    check_loadable(checkpoint, trust_remote_code)
     prompt_ids = tokenise(checkpoint, prompts, prompts_path, trust_remote_code)
     has_completions = prompts[0].completion_token_ids is not None
     if sampled_by != INFER and has_completions:
@@ -250,6 +257,7 @@ def make_plan(
         tuple(sorted({key for prompt in prompts for key in prompt.ignored_keys})),
         ids_only,
         sampled_by,
+        map_sha256=map_digest(token_map(checkpoint, trust_remote_code)),
     )
     return replace(plan, full_vocab=_sequences_with_vocabulary(plan, full_vocab))
 
@@ -268,9 +276,24 @@ def _sequences_with_vocabulary(plan: Plan, asked: int | None) -> int:
 def needed_length(run: Run, checkpoint: Checkpoint) -> int:
     """Longest sequence of the run that vLLM must have room for [tokens]."""
     sequences = load_prompt_tokens(run)
-    if run.manifest["completions"]:
+    if run.record.tokens.origin == "given":
         return _room(checkpoint, max(len(p) + len(c or []) for _, _, p, c in sequences) + 1)
-    return _room(checkpoint, max(len(p) for _, _, p, _ in sequences) + int(run.manifest["sampling"]["max_tokens"]))
+    return _room(checkpoint, max(len(p) for _, _, p, _ in sequences) + int(known_sampling(run)["max_tokens"]))
+
+
+def known_sampling(run: Run) -> dict[str, Any]:
+    """How the run's sequences are sampled.
+
+    Raises:
+        CorruptRunError: run.json does not say.
+    """
+    sampling = run.record.sampling.content() if run.record.sampling else {}
+    lacking = [key for key in ("max_tokens", "n", "seed") if key not in sampling]
+    if lacking:
+        raise CorruptRunError(
+            f"{run.path / MANIFEST} does not say sampling {lacking}, so no arm can join it; restore it"
+        )
+    return sampling
 
 
 def load_prompt_tokens(run: Run) -> list[SequenceTokens]:
@@ -280,7 +303,7 @@ def load_prompt_tokens(run: Run) -> list[SequenceTokens]:
         CorruptRunError: the prompts file was changed.
     """
     prompts, completions = run.prompt_tokens()
-    n_samples = 1 if completions else int(run.manifest["sampling"]["n"])
+    n_samples = 1 if completions else int(known_sampling(run)["n"])
     pairs = zip(prompts, completions or repeat(None, len(prompts)), strict=True)
     return [(i, sample, p, c) for i, (p, c) in enumerate(pairs) for sample in range(n_samples)]
 
@@ -291,18 +314,23 @@ def _room(checkpoint: Checkpoint, wanted: int) -> int:
 
 def _write_given_tokens(run: Run) -> None:
     """Given completions: the token table is known before any engine runs."""
-    sequences = load_prompt_tokens(run)
+    sequences, writer = load_prompt_tokens(run), RunWriter(run)
     for shard in run.shards:
         if not run.has_tokens(shard):
             samples = [
                 (p, s, prompt, completion or [])
                 for p, s, prompt, completion in (sequences[seq_id] for seq_id in shard.seq_ids)
             ]
-            run.write_tokens(shard, token_rows(shard.seq_ids, samples))
+            writer.write_tokens(shard, token_rows(shard.seq_ids, samples))
 
 
-def _check_architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
-    """Refuse what transformers would not load: unknown architectures, and code of the checkpoint unless trusted."""
+def check_loadable(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Refuse what transformers would not load, and what the two engines would read as two different routers.
+
+    Raises:
+        CheckpointError: an unknown architecture, code of the checkpoint unless trusted, or an ambiguous rule.
+    """
+    refuse_ambiguous_rule(checkpoint.config, str(checkpoint.path))
     from transformers import CONFIG_MAPPING
 
     from moediag.engines import bailing_config

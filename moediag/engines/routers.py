@@ -11,11 +11,12 @@ The gate weight comes from the *score*, never from the bias.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from moediag.errors import CheckpointError
+from moediag.run.records import Router, RouterSpec
 
 if TYPE_CHECKING:
     import torch
@@ -24,22 +25,9 @@ SOFTMAX, SIGMOID, LOGIT = "softmax", "sigmoid", "logit"
 
 
 @dataclass(frozen=True)
-class RouterSpec:
-    """The rule by which every MoE layer of a model chooses its experts.
-
-    Args:
-        family: ``model_type`` of config.json.
-        n_experts, top_k: E and K.
-        score_function: what TopK compares before the bias: ``softmax`` or ``sigmoid`` of the logits, or the
-            ``logit`` itself.
-        has_correction_bias: a learned bias per expert enters the choice but not the gate.
-        n_group, topk_group: experts are split in ``n_group`` groups of which ``topk_group`` compete; 1, 1 = off.
-        gate: what the gate weight of a chosen expert is: its score (``scores``), or the softmax or sigmoid of the
-            chosen logits (``softmax_of_chosen``, ``sigmoid``).
-        renormalize: gate weights are divided by their sum.
-        scaling_factor: then multiplied by this.
-        n_shared_experts: experts every token passes, beside the routed ones.
-        decoder_layers: decoder layer of every MoE layer, in order.
+class ModelRouting:
+    """The rule by which every MoE layer of a model chooses its experts: fields of
+    :class:`~moediag.run.records.RouterSpec`, with E and K, and the decoder layer of every MoE layer in order.
     """
 
     family: str
@@ -65,13 +53,36 @@ class RouterSpec:
         """True where the gate weight multiplies an expert's input and not its output (llama4)."""
         return self.gate == SIGMOID
 
+    def routers(self) -> tuple[Router, ...]:
+        """One record per MoE layer."""
+        rule = {key: value for key, value in asdict(self).items() if key in RouterSpec.model_fields}
+        spec = RouterSpec(**rule)
+        return tuple(
+            Router(decoder_layer=layer, n_experts=self.n_experts, top_k=self.top_k, spec=spec, proof="config.json")
+            for layer in self.decoder_layers
+        )
+
+    @classmethod
+    def of_routers(cls, routers: Sequence[Router]) -> ModelRouting:
+        """From records that all have the same known rule.
+
+        Raises:
+            CheckpointError: they do not.
+        """
+        rules = {(router.n_experts, router.top_k, router.spec) for router in routers}
+        if len(rules) != 1 or next(iter(rules))[2] is None:
+            raise CheckpointError(f"{len(rules)} rules of {len(routers)} routers, wanted one known rule for all")
+        ((n_experts, top_k, spec),) = rules
+        layers = tuple(router.decoder_layer for router in routers)
+        return cls(**(spec.content() if spec else {}), n_experts=n_experts, top_k=top_k, decoder_layers=layers)
+
     def record(self) -> dict[str, Any]:
-        """As run.json holds it."""
+        """In plain types, as an engine process is told it."""
         return {**asdict(self), "decoder_layers": list(self.decoder_layers)}
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> RouterSpec:
-        """From what run.json holds."""
+    def from_record(cls, record: dict[str, Any]) -> ModelRouting:
+        """From plain types."""
         return cls(**{**record, "decoder_layers": tuple(record["decoder_layers"])})
 
 
@@ -173,7 +184,7 @@ def supported_families() -> tuple[str, ...]:
     return tuple(sorted(_FAMILIES))
 
 
-def router_spec(config: dict[str, Any], where: str) -> RouterSpec | None:
+def router_spec(config: dict[str, Any], where: str) -> ModelRouting | None:
     """The routing that config.json describes; None for a dense model.
 
     Raises:
@@ -195,7 +206,7 @@ def router_spec(config: dict[str, Any], where: str) -> RouterSpec | None:
     if not layers:
         return None
     return _checked(
-        RouterSpec(
+        ModelRouting(
             family=family,
             n_experts=n_experts,
             top_k=int(text.get("num_experts_per_tok") or 0),
@@ -231,7 +242,7 @@ def _is_several(value: Any) -> bool:
     return any(isinstance(number, int | float) and number > 1 for number in numbers)
 
 
-def _checked(spec: RouterSpec, where: str) -> RouterSpec:
+def _checked(spec: ModelRouting, where: str) -> ModelRouting:
     if not 1 <= spec.top_k <= spec.n_experts:
         raise CheckpointError(
             f"{where}: num_experts_per_tok = {spec.top_k} with {spec.n_experts} experts; fix config.json"
@@ -243,7 +254,7 @@ def _checked(spec: RouterSpec, where: str) -> RouterSpec:
     return spec
 
 
-def choice_scores(logits: torch.Tensor, spec: RouterSpec, bias: torch.Tensor | None = None) -> torch.Tensor:
+def choice_scores(logits: torch.Tensor, spec: ModelRouting, bias: torch.Tensor | None = None) -> torch.Tensor:
     """What TopK compares, in float32: (..., E) -> (..., E); experts of groups that lost are -inf.
 
     Args:
@@ -269,7 +280,7 @@ def choice_scores(logits: torch.Tensor, spec: RouterSpec, bias: torch.Tensor | N
     return grouped.masked_fill(lost[..., None], -torch.inf).flatten(-2)
 
 
-def group_scores(scores: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
+def group_scores(scores: torch.Tensor, spec: ModelRouting) -> torch.Tensor:
     """Score of each group, the sum of its two best: (..., E) -> (..., n_group)."""
     import torch
 
@@ -279,7 +290,7 @@ def group_scores(scores: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
 
 
 def margins(
-    logits: torch.Tensor, ids: torch.Tensor, spec: RouterSpec, bias: torch.Tensor | None = None
+    logits: torch.Tensor, ids: torch.Tensor, spec: ModelRouting, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choice-score margin and logit margin of each choice, float32.
 
@@ -305,14 +316,14 @@ def margins(
     return best[..., -2] - best[..., -1], used - unused
 
 
-def apply_rule(logits: torch.Tensor, spec: RouterSpec, bias: torch.Tensor | None = None) -> torch.Tensor:
+def apply_rule(logits: torch.Tensor, spec: ModelRouting, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The family's own rule on given router logits: expert ids (..., K), best first."""
     import torch
 
     return torch.topk(choice_scores(logits, spec, bias), spec.top_k, dim=-1).indices
 
 
-def plain_topk(logits: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
+def plain_topk(logits: torch.Tensor, spec: ModelRouting) -> torch.Tensor:
     """TopK of the raw logits, (..., K): the contrast, wrong for every router with a bias or groups."""
     import torch
 

@@ -6,9 +6,9 @@ default), ``full`` (router logits as well). Margins are computed from the unroun
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moediag.engines.routers import RouterSpec, margins
+from moediag.engines.routers import ModelRouting, margins
 
 if TYPE_CHECKING:
     import torch
@@ -21,13 +21,6 @@ normalisation and scaling, wherever the engine applies them; or the factor of it
 versions say nothing: there vLLM's lack a factor that is applied after the experts."""
 
 _CHUNK = 1024  # rows whose margins are computed at a time: 1024 x 48 layers x 128 experts x 4 B = 25 MB per temporary
-
-
-def level_of(configuration: dict[str, Any]) -> str:
-    """How much a run of this configuration keeps."""
-    if configuration.get("ids_only"):
-        return IDS
-    return FULL if configuration.get("router_logits") == "full" else MARGINS
 
 
 def kept_by(level: str) -> tuple[str, ...]:
@@ -43,7 +36,7 @@ def gate_weights_words(level: str, on_input: bool) -> str | None:
 
 
 def routing_arrays(
-    kept: dict[str, torch.Tensor], spec: RouterSpec, bias_LE: torch.Tensor | None, level: str
+    kept: dict[str, torch.Tensor], spec: ModelRouting, bias_LE: torch.Tensor | None, level: str
 ) -> dict[str, torch.Tensor]:
     """Arrays of a capture, on the host.
 
@@ -67,7 +60,7 @@ def routing_arrays(
 
 
 def _margins(
-    logits_LNE: torch.Tensor, ids_LNK: torch.Tensor, spec: RouterSpec, bias_LE: torch.Tensor | None
+    logits_LNE: torch.Tensor, ids_LNK: torch.Tensor, spec: ModelRouting, bias_LE: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from moediag.engines.hf_taps import Block, find_blocks, route_recorded
-from moediag.engines.routers import RouterSpec, apply_rule, plain_topk
+from moediag.engines.routers import ModelRouting, apply_rule, plain_topk
 from moediag.errors import IncompleteRunError
 from moediag.run.reader import Run
 
@@ -26,7 +26,7 @@ class RuleAgreement:
         layer: MoE layer.
         n_rows: routed rows; exact ties at the TopK border are counted apart in ``n_exact_ties``.
         train_rule_rate: transformers' own router code, rows without exact ties; 1 = the engines share the rule.
-        spec_rule_rate: moediag's RouterSpec, the same rows; 1 = margins are in the space TopK compares.
+        spec_rule_rate: moediag's ModelRouting, the same rows; 1 = margins are in the space TopK compares.
         plain_topk_rate: TopK of the raw logits, the contrast; below 1 where a bias or groups decide.
     """
 
@@ -47,7 +47,7 @@ def rule_agreement_by_layer(run: Run, model: Any, arm: str = "infer") -> list[Ru
     Raises:
         IncompleteRunError: the arm holds no router logits.
     """
-    spec = RouterSpec.from_record(run.model["routing"])
+    spec = ModelRouting.of_routers(run.arm(arm).routers)
     captures = [run.capture(arm, shard) for shard in run.shards]
     if any(capture.router_logits_TLE is None for capture in captures):
         raise IncompleteRunError(f"{run.path}: arm {arm} has no router logits; capture it with --router-logits full")
@@ -66,7 +66,7 @@ def rule_agreement_by_layer(run: Run, model: Any, arm: str = "infer") -> list[Ru
 def _layer_agreement(
     layer: int,
     block: Block,
-    spec: RouterSpec,
+    spec: ModelRouting,
     logits_NE: NDArray[np.float32],
     ids_NK: NDArray[np.int16],
     is_tie_N: NDArray[np.bool_],

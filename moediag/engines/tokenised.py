@@ -6,9 +6,65 @@ from pathlib import Path
 from typing import Any
 
 from moediag.engines.checkpoint import Checkpoint
-from moediag.engines.routers import text_config
 from moediag.errors import CheckpointError, PromptsError
 from moediag.prompts import Prompt
+from moediag.run.files import digest_of
+from moediag.run.records import Tokenizer
+
+
+def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """The checkpoint's own tokenizer.
+
+    Raises:
+        CheckpointError: it does not load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # tokenizer classes raise anything; all mean: not usable
+        raise CheckpointError(
+            f"{checkpoint.path}: its tokenizer does not load ({type(error).__name__}: {error})"
+        ) from None
+
+
+def token_map(checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, int] | None:
+    """Token -> id of a checkpoint's tokenizer; None where it does not load."""
+    try:
+        return dict(load_tokenizer(checkpoint, trust_remote_code).get_vocab())
+    except CheckpointError:
+        return None
+
+
+def map_digest(tokens: dict[str, int] | None) -> str | None:
+    """Digest of a token map, whatever files it came from."""
+    return None if tokens is None else digest_of(sorted(tokens.items()))
+
+
+def refuse_other_tokenizer(tokenizer: Tokenizer, other: Checkpoint, trust_remote_code: bool) -> None:
+    """Refuse a checkpoint whose tokenizer gives tokens other ids than the run's does.
+
+    Args:
+        tokenizer: the run's.
+
+    Raises:
+        CheckpointError: it does, or nothing shows that it does not.
+    """
+    if other.digests["tokenizer_sha256"] == tokenizer.files_sha256:
+        return
+    found = map_digest(token_map(other, trust_remote_code))
+    if tokenizer.map_sha256 is None or found is None:
+        raise CheckpointError(
+            f"{other.path}: its tokenizer's files are others than the run's, and a token map could not be loaded to "
+            "compare them; give a checkpoint with the run's tokenizer"
+        )
+    if found != tokenizer.map_sha256:
+        raise CheckpointError(
+            f"{other.path}: its tokenizer maps tokens to other ids than the run's, so the same ids would be other "
+            "text; give a checkpoint with the run's tokenizer"
+        )
 
 
 def tokenise(checkpoint: Checkpoint, prompts: list[Prompt], path: Path, trust_remote_code: bool) -> list[list[int]]:
@@ -18,19 +74,8 @@ def tokenise(checkpoint: Checkpoint, prompts: list[Prompt], path: Path, trust_re
         PromptsError: a prompt without tokens, or with a token id that the model does not have.
         CheckpointError: the tokenizer does not load.
     """
-    if all(prompt.token_ids is not None for prompt in prompts):
-        tokenizer = None
-    else:
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.path, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-        except Exception as error:  # tokenizer classes raise anything; all mean: not usable
-            raise CheckpointError(
-                f"{checkpoint.path}: its tokenizer does not load ({type(error).__name__}: {error})"
-            ) from None
+    has_ids = all(prompt.token_ids is not None for prompt in prompts)
+    tokenizer = None if has_ids else load_tokenizer(checkpoint, trust_remote_code)
     ids = [_prompt_ids(tokenizer, prompt, path) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
@@ -54,7 +99,7 @@ def _prompt_ids(tokenizer: Any, prompt: Prompt, path: Path) -> list[int]:
 
 
 def _check_vocabulary(checkpoint: Checkpoint, prompts: list[Prompt], ids: list[list[int]], path: Path) -> None:
-    n_vocabulary = int(text_config(checkpoint.config).get("vocab_size") or 0)
+    n_vocabulary = checkpoint.n_vocabulary
     for prompt, tokens in zip(prompts, ids, strict=True):
         largest = max([*tokens, *(prompt.completion_token_ids or ())])
         if n_vocabulary and largest >= n_vocabulary:

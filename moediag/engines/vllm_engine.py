@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, PATHS, PREFILL, SAMPLED, UNOBSERVED, ArmRequest
+from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, PREFILL, SAMPLED, UNOBSERVED, ArmRequest
 from moediag.engines.assemble import capture_of, order_rows, recomputed_rows, token_rows
 from moediag.engines.channel import Reporter
 from moediag.engines.fill import OnDone, fill_missing_shards
@@ -28,8 +28,8 @@ from moediag.engines.launch import OBSERVER_FORCES
 from moediag.engines.native import cross_check, native_rows, require_native_observer
 from moediag.engines.plan import load_prompt_tokens
 from moediag.engines.provenance import arm_sections
-from moediag.engines.redaction import redact
-from moediag.engines.routing_rows import IDS, gate_weights_words, level_of
+from moediag.engines.routers import ModelRouting
+from moediag.engines.routing_rows import IDS, gate_weights_words
 from moediag.engines.selected import vllm_engine_config, vllm_sampling
 from moediag.engines.versions import numeric_versions, require_infer_engine
 from moediag.engines.vllm_loaded import agreed, disagreements, refuse_unseen_routing
@@ -44,27 +44,29 @@ from moediag.engines.vllm_paths import (
     sampling_parameters,
 )
 from moediag.errors import EngineError, IncompleteRunError
-from moediag.run.capture import TokenRows
+from moediag.run.capture import TokenRows, arrays_of
 from moediag.run.files import rows_prefix
-from moediag.run.reader import Run
+from moediag.run.records import ArmRecord
 from moediag.run.shards import Shard
+from moediag.run.writer import RunWriter
 
 _WORKER = "moediag.engines.vllm_worker.MoediagWorkerExtension"
 _DTYPE_NAMES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
 
 
-def capture_infer(run: Run, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
-    """Fill the missing shards of one of the run's infer arms.
+def capture_infer(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+    """Fill the missing shards of one of the run's vLLM arms.
 
     Args:
-        options: ``checkpoint`` (folder), ``request`` (fields of :class:`ArmRequest`), ``configuration``.
+        options: ``request`` (fields of :class:`ArmRequest`), ``folder`` and ``checkpoint`` (digest) of what it loads,
+            ``routing`` (that of its config.json, None = dense), ``configuration``.
 
     Raises:
         CaptureError: rows are missing or were computed for other tokens; nothing of that shard is stored.
         IncompleteRunError: the tokens to score are not there yet.
     """
-    request = ArmRequest(**options["request"])
-    missing = run.own_missing_shards(request.arm)
+    run, request = writer.run, ArmRequest(**options["request"])
+    missing = writer.own_missing_shards(request.arm)
     if not missing:
         return
     if request.path != SAMPLED:
@@ -72,11 +74,12 @@ def capture_infer(run: Run, options: dict[str, Any], reporter: Reporter, held: H
         if waiting:
             raise IncompleteRunError(
                 f"{run.path} has no tokens yet for {len(waiting)} of its shards, first {waiting[0].stem}; "
-                f"run first: moediag capture infer CKPT -o {run.path}"
+                f"run first: moediag capture {run.sampler} CKPT -o {run.path}"
             )
-    engine = InferEngine(run, held_llm(held, options["checkpoint"], request, reporter), request)
-    run.begin_arm(request.arm, engine.arm_record(options["configuration"]), engine.correction_bias())
-    fill_missing_shards(run, request.arm, reporter, engine.capture_shard)
+    engine = InferEngine(writer, held_llm(held, options["folder"], request, reporter), request, options["routing"])
+    record = engine.arm_record(options["checkpoint"], options["configuration"])
+    writer.begin_arm(record, engine.correction_bias())
+    fill_missing_shards(writer, request.arm, reporter, engine.capture_shard)
 
 
 def held_llm(held: Held, checkpoint: str, request: ArmRequest, reporter: Reporter) -> Any:
@@ -100,7 +103,7 @@ def held_llm(held: Held, checkpoint: str, request: ArmRequest, reporter: Reporte
 
 def _load_options(request: ArmRequest) -> dict[str, Any]:
     """What vLLM is loaded with: the request's options, what its observer forces, and what any observed path needs."""
-    options = {**request.engine, **OBSERVER_FORCES[request.observer]}
+    options = {**request.options, **OBSERVER_FORCES[request.observer]}
     if request.observer == UNOBSERVED:  # loaded as the user's rollouts are
         return options
     if options.get("max_model_len"):
@@ -119,26 +122,32 @@ def _let_go(llm: Any) -> None:
 class InferEngine:
     """One arm on a vLLM engine, observed as asked: by hooks, by vLLM's own record of experts, both, or not at all."""
 
-    def __init__(self, run: Run, llm: Any, request: ArmRequest) -> None:
-        self.run = run
+    def __init__(self, writer: RunWriter, llm: Any, request: ArmRequest, routing: dict[str, Any] | None) -> None:
+        self.writer, self.run = writer, writer.run
         self.request = request
+        self.routing = routing
         self.path = request.path
         self.version = require_infer_engine()
-        self.max_length: int | None = request.engine.get("max_model_len")
-        self.prompts = load_prompt_tokens(run)
+        self.max_length: int | None = request.options.get("max_model_len")
+        self.prompts = load_prompt_tokens(self.run)
+        self.sampling = self.run.record.sampling.content() if self.run.record.sampling else {}
         self.llm = llm
-        self.level = IDS if request.observer == NATIVE else level_of(run.configuration)
+        self.level = IDS if request.observer == NATIVE else self.run.record.level
         self.facts: dict[str, Any] = self._install()[0]
-        refuse_unseen_routing(self.facts, run.model["routing"], request.observer)
+        refuse_unseen_routing(self.facts, routing, request.observer)
         self._refuse_unseen_distributions()
 
     def _refuse_unseen_distributions(self) -> None:
-        keeps_some = any(self.run.keeps_vocab(self.request.arm, shard) for shard in self.run.shards)
-        if keeps_some and (not self.has_taps or (self.facts["is_v2_runner"] and self.path == PREFILL)):
+        if self.keeps_distributions and (not self.has_taps or (self.facts["is_v2_runner"] and self.path == PREFILL)):
             raise EngineError(
                 f"whole distributions of arm {self.request.arm} need --observer hooks, and vLLM's V1 runner where "
                 "given tokens are prefilled; begin the run with --full-vocab 0"
             )
+
+    @property
+    def keeps_distributions(self) -> bool:
+        """Reference arms keep whole distributions of the run's chosen sequences."""
+        return self.run.record.full_vocab > 0 and self.request.variant_of is None
 
     def correction_bias(self) -> list[list[float]] | None:
         """The routers' correction bias by MoE layer and expert, as rank 0 has it; None where the rule has none."""
@@ -154,7 +163,7 @@ class InferEngine:
         """Set the taps where they are asked for; what every rank has loaded."""
         if not self.has_taps:
             return list(self.llm.collective_rpc("moediag_describe"))
-        return list(self.llm.collective_rpc("moediag_install", args=(self.run.model["routing"], self.level)))
+        return list(self.llm.collective_rpc("moediag_install", args=(self.routing, self.level)))
 
     @property
     def is_cpu(self) -> bool:
@@ -166,30 +175,42 @@ class InferEngine:
         """True where a request cannot carry a seed: the V1 runner on CPU cannot take one under chunked prefill."""
         return self.is_cpu and not self.facts["is_v2_runner"]
 
-    def arm_record(self, configuration: dict[str, Any]) -> dict[str, Any]:
+    def arm_record(self, checkpoint: str, configuration: dict[str, Any]) -> ArmRecord:
         """What arm.json says of this arm."""
         engine, config = self.llm.llm_engine, self.llm.llm_engine.vllm_config
         prompt = self.prompts[0][2]
-        record = {
-            "configuration": configuration,
-            "engine": "vllm",
-            "versions": {**numeric_versions(), "vllm": self.version},
-            "path": PATHS[self.path],
-            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        facts = {
             "max_model_len": config.model_config.max_model_len,
             **arm_sections(self.facts),
             "engine_config": vllm_engine_config(config),
             "sampling": vllm_sampling(engine, self._parameters(0, Sequence(prompt, prompt[:1])), prompt),
-            "disagreements": disagreements(self.facts, self.run.model["routing"]),
             "observer": OBSERVERS[self.request.observer],
-            "gate_weights": gate_weights_words(self.level, self.facts["weights_on_input"])
-            if self.has_taps and self.run.model["routing"]
-            else None,
-            "is_routed": bool(self.run.model["routing"]) and self.request.observer != UNOBSERVED,
             "forced_by_observation": OBSERVER_FORCES[self.request.observer],
             "seeding": "per shard (workers reseeded)" if self.seeds_shards else "per request",
         }
-        return dict(redact(record))
+        return self.request.record(
+            checkpoint,
+            configuration,
+            facts,
+            {**numeric_versions(), "vllm": self.version},
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            arrays=arrays_of(
+                self.level,
+                is_routed=self.is_routed,
+                has_entropy=self.has_taps,
+                has_distributions=self.keeps_distributions,
+            ),
+            routers=ModelRouting.from_record(self.routing).routers() if self.routing else (),
+            gate_weights=gate_weights_words(self.level, self.facts["weights_on_input"])
+            if self.has_taps and self.routing
+            else None,
+            disagreements=tuple(disagreements(self.facts, self.routing)),
+        )
+
+    @property
+    def is_routed(self) -> bool:
+        """The arm records expert ids."""
+        return bool(self.routing) and self.request.observer != UNOBSERVED
 
     def capture_shard(self, shard: Shard, on_done: OnDone) -> None:
         """Sample or score one shard's sequences and commit the arrays, and the tokens where they were sampled."""
@@ -206,9 +227,9 @@ class InferEngine:
         whole = None if vocab is None else vocab.whole(tokens, capture.logp_T, chosen)
         facts = {"seconds": round(time.monotonic() - started, 3), **seen.facts}
         # Arrays first, tokens last: other arms take a shard up once its tokens are committed.
-        self.run.write_capture(self.request.arm, shard, tokens, capture, facts, seen.dtypes, whole)
+        self.writer.write_capture(self.request.arm, shard, tokens, capture, facts, seen.dtypes, whole)
         if self.path == SAMPLED:
-            self.run.write_tokens(shard, tokens)
+            self.writer.write_tokens(shard, tokens)
 
     @property
     def _n_vocabulary(self) -> int:
@@ -240,7 +261,7 @@ class InferEngine:
         if self.request.reversed_order:
             entries, half = entries[::-1], (len(entries) + 1) // 2
             waves = [entries[:half], entries[half:]]
-        max_tokens = self.run.manifest["sampling"]["max_tokens"]
+        max_tokens = int(self.sampling["max_tokens"])
         n_to_come = {seq_id: sequence.n_to_come(self.path, max_tokens) for seq_id, sequence in entries}
         responses: dict[int, Response] = {}
         for wave in waves:
@@ -264,7 +285,7 @@ class InferEngine:
             extra["skip_reading_prefix_cache"] = True
         if self.path == SAMPLED and not self.seeds_shards:
             extra["seed"] = self._seed("sequence", seq_id)
-        sampling = {k: v for k, v in self.run.manifest["sampling"].items() if k not in ("n", "seed")}
+        sampling = {k: v for k, v in self.sampling.items() if k not in ("n", "seed")}
         if self.max_length:  # vLLM itself has room for one token more
             sampling["max_tokens"] = min(sampling["max_tokens"], self.max_length - len(sequence.prompt))
         return sampling_parameters(self.path, sequence, sampling, self.facts["is_v2_runner"], **extra)
@@ -273,13 +294,12 @@ class InferEngine:
         return self._seed("shard", shard.index) if self.seeds_shards else None
 
     def _seed(self, kind: str, index: int) -> int:
-        digest = hashlib.sha256(f"{self.run.manifest['sampling']['seed']}:{kind}:{index}".encode()).digest()
+        digest = hashlib.sha256(f"{self.sampling['seed']}:{kind}:{index}".encode()).digest()
         return int.from_bytes(digest[:6], "big")
 
     def _observed(self, tokens: TokenRows, shard: Shard, responses: list[Response]) -> _Observed:
         if not self.has_taps:
-            nothing_T = np.full(len(tokens), np.nan, dtype=np.float32)
-            return _Observed({}, self._native_routing(tokens, shard, responses), {}, nothing_T, {}, [])
+            return _Observed({}, self._native_routing(tokens, shard, responses), {}, None, {}, [])
         told, rows = self._rows(shard)
         request_seq_ids = [int(request) for request in told["requests"]]
         apart = {name: rows.pop(name) for name in (*DISTRIBUTIONS, "entropy") if name in rows}
@@ -296,19 +316,19 @@ class InferEngine:
         return _Observed(facts_told, routing, dtypes, entropy_T, distribution_rows, request_seq_ids)
 
     def _native_routing(self, tokens: TokenRows, shard: Shard, responses: list[Response]) -> dict[str, NDArray[Any]]:
-        if not self.run.model["routing"] or self.request.observer == UNOBSERVED:
+        if not self.is_routed or self.routing is None:
             return {}
         rows = native_rows(
             [response.routed_experts for response in responses],
             [tokens.token_id_T[start:end].tolist() for start, end in tokens.sequence_bounds()],
-            list(self.run.model["routing"]["decoder_layers"]),
+            list(self.routing["decoder_layers"]),
         )
         return order_rows(tokens, rows, list(shard.seq_ids), needs_last_row=self.path == PREFILL)
 
     def _rows(self, shard: Shard) -> tuple[dict[str, Any], dict[str, Any]]:
         from safetensors.torch import load_file
 
-        prefix, beside = rows_prefix(shard.stem), self.run.path / "arms" / self.request.arm
+        prefix, beside = rows_prefix(shard.stem), self.run.arm_folder(self.request.arm)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=beside) as folder:
             path = Path(folder) / "rows.safetensors"
             ranks = self.llm.collective_rpc("moediag_flush", args=(str(path),))
@@ -330,7 +350,7 @@ class _Observed:
     facts: dict[str, Any]
     routing: dict[str, NDArray[Any]]
     dtypes: dict[str, str]
-    entropy_T: NDArray[np.float32]
+    entropy_T: NDArray[np.float32] | None
     rows: dict[str, NDArray[Any]]
     seq_ids: list[int]
 

@@ -13,7 +13,7 @@ def refuse_unseen_routing(facts: dict[str, Any], routing: dict[str, Any] | None,
 
     Args:
         facts: what the worker says of itself.
-        routing: the run's RouterSpec as a record; None for a dense model.
+        routing: the run's ModelRouting as a record; None for a dense model.
 
     Raises:
         CheckpointError: layers, E, K or bias differ from config.json.

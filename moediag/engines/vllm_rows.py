@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from moediag.engines.routers import RouterSpec
+from moediag.engines.routers import ModelRouting
 from moediag.engines.routing_rows import kept_by, routing_arrays
 
 _REQUEST_SUFFIX = re.compile(r"-[0-9a-f]{8}$")  # vLLM's worker knows a request as <external id>-<8 hex>
@@ -86,7 +86,7 @@ class StepRecorder:
 
     def __init__(
         self,
-        spec: RouterSpec | None,
+        spec: ModelRouting | None,
         level: str,
         bias_LE: torch.Tensor | None = None,
         scale_L: Sequence[float] = (),
@@ -281,7 +281,7 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _misfire(fired: list[int], spec: RouterSpec) -> str:
+def _misfire(fired: list[int], spec: ModelRouting) -> str:
     silent = sorted(set(range(spec.n_layers)) - set(fired))
     twice = sorted({layer for layer in fired if fired.count(layer) > 1})
     return f"in one step MoE layers {silent} never fired and {twice} fired more than once"

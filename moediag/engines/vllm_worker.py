@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from moediag.engines.provenance import process_facts
-from moediag.engines.routers import RouterSpec
+from moediag.engines.routers import ModelRouting
 from moediag.engines.routing_rows import IDS
 from moediag.engines.selected import vllm_dtypes, vllm_kernels
 from moediag.engines.vllm_rows import StepRecorder
@@ -39,7 +39,7 @@ class MoediagWorkerExtension:
         """Set the taps on this worker, in place of those of an earlier arm.
 
         Args:
-            spec: fields of :class:`RouterSpec`, or None for a dense model.
+            spec: fields of :class:`ModelRouting`, or None for a dense model.
             level: ``ids``, ``margins`` or ``full``; see :mod:`moediag.engines.routing_rows`.
 
         Returns:
@@ -47,7 +47,7 @@ class MoediagWorkerExtension:
         """
         self.moediag_remove()
         routers = find_routers(self.model_runner.model)
-        router_spec = RouterSpec.from_record(spec) if spec else None
+        router_spec = ModelRouting.from_record(spec) if spec else None
         bias_LE = correction_bias([router for _, _, router in routers])
         recorder = StepRecorder(router_spec, level if self.rank == 0 else IDS, bias_LE, scales_after_experts(routers))
         self._moediag_recorder = recorder

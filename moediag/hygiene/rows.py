@@ -160,8 +160,9 @@ class Rows:
 
     def take_tokens(self, part: slice) -> TokenRows:
         """A part of the token rows; it may cut sequences."""
-        columns = {f.name: getattr(self.tokens, f.name) for f in fields(TokenRows)}
-        return TokenRows(**{name: column if column is None else column[part] for name, column in columns.items()})
+        columns: dict[str, Any] = {f.name: getattr(self.tokens, f.name) for f in fields(TokenRows)}
+        taken: dict[str, Any] = {name: None if column is None else column[part] for name, column in columns.items()}
+        return TokenRows(**taken)
 
     def _is_set(self, experts: range) -> Bool:
         wanted_W = bit_sets(np.array([[list(experts)]]), self.shape.n_experts)[0, 0]

@@ -39,7 +39,7 @@ def replay_blocks(summary: Summary, origin: str) -> list[Block]:
     """
     pairs: Mapping[str, Summary] = summary.get("pairs") or {}
     observed, replayed = observed_pair_name(summary), replay_pair_name(summary)
-    if observed not in pairs or replayed not in pairs:
+    if observed is None or replayed is None or not {observed, replayed} <= {*pairs}:
         return []
     if main_pair_name(summary) != observed:  # infer was given the tokens that another arm sampled
         origin = FORCED

@@ -118,18 +118,20 @@ class Capture:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
-def arrays_of(level: str, is_routed: bool, *, observed: bool = True, distributions: bool = False) -> list[str]:
+def arrays_of(
+    level: str, is_routed: bool, *, has_entropy: bool = True, has_distributions: bool = False
+) -> tuple[str, ...]:
     """Names of the arrays that an arm keeps.
 
     Args:
-        level: ``ids``, ``margins`` or ``full``.
-        observed: False for rollouts that nothing but their log-probabilities is known of.
+        level: how much of routing: ``ids``, ``margins`` or ``full``.
+        has_distributions: whole next-token distributions of some sequences, too.
     """
-    arrays = ["logp_T", *(["entropy_T"] if observed else [])]
+    arrays = ["logp_T", *(["entropy_T"] if has_entropy else [])]
     if is_routed:
         arrays.append("expert_ids_TLK")
         if level != "ids":
             arrays += ["gate_weights_TLK", "margin_TL", "logit_margin_TL"]
         if level == "full":
             arrays.append("router_logits_TLE")
-    return arrays + (["distributions"] if distributions else [])
+    return (*arrays, *(["distributions"] if has_distributions else []))

@@ -173,7 +173,8 @@ def _run_facts(run: Run) -> Facts:
     """What was asked for: run.json without digests, which are told apart, and without names of folders."""
     record = run.record
     asked = {key: value for key, value in record.configuration.items() if not key.endswith("_sha256")}
-    model = _checkpoint(run).content() if _checkpoint(run) else {}
+    checkpoint = _checkpoint(run)
+    model = checkpoint.content() if checkpoint else {}
     routers = model.pop("routers", ())
     kept = ("revision", "architecture", "model_type", "n_decoder_layers", "stored_dtype", "quantization")
     whole = {**asked, **{f"model.{key}": model.get(key) for key in kept}, "moediag_version": record.moediag_version}
@@ -192,9 +193,9 @@ def _digests(run: Run) -> dict[str, str | None]:
     """What makes two runs comparable: weights, tokenizer, config and prompts."""
     checkpoint = _checkpoint(run)
     return {
-        "weights": checkpoint and checkpoint.weights_sha256,
-        "tokenizer": run.record.tokenizer and run.record.tokenizer.files_sha256,
-        "config": checkpoint and checkpoint.config_sha256,
+        "weights": checkpoint.weights_sha256 if checkpoint else None,
+        "tokenizer": run.record.tokenizer.files_sha256 if run.record.tokenizer else None,
+        "config": checkpoint.config_sha256 if checkpoint else None,
         "prompts": run.record.configuration.get("prompts_sha256"),
     }
 

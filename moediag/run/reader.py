@@ -466,8 +466,11 @@ class _CommonRouting:
         unlike += [layer for layer in others if layer not in ours.decoder_layers]
         left_out = {}
         if unlike:
-            what = f"{minuend} and {subtrahend} have other routers in {len(unlike)} of {len({*others, *ours.decoder_layers})}"
-            left_out["routing"] = f"{what} MoE layers (E, K or the layer itself; first: decoder layer {min(unlike)})"
+            n_all = len({*others, *ours.decoder_layers})
+            left_out["routing"] = (
+                f"{minuend} and {subtrahend} have other routers in {len(unlike)} of {n_all} MoE layers (E, K or the "
+                f"layer itself; first: decoder layer {min(unlike)})"
+            )
         return _CommonRouting((ours, theirs), tuple(layers), left_out)
 
     def select(self, capture: Capture, side: int) -> Capture:

@@ -105,7 +105,7 @@ def arm(of: Run, name: str, content: dict[str, Any]) -> ArmRecord:
                 "facts": facts,
             },
             "dtype": content.get("dtype"),
-            "arrays": arrays_of(level, is_routed, observed=content.get("is_routed", True), distributions=bool(chosen)),
+            "arrays": arrays_of(level, is_routed, has_distributions=bool(chosen)),
             "routers": routers,
             "gate_weights": content.get("gate_weights"),
             "correction_bias_sha256": content.get("correction_bias_sha256"),

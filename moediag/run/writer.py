@@ -11,7 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,19 +43,23 @@ class RunWriter:
     Args:
         run: the run; of today's schema.
         worker: the slice of it that this process fills.
-
-    Raises:
-        SchemaVersionError: the run is of another schema.
     """
 
     def __init__(self, run: Run, worker: Slice = WHOLE) -> None:
-        if run.schema_version != SCHEMA_VERSION:
-            raise SchemaVersionError(
-                f"{run.path} was made by an earlier moediag (schema_version {run.schema_version}): it can be analysed, "
-                "and nothing can be added to it; capture into another folder with -o"
-            )
         self.run = run
         self.worker = worker
+
+    def refuse_earlier_schema(self) -> None:
+        """Refuse a run that can be read and analysed, but not continued.
+
+        Raises:
+            SchemaVersionError: it is one.
+        """
+        if self.run.schema_version != SCHEMA_VERSION:
+            raise SchemaVersionError(
+                f"{self.run.path} was made by an earlier moediag (schema_version {self.run.schema_version}): it can be "
+                "analysed, but no arm can be added to it; capture into another folder with -o"
+            )
 
     def own_missing_shards(self, arm: str) -> list[Shard]:
         """Those of the arm's missing shards that are this worker's to take."""
@@ -79,7 +83,9 @@ class RunWriter:
 
         Raises:
             RunConflictError: it was made another way.
+            SchemaVersionError: the run is of an earlier schema.
         """
+        self.refuse_earlier_schema()
         run, name = self.run, record.name
         folder = run.arm_folder(name)
         if bias_LE is not None:
@@ -100,6 +106,35 @@ class RunWriter:
             write_record(path, record)
         return record
 
+    def refuse_other_request(
+        self,
+        arm: str,
+        recipe: str,
+        variant_of: str | None,
+        checkpoint: CheckpointRecord,
+        configuration: dict[str, Any],
+    ) -> None:
+        """Refuse what is asked of an arm that is there, where it was made of something else and holds a shard.
+
+        Raises:
+            RunConflictError: names what differs.
+        """
+        there = self.run.arm(arm)
+        if not any(self.run.arm_folder(arm).glob("shard-*.json")):
+            return
+        asked = there.model_copy(
+            update={
+                "checkpoint": checkpoint.digest,
+                "variant_of": variant_of,
+                "origin": (there.captured or Captured(recipe=recipe, configuration={})).model_copy(
+                    update={"recipe": recipe, "configuration": configuration}
+                ),
+            }
+        )
+        if asked.made_as() != there.made_as():
+            self.add_checkpoint(checkpoint)
+            self.refuse_other(there, asked)
+
     def refuse_other(self, there: ArmRecord, asked: ArmRecord) -> None:
         """Raise, naming what of an arm differs from what is asked.
 
@@ -111,7 +146,7 @@ class RunWriter:
             names = [self._model_words(digest) for digest in (there.checkpoint, asked.checkpoint)]
             differences.append(f"checkpoint: {names[0]} there, {names[1]} asked")
         for part in ("recipe", "configuration", "versions", "loaded"):
-            differences += differing(*(_part(record, part) for record in (there, asked)), part)
+            differences += differing(_part(there, part), _part(asked, part), part)
         raise RunConflictError(
             f"arm {there.name} of {self.run.path} was made with another configuration ({'; '.join(differences)}); "
             "use another -o or --force"
@@ -236,7 +271,7 @@ class RunWriter:
         write_record(sidecar, Sidecar(**facts, data_sha256=sha256_bytes(data), n_bytes=len(data)))
 
 
-def differing(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+def differing(there: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
     """What two plain records hold differently, a phrase each."""
     keys = sorted(key for key in {*there, *asked} if digest_of(there.get(key)) != digest_of(asked.get(key)))
     named = f"{prefix}." if prefix not in ("", "configuration") else ""
