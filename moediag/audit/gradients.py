@@ -34,7 +34,7 @@ from moediag.notation import INFER, TRAIN
 from moediag.run import claims
 from moediag.run.reader import Run
 from moediag.run.shards import WHOLE
-from moediag.run.writer import CLAIMS
+from moediag.run.writer import CLAIMS, RunWriter
 
 GROUPS: Final = (LM_HEAD, "routers", "experts", "attention")
 METHODS: Final = (

@@ -291,7 +291,6 @@ def capture(*captures: Capture, is_shared: bool = False) -> None:
                 note(f"{named}: {slice_}complete, nothing to capture")
             _tell_what_remains(writer, request.arm, named, is_shared)
     for one in captures:
-        keep_comparison(one.writer, one.checkpoints.values())
         if all(one.writer.run.is_complete(request.arm) for request in one.requests):
             drop_replaced(one.writer.run.path)
 
