@@ -81,7 +81,7 @@ def command(
         seed = int(run.manifest["sampling"]["seed"])
         asked = request(run.manifest["completions"], run.sampler, needed_length, seed)
     run.worker = worker
-    jobs.capture(jobs.Capture(run, checkpoint, [asked]), is_shared=True)
+    jobs.capture(jobs.Arms(run, checkpoint, [asked]), is_shared=True)
     jobs.wrote(run.path / "arms" / arm.value)
 
 

@@ -27,7 +27,7 @@ from moediag.run.replace import drop_replaced, replaced
 __all__ = [
     "UNOBSERVED",
     "ArmRequest",
-    "Capture",
+    "Arms",
     "Plan",
     "Sampling",
     "announce",
@@ -160,7 +160,7 @@ def join(
 
 
 @dataclass(frozen=True)
-class Capture:
+class Arms:
     """Arms of a run to be filled from one checkpoint."""
 
     run: Run
@@ -179,7 +179,7 @@ class Capture:
             )
 
 
-def capture(*captures: Capture, is_shared: bool = False) -> None:
+def capture(*captures: Arms, is_shared: bool = False) -> None:
     """Fill the worker's slice of the arms asked for, with as few engine processes and loads as there can be.
 
     Args:
@@ -208,7 +208,7 @@ def capture(*captures: Capture, is_shared: bool = False) -> None:
             drop_replaced(one.run.path)
 
 
-def _by_engine(captures: Sequence[Capture]) -> list[tuple[Capture, ArmRequest]]:
+def _by_engine(captures: Sequence[Arms]) -> list[tuple[Arms, ArmRequest]]:
     """Arms of one environment beside each other, and of these those of one checkpoint: unobserved vLLM, vLLM, train."""
     pairs = [(one, request) for one in captures for request in one.requests]
     return sorted(pairs, key=lambda pair: (pair[1].side == TRAIN, pair[1].observer != UNOBSERVED))

@@ -44,5 +44,5 @@ def command(
     )
     jobs.announce(plan, output, [request.arm for request in requests], settings.dtype.value, is_anew=force)
     run = plan.create(output, force)
-    jobs.capture(jobs.Capture(run, plan.checkpoint, requests))
+    jobs.capture(jobs.Arms(run, plan.checkpoint, requests))
     jobs.finish(run, training_window, no_text)
