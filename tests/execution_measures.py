@@ -4,23 +4,28 @@ prints the table of reports/execution.md."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from execution_settings import SETTINGS
+from execution_settings import MAX_MODEL_LEN, SETTINGS, Setting
+from probes import TESTS, engines_under
 
+from moediag.engines.arms import ArmRequest
+from moediag.engines.channel import Engines
+from moediag.engines.checkpoint import Checkpoint, open_checkpoint
+from moediag.engines.launch import fill_arm, infer_options
+from moediag.engines.plan import Sampling, make_plan
+from moediag.errors import MoediagError
 from moediag.hygiene import check_run
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.reader import Run, open_run
 
 TEXT = "The quick brown fox jumps over the lazy dog and the cat sits on the mat while it rains and rains"
 LENGTHS = (1, 1, 2, 5, 20, 40, 60, 96)
-TESTS = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -53,27 +58,38 @@ def write_prompts(folder: Path) -> None:
 def measure(checkpoint: Path, folder: Path) -> dict[str, ExecutionMeasures]:
     """Capture under every setting and compare."""
     write_prompts(folder)
-    groups = {setting.group for setting in SETTINGS.values()}
-    for group in sorted(groups):
-        _capture(checkpoint, folder, group, [name for name, s in SETTINGS.items() if s.group == group])
+    failed: dict[str, MoediagError] = {}
+    for group in sorted({setting.group for setting in SETTINGS.values()}):
+        with _engines_of(group) as engines:
+            for name in sorted((name for name in SETTINGS if SETTINGS[name].group == group), key=_load):
+                try:
+                    _capture(engines, SETTINGS[name], open_checkpoint(str(checkpoint)), folder, folder / name)
+                except MoediagError as error:  # the next setting is to be tried all the same
+                    failed[name] = error
+    assert not failed, failed
     return {name: _measure(folder, name) for name in SETTINGS}
 
 
-def _capture(checkpoint: Path, folder: Path, group: str, names: list[str]) -> None:
-    environment = dict(os.environ)
-    if group == "v2":
-        path = [str(TESTS / "triton_on_cpu"), *filter(None, [environment.get("PYTHONPATH")])]
-        environment |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    if group == "mp":
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    command = [sys.executable, str(TESTS / "execution_probe.py"), str(checkpoint), str(folder), *names]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=500, start_new_session=True
-    )
-    told = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    failed = {record["name"]: record["error"] for record in told if "error" in record}
-    assert len(told) == len(names), done.stderr[-3000:]
-    assert not failed, f"{failed}\n{done.stderr[-3000:]}"
+def _engines_of(group: str) -> AbstractContextManager[Engines]:
+    """One process for the settings of a group."""
+    if group == "v2":  # one environment for both observers
+        v2 = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "TORCHDYNAMO_DISABLE": "1"}
+        return engines_under(TESTS / "triton_on_cpu", **v2)
+    return engines_under(**({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if group == "mp" else {}))
+
+
+def _load(name: str) -> str:
+    """Settings that are the same to vLLM's load come one after the other."""
+    setting = SETTINGS[name]
+    return str((setting.dtype, sorted(setting.vllm.items()), setting.observer))
+
+
+def _capture(engines: Engines, setting: Setting, checkpoint: Checkpoint, folder: Path, path: Path) -> None:
+    sampling = Sampling(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **setting.sampling})
+    plan = make_plan(checkpoint, folder / "prompts.jsonl", sampling, shard_size=6, ids_only=setting.ids_only)
+    engine = infer_options(setting.vllm, setting.observer, dtype=setting.dtype, max_model_len=MAX_MODEL_LEN)
+    request = ArmRequest("infer", engine, observer=setting.observer)
+    fill_arm(engines, plan.create(path, force=False), checkpoint, request, lambda event: None)
 
 
 def _measure(folder: Path, name: str) -> ExecutionMeasures:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -16,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from families import FAMILIES, make_checkpoint
+from families import ENGINE_OPTIONS, FAMILIES, make_checkpoint
+from probes import TESTS, engines_under, run_probe
 
 from moediag.analysis.calibration import POOLED
 from moediag.analysis.prediction import predict_flips
@@ -24,11 +24,12 @@ from moediag.analysis.vocabulary import exact_divergences
 from moediag.engines.arms import ArmRequest
 from moediag.engines.batching import alone
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.hf_engine import Replay, TrainEngine
+from moediag.engines.hf_engine import Replay, TrainEngine, load_model
 from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
 from moediag.engines.plan import Sampling, make_plan
 from moediag.engines.routing_rows import FULL
 from moediag.engines.rules import rule_agreement_by_layer
+from moediag.errors import MoediagError
 from moediag.hygiene import check_run
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.files import read_sealed, write_sealed
@@ -69,21 +70,29 @@ class FamilyMeasures:
     kl_exact: float
 
 
-def measure(names: tuple[str, ...], dtype: torch.dtype, folder: Path) -> dict[str, FamilyMeasures]:
+Measures = dict[torch.dtype, dict[str, FamilyMeasures]]
+
+
+def measure(wanted: dict[torch.dtype, tuple[str, ...]], folder: Path) -> Measures:
     """Make the checkpoints, capture all in one vLLM process, then score, replay and compare in transformers."""
     prompts = folder / "prompts.txt"
     text = "The quick brown fox jumps over the lazy dog and the cat"
     prompts.write_text("\n".join(text[: 1 + 6 * i] for i in range(N_PROMPTS)))
-    runs: dict[str, tuple[Run, Path]] = {}
-    for name in names:
-        checkpoint = RING if name == "bailing_moe" else make_checkpoint(name, folder / name, dtype)
-        if name == "bailing_moe" and dtype != torch.float32:
-            checkpoint = _converted(RING, folder / name, dtype)
-        sampling = Sampling(max_tokens=MAX_TOKENS, ignore_eos=True)
-        plan = make_plan(open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full", full_vocab=None)
-        runs[name] = plan.create(folder / f"run-{name}", force=False), checkpoint
+    asked = [(dtype, name) for dtype, names in wanted.items() for name in names]
+    runs = {(dtype, name): _make_run(name, dtype, prompts, folder / str(dtype)) for dtype, name in asked}
     told = _capture_in_vllm(runs)
-    return {name: _measure(run, checkpoint, told[str(run.path)]) for name, (run, checkpoint) in runs.items()}
+    return {
+        dtype: {name: _measure(*runs[dtype, name], told[dtype, name]) for name in wanted[dtype]} for dtype in wanted
+    }
+
+
+def _make_run(name: str, dtype: torch.dtype, prompts: Path, folder: Path) -> tuple[Run, Path]:
+    checkpoint = RING if name == "bailing_moe" else make_checkpoint(name, folder / name, dtype)
+    if name == "bailing_moe" and dtype != torch.float32:
+        checkpoint = _converted(RING, folder / name, dtype)
+    sampling = Sampling(max_tokens=MAX_TOKENS, ignore_eos=True)
+    plan = make_plan(open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full", full_vocab=None)
+    return plan.create(folder / f"run-{name}", force=False), checkpoint
 
 
 def _converted(source: Path, target: Path, dtype: torch.dtype) -> Path:
@@ -97,21 +106,27 @@ def _converted(source: Path, target: Path, dtype: torch.dtype) -> Path:
     return target
 
 
-def _capture_in_vllm(runs: dict[str, tuple[Run, Path]]) -> dict[str, dict[str, Any]]:
-    jobs = [f"{run.path}={checkpoint}" for run, checkpoint in runs.values()]
-    script = Path(__file__).with_name("family_probe.py")
-    done = subprocess.run([sys.executable, str(script), *jobs], capture_output=True, text=True, check=False)
-    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    told = {record["run"]: record for record in map(json.loads, lines)}
-    failed = {path: record["error"] for path, record in told.items() if "error" in record}
-    assert len(told) == len(jobs), done.stderr[-3000:]
-    assert not failed, f"{failed}\n{done.stderr[-3000:]}"
+def _capture_in_vllm(runs: dict[Any, tuple[Run, Path]]) -> dict[Any, dict[str, Any]]:
+    told, failed = {}, {}
+    with engines_under(TESTS) as engines:
+        for key, (run, checkpoint) in runs.items():
+            options = ENGINE_OPTIONS.get(checkpoint.name, {})
+            engine = {"dtype": run.model["stored_dtype"], "max_model_len": 256, **options}
+            output = run.path.with_suffix(".json")
+            try:
+                run_probe(engines, "probe_family", run, checkpoint, ArmRequest("infer", engine), output)
+            except MoediagError as error:  # the next family is to be tried all the same
+                failed[key] = error
+            else:
+                told[key] = json.loads(output.read_text())
+    assert not failed, failed
     return told
 
 
 def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures:
     run = open_run(run.path)
-    engine = TrainEngine(run, str(checkpoint), ArmRequest("train", {"dtype": run.model["stored_dtype"]}))
+    request = ArmRequest("train", {"dtype": run.model["stored_dtype"]})
+    engine = TrainEngine(run, load_model(str(checkpoint), request.engine), request)
     assert engine.spec is not None
     shard = run.shards[0]
     tokens, infer = run.tokens(shard), run.capture("infer", shard)
@@ -261,9 +276,9 @@ def _yes(value: bool) -> str:
 
 
 def main() -> None:
-    for dtype in (torch.bfloat16, torch.float32):
-        with tempfile.TemporaryDirectory() as folder:
-            measures = measure(NAMES, dtype, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure({torch.bfloat16: NAMES, torch.float32: NAMES}, Path(folder))
+    for dtype, measures in found.items():
         print(f"### {str(dtype).removeprefix('torch.')}\n\n{table(measures)}\n", flush=True)
         print(json.dumps({name: asdict(m) for name, m in measures.items()}), file=sys.stderr)
 

@@ -56,7 +56,7 @@ def test_a_worker_whose_slice_is_complete_says_what_remains(
 ) -> None:
     run = half_filled(tmp_path)
     with run.claim("infer", run.shards[1]):
-        jobs.capture(jobs.Capture(run, checkpoint, [ArmRequest("infer", CONFIGURATION)]), is_shared=True)
+        jobs.capture(jobs.Arms(run, checkpoint, [ArmRequest("infer", CONFIGURATION)]), is_shared=True)
     err = capsys.readouterr().err
     assert "slice 0/2 is complete, nothing to capture" in err
     assert "3 of 6 shards of arm infer remain (1 being captured by others now)" in err
@@ -69,7 +69,7 @@ def test_a_command_that_needs_the_whole_arm_does_not_go_on_without_it(tmp_path: 
         IncompleteRunError, match="3 of 6 shards of arm infer remain .* when the other workers are done"
     ):
         jobs.capture(
-            jobs.Capture(run, checkpoint, [ArmRequest("infer", CONFIGURATION), ArmRequest("train", CONFIGURATION)])
+            jobs.Arms(run, checkpoint, [ArmRequest("infer", CONFIGURATION), ArmRequest("train", CONFIGURATION)])
         )
     assert run.arms() == ["infer"]
 
@@ -78,7 +78,7 @@ def test_a_slice_without_shards_leaves_no_arm_behind(tmp_path: Path, checkpoint:
     """More workers than shards: the idle one must not write an arm.json that no engine stands behind."""
     run = create_scripted_run(tmp_path / "run", n_prompts=2, shard_size=1)
     run.worker = Slice(5, 8)
-    jobs.capture(jobs.Capture(run, checkpoint, [ArmRequest("infer", CONFIGURATION)]), is_shared=True)
+    jobs.capture(jobs.Arms(run, checkpoint, [ArmRequest("infer", CONFIGURATION)]), is_shared=True)
     assert run.arms() == []
 
 
@@ -87,13 +87,13 @@ def test_complete_shards_without_an_arm_record_say_what_to_do(tmp_path: Path, ch
     run = make_scripted_run(tmp_path / "run")
     (run.path / "arms/infer/arm.json").unlink()
     with pytest.raises(IncompleteRunError, match=r"every shard but no arm\.json"):
-        jobs.capture(jobs.Capture(run, checkpoint, [ArmRequest("infer", CONFIGURATION)]))
+        jobs.capture(jobs.Arms(run, checkpoint, [ArmRequest("infer", CONFIGURATION)]))
 
 
 def test_another_configuration_of_a_complete_arm_is_refused(tmp_path: Path, checkpoint: Checkpoint) -> None:
     run = make_scripted_run(tmp_path / "run")
     with pytest.raises(RunConflictError, match="dtype"):
-        jobs.capture(jobs.Capture(run, checkpoint, [ArmRequest("infer", {"dtype": "float32"})]))
+        jobs.capture(jobs.Arms(run, checkpoint, [ArmRequest("infer", {"dtype": "float32"})]))
 
 
 def test_an_arm_joins_no_run_that_does_not_say_how_it_was_sampled(

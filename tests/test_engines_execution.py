@@ -14,7 +14,14 @@ from conftest import REPOSITORY, run_moediag
 from execution_measures import ExecutionMeasures, measure, write_prompts
 from execution_settings import SETTINGS
 
+<<<<<<< HEAD
 from moediag.run.reader import open_run
+=======
+from moediag.cli import jobs
+from moediag.engines.arms import arm_request
+from moediag.engines.checkpoint import open_checkpoint
+from moediag.run.reader import open_run
+>>>>>>> serve
 
 pytestmark = pytest.mark.engines
 
@@ -70,10 +77,13 @@ def test_every_arm_scores_the_same_tokens(random_moe: Path, tmp_path: Path) -> N
     run = tmp_path / "run"
     options = ("--prompts", prompts, "-o", run, "--max-tokens", "16", "--shard-size", "2")
     assert run_moediag("capture", "infer", random_moe, *options).returncode == 0
+    done = run_moediag("capture", "infer-redecode", random_moe, "-o", run)
+    assert done.returncode == 0, done.stderr
     arms = ("infer-redecode", "infer-repeat", "infer-rescore", "train", "train-repeat")
-    for arm in arms:
-        done = run_moediag("capture", arm, random_moe, "-o", run)
-        assert done.returncode == 0, done.stderr
+    opened, engine = open_run(run), {"dtype": "bfloat16"}
+    infer = opened.arm("infer")["configuration"]
+    requests = [arm_request(arm, infer if arm.startswith("infer") else engine, given=False) for arm in arms]
+    jobs.capture(jobs.Arms(opened, open_checkpoint(str(random_moe)), requests))
     logps = {arm: response_logps(run, arm) for arm in ("infer", *arms)}
     assert all(np.isfinite(values).all() for values in logps.values())
     for arm in ("infer-redecode", "infer-repeat", "infer-rescore"):

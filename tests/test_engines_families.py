@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, run_moediag
 from families import make_checkpoint
-from family_measures import NAMES, RING, FamilyMeasures, measure
+from family_measures import NAMES, RING, FamilyMeasures, Measures, measure
 
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.hf_engine import load_model
@@ -29,13 +29,18 @@ SCALED = BIASED
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FamilyMeasures]:
-    return measure(NAMES, torch.bfloat16, tmp_path_factory.mktemp("families"))
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measures:
+    return measure({torch.bfloat16: NAMES, torch.float32: AGREEING}, tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FamilyMeasures]:
-    return measure(AGREEING, torch.float32, tmp_path_factory.mktemp("exact"))
+def families(measured: Measures) -> dict[str, FamilyMeasures]:
+    return measured[torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def exact(measured: Measures) -> dict[str, FamilyMeasures]:
+    return measured[torch.float32]
 
 
 def test_a_rule_that_only_one_engine_follows_is_named(families: dict[str, FamilyMeasures]) -> None:

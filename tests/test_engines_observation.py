@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, write_jsonl
+from conftest import write_jsonl
+from probes import TESTS, engines_under, run_probe
 
 from moediag.analysis.pair_analysis import analyze_pair
 from moediag.analysis.summary import pair_summary
 from moediag.analysis.vocabulary import exact_divergences
+from moediag.engines.arms import PREFILL, ArmRequest
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.plan import Sampling, make_plan
 from moediag.engines.routing_rows import FULL, MARGINS
@@ -33,7 +33,7 @@ def moe(demo: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def prefilled(demo: Path, moe: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, np.ndarray]]:
-    """A run whose given completions are the demo's own responses, prefilled; and what vllm_probe.py saw beside it."""
+    """A run whose given completions are the demo's own responses, prefilled; and what probes.py saw beside it."""
     folder = tmp_path_factory.mktemp("probe")
     tokens = moe.tokens(moe.shards[0])
     bounds = tokens.sequence_bounds()[:N_PREFILLED]
@@ -45,9 +45,9 @@ def prefilled(demo: Path, moe: Run, tmp_path_factory: pytest.TempPathFactory) ->
     checkpoint = demo / "checkpoints" / "moe"
     plan = make_plan(open_checkpoint(str(checkpoint)), prompts, Sampling(), full_vocab=N_PREFILLED)
     run = plan.create(folder / "run", force=False)
-    command = [sys.executable, REPOSITORY / "tests" / "vllm_probe.py", run.path, checkpoint, folder / "probe.npz"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    request = ArmRequest("infer", {"dtype": "bfloat16", "max_model_len": 512}, path=PREFILL)
+    with engines_under(TESTS) as engines:
+        run_probe(engines, "probe_observation", run, checkpoint, request, folder / "probe.npz")
     with np.load(folder / "probe.npz") as arrays:
         return run, dict(arrays)
 

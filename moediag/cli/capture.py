@@ -98,7 +98,7 @@ def command(
         is_other_checkpoint=has_other_weights,
         routes=run.reference(INFER),
     )
-    jobs.capture(jobs.Capture(RunWriter(run, worker), [asked], {made.role: checkpoint}), is_shared=True)
+    jobs.capture(jobs.Arms(RunWriter(run, worker), [asked], {made.role: checkpoint}), is_shared=True)
     jobs.wrote(run.arm_folder(arm))
 
 

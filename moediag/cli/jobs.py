@@ -30,7 +30,7 @@ from moediag.run.writer import RunWriter
 __all__ = [
     "UNOBSERVED",
     "ArmRequest",
-    "Capture",
+    "Arms",
     "Plan",
     "SamplingOptions",
     "announce",
@@ -222,7 +222,7 @@ def open_other(name: str, plan: Plan, trust_remote_code: bool) -> Checkpoint:
 
 
 @dataclass(frozen=True)
-class Capture:
+class Arms:
     """Arms of a run to be filled.
 
     Args:
@@ -264,14 +264,14 @@ class Capture:
             )
 
 
-def capture(*captures: Capture, is_shared: bool = False) -> None:
+def capture(*captures: Arms, is_shared: bool = False) -> None:
     """Fill the worker's slice of the arms asked for, with as few engine processes and loads as there can be.
 
     Args:
         is_shared: shards may be left to other workers; else every arm must be complete before the next begins.
 
     Raises:
-        MoediagError: as :meth:`Capture.refuse`, and what an engine raised.
+        MoediagError: as :meth:`Arms.refuse`, and what an engine raised.
         IncompleteRunError: other workers still hold shards, and the arm is not ``is_shared``.
     """
     with ExitStack() as stack:
@@ -295,7 +295,7 @@ def capture(*captures: Capture, is_shared: bool = False) -> None:
             drop_replaced(one.writer.run.path)
 
 
-def _by_engine(captures: Sequence[Capture]) -> list[tuple[Capture, ArmRequest]]:
+def _by_engine(captures: Sequence[Arms]) -> list[tuple[Arms, ArmRequest]]:
     """Arms of one environment beside each other, and of these those of one checkpoint: unobserved vLLM, vLLM, train."""
     pairs = [(one, request) for one in captures for request in one.requests]
     return sorted(pairs, key=lambda pair: (pair[1].engine == TRANSFORMERS, pair[1].observer != UNOBSERVED))

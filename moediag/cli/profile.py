@@ -49,5 +49,5 @@ def command(
     )
     jobs.announce(plan, output, requests, settings.dtype.value, is_anew=force)
     run = plan.create(output, force)
-    jobs.capture(jobs.Capture(RunWriter(run), requests, checkpoints))
+    jobs.capture(jobs.Arms(RunWriter(run), requests, checkpoints))
     jobs.finish(run, training_window, no_text)

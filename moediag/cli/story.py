@@ -94,7 +94,7 @@ def _checkpoints(output: Path) -> dict[str, Path]:
     return folders
 
 
-def _begin(checkpoint: Path, prompts: Path, output: Path, force: bool) -> jobs.Capture:
+def _begin(checkpoint: Path, prompts: Path, output: Path, force: bool) -> jobs.Arms:
     sampling = jobs.SamplingOptions(max_tokens=MAX_TOKENS)
     plan = jobs.make_plan(
         jobs.open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full", full_vocab=None
@@ -106,4 +106,4 @@ def _begin(checkpoint: Path, prompts: Path, output: Path, force: bool) -> jobs.C
     # The replay arm says how much of the mismatch is routing.
     requests = jobs.profile_requests(plan, infer, train, replay=plan.checkpoint.routing is not None, with_floors=True)
     jobs.announce(plan, output, requests, "bfloat16", is_anew=force)
-    return jobs.Capture(RunWriter(plan.create(output, force)), requests, dict.fromkeys((INFER, TRAIN), plan.checkpoint))
+    return jobs.Arms(RunWriter(plan.create(output, force)), requests, dict.fromkeys((INFER, TRAIN), plan.checkpoint))

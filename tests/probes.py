@@ -1,0 +1,109 @@
+"""Tasks for real engine processes that look at the engine itself, and the process to run them in.
+
+Both ask vLLM for greedy tokens and log-probabilities with the taps, without them and after they were taken off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moediag.engines.arms import ArmRequest
+from moediag.engines.channel import Engines, Job, Reporter
+from moediag.engines.fill import fill_missing_shards
+from moediag.engines.held import Held
+from moediag.engines.launch import INFER_ENVIRONMENT
+from moediag.run.reader import Run
+
+TESTS = Path(__file__).parent
+
+
+@contextmanager
+def engines_under(*folders: Path, **variables: str) -> Iterator[Engines]:
+    """An engine process that can import from the folders, with environment variables as a user sets them."""
+    path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**variables, "PYTHONPATH": path}.items():
+            patch.setenv(name, value)
+        with Engines() as engines:
+            yield engines
+
+
+def run_probe(engines: Engines, task: str, run: Run, checkpoint: Path, request: ArmRequest, output: Path) -> None:
+    """Have a task of this file done; what it saw is in ``output``."""
+    told = {
+        "checkpoint": str(checkpoint),
+        "request": asdict(request),
+        "configuration": request.configuration(),
+        "output": str(output),
+    }
+    log = str(run.path / "logs" / "probe.log")
+    job = Job("infer", f"probes:{task}", str(run.path), asdict(run.worker), told, log)
+    engines.do(job, INFER_ENVIRONMENT, lambda event: None)
+
+
+def probe_family(run: Run, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+    """Captures the run's infer arm; is greedy decoding bit-equal with the taps, without and with them again?"""
+    from moediag.engines.vllm_engine import capture_infer, held_llm
+
+    capture_infer(run, options, reporter, held)
+    llm = held_llm(held, options["checkpoint"], ArmRequest(**options["request"]), reporter)
+    prompts = run.prompt_tokens()[0][:4]
+    results = [greedy(llm, prompts)]
+    llm.collective_rpc("moediag_remove")
+    results.append(greedy(llm, prompts))
+    llm.collective_rpc("moediag_install", args=(run.model["routing"], "margins"))
+    results.append(greedy(llm, prompts))
+    ids_equal = all((ids == results[0][0]).all() for ids, _ in results)
+    logps_equal = all((logps == results[0][1]).all() for _, logps in results)
+    told = {"ids_equal": bool(ids_equal), "logps_equal": bool(logps_equal)}
+    Path(options["output"]).write_text(json.dumps(told))
+
+
+def probe_observation(run: Run, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+    """One engine start answers two questions, of a run of given completions made with ``--full-vocab``.
+
+    Are greedy tokens and log-probabilities the same before the taps, with them, with whole distributions kept, and
+    after all was taken off; and does the prefill of given tokens keep the same distributions as their decoding did?
+    """
+    from moediag.engines.vllm_engine import InferEngine, held_llm
+
+    request = ArmRequest(**options["request"])
+    llm = held_llm(held, options["checkpoint"], request, reporter)
+    prompts = run.prompt_tokens()[0]
+    seen = {"plain": greedy(llm, prompts)}
+    engine = InferEngine(run, llm, request)
+    run.begin_arm("infer", engine.arm_record(options["configuration"]), engine.correction_bias())
+    fill_missing_shards(run, "infer", reporter, engine.capture_shard)
+    seen["tapped"] = greedy(llm, prompts)
+    # vLLM counts its own requests; whichever numbers it has reached, all of them keep whole distributions
+    everyone = {str(request_id): 0 for request_id in range(1000)}
+    llm.collective_rpc("moediag_begin", args=(None, everyone))
+    seen["vocabulary"] = greedy(llm, prompts)
+    n_kept = engine._rows(run.shards[0])[1]["vocab_logps_NV"].shape[0]
+    llm.collective_rpc("moediag_remove")
+    seen["after"] = greedy(llm, prompts)
+    arrays = {f"{name}_{what}": array for name, pair in seen.items()
+              for what, array in zip(("ids", "logps"), pair, strict=True)}  # fmt: skip
+    np.savez(options["output"], n_kept=n_kept, **arrays)
+
+
+def greedy(llm: Any, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0.0, max_tokens=48, logprobs=0, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+    ids = [list(output.outputs[0].token_ids) for output in outputs]
+    logps = [
+        [entry[token].logprob for entry, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+        for output, tokens in zip(outputs, ids, strict=True)
+    ]
+    return np.array(ids), np.array(logps)
