@@ -14,14 +14,10 @@ from conftest import REPOSITORY, run_moediag
 from execution_measures import ExecutionMeasures, measure, write_prompts
 from execution_settings import SETTINGS
 
-<<<<<<< HEAD
-from moediag.run.reader import open_run
-=======
 from moediag.cli import jobs
 from moediag.engines.arms import arm_request
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.run.reader import open_run
->>>>>>> serve
 
 pytestmark = pytest.mark.engines
 
