@@ -1,4 +1,4 @@
-"""Where a series over training steps comes from: runs, one per step, or one table with a column ``step``.
+"""Where a series over training steps comes from: runs, one per step, a folder of them, or one table with a ``step``.
 
 A table holds either a row per token (``step``, ``seq_id``, ``position``, ``logp_train``, ``logp_infer``, optionally
 ``prompt_id`` and ``is_response``) or a row per step (``step`` and a column per metric, each optionally with
@@ -41,6 +41,7 @@ from moediag.hygiene.findings import Finding, by_level
 from moediag.hygiene.logged import check_steps
 from moediag.report.measures import text_origin
 from moediag.run.reader import Run, open_run
+from moediag.run.series import Series, is_series, open_series
 
 OnProgress = Callable[[int, int, str], None]
 
@@ -86,12 +87,17 @@ class TrendSource:
 
 
 def read_trend(targets: Sequence[Path], steps: Sequence[int] | None, on_progress: OnProgress) -> TrendSource:
-    """The series of runs, or of one table.
+    """The series of runs, of a folder of them, or of one table.
 
     Raises:
         DumpError: neither runs nor one table, or a table that is none.
         RunError: a run that cannot be read.
     """
+    series = [open_series(path) for path in targets if is_series(path)]
+    if series:
+        if len(targets) > 1 or steps is not None:
+            raise DumpError(f"{series[0].path} is a series, which stands alone and knows its steps")
+        return _read_series(series[0], on_progress)
     tables = [path for path in targets if path.suffix in KINDS or path.is_file()]
     if not tables:
         return _read_runs([open_run(path) for path in targets], steps, on_progress)
@@ -126,9 +132,23 @@ def steps_of(labels: Sequence[str], steps: Sequence[int] | None) -> tuple[list[i
     return list(range(len(labels))), "their order (no number at the end of every folder name; --steps gives them)"
 
 
+def _read_series(series: Series, on_progress: OnProgress) -> TrendSource:
+    """Of the runs, whose tokens are there; else of what was logged at every step."""
+    runs = list(series.runs())
+    if runs:
+        return _read_runs(runs, None, on_progress)
+    table = series.step_table
+    if table is None:
+        raise DumpError(f"{series.path} holds neither a run nor a table of steps yet")
+    return _read_table(open_table(table), on_progress)
+
+
 def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: OnProgress) -> TrendSource:
-    labels = [run.path.resolve().name for run in runs]
-    numbers, origin = steps_of(labels, steps)
+    labels, known = [run.path.resolve().name for run in runs], [run.record.step for run in runs]
+    if steps is None and all(step is not None for step in known):
+        numbers, origin = [int(step or 0) for step in known], "run.json"
+    else:
+        numbers, origin = steps_of(labels, steps)
     frames, notes, infinite = [], [], _Infinite()
     for done, (run, label, step) in enumerate(zip(runs, labels, numbers, strict=True), start=1):
         tokens = concatenate_tokens([token_columns(block, None) for block in run.pair(*run.main_arms).blocks()])
