@@ -15,7 +15,7 @@ from typing import Any
 
 from moediag.engines.redaction import redact
 from moediag.engines.routers import RouterSpec, router_spec, text_config
-from moediag.engines.tensor_digest import weights_digest
+from moediag.engines.weights import weights_digest
 from moediag.errors import CheckpointError
 from moediag.run.files import digest_of, tokenizer_digest
 

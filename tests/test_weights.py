@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.tensor_digest import read_header, weights_digest
+from moediag.engines.weights import read_header, weights_digest
 from moediag.errors import CheckpointError
 
 TENSORS = {
