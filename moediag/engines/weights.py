@@ -783,9 +783,11 @@ def _values(weight: _Weight) -> Callable[[memoryview, int], npt.NDArray[Any]]:
 def _decoded(chunk: memoryview, dtype: str) -> npt.NDArray[Any]:
     """Values, exactly, as float32 or (for what does not fit) float64; 64-bit integers are rounded."""
     if dtype == "BF16":
-        return (np.frombuffer(chunk, "<u2").astype(np.uint32) << 16).view(np.float32)
+        bits = np.frombuffer(chunk, "<u2").astype(np.uint32) << 16
+        return bits.view(np.float32)
     if dtype in _TABLES:
-        return _TABLES[dtype][np.frombuffer(chunk, np.uint8)]
+        values: npt.NDArray[Any] = _TABLES[dtype][np.frombuffer(chunk, np.uint8)]
+        return values
     stored = np.frombuffer(chunk, _NUMPY[dtype])
     return stored.astype(np.float32 if stored.itemsize < 4 or dtype == "F32" else np.float64)
 
@@ -798,7 +800,8 @@ def _float8_table(mantissa_bits: int, bias: int, not_finite: Mapping[int, float]
     positive = np.ldexp(fraction, np.maximum(exponent, 1) - bias)
     for at, value in not_finite.items():
         positive[at] = value
-    return np.concatenate([positive, -positive]).astype(np.float32)
+    table: npt.NDArray[np.float32] = np.concatenate([positive, -positive]).astype(np.float32)
+    return table
 
 
 _TABLES = {
@@ -823,7 +826,8 @@ def _differ_after_rounding(
         a, a_dtype, b, b_dtype = b, b_dtype, a, a_dtype
     rounded = _rounded(a, b_dtype)
     same: npt.NDArray[np.bool_] = (rounded == b) & (np.signbit(rounded) == np.signbit(b))
-    return ~(same | (np.isnan(rounded) & np.isnan(b)))
+    differs: npt.NDArray[np.bool_] = ~(same | (np.isnan(rounded) & np.isnan(b)))
+    return differs
 
 
 def _rounded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
@@ -831,7 +835,7 @@ def _rounded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     with np.errstate(all="ignore"):
         if dtype in ("F16", "F32"):
             return values.astype(_NUMPY[dtype])
-        if dtype == "BF16" and values.dtype == np.float32:  # the common one, four times as fast by bits
+        if dtype == "BF16" and values.dtype == np.float32:  # the common case, by bits because that is faster
             bits = values.view(np.uint32)
             even = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
             return np.where(np.isnan(values), values, even.view(np.float32))
