@@ -813,7 +813,7 @@ _DECODED = {*_NUMPY, *_TABLES, "BF16"}
 # mantissa bits, smallest normal exponent, largest finite value, what is beyond it
 _FORMATS = {
     "BF16": (7, -126, float.fromhex("0x1.fep127"), math.inf),
-    "F8_E4M3": (3, -6, 448.0, math.nan),
+    "F8_E4M3": (3, -6, 448.0, 448.0),  # has no infinity; quantisers and torch since 2.13 saturate
     "F8_E5M2": (2, -14, 57344.0, math.inf),
 }
 
@@ -831,7 +831,7 @@ def _differ_after_rounding(
 
 
 def _rounded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """Values of ``dtype`` nearest to the given ones, ties to even; what is too large becomes infinite or NaN."""
+    """Values of ``dtype`` nearest to the given ones, ties to even; what is too large is infinite, or the largest of F8_E4M3."""
     with np.errstate(all="ignore"):
         if dtype in ("F16", "F32"):
             return values.astype(_NUMPY[dtype])
