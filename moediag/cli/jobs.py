@@ -13,7 +13,7 @@ from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
 from moediag.engines.arms import HOOKS, PREFILL, UNOBSERVED, ArmRequest, Reference, arm_request
 from moediag.engines.channel import Engines
-from moediag.engines.checkpoint import Checkpoint, open_checkpoint
+from moediag.engines.checkpoint import Checkpoint, compare_checkpoints, compare_records, open_checkpoint
 from moediag.engines.launch import fill_arm, infer_options, observable, require_engine, train_options
 from moediag.engines.plan import Plan, SamplingOptions, check_loadable, known_sampling, make_plan, needed_length
 from moediag.engines.tokenised import refuse_other_tokenizer
@@ -23,7 +23,7 @@ from moediag.results import analyze_run, report_run
 from moediag.run.create import bring_back
 from moediag.run.reader import Run, open_run
 from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM, recipe
-from moediag.run.records import Tokenizer
+from moediag.run.records import CheckpointRecord, Tokenizer
 from moediag.run.replace import drop_replaced, replaced
 from moediag.run.writer import RunWriter
 
@@ -263,6 +263,40 @@ class Arms:
                 request.arm, request.recipe, request.variant_of, checkpoint.record, request.configuration()
             )
 
+    def compare_weights(self) -> None:
+        """Keep how every other checkpoint differs from the run's, once."""
+        run = self.writer.run
+        if run.record.checkpoint is None:
+            return
+        there = run.checkpoint(run.record.checkpoint)
+        for other in self.checkpoints.values():
+            record = other.record
+            if record.digest == there.digest or run.has_comparison(there.digest, record.digest):
+                continue
+            with bar("comparing the weights") as progress:
+                own = self._at_hand(there)
+                if own is not None:
+                    comparison = compare_checkpoints(own, other, lambda done, n: progress.show(done, n, "bytes"))
+                else:
+                    found = compare_records(there, record)
+                    if found is None:
+                        continue
+                    comparison = found
+            self.writer.add_checkpoint(record)
+            self.writer.add_comparison(comparison)
+            note(f"Weights  {record.source} against {there.source}: {comparison.summary}")
+
+    def _at_hand(self, record: CheckpointRecord) -> Checkpoint | None:
+        """The run's checkpoint, where it is one of these or still lies where it lay."""
+        given = next((one for one in self.checkpoints.values() if one.record.digest == record.digest), None)
+        if given is not None:
+            return given
+        try:
+            found = open_checkpoint(record.source, record.revision)
+            return found if found.record.digest == record.digest else None
+        except CheckpointError:
+            return None
+
 
 def capture(*captures: Arms, is_shared: bool = False) -> None:
     """Fill the worker's slice of the arms asked for, with as few engine processes and loads as there can be.
@@ -279,6 +313,7 @@ def capture(*captures: Arms, is_shared: bool = False) -> None:
             stack.enter_context(_replacing(one.writer.run))
             stack.enter_context(one.writer.in_use())
             one.refuse()
+            one.compare_weights()
         engines = stack.enter_context(Engines())
         for one, request in _by_engine(captures):
             writer, run = one.writer, one.writer.run

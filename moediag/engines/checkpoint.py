@@ -15,10 +15,10 @@ from typing import Any
 
 from moediag.engines.redaction import redact
 from moediag.engines.routers import ModelRouting, router_spec, text_config
-from moediag.engines.tensor_digest import weights_digest
+from moediag.engines.weights import Facts, Progress, compare_facts, compare_weights, scale_block, tensor_facts
 from moediag.errors import CheckpointError
 from moediag.run.files import digest_of, tokenizer_digest
-from moediag.run.records import CheckpointRecord
+from moediag.run.records import CheckpointRecord, TensorRecord, WeightsComparison
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
@@ -61,6 +61,15 @@ class Checkpoint:
         return str(text.get("dtype") or text.get("torch_dtype") or "float32")
 
     @cached_property
+    def tensors(self) -> list[Facts]:
+        """(name, dtype, shape, sha256) of every stored tensor; reads all of the weights once.
+
+        Raises:
+            CheckpointError: a weight file is not a whole safetensors file.
+        """
+        return tensor_facts(self.weight_files)
+
+    @cached_property
     def digests(self) -> dict[str, str]:
         """sha256 of weights, tokenizer and config, independent of where the folder lies.
 
@@ -74,7 +83,7 @@ class Checkpoint:
             key: value for key, value in self.config.items() if key not in ("_name_or_path", "transformers_version")
         }
         return {
-            "weights_sha256": weights_digest(self.weight_files),
+            "weights_sha256": digest_of(self.tensors),
             "tokenizer_sha256": tokenizer_digest(self.path),
             "config_sha256": digest_of(config),
         }
@@ -104,8 +113,15 @@ class Checkpoint:
         Raises:
             CheckpointError: a weight file is not a whole safetensors file.
         """
-        routers = self.routing.routers() if self.routing else ()
-        content: dict[str, Any] = {**self.described(), **self.digests, "routers": routers}
+        content: dict[str, Any] = {
+            **self.described(),
+            **self.digests,
+            "routers": self.routing.routers() if self.routing else (),
+            "tensors": {
+                name: TensorRecord(dtype=dtype, shape=shape, sha256=digest)
+                for name, dtype, shape, digest in self.tensors
+            },
+        }
         return CheckpointRecord(**content)
 
 
@@ -137,6 +153,25 @@ def open_checkpoint(name: str, revision: str | None = None, trust_remote_code: b
     if not any((path / file).exists() for file in _TOKENIZER_FILES):
         raise CheckpointError(f"{path} has no tokenizer (wanted one of {', '.join(_TOKENIZER_FILES)}); save it there")
     return checkpoint
+
+
+def compare_checkpoints(a: Checkpoint, b: Checkpoint, progress: Progress | None = None) -> WeightsComparison:
+    """How the weights of b differ from those of a, tensor by tensor.
+
+    Raises:
+        CheckpointError: as :func:`~moediag.engines.weights.compare_weights`.
+    """
+    blocks = {"a_block": scale_block(a.config), "b_block": scale_block(b.config)}
+    found = compare_weights(a.weight_files, b.weight_files, **blocks, progress=progress)
+    return found.model_copy(update={"a": a.record.digest, "b": b.record.digest})
+
+
+def compare_records(a: CheckpointRecord, b: CheckpointRecord) -> WeightsComparison | None:
+    """The same where only records are at hand: which tensors are equal; None where a record holds no tensors."""
+    if a.tensors is None or b.tensors is None:
+        return None
+    facts = [[(name, t.dtype, t.shape, t.sha256) for name, t in record.tensors.items()] for record in (a, b)]
+    return compare_facts(*facts).model_copy(update={"a": a.digest, "b": b.digest, "measured_from": "digests"})
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from moediag.run.records import (
     Router,
     RunRecord,
     Sidecar,
+    WeightsComparison,
     as_record,
     check_schema_version,
     read_record,
@@ -165,6 +166,21 @@ class Run:
         if self.schema_version == 1:
             return schema1.checkpoint(self._manifest)
         return read_record(self.path / "checkpoints" / f"{digest}.json", CheckpointRecord)
+
+    def weights_comparison(self, arm_a: str, arm_b: str) -> WeightsComparison | None:
+        """How the weights that arm b loaded differ from arm a's.
+
+        Returns:
+            None where both loaded the same checkpoint, or nothing is known of how two differ.
+        """
+        a, b = self.arm(arm_a).checkpoint, self.arm(arm_b).checkpoint
+        paths = [self.path / "checkpoints" / f"{x}~{y}.json" for x, y in ((a, b), (b, a))]
+        found = next((path for path in paths if path.exists()), None)
+        return None if a == b or found is None else read_record(found, WeightsComparison)
+
+    def has_comparison(self, a: str, b: str) -> bool:
+        """True when it is kept how two checkpoints differ."""
+        return any((self.path / "checkpoints" / f"{x}~{y}.json").exists() for x, y in ((a, b), (b, a)))
 
     def checkpoint_of(self, arm: str) -> CheckpointRecord | None:
         """The checkpoint that an arm loaded; None for an arm without one."""

@@ -104,7 +104,7 @@ Routers = Annotated[tuple[Router, ...], AfterValidator(_rising)]
 """Routers of a model's MoE layers, in order; empty for a dense model."""
 
 
-class StoredTensor(Record):
+class TensorRecord(Record):
     """One tensor of a checkpoint: dtype by safetensors' name, shape, sha256 of its bytes."""
 
     dtype: str
@@ -137,7 +137,7 @@ class CheckpointRecord(Record):
     weights_sha256: str | None = None
     tokenizer_sha256: str | None = None
     routers: Routers = ()
-    tensors: dict[str, StoredTensor] | None = None
+    tensors: dict[str, TensorRecord] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -148,6 +148,85 @@ class CheckpointRecord(Record):
     def words(self) -> str:
         """As messages call it."""
         return f"{self.source} (weights {str(self.weights_sha256)[:8]}, config {str(self.config_sha256)[:8]})"
+
+
+class TensorDifference(Record):
+    """How one tensor of checkpoint b differs from a's.
+
+    Args:
+        kind: ``equal``, ``equal_after_rounding``, ``differs``, ``dequantised``, ``not_comparable``, ``not_measured``.
+        n_parameters: elements of a's tensor (of the stored one where only b has it).
+        relative_error: ||a - b|| / ||a|| over elements that are finite in both; None if not measured, or if a is zero
+            and b is not.
+        largest: largest |a - b| of those; None if not measured.
+        n_differing: elements that are not the same (other dtypes: not even after rounding to the narrower).
+        n_not_finite: those of them that are not finite in a or in b.
+        reason: why it is not comparable.
+    """
+
+    name: str
+    group: str
+    kind: str
+    n_parameters: Count
+    relative_error: float | None = None
+    largest: float | None = None
+    n_differing: Count = 0
+    n_not_finite: Count = 0
+    reason: str = ""
+
+
+class GroupDifference(Record):
+    """The tensors of one group (or all of them) together; measures are over those that could be measured.
+
+    Args:
+        n_tensors, n_parameters: by kind; kinds that do not occur are left out.
+        share_differing: of the elements of measured tensors; None if none was measured.
+    """
+
+    group: str
+    n_tensors: dict[str, Count]
+    n_parameters: dict[str, Count]
+    relative_error: float | None
+    largest: float | None
+    share_differing: float | None
+    n_not_finite: Count
+
+
+class NotComparable(Record):
+    """One reason why tensors could not be compared, how many they are, and the first of them by name."""
+
+    reason: str
+    n_tensors: Count
+    n_parameters: Count
+    example: str
+
+
+class WeightsComparison(Record):
+    """How the weights of checkpoint b (what vLLM samples from) differ from those of a (what is trained).
+
+    Args:
+        a, b: digests of the two.
+        measured_from: their files, or only their tensors' digests, which tell what is equal and not by how much.
+        summary: in one sentence.
+        is_equal: every tensor is of the same dtype, shape and bytes.
+        overall: all tensors together; ``groups``: by what they are (routers, experts, attention, ...).
+        worst: tensors that differ, largest relative error first, those with other non-finite elements before all.
+        not_comparable: by reason, most tensors first.
+        n_scales: tensors of a and of b that only tell how others are stored; they are not counted as tensors.
+    """
+
+    kind: Literal["moediag weights comparison"] = "moediag weights comparison"
+    schema_version: int = SCHEMA_VERSION
+    a: str = ""
+    b: str = ""
+    measured_from: Literal["files", "digests"] = "files"
+    summary: str
+    is_equal: bool
+    overall: GroupDifference
+    groups: tuple[GroupDifference, ...]
+    worst: tuple[TensorDifference, ...]
+    not_comparable: tuple[NotComparable, ...]
+    n_scales: tuple[Count, Count]
 
 
 class Prompts(Record):

@@ -29,7 +29,16 @@ from moediag.run.files import (
     write_sealed,
 )
 from moediag.run.reader import BIAS, DISTRIBUTIONS, Run, open_run, tokens_sha256
-from moediag.run.records import MANIFEST, ArmRecord, Captured, CheckpointRecord, Sidecar, read_record, write_record
+from moediag.run.records import (
+    MANIFEST,
+    ArmRecord,
+    Captured,
+    CheckpointRecord,
+    Sidecar,
+    WeightsComparison,
+    read_record,
+    write_record,
+)
 from moediag.run.shards import WHOLE, Shard, Slice
 from moediag.run.vocabulary import VocabLogps, encode_vocab
 
@@ -70,6 +79,10 @@ class RunWriter:
         path = self.run.path / "checkpoints" / f"{record.digest}.json"
         if not path.exists():
             write_record(path, record)
+
+    def add_comparison(self, comparison: WeightsComparison) -> None:
+        """Keep how two checkpoints differ."""
+        write_record(self.run.path / "checkpoints" / f"{comparison.a}~{comparison.b}.json", comparison)
 
     def begin_arm(self, record: ArmRecord, bias_LE: list[list[float]] | None = None) -> ArmRecord:
         """Write arm.json, or check that the arm begun before was made the same way.
