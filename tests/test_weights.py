@@ -28,7 +28,6 @@ from moediag.engines.weights import (
     read_header,
     scale_block,
     tensor_facts,
-    weights_digest,
 )
 from moediag.errors import CheckpointError
 from moediag.run.files import digest_of as digest_of_value

@@ -15,8 +15,8 @@ Targets = Annotated[
     list[Path],
     typer.Argument(
         metavar="RUN RUN ...|SERIES|TABLE",
-        help="Run directories, one per step, a folder of them (series.json), or one table (.parquet, .csv, .jsonl) with "
-        "a column step: a row per token "
+        help="Run directories, one per step, a folder of them (series.json), or one table (.parquet, .csv, .jsonl) "
+        "with a column step: a row per token "
         "(seq_id, position, logp_train, logp_infer, ...) or per step (a column per metric, <metric>_se beside it).",
     ),
 ]

@@ -170,8 +170,8 @@ def compare_records(a: CheckpointRecord, b: CheckpointRecord) -> WeightsComparis
     """The same where only records are at hand: which tensors are equal; None where a record holds no tensors."""
     if a.tensors is None or b.tensors is None:
         return None
-    facts = [[(name, t.dtype, t.shape, t.sha256) for name, t in record.tensors.items()] for record in (a, b)]
-    return compare_facts(*facts).model_copy(update={"a": a.digest, "b": b.digest, "measured_from": "digests"})
+    ours, theirs = ([(name, t.dtype, t.shape, t.sha256) for name, t in x.items()] for x in (a.tensors, b.tensors))
+    return compare_facts(ours, theirs).model_copy(update={"a": a.digest, "b": b.digest, "measured_from": "digests"})
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -110,20 +110,10 @@ class StoredTensor:
         return self.end - self.begin
 
 
-def weights_digest(files: Iterable[Path]) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all tensors, however they are split into files.
-
-    Args:
-        files: safetensors files; their names, order and metadata do not enter.
-
-    Raises:
-        CheckpointError: a file is not a whole safetensors file.
-    """
-    return digest_of(tensor_facts(files))
-
-
 def tensor_facts(files: Iterable[Path], progress: Progress | None = None) -> list[Facts]:
-    """(name, dtype, shape, sha256) of all tensors, sorted; ``weights_digest`` is the digest of this list.
+    """(name, dtype, shape, sha256) of all tensors, sorted, however they are split into files.
+
+    The digest of this list is ``weights_sha256``: names, order and metadata of the files do not enter.
 
     Raises:
         CheckpointError: a file is not a whole safetensors file.
@@ -719,7 +709,7 @@ def _differ_after_rounding(
 
 
 def _rounded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """Values of ``dtype`` nearest to the given ones, ties to even; what is too large is infinite, or the largest of F8_E4M3."""
+    """Values of ``dtype`` nearest to the given, ties to even; too large is infinite, or the largest of F8_E4M3."""
     with np.errstate(all="ignore"):
         if dtype in ("F16", "F32"):
             return values.astype(_NUMPY[dtype])
