@@ -831,7 +831,7 @@ def _differ_after_rounding(
 
 
 def _rounded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
-    """Values of ``dtype`` nearest to the given ones, ties to even; what is too large is infinite, or the largest of F8_E4M3."""
+    """Values of ``dtype`` nearest to the given ones, ties to even; too large is infinite, or the largest of F8_E4M3."""
     with np.errstate(all="ignore"):
         if dtype in ("F16", "F32"):
             return values.astype(_NUMPY[dtype])
