@@ -22,15 +22,21 @@ from safetensors.torch import save_file as save_torch
 from moediag.engines import weights as module
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.weights import (
-    WeightsComparison,
     compare_facts,
     compare_weights,
     read_header,
     scale_block,
     tensor_facts,
 )
-from moediag.errors import CheckpointError
+from moediag.errors import CheckpointError, CorruptRunError
 from moediag.run.files import digest_of as digest_of_value
+from moediag.run.records import WeightsComparison, as_record
+
+
+def weights_digest(files: list[Path]) -> str:
+    """``weights_sha256`` of a checkpoint with these files."""
+    return digest_of_value(tensor_facts(files))
+
 
 TENSORS = {
     "layers.0.gate.weight": np.arange(24, dtype=np.float32).reshape(4, 6),
@@ -190,7 +196,7 @@ def saved(folder: Path, name: str, tensors: Tensors) -> Path:
 
 def compared(folder: Path, a: Tensors, b: Tensors, **options: object) -> WeightsComparison:
     result = compare_weights([saved(folder, "a", a)], [saved(folder, "b", b)], **options)  # type: ignore[arg-type]
-    assert WeightsComparison.from_record(json.loads(json.dumps(result.record(), allow_nan=False))) == result
+    assert as_record(json.loads(json.dumps(result.content(), allow_nan=False)), WeightsComparison, "here") == result
     return result
 
 
@@ -268,7 +274,7 @@ def test_equal_weights_are_equal_in_any_shards(moe: Tensors, tmp_path: Path) -> 
     shards = [saved(tmp_path, f"s{i}", {name: moe[name] for name in names[i::3]}) for i in range(3)]
     told: list[tuple[int, int]] = []
     result = compare_weights([saved(tmp_path, "a", moe)], shards, progress=lambda *done: told.append(done))
-    assert result.equal
+    assert result.is_equal
     assert result.summary == f"all {len(moe)} tensors equal"
     assert result.overall.n_parameters == {"equal": sum(tensor.numel() for tensor in moe.values())}
     assert told[-1][0] == told[-1][1]
@@ -363,7 +369,7 @@ def test_int8_with_a_scale_per_channel(moe: Tensors, tmp_path: Path) -> None:
         got += float((moe[name].double() - restored.double()).square().sum())
         want += float(moe[name].double().square().sum())
     assert experts.relative_error == pytest.approx((got / want) ** 0.5, rel=1e-9)
-    assert compared(tmp_path, b, b).equal
+    assert compared(tmp_path, b, b).is_equal
 
 
 def test_zero_points_are_subtracted(tmp_path: Path) -> None:
@@ -441,7 +447,7 @@ def test_one_of_each_kind(tmp_path: Path, b: Tensors, kind: str, reason: str) ->
     assert result.overall.n_tensors == {kind: 1}
     assert result.overall.n_parameters == {kind: 8}
     assert [r.reason for r in result.not_comparable] == [reason] * bool(reason)
-    assert compared(tmp_path, b, b).equal
+    assert compared(tmp_path, b, b).is_equal
 
 
 def test_renamed_and_missing_tensors_are_told_apart(moe: Tensors, tmp_path: Path) -> None:
@@ -453,7 +459,7 @@ def test_renamed_and_missing_tensors_are_told_apart(moe: Tensors, tmp_path: Path
         ("renamed, with equal bytes", 1, ROUTER), ("only in a", 1, EXPERT), ("only in b", 1, "extra"),
     }  # fmt: skip
     assert result.overall.n_tensors == {"equal": len(moe) - 2, "not_comparable": 3}
-    assert not result.equal
+    assert not result.is_equal
 
 
 def test_fused_experts_are_those_of_transformers(random_moe: Path, moe: Tensors, tmp_path: Path) -> None:
@@ -462,8 +468,8 @@ def test_fused_experts_are_those_of_transformers(random_moe: Path, moe: Tensors,
     fused = {**AutoModelForCausalLM.from_pretrained(random_moe, dtype="bfloat16").state_dict()}
     fused.pop("lm_head.weight")  # tied
     assert any(name.endswith("experts.gate_up_proj") for name in fused)
-    assert compared(tmp_path, moe, fused).equal
-    assert compared(tmp_path, fused, moe).equal
+    assert compared(tmp_path, moe, fused).is_equal
+    assert compared(tmp_path, fused, moe).is_equal
     changed = {**moe, EXPERT: 2 * moe[EXPERT]}
     assert [tensor.name for tensor in compared(tmp_path, changed, fused).worst] == [EXPERT]
 
@@ -475,9 +481,9 @@ def test_facts_alone_say_what_is_equal(moe: Tensors, tmp_path: Path) -> None:
     from_json = json.loads(json.dumps(facts[1]))
     result = compare_facts(facts[0], from_json)
     assert result.overall.n_tensors == {"equal": len(moe) - 2, "not_comparable": 1, "not_measured": 1}
-    assert compare_facts(facts[0], facts[0]).equal
+    assert compare_facts(facts[0], facts[0]).is_equal
     assert "1 of" in result.summary
-    assert WeightsComparison.from_record(json.loads(json.dumps(result.record()))) == result
+    assert as_record(json.loads(json.dumps(result.content())), WeightsComparison, "here") == result
 
 
 @pytest.mark.parametrize(
@@ -552,5 +558,5 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path, monkeyp
 
 
 def test_a_record_of_something_else_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        WeightsComparison.from_record({"overall": {}})
+    with pytest.raises(CorruptRunError, match="lacks 'summary'"):
+        as_record({"overall": {}}, WeightsComparison, "here")

@@ -33,7 +33,6 @@ import numpy as np
 import numpy.typing as npt
 
 from moediag.errors import CheckpointError
-from moediag.run.files import digest_of
 from moediag.run.records import GroupDifference, NotComparable, TensorDifference, WeightsComparison
 
 Progress = Callable[[int, int], None]
@@ -599,7 +598,7 @@ def _compared(a: _Weight, b: _Weight, done: _Done) -> _Measured:
     for i, (chunk_a, chunk_b) in enumerate(zip(chunks_a, chunks_b, strict=True)):
         x, y = values_a(chunk_a, i * step), values_b(chunk_b, i * step)
         if scaled:
-            same = same and chunk_a == chunk_b
+            same = same and _same(chunk_a, chunk_b)
             differs = (x != y) & ~(np.isnan(x) & np.isnan(y))
         elif a.stored.dtype == b.stored.dtype:
             bits = f"u{_BITS[a.stored.dtype] // 8}"
@@ -634,7 +633,12 @@ def _obstacle(a: _Weight, b: _Weight) -> str:
 
 
 def _same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
-    return all(x == y for x, y in zip(_chunks(a, _CHUNK), _chunks(b, _CHUNK), strict=True))
+    return all(_same(x, y) for x, y in zip(_chunks(a, _CHUNK), _chunks(b, _CHUNK), strict=True))
+
+
+def _same(a: memoryview, b: memoryview) -> bool:
+    # memoryviews compare element by element under the GIL
+    return np.array_equal(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8))
 
 
 def _values(weight: _Weight) -> Callable[[memoryview, int], npt.NDArray[Any]]:
