@@ -159,6 +159,8 @@ def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: On
         sampling = run.record.sampling.content() if run.record.sampling else {}
         if said := text_origin({"sampling": {**sampling, "given_completions": run.record.tokens.origin == "given"}}):
             notes.append(f"{label}: {said}, so k1 and k3 are statistics and no KL")
+        if said := run.other_weights(*run.main_arms):
+            notes.append(f"{label}: {said}")
         on_progress(done, len(runs), "runs")
     checkpoints = (run.checkpoint_of(run.main_arms[0]) for run in runs)
     architectures = sorted({str(one.architecture) for one in checkpoints if one is not None})

@@ -32,6 +32,9 @@ _HEADLINES = (
 
 def show_table(summaries: dict[str, dict[str, Any]]) -> None:
     """The headline numbers, one column per run with its floor and its replay beside it, and the verdicts."""
+    for label, summary in summaries.items():
+        if weights := summary.get("weights"):
+            say(f"{label}: {weights['words']}")
     columns = {title: column for label, summary in summaries.items() for title, column in _columns(label, summary)}
     origins = sorted({text_origin(summary) for summary in summaries.values()} - {""})
     names = {_K3: f"k3 statistic ({' or '.join(origins)}: no KL)"} if origins else {}

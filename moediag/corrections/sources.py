@@ -126,10 +126,11 @@ def run_source(run: Run, arms: tuple[str, str], reward: str | None = None) -> So
     if reward not in (None, NO_REWARD, HASH_REWARD):
         raise DumpError(f"{run.path} is a run and holds no column {reward}; --reward takes none or hash for a run")
     pair = run.pair(*arms)
+    notes = tuple(filter(None, [run.other_weights(pair.minuend, pair.subtrahend)]))
     frame = token_frame(pair).rename(columns={"entropy_infer": "entropy"})
     names = {name: kind for name, kind in {**REQUIRED, **OPTIONAL}.items() if name in frame}
     columns = {name: _as_kind(frame[name], kind) for name, kind in names.items()}
-    return columns_source(columns, f"{run.path} {pair.name}", reward, is_foreign=False)
+    return columns_source(columns, f"{run.path} {pair.name}", reward, notes, is_foreign=False)
 
 
 def table_source(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moediag.figures.numbers import NONE
-from moediag.report.blocks import Block, Table, table
+from moediag.report.blocks import Block, Table, number, table
 from moediag.report.measures import Summary, lookup
 from moediag.report.pairs import main_pair_name
 from moediag.report.tables import facts_table
@@ -55,7 +55,47 @@ def compared_blocks(summary: Summary) -> list[Block]:
     rows = [["engine", *map(_engine, both)]]
     rows += [[words, *(_fact(arm, keys) for arm in both)] for words, keys in _ARM_FACTS]
     rows = [row for row in rows if any(cell != NONE for cell in row[1:])]
-    return [table(["", *names], rows, caption="The two arms"), _model_words(summary), _sampling_words(summary)]
+    blocks: list[Block] = [table(["", *names], rows, caption="The two arms")]
+    return [*blocks, _model_words(summary), *weights_blocks(summary), _sampling_words(summary)]
+
+
+def weights_blocks(summary: Summary) -> list[Block]:
+    """How the weights of two checkpoints differ, by kind of tensor; nothing where both arms loaded the same."""
+    weights = summary.get("weights")
+    if not weights:
+        return []
+    words = Markdown(f"**Other weights.** {plain(weights['words'])}.")
+    comparison = weights.get("comparison")
+    if not comparison:
+        return [words]
+    rows = [_weights_row(group) for group in (*comparison["groups"], comparison["overall"])]
+    header = ["tensors", "equal", "equal after rounding", "differ", "not comparable", "relative error",
+              "largest difference", "elements that differ"]  # fmt: skip
+    caption = (
+        "Weights of the two checkpoints; relative error: norm of the difference over the norm of what train loaded"
+    )
+    reasons = "; ".join(
+        f"{one['n_tensors']:,} {one['reason']} (e.g. {one['example']})" for one in comparison["not_comparable"]
+    )
+    worst = "; ".join(f"{one['name']} {number(one['relative_error'])}" for one in comparison["worst"][:3])
+    said = [
+        f"Largest relative errors: {plain(worst)}." if worst else "",
+        f"Not comparable: {plain(reasons)}." if reasons else "",
+    ]
+    return [words, table(header, rows, range(1, 8), caption), Markdown(" ".join(filter(None, said)))]
+
+
+def _weights_row(group: Mapping[str, Any]) -> list[object]:
+    n = group["n_tensors"]
+    differ = n.get("differs", 0) + n.get("dequantised", 0) + n.get("not_measured", 0)
+    counts = (n.get("equal", 0), n.get("equal_after_rounding", 0), differ, n.get("not_comparable", 0))
+    return [
+        group["group"],
+        *(f"{count:,}" for count in counts),
+        number(group["relative_error"]),
+        number(group["largest"]),
+        number(group["share_differing"], "share"),
+    ]
 
 
 def _engine(arm: Mapping[str, Any]) -> Markdown:

@@ -44,6 +44,7 @@ def summarize(
     observed = run.pair_name(run.reference(TRAIN), run.reference(INFER))
     floor = floors(pairs, main, own)
     replay = _replay_summary(run, {analysis.pair_name: analysis.tokens for analysis in analyses}, observed)
+    weights = _weights(run, *run.main_arms)
     analysed = {arm for analysis in analyses for arm in (analysis.minuend, analysis.subtrahend)}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -62,10 +63,11 @@ def summarize(
             "captures": captures_digest(run),
             **provenance,
         },
+        "weights": weights,
         "main_pair": main,
         "observed_pair": observed if observed in pairs else None,
         "replay_pair": next(iter(_replay_pairs(run, pairs)), None),
-        "verdict": verdict(pairs[main], floor, provenance["validation_errors"], replay),
+        "verdict": verdict(pairs[main], floor, provenance["validation_errors"], replay, weights),
         "pairs": pairs,
         "floors": floor,
         "routing_replay": replay,
@@ -78,6 +80,20 @@ def captures_digest(run: Run) -> dict[str, str]:
         arm: digest_of([run.capture_sidecar(arm, shard).data_sha256 for shard in run.shards])
         for arm in run.arms()
         if run.is_complete(arm)
+    }
+
+
+def _weights(run: Run, minuend: str, subtrahend: str) -> dict[str, Any] | None:
+    """How the weights that two arms loaded differ, in words and as measured; None where both loaded the same."""
+    said = run.other_weights(minuend, subtrahend)
+    if not said:
+        return None
+    comparison = run.weights_comparison(minuend, subtrahend)
+    advice = "the mismatch is of weights and engines together (one checkpoint profiled in both engines tells the engines' part)"
+    return {
+        "words": f"{said}; {advice}",
+        "is_equal": None if comparison is None else comparison.is_equal,
+        "comparison": None if comparison is None else comparison.content(),
     }
 
 

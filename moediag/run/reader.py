@@ -178,6 +178,17 @@ class Run:
         found = next((path for path in paths if path.exists()), None)
         return None if a == b or found is None else read_record(found, WeightsComparison)
 
+    def other_weights(self, minuend: str, subtrahend: str) -> str:
+        """How the weights that two arms loaded differ, in words; empty where both loaded the same checkpoint."""
+        trained, rolled_out = self.checkpoint_of(minuend), self.checkpoint_of(subtrahend)
+        if trained is None or rolled_out is None or trained.digest == rolled_out.digest:
+            return ""
+        comparison = self.weights_comparison(minuend, subtrahend)
+        how = "how they differ was not measured" if comparison is None else comparison.summary
+        if comparison is not None and comparison.is_equal:
+            how += ", and their config.json differ"
+        return f"{subtrahend} loaded other weights ({rolled_out.source}) than {minuend} ({trained.source}): {how}"
+
     def has_comparison(self, a: str, b: str) -> bool:
         """True when it is kept how two checkpoints differ."""
         return any((self.path / "checkpoints" / f"{x}~{y}.json").exists() for x, y in ((a, b), (b, a)))
