@@ -37,8 +37,8 @@ def engine_variables_left_alone() -> Iterator[None]:
 
 
 _LONGEST_FIRST = ("demo", "engines_families", "engines_execution", "readme", "engines_resume", "provenance_engines",
-                  "engines_gradients", "simulate", "engines_observation", "hygiene_faults", "run_derived",
-                  "hygiene_clean", "gradients_statistics", "notebooks")  # fmt: skip
+                  "engines_gradients", "engines_serve", "simulate", "engines_observation", "hygiene_faults",
+                  "run_derived", "hygiene_clean", "gradients_statistics", "notebooks")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
