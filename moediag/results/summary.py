@@ -89,7 +89,10 @@ def _weights(run: Run, minuend: str, subtrahend: str) -> dict[str, Any] | None:
     if not said:
         return None
     comparison = run.weights_comparison(minuend, subtrahend)
-    advice = "the mismatch is of weights and engines together (one checkpoint profiled in both engines tells the engines' part)"
+    advice = (
+        "the mismatch is of weights and engines together (one checkpoint profiled in both engines tells the engines' "
+        "part)"
+    )
     return {
         "words": f"{said}; {advice}",
         "is_equal": None if comparison is None else comparison.is_equal,
