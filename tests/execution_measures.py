@@ -18,11 +18,12 @@ from moediag.engines.arms import ArmRequest
 from moediag.engines.channel import Engines
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
 from moediag.engines.launch import fill_arm, infer_options
-from moediag.engines.plan import Sampling, make_plan
+from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.errors import MoediagError
 from moediag.hygiene import check_run
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.reader import Run, open_run
+from moediag.run.writer import RunWriter
 
 TEXT = "The quick brown fox jumps over the lazy dog and the cat sits on the mat while it rains and rains"
 LENGTHS = (1, 1, 2, 5, 20, 40, 60, 96)
@@ -85,11 +86,11 @@ def _load(name: str) -> str:
 
 
 def _capture(engines: Engines, setting: Setting, checkpoint: Checkpoint, folder: Path, path: Path) -> None:
-    sampling = Sampling(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **setting.sampling})
+    sampling = SamplingOptions(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **setting.sampling})
     plan = make_plan(checkpoint, folder / "prompts.jsonl", sampling, shard_size=6, ids_only=setting.ids_only)
     engine = infer_options(setting.vllm, setting.observer, dtype=setting.dtype, max_model_len=MAX_MODEL_LEN)
-    request = ArmRequest("infer", engine, observer=setting.observer)
-    fill_arm(engines, plan.create(path, force=False), checkpoint, request, lambda event: None)
+    request = ArmRequest("infer", "infer", engine, observer=setting.observer)
+    fill_arm(engines, RunWriter(plan.create(path, force=False)), checkpoint, request, lambda event: None)
 
 
 def _measure(folder: Path, name: str) -> ExecutionMeasures:
@@ -102,7 +103,7 @@ def _measure(folder: Path, name: str) -> ExecutionMeasures:
         len(_sequences(run)),
         sum(len(tokens) for tokens, _ in map(_shard(run), run.shards)),
         n_errors,
-        sum(int(sidecar.get("n_rows_recomputed", 0)) for sidecar in sidecars),
+        sum(sidecar.n_rows_recomputed or 0 for sidecar in sidecars),
         *compared,
     )
 

@@ -21,12 +21,13 @@ from probes import TESTS, engines_under, run_probe
 from moediag.analysis.calibration import POOLED
 from moediag.analysis.prediction import predict_flips
 from moediag.analysis.vocabulary import exact_divergences
-from moediag.engines.arms import ArmRequest
+from moediag.engines.arms import ArmRequest, arm_request
 from moediag.engines.batching import alone
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.hf_engine import Replay, TrainEngine, load_model
 from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
-from moediag.engines.plan import Sampling, make_plan
+from moediag.engines.plan import SamplingOptions, make_plan
+from moediag.engines.routers import ModelRouting
 from moediag.engines.routing_rows import FULL
 from moediag.engines.rules import rule_agreement_by_layer
 from moediag.errors import MoediagError
@@ -34,6 +35,7 @@ from moediag.hygiene import check_run
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run, open_run
+from moediag.run.writer import RunWriter
 
 RING = Path(__file__).parent / "fixtures" / "ring-tiny"
 NAMES = (*FAMILIES, "bailing_moe")
@@ -90,7 +92,7 @@ def _make_run(name: str, dtype: torch.dtype, prompts: Path, folder: Path) -> tup
     checkpoint = RING if name == "bailing_moe" else make_checkpoint(name, folder / name, dtype)
     if name == "bailing_moe" and dtype != torch.float32:
         checkpoint = _converted(RING, folder / name, dtype)
-    sampling = Sampling(max_tokens=MAX_TOKENS, ignore_eos=True)
+    sampling = SamplingOptions(max_tokens=MAX_TOKENS, ignore_eos=True)
     plan = make_plan(open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full", full_vocab=None)
     return plan.create(folder / f"run-{name}", force=False), checkpoint
 
@@ -111,10 +113,10 @@ def _capture_in_vllm(runs: dict[Any, tuple[Run, Path]]) -> dict[Any, dict[str, A
     with engines_under(TESTS) as engines:
         for key, (run, checkpoint) in runs.items():
             options = ENGINE_OPTIONS.get(checkpoint.name, {})
-            engine = {"dtype": run.model["stored_dtype"], "max_model_len": 256, **options}
+            engine = {"dtype": open_checkpoint(str(checkpoint)).stored_dtype, "max_model_len": 256, **options}
             output = run.path.with_suffix(".json")
             try:
-                run_probe(engines, "probe_family", run, checkpoint, ArmRequest("infer", engine), output)
+                run_probe(engines, "probe_family", run, checkpoint, ArmRequest("infer", "infer", engine), output)
             except MoediagError as error:  # the next family is to be tried all the same
                 failed[key] = error
             else:
@@ -125,14 +127,16 @@ def _capture_in_vllm(runs: dict[Any, tuple[Run, Path]]) -> dict[Any, dict[str, A
 
 def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures:
     run = open_run(run.path)
-    request = ArmRequest("train", {"dtype": run.model["stored_dtype"]})
-    engine = TrainEngine(run, load_model(str(checkpoint), request.engine), request)
+    opened, writer = open_checkpoint(str(checkpoint)), RunWriter(run)
+    request = arm_request("train", {"dtype": opened.stored_dtype}, given=False)
+    routing = opened.routing.record() if opened.routing else None
+    engine = TrainEngine(writer, load_model(str(checkpoint), request.options), request, routing)
     assert engine.spec is not None
     shard = run.shards[0]
     tokens, infer = run.tokens(shard), run.capture("infer", shard)
     train, again, replayed, weighted = _score_four_ways(engine, tokens, infer)
     rules = rule_agreement_by_layer(run, engine.model)
-    run.begin_arm("train", engine.arm_record({}), engine.correction_bias())
+    writer.begin_arm(engine.arm_record(opened.record.digest, {}), engine.correction_bias())
     engine.capture_shard(shard, lambda n_done: None)
     exact = exact_divergences(run)
     assert exact is not None
@@ -146,9 +150,9 @@ def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures
         return float(np.abs(difference[tokens.is_response_T]).mean())
 
     return FamilyMeasures(
-        family=str(run.model["model_type"]),
-        dtype=str(run.model["stored_dtype"]),
-        rule=_rule(run.model["routing"]),
+        family=str(opened.described()["model_type"]),
+        dtype=opened.stored_dtype,
+        rule=_rule(engine.spec),
         n_tokens=int(tokens.is_response_T.sum()),
         is_complete=not any(finding.level == "error" for finding in findings)
         and len(tokens.sequence_bounds()) == N_PROMPTS,
@@ -166,9 +170,9 @@ def _measure(run: Run, checkpoint: Path, told: dict[str, Any]) -> FamilyMeasures
         mean_abs_logp_diff_replayed=mean_abs_diff("replayed"),
         mean_abs_logp_diff_replayed_with_weights=mean_abs_diff("weighted"),
         findings=tuple(finding.rule for finding in findings if finding.level != "note"),
-        gate_weights={arm: run.arm(arm).get("gate_weights") for arm in ("infer", "train")},
+        gate_weights={arm: run.arm(arm).gate_weights for arm in ("infer", "train")},
         gate_weight_sums={arm: _gate_weight_sum(run.capture(arm, shard), routed_T) for arm in ("infer", "train")},
-        disagreements=tuple(run.arm("infer")["disagreements"]),
+        disagreements=run.arm("infer").disagreements,
         biases={arm: _listed(run.correction_bias(arm)) for arm in ("infer", "train")},
         explained=_explained(run),
         explained_without_bias=_explained(_forgetting_bias(run)),
@@ -198,7 +202,7 @@ def _forgetting_bias(run: Run) -> Run:
     shutil.copytree(run.path, old)
     for arm in ("infer", "train"):
         record = read_sealed(old / "arms" / arm / "arm.json")
-        record.pop("correction_bias_sha256", None)
+        record["correction_bias_sha256"] = None
         write_sealed(old / "arms" / arm / "arm.json", record)
     return open_run(old)
 
@@ -247,11 +251,11 @@ def _same_sets(parts: Parts, infer: Capture, routed_T: np.ndarray) -> float:
     return float((np.sort(ids_TLK, 2) == np.sort(infer.expert_ids_TLK[routed_T], 2)).all(2).mean())  # type: ignore[index]
 
 
-def _rule(routing: dict[str, Any]) -> str:
-    words = [routing["score_function"]]
-    words += ["bias"] if routing["has_correction_bias"] else []
-    words += [f"{routing['topk_group']} of {routing['n_group']} groups"] if routing["n_group"] > 1 else []
-    return f"top-{routing['top_k']} of {routing['n_experts']}, " + " + ".join(words)
+def _rule(routing: ModelRouting) -> str:
+    words = [routing.score_function]
+    words += ["bias"] if routing.has_correction_bias else []
+    words += [f"{routing.topk_group} of {routing.n_group} groups"] if routing.n_group > 1 else []
+    return f"top-{routing.top_k} of {routing.n_experts}, " + " + ".join(words)
 
 
 def table(measures: dict[str, FamilyMeasures]) -> str:

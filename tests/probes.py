@@ -18,10 +18,13 @@ import pytest
 
 from moediag.engines.arms import ArmRequest
 from moediag.engines.channel import Engines, Job, Reporter
+from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.fill import fill_missing_shards
 from moediag.engines.held import Held
-from moediag.engines.launch import INFER_ENVIRONMENT
+from moediag.engines.launch import INFER_ENVIRONMENT, arm_options
 from moediag.run.reader import Run
+from moediag.run.shards import WHOLE
+from moediag.run.writer import RunWriter
 
 TESTS = Path(__file__).parent
 
@@ -39,28 +42,25 @@ def engines_under(*folders: Path, **variables: str) -> Iterator[Engines]:
 
 def run_probe(engines: Engines, task: str, run: Run, checkpoint: Path, request: ArmRequest, output: Path) -> None:
     """Have a task of this file done; what it saw is in ``output``."""
-    told = {
-        "checkpoint": str(checkpoint),
-        "request": asdict(request),
-        "configuration": request.configuration(),
-        "output": str(output),
-    }
+    opened = open_checkpoint(str(checkpoint))
+    RunWriter(run).add_checkpoint(opened.record)
+    told = {**arm_options(opened, request), "output": str(output)}
     log = str(run.path / "logs" / "probe.log")
-    job = Job("infer", f"probes:{task}", str(run.path), asdict(run.worker), told, log)
+    job = Job("vLLM", f"probes:{task}", str(run.path), asdict(WHOLE), told, log)
     engines.do(job, INFER_ENVIRONMENT, lambda event: None)
 
 
-def probe_family(run: Run, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+def probe_family(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
     """Captures the run's infer arm; is greedy decoding bit-equal with the taps, without and with them again?"""
     from moediag.engines.vllm_engine import capture_infer, held_llm
 
-    capture_infer(run, options, reporter, held)
-    llm = held_llm(held, options["checkpoint"], ArmRequest(**options["request"]), reporter)
-    prompts = run.prompt_tokens()[0][:4]
+    capture_infer(writer, options, reporter, held)
+    llm = held_llm(held, options["folder"], ArmRequest(**options["request"]), reporter)
+    prompts = writer.run.prompt_tokens()[0][:4]
     results = [greedy(llm, prompts)]
     llm.collective_rpc("moediag_remove")
     results.append(greedy(llm, prompts))
-    llm.collective_rpc("moediag_install", args=(run.model["routing"], "margins"))
+    llm.collective_rpc("moediag_install", args=(options["routing"], "margins"))
     results.append(greedy(llm, prompts))
     ids_equal = all((ids == results[0][0]).all() for ids, _ in results)
     logps_equal = all((logps == results[0][1]).all() for _, logps in results)
@@ -68,7 +68,7 @@ def probe_family(run: Run, options: dict[str, Any], reporter: Reporter, held: He
     Path(options["output"]).write_text(json.dumps(told))
 
 
-def probe_observation(run: Run, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+def probe_observation(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
     """One engine start answers two questions, of a run of given completions made with ``--full-vocab``.
 
     Are greedy tokens and log-probabilities the same before the taps, with them, with whole distributions kept, and
@@ -77,12 +77,12 @@ def probe_observation(run: Run, options: dict[str, Any], reporter: Reporter, hel
     from moediag.engines.vllm_engine import InferEngine, held_llm
 
     request = ArmRequest(**options["request"])
-    llm = held_llm(held, options["checkpoint"], request, reporter)
+    run, llm = writer.run, held_llm(held, options["folder"], request, reporter)
     prompts = run.prompt_tokens()[0]
     seen = {"plain": greedy(llm, prompts)}
-    engine = InferEngine(run, llm, request)
-    run.begin_arm("infer", engine.arm_record(options["configuration"]), engine.correction_bias())
-    fill_missing_shards(run, "infer", reporter, engine.capture_shard)
+    engine = InferEngine(writer, llm, request, options["routing"])
+    writer.begin_arm(engine.arm_record(options["checkpoint"], options["configuration"]), engine.correction_bias())
+    fill_missing_shards(writer, "infer", reporter, engine.capture_shard)
     seen["tapped"] = greedy(llm, prompts)
     # vLLM counts its own requests; whichever numbers it has reached, all of them keep whole distributions
     everyone = {str(request_id): 0 for request_id in range(1000)}

@@ -15,9 +15,11 @@ from execution_measures import ExecutionMeasures, measure, write_prompts
 from execution_settings import SETTINGS
 
 from moediag.cli import jobs
-from moediag.engines.arms import arm_request
+from moediag.engines.arms import Reference, arm_request
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.run.reader import open_run
+from moediag.run.recipes import RECIPES
+from moediag.run.writer import RunWriter
 
 pytestmark = pytest.mark.engines
 
@@ -71,15 +73,24 @@ def test_every_arm_scores_the_same_tokens(random_moe: Path, tmp_path: Path) -> N
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "the cat", "one two three")))
     run = tmp_path / "run"
-    options = ("--prompts", prompts, "-o", run, "--max-tokens", "16", "--shard-size", "2")
-    assert run_moediag("capture", "infer", random_moe, *options).returncode == 0
-    done = run_moediag("capture", "infer-redecode", random_moe, "-o", run)
-    assert done.returncode == 0, done.stderr
+    begun = ("--prompts", prompts, "-o", run, "--max-tokens", "16", "--shard-size", "2")
+    assert run_moediag("capture", "infer", random_moe, *begun).returncode == 0
+    for arm in ("infer-redecode", "train-repeat"):  # before any train arm: a repeat may come first
+        done = run_moediag("capture", arm, random_moe, "-o", run)
+        assert done.returncode == 0, done.stderr
     arms = ("infer-redecode", "infer-repeat", "infer-rescore", "train", "train-repeat")
     opened, engine = open_run(run), {"dtype": "bfloat16"}
-    infer = opened.arm("infer")["configuration"]
-    requests = [arm_request(arm, infer if arm.startswith("infer") else engine, given=False) for arm in arms]
-    jobs.capture(jobs.Arms(opened, open_checkpoint(str(random_moe)), requests))
+    captured = opened.arm("infer").captured
+    assert captured is not None
+    options = {"infer": captured.configuration, "train": engine}
+    infer = Reference("infer", opened.arm("infer").path)
+    requests = [
+        arm_request(arm, options[role], given=False, reference=infer if role == "infer" else None)
+        for arm in arms
+        for role in (RECIPES[arm].role,)
+    ]
+    checkpoints = dict.fromkeys(("infer", "train"), open_checkpoint(str(random_moe)))
+    jobs.capture(jobs.Arms(RunWriter(opened), requests, checkpoints))
     logps = {arm: response_logps(run, arm) for arm in ("infer", *arms)}
     assert all(np.isfinite(values).all() for values in logps.values())
     for arm in ("infer-redecode", "infer-repeat", "infer-rescore"):
@@ -131,7 +142,7 @@ def test_unobserved_rollouts_decoded_again_show_what_observation_changed(random_
     assert done.returncode == 0, done.stderr
     opened = open_run(run)
     assert not opened.is_routed("infer-production")
-    assert opened.arm("infer")["path"] == "decode (given tokens, forced one by one)"
+    assert opened.arm("infer").path == "decode"
     np.testing.assert_array_equal(response_logps(run, "infer-production"), response_logps(run, "infer"))
     summary = json.loads((run / "summary.json").read_text())
     assert summary["floors"]["forced_settings"]["is_bit_exact"]

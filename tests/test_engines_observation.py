@@ -16,7 +16,7 @@ from moediag.analysis.summary import pair_summary
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.engines.arms import PREFILL, ArmRequest
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.plan import Sampling, make_plan
+from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.engines.routing_rows import FULL, MARGINS
 from moediag.errors import CaptureError
 from moediag.hygiene import check_run
@@ -43,9 +43,9 @@ def prefilled(demo: Path, moe: Run, tmp_path_factory: pytest.TempPathFactory) ->
     ]
     prompts = write_jsonl(folder / "given.jsonl", records)
     checkpoint = demo / "checkpoints" / "moe"
-    plan = make_plan(open_checkpoint(str(checkpoint)), prompts, Sampling(), full_vocab=N_PREFILLED)
+    plan = make_plan(open_checkpoint(str(checkpoint)), prompts, SamplingOptions(), full_vocab=N_PREFILLED)
     run = plan.create(folder / "run", force=False)
-    request = ArmRequest("infer", {"dtype": "bfloat16", "max_model_len": 512}, path=PREFILL)
+    request = ArmRequest("infer", "infer", {"dtype": "bfloat16", "max_model_len": 512}, path=PREFILL)
     with engines_under(TESTS) as engines:
         run_probe(engines, "probe_observation", run, checkpoint, request, folder / "probe.npz")
     with np.load(folder / "probe.npz") as arrays:
@@ -131,7 +131,7 @@ def test_hooked_and_unhooked_logits_of_transformers_are_bit_equal(moe: Run, mode
     from moediag.engines.hf_taps import RoutingTaps
     from moediag.engines.routers import ModelRouting
 
-    spec = ModelRouting.from_record(moe.model["routing"])
+    spec = ModelRouting.of_routers(moe.arm("infer").routers)
     ids, _ = next(sequences(moe))
     with torch.inference_mode():
         plain = model(input_ids=ids[None], use_cache=False).logits
@@ -150,7 +150,7 @@ def test_hooks_come_off_when_the_body_raises_and_a_silent_layer_is_an_error(moe:
     from moediag.engines.hf_taps import RoutingTaps
     from moediag.engines.routers import ModelRouting
 
-    spec = ModelRouting.from_record(moe.model["routing"])
+    spec = ModelRouting.of_routers(moe.arm("infer").routers)
     with pytest.raises(CaptureError, match="MoE layer 0 never fired"), RoutingTaps(model, spec, MARGINS) as taps:
         taps.take(torch.arange(5))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -164,7 +164,7 @@ def test_replay_forces_what_it_is_asked_to_force(moe: Run, model: Any) -> None:
     from moediag.engines.hf_taps import RoutingTaps
     from moediag.engines.routers import ModelRouting
 
-    spec = ModelRouting.from_record(moe.model["routing"])
+    spec = ModelRouting.of_routers(moe.arm("infer").routers)
     shard = moe.shards[0]
     start, end = moe.tokens(shard).sequence_bounds()[0]
     infer = moe.capture("infer", shard)
@@ -200,7 +200,7 @@ def test_forced_routes_that_are_not_used_are_an_error(moe: Run, model: Any) -> N
     from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
     from moediag.engines.routers import ModelRouting
 
-    spec = dataclasses.replace(ModelRouting.from_record(moe.model["routing"]), top_k=3)  # no TopK of 3 happens
+    spec = dataclasses.replace(ModelRouting.of_routers(moe.arm("infer").routers), top_k=3)  # no TopK of 3 happens
     ids = torch.arange(5)
     forced = ForcedRoutes(torch.zeros(5, spec.n_layers, 3, dtype=torch.long), None, range(spec.n_layers))
     with (
@@ -219,7 +219,7 @@ def test_recorded_ids_are_what_transformers_own_rule_gives_on_vllms_logits(moe: 
     from moediag.engines.hf_taps import find_blocks
     from moediag.engines.routers import ModelRouting, apply_rule
 
-    spec = ModelRouting.from_record(moe.model["routing"])
+    spec = ModelRouting.of_routers(moe.arm("infer").routers)
     gates = [block.gate for block in find_blocks(model)]
     n_rows = 0
     for shard in moe.shards:

@@ -13,9 +13,10 @@ from moediag.engines.arms import arm_request
 from moediag.engines.channel import Engines
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.launch import fill_arm
-from moediag.engines.plan import Sampling, make_plan
+from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.errors import EngineError
 from moediag.run.reader import Run
+from moediag.run.writer import RunWriter
 
 pytestmark = pytest.mark.engines
 
@@ -35,7 +36,7 @@ class Filled:
         for arm in arms:
             engine = {**(VLLM if arm.startswith("infer") else {"dtype": "bfloat16"}), **options}
             request = arm_request(arm, engine, given=False)
-            fill_arm(self.engines, run, open_checkpoint(str(checkpoint)), request, self._on_event)
+            fill_arm(self.engines, RunWriter(run), open_checkpoint(str(checkpoint)), request, self._on_event)
 
     def _on_event(self, event: dict[str, Any]) -> None:
         if "stage" in event:
@@ -47,7 +48,9 @@ class Filled:
 def new_run(path: Path, checkpoint: Path) -> Run:
     records: list[dict[str, object]] = [{"prompt": "The prompt says" + " so" * n} for n in range(5)]
     prompts = write_jsonl(path.with_suffix(".jsonl"), records)
-    plan = make_plan(open_checkpoint(str(checkpoint)), prompts, Sampling(max_tokens=16, ignore_eos=True), shard_size=2)
+    plan = make_plan(
+        open_checkpoint(str(checkpoint)), prompts, SamplingOptions(max_tokens=16, ignore_eos=True), shard_size=2
+    )
     return plan.create(path, force=False)
 
 
@@ -86,10 +89,10 @@ def test_one_process_serves_arms_and_checkpoints_and_changes_no_byte(random_moe:
 
 def test_after_an_error_the_next_arm_gets_a_process_of_its_own(random_moe: Path, tmp_path: Path) -> None:
     prompts = write_jsonl(tmp_path / "given.jsonl", [{"prompt": "An import", "completion_token_ids": [1, 2]}])
-    run = make_plan(open_checkpoint(str(random_moe)), prompts, Sampling()).create(tmp_path / "run", force=False)
+    run = make_plan(open_checkpoint(str(random_moe)), prompts, SamplingOptions()).create(tmp_path / "run", force=False)
     with Engines() as engines:
         filled = Filled(engines)
-        with pytest.raises(EngineError, match="the train engine failed: .*no-such.*; see .*logs"):
+        with pytest.raises(EngineError, match="the transformers engine failed: .*no-such.*; see .*logs"):
             filled.fill(run, random_moe, "train", attn_implementation="no-such")
         assert "Traceback" in (run.path / "logs" / "train.log").read_text()
         filled.fill(run, random_moe, "train", "train-repeat")

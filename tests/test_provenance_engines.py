@@ -10,6 +10,7 @@ import pytest
 from conftest import run_moediag, write_jsonl
 
 from moediag.run.reader import open_run
+from moediag.run.records import ArmRecord
 
 pytestmark = pytest.mark.engines
 
@@ -59,18 +60,20 @@ def other(random_moe: Path, home: Path, run: Path) -> Path:
 
 
 def test_no_secret_and_no_home_folder_is_written(run: Path) -> None:
-    for path in (run / "run.json", *run.glob("arms/*/*.json"), *run.glob("tokens/*.json")):
+    for path in (run / "run.json", *run.glob("checkpoints/*"), *run.glob("arms/*/*.json"), *run.glob("tokens/*.json")):
         content = path.read_text()
         assert SECRET not in content, path
         assert f"/{USER}/" not in content, path
-    assert open_run(run).model["name"] == "~/ckpt"
-    configuration = open_run(run).arm("infer")["configuration"]
+    infer = open_run(run).arm("infer")
+    assert open_run(run).checkpoint_of("infer").source == "~/ckpt"  # type: ignore[union-attr]
+    assert infer.captured is not None
+    configuration = infer.captured.configuration
     assert (configuration["hf_token"], configuration["download_dir"]) == ("[redacted]", "~/m")
-    assert open_run(run).arm("infer")["environment"]["VLLM_API_KEY"] == "[redacted]"
+    assert infer.captured.environment["VLLM_API_KEY"] == "[redacted]"
 
 
 def test_every_section_of_both_arms_is_filled(run: Path) -> None:
-    infer, train = open_run(run).arm("infer"), open_run(run).arm("train")
+    infer, train = (_sections(open_run(run).arm(arm)) for arm in ("infer", "train"))
     for record in (infer, train):
         for section in (*SECTIONS, "engine_config"):
             assert record[section], section
@@ -83,6 +86,11 @@ def test_every_section_of_both_arms_is_filled(run: Path) -> None:
     _check_infer(infer)
     assert train["kernels"]["attn_implementation"] in ("sdpa", "eager")
     assert train["kernels"]["module_classes"]["Qwen3MoeExperts"] == 2
+
+
+def _sections(arm: ArmRecord) -> dict[str, Any]:
+    assert arm.captured is not None
+    return {**arm.facts, "versions": arm.captured.versions, "environment": arm.captured.environment}
 
 
 def _check_infer(record: dict[str, Any]) -> None:

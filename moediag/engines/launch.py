@@ -139,22 +139,27 @@ def fill_arm(
     require_engine(request.engine)
     run = writer.run
     writer.add_checkpoint(checkpoint.record)
+    worker = "" if writer.worker == WHOLE else f"-{writer.worker.index}-of-{writer.worker.count}"
+    log = run.path / "logs" / f"{request.arm}{worker}.log"
+    environment = infer_environment(request.observer) if request.engine == VLLM else TRAIN_ENVIRONMENT
+    name, task = ENGINE_WORDS[request.engine], _TASKS[request.engine]
+    told = arm_options(checkpoint, request)
+    engines.do(channel.Job(name, task, str(run.path), asdict(writer.worker), told, str(log)), environment, on_event)
+
+
+def arm_options(checkpoint: Checkpoint, request: ArmRequest) -> dict[str, Any]:
+    """What an engine process is told of an arm."""
     # "auto" means another dtype to each engine where a checkpoint is stored in float32: say it in words.
     options = dict(request.options)
     if options.get("dtype") == "auto":
         options["dtype"] = checkpoint.stored_dtype
-    told = {
+    return {
         "folder": str(checkpoint.path),
         "checkpoint": checkpoint.record.digest,
         "routing": checkpoint.routing.record() if checkpoint.routing else None,
         "request": {**asdict(request), "options": options},
         "configuration": request.configuration(),
     }
-    worker = "" if writer.worker == WHOLE else f"-{writer.worker.index}-of-{writer.worker.count}"
-    log = run.path / "logs" / f"{request.arm}{worker}.log"
-    environment = infer_environment(request.observer) if request.engine == VLLM else TRAIN_ENVIRONMENT
-    name, task = ENGINE_WORDS[request.engine], _TASKS[request.engine]
-    engines.do(channel.Job(name, task, str(run.path), asdict(writer.worker), told, str(log)), environment, on_event)
 
 
 def require_engine(engine: str) -> None:
