@@ -15,6 +15,7 @@ from conftest import MOEDIAG, REPOSITORY
 NOT_RUN = {
     "make demo": "the set-up itself; the demo fixture runs `moediag demo`",
     "needs GPUs and the hub": "Qwen3-30B-A3B against Qwen3-4B",
+    "needs a second checkpoint": "tests/test_engines_checkpoints.py makes one",
 }
 
 _BLOCK = re.compile(r"(?:<!-- not run in tests: (?P<reason>.*?) -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)```", re.DOTALL)

@@ -326,7 +326,8 @@ def _evidence(pair: Summary, floor: Summary | None, replay: Summary | None) -> l
     if routing and routing["any_layer_share"] is not None:
         lines.append(f"{100 * routing['any_layer_share']:.3g} % of tokens have a flip somewhere")
     if not routing:
-        lines.append("dense model: routing is no cause here")
+        reason = (pair.get("left_out") or {}).get("routing")
+        lines.append(f"routing left out: {reason}" if reason else "dense model: routing is no cause here")
     return lines + replay_words(replay)
 
 

@@ -43,6 +43,7 @@ class PairAnalysis:
         n_sequences, n_prompts: with a token that both arms scored.
         n_tokens, n_unscored: response tokens scored by both arms, and not.
         n_impossible: of those not scored, tokens with an infinite log-probability (D31-impossible-logp).
+        left_out: what could not be compared (``routing``) -> why.
     """
 
     pair_name: str
@@ -53,6 +54,7 @@ class PairAnalysis:
     n_tokens: int
     n_unscored: int
     n_impossible: int
+    left_out: dict[str, str]
     tokens: pd.DataFrame
     logp_metrics: pd.DataFrame
     tail_curve: pd.DataFrame
@@ -103,6 +105,7 @@ def analyze_pair(pair: Pair) -> PairAnalysis:
         n_tokens=len(scored),
         n_unscored=len(tokens) - len(scored),
         n_impossible=int(is_impossible(tokens["logp_train"].to_numpy(), tokens["logp_infer"].to_numpy()).sum()),
+        left_out=pair.left_out,
         tokens=tokens,
         logp_metrics=logp_metrics(tokens),
         tail_curve=tail_curve(tokens),

@@ -68,7 +68,7 @@ def pair_summary(analysis: PairAnalysis) -> dict[str, Any]:
         analysis: what :func:`analyze_pair` gave.
 
     Returns:
-        Nested dict; ``routing`` and ``margins`` are None for a dense model. Units are the frames'.
+        Nested dict; ``routing`` and ``margins`` are None for a dense model, or where ``left_out`` says why. Units are the frames'.
     """
     slope = analysis.position_slope
     return {
@@ -77,6 +77,7 @@ def pair_summary(analysis: PairAnalysis) -> dict[str, Any]:
         "n_tokens": int(analysis.n_tokens),
         "n_unscored": int(analysis.n_unscored),
         "n_impossible": int(analysis.n_impossible),
+        "left_out": dict(analysis.left_out),
         "logp": _logp_summary(analysis.logp_metrics),
         "routing": _routing_summary(analysis),
         "margins": _margin_summary(analysis.margin_quantiles),

@@ -177,7 +177,11 @@ class Plan:
             moediag_version=__version__,
             configuration=self.configuration(),
             checkpoint=self.checkpoint.record.digest,
-            tokenizer=Tokenizer(files_sha256=self.checkpoint.digests["tokenizer_sha256"], map_sha256=self.map_sha256),
+            tokenizer=Tokenizer(
+                source=redact(self.checkpoint.name),
+                files_sha256=self.checkpoint.digests["tokenizer_sha256"],
+                map_sha256=self.map_sha256,
+            ),
             tokens=TokensFrom(origin="given")
             if self.completion_ids
             else TokensFrom(origin="sampled", arm=self.sampled_by),

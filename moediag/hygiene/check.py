@@ -312,9 +312,11 @@ def _shape_of_arm(run: Run, arm: str) -> Shape:
         return _DENSE
     if not record.is_routed:
         return _DENSE
-    specs = {router.spec for router in record.routers}
+    routers = [record.routers[i] for i in record.comparable_layers]
+    specs = {router.spec for router in routers}
     spec = specs.pop() if len(specs) == 1 else None
-    return Shape(len(record.routers), record.n_experts, record.top_k, spec.renormalize if spec else None)
+    n_experts = max(router.n_experts for router in routers)
+    return Shape(len(routers), n_experts, routers[0].top_k, spec.renormalize if spec else None)
 
 
 def _common_shape(shape: Shape, other: Shape) -> Shape:
@@ -396,9 +398,18 @@ def _read_rows(
         found.append(finding("token-identity", where, "scored other tokens than the token table"))
     if tokens is None:
         return None
+    capture = _of_shape(run, arm, capture, shape)
     wrong = _misfits(tokens, capture, shape, where)
     found += wrong or _check_distributions(run, arm, shard, tokens, capture)
     return None if wrong else Rows(tokens, capture, shape)
+
+
+def _of_shape(run: Run, arm: str, capture: Capture, shape: Shape) -> Capture:
+    """The layers that the rules are about, where an arm's layers differ in K."""
+    layers = run.arm(arm).comparable_layers
+    if not shape.n_layers or len(layers) == len(run.arm(arm).routers):
+        return capture
+    return capture.of_layers(layers, shape.top_k, shape.n_experts)
 
 
 def _check_distributions(run: Run, arm: str, shard: Shard, tokens: TokenRows, capture: Capture) -> list[Finding]:

@@ -215,13 +215,16 @@ def _mismatch_sections(summary: Summary, pair: Summary, frames: Frames, show: _P
 
 
 def _routing_sections(summary: Summary, pair: Summary, frames: Frames, show: _Pictures) -> list[Section | None]:
+    reason = (pair.get("left_out") or {}).get("routing")
+    left_out = Markdown(f"**Left out:** {plain(reason)}.") if reason else None
     if not pair.get("routing"):
-        return [section("depth", "Expert agreement by layer", _DENSE_WORDS)]
+        return [section("depth", "Expert agreement by layer", left_out or _DENSE_WORDS)]
     flips = measured_table(routing_measures(summary, pair, frames), "Flips over all layers")
     return [
         section(
             "depth",
             "Expert agreement by layer",
+            left_out,
             flips,
             *show("agreement_by_depth"),
             made(frames, "agreement_by_layer", tables.agreement_table),

@@ -9,6 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -112,6 +113,16 @@ class Capture:
     def unrouted(self) -> Capture:
         """The capture without its routing arrays."""
         return Capture(self.logp_T, self.entropy_T)
+
+    def of_layers(self, layers: Sequence[int], top_k: int, n_experts: int) -> Capture:
+        """The capture in some MoE layers, by their index, which have K and E at most as given."""
+        taken = {}
+        for name, array in self.arrays().items():
+            letters = name.rpartition("_")[2]
+            array = array[:, list(layers)] if "L" in letters else array
+            width = {"K": top_k, "E": n_experts}.get(letters[-1])
+            taken[name] = array if width is None else array[..., :width]
+        return Capture(**taken)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays present, by legend name."""

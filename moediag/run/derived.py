@@ -19,7 +19,14 @@ from moediag.notation import SCHEMA_VERSION
 from moediag.run.files import read_checked, read_sealed, sha256_bytes, write_error, write_sealed
 from moediag.run.logs import log_damage
 from moediag.run.reader import BIAS, Run, open_run
-from moediag.run.records import MANIFEST, PROMPTS, check_schema_version
+from moediag.run.records import (
+    MANIFEST,
+    PROMPTS,
+    CheckpointRecord,
+    WeightsComparison,
+    check_schema_version,
+    read_record,
+)
 
 SUMMARY = "summary.json"
 REPORT_SEAL = "report.json"
@@ -69,7 +76,7 @@ def derived_damage(run_path: Path) -> list[Damage]:
     """
     run = open_run(run_path)
     shown = [*_frames(run), *_report(run), *_simulations(run), *_gradient_audit(run)]
-    return [*_prompts(run), *_foreign_files(run), *_other_makers(run), *shown, *_logs(run)]
+    return [*_prompts(run), *_checkpoints(run), *_foreign_files(run), *_other_makers(run), *shown, *_logs(run)]
 
 
 def _prompts(run: Run) -> Iterator[Damage]:
@@ -84,6 +91,18 @@ def _prompts(run: Run) -> Iterator[Damage]:
         return
     if (len(prompts), completions is not None) != (told.n, run.record.tokens.origin == "given"):
         yield PROMPTS, f"does not hold the prompts and completions that {MANIFEST} tells of; restore it"
+
+
+def _checkpoints(run: Run) -> Iterator[Damage]:
+    """Records of checkpoints, and of how two differ."""
+    for path in sorted(run.path.glob("checkpoints/*.json")):
+        try:
+            if "~" in path.name:
+                read_record(path, WeightsComparison)
+            elif read_record(path, CheckpointRecord).digest != path.stem:
+                yield _where(run, path), "is of another checkpoint than its name says; restore it"
+        except RunError as error:
+            yield _where(run, path), str(error)
 
 
 def _foreign_files(run: Run) -> Iterator[Damage]:

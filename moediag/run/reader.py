@@ -26,7 +26,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -386,7 +386,7 @@ class Run:
                     f"{self.path}: arm {arm} lacks {len(missing)} of {len(self.shards)} shards (first: "
                     f"{missing[0].stem}); run the same capture again to complete it"
                 )
-        routing = _CommonRouting.of(self, minuend, self._routes_of(minuend, subtrahend))
+        routing = _CommonRouting.of(self.arm(minuend), self.arm(self._routes_of(minuend, subtrahend)))
 
         def read_blocks() -> Iterator[PairBlock]:
             return (self._block(minuend, subtrahend, routing, shard, with_logits) for shard in self.shards)
@@ -461,56 +461,56 @@ class Run:
         return capture
 
 
+@dataclass(frozen=True)
 class _CommonRouting:
-    """The MoE layers that two arms can be compared in, and where they stand in the arrays of each."""
+    """The MoE layers that two arms are compared in.
 
-    def __init__(self, sides: tuple[ArmRecord, ArmRecord], layers: tuple[int, ...], left_out: dict[str, str]) -> None:
-        self.decoder_layers, self.left_out = layers, left_out
-        places = [{router.decoder_layer: i for i, router in enumerate(side.routers)} for side in sides]
-        self._places = [[place[layer] for layer in layers] for place in places]
-        routers = [side.routers[place[layer]] for side, place in zip(sides, places, strict=True) for layer in layers]
-        self.n_experts = max((router.n_experts for router in routers), default=0)
-        self.top_k = max((router.top_k for router in routers), default=0)
-        self._is_whole = [
-            list(range(len(side.routers))) == place for side, place in zip(sides, self._places, strict=True)
-        ]
+    Args:
+        decoder_layers: their decoder layers.
+        places: where they stand in the arrays of the minuend, and of the subtrahend.
+        left_out: why nothing, or not all, is compared.
+    """
+
+    decoder_layers: tuple[int, ...] = ()
+    places: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    n_experts: int = 0
+    top_k: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(run: Run, minuend: str, subtrahend: str) -> _CommonRouting:
-        ours, theirs = run.arm(minuend), run.arm(subtrahend)
+    def of(ours: ArmRecord, theirs: ArmRecord) -> _CommonRouting:
+        """Layers of the same decoder layer, E and K on both sides."""
         unseen = [side.name for side in (ours, theirs) if not side.is_routed]
         if unseen:
-            reason = {"routing": f"no expert ids of {' and '.join(unseen)}"} if len(unseen) == 1 else {}
-            return _CommonRouting((ours, theirs), (), reason)
-        others = {router.decoder_layer: router for router in theirs.routers}
-        layers, unlike = [], []
-        for router in ours.routers:
-            other = others.get(router.decoder_layer)
-            if other is not None and (other.n_experts, other.top_k) == (router.n_experts, router.top_k):
-                layers.append(router.decoder_layer)
-            else:
-                unlike.append(router.decoder_layer)
-        unlike += [layer for layer in others if layer not in ours.decoder_layers]
+            is_one = len(unseen) == 1
+            return _CommonRouting(left_out={"routing": f"{unseen[0]} kept no expert ids"} if is_one else {})
+        found = [
+            {(side.routers[i].decoder_layer, side.routers[i].n_experts, side.routers[i].top_k): i
+             for i in side.comparable_layers}
+            for side in (ours, theirs)
+        ]  # fmt: skip
+        common = sorted(found[0].keys() & found[1].keys())
+        every = {*ours.decoder_layers, *theirs.decoder_layers}
         left_out = {}
-        if unlike:
-            n_all = len({*others, *ours.decoder_layers})
+        if unlike := sorted(every - {layer for layer, _, _ in common}):
             left_out["routing"] = (
-                f"{minuend} and {subtrahend} have other routers in {len(unlike)} of {n_all} MoE layers (E, K or the "
-                f"layer itself; first: decoder layer {min(unlike)})"
+                f"{len(unlike)} of {len(every)} MoE layers are not compared: {ours.name} and {theirs.name} differ in "
+                "E, in K or in having them, or their K is not that of the other layers (first: decoder layer "
+                f"{unlike[0]})"
             )
-        return _CommonRouting((ours, theirs), tuple(layers), left_out)
+        return _CommonRouting(
+            tuple(layer for layer, _, _ in common),
+            (tuple(found[0][key] for key in common), tuple(found[1][key] for key in common)),
+            max((n_experts for _, n_experts, _ in common), default=0),
+            max((top_k for _, _, top_k in common), default=0),
+            left_out,
+        )
 
     def select(self, capture: Capture, side: int) -> Capture:
-        """The capture in the common layers, K of the widest of them."""
+        """A capture of the minuend (0) or the subtrahend (1) in the common layers."""
         if not self.decoder_layers:
             return capture.unrouted()
-        arrays = capture.arrays()
-        if not self._is_whole[side]:
-            of_layers = {name for name in arrays if "L" in name.rpartition("_")[2]}
-            arrays |= {name: arrays[name][:, self._places[side]] for name in of_layers}
-            arrays |= {name: arrays[name][..., : self.top_k] for name in arrays if name.endswith("K")}
-            arrays |= {name: arrays[name][..., : self.n_experts] for name in arrays if name.endswith("E")}
-        return Capture(**arrays)
+        return capture.of_layers(self.places[side], self.top_k, self.n_experts)
 
 
 def open_run(path: str | Path) -> Run:

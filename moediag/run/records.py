@@ -8,6 +8,7 @@ arm is a field: nothing is ever read off its name.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -239,8 +240,15 @@ class Prompts(Record):
 
 
 class Tokenizer(Record):
-    """The tokenizer that made the tokens: digest of its files, and of its token-to-id map where it was loaded."""
+    """The tokenizer that made the tokens.
 
+    Args:
+        source: where it is from, as the user called it.
+        files_sha256: digest of its files.
+        map_sha256: digest of its token-to-id map, where it could be loaded.
+    """
+
+    source: str = ""
     files_sha256: str
     map_sha256: str | None = None
 
@@ -437,6 +445,13 @@ class ArmRecord(Record):
     def top_k(self) -> int:
         """K of the largest layer: the width of the arm's arrays; 0 for a dense model."""
         return max((router.top_k for router in self.routers), default=0)
+
+    @property
+    def comparable_layers(self) -> tuple[int, ...]:
+        """Indices of the MoE layers of the K that most layers have: expert sets of several sizes are not compared."""
+        counts = Counter(router.top_k for router in self.routers)
+        common = max(counts, key=lambda k: (counts[k], k), default=0)
+        return tuple(i for i, router in enumerate(self.routers) if router.top_k == common)
 
     @property
     def captured(self) -> Captured | None:
