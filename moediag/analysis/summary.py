@@ -68,7 +68,8 @@ def pair_summary(analysis: PairAnalysis) -> dict[str, Any]:
         analysis: what :func:`analyze_pair` gave.
 
     Returns:
-        Nested dict; ``routing`` and ``margins`` are None for a dense model, or where ``left_out`` says why. Units are the frames'.
+        Nested dict; ``routing`` and ``margins`` are None for a dense model, or where ``left_out`` says why. Units are
+        the frames'.
     """
     slope = analysis.position_slope
     return {

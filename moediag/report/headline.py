@@ -69,6 +69,9 @@ def _mismatch_words(pair: Summary, frames: Frames) -> str:
 def _routing_words(pair: Summary, frames: Frames) -> str:
     measures = routing_measures({}, pair, frames)
     if not measures:
+        reason = (pair.get("left_out") or {}).get("routing")
+        if reason:
+            return f"Nothing is said of routing: {reason}."
         return "The model is dense (no expert routing was captured), so routing plays no part in the mismatch."
     flip, anywhere = (measure.value for measure in measures[:2])
     if not is_number(flip):
