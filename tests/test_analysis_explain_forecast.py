@@ -34,7 +34,7 @@ def test_noise_from_elsewhere_forecasts_the_flips_of_the_pair(after_flip: float)
     """Also where flips make the noise below them louder: that noise was measured with its amplification in it."""
     truth = replace(TRUTH, after_flip=after_flip, n_layers=4)
     target = make_flips(truth, seed=1)
-    frame = forecast_flips(target, arm_pair(truth=truth), truth.record).set_index("layer")
+    frame = forecast_flips(target, arm_pair(truth=truth), truth.rule).set_index("layer")
     assert set(frame["method"]) == {"all_pairs"}
     assert set(zip(frame["pair"], frame["noise_from"], strict=True)) == {("infer~train", "train~train-perturbed")}
     np.testing.assert_allclose(frame["forecast"], frame["observed"], rtol=0.2)
@@ -49,7 +49,7 @@ def test_a_forecast_is_of_the_noise_and_not_of_the_pair_s_own() -> None:
     """
     quiet = replace(TRUTH, scale=TRUTH.scale / 4)
     target, noise = make_flips(TRUTH, seed=1), arm_pair(truth=quiet)
-    row = forecast_flips(target, noise, TRUTH.record).iloc[0]
+    row = forecast_flips(target, noise, TRUTH.rule).iloc[0]
     ids_TLK = [np.sort(getattr(block_of(noise), f"expert_ids_{side}_TLK")) for side in ("infer", "train")]
     assert row["layer"] == -1
     assert row["noise_observed"] == pytest.approx((ids_TLK[0] != ids_TLK[1]).any(axis=-1).mean())
@@ -60,14 +60,14 @@ def test_a_forecast_is_of_the_noise_and_not_of_the_pair_s_own() -> None:
 
 def test_forecasts_give_no_interval() -> None:
     """Prompts resampled under a noise taken as known gave "95 %" that held the rate found .06 to .69 of the time."""
-    frame = forecast_flips(make_flips(TRUTH, seed=1), arm_pair(), TRUTH.record)
+    frame = forecast_flips(make_flips(TRUTH, seed=1), arm_pair(), TRUTH.rule)
     assert not [name for name in frame if name.startswith(("forecast_", "explained_"))]
     assert "no interval" in next(c.meaning for c in FORECAST_FLIPS.columns if c.name == "forecast")
     assert not [c.name for c in EXPLAINED_FLIPS.columns if c.name.startswith("explained_")]
 
 
 def test_an_arm_explains_its_own_flips_calibrated() -> None:
-    row = explained_flips(arm_pair(), TRUTH.record).iloc[0]
+    row = explained_flips(arm_pair(), TRUTH.rule).iloc[0]
     assert row["layer"] == -1
     assert row["explained"] == pytest.approx(row["observed"], rel=0.1)
     assert row["calibration_error"] < 2 * row["calibration_error_expected"]
@@ -76,10 +76,10 @@ def test_an_arm_explains_its_own_flips_calibrated() -> None:
 def test_margins_alone_forecast_too() -> None:
     quiet = replace(TRUTH, scale=0.003, loud=4.0, n_prompts=32)
     target = pair_of(without_logits(block_of(make_flips(quiet, seed=1))), rule=quiet.rule)
-    frame = forecast_flips(target, arm_pair(truth=quiet), quiet.record)
+    frame = forecast_flips(target, arm_pair(truth=quiet), quiet.rule)
     assert set(frame["method"]) == {"margin_change"}
     assert frame["assumption"].str.startswith(BORDER_ONLY).all()
-    flips = explained_flips(target, quiet.record).iloc[0]["observed"]
+    flips = explained_flips(target, quiet.rule).iloc[0]["observed"]
     assert frame.iloc[0]["forecast"] == pytest.approx(flips, rel=0.25)
 
 
