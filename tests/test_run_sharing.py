@@ -174,26 +174,47 @@ def test_a_claim_is_never_held_twice_while_files_come_and_go(tmp_path: Path) -> 
     assert not (tmp_path / ".claims").exists()
 
 
-def test_two_workers_that_begin_an_arm_differently_at_the_same_instant_do_not_both_get_it(tmp_path: Path) -> None:
+def test_of_workers_that_begin_an_arm_differently_at_the_same_instant_one_kind_gets_it(tmp_path: Path) -> None:
+    """An arm that holds nothing may be begun anew: shards of a worker that had begun it before passed for the other's."""
     run = create_scripted_run(tmp_path / "run", **LAYOUT)
     refused: list[str] = []
+    filled: list[str] = []
     barrier = threading.Barrier(4)
 
-    def begin(version: str) -> None:
+    def begin(version: str, shard: Shard) -> None:
+        writer = RunWriter(open_run(run.path))
         barrier.wait()
         try:
-            there = open_run(run.path)
-            record = RunWriter(there).begin_arm(made_otherwise(arm_of(there, "infer"), versions={"scripted": version}))
-            write_scripted_shard(RunWriter(there), "infer", there.shards[0])
-            assert record.captured is not None
-            assert record.captured.versions == {"scripted": version}
+            writer.begin_arm(made_otherwise(arm_of(run, "infer"), versions={"scripted": version}))
+            with writer.claim("infer", shard):
+                write_scripted_shard(writer, "infer", shard)
+            filled.append(version)
         except RunConflictError as error:
             refused.append(str(error))
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(begin, "1122"))
-    assert len(refused) == 2
-    assert all("versions" in line or "scripted" in line for line in refused)
+        list(pool.map(begin, "1122", run.shards[:4]))
+    record = run.arm("infer")
+    assert record.captured is not None
+    assert set(filled) == {record.captured.versions["scripted"]}
+    assert len(filled) + len(refused) == 4
+    assert len(refused) >= 2
+    assert all("versions.scripted" in line or "begun anew by another process" in line for line in refused)
+    assert derived_damage(run.path) == []
+
+
+def test_a_worker_whose_arm_was_begun_anew_writes_nothing_into_it(tmp_path: Path) -> None:
+    """Its shard used to be sealed as made by the other's version."""
+    run = create_scripted_run(tmp_path / "run", **LAYOUT)
+    early, late = RunWriter(run), RunWriter(run)
+    for writer, version in ((early, "1"), (late, "2")):
+        writer.begin_arm(made_otherwise(arm_of(run, "infer"), versions={"scripted": version}))
+    with pytest.raises(RunConflictError, match="begun anew by another process"):
+        write_scripted_shard(early, "infer", run.shards[0])
+    assert run.missing_shards("infer") == list(run.shards)
+    write_scripted_shard(late, "infer", run.shards[0])
+    with pytest.raises(RunConflictError, match=r"versions.scripted: '2' there, '1' asked"):
+        early.begin_arm(made_otherwise(arm_of(run, "infer"), versions={"scripted": "1"}))
 
 
 def test_workers_that_make_the_run_at_the_same_instant_both_find_it_made(tmp_path: Path) -> None:
@@ -276,9 +297,9 @@ def test_shards_merged_from_another_version_are_found(tmp_path: Path) -> None:
     """A plain copy keeps one arm.json: shards that another version made used to pass under its name."""
     for name, worker, version in (("a", Slice(0, 2), "1"), ("b", Slice(1, 2), "2")):
         run = create_scripted_run(tmp_path / name, **LAYOUT)
-        run.worker = worker
-        run.begin_arm("infer", {**scripted_record("infer"), "versions": {"scripted": version}})
-        for shard in run.own_missing_shards("infer"):
+        writer = RunWriter(run, worker)
+        writer.begin_arm(made_otherwise(arm_of(run, "infer"), versions={"scripted": version}))
+        for shard in writer.own_missing_shards("infer"):
             write_scripted_shard(writer, "infer", shard)
     copy_missing(tmp_path / "b", tmp_path / "a")
     assert [where for where, _ in derived_damage(tmp_path / "a")] == [f"arms/infer/shard-0000{i}" for i in (1, 3, 5)]

@@ -57,6 +57,7 @@ class RunWriter:
     def __init__(self, run: Run, worker: Slice = WHOLE) -> None:
         self.run = run
         self.worker = worker
+        self._made_as: dict[str, str] = {}
 
     def refuse_earlier_schema(self) -> None:
         """Refuse a run that can be read and analysed, but not continued.
@@ -109,6 +110,7 @@ class RunWriter:
             if path.exists():
                 there = run.arm(name)
                 if there.made_as() == record.made_as():
+                    self._made_as[name] = there.made_as()
                     return there
                 if any(folder.glob("shard-*.json")) or self._is_being_filled(name):
                     self.refuse_other(there, record)
@@ -117,6 +119,7 @@ class RunWriter:
             if bias_LE is not None:
                 write_sealed(folder / BIAS, {"kind": "moediag correction bias", "bias_LE": bias_LE})
             write_record(path, record)
+            self._made_as[name] = record.made_as()
         return record
 
     def refuse_other_request(
@@ -248,8 +251,13 @@ class RunWriter:
 
         Raises:
             ValueError: the capture has other arrays than the arm's record says.
+            RunConflictError: the arm that this writer began was begun anew, otherwise, by another process.
         """
         record = self.run.arm(arm)
+        if self._made_as.get(arm, record.made_as()) != record.made_as():
+            raise RunConflictError(
+                f"arm {arm} of {self.run.path} was begun anew by another process, otherwise made; use another -o"
+            )
         wanted = {*record.arrays} - {DISTRIBUTIONS}
         if {*capture.arrays()} != wanted:
             raise ValueError(f"arm {arm} has {sorted(capture.arrays())}, arm.json says {sorted(wanted)}")
