@@ -72,10 +72,12 @@ def _row(name: str, record: dict[str, object]) -> dict[str, object]:
 
 def variant_rates(run: Run) -> pd.DataFrame:
     """Flip rates by layer as simpler descriptions of the same noise give them; in sample, all of one pair."""
-    rule = RoutingRule.from_record(run.model["routing"])
+    routers = run.arm("infer").routers
+    rule = RoutingRule.of_routers(routers)
+    assert rule is not None
     views = [view_block(block, rule) for block in run.pair("train", "infer", with_logits=True).blocks()]
     rows = []
-    for layer in range(len(run.decoder_layers)):
+    for layer in range(len(routers)):
         columns = [
             (view.logits_TLE[used, layer], view.other_TLE[used, layer], view.is_flip_TL[used, layer])
             for view in views

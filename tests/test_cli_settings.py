@@ -14,8 +14,9 @@ from moediag.cli import options as o
 from moediag.cli.main import main
 from moediag.cli.settings import Settings, with_settings
 from moediag.engines import plan as plans
+from moediag.engines.arms import arm_request
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.plan import Plan, Sampling, make_plan
+from moediag.engines.plan import Plan, SamplingOptions, make_plan
 from moediag.errors import EngineError
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "ring-tiny"
@@ -27,7 +28,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def planned(prompts: Path, full_vocab: int | None, n: int = 2) -> Plan:
-    sampling = Sampling(max_tokens=7, n=n)
+    sampling = SamplingOptions(max_tokens=7, n=n)
     return make_plan(open_checkpoint(str(CHECKPOINT)), prompts, sampling, max_model_len=10, full_vocab=full_vocab)
 
 
@@ -72,7 +73,8 @@ def test_the_estimate_counts_distributions_of_the_main_pair_only(prompts: Path) 
     chosen = 4 * some.n_vocabulary * (7 + 7 + 7 + 6 + 5)  # every other of ten sequences: each prompt once
     assert some.vocabulary_bytes(5) == chosen
     for arms, n_keeping in ((["infer"], 1), (["infer", "train"], 2), (["infer", "train", "train-repeat"], 2)):
-        assert some.max_bytes(arms, "auto") - without.max_bytes(arms, "auto") == n_keeping * chosen
+        requests = [arm_request(arm, {}, given=False) for arm in arms]
+        assert some.max_bytes(requests, "auto") - without.max_bytes(requests, "auto") == n_keeping * chosen
 
 
 def test_whole_distributions_need_hooks(capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def test_following_the_advice_for_a_damaged_shard_repairs_the_run(run: Run) -> N
 
 def test_an_arm_is_not_filled_by_two_versions(run: Run) -> None:
     """Resuming with another engine version used to be accepted under the old version's name."""
-    writer, record = RunWriter(run), arm_of(run, "train-replay")
+    writer, record, shard = RunWriter(run), arm_of(run, "train-replay"), run.shards[0]
     writer.begin_arm(made_otherwise(record, versions={"torch": "2.13.0"}))
     writer.write_capture("train-replay", shard, run.tokens(shard), run.capture("train", shard), {}, {})
     with pytest.raises(RunConflictError, match="torch"):
