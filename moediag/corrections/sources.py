@@ -28,6 +28,7 @@ from moediag.corrections.table_files import Columns, Ids, Kind, OnProgress, Tabl
 from moediag.errors import DumpError
 from moediag.hygiene.findings import Finding, by_level
 from moediag.hygiene.logged import check_tokens
+from moediag.notation import NO_TOKEN
 from moediag.run.reader import Run
 
 Float64 = NDArray[np.float64]
@@ -117,17 +118,21 @@ def run_source(run: Run, arms: tuple[str, str], reward: str | None = None) -> So
 
     Args:
         arms: the two arms, in any order.
-        reward: ``none`` or ``hash``; None = hash: a run holds no rewards.
+        reward: ``none`` or ``hash``; None = hash where token ids are known, else none.
 
     Raises:
         IncompleteRunError: an arm or shard is missing.
-        DumpError: a reward that a run does not have.
+        DumpError: a reward that a run does not have, or that its lack of token ids does not allow.
     """
     if reward not in (None, NO_REWARD, HASH_REWARD):
         raise DumpError(f"{run.path} is a run and holds no column {reward}; --reward takes none or hash for a run")
     pair = run.pair(*arms)
     notes = tuple(filter(None, [run.other_weights(pair.minuend, pair.subtrahend)]))
     frame = token_frame(pair).rename(columns={"entropy_infer": "entropy"})
+    if (frame["token_id"] == NO_TOKEN).any():
+        if reward == HASH_REWARD:
+            raise DumpError(f"{run.path} lacks token ids, which --reward hash wants")
+        frame = frame.drop(columns="token_id")
     names = {name: kind for name, kind in {**REQUIRED, **OPTIONAL}.items() if name in frame}
     columns = {name: _as_kind(frame[name], kind) for name, kind in names.items()}
     return columns_source(columns, f"{run.path} {pair.name}", reward, notes, is_foreign=False)

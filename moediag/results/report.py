@@ -70,7 +70,9 @@ def label_of(run: Run) -> str:
 
 
 def longest_prompt(run: Run) -> int:
-    """Length of the longest prompt [tokens]."""
+    """Length of the longest prompt [tokens]; 0 where prompts are not known."""
+    if run.record.prompts is None:
+        return 0
     prompts, _ = run.prompt_tokens()
     return max(map(len, prompts))
 
