@@ -238,7 +238,7 @@ def test_a_token_that_is_trained_and_no_response_is_refused() -> None:
 
 
 def test_tokens_without_ids(tmp_path: Path) -> None:
-    """A dump may hold log-probabilities alone: ids are null on disk, and no reward is made of ids that are not known."""
+    """A dump may hold log-probabilities alone: ids are null on disk, and no reward is made up of them."""
     tokens = token_rows()
     tokens = replace(tokens, token_id_T=np.full(len(tokens), -1))
     train, infer = captured(tokens, LAYERS, 1), captured(tokens, LAYERS)

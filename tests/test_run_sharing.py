@@ -175,7 +175,7 @@ def test_a_claim_is_never_held_twice_while_files_come_and_go(tmp_path: Path) -> 
 
 
 def test_of_workers_that_begin_an_arm_differently_at_the_same_instant_one_kind_gets_it(tmp_path: Path) -> None:
-    """An arm that holds nothing may be begun anew: shards of a worker that had begun it before passed for the other's."""
+    """An arm that holds nothing may be begun anew: shards of who had begun it before passed for the other's."""
     run = create_scripted_run(tmp_path / "run", **LAYOUT)
     refused: list[str] = []
     filled: list[str] = []
