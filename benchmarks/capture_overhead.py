@@ -27,6 +27,7 @@ from moediag.demo.pair import build_pair
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.launch import FORCED, INFER_ENVIRONMENT
 from moediag.engines.plan import Sampling, make_plan
+from moediag.engines.routers import ModelRouting
 from moediag.run.codec import bytes_per_token
 from moediag.run.reader import Run, open_run
 
@@ -69,7 +70,7 @@ def infer(checkpoint: str, run: Run, folder: Path) -> None:
     for level, words in LEVELS.items():
 
         def generate_captured(level: str = level) -> None:
-            llm.collective_rpc("moediag_install", args=(run.model["routing"], level))
+            llm.collective_rpc("moediag_install", args=(ModelRouting.of_routers(run.routers).record(), level))
             llm.generate(prompts, parameters, use_tqdm=False)
             llm.collective_rpc("moediag_flush", args=(str(folder / "rows.safetensors"),))
 
@@ -83,10 +84,9 @@ def train(checkpoint: str, run: Run, folder: Path) -> None:
     from moediag.engines.hf_engine import load_model, score_sequence
     from moediag.engines.hf_taps import RoutingTaps
     from moediag.engines.plan import load_prompt_tokens
-    from moediag.engines.routers import RouterSpec
 
     model: Any = load_model(checkpoint, {"dtype": "bfloat16"})
-    spec = RouterSpec.from_record(run.model["routing"])
+    spec = ModelRouting.of_routers(run.routers)
     prompts = [torch.tensor((prompt * 4)[:320]) for _, _, prompt, _ in load_prompt_tokens(run)]
 
     def score(level: str | None) -> None:
@@ -134,11 +134,11 @@ def written(run: Run, arm: str) -> tuple[int, int]:
 
 
 def _bytes_by_arithmetic(run: Run, level: str, weight_bytes: int) -> int:
-    routing = run.model["routing"]
+    record = run.arm("infer")
     sizes = bytes_per_token(
-        len(run.decoder_layers),
-        routing["top_k"],
-        routing["n_experts"],
+        len(record.routers),
+        record.top_k,
+        record.n_experts,
         weight_bytes=weight_bytes,
         logits_bytes=2 if level == "full" else 0,
     )

@@ -48,11 +48,11 @@ CASES = {
 def synthetic_rows(name: str, truth: Truth) -> list[dict[str, object]]:
     """Explained by every method, then forecast by the best one, pooled over layers."""
     pair = make_flips(truth, seed=1)
-    frame = explain_pair(pair, truth.record, bias_LE=truth.bias_LE).explained_flips
+    frame = explain_pair(pair, truth.rule, bias_LE=truth.bias_LE).explained_flips
     rows = [_row(name, record) for record in frame[frame["layer"] == -1].to_dict("records")]
     other = make_flips(truth, seed=2, first_prompt=1)
     noise = pair_of(*other.blocks(), rule=truth.rule, name="train~train-perturbed")
-    forecast = forecast_flips(pair, noise, truth.record, bias_LE=truth.bias_LE)
+    forecast = forecast_flips(pair, noise, truth.rule, bias_LE=truth.bias_LE)
     record = forecast[forecast["layer"] == -1].iloc[0]
     rows.append(
         {
@@ -72,10 +72,12 @@ def _row(name: str, record: dict[str, object]) -> dict[str, object]:
 
 def variant_rates(run: Run) -> pd.DataFrame:
     """Flip rates by layer as simpler descriptions of the same noise give them; in sample, all of one pair."""
-    rule = RoutingRule.from_record(run.model["routing"])
+    routers = run.arm("infer").routers
+    rule = RoutingRule.of_routers(routers)
+    assert rule is not None
     views = [view_block(block, rule) for block in run.pair("train", "infer", with_logits=True).blocks()]
     rows = []
-    for layer in range(len(run.decoder_layers)):
+    for layer in range(len(routers)):
         columns = [
             (view.logits_TLE[used, layer], view.other_TLE[used, layer], view.is_flip_TL[used, layer])
             for view in views

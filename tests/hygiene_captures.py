@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scripted_engine import create_scripted_run, scripted_record
+from records import arm_of, checkpoint_of, new_run
 
 from moediag.hygiene import Finding, check_capture, check_pair
 from moediag.run.capture import Capture, TokenRows
-from moediag.run.create import create_run, split_into_shards
+from moediag.run.create import split_into_shards
 from moediag.run.reader import Run, open_run
+from moediag.run.records import RouterSpec
+from moediag.run.writer import RunWriter
 
 SHAPES = [  # (E, K, L)
     (8, 2, 3),
@@ -453,33 +455,28 @@ def write_run(path: Path, h: Healthy, tokens: TokenRows, train: Capture, infer: 
     ]
     sink = io.BytesIO()
     pd.DataFrame({"prompt_token_ids": prompts, "completion_token_ids": [None] * h.n_prompts}).to_parquet(sink)
-    routing = {"n_experts": n_experts, "top_k": top_k, "decoder_layers": list(range(n_layers))}
-    like = create_scripted_run(path.with_name("like"), n_prompts=1).manifest
-    run = create_run(
-        path,
-        {
-            **{key: like[key] for key in ("moediag_version", "completions", "sampling")},
-            "configuration": {"seed": h.seed},
-            "model": {**like["model"], "routing": {**routing, "renormalize": h.renormalize}},
-            "prompts": {"n": h.n_prompts, "source": "prompts.jsonl", "source_sha256": "p"},
-            "shards": [vars(shard) for shard in split_into_shards(n_sequences, shard_size)],
-        },
-        sink.getvalue(),
-    )
+    spec = None if h.renormalize is None else RouterSpec(
+        family="tiny", score_function="softmax", has_correction_bias=False, n_group=1, topk_group=1, gate="scores",
+        renormalize=h.renormalize, scaling_factor=1.0, n_shared_experts=0,
+    )  # fmt: skip
+    checkpoint = checkpoint_of(range(n_layers), n_experts, top_k, spec)
+    shards = tuple(split_into_shards(n_sequences, shard_size))
+    run = new_run(path, sink.getvalue(), h.n_prompts, 1, checkpoint, configuration={"seed": h.seed}, shards=shards)
+    writer = RunWriter(run)
     for arm, capture in (("infer", infer), ("train", train)):
-        run.begin_arm(arm, scripted_record(arm))
+        writer.begin_arm(arm_of(run, arm, arrays=tuple(capture.arrays())))
         for shard in run.shards:
             keep_T = np.isin(tokens.seq_id_T, list(shard.seq_ids))
             part = rows_of(tokens, keep_T)
-            run.write_capture(arm, shard, part, arrays_of(capture, keep_T), {}, {})
+            writer.write_capture(arm, shard, part, arrays_of(capture, keep_T), {}, {})
             if arm == "infer":
-                run.write_tokens(shard, part)
+                writer.write_tokens(shard, part)
     return open_run(path)
 
 
 def rows_of(tokens: TokenRows, rows: Any) -> TokenRows:
     """Token rows selected or reordered."""
-    return TokenRows(**{name: value[rows] for name, value in vars(tokens).items()})
+    return TokenRows(**{name: None if value is None else value[rows] for name, value in vars(tokens).items()})
 
 
 def arrays_of(capture: Capture, rows: Any) -> Capture:
@@ -491,5 +488,5 @@ def all_findings(h: Healthy, tokens: TokenRows, train: Capture, infer: Capture) 
     """What every rule says of a pair."""
     e, r = h.shape[0], h.renormalize
     found = check_capture(tokens, infer, n_experts=e, arm="infer", renormalize=r)
-    found += check_capture(tokens, train, n_experts=e, arm="train", renormalize=r)
+    found += check_capture(tokens, train, n_experts=e, arm="train", is_sampled=False, renormalize=r)
     return found + check_pair(tokens, train, infer, n_experts=e)

@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from records import arm_of, checkpoint_of, new_run
 
 from moediag.engines.channel import Reporter
 from moediag.engines.fill import fill_missing_shards
-from moediag.run.capture import Capture, TokenRows, arrays_of
+from moediag.run.capture import Capture, TokenRows
 from moediag.run.codec import encode_prompts
-from moediag.run.create import create_run, split_into_shards
-from moediag.run.files import digest_of, rows_prefix, sha256_bytes
+from moediag.run.files import rows_prefix
 from moediag.run.reader import Run, open_run
-from moediag.run.recipes import RECIPES
-from moediag.run.records import ArmRecord, Captured, CheckpointRecord, Prompts, Router, RunRecord, Sampling, TokensFrom
+from moediag.run.records import Sampling
 from moediag.run.shards import WHOLE, Shard, Slice
 from moediag.run.writer import RunWriter
 
@@ -60,7 +59,7 @@ def make_scripted_run(
     )  # fmt: skip
     writer = RunWriter(run)
     for arm in ("infer", "train"):
-        writer.begin_arm(scripted_record(run, arm))
+        writer.begin_arm(arm_of(run, arm))
         for shard in run.shards:
             write_scripted_shard(writer, arm, shard)
     return open_run(path)
@@ -81,66 +80,23 @@ def create_scripted_run(
 ) -> Run:
     """The run directory alone, no arm captured; the same arguments open the one that is there."""
     sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=6, n=1, seed=seed, ignore_eos=False)
-    checkpoint = scripted_checkpoint(n_layers, n_experts, top_k, dense=dense)
-    prompts = encode_prompts([_prompt(seed, i) for i in range(n_prompts)], None)
-    record = RunRecord(
-        moediag_version="0",
-        configuration={
-            **sampling.content(),
-            "weights_sha256": checkpoint.weights_sha256,
-            "config_sha256": checkpoint.config_sha256,
-            "n_prompts": n_prompts,
-            **({"full_vocab": full_vocab} if full_vocab else {}),
-        },
-        checkpoint=checkpoint.digest,
-        tokens=TokensFrom(origin="sampled", arm="infer"),
-        prompts=Prompts(
-            n=n_prompts, data_sha256=sha256_bytes(prompts), source="prompts.jsonl", source_sha256=f"{seed}:{n_prompts}"
-        ),
-        sampling=sampling,
-        full_vocab=full_vocab,
-        shards=tuple(split_into_shards(n_prompts, shard_size)),
-    )
-    return create_run(path, record, prompts, checkpoint, force=force)
-
-
-def scripted_checkpoint(
-    n_layers: int = 3, n_experts: int = 8, top_k: int = 2, *, dense: bool = False, name: str = "models/scripted"
-) -> CheckpointRecord:
-    """A checkpoint of which nothing but its record exists."""
-    routers = tuple(Router(decoder_layer=layer, n_experts=n_experts, top_k=top_k) for layer in range(1, n_layers + 1))
-    return CheckpointRecord(
-        source=name,
+    checkpoint = checkpoint_of(
+        () if dense else range(1, n_layers + 1),
+        n_experts,
+        top_k,
+        source="models/scripted",
         architecture="ScriptedForCausalLM",
         model_type="scripted",
         n_decoder_layers=n_layers + 1,
         stored_dtype="bfloat16",
-        config_sha256=digest_of([n_layers, n_experts, top_k, dense]),
-        weights_sha256=digest_of(name),
-        routers=() if dense else routers,
     )
-
-
-def scripted_record(run: Run, arm: str, **changes: Any) -> ArmRecord:
-    """What arm.json says of a scripted arm."""
-    recipe, reference = RECIPES[arm], RECIPES[arm].change is None
-    routers = run.checkpoint(str(run.record.checkpoint)).routers
-    record: dict[str, Any] = {
-        "name": arm,
-        "role": recipe.role,
-        "engine": "scripted",
-        "path": "teacher-forced" if recipe.role == "train" else "sampled",
-        "variant_of": None if reference else recipe.role,
-        "change": recipe.change,
-        "checkpoint": run.record.checkpoint,
-        "origin": Captured(
-            recipe=arm, configuration=CONFIGURATION, versions={"scripted": "1"}, facts={"loaded": {"device": "none"}}
-        ),
-        "dtype": "bfloat16",
-        "arrays": tuple(arrays_of("margins", bool(routers), distributions=bool(run.record.full_vocab) and reference)),
-        "routers": routers,
-    }
-    return ArmRecord(**{**record, **changes})
+    prompts = encode_prompts([_prompt(seed, i) for i in range(n_prompts)], None)
+    asked = {**sampling.content(), "weights_sha256": checkpoint.weights_sha256, "n_prompts": n_prompts}
+    asked |= {"full_vocab": full_vocab} if full_vocab else {}
+    return new_run(
+        path, prompts, n_prompts, shard_size, checkpoint, force, configuration=asked, sampling=sampling,
+        full_vocab=full_vocab,
+    )  # fmt: skip
 
 
 def write_scripted_shard(writer: RunWriter, arm: str, shard: Shard) -> None:
@@ -293,7 +249,7 @@ def fill_scripted_run(
             missing = writer.own_missing_shards(arm)
             if not missing or (arm != "infer" and not all(map(run.has_tokens, missing))):
                 continue  # a real train engine refuses in words
-            writer.begin_arm(scripted_record(run, arm))
+            writer.begin_arm(arm_of(run, arm))
 
             def capture_shard(shard: Shard, on_done: Any, arm: str = arm) -> None:
                 _note(journal, f"begun {arm} {shard.stem}")

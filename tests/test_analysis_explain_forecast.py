@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from records import arm_of, checkpoint_of, new_run
 from synthetic_flips import Truth, block_of, make_flips, pair_of, without_logits
 from test_results import make_run
 from test_run_directory import capture_of, tokens_of
@@ -18,8 +19,10 @@ from moediag.analysis.explain import BORDER_ONLY, explained_flips
 from moediag.analysis.flip_declarations import EXPLAINED_FLIPS, FORECAST_FLIPS
 from moediag.analysis.forecast import forecast_flips
 from moediag.analysis.prediction import noise_arms, predict_flips
-from moediag.run.create import create_run, split_into_shards
+from moediag.run.capture import arrays_of
 from moediag.run.reader import Run, open_run
+from moediag.run.records import RouterSpec
+from moediag.run.writer import RunWriter
 
 TRUTH = Truth(n_prompts=16, tokens=120, n_layers=2, scale=0.01)
 
@@ -34,7 +37,7 @@ def test_noise_from_elsewhere_forecasts_the_flips_of_the_pair(after_flip: float)
     """Also where flips make the noise below them louder: that noise was measured with its amplification in it."""
     truth = replace(TRUTH, after_flip=after_flip, n_layers=4)
     target = make_flips(truth, seed=1)
-    frame = forecast_flips(target, arm_pair(truth=truth), truth.record).set_index("layer")
+    frame = forecast_flips(target, arm_pair(truth=truth), truth.rule).set_index("layer")
     assert set(frame["method"]) == {"all_pairs"}
     assert set(zip(frame["pair"], frame["noise_from"], strict=True)) == {("infer~train", "train~train-perturbed")}
     np.testing.assert_allclose(frame["forecast"], frame["observed"], rtol=0.2)
@@ -49,7 +52,7 @@ def test_a_forecast_is_of_the_noise_and_not_of_the_pair_s_own() -> None:
     """
     quiet = replace(TRUTH, scale=TRUTH.scale / 4)
     target, noise = make_flips(TRUTH, seed=1), arm_pair(truth=quiet)
-    row = forecast_flips(target, noise, TRUTH.record).iloc[0]
+    row = forecast_flips(target, noise, TRUTH.rule).iloc[0]
     ids_TLK = [np.sort(getattr(block_of(noise), f"expert_ids_{side}_TLK")) for side in ("infer", "train")]
     assert row["layer"] == -1
     assert row["noise_observed"] == pytest.approx((ids_TLK[0] != ids_TLK[1]).any(axis=-1).mean())
@@ -60,14 +63,14 @@ def test_a_forecast_is_of_the_noise_and_not_of_the_pair_s_own() -> None:
 
 def test_forecasts_give_no_interval() -> None:
     """Prompts resampled under a noise taken as known gave "95 %" that held the rate found .06 to .69 of the time."""
-    frame = forecast_flips(make_flips(TRUTH, seed=1), arm_pair(), TRUTH.record)
+    frame = forecast_flips(make_flips(TRUTH, seed=1), arm_pair(), TRUTH.rule)
     assert not [name for name in frame if name.startswith(("forecast_", "explained_"))]
     assert "no interval" in next(c.meaning for c in FORECAST_FLIPS.columns if c.name == "forecast")
     assert not [c.name for c in EXPLAINED_FLIPS.columns if c.name.startswith("explained_")]
 
 
 def test_an_arm_explains_its_own_flips_calibrated() -> None:
-    row = explained_flips(arm_pair(), TRUTH.record).iloc[0]
+    row = explained_flips(arm_pair(), TRUTH.rule).iloc[0]
     assert row["layer"] == -1
     assert row["explained"] == pytest.approx(row["observed"], rel=0.1)
     assert row["calibration_error"] < 2 * row["calibration_error_expected"]
@@ -76,15 +79,15 @@ def test_an_arm_explains_its_own_flips_calibrated() -> None:
 def test_margins_alone_forecast_too() -> None:
     quiet = replace(TRUTH, scale=0.003, loud=4.0, n_prompts=32)
     target = pair_of(without_logits(block_of(make_flips(quiet, seed=1))), rule=quiet.rule)
-    frame = forecast_flips(target, arm_pair(truth=quiet), quiet.record)
+    frame = forecast_flips(target, arm_pair(truth=quiet), quiet.rule)
     assert set(frame["method"]) == {"margin_change"}
     assert frame["assumption"].str.startswith(BORDER_ONLY).all()
-    flips = explained_flips(target, quiet.record).iloc[0]["observed"]
+    flips = explained_flips(target, quiet.rule).iloc[0]["observed"]
     assert frame.iloc[0]["forecast"] == pytest.approx(flips, rel=0.25)
 
 
 def test_a_run_without_the_rule_or_without_arms_predicts_nothing(tmp_path: Path) -> None:
-    """make_run's manifest names E and K and no score function: no rule, no prediction."""
+    """make_run's records name E and K and no score function: no rule, no prediction."""
     assert predict_flips(make_run(tmp_path / "moe")) == {}
     assert predict_flips(make_run(tmp_path / "dense", is_moe=False)) == {}
 
@@ -95,26 +98,27 @@ def ruled_run(
     rule: RoutingRule = RoutingRule(8, 2, "softmax"),  # noqa: B008 - frozen
     bias_by_arm: dict[str, list[list[float]]] | None = None,
 ) -> Run:
-    """Ten prompts, one of each arm's captures in two shards; the manifest names the whole rule."""
+    """Ten prompts, one of each arm's captures in two shards; the arms' records name the whole rule."""
     sink = io.BytesIO()
     pd.DataFrame({"prompt_token_ids": [[1, 2]] * 10}).to_parquet(sink)
-    facts = dict.fromkeys(("revision", "architecture", "model_type", "n_decoder_layers"))
-    routing = {**asdict(rule), "decoder_layers": [1, 3]}
-    run = create_run(path, {
-        "configuration": {}, "completions": False, "moediag_version": "0",
-        "model": {"name": "tiny", "routing": routing, **facts},
-        "sampling": {}, "prompts": {"n": 10, "source": "p.jsonl", "source_sha256": "p"},
-        "shards": [vars(shard) for shard in split_into_shards(10, 6)],
-    }, sink.getvalue())  # fmt: skip
+    spec = RouterSpec(
+        family="tiny", score_function=rule.score_function, has_correction_bias=rule.has_correction_bias,
+        n_group=rule.n_group, topk_group=rule.topk_group, gate="scores", renormalize=False, scaling_factor=1.0,
+        n_shared_experts=0,
+    )  # fmt: skip
+    checkpoint = checkpoint_of((1, 3), rule.n_experts, rule.top_k, spec)
+    run = new_run(path, sink.getvalue(), 10, 6, checkpoint, level="full")
+    writer = RunWriter(run)
     for shard in run.shards:
-        run.write_tokens(shard, tokens_of(shard.first_sequence, [(2, 6)] * shard.n_sequences))
+        writer.write_tokens(shard, tokens_of(shard.first_sequence, [(2, 6)] * shard.n_sequences))
     for number, arm in enumerate(arms):
-        run.begin_arm(arm, {"configuration": {}, "engine": arm}, (bias_by_arm or {}).get(arm))
+        record = arm_of(run, arm, arrays=arrays_of("full", is_routed=True))
+        writer.begin_arm(record, (bias_by_arm or {}).get(arm))
         for shard in run.shards:
             tokens = run.tokens(shard)
             logits = np.random.default_rng(number).normal(size=(len(tokens), 2, 8)).astype(np.float32)
             capture = capture_of(tokens, seed=number, last_row=arm != "infer")
-            run.write_capture(arm, shard, tokens, replace(capture, router_logits_TLE=logits), {}, {})
+            writer.write_capture(arm, shard, tokens, replace(capture, router_logits_TLE=logits), {}, {})
     return open_run(path)
 
 
@@ -122,7 +126,7 @@ def test_a_run_is_predicted_by_every_arm_that_it_has(tmp_path: Path) -> None:
     """A router in float32 is no noise of infer~train: its own change stood there as if it were a cure."""
     arms = ("infer", "train", "train-replay", "train-perturbed", "infer-repeat", "train-router-fp32")
     run = ruled_run(tmp_path / "run", arms)
-    assert noise_arms(run) == ["infer-repeat", "train-perturbed"]
+    assert noise_arms(run) == [("infer-repeat", "infer"), ("train-perturbed", "train")]
     frames = predict_flips(run)
     assert frames.keys() == {"score_noise", "explained_flips", "flip_calibration", "forecast_flips"}
     assert set(frames["explained_flips"]["layer"]) == {-1, 0, 1}

@@ -21,6 +21,7 @@ from moediag.analysis.flip_probability import (
 )
 from moediag.engines import routers
 from moediag.errors import MoediagError
+from moediag.run.records import Router
 
 scores = hnp.arrays(np.float64, (3, 6), elements=st.floats(-3, 3))
 
@@ -129,7 +130,7 @@ def test_choice_scores_equal_those_of_the_engines(kind: dict) -> None:
     rng = np.random.default_rng(1)
     logits, bias = rng.normal(size=(50, 3, 8)).astype(np.float32), rng.normal(size=(3, 8)).astype(np.float32)
     spec = spec_of(top_k=2, n_experts=8, **kind)
-    rule = RoutingRule.from_record(spec.record())
+    rule = RoutingRule.of_routers(spec.routers())
     given_bias = (bias, torch.from_numpy(bias)) if rule.has_correction_bias else (None, None)
     wanted = routers.choice_scores(torch.from_numpy(logits), spec, given_bias[1]).numpy()
     found = choice_scores(logits, rule, given_bias[0])
@@ -150,7 +151,7 @@ def test_every_family_has_a_rule(family: str) -> None:
     }  # fmt: skip
     spec = routers.router_spec(config, "here")
     assert spec is not None
-    rule = RoutingRule.from_record(spec.record())
+    rule = RoutingRule.of_routers(spec.routers())
     logits = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
     bias = torch.linspace(-0.2, 0.2, 8) if spec.has_correction_bias else None
     found = chosen_experts(logits.numpy(), rule, None if bias is None else bias.numpy())
@@ -158,8 +159,15 @@ def test_every_family_has_a_rule(family: str) -> None:
     assert rule.space == ("choice" if spec.has_correction_bias or spec.topk_group != spec.n_group else "logit")
 
 
-def test_a_record_that_lacks_the_rule_is_refused() -> None:
-    with pytest.raises(MoediagError, match="score_function"):
-        RoutingRule.from_record({"n_experts": 4, "top_k": 2})
+def test_a_rule_that_is_not_known_or_not_one_is_none_and_an_unknown_one_is_refused() -> None:
+    known = spec_of(top_k=2, n_experts=4, score_function="softmax").routers()
+    bare = Router(decoder_layer=9, n_experts=4, top_k=2)
+    assert RoutingRule.of_routers(known) == RoutingRule(4, 2, "softmax")
+    assert RoutingRule.of_routers([*known, bare]) is None
+    assert RoutingRule.of_routers([]) is None
+    other = spec_of(top_k=1, n_experts=4, score_function="softmax").routers()
+    assert RoutingRule.of_routers([*known, *other]) is None
+    with pytest.raises(MoediagError, match="unknown score function"):
+        RoutingRule.of_routers(spec_of(top_k=2, n_experts=4, score_function="guess").routers())
     with pytest.raises(MoediagError, match="bias"):
         choice_scores(np.zeros((1, 16)), RULES["sigmoid + bias"])

@@ -9,20 +9,26 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from records import arm_of, checkpoint_of, new_run
 from synthetic import make_block, make_pair, self_block
 
 from moediag.analysis.floors import (
     FAR,
     LARGER,
+    OWN_CHANGES,
     SUMMED,
+    Variant,
     floors,
     metric_value,
-    own_side_pairs,
     replay_words,
+    variants,
     verdict,
 )
 from moediag.analysis.pair_analysis import analyze_pair
 from moediag.analysis.summary import pair_summary
+from moediag.run.codec import encode_prompts
+from moediag.run.recipes import ENGINE_WORDS, RECIPES, change_of
+from moediag.run.writer import RunWriter
 
 MAIN, TRAIN_FLOOR, INFER_FLOOR = "infer~train", "train-repeat~train", "infer-repeat~infer"
 ROUNDED = "train-perturbed~train"
@@ -42,7 +48,7 @@ def pairs() -> dict[str, dict[str, Any]]:
 
 
 def test_means_are_summed_and_tails_take_the_larger_side(pairs: dict[str, Any]) -> None:
-    found = floors(pairs, MAIN, is_prefilled=False)
+    found = floors(pairs, MAIN, own_of())
     assert found is not None
     for metric, line in found["metrics"].items():
         parts = [metric_value(pairs[name], metric) for name in (TRAIN_FLOOR, INFER_FLOOR)]
@@ -63,7 +69,7 @@ def test_means_are_summed_and_tails_take_the_larger_side(pairs: dict[str, Any]) 
 
 def test_a_floor_of_zero_is_bit_exact_and_gives_no_ratio(pairs: dict[str, Any]) -> None:
     exact = {MAIN: pairs[MAIN], TRAIN_FLOOR: pairs[INFER_FLOOR], INFER_FLOOR: pairs[INFER_FLOOR]}
-    found = floors(exact, MAIN, is_prefilled=False)
+    found = floors(exact, MAIN, own_of())
     assert found is not None
     for line in found["metrics"].values():
         assert line["is_bit_exact"]
@@ -73,19 +79,19 @@ def test_a_floor_of_zero_is_bit_exact_and_gives_no_ratio(pairs: dict[str, Any]) 
 
 def test_a_side_that_was_not_measured_makes_no_floor_of_zero(pairs: dict[str, Any]) -> None:
     half = {MAIN: pairs[MAIN], INFER_FLOOR: pairs[INFER_FLOOR]}
-    found = floors(half, MAIN, is_prefilled=False)
+    found = floors(half, MAIN, own_of())
     assert found is not None
     line = found["metrics"]["abs_logp_diff.mean"]
     assert line["note"] == "train side not measured"
     assert not line["is_bit_exact"]
     assert verdict(pairs[MAIN], found, 0, None)["word"] == "cannot tell"
-    assert floors({MAIN: pairs[MAIN]}, MAIN, is_prefilled=False) is None
+    assert floors({MAIN: pairs[MAIN]}, MAIN, own_of()) is None
     assert "neither floor nor rounding scale" in verdict(pairs[MAIN], None, 0, None)["reason"]
 
 
 def test_prefilling_again_is_the_floor_of_a_prefilled_arm(pairs: dict[str, Any]) -> None:
     given = {name: pairs[name] for name in (MAIN, TRAIN_FLOOR, "infer-rescore~infer")}
-    found = floors(given, MAIN, is_prefilled=True)
+    found = floors(given, MAIN, own_of(is_prefilled=True))
     assert found is not None
     assert found["infer"]["arm"] == "infer-rescore"
     assert found["decode_vs_prefill"] is None
@@ -100,7 +106,7 @@ def test_the_verdict_says_what_the_intervals_can_tell(pairs: dict[str, Any]) -> 
     assert word_of(pairs) == "of the size of rounding", "two engines round in more places than the scale has"
     assert word_of(unscaled) == "above repeating"
     assert word_of({**unscaled, MAIN: small, TRAIN_FLOOR: main}) == "no larger than repeating"
-    found = floors(unscaled, MAIN, is_prefilled=False)
+    found = floors(unscaled, MAIN, own_of())
     assert "errors" in verdict(main, found, 3, None)["reason"]
     inside = replace_floor(found, main["logp"]["abs_logp_diff"]["mean"])
     assert "contains the floor" in verdict(main, inside, 0, None)["reason"]
@@ -111,7 +117,7 @@ def test_the_verdict_says_what_the_intervals_can_tell(pairs: dict[str, Any]) -> 
 def test_an_engine_that_does_not_repeat_itself_is_the_finding(pairs: dict[str, Any]) -> None:
     """vLLM differed from itself by .124 nat and the verdict read "1.26 times its floor"."""
     noisy = {**pairs, MAIN: summary_of(0.16, 0.3), INFER_FLOOR: summary_of(0.12, 0.3)}
-    words = verdict(noisy[MAIN], floors(noisy, MAIN, is_prefilled=False), 0, None)
+    words = verdict(noisy[MAIN], floors(noisy, MAIN, own_of()), 0, None)
     assert words["word"] == "does not repeat itself"
     assert words["reason"].startswith("vLLM scores the same tokens")
     calm = {**noisy, ROUNDED: summary_of(0.12 / FAR * 1.2, 0.05)}
@@ -124,7 +130,7 @@ def test_no_multiple_is_shown_of_a_floor_that_is_mostly_zeros(pairs: dict[str, A
     is_exact_T = np.arange(len(block)) % 50 > 0
     mostly = replace(block, logp_train_T=np.where(is_exact_T, block.logp_infer_T, block.logp_train_T))
     floored = {**pairs, TRAIN_FLOOR: pair_summary(analyze_pair(make_pair(mostly)))}
-    found = floors(floored, MAIN, is_prefilled=False)
+    found = floors(floored, MAIN, own_of())
     assert found is not None
     assert found["train"]["bit_exact_share"] == pytest.approx(0.98, abs=0.005)
     line = found["metrics"]["abs_logp_diff.mean"]
@@ -154,7 +160,7 @@ def test_replay_of_some_layers_gives_no_verdict_on_routing(pairs: dict[str, Any]
 
 
 def word_of(pairs: dict[str, Any]) -> str:
-    return str(verdict(pairs[MAIN], floors(pairs, MAIN, is_prefilled=False), 0, None)["word"])
+    return str(verdict(pairs[MAIN], floors(pairs, MAIN, own_of()), 0, None)["word"])
 
 
 def replace_floor(found: Any, floor: float) -> Any:
@@ -164,19 +170,34 @@ def replace_floor(found: Any, floor: float) -> Any:
 
 def test_dense_and_empty_pairs_have_floors_without_flips() -> None:
     dense = summary_of(0.05, 0.0, dense=True)
-    found = floors({MAIN: dense, TRAIN_FLOOR: dense, INFER_FLOOR: dense}, MAIN, is_prefilled=False)
+    found = floors({MAIN: dense, TRAIN_FLOOR: dense, INFER_FLOOR: dense}, MAIN, own_of())
     assert found is not None
     assert found["metrics"]["flip_rate"]["floor"] is None
     block = make_block(n_prompts=2)
     unscored = replace(block, logp_train_T=block.logp_train_T * float("nan"))
     empty = pair_summary(analyze_pair(make_pair(unscored)))
-    assert floors({MAIN: empty, TRAIN_FLOOR: empty}, MAIN, is_prefilled=False) is None
+    assert floors({MAIN: empty, TRAIN_FLOOR: empty}, MAIN, own_of()) is None
     assert verdict(empty, None, 0, None)["reason"] == "no token was scored by both engines"
 
 
 @given(st.sets(st.sampled_from(["infer", "train", "train-repeat", "infer-repeat", "train-fp32", "train-replay"])))
-def test_every_further_arm_is_paired_with_its_own_engine(arms: set[str]) -> None:
-    for main, arm in own_side_pairs(sorted(arms)):
-        assert main in arms
-        assert arm.startswith(main)
-        assert arm != "train-replay"  # another routing is not the engine against itself
+def test_every_further_arm_is_paired_with_its_own_engine(
+    tmp_path_factory: pytest.TempPathFactory, arms: set[str]
+) -> None:
+    run = new_run(tmp_path_factory.mktemp("arms") / "run", encode_prompts([[1]], None), 1, 1, checkpoint_of((0,)))
+    for arm in arms:
+        RunWriter(run).begin_arm(arm_of(run, arm))
+    found = {variant.arm: variant.of for variant in variants(run, sorted(arms))}
+    wanted = {arm: arm.split("-")[0] for arm in arms - {"infer", "train", "train-replay"}}
+    # another routing is not the engine against itself, and a variant of an arm that is not there is one of nothing
+    assert found == {arm: of for arm, of in wanted.items() if of in arms}
+
+
+def own_of(is_prefilled: bool = False) -> list[Variant]:
+    """The arms of ``pairs`` beside the arm that they repeat or change."""
+    found = []
+    for arm, made in RECIPES.items():
+        change = change_of(arm, made.path or "", "prefill" if is_prefilled else "sampled")
+        if change in OWN_CHANGES:
+            found.append(Variant(arm, made.role, made.role, str(change), ENGINE_WORDS[made.engine], made.words))
+    return found

@@ -15,7 +15,7 @@ from moediag.cli.main import main
 from moediag.cli.settings import Settings, with_settings
 from moediag.engines import plan as plans
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.plan import Plan, Sampling, make_plan
+from moediag.engines.plan import Plan, SamplingOptions, make_plan
 from moediag.errors import EngineError
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "ring-tiny"
@@ -27,7 +27,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def planned(prompts: Path, full_vocab: int | None, n: int = 2) -> Plan:
-    sampling = Sampling(max_tokens=7, n=n)
+    sampling = SamplingOptions(max_tokens=7, n=n)
     return make_plan(open_checkpoint(str(CHECKPOINT)), prompts, sampling, max_model_len=10, full_vocab=full_vocab)
 
 

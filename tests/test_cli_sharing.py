@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted_engine import CONFIGURATION, create_scripted_run, fill_scripted_run, make_scripted_run
 
 from moediag.cli import jobs
 from moediag.cli.main import main
-from moediag.engines.arms import ArmRequest
+from moediag.engines.arms import arm_request
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
 from moediag.errors import IncompleteRunError, RunConflictError
 from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run, open_run
-from moediag.run.shards import Slice
+from moediag.run.shards import WHOLE, Slice
+from moediag.run.writer import RunWriter
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "ring-tiny"
 
@@ -48,15 +50,28 @@ def test_a_worker_that_cannot_be_is_refused_in_one_line(
 def half_filled(tmp_path: Path) -> Run:
     """Three of six shards, by worker 0 of 2."""
     fill_scripted_run(tmp_path / "run", {"n_prompts": 6, "shard_size": 1}, Slice(0, 2), ("infer",))
-    return open_run(tmp_path / "run", Slice(0, 2))
+    return of_checkpoint(open_run(tmp_path / "run"))
+
+
+def of_checkpoint(run: Run) -> Run:
+    """The run as if its arms had loaded the checkpoint that the commands here are given."""
+    record = open_checkpoint(str(CHECKPOINT)).record
+    for path in run.path.glob("arms/*/arm.json"):
+        write_sealed(path, {**read_sealed(path), "checkpoint": record.digest})
+    return run
+
+
+def asked(run: Run, checkpoint: Checkpoint, *recipes: str, worker: Slice = WHOLE, **options: Any) -> jobs.Arms:
+    requests = [arm_request(recipe, {**CONFIGURATION, **options}, given=False) for recipe in recipes]
+    return jobs.Arms(RunWriter(run, worker), requests, dict.fromkeys(("infer", "train"), checkpoint))
 
 
 def test_a_worker_whose_slice_is_complete_says_what_remains(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Checkpoint
 ) -> None:
     run = half_filled(tmp_path)
-    with run.claim("infer", run.shards[1]):
-        jobs.capture(jobs.Arms(run, checkpoint, [ArmRequest("infer", CONFIGURATION)]), is_shared=True)
+    with RunWriter(run).claim("infer", run.shards[1]):
+        jobs.capture(asked(run, checkpoint, "infer", worker=Slice(0, 2)), is_shared=True)
     err = capsys.readouterr().err
     assert "slice 0/2 is complete, nothing to capture" in err
     assert "3 of 6 shards of arm infer remain (1 being captured by others now)" in err
@@ -68,17 +83,14 @@ def test_a_command_that_needs_the_whole_arm_does_not_go_on_without_it(tmp_path: 
     with pytest.raises(
         IncompleteRunError, match="3 of 6 shards of arm infer remain .* when the other workers are done"
     ):
-        jobs.capture(
-            jobs.Arms(run, checkpoint, [ArmRequest("infer", CONFIGURATION), ArmRequest("train", CONFIGURATION)])
-        )
+        jobs.capture(asked(run, checkpoint, "infer", "train", worker=Slice(0, 2)))
     assert run.arms() == ["infer"]
 
 
 def test_a_slice_without_shards_leaves_no_arm_behind(tmp_path: Path, checkpoint: Checkpoint) -> None:
     """More workers than shards: the idle one must not write an arm.json that no engine stands behind."""
     run = create_scripted_run(tmp_path / "run", n_prompts=2, shard_size=1)
-    run.worker = Slice(5, 8)
-    jobs.capture(jobs.Arms(run, checkpoint, [ArmRequest("infer", CONFIGURATION)]), is_shared=True)
+    jobs.capture(asked(run, checkpoint, "infer", worker=Slice(5, 8)), is_shared=True)
     assert run.arms() == []
 
 
@@ -87,13 +99,19 @@ def test_complete_shards_without_an_arm_record_say_what_to_do(tmp_path: Path, ch
     run = make_scripted_run(tmp_path / "run")
     (run.path / "arms/infer/arm.json").unlink()
     with pytest.raises(IncompleteRunError, match=r"every shard but no arm\.json"):
-        jobs.capture(jobs.Arms(run, checkpoint, [ArmRequest("infer", CONFIGURATION)]))
+        jobs.capture(asked(run, checkpoint, "infer"))
 
 
 def test_another_configuration_of_a_complete_arm_is_refused(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    run = of_checkpoint(make_scripted_run(tmp_path / "run"))
+    with pytest.raises(RunConflictError, match="dtype: 'bfloat16' there, 'float32' asked"):
+        jobs.capture(asked(run, checkpoint, "infer", dtype="float32"))
+
+
+def test_another_checkpoint_of_a_complete_arm_is_refused_by_name(tmp_path: Path, checkpoint: Checkpoint) -> None:
     run = make_scripted_run(tmp_path / "run")
-    with pytest.raises(RunConflictError, match="dtype"):
-        jobs.capture(jobs.Arms(run, checkpoint, [ArmRequest("infer", {"dtype": "float32"})]))
+    with pytest.raises(RunConflictError, match="checkpoint: models/scripted .* there, .*ring-tiny .* asked"):
+        jobs.capture(asked(run, checkpoint, "infer"))
 
 
 def test_an_arm_joins_no_run_that_does_not_say_how_it_was_sampled(

@@ -14,6 +14,7 @@ from moediag.hygiene import Finding, check_run
 from moediag.hygiene.rules import RULES, Rule
 from moediag.run.capture import Capture
 from moediag.run.reader import Run
+from moediag.run.writer import RunWriter
 
 ONE_LAYER = "needs two layers"
 NO_CHOICE = "every expert is always chosen"
@@ -135,7 +136,7 @@ def test_a_fault_in_a_scripted_run_is_named(fault: str, tmp_path: Path) -> None:
         tokens = run.tokens(shard)
         _, train, infer = plant(fault, h, tokens, run.capture("train", shard), run.capture("infer", shard))
         for arm, capture in (("train", train), ("infer", infer)):
-            run.write_capture(arm, shard, tokens, capture, {}, {})
+            RunWriter(run).write_capture(arm, shard, tokens, capture, {}, {})
     is_named(fault, check_run(run))
 
 
@@ -258,5 +259,5 @@ def test_an_arm_of_other_tokens_is_named(tmp_path: Path) -> None:
     shard = run.shards[0]
     tokens = run.tokens(shard)
     other = replace(tokens, token_id_T=tokens.token_id_T + 1)
-    run.write_capture("train", shard, other, run.capture("train", shard), {}, {})
+    RunWriter(run).write_capture("train", shard, other, run.capture("train", shard), {}, {})
     assert [f.rule for f in check_run(run) if f.level == "error"] == ["token-identity"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from records import arm_of, made_otherwise
 from scripted_engine import create_scripted_run, write_scripted_shard
 
 from moediag.cli.diff_env import excerpts, table_lines
@@ -29,6 +30,8 @@ from moediag.run.environment import (
 )
 from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run
+from moediag.run.records import ArmRecord
+from moediag.run.writer import RunWriter
 
 RECORD: dict[str, Any] = {
     "configuration": {"dtype": "bfloat16"},
@@ -53,13 +56,26 @@ OLD = {
 }
 
 
+def arm_record(run: Run, name: str, told: dict[str, Any]) -> ArmRecord:
+    """The scripted arm with what an engine told of itself."""
+    facts = {**told}
+    configuration, versions, environment = (facts.pop(key, {}) for key in ("configuration", "versions", "environment"))
+    return made_otherwise(
+        arm_of(run, name, engine=facts.pop("engine"), dtype=facts.pop("dtype", None)),
+        configuration=configuration,
+        versions=versions,
+        environment=environment,
+        facts=facts,
+    )
+
+
 def make_run(path: Path, arms: dict[str, dict[str, Any]], seed: int = 0, with_tokens: bool = True) -> Run:
     run = create_scripted_run(path, n_prompts=2, seed=seed)
-    for name, record in arms.items():
-        run.begin_arm(name, record)
+    for name, told in arms.items():
+        RunWriter(run).begin_arm(arm_record(run, name, told))
     if with_tokens:
         for shard in run.shards:
-            write_scripted_shard(run, "infer", shard)
+            write_scripted_shard(RunWriter(run), "infer", shard)
     return run
 
 
@@ -131,7 +147,8 @@ def test_an_older_record_says_not_recorded_once_per_section(tmp_path: Path) -> N
 def test_a_weights_digest_of_files_is_not_compared_with_one_of_tensors(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", {"infer": OLD})
     b = make_run(tmp_path / "b", {"infer": RECORD})
-    b.manifest["configuration"]["weights_sha256"] = "of tensors"
+    record = b.path / "checkpoints" / f"{b.record.checkpoint}.json"
+    write_sealed(record, {**read_sealed(record), "weights_sha256": "of tensors"})
     assert compare_content(a, b)["weights"] == UNKNOWN
     a = make_run(tmp_path / "c", {"infer": RECORD})
     assert compare_content(a, b)["weights"] == DIFFERENT
@@ -215,7 +232,7 @@ def test_two_arms_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     [
         (["--arms", "infer"], 1, "wanted two names of arms"),
         (["--arms", "infer,absent"], 1, "has no arm absent"),
-        (["absent"], 1, "is not a moediag.run.reader"),
+        (["absent"], 1, "is not a moediag run directory"),
         (["again", "--arms", "infer,train"], 2, "--arms compares two arms of one run"),
     ],
 )
@@ -250,7 +267,9 @@ def test_any_record_can_be_compared(tmp_path_factory: pytest.TempPathFactory, ex
     a = make_run(folder / "a", {"infer": RECORD}, with_tokens=False)
     b = make_run(folder / "b", {"infer": RECORD}, with_tokens=False)
     path = b.path / "arms" / "infer" / "arm.json"
-    write_sealed(path, {**read_sealed(path), **extra})
+    content = read_sealed(path)
+    content["origin"]["facts"] |= extra
+    write_sealed(path, content)
     there, back = compare_runs(a, b)[1], compare_runs(b, a)[1]
     swapped = [Difference(d.section, d.name, d.b, d.a) for d in back.differences]
     assert list(there.differences) == swapped

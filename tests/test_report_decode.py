@@ -26,12 +26,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     save_tokenizer(folder / "tokenizer.json")
-    manifest = json.loads((path / "run.json").read_text())
     digest = digest_of({"tokenizer.json": sha256_bytes((folder / "tokenizer.json").read_bytes())})
-    manifest["configuration"]["tokenizer_sha256"] = digest
-    manifest["model"]["name"] = str(folder)
-    write_sealed(path / "run.json", manifest)
+    manifest = json.loads((path / "run.json").read_text())
+    write_sealed(path / "run.json", {**manifest, "tokenizer": {"files_sha256": digest}})
+    record = path / "checkpoints" / f"{manifest['checkpoint']}.json"
+    write_sealed(record, {**json.loads(record.read_text()), "source": str(folder)})
     return open_run(path)
+
+
+def checkpoint_folder(run: Run) -> Path:
+    record = run.checkpoint_of("train")
+    assert record is not None
+    return Path(record.source)
 
 
 def save_tokenizer(path: Path, word: str = "secret") -> None:
@@ -66,7 +72,7 @@ def test_a_token_and_what_is_before_it_come_from_the_token_table(run: Run) -> No
 
 def test_another_tokenizer_at_the_checkpoints_place_gives_ids(run: Run) -> None:
     """Text of another vocabulary would be made up."""
-    save_tokenizer(Path(run.model["name"]) / "tokenizer.json", "other")
+    save_tokenizer(checkpoint_folder(run) / "tokenizer.json", "other")
     texts = token_texts(run, worst_of(run))
     found = texts.of(11, 3)
     assert found is not None
@@ -76,7 +82,7 @@ def test_another_tokenizer_at_the_checkpoints_place_gives_ids(run: Run) -> None:
 
 
 def test_without_a_checkpoint_there_are_ids(run: Run) -> None:
-    (Path(run.model["name"]) / "tokenizer.json").unlink()
+    (checkpoint_folder(run) / "tokenizer.json").unlink()
     texts = token_texts(run, worst_of(run))
     assert texts.of(0, 0) is not None
     assert "give --tokenizer PATH" in texts.note
@@ -89,7 +95,7 @@ def test_a_tokenizer_that_is_named_is_used_and_doubted_where_it_is_another(run: 
     assert found is not None
     assert found.token.strip().startswith("other")
     assert "not the run's tokenizer" in texts.note
-    assert "digest differs" not in token_texts(run, worst_of(run), Path(run.model["name"])).note
+    assert "digest differs" not in token_texts(run, worst_of(run), checkpoint_folder(run)).note
 
 
 def test_a_tokenizer_that_cannot_be_read_is_refused(run: Run, tmp_path: Path) -> None:

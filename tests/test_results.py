@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from records import arm_of, checkpoint_of, made_otherwise, new_run
 from test_run_directory import LAYERS, N_EXPERTS, TOP_K, capture_of, tokens_of
 
 from moediag.cli.main import main
 from moediag.errors import CorruptRunError, DiskFullError, IncompleteRunError, MoediagError, RunError
 from moediag.results import analyze_run, compare, compare_runs, load_frames, load_summary, report, report_run
 from moediag.run.capture import Capture
-from moediag.run.create import create_run, split_into_shards
 from moediag.run.files import canonical_json, process_tag, sha256_bytes, write_sealed
 from moediag.run.reader import Run, open_run
+from moediag.run.records import Sampling
+from moediag.run.writer import RunWriter
 
 LENGTHS = [(2, 6)] * 12  # (prompt, response) tokens; 12 prompts are enough for intervals
 
@@ -34,20 +36,15 @@ def make_run(
     """A complete run in two shards."""
     sink = io.BytesIO()
     pd.DataFrame({"prompt_token_ids": [[1, 2]] * len(LENGTHS)}).to_parquet(sink)
-    routing = {"n_experts": N_EXPERTS, "top_k": TOP_K, "decoder_layers": list(LAYERS)} if is_moe else None
-    facts = ("revision", "architecture", "model_type", "n_decoder_layers")
-    run = create_run(path, {
-        "configuration": {"max_tokens": 6},
-        "model": {"name": "models/tiny", "routing": routing, **dict.fromkeys(facts)},
-        "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
-        "prompts": {"n": len(LENGTHS), "source": "p.jsonl", "source_sha256": "p"},
-        "completions": completions,
-        "moediag_version": "0",
-        **({} if sampler == "infer" else {"sampled_by": sampler}),
-        "shards": [vars(shard) for shard in split_into_shards(len(LENGTHS), 8)],
-    }, sink.getvalue())  # fmt: skip
+    checkpoint = checkpoint_of(LAYERS if is_moe else (), N_EXPERTS, TOP_K)
+    run = new_run(
+        path, sink.getvalue(), len(LENGTHS), 8, checkpoint,
+        configuration={"max_tokens": 6},
+        sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0),
+        sampler=None if completions else sampler,
+    )  # fmt: skip
     for shard in run.shards:
-        run.write_tokens(shard, tokens_of(shard.first_sequence, LENGTHS[: shard.n_sequences]))
+        RunWriter(run).write_tokens(shard, tokens_of(shard.first_sequence, LENGTHS[: shard.n_sequences]))
     for arm in arms:
         begin(run, arm)
         for shard in run.shards:
@@ -56,8 +53,9 @@ def make_run(
 
 
 def begin(run: Run, arm: str) -> None:
-    replay = {"source": "infer"} if "replay" in arm else None
-    run.begin_arm(arm, {"configuration": {}, "engine": arm, "replay": replay, "is_routed": "production" not in arm})
+    record = arm_of(run, arm)
+    facts = {"loaded": {"device": "none"}, **({"replay": {"source": "infer"}} if "replay" in arm else {})}
+    RunWriter(run).begin_arm(made_otherwise(record, facts=facts))
 
 
 def write(run: Run, arm: str, shard: object, is_moe: bool = True) -> None:
@@ -70,8 +68,11 @@ def write(run: Run, arm: str, shard: object, is_moe: bool = True) -> None:
     wobble = 1 + 0.5 * np.sin(tokens.prompt_id_T)
     logp = (base.logp_T - 1 + size * sign * wobble).astype(np.float32)
     is_routed = is_moe and arm != "infer-production"
-    arrays = {**routed.arrays(), "logp_T": logp} if is_routed else {"logp_T": logp, "entropy_T": base.entropy_T}
-    run.write_capture(arm, shard, tokens, Capture(**arrays), {}, {"gate_weights_TLK": "float32"} if is_routed else {})
+    entropy = {} if arm == "infer-production" else {"entropy_T": base.entropy_T}
+    arrays = {**routed.arrays(), "logp_T": logp} if is_routed else {"logp_T": logp, **entropy}
+    RunWriter(run).write_capture(
+        arm, shard, tokens, Capture(**arrays), {}, {"gate_weights_TLK": "float32"} if is_routed else {}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +330,7 @@ def test_a_page_of_a_forced_analysis_says_force(folder: Path) -> None:
     capture = run.capture("train", shard)
     logp_T = np.where(np.arange(len(capture.logp_T)) == 3, np.nan, capture.logp_T).astype(np.float32)
     spoilt = Capture(**{**capture.arrays(), "logp_T": logp_T})
-    run.write_capture("train", shard, run.tokens(shard), spoilt, {}, {"gate_weights_TLK": "float32"})
+    RunWriter(run).write_capture("train", shard, run.tokens(shard), spoilt, {}, {"gate_weights_TLK": "float32"})
     with pytest.raises(RunError, match="1 validation errors"):
         analyze_run(run)
     assert analyze_run(run, force=True)["provenance"]["validation_errors"] == 1
@@ -407,7 +408,9 @@ def test_a_replay_that_makes_things_ten_times_worse_is_called_broken(
         infer, train = (run.capture(arm, shard) for arm in ("infer", "train"))
         logp_T = infer.logp_T + np.float32(factor) * (train.logp_T - infer.logp_T)
         spoilt = Capture(**{**run.capture("train-replay", shard).arrays(), "logp_T": logp_T})
-        run.write_capture("train-replay", shard, run.tokens(shard), spoilt, {}, {"gate_weights_TLK": "float32"})
+        RunWriter(run).write_capture(
+            "train-replay", shard, run.tokens(shard), spoilt, {}, {"gate_weights_TLK": "float32"}
+        )
     summary = analyze_run(run)
     replay = summary["routing_replay"]
     assert replay["removed"]["abs_logp_diff.mean"]["share"] == pytest.approx(1 - factor, abs=0.01)
@@ -422,7 +425,7 @@ def test_replay_of_bit_exact_arms_names_no_share(tmp_path: Path) -> None:
     for shard in run.shards:
         for arm in ("train", "train-replay"):
             same = Capture(**{**run.capture(arm, shard).arrays(), "logp_T": run.capture("infer", shard).logp_T})
-            run.write_capture(arm, shard, run.tokens(shard), same, {}, {"gate_weights_TLK": "float32"})
+            RunWriter(run).write_capture(arm, shard, run.tokens(shard), same, {}, {"gate_weights_TLK": "float32"})
     assert analyze_run(run)["routing_replay"]["removed"]["abs_logp_diff.mean"]["share"] is None
     assert "There is no mismatch whose part could be named." in report_run(run).read_text()
 

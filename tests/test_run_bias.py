@@ -75,9 +75,9 @@ def test_flips_are_predicted_from_logits_with_the_stored_bias(tmp_path: Path, ru
     explained = frames["explained_flips"]
     assert methods <= set(explained["method"])
     assert explained.loc[explained["method"].isin(methods), "explained"].between(0, 1).all()
-    given = explain_pair(run.pair("train", "infer", with_logits=True), run.model["routing"], bias_LE=BIAS.astype(float))
+    given = explain_pair(run.pair("train", "infer", with_logits=True), rule, bias_LE=BIAS.astype(float))
     assert explained.equals(given.explained_flips)
-    zero = explain_pair(run.pair("train", "infer", with_logits=True), run.model["routing"], bias_LE=0 * BIAS)
+    zero = explain_pair(run.pair("train", "infer", with_logits=True), rule, bias_LE=0 * BIAS)
     assert not explained.equals(zero.explained_flips)
     forecast = frames["forecast_flips"]
     assert set(forecast["noise_from"]) == {"train~train-perturbed", "infer~infer-repeat"}
@@ -104,5 +104,5 @@ def test_scores_are_read_with_the_bias_of_their_own_engine(tmp_path: Path) -> No
         assert found["explained_flips"].equals(plain["explained_flips"]) != is_read
     train_bias = same.correction_bias("train").astype(float)
     pair = same.pair("train-perturbed", "train", with_logits=True)
-    own, other = (explain_pair(pair, same.model["routing"], bias_LE=b) for b in (train_bias, train_bias[:, ::-1]))
+    own, other = (explain_pair(pair, BIASED, bias_LE=b) for b in (train_bias, train_bias[:, ::-1]))
     assert not own.explained_flips.equals(other.explained_flips)

@@ -23,6 +23,7 @@ from moediag.run.derived import AUDIT_RECORD, GRADIENTS, GRAMS, begin_report, de
 from moediag.run.files import read_sealed, sha256_bytes, write_atomic, write_sealed
 from moediag.run.logs import kept
 from moediag.run.reader import Run, open_run
+from moediag.run.writer import RunWriter
 from moediag.simulation import simulate, write_simulation
 
 N_FLIPS = 2_000
@@ -197,7 +198,7 @@ def test_a_stale_analysis_is_no_damage(run: Run) -> None:
     (run.path / "arms/train/shard-00000.safetensors").unlink()
     (run.path / "arms/train/shard-00000.json").unlink()
     assert derived_damage(run.path) == []
-    write_scripted_shard(run, "train", run.shards[0])
+    write_scripted_shard(RunWriter(run), "train", run.shards[0])
     assert derived_damage(run.path) == []
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from records import arm_of, checkpoint_of, made_otherwise, new_run
 
 from moediag.errors import (
     AlignmentError,
@@ -23,7 +24,7 @@ from moediag.errors import (
 from moediag.hygiene import check_run
 from moediag.run import codec
 from moediag.run.capture import Capture, TokenRows
-from moediag.run.create import bring_back, create_run, split_into_shards
+from moediag.run.create import bring_back
 from moediag.run.files import (
     canonical_json,
     digest_of,
@@ -34,6 +35,7 @@ from moediag.run.files import (
 )
 from moediag.run.reader import Run, open_run
 from moediag.run.replace import drop_replaced, replaced
+from moediag.run.writer import RunWriter
 
 N_EXPERTS, TOP_K, LAYERS = 8, 2, (1, 3)
 PROMPTS = codec.encode_prompts([[1, 2, 3], [4], [5, 6]], None)
@@ -72,34 +74,27 @@ def capture_of(tokens: TokenRows, seed: int, last_row: bool) -> Capture:
     )
 
 
-def manifest(**changes: object) -> dict[str, object]:
-    return {
-        "configuration": {"weights_sha256": "w", "max_tokens": 5, **changes},
-        "moediag_version": "0",
-        "model": {
-            "name": "models/tiny",
-            "routing": {"n_experts": N_EXPERTS, "top_k": TOP_K, "decoder_layers": list(LAYERS)},
-            **dict.fromkeys(("revision", "architecture", "model_type", "n_decoder_layers")),
-        },
-        "sampling": {},
-        "prompts": {"n": 3, "source": "p.jsonl", "source_sha256": "p"},
-        "completions": False,
-        "shards": [vars(shard) for shard in split_into_shards(3, 2)],
-    }
+CHECKPOINT = checkpoint_of(LAYERS, N_EXPERTS, TOP_K)
+
+
+def create(path: Path, force: bool = False, **changes: object) -> Run:
+    asked = {"weights_sha256": CHECKPOINT.weights_sha256, "max_tokens": 5, **changes}
+    return new_run(path, PROMPTS, 3, 2, CHECKPOINT, force, configuration=asked)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A complete run of two shards with both arms."""
-    run = create_run(tmp_path / "run", manifest(), PROMPTS)
+    run = create(tmp_path / "run")
+    writer = RunWriter(run)
     for arm in ("infer", "train"):
-        run.begin_arm(arm, {"configuration": {"dtype": "bfloat16"}})
+        writer.begin_arm(arm_of(run, arm))
     for shard in run.shards:
         tokens = tokens_of(shard.first_sequence, LENGTHS[shard.first_sequence :][: shard.n_sequences])
         for arm in ("infer", "train"):
             capture = capture_of(tokens, seed=shard.index, last_row=arm == "train")
-            run.write_capture(arm, shard, tokens, capture, {}, {"gate_weights_TLK": "bfloat16"})
-        run.write_tokens(shard, tokens)
+            writer.write_capture(arm, shard, tokens, capture, {}, {"gate_weights_TLK": "bfloat16"})
+        writer.write_tokens(shard, tokens)
     return open_run(run.path)
 
 
@@ -177,7 +172,7 @@ def _is_found(path: Path) -> bool:
 
 
 def test_a_run_of_a_newer_schema_is_refused_in_one_line(run: Run) -> None:
-    content = {**run.manifest, "schema_version": 999}
+    content = {**read_sealed(run.path / "run.json"), "schema_version": 999}
     write_sealed(run.path / "run.json", content)
     with pytest.raises(SchemaVersionError, match="schema_version 999.*upgrade"):
         open_run(run.path)
@@ -186,63 +181,63 @@ def test_a_run_of_a_newer_schema_is_refused_in_one_line(run: Run) -> None:
 def test_another_configuration_is_refused_and_changes_nothing(run: Run) -> None:
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
     with pytest.raises(RunConflictError, match="max_tokens: 5 there, 6 asked"):
-        create_run(run.path, manifest(max_tokens=6), PROMPTS)
+        create(run.path, max_tokens=6)
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
 
 
 def test_the_same_configuration_opens_the_run_that_is_there(run: Run) -> None:
-    assert create_run(run.path, manifest(), PROMPTS).is_complete("infer")
+    assert create(run.path).is_complete("infer")
 
 
 def test_force_starts_anew(run: Run) -> None:
-    assert create_run(run.path, manifest(max_tokens=6), PROMPTS, force=True).arms() == []
+    assert create(run.path, force=True, max_tokens=6).arms() == []
 
 
 def test_a_replaced_run_comes_back_while_the_new_one_holds_no_shard(run: Run) -> None:
     """Bug: --force removed the finished run before the new one was known to start."""
     before = contents(run.path)
-    new = create_run(run.path, manifest(max_tokens=6), PROMPTS, force=True)
+    new = create(run.path, force=True, max_tokens=6)
     assert new.arms() == []
     assert contents(replaced(run.path)) == before
     failed = bring_back(run.path)
     assert contents(run.path) == before
     assert failed is not None
     assert not replaced(run.path).exists()
-    assert open_run(failed).manifest == new.manifest
+    assert open_run(failed).record == new.record
     assert bring_back(run.path) is None
 
 
 def test_a_replaced_run_is_kept_once_the_new_one_holds_a_shard(run: Run) -> None:
     before = contents(run.path)
     shard, tokens, capture = run.shards[0], run.tokens(run.shards[0]), run.capture("infer", run.shards[0])
-    new = create_run(run.path, manifest(max_tokens=6), PROMPTS, force=True)
-    new.begin_arm("infer", {"configuration": {}})
-    new.write_capture("infer", shard, tokens, capture, {}, {})
+    new = create(run.path, force=True, max_tokens=6)
+    RunWriter(new).begin_arm(arm_of(new, "infer"))
+    RunWriter(new).write_capture("infer", shard, tokens, capture, {}, {})
     assert bring_back(run.path) is None
     assert open_run(run.path).arms() == ["infer"]
     assert contents(replaced(run.path)) == before
-    create_run(run.path, manifest(max_tokens=7), PROMPTS, force=True)  # of two, the one that was finished is kept
+    create(run.path, force=True, max_tokens=7)  # of two, the one that was finished is kept
     assert contents(replaced(run.path)) == before
     drop_replaced(run.path)
-    assert open_run(run.path).configuration["max_tokens"] == 7
+    assert open_run(run.path).record.configuration["max_tokens"] == 7
     assert [path.name for path in run.path.parent.iterdir()] == [run.path.name]
 
 
 def test_a_new_run_that_a_living_process_is_about_to_fill_stays(run: Run) -> None:
-    new = create_run(run.path, manifest(max_tokens=6), PROMPTS, force=True)
-    with new.in_use():
+    new = create(run.path, force=True, max_tokens=6)
+    with RunWriter(new).in_use():
         assert bring_back(run.path) is None
-        assert open_run(run.path).configuration["max_tokens"] == 6
+        assert open_run(run.path).record.configuration["max_tokens"] == 6
 
 
 def test_the_next_command_undoes_a_force_that_was_killed_before_it_captured_anything(run: Run) -> None:
     """Killed between the two renames, or with the new run in place: the old one is opened, not a third one made."""
     before = contents(run.path)
-    create_run(run.path, manifest(max_tokens=6), PROMPTS, force=True)
-    create_run(run.path, manifest(), PROMPTS)
+    create(run.path, force=True, max_tokens=6)
+    create(run.path)
     assert contents(run.path) == before
     run.path.rename(replaced(run.path))
-    create_run(run.path, manifest(), PROMPTS)
+    create(run.path)
     assert contents(run.path) == before
 
 
@@ -254,7 +249,7 @@ def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     for force in (False, True):
         with pytest.raises(RunError, match="holds no run.json"):
-            create_run(tmp_path, manifest(), PROMPTS, force=force)
+            create(tmp_path, force=force)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
@@ -263,13 +258,13 @@ def test_a_kill_while_a_run_is_made_leaves_nothing_that_stops_the_next_try(tmp_p
     half_made = tmp_path / f".run.{process_tag(4194303)}.new"  # above the largest process id
     half_made.mkdir()
     (half_made / "prompts.parquet").write_bytes(b"half")
-    assert create_run(tmp_path / "run", manifest(), PROMPTS).missing_shards("infer")
+    assert create(tmp_path / "run").missing_shards("infer")
     assert not half_made.exists()
 
 
 def test_another_arm_configuration_is_refused(run: Run) -> None:
     with pytest.raises(RunConflictError, match="dtype"):
-        run.begin_arm("train", {"configuration": {"dtype": "float32"}})
+        RunWriter(run).begin_arm(made_otherwise(arm_of(run, "train"), configuration={"dtype": "float32"}))
 
 
 def test_a_shard_without_its_sidecar_is_missing(run: Run) -> None:
@@ -283,7 +278,7 @@ def test_an_arm_of_other_tokens_is_not_paired(run: Run) -> None:
     shard = run.shards[0]
     tokens = run.tokens(shard)
     other = TokenRows(**{**vars(tokens), "token_id_T": tokens.token_id_T + 1})
-    run.write_capture("train", shard, other, run.capture("train", shard), {}, {})
+    RunWriter(run).write_capture("train", shard, other, run.capture("train", shard), {}, {})
     with pytest.raises(AlignmentError, match="scored other tokens"):
         list(run.pair("train", "infer").blocks())
     assert "token-identity" in {finding.rule for finding in check_run(run)}
@@ -312,7 +307,7 @@ def test_only_dead_attempts_at_this_very_run_are_removed(tmp_path: Path) -> None
     for name in (*others, f".run.{process_tag(4194303)}.new", f".run.{process_tag(4194303)}.old"):
         (tmp_path / name).mkdir()
     (tmp_path / f".run.{process_tag(7)}.new").write_text("a file")
-    create_run(tmp_path / "run", manifest(), PROMPTS)
+    create(tmp_path / "run")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"run", *others, f".run.{process_tag(7)}.new"}
 
@@ -329,9 +324,11 @@ def test_following_the_advice_for_a_damaged_shard_repairs_the_run(run: Run) -> N
 
 def test_an_arm_is_not_filled_by_two_versions(run: Run) -> None:
     """Resuming with another engine version used to be accepted under the old version's name."""
-    run.begin_arm("train-replay", {"configuration": {}, "versions": {"torch": "2.13.0"}, "loaded": {}})
+    writer, record, shard = RunWriter(run), arm_of(run, "train-replay"), run.shards[0]
+    writer.begin_arm(made_otherwise(record, versions={"torch": "2.13.0"}))
+    writer.write_capture("train-replay", shard, run.tokens(shard), run.capture("train", shard), {}, {})
     with pytest.raises(RunConflictError, match="torch"):
-        run.begin_arm("train-replay", {"configuration": {}, "versions": {"torch": "2.12.0"}, "loaded": {}})
+        writer.begin_arm(made_otherwise(record, versions={"torch": "2.12.0"}))
 
 
 def test_one_arms_writer_leaves_the_tokens_of_another_alone(run: Run) -> None:
@@ -341,9 +338,9 @@ def test_one_arms_writer_leaves_the_tokens_of_another_alone(run: Run) -> None:
     rows = [run.path / "arms" / "infer" / f"{rows_prefix(shard.stem)}abc" for shard in (mine, other)]
     for folder in rows:
         folder.mkdir()
-    with run.claim("train", mine):
+    with RunWriter(run).claim("train", mine):
         assert (run.path / "tokens" / ".shard-00000.parquet.1.tmp").exists()
-    with run.claim("infer", mine):
+    with RunWriter(run).claim("infer", mine):
         assert not (run.path / "tokens" / ".shard-00000.parquet.1.tmp").exists()
         assert [folder.exists() for folder in rows] == [False, True]
 
@@ -360,7 +357,7 @@ def test_the_current_folder_itself_is_refused(tmp_path: Path, monkeypatch: pytes
     """`-o .` used to end in a traceback: the folder is replaced as a whole, which the current one cannot be."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunError, match="the current folder"):
-        create_run(Path(), manifest(), PROMPTS)
+        create(Path())
 
 
 @pytest.mark.parametrize(
@@ -376,7 +373,7 @@ def test_the_current_folder_itself_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_a_planted_fault_is_found_by_its_rule(run: Run, fault: object, rule: str) -> None:
     shard = run.shards[0]
     capture = fault(run.capture("train", shard))  # type: ignore[operator]
-    run.write_capture("train", shard, run.tokens(shard), capture, {}, {})
+    RunWriter(run).write_capture("train", shard, run.tokens(shard), capture, {}, {})
     assert rule in {finding.rule for finding in check_run(run)}
 
 
@@ -403,6 +400,8 @@ def test_a_sealed_file_round_trips(content: dict[str, object]) -> None:
 
 def test_tokens_that_are_no_prompt_and_response_are_refused() -> None:
     tokens = tokens_of(0, [(2, 2)])
-    for response in ([True, True, True, True], [False, True, False, True]):
+    for response in ([True, False, True, True], [False, True, False, True]):
         with pytest.raises(CorruptRunError, match="prompt followed by a response"):
             TokenRows(**{**vars(tokens), "is_response_T": np.array(response)}).check("here")
+    with pytest.raises(CorruptRunError, match="prompt rows are marked as trained"):
+        TokenRows(**{**vars(tokens), "is_trained_T": np.ones(4, bool)}).check("here")

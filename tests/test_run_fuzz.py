@@ -25,7 +25,7 @@ from scripted_engine import make_scripted_run
 
 from moediag.cli.main import main
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.plan import Sampling, make_plan
+from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.errors import MoediagError
 from moediag.prompts import read_prompts
 from moediag.run.files import canonical_json, read_sealed, sha256_bytes, write_sealed
@@ -126,7 +126,7 @@ def test_3800_spoilt_prompts_files(tmp_path: Path) -> None:
         path = tmp_path / rng.choice(["p.jsonl", "p.jsonl", "p.txt"])
         path.write_bytes(spoilt_prompts(rng))
         try:
-            line = refusal(lambda path=path: make_plan(checkpoint, path, Sampling(max_tokens=4), shard_size=2))
+            line = refusal(lambda path=path: make_plan(checkpoint, path, SamplingOptions(max_tokens=4), shard_size=2))
         except BaseException:
             print(f"FUZZ_SEED={SEED} case {case}: {path.read_bytes()!r}")
             raise

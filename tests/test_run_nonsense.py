@@ -13,10 +13,12 @@ import pytest
 from scripted_engine import create_scripted_run, make_scripted_run
 
 from moediag.errors import AlignmentError, CorruptRunError, DiskFullError, IncompleteRunError, RunError
+from moediag.hygiene import check_run
 from moediag.run import codec
 from moediag.run.capture import Capture
 from moediag.run.files import read_sealed, sha256_bytes, write_sealed
 from moediag.run.reader import Run, open_run
+from moediag.run.writer import RunWriter
 
 
 @pytest.fixture
@@ -51,15 +53,17 @@ def test_arrays_of_other_layers_or_experts_are_never_paired(run: Run, name: str,
 @pytest.mark.parametrize(
     ("keys", "value", "complaint"),
     [
-        (("model",), 5, "model should be an object, found 5"),
-        (("model", "routing", "top_k"), "2", "model.routing.top_k should be an integer >= 0"),
-        (("model", "routing", "top_k"), 99, "top_k = 99 of n_experts = 8 is no routing"),
-        (("model", "routing", "decoder_layers"), [3, 1], "rising list of decoder layers"),
-        (("prompts",), {}, "lacks 'n' in prompts"),
+        (("prompts",), 5, "prompts should be an object, found 5"),
+        (("prompts",), {}, "lacks 'prompts.n'"),
         (("shards", 1, "first_sequence"), 9, "unusable shard table at entry 1"),
-        (("shards", 1, "n_sequences"), 10**18, "shards[1].n_sequences should be an integer"),
-        (("shards",), [], "shards should be a list of shards"),
-        (("sampling",), {"temperature": "hot"}, "sampling.temperature should be a finite number"),
+        (("shards", 1, "n_sequences"), 10**18, "unusable shard table at entry 1"),
+        (("shards", 1, "n_sequences"), "2", "shards.1.n_sequences should be a valid integer, found '2'"),
+        (("shards",), [], "shards should be a list of shards, found none"),
+        (("sampling",), {"temperature": "hot"}, "sampling.temperature should be a valid number"),
+        (("tokens", "arm"), None, "an arm is named where they are sampled"),
+        (("full_vocab",), -1, "full_vocab should be greater than or equal to 0"),
+        (("main_pair",), ["train"], "main_pair.1"),
+        (("written_by",), "x", "has 'written_by', which this version does not know"),
         (("schema_version",), True, "schema_version True"),
     ],
 )
@@ -67,29 +71,67 @@ def test_a_sealed_manifest_that_makes_no_sense_is_refused(
     run: Run, keys: tuple[str | int, ...], value: object, complaint: str
 ) -> None:
     """A seal says that a file is whole, not that it makes sense: nonsense used to surface anywhere, as a traceback."""
-    content = read_sealed(run.path / "run.json")
-    node = content
-    for key in keys[:-1]:
-        node = node[key]  # type: ignore[index]
-    node[keys[-1]] = value  # type: ignore[index]
-    write_sealed(run.path / "run.json", content)
+    write_sealed(run.path / "run.json", changed(read_sealed(run.path / "run.json"), keys, value))
     with pytest.raises(RunError) as error:
         open_run(run.path)
     assert complaint in str(error.value)
+
+
+def changed(content: dict[str, object], keys: tuple[str | int, ...], value: object) -> dict[str, object]:
+    """The content with one value, however deep, replaced."""
+    node: object = content
+    for key in keys[:-1]:
+        node = node[key]  # type: ignore[index]
+    node[keys[-1]] = value  # type: ignore[index]
+    return content
 
 
 def test_a_sealed_sidecar_or_arm_record_that_makes_no_sense_is_refused(run: Run) -> None:
     """Missing keys and other types in sidecars and arm.json used to be KeyErrors and TypeErrors."""
     sidecar, record = run.path / "arms/train/shard-00000.json", run.path / "arms/train/arm.json"
     write_sealed(sidecar, {**read_sealed(sidecar), "tokens_sha256": None})
-    with pytest.raises(CorruptRunError, match="tokens_sha256 should be text"):
+    with pytest.raises(CorruptRunError, match="tokens_sha256 should be a valid string"):
         run.capture("train", run.shards[0])
-    write_sealed(record, {**read_sealed(record), "disagreements": 5})
-    with pytest.raises(CorruptRunError, match="disagreements should be a list of texts"):
-        run.arm("train")
     write_sealed(record, {**read_sealed(run.path / "arms/infer/arm.json")})
     with pytest.raises(CorruptRunError, match="is of arm 'infer', wanted 'train'"):
         run.arm("train")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "complaint"),
+    [
+        (("disagreements",), 5, "disagreements should be a valid"),
+        (("role",), "trainer", "role should be 'infer', 'train' or 'reference'"),
+        (("variant_of",), "infer", "variant_of and change belong together"),
+        (("arrays",), ["entropy_T"], "arrays lack logp_T"),
+        (("routers",), [], "arrays have expert ids, and there are no routers"),
+        (("routers", 0, "top_k"), "2", "routers.0.top_k should be a valid integer"),
+        (("routers", 0, "top_k"), 99, "top_k = 99 of n_experts = 8 is no routing"),
+        (("routers", 0, "decoder_layer"), 3, "decoder layers should rise"),
+        (("checkpoint",), None, "checkpoint is null without a reason"),
+        (("origin", "kind"), "guessed", "origin"),
+    ],
+)
+def test_a_sealed_arm_record_that_makes_no_sense_is_refused(
+    run: Run, keys: tuple[str | int, ...], value: object, complaint: str
+) -> None:
+    path = run.path / "arms/train/arm.json"
+    content = changed(read_sealed(path), keys, value)
+    write_sealed(path, content)
+    with pytest.raises(CorruptRunError) as error:
+        run.arm("train")
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoints_record_that_makes_no_sense_is_refused_and_found(run: Run) -> None:
+    path = run.path / "checkpoints" / f"{run.record.checkpoint}.json"
+    write_sealed(path, {**read_sealed(path), "n_vocabulary": "many"})
+    with pytest.raises(CorruptRunError, match="n_vocabulary should be a valid integer"):
+        run.checkpoint_of("train")
+    assert "damaged" in {finding.rule for finding in check_run(run)}
+    write_sealed(path, {**read_sealed(path), "n_vocabulary": 5, "weights_sha256": "another"})
+    assert "is of another checkpoint" in " ".join(finding.message for finding in check_run(run))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +143,7 @@ def test_a_token_table_of_other_columns_is_refused(name: str, values: list[objec
     """Columns of other types used to be cast without a word: 1.5 became token 1, text became numbers."""
     columns = {"seq_id": [0, 0], "prompt_id": [0, 0], "sample_index": [0, 0], "position": [0, 1], "token_id": [1, 2],
                "is_response": [False, True]}  # fmt: skip
-    arrays = {key: pa.array(column, pa.from_numpy_dtype(codec.TOKEN_COLUMNS[key])) for key, column in columns.items()}
+    arrays = {key: pa.array(column, codec.TOKEN_COLUMNS[key]) for key, column in columns.items()}
     del arrays[name]
     sink = io.BytesIO()
     pq.write_table(pa.table({**arrays, **({} if values is None else {name: pa.array(values)})}), sink)
@@ -125,7 +167,7 @@ def test_an_arm_whose_record_is_lost_says_what_to_do(run: Run) -> None:
     """Seal of who made a shard needs arm.json; without it, capturing on used to begin the arm under a new name."""
     (run.path / "arms/train/arm.json").unlink()
     with pytest.raises(IncompleteRunError, match="no arm train"):
-        run.write_capture(
+        RunWriter(run).write_capture(
             "train", run.shards[0], run.tokens(run.shards[0]), run.capture("train", run.shards[0]), {}, {}
         )
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from records import arm_of, made_otherwise
 from scripted_engine import (
     Death,
     create_scripted_run,
     fill_scripted_run,
     make_scripted_run,
-    scripted_record,
     start_worker,
     write_scripted_shard,
 )
@@ -32,6 +32,7 @@ from moediag.run.derived import derived_damage
 from moediag.run.reader import open_run
 from moediag.run.replace import replaced
 from moediag.run.shards import Shard, Slice
+from moediag.run.writer import RunWriter
 
 LAYOUT: dict[str, Any] = {"n_prompts": 12, "shard_size": 2}
 
@@ -88,26 +89,26 @@ def test_every_shard_says_which_worker_made_it(tmp_path: Path) -> None:
     done = [shard for shard in run.shards if run.has_capture("infer", shard)]
     assert [shard.index for shard in done] == [1, 3, 5]
     facts = run.capture_sidecar("infer", done[0])
-    assert facts["worker"] == "1/2"
-    assert len(facts["host"]) == 12
-    assert "seconds" in facts
+    assert facts.worker == "1/2"
+    assert len(facts.host or "") == 12
+    assert facts.seconds is not None
 
 
 def test_a_shard_that_another_process_holds_is_left_to_it(tmp_path: Path) -> None:
     run = create_scripted_run(tmp_path / "run", **LAYOUT)
-    with run.claim("infer", run.shards[2]) as is_mine:
+    with RunWriter(run).claim("infer", run.shards[2]) as is_mine:
         assert is_mine
-        assert run.is_claimed("infer", run.shards[2])
+        assert RunWriter(run).is_claimed("infer", run.shards[2])
         finish([start_worker(run.path, LAYOUT, arms=("infer",))])
     assert [shard.index for shard in run.missing_shards("infer")] == [2]
-    assert not run.is_claimed("infer", run.shards[2])
+    assert not RunWriter(run).is_claimed("infer", run.shards[2])
 
 
 def test_what_a_worker_that_died_had_held_is_captured_by_one_that_is_still_there(tmp_path: Path) -> None:
     """A worker that passes a held shard comes back to it: its holder may have died meanwhile."""
     run = create_scripted_run(tmp_path / "run", **LAYOUT)
     doomed = start_worker(run.path, LAYOUT, Slice(0, 6), ("infer",), pause=60)
-    while not run.is_claimed("infer", run.shards[0]):
+    while not RunWriter(run).is_claimed("infer", run.shards[0]):
         time.sleep(0.005)
     other = start_worker(run.path, LAYOUT, arms=("infer",), pause=0.05)
     while not run.has_capture("infer", run.shards[1]):
@@ -121,15 +122,16 @@ def test_what_a_worker_that_died_had_held_is_captured_by_one_that_is_still_there
 def test_a_worker_looks_again_once_it_holds_a_shard(tmp_path: Path) -> None:
     """Between listing the missing shards and claiming one, another worker may have committed it."""
     run = create_scripted_run(tmp_path / "run", **LAYOUT)
-    run.begin_arm("infer", scripted_record("infer"))
+    writer = RunWriter(run)
+    writer.begin_arm(arm_of(run, "infer"))
     taken: list[int] = []
 
     def capture_shard(shard: Shard, on_done: object) -> None:
         taken.append(shard.index)
-        write_scripted_shard(run, "infer", shard)
+        write_scripted_shard(writer, "infer", shard)
         if shard.index == 0:  # another worker commits the next two while this one is busy
             for other in run.shards[1:3]:
-                write_scripted_shard(run, "infer", other)
+                write_scripted_shard(writer, "infer", other)
 
     from moediag.engines.fill import fill_missing_shards
 
@@ -137,18 +139,19 @@ def test_a_worker_looks_again_once_it_holds_a_shard(tmp_path: Path) -> None:
         def progress(self, done: float, total: int, unit: str) -> None:
             assert done <= total
 
-    fill_missing_shards(run, "infer", Silent(), capture_shard)  # type: ignore[arg-type]
+    fill_missing_shards(writer, "infer", Silent(), capture_shard)  # type: ignore[arg-type]
     assert taken == [0, 3, 4, 5]
 
 
 def test_only_leftovers_of_the_shard_that_is_claimed_are_removed(tmp_path: Path) -> None:
     """Another worker's temporary files used to be swept away by whoever began the arm next."""
     run = create_scripted_run(tmp_path / "run", **LAYOUT)
-    run.begin_arm("infer", scripted_record("infer"))
+    writer = RunWriter(run)
+    writer.begin_arm(arm_of(run, "infer"))
     names = [f".{shard.stem}.safetensors.host-1.tmp" for shard in run.shards[:2]]
     for name in names:
         (run.path / "arms/infer" / name).write_bytes(b"half")
-    with run.claim("infer", run.shards[0]):
+    with RunWriter(run).claim("infer", run.shards[0]):
         assert [(run.path / "arms/infer" / name).exists() for name in names] == [False, True]
 
 
@@ -179,7 +182,11 @@ def test_two_workers_that_begin_an_arm_differently_at_the_same_instant_do_not_bo
     def begin(version: str) -> None:
         barrier.wait()
         try:
-            open_run(run.path).begin_arm("infer", {**scripted_record("infer"), "versions": {"scripted": version}})
+            there = open_run(run.path)
+            record = RunWriter(there).begin_arm(made_otherwise(arm_of(there, "infer"), versions={"scripted": version}))
+            write_scripted_shard(RunWriter(there), "infer", there.shards[0])
+            assert record.captured is not None
+            assert record.captured.versions == {"scripted": version}
         except RunConflictError as error:
             refused.append(str(error))
 
@@ -194,7 +201,7 @@ def test_workers_that_make_the_run_at_the_same_instant_both_find_it_made(tmp_pat
     for attempt in range(5):
         path = tmp_path / f"run-{attempt}"
         finish([start_worker(path, LAYOUT, arms=()) for _ in range(3)])
-        assert open_run(path).manifest["prompts"]["n"] == 12
+        assert open_run(path).record.prompts.n == 12  # type: ignore[union-attr]
     assert {folder.name for folder in tmp_path.iterdir()} == {f"run-{attempt}" for attempt in range(5)}
 
 
@@ -237,10 +244,10 @@ def test_a_run_that_was_started_anew_is_not_written_to(tmp_path: Path) -> None:
     """A worker that had opened the run before --force used to capture into the new one."""
     early = create_scripted_run(tmp_path / "run", **LAYOUT)
     create_scripted_run(tmp_path / "run", **{**LAYOUT, "seed": 1}, force=True)
-    with pytest.raises(RunConflictError, match="started anew"), early.in_use():
+    with pytest.raises(RunConflictError, match="started anew"), RunWriter(early).in_use():
         pass
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(RunConflictError, match="has gone"), early.in_use():
+    with pytest.raises(RunConflictError, match="has gone"), RunWriter(early).in_use():
         pass
 
 
@@ -249,7 +256,7 @@ def test_given_tokens_written_again_do_not_disturb_a_reader(tmp_path: Path) -> N
     run = make_scripted_run(tmp_path / "run", **LAYOUT)
     path = run.path / "tokens" / "shard-00000.parquet"
     before = path.stat()
-    run.write_tokens(run.shards[0], run.tokens(run.shards[0]))
+    RunWriter(run).write_tokens(run.shards[0], run.tokens(run.shards[0]))
     assert path.stat().st_ino == before.st_ino
 
 
@@ -269,10 +276,10 @@ def test_shards_merged_from_another_version_are_found(tmp_path: Path) -> None:
     """A plain copy keeps one arm.json: shards that another version made used to pass under its name."""
     for name, worker, version in (("a", Slice(0, 2), "1"), ("b", Slice(1, 2), "2")):
         run = create_scripted_run(tmp_path / name, **LAYOUT)
-        run.worker = worker
-        run.begin_arm("infer", {**scripted_record("infer"), "versions": {"scripted": version}})
-        for shard in run.own_missing_shards("infer"):
-            write_scripted_shard(run, "infer", shard)
+        writer = RunWriter(run, worker)
+        writer.begin_arm(made_otherwise(arm_of(run, "infer"), versions={"scripted": version}))
+        for shard in writer.own_missing_shards("infer"):
+            write_scripted_shard(writer, "infer", shard)
     copy_missing(tmp_path / "b", tmp_path / "a")
     assert [where for where, _ in derived_damage(tmp_path / "a")] == [f"arms/infer/shard-0000{i}" for i in (1, 3, 5)]
 

@@ -12,7 +12,8 @@ import pytest
 from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_engine import VOCABULARY, create_scripted_run, make_scripted_run, scripted_capture, scripted_record
+from records import arm_of
+from scripted_engine import VOCABULARY, create_scripted_run, make_scripted_run, scripted_capture
 from scripted_engine import scripted_tokens as tokens_of
 
 from moediag.errors import CaptureError, CorruptRunError, IncompleteRunError, MoediagError
@@ -21,6 +22,7 @@ from moediag.run.capture import TokenRows
 from moediag.run.reader import Run, open_run
 from moediag.run.shards import Shard, split_into_shards
 from moediag.run.vocabulary import VocabLogps, VocabRows, chosen_in, decode_vocab, encode_vocab, response_rows
+from moediag.run.writer import RunWriter
 
 N_CHOSEN = 4
 
@@ -41,7 +43,7 @@ def make_run(path: Path, n_chosen: int = N_CHOSEN, **layout: int) -> Run:
     """A complete scripted run of which some sequences keep distributions."""
     run = create_scripted_run(path, full_vocab=n_chosen, **layout)
     for arm in ("infer", "train"):
-        run.begin_arm(arm, scripted_record(arm))
+        RunWriter(run).begin_arm(arm_of(run, arm))
         for shard in run.shards:
             write_shard(run, arm, shard)
     return open_run(path)
@@ -53,9 +55,9 @@ def write_shard(run: Run, arm: str, shard: Shard, vocab: VocabLogps | None = Non
     chosen = run.vocab_sequences(arm, shard)
     if vocab is None and len(chosen):
         vocab = distributions(tokens, capture.logp_T, chosen, seed=len(arm))
-    run.write_capture(arm, shard, tokens, capture, {}, {"gate_weights_TLK": "bfloat16"}, vocab)
+    RunWriter(run).write_capture(arm, shard, tokens, capture, {}, {"gate_weights_TLK": "bfloat16"}, vocab)
     if arm == "infer":
-        run.write_tokens(shard, tokens)
+        RunWriter(run).write_tokens(shard, tokens)
 
 
 @given(n_sequences=st.integers(1, 40), n_chosen=st.integers(0, 40), size=st.integers(1, 9))

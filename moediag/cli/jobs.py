@@ -292,7 +292,7 @@ class Arms:
         if given is not None:
             return given
         try:
-            found = open_checkpoint(record.source, record.revision)
+            found = open_checkpoint(record.source, record.revision, is_at_hand=True)
             return found if found.record.digest == record.digest else None
         except CheckpointError:
             return None

@@ -125,8 +125,13 @@ class Checkpoint:
         return CheckpointRecord(**content)
 
 
-def open_checkpoint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, is_at_hand: bool = False
+) -> Checkpoint:
     """Look at a checkpoint folder, or at a hub snapshot that is at hand or can be downloaded.
+
+    Args:
+        is_at_hand: download nothing.
 
     Raises:
         CheckpointError: no such folder, no config, no weights, no tokenizer, or an unsupported router.
@@ -138,7 +143,7 @@ def open_checkpoint(name: str, revision: str | None = None, trust_remote_code: b
             "hash, or give a local folder you have read"
         )
     if not path.exists():
-        path = _hub_snapshot(name, revision)
+        path = _hub_snapshot(name, revision, is_at_hand)
     config = _read_config(path)
     try:
         checkpoint = Checkpoint(path, name, revision, config, _weight_files(path), router_spec(config, str(path)))
@@ -206,7 +211,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     return (single,)
 
 
-def _hub_snapshot(name: str, revision: str | None) -> Path:
+def _hub_snapshot(name: str, revision: str | None, is_at_hand: bool) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"checkpoint {name} does not exist; give a checkpoint folder or a hub id (owner/name)")
     try:
@@ -216,7 +221,7 @@ def _hub_snapshot(name: str, revision: str | None) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=is_at_hand))
     except Exception as error:  # the hub client raises a dozen unrelated types; all mean: no such checkpoint
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

@@ -313,12 +313,14 @@ class RunRecord(Record):
     sampling: Sampling | None = None
     level: Literal["ids", "margins", "full"] = "margins"
     full_vocab: Count = 0
-    shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
+    shards: tuple[Shard, ...]
     main_pair: tuple[str, str] | None = None
     step: int | None = None
 
     @model_validator(mode="after")
     def _shards_are_joined(self) -> Self:
+        if not self.shards:
+            raise ValueError("shards should be a list of shards, found none")
         end = 0
         for i, shard in enumerate(self.shards):
             if (shard.index, shard.first_sequence) != (i, end) or not 1 <= shard.n_sequences <= 2**53:
