@@ -232,7 +232,7 @@ def test_two_arms_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     [
         (["--arms", "infer"], 1, "wanted two names of arms"),
         (["--arms", "infer,absent"], 1, "has no arm absent"),
-        (["absent"], 1, "is not a moediag.run.reader"),
+        (["absent"], 1, "is not a moediag run directory"),
         (["again", "--arms", "infer,train"], 2, "--arms compares two arms of one run"),
     ],
 )
@@ -267,7 +267,9 @@ def test_any_record_can_be_compared(tmp_path_factory: pytest.TempPathFactory, ex
     a = make_run(folder / "a", {"infer": RECORD}, with_tokens=False)
     b = make_run(folder / "b", {"infer": RECORD}, with_tokens=False)
     path = b.path / "arms" / "infer" / "arm.json"
-    write_sealed(path, {**read_sealed(path), **extra})
+    content = read_sealed(path)
+    content["origin"]["facts"] |= extra
+    write_sealed(path, content)
     there, back = compare_runs(a, b)[1], compare_runs(b, a)[1]
     swapped = [Difference(d.section, d.name, d.b, d.a) for d in back.differences]
     assert list(there.differences) == swapped
