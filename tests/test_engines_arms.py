@@ -1,27 +1,30 @@
-"""What an arm of a name is asked to be; no engine runs here."""
+"""What an arm of a recipe is asked to be; no engine runs here."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 from scripted_engine import make_scripted_run
 
-from moediag.engines.arms import DECODE, HOOKS, PREFILL, SAMPLED, UNOBSERVED, arm_request
+from moediag.engines.arms import DECODE, HOOKS, PREFILL, SAMPLED, UNOBSERVED, Reference, arm_request
 from moediag.engines.channel import Reporter
 from moediag.engines.held import Held
 from moediag.engines.hf_engine import Replay, capture_train
 from moediag.engines.launch import infer_environment, infer_options, observable
 from moediag.errors import EngineError
-from moediag.notation import ARMS, INFER_PRODUCTION
 from moediag.run.capture import Capture
-from moediag.run.files import write_sealed
+from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run, open_run
+from moediag.run.recipes import RECIPES
+from moediag.run.writer import RunWriter
+
+INFER_PRODUCTION = "infer-production"
 
 
-def test_every_declared_arm_can_be_asked_for() -> None:
-    for arm in ARMS:
+def test_every_recipe_can_be_asked_for() -> None:
+    for arm in RECIPES:
         sampler = arm if arm == INFER_PRODUCTION else "infer"
         request = arm_request(arm, {"dtype": "bfloat16"}, given=False, sampler=sampler)
         assert request.arm == arm
@@ -87,13 +90,46 @@ def test_one_ulp_noise_moves_every_value_to_a_neighbour_and_the_same_seed_moves_
     assert 0 < float((rounded - values).abs().max()) <= float(values.abs().max()) / 16  # e4m3: 3 bits of mantissa
 
 
-def _replayed(run: Run, **changes: Any) -> str:
+@pytest.mark.parametrize(
+    ("recipe", "path", "reference", "wanted"),
+    [
+        ("infer-repeat", SAMPLED, Reference("infer", SAMPLED), ("infer", "repeat")),
+        ("infer-rescore", SAMPLED, Reference("infer", SAMPLED), ("infer", "path")),
+        ("infer-rescore", PREFILL, Reference("infer", PREFILL), ("infer", "repeat")),  # the same path once more
+        ("infer-redecode", PREFILL, Reference("infer", PREFILL), ("infer", "path")),
+        ("infer-redecode", SAMPLED, Reference("infer", SAMPLED), ("infer", "repeat")),
+        ("train-fp32", SAMPLED, Reference("mine"), ("mine", "dtype")),
+        ("train", SAMPLED, Reference("train"), (None, None)),
+    ],
+)
+def test_an_arm_says_what_it_changes_and_of_which(
+    recipe: str, path: str, reference: Reference, wanted: tuple[str | None, str | None]
+) -> None:
+    request = arm_request(recipe, {}, given=path == PREFILL, reference=reference)
+    assert (request.variant_of, request.change) == wanted
+    named = arm_request(recipe, {}, given=path == PREFILL, reference=reference, arm="of my own")
+    assert (named.arm, named.recipe, named.configuration()) == ("of my own", recipe, request.configuration())
+
+
+def test_an_arm_of_other_weights_is_a_variant_of_the_reference_arm() -> None:
+    request = arm_request(
+        "infer", {}, given=False, arm="quantised", reference=Reference("infer"), is_other_checkpoint=True
+    )
+    assert (request.variant_of, request.change, request.path) == ("infer", "checkpoint", DECODE)
+
+
+def _replayed(run: Run) -> str:
     """What a train-replay arm that forces gate weights is told, before any model is loaded."""
-    manifest = {**run.manifest, "model": {**run.model, "routing": {**run.model["routing"], **changes}}}
-    write_sealed(run.path / "run.json", manifest)
-    request = {"arm": "train-replay", "replay": {"source": "infer", "weights": True}}
+    request = asdict(arm_request("train-replay", {}, given=False, replay={"source": "infer", "weights": True}))
+    told = {
+        "folder": str(run.path / "logs"),
+        "checkpoint": "",
+        "routing": None,
+        "request": request,
+        "configuration": {},
+    }
     with pytest.raises(Exception, match=".") as raised:
-        capture_train(open_run(run.path), {"checkpoint": str(run.path / "logs"), "request": request}, Silent(), Held())
+        capture_train(RunWriter(open_run(run.path)), told, Silent(), Held())
     return str(raised.value)
 
 
@@ -107,13 +143,16 @@ def test_gate_weights_that_are_no_coefficients_are_not_forced(tmp_path: Path) ->
     """Arms of earlier versions lack vLLM's factor of the experts' sum; arms of ids only have no gate weights."""
     run = make_scripted_run(tmp_path / "run")
     (run.path / "logs").mkdir()  # a folder without a checkpoint
-    assert "lack routed_scaling_factor" in _replayed(run, scaling_factor=2.5)
-    assert str(run.path / "logs") in _replayed(run, scaling_factor=1.0)  # nothing to object to: on to the model
+    assert "does not say on what scale its gate weights are" in _replayed(run)
+    path = run.path / "arms/infer/arm.json"
+    write_sealed(path, {**read_sealed(path), "gate_weights": "effective"})
+    assert str(run.path / "logs") in _replayed(run)  # nothing to object to: on to the model
+    write_sealed(path, {**read_sealed(path), "arrays": ["logp_T", "entropy_T", "expert_ids_TLK"]})
     for shard in run.shards:
         whole = run.capture("infer", shard)
         ids_only = Capture(whole.logp_T, whole.entropy_T, whole.expert_ids_TLK)
-        run.write_capture("infer", shard, run.tokens(shard), ids_only, {}, {})
-    assert "kept expert ids only" in _replayed(run, scaling_factor=1.0)
+        RunWriter(run).write_capture("infer", shard, run.tokens(shard), ids_only, {}, {})
+    assert "kept expert ids only" in _replayed(run)
 
 
 def test_routes_of_an_arm_of_ids_only_are_forced_without_weights(tmp_path: Path) -> None:

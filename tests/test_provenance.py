@@ -192,12 +192,12 @@ def test_plain_names_dtypes_and_enums() -> None:
     assert told["1"][:2] == ["NONE", ["x", "y"]]
 
 
-def test_the_model_entry_of_a_run_hides_where_the_checkpoint_lies(
+def test_the_checkpoints_record_hides_where_the_checkpoint_lies(
     random_moe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """run.json used to hold the checkpoint's path as typed, the user's name with it."""
     monkeypatch.setenv("HOME", str(random_moe.parent))
-    assert open_checkpoint(str(random_moe)).record()["name"] == f"~/{random_moe.name}"
+    assert open_checkpoint(str(random_moe)).record.source == f"~/{random_moe.name}"
 
 
 def test_env_prints_the_sections_without_loading_an_engine_and_without_secrets() -> None:

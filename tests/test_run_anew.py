@@ -1,4 +1,4 @@
-"""A run, or an arm, in which nothing was captured yet takes another configuration; one that holds a shard refuses it."""
+"""A run or arm in which nothing was captured yet takes another configuration; one that holds a shard refuses it."""
 
 from __future__ import annotations
 
