@@ -76,7 +76,7 @@ def fed(h: Healthy, parts: list[tuple[object, ...]]) -> list[Finding]:
     """Findings of arms and pair fed part by part."""
     n_experts, top_k, n_layers = h.shape
     shape = Shape(n_layers, n_experts, top_k, h.renormalize)
-    arms = {name: ArmHygiene(name, shape) for name in ("infer", "train")}
+    arms = {name: ArmHygiene(shape, is_sampled=name == "infer") for name in ("infer", "train")}
     pair = PairHygiene(("train", "infer"), shape)
     for tokens, train, infer in parts:
         rows = {"train": Rows(tokens, train, shape), "infer": Rows(tokens, infer, shape)}  # type: ignore[arg-type]
