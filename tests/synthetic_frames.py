@@ -339,7 +339,11 @@ def make_summary(frames, path="models/tiny-moe", **model):
     pair = {"n_sequences": 64, "n_prompts": 64, "n_tokens": len(tokens), "n_unscored": 0, "logp": logp,
             "routing": routing, "margins": None, "position": None, "corrections": None}  # fmt: skip
     return {
-        "schema_version": 1,
+        "schema_version": 2,
+        "main_pair": "infer~train",
+        "observed_pair": "infer~train",
+        "replay_pair": None,
+        "weights": None,
         "model": {"path": path, "architecture": "Qwen3MoeForCausalLM", "model_type": "qwen3_moe",
                   "n_moe_layers": len(layers), "n_experts": 16 if len(layers) else None,
                   "top_k": 4 if len(layers) else None, **model},

@@ -14,6 +14,7 @@ from moediag.cli import options as o
 from moediag.cli.main import main
 from moediag.cli.settings import Settings, with_settings
 from moediag.engines import plan as plans
+from moediag.engines.arms import arm_request
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.plan import Plan, SamplingOptions, make_plan
 from moediag.errors import EngineError
@@ -72,7 +73,8 @@ def test_the_estimate_counts_distributions_of_the_main_pair_only(prompts: Path) 
     chosen = 4 * some.n_vocabulary * (7 + 7 + 7 + 6 + 5)  # every other of ten sequences: each prompt once
     assert some.vocabulary_bytes(5) == chosen
     for arms, n_keeping in ((["infer"], 1), (["infer", "train"], 2), (["infer", "train", "train-repeat"], 2)):
-        assert some.max_bytes(arms, "auto") - without.max_bytes(arms, "auto") == n_keeping * chosen
+        requests = [arm_request(arm, {}, given=False) for arm in arms]
+        assert some.max_bytes(requests, "auto") - without.max_bytes(requests, "auto") == n_keeping * chosen
 
 
 def test_whole_distributions_need_hooks(capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path) -> None:

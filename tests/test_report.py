@@ -237,6 +237,7 @@ def replayed(moe, removed=0.41, layers=None, **replay):
     forced = make_summary(make_run(n_tokens=2048, scale=0.5))["pairs"]["infer~train"]
     forced["routing"] = {**plain_pair["routing"], "flip_rate": 0.0, "flip_rate_ci": [0.0, 0.056]}
     summary["pairs"]["infer~train-replay"] = forced
+    summary["replay_pair"] = "infer~train-replay"
     summary["arms"]["train-replay"] = {"replay": {"source": "infer", **replay}}
     mean = {"share": removed, "share_ci": [removed - 0.05, removed + 0.05], "note": ""}
     p99 = {"share": 0.72, "share_ci": None, "note": "ratio of two quantiles"}
@@ -297,7 +298,7 @@ def test_user_text_is_neutralised_everywhere(moe, dense, kind):
         text = run_report(summary, frames, [])
     else:
         runs = {HOSTILE: summary, "dense": make_summary(dense)}
-        text = comparison_report({"schema_version": 1, "runs": runs, "ratios": {HOSTILE: 1.0}}, {HOSTILE: frames}, [])
+        text = comparison_report({"schema_version": 2, "runs": runs, "ratios": {HOSTILE: 1.0}}, {HOSTILE: frames}, [])
     rendered = html(text)
     for live in ("<img", 'href="http', "<em>b</em>", "<h1>h"):
         assert live not in rendered
@@ -334,12 +335,12 @@ def test_another_schema_or_no_pair_is_a_clear_refusal(moe):
     with pytest.raises(MoediagError, match="capture both arms"):
         run_report({**make_summary(moe), "pairs": {}}, moe, [])
     with pytest.raises(MoediagError, match="at least one entry under runs"):
-        comparison_report({"schema_version": 1, "runs": {}}, {}, [])
+        comparison_report({"schema_version": 2, "runs": {}}, {}, [])
 
 
 def test_comparison_has_runs_as_columns_and_their_ratio(moe, dense):
     summary = {
-        "schema_version": 1,
+        "schema_version": 2,
         "runs": {"moe": make_summary(moe), "dense": make_summary(dense, "m/dense")},
         "ratios": {"abs_logp_diff": {"mean": 1.5}},
     }
@@ -360,11 +361,11 @@ def test_a_comparison_says_on_the_page_what_makes_its_numbers_hard_to_compare(mo
     """Sampling cautions and other prompts were said on the terminal, if at all, and not in the comparison's page."""
     runs = {"moe": make_summary(moe), "dense": make_summary(dense)}
     frames = {"moe": moe, "dense": dense}
-    fine = comparison_report({"schema_version": 1, "same_prompts": True, "runs": runs}, frames, [])
+    fine = comparison_report({"schema_version": 2, "same_prompts": True, "runs": runs}, frames, [])
     assert "Caution" not in fine
     assert "different prompts" not in fine
     runs["moe"]["sampling"]["temperature"] = 0.7
-    text = comparison_report({"schema_version": 1, "same_prompts": False, "runs": runs}, frames, [])
+    text = comparison_report({"schema_version": 2, "same_prompts": False, "runs": runs}, frames, [])
     assert "**The runs were made from different prompts**" in text
     assert "**Caution, moe.** Sampled with temperature 0.7" in text
     assert "Caution, dense" not in text

@@ -300,7 +300,7 @@ def test_any_number_of_runs_is_compared_on_one_page(
 ) -> None:
     frames = {f"run{i}": (moe, dense)[i % 2] for i in range(n_runs)}
     runs = {label: summary_of(frame) for label, frame in frames.items()}
-    page = comparison_page({"schema_version": 1, "runs": runs}, frames, [])
+    page = comparison_page({"schema_version": 2, "runs": runs}, frames, [])
     text = markdown_page(page)
     assert open_lines(text) < 60
     parsed = Parsed(html_page(page))
@@ -317,7 +317,7 @@ def test_what_ran_differently_is_on_the_comparison(moe: dict[str, pd.DataFrame])
     found = ArmComparison("infer", 40, (Difference("versions", "torch", "2.9<b>", "2.10"),))
     absent = ArmComparison("train-replay", 0, (), missing_in="B")
     runs = {"a": summary_of(moe), "b": summary_of(moe)}
-    page = comparison_page({"schema_version": 1, "runs": runs}, {}, [], environments={"A = a, B = b": [found, absent]})
+    page = comparison_page({"schema_version": 2, "runs": runs}, {}, [], environments={"A = a, B = b": [found, absent]})
     text = html_page(page)
     table = next(t for t in Parsed(text).tables if t[0] == ["arm", "section", "fact", "A", "B"])
     assert table[1] == ["infer", "versions", "torch", "2.9<b>", "2.10"]
@@ -405,6 +405,9 @@ def test_what_another_router_precision_does_is_measured_and_not_forecast(moe: di
     summary = {**summary_of(moe), "predicted_flips": predicted_flips(moe)}
     assert "with another router arithmetic" not in markdown_page(run_page(summary, moe, []))
     routing = {"flip_rate": 0.0216, "flip_rate_ci": [0.020, 0.023], "n_choices": 114756}
+    summary["arms"]["train-router-fp32"] = {
+        "recipe": "train-router-fp32", "change": "router-dtype", "variant_of": "train",
+    }  # fmt: skip
     summary["pairs"]["infer~train-router-fp32"] = {**summary["pairs"]["infer~train"], "routing": routing}
     page = markdown_page(run_page(summary, moe, []))
     (row,) = {tuple(table[0][:2]): table[1:] for table in markdown_tables(page)}["pair", "what differs"]

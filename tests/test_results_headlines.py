@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from synthetic import make_block, make_pair
+from test_analysis_floors import own_of
 
 from moediag.analysis.floors import floors, metric_value
 from moediag.analysis.pair_analysis import analyze_pair
@@ -36,7 +37,7 @@ def test_the_size_of_a_response_is_that_of_a_plain_loop(analyses):
 
 def test_the_mean_of_responses_is_summed_and_the_masked_share_is_the_larger_side(analyses):
     pairs = {name: pair_summary(analysis) for name, analysis in analyses.items()}
-    found = floors(pairs, MAIN, is_prefilled=False)["metrics"]
+    found = floors(pairs, MAIN, own_of())["metrics"]
     sizes = [pairs[name]["length"]["abs_log_ratio_mean"] for name in (TRAIN_FLOOR, INFER_FLOOR)]
     assert found["abs_log_ratio_mean"]["floor"] == sum(sizes)
     shares = [pairs[name]["corrections"]["icepop_0.5_5.0"]["masked_share"] for name in (TRAIN_FLOOR, INFER_FLOOR)]
@@ -48,6 +49,6 @@ def test_the_mean_of_responses_is_summed_and_the_masked_share_is_the_larger_side
 def test_every_figure_has_the_floor_of_its_statistic(analyses):
     """Two captions said that no floor was measured, because summary.json had none for their statistic."""
     pairs = {name: pair_summary(analysis) for name, analysis in analyses.items()}
-    found = summary_floors(floors(pairs, MAIN, is_prefilled=False))
+    found = summary_floors(floors(pairs, MAIN, own_of()))
     assert {kind.floor_of for kind in FIGURES.values()} <= found.keys()
     assert all(isinstance(floor, Floor) for floor in found.values())

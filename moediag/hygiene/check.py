@@ -330,6 +330,8 @@ def _check_beside_arms(run: Run) -> list[Finding]:
 
 
 def _check_prompts(run: Run) -> list[Finding]:
+    if run.record.prompts is None:
+        return []
     try:
         run.prompts()
     except RunError as error:

@@ -15,6 +15,7 @@ from moediag.report.measures import Summary
 from moediag.report.pairs import observed_pair_name
 from moediag.report.tables import rate, records
 from moediag.report.text import Markdown, code, plain
+from moediag.run.recipes import RECIPES
 
 _N_MARKDOWN: Final = 30
 """Arms that run the routers alone in another precision."""
@@ -107,16 +108,17 @@ def router_table(summary: Summary) -> Block:
     """Flip rates of infer against train with another router arithmetic, measured; empty without such an arm."""
     pairs: Mapping[str, Any] = summary["pairs"]
     rows = []
-    for line in (summary.get("floors") or {}).get("noise") or ():
-        if ((summary.get("arms") or {}).get(line["arm"]) or {}).get("change") != "router-dtype":
+    infer = (observed_pair_name(summary) or "").partition("~")[0]
+    for arm, facts in (summary.get("arms") or {}).items():
+        if facts.get("change") != "router-dtype":
             continue
-        infer = (observed_pair_name(summary) or "").partition("~")[0]
-        for name in (f"{infer}~{line['arm']}", line["pair"]):
+        words = RECIPES[facts["recipe"]].words if facts.get("recipe") in RECIPES else facts["change"]
+        for name in (f"{infer}~{arm}", f"{arm}~{facts.get('variant_of')}"):
             found = (pairs.get(name) or {}).get("routing") or {}
             if is_number(found.get("flip_rate")):
                 low, high = found.get("flip_rate_ci") or (None, None)
                 cells = number(found["flip_rate"], "share"), interval(low, high, "share"), count(found.get("n_choices"))
-                rows.append([code(name), line["what"], *cells])
+                rows.append([code(name), words, *cells])
     if not rows:
         return Markdown("")
     caption = "Flip rate with another router arithmetic on the train side, measured [share of n]; lower is better"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moediag.errors import RunError
 from moediag.figures import draw_run_figures
 from moediag.figures.floors import summary_floors
@@ -70,9 +72,11 @@ def label_of(run: Run) -> str:
 
 
 def longest_prompt(run: Run) -> int:
-    """Length of the longest prompt [tokens]."""
-    prompts, _ = run.prompt_tokens()
-    return max(map(len, prompts))
+    """Length of the longest prompt [tokens]; 0 where no prompt is known."""
+    if run.record.prompts is not None:
+        return max(map(len, run.prompt_tokens()[0]))
+    tables = map(run.tokens, run.shards)
+    return max(int(np.max(rows.position_T[~rows.is_response_T], initial=-1)) + 1 for rows in tables)
 
 
 def _text_options(tokenizer: Path | None, no_text: bool) -> list[object]:

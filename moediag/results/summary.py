@@ -121,6 +121,7 @@ def _arm_facts(run: Run, arm: str) -> dict[str, Any]:
         **{key: getattr(record, key) for key in ("role", "engine", "path", "variant_of", "change", "dtype")},
         "checkpoint": {"digest": checkpoint.digest, "source": checkpoint.source} if checkpoint else None,
         "origin": record.origin.kind,
+        "recipe": record.captured.recipe if record.captured else None,
         "versions": record.captured.versions if record.captured else None,
         "environment": record.captured.environment if record.captured else None,
         **{key: facts.get(key) for key in ("loaded", "seeding", "replay")},
