@@ -233,7 +233,7 @@ def verdict(
 ) -> dict[str, Any]:
     """The verdict on the main pair, with its evidence: is the mismatch larger than what repeating or rounding makes?
 
-    That the two arms loaded other weights is said before anything else: then the mismatch is of these, too.
+    That the two arms loaded other weights stands beside the word (``weights``): then the mismatch is of these, too.
 
     In this order: an engine whose own floor is far above the rounding scale *does not repeat itself*; a mismatch within
     the floor is *no larger than repeating*; up to :data:`FAR` rounding scales *of the size of rounding*; else *above*.
@@ -245,8 +245,7 @@ def verdict(
         weights: ``weights`` of the summary; None where both arms loaded the same checkpoint.
     """
     found = _verdict(pair, floor, n_errors, replay)
-    reason = str(found["reason"])
-    return {**found, "reason": f"{weights['words']}. {reason[:1].upper()}{reason[1:]}"} if weights else found
+    return {**found, "weights": weights["words"]} if weights else found
 
 
 def _verdict(pair: Summary, floor: Summary | None, n_errors: int, replay: Summary | None) -> dict[str, Any]:

@@ -35,10 +35,17 @@ def verdict_of(summary: Summary, pair: Summary, frames: Frames, label: str = "")
     return Verdict(
         one_line(label),
         one_line(given.get("word") or CANNOT_TELL),
-        plain(given.get("reason") or missing),
+        _reason(str(given.get("weights") or ""), str(given.get("reason") or missing)),
         tuple(plain(line) for line in given.get("evidence") or ()),
         seen_words(pair, frames, text_origin(summary)),
     )
+
+
+def _reason(weights: str, reason: str) -> Markdown:
+    """Other weights before anything else."""
+    if not weights:
+        return plain(reason)
+    return Markdown(f"{plain(weights)}. {plain(reason[:1].upper() + reason[1:])}")
 
 
 def seen_words(pair: Summary, frames: Frames, origin: str = "") -> Markdown:
