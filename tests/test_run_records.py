@@ -1,453 +1,421 @@
-"""What runs of today hold and those of schema 1 could not, from the writer to the summary, held against plain loops."""
+"""What schema 1 could not hold, written by the real writer, read, paired, analysed and validated."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from records import arm_of, checkpoint_of, made_otherwise, new_run
 
+from moediag.analysis.pair_analysis import analyze_pair
 from moediag.corrections.sources import run_source
-from moediag.errors import DumpError
+from moediag.errors import IncompleteRunError, RunConflictError, RunError
 from moediag.hygiene import check_run
-from moediag.results import analyze_run, load_frames, report_run
+from moediag.results import analyze_run, report_run
 from moediag.run import codec
-from moediag.run.capture import Capture, TokenRows
+from moediag.run.capture import Capture, TokenRows, arrays_of
 from moediag.run.create import create_run, split_into_shards
 from moediag.run.reader import Run, open_run
 from moediag.run.records import ArmRecord, Imported, Router, RunRecord, TokensFrom
+from moediag.run.series import create_series, open_series
 from moediag.run.writer import RunWriter
+from moediag.trend import measure_trend
 
-N_PROMPTS = 12
-"""Enough for intervals."""
-Layer = tuple[int, int, int]
-"""(decoder layer, E, K)."""
-LAYERS: tuple[Layer, ...] = ((1, 8, 2), (3, 8, 2))
+N_PROMPTS, LENGTH = 10, 12
+IMPORTED = Imported(format="slime rollout_data", files={"rollout_0.pt": "ab" * 32}, notes=("one rollout step",))
 
 
-def token_rows(prompt: int = 2, response: int = 8, **columns: Any) -> TokenRows:
-    """Sequences of equal lengths, one per prompt; further columns by name."""
-    n = prompt + response
-    seq_id_T = np.repeat(np.arange(N_PROMPTS), n)
-    position_T = np.tile(np.arange(n), N_PROMPTS)
-    rows: dict[str, Any] = {
-        "seq_id_T": seq_id_T.astype(np.int64),
-        "prompt_id_T": seq_id_T.astype(np.int64),
-        "sample_index_T": np.zeros(len(seq_id_T), np.int32),
-        "position_T": position_T.astype(np.int32),
-        "token_id_T": np.random.default_rng(1).integers(0, 500, len(seq_id_T)),
-        "is_response_T": position_T >= prompt,
-    }
-    return TokenRows(**{**rows, **columns})
+@dataclass
+class Made:
+    """Token rows of some conversations and what two sides say of them; tests change what they are about."""
+
+    tokens: TokenRows
+    infer: Capture
+    train: Capture
+    infer_record: dict[str, Any]
+    train_record: dict[str, Any]
 
 
-def captured(tokens: TokenRows, layers: Sequence[Layer] = (), seed: int = 0) -> Capture:
-    """Log-probabilities that other seeds move by some 0.02 nat, and experts of which other seeds move some."""
-    shared, own = np.random.default_rng(0), np.random.default_rng([1, seed])
-    n = len(tokens)
-    logp_T = -0.1 - shared.exponential(1.0, n) + 0.02 * own.normal(size=n).clip(-2, 2)
-    entropy_T = shared.random(n) + 0.5
-    arrays = {
-        name: np.where(tokens.is_response_T, array, np.nan).astype(np.float32)
-        for name, array in (("logp_T", logp_T), ("entropy_T", entropy_T))
-    }
-    if not layers:
-        return Capture(**arrays)
-    width = max(top_k for _, _, top_k in layers)
-    ids_TLK = np.full((n, len(layers), width), -1, np.int16)
-    for i, (_, n_experts, top_k) in enumerate(layers):
-        scores_TE = shared.normal(size=(n, 8))[:, :n_experts] + 0.2 * own.normal(size=(n, n_experts))
-        ids_TLK[:, i, :top_k] = np.argsort(-scores_TE, axis=1)[:, :top_k]
-    return Capture(**arrays, expert_ids_TLK=ids_TLK)
+def made(layers: int = 2, n_experts: int = 8, top_k: int = 2) -> Made:
+    """Prompts of 4 tokens and responses of 8; train differs by up to 0.1 nat and flips now and then."""
+    rng, n = np.random.default_rng(0), N_PROMPTS * LENGTH
+    position_T = np.tile(np.arange(LENGTH), N_PROMPTS).astype(np.int32)
+    seq_T = np.repeat(np.arange(N_PROMPTS), LENGTH)
+    tokens = TokenRows(
+        seq_id_T=seq_T.astype(np.int64),
+        prompt_id_T=seq_T.astype(np.int64),
+        sample_index_T=np.zeros(n, np.int32),
+        position_T=position_T,
+        token_id_T=rng.integers(0, 100, n),
+        is_response_T=position_T >= 4,
+    )
+    logp_T = np.where(tokens.is_response_T, -rng.exponential(1.0, n) - 0.2, np.nan)
+    logits = rng.normal(size=(n, layers, n_experts))
+    infer = Capture(logp_T=logp_T.astype(np.float32), expert_ids_TLK=top(logits, top_k))
+    wobble = rng.uniform(-0.1, 0.1, n)
+    train = Capture(
+        logp_T=(logp_T + wobble).astype(np.float32),
+        expert_ids_TLK=top(logits + 0.1 * rng.normal(size=logits.shape), top_k),
+    )
+    routers = tuple(Router(decoder_layer=layer, n_experts=n_experts, top_k=top_k) for layer in range(layers))
+    records = ({"routers": routers, "arrays": ("logp_T", "expert_ids_TLK")} for _ in range(2))
+    return Made(tokens, infer, train, *records)
 
 
-def arm(name: str, role: str, capture: Capture, layers: Sequence[Layer] = (), **changes: Any) -> ArmRecord:
-    """An arm that was imported, without a checkpoint."""
-    record: dict[str, Any] = {
-        "name": name,
-        "role": role,
-        "engine": "dump",
-        "no_checkpoint": "the dump names none",
-        "origin": Imported(format="dump", files={"tokens.parquet": "0"}),
-        "arrays": tuple(capture.arrays()),
-        "routers": tuple(Router(decoder_layer=at, n_experts=e, top_k=k) for at, e, k in layers),
-    }
-    return ArmRecord(**{**record, **changes})
+def top(logits_TLE: np.ndarray, top_k: int) -> np.ndarray:
+    return np.argsort(-logits_TLE, axis=2)[:, :, :top_k].astype(np.int16)
 
 
-def write(path: Path, tokens: TokenRows, *arms: tuple[ArmRecord, Capture], **changes: Any) -> Run:
-    """An imported run: no prompts, no sampling, no tokenizer, no checkpoint; in three shards."""
-    record: dict[str, Any] = {
-        "moediag_version": "0",
-        "tokens": TokensFrom(origin="imported"),
-        "shards": tuple(split_into_shards(N_PROMPTS, 5)),
-    }
-    run = create_run(path, RunRecord(**{**record, **changes}), None, None)
+def imported(path: Path, content: Made, infer: str = "rollout", train: str = "trainer", **record: Any) -> Run:
+    """The run that an importer of another framework's dump makes: no checkpoint, no prompts, no sampling."""
+    run = create_run(
+        path,
+        RunRecord(
+            moediag_version="0",
+            configuration={"files": IMPORTED.files},
+            tokens=TokensFrom(origin="imported"),
+            shards=tuple(split_into_shards(N_PROMPTS, 4)),
+            main_pair=(train, infer),
+            **record,
+        ),
+        None,
+        None,
+    )
     writer = RunWriter(run)
+    sides = (
+        (infer, "infer", content.infer, content.infer_record),
+        (train, "train", content.train, content.train_record),
+    )
+    for name, role, _, changes in sides:
+        writer.begin_arm(
+            ArmRecord(
+                **{
+                    "name": name,
+                    "role": role,
+                    "engine": "slime",
+                    "no_checkpoint": "the dump names none",
+                    "origin": IMPORTED,
+                    **changes,
+                }
+            )
+        )
     for shard in run.shards:
-        writer.write_tokens(shard, rows_of(tokens, np.isin(tokens.seq_id_T, list(shard.seq_ids))))
-    for one, capture in arms:
-        writer.begin_arm(one)
-        for shard in run.shards:
-            keep_T = np.isin(tokens.seq_id_T, list(shard.seq_ids))
-            part = Capture(**{name: array[keep_T] for name, array in capture.arrays().items()})
-            writer.write_capture(one.name, shard, rows_of(tokens, keep_T), part, {}, {})
+        keep_T = np.isin(content.tokens.seq_id_T, list(shard.seq_ids))
+        tokens = rows_of(content.tokens, keep_T)
+        for name, _, capture, _ in sides:
+            arrays = {key: array[keep_T] for key, array in capture.arrays().items()}
+            writer.write_capture(name, shard, tokens, Capture(**arrays), {}, {})
+        writer.write_tokens(shard, tokens)
     return open_run(path)
 
 
 def rows_of(tokens: TokenRows, keep_T: np.ndarray) -> TokenRows:
-    return TokenRows(**{name: None if column is None else column[keep_T] for name, column in vars(tokens).items()})
-
-
-def pair_of(path: Path, tokens: TokenRows, train: Capture, infer: Capture, layers: Sequence[Layer] = ()) -> Run:
-    """A run of two arms that have the same routers."""
-    return write(
-        path,
-        tokens,
-        (arm("infer", "infer", infer, layers if infer.is_routed else ()), infer),
-        (arm("train", "train", train, layers if train.is_routed else ()), train),
-    )
-
-
-def whole(run: Run) -> dict[str, np.ndarray]:
-    """The main pair's blocks as one."""
-    blocks = [vars(block) for block in run.pair(*run.main_arms).blocks()]
-    return {
-        name: np.concatenate([block[name] for block in blocks])
-        for name, value in blocks[0].items()
-        if value is not None
-    }
-
-
-def differences(tokens: TokenRows, train: Capture, infer: Capture) -> Iterator[tuple[int, float]]:
-    """(sequence, logp_diff) of every row that counts, by a plain loop."""
-    for row in range(len(tokens)):
-        is_trained = tokens.is_response_T[row] if tokens.is_trained_T is None else tokens.is_trained_T[row]
-        if is_trained:
-            yield int(tokens.seq_id_T[row]), float(train.logp_T[row]) - float(infer.logp_T[row])
-
-
-def assert_logps(run: Run, summary: dict[str, Any], tokens: TokenRows, train: Capture, infer: Capture) -> None:
-    """The main pair's log-probability metrics are those of a plain loop over the rows that count."""
-    found = summary["pairs"][summary["main_pair"]]
-    by_sequence: dict[int, list[float]] = {}
-    for sequence, diff in differences(tokens, train, infer):
-        by_sequence.setdefault(sequence, []).append(diff)
-    every = [diff for diffs in by_sequence.values() for diff in diffs]
-    assert found["n_tokens"] == len(every)
-    assert found["n_unscored"] == 0
-    assert found["n_sequences"] == len(by_sequence)
-    assert found["logp"]["abs_logp_diff"]["mean"] == pytest.approx(sum(map(abs, every)) / len(every), rel=1e-5)
-    assert found["logp"]["abs_logp_diff"]["max"] == pytest.approx(max(map(abs, every)), rel=1e-5)
-    lengths = [abs(sum(diffs)) for diffs in by_sequence.values()]
-    assert found["length"]["abs_log_ratio_mean"] == pytest.approx(sum(lengths) / len(lengths), rel=1e-4)
-
-
-def flip_rate(tokens: TokenRows, train: Capture, infer: Capture, places: Sequence[tuple[int, int, int]]) -> float:
-    """Share of choices with another set, by a plain loop.
-
-    Args:
-        places: (index of the layer in train, in infer, K) of every layer compared.
-    """
-    assert train.expert_ids_TLK is not None
-    assert infer.expert_ids_TLK is not None
-    is_flip = [
-        {*train.expert_ids_TLK[row - 1, a, :k].tolist()} != {*infer.expert_ids_TLK[row - 1, b, :k].tolist()}
-        for row in np.flatnonzero(tokens.is_scored_T)
-        if tokens.position_T[row] > 0
-        for a, b, k in places
-    ]
-    assert 0 < sum(is_flip) < len(is_flip)
-    return sum(is_flip) / len(is_flip)
+    return TokenRows(**{name: None if array is None else array[keep_T] for name, array in vars(tokens).items()})
 
 
 def errors(run: Run) -> list[str]:
-    return [found.line() for found in check_run(run) if found.level == "error"]
+    return [finding.line() for finding in check_run(run) if finding.level == "error"]
 
 
-def tool_turns() -> TokenRows:
-    """Response tokens 3 and 4 of 8 are a tool's, between two turns."""
-    tokens = token_rows()
-    response_T = tokens.position_T - 2
-    is_tool_T = np.isin(response_T, (3, 4))
-    return replace(
-        tokens,
-        is_trained_T=tokens.is_response_T & ~is_tool_T,
-        turn_T=np.where(response_T < 0, -1, np.where(response_T < 5, 0, 1)).astype(np.int32),
-        weight_version_T=np.array(
-            [
-                None if not one else f"step-{seq % 3}"
-                for one, seq in zip(tokens.is_response_T, tokens.seq_id_T, strict=True)
-            ],
-            dtype=object,
-        ),
-        advantage_T=np.where(tokens.is_response_T & ~is_tool_T, tokens.seq_id_T / 7 - 0.5, np.nan),
-        reward_T=np.where(tokens.is_response_T, tokens.seq_id_T % 2, np.nan).astype(np.float64),
+def mean_of(run: Run) -> float:
+    return float(analyze_run(run)["pairs"]["rollout~trainer"]["logp"]["abs_logp_diff"]["mean"])
+
+
+def test_an_imported_run_has_no_checkpoint_prompts_or_sampling_and_arms_of_any_name(tmp_path: Path) -> None:
+    content = made()
+    run = imported(tmp_path / "run", content)
+    assert (run.main_arms, run.reference("infer"), run.arms()[0]) == (("trainer", "rollout"), "rollout", "rollout")
+    assert run.checkpoint_of("trainer") is None
+    assert run.arm("trainer").origin == IMPORTED
+    with pytest.raises(IncompleteRunError, match="no table of prompts"):
+        run.prompts()
+    assert errors(run) == []
+    diff_T = (content.train.logp_T - content.infer.logp_T)[content.tokens.is_response_T]
+    assert mean_of(run) == pytest.approx(np.abs(diff_T.astype(np.float64)).mean(), rel=1e-6)
+    assert report_run(run).exists()
+    assert run_source(run, run.main_arms).batch.logp_train_T.shape == diff_T.shape
+
+
+def test_a_record_needs_a_reason_for_what_it_lacks_and_a_pair_for_a_change() -> None:
+    fine = {
+        "name": "a",
+        "role": "infer",
+        "engine": "x",
+        "origin": IMPORTED,
+        "arrays": ("logp_T",),
+        "no_checkpoint": "?",
+    }
+    ArmRecord(**fine)  # type: ignore[arg-type]
+    for wrong in ({"no_checkpoint": ""}, {"variant_of": "b"}, {"change": "repeat"}, {"arrays": ("entropy_T",)}):
+        with pytest.raises(ValueError, match=r"reason|belong together|lack logp_T"):
+            ArmRecord(**{**fine, **wrong})  # type: ignore[arg-type]
+
+
+def test_tool_turns_count_nowhere_but_in_positions(tmp_path: Path) -> None:
+    """Rows that a tool wrote are response rows outside the loss mask; what a dump has for them is junk."""
+    content = made()
+    plain = content.tokens
+    is_tool_T = (plain.position_T >= 7) & (plain.position_T < 9)
+    junk_T = np.where(is_tool_T, np.float32(-50.0), content.train.logp_T)
+    tokens = replace(
+        plain,
+        is_trained_T=plain.is_response_T & ~is_tool_T,
+        turn_T=np.select([plain.position_T < 7, plain.position_T < 9], [0, 1], 2).astype(np.int32),
+        weight_version_T=np.where(plain.seq_id_T % 2 == 0, "step-4", None).astype(object),
+        advantage_T=np.where(plain.is_response_T, plain.seq_id_T - 4.5, np.nan),
+        reward_T=np.full(len(plain), 1.0),
     )
-
-
-@pytest.mark.parametrize("junk", [np.nan, 3.0, -np.inf, 0.0])
-def test_tokens_of_a_tool_count_nowhere(tmp_path: Path, junk: float) -> None:
-    """A loss mask could not be kept: what a tool wrote, which no engine sampled, stood in every metric."""
-    tokens = tool_turns()
-    assert tokens.is_trained_T is not None
-    is_tool_T = tokens.is_response_T & ~tokens.is_trained_T
-    train, infer = captured(tokens, LAYERS, 1), captured(tokens, LAYERS)
-    spoilt = [
-        replace(side, logp_T=np.where(is_tool_T, junk, side.logp_T).astype(np.float32)) for side in (train, infer)
-    ]
-    run = pair_of(tmp_path / "run", tokens, *spoilt, LAYERS)
+    content = replace(content, tokens=tokens, train=replace(content.train, logp_T=junk_T))
+    run = imported(tmp_path / "run", content)
+    back = [run.tokens(shard) for shard in run.shards]
+    for name, array in vars(tokens).items():
+        found = np.concatenate([getattr(rows, name) for rows in back])
+        np.testing.assert_array_equal(found, array)
+    trained_T = tokens.is_trained_T
+    assert trained_T is not None
+    block = next(run.pair("rollout", "trainer").blocks())
+    np.testing.assert_array_equal(block.position_T[:6], [0, 1, 2, 5, 6, 7])
+    diff_T = (content.train.logp_T - content.infer.logp_T)[trained_T].astype(np.float64)
+    assert mean_of(run) == pytest.approx(np.abs(diff_T).mean(), rel=1e-6)
+    assert np.abs(diff_T).max() < 0.2
     assert errors(run) == []
-    summary = analyze_run(run)
-    assert_logps(run, summary, tokens, train, infer)
-    routing = summary["pairs"]["infer~train"]["routing"]
-    assert routing["flip_rate"] == pytest.approx(flip_rate(tokens, train, infer, [(0, 0, 2), (1, 1, 2)]))
-    block = whole(run)
-    assert block["position_T"].tolist() == [0, 1, 2, 5, 6, 7] * N_PROMPTS
-    np.testing.assert_array_equal(block["token_id_T"], tokens.token_id_T[tokens.is_trained_T])
-    source = run_source(run, ("infer", "train"))
-    assert len(source.batch) == tokens.is_trained_T.sum()
-    np.testing.assert_array_equal(source.batch.logp_train_T, train.logp_T[tokens.is_trained_T])
-    assert load_frames(run)["tokens"]["position"].tolist() == block["position_T"].tolist()
+    assert len(run_source(run, run.main_arms).batch) == trained_T.sum()
 
 
-def test_what_a_trainer_told_of_its_tokens_comes_back_exactly(tmp_path: Path) -> None:
-    tokens = tool_turns()
-    infer = captured(tokens)
-    run = pair_of(tmp_path / "run", tokens, captured(tokens, seed=1), infer)
-    for shard in run.shards:
-        wanted = rows_of(tokens, np.isin(tokens.seq_id_T, list(shard.seq_ids)))
-        found = run.tokens(shard)
-        for name, column in vars(wanted).items():
-            np.testing.assert_array_equal(getattr(found, name), column, err_msg=name)
-            assert getattr(found, name).dtype == column.dtype, name
+def test_tokens_without_ids_are_compared_all_the_same(tmp_path: Path) -> None:
+    content = made()
+    with_ids = mean_of(imported(tmp_path / "with", content))
+    bare = replace(content, tokens=replace(content.tokens, token_id_T=np.full(len(content.tokens), -1)))
+    run = imported(tmp_path / "without", bare)
+    import pyarrow.parquet as pq
 
-
-def test_a_token_that_is_trained_and_no_response_is_refused() -> None:
-    tokens = token_rows()
-    with pytest.raises(Exception, match="prompt rows are marked as trained"):
-        replace(tokens, is_trained_T=np.ones(len(tokens), bool)).check("here")
-
-
-def test_tokens_without_ids(tmp_path: Path) -> None:
-    """A dump may hold log-probabilities alone: ids are null on disk, and no reward is made up of them."""
-    tokens = token_rows()
-    tokens = replace(tokens, token_id_T=np.full(len(tokens), -1))
-    train, infer = captured(tokens, LAYERS, 1), captured(tokens, LAYERS)
-    run = pair_of(tmp_path / "run", tokens, train, infer, LAYERS)
-    for shard in run.shards:
-        column = pq.read_table(run.path / "tokens" / f"{shard.stem}.parquet")["token_id"]
-        assert column.null_count == len(column) == len(run.tokens(shard))
-        assert (run.tokens(shard).token_id_T == -1).all()
-    assert check_run(run) == []
-    assert_logps(run, analyze_run(run), tokens, train, infer)
-    assert (load_frames(run)["tokens"]["token_id"] == -1).all()
-    source = run_source(run, ("infer", "train"))
-    assert not source.has_advantages
-    assert "no reward and no advantage" in source.reward
-    with pytest.raises(DumpError, match="token ids"):
-        run_source(run, ("infer", "train"), "hash")
-
-
-def test_routing_of_one_side_alone(tmp_path: Path) -> None:
-    """Such a pair was an AlignmentError: its log-probabilities can be compared all the same."""
-    tokens = token_rows()
-    train, infer = captured(tokens, seed=1), captured(tokens, LAYERS)
-    run = pair_of(tmp_path / "run", tokens, train, infer, LAYERS)
-    pair = run.pair("train", "infer")
-    assert not pair.is_routed
-    assert pair.left_out == {"routing": "train kept no expert ids"}
+    assert pq.read_table(run.path / "tokens/shard-00000.parquet")["token_id"].null_count == 4 * LENGTH
+    assert mean_of(run) == with_ids
     assert errors(run) == []
+    assert report_run(run).exists()
+
+
+def test_routing_of_one_side_alone_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    content = made()
+    content = replace(content, train=content.train.unrouted(), train_record={"arrays": ("logp_T",)})
+    run = imported(tmp_path / "run", content)
+    pair = run.pair("rollout", "trainer")
+    assert pair.left_out == {"routing": "trainer kept no expert ids"}
     summary = analyze_run(run)
-    assert_logps(run, summary, tokens, train, infer)
-    found = summary["pairs"]["infer~train"]
-    assert (found["routing"], found["margins"]) == (None, None)
+    found = summary["pairs"]["rollout~trainer"]
+    assert found["routing"] is None
     assert found["left_out"] == pair.left_out
-    assert "dense" not in " ".join(summary["verdict"]["evidence"])
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "common", "words"),
-    [
-        (((1, 8, 3), (3, 8, 3)), LAYERS, (), "2 of 2 MoE layers"),
-        (((1, 8, 2), (3, 8, 2), (5, 8, 2)), LAYERS, (1, 3), "1 of 3 MoE layers .*first: decoder layer 5"),
-        (((3, 8, 2), (5, 8, 2)), LAYERS, (3,), "2 of 3 MoE layers .*first: decoder layer 1"),
-        (((1, 4, 2), (3, 8, 2)), LAYERS, (3,), "1 of 2 MoE layers .*first: decoder layer 1"),
-    ],
-)
-def test_only_layers_with_the_same_choice_are_compared(
-    tmp_path: Path, ours: tuple[Layer, ...], theirs: tuple[Layer, ...], common: tuple[int, ...], words: str
-) -> None:
-    """Layers were paired by their index, whatever stood there; another K made every choice a flip."""
-    tokens = token_rows()
-    train, infer = captured(tokens, ours, 1), captured(tokens, theirs)
-    run = write(
-        tmp_path / "run",
-        tokens,
-        (arm("infer", "infer", infer, theirs), infer),
-        (arm("train", "train", train, ours), train),
-    )
-    pair = run.pair("train", "infer")
-    assert pair.decoder_layer_L == common
-    assert pair.top_k == (2 if common else 0)
-    assert re.search(words, pair.left_out["routing"])
+    assert "routing left out: trainer kept no expert ids" in summary["verdict"]["evidence"]
+    page = report_run(run).read_text()
+    assert "trainer kept no expert ids" in page
+    assert "dense" not in page.split("<details")[0]
     assert errors(run) == []
-    summary = analyze_run(run)
-    assert_logps(run, summary, tokens, train, infer)
-    found = summary["pairs"]["infer~train"]
-    assert found["left_out"] == pair.left_out
-    if not common:
-        assert found["routing"] is None
-        return
-    places = [([at for at, _, _ in ours].index(layer), [at for at, _, _ in theirs].index(layer), 2) for layer in common]
-    assert found["routing"]["flip_rate"] == pytest.approx(flip_rate(tokens, train, infer, places))
-    assert sorted(set(load_frames(run)["agreement_by_layer"]["decoder_layer"]) - {-1}) == list(common)
 
 
-def test_a_run_of_which_little_is_known_with_arms_of_free_names(tmp_path: Path) -> None:
-    """A run had one checkpoint, prompts and sampling, and what an arm was stood in its name."""
-    tokens = token_rows()
-    trainer, rollout, other = (captured(tokens, LAYERS, seed) for seed in (1, 0, 2))
-    run = write(
-        tmp_path / "run",
-        tokens,
-        (arm("old policy", "train", trainer, LAYERS), trainer),
-        (arm("aaa-rollout", "infer", rollout, LAYERS), rollout),
-        (arm("zzz", "reference", other, LAYERS), other),
-        main_pair=("old policy", "aaa-rollout"),
+def test_layers_are_compared_where_both_sides_have_the_same_router(tmp_path: Path) -> None:
+    """Three MoE layers against two, of which one has another K: what is left is one layer, and it is said."""
+    content = made(layers=3)
+    ids_TLK = content.train.expert_ids_TLK
+    assert ids_TLK is not None
+    wide_TLK = np.concatenate([ids_TLK[:, :2], np.full((len(ids_TLK), 2, 1), -1, np.int16)], axis=2)
+    wide_TLK[:, 1] = top(np.random.default_rng(1).normal(size=(len(ids_TLK), 1, 8)), 3)[:, 0]
+    routers = (
+        Router(decoder_layer=0, n_experts=8, top_k=2),
+        Router(decoder_layer=1, n_experts=8, top_k=3),
     )
-    assert run.arms() == ["aaa-rollout", "old policy", "zzz"]
-    assert run.main_arms == ("old policy", "aaa-rollout")
-    assert (run.reference("train"), run.reference("infer")) == ("old policy", "aaa-rollout")
-    assert run.pair_name("aaa-rollout", "zzz") == "aaa-rollout~zzz"
-    assert run.checkpoint_of("old policy") is None
-    assert run.arm("old policy").no_checkpoint == "the dump names none"
-    assert (run.record.prompts, run.record.sampling, run.record.tokenizer) == (None, None, None)
-    assert check_run(run) == []
-    summary = analyze_run(run)
-    assert_logps(run, summary, tokens, trainer, rollout)
-    assert summary["main_pair"] == summary["observed_pair"] == "aaa-rollout~old policy"
-    assert (
-        summary["arms"]["old policy"] | {"origin": "imported", "checkpoint": None, "versions": None}
-        == (summary["arms"]["old policy"])
+    content = replace(
+        content,
+        train=replace(content.train, expert_ids_TLK=wide_TLK),
+        train_record={**content.train_record, "routers": routers},
     )
-    assert summary["n_prompts"] == N_PROMPTS
-    page = report_run(open_run(run.path)).read_text()
-    assert "aaa-rollout~old policy" in page
-    assert check_run(run) == []
-
-
-def test_arms_without_entropies(tmp_path: Path) -> None:
-    tokens = token_rows()
-    with_entropy, infer = captured(tokens, LAYERS, 1), captured(tokens, LAYERS)
-    for name, train in (("none", replace(with_entropy, entropy_T=None)), ("one", with_entropy)):
-        bare = replace(infer, entropy_T=None)
-        run = pair_of(tmp_path / name, tokens, train, bare, LAYERS)
-        assert run.capture("infer", run.shards[0]).entropy_T is None
-        assert "entropy_T" not in run.arm("infer").arrays
-        assert check_run(run) == []
-        assert_logps(run, analyze_run(run), tokens, train, bare)
-        block = whole(run)
-        assert np.isnan(block["entropy_infer_T"]).all()
-        assert np.isnan(block["entropy_train_T"]).all() == (name == "none")
-
-
-def test_sequences_that_begin_with_their_response(tmp_path: Path) -> None:
-    """Prompts may be missing from a dump: the first token is scored, and nothing routed it that is known of."""
-    tokens = token_rows(prompt=0)
-    train, infer = captured(tokens, LAYERS, 1), captured(tokens, LAYERS)
-    run = pair_of(tmp_path / "run", tokens, train, infer, LAYERS)
+    # of two layers of two sizes the larger K is the common one, so nothing is left to compare
+    run = imported(tmp_path / "none", content)
+    assert run.pair("rollout", "trainer").decoder_layer_L == ()
+    routers = (*routers, Router(decoder_layer=2, n_experts=8, top_k=2))
+    wide_TLK = np.concatenate([wide_TLK, np.pad(ids_TLK[:, 2:], ((0, 0), (0, 0), (0, 1)), constant_values=-1)], axis=1)
+    content = replace(
+        content,
+        train=replace(content.train, expert_ids_TLK=wide_TLK),
+        train_record={**content.train_record, "routers": routers},
+    )
+    run = imported(tmp_path / "run", content)
+    pair = run.pair("rollout", "trainer")
+    assert (pair.decoder_layer_L, pair.top_k, pair.n_experts) == ((0, 2), 2, 8)
+    assert "1 of 3 MoE layers are not compared" in pair.left_out["routing"]
+    block = next(pair.blocks())
+    rows = np.flatnonzero(content.tokens.is_response_T[: 4 * LENGTH]) - 1
+    np.testing.assert_array_equal(block.expert_ids_train_TLK, wide_TLK[rows][:, [0, 2], :2])
+    infer_TLK = content.infer.expert_ids_TLK
+    assert infer_TLK is not None
+    same_TL = (np.sort(infer_TLK[:, [0, 2]]) == np.sort(wide_TLK[:, [0, 2], :2])).all(axis=2)
+    behind_T = np.flatnonzero(content.tokens.is_response_T) - 1
+    frame = analyze_pair(pair).agreement_by_layer
+    assert frame is not None
+    np.testing.assert_allclose(frame["same_set_rate"], same_TL[behind_T].mean(axis=0))
     assert errors(run) == []
-    block = whole(run)
-    is_first_T = tokens.position_T == 0
-    assert block["position_T"].tolist() == list(range(8)) * N_PROMPTS
-    assert (block["expert_ids_train_TLK"][is_first_T] == -1).all()
-    assert train.expert_ids_TLK is not None
-    np.testing.assert_array_equal(
-        block["expert_ids_train_TLK"][~is_first_T], train.expert_ids_TLK[np.flatnonzero(~is_first_T) - 1]
-    )
-    summary = analyze_run(run)
-    assert_logps(run, summary, tokens, train, infer)
-    routing = summary["pairs"]["infer~train"]["routing"]
-    assert routing["flip_rate"] == pytest.approx(flip_rate(tokens, train, infer, [(0, 0, 2), (1, 1, 2)]))
+    assert "MoE layers are not compared" in str(analyze_run(run)["pairs"]["rollout~trainer"]["left_out"])
 
 
-@pytest.mark.parametrize(
-    ("layers", "compared"),
-    [
-        (((1, 8, 2), (3, 4, 2), (5, 8, 2)), (1, 3, 5)),
-        (((1, 8, 2), (3, 8, 3), (5, 4, 2)), (1, 5)),
-        (((1, 4, 1), (3, 8, 2), (5, 8, 2)), (3, 5)),
-    ],
-)
-def test_layers_that_differ_in_e_and_k_within_an_arm(
-    tmp_path: Path, layers: tuple[Layer, ...], compared: tuple[int, ...]
-) -> None:
-    """A run had one E and one K; here a layer with fewer is padded with -1, which is no absent choice."""
-    tokens = token_rows()
-    train, infer = captured(tokens, layers, 1), captured(tokens, layers)
-    run = pair_of(tmp_path / "run", tokens, train, infer, layers)
-    for shard in run.shards:
-        keep_T = np.isin(tokens.seq_id_T, list(shard.seq_ids))
-        assert train.expert_ids_TLK is not None
-        np.testing.assert_array_equal(run.capture("train", shard).expert_ids_TLK, train.expert_ids_TLK[keep_T])
+def test_another_k_on_one_side_is_no_flip_in_every_row(tmp_path: Path) -> None:
+    content, wide = made(top_k=2), made(top_k=3)
+    content = replace(content, train=wide.train, train_record=wide.train_record)
+    run = imported(tmp_path / "run", content)
+    assert analyze_run(run)["pairs"]["rollout~trainer"]["routing"] is None
     assert errors(run) == []
-    pair = run.pair("train", "infer")
-    assert (pair.decoder_layer_L, pair.top_k) == (compared, 2)
-    assert ("routing" in pair.left_out) == (len(compared) < len(layers))
-    summary = analyze_run(run)
-    assert_logps(run, summary, tokens, train, infer)
-    indices = [[at for at, _, _ in layers].index(layer) for layer in compared]
-    found = summary["pairs"]["infer~train"]["routing"]
-    assert found["flip_rate"] == pytest.approx(flip_rate(tokens, train, infer, [(i, i, 2) for i in indices]))
 
 
-FLOATS = st.none() | st.floats(allow_nan=False)
-ROW = st.tuples(
-    st.none() | st.integers(0, 2**62), st.integers(0, 2), st.none() | st.integers(0, 2**31 - 1),
-    st.none() | st.text(st.characters(codec="utf-8"), max_size=4), FLOATS, FLOATS,
-)  # fmt: skip
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.lists(ROW, min_size=1, max_size=5)), min_size=1, max_size=4))
-def test_any_mix_of_what_is_not_known_round_trips_bit_for_bit(
-    sequences: list[tuple[int, list[tuple[Any, ...]]]],
-) -> None:
-    rows = [
-        (seq_id, position, *row, position >= n_prompt)
-        for seq_id, (n_prompt, some) in enumerate(sequences)
-        for position, row in enumerate(some)
+def test_a_sequence_whose_prompt_is_not_known_begins_with_its_response(tmp_path: Path) -> None:
+    content = made()
+    keep_T = content.tokens.is_response_T
+    tokens = rows_of(content.tokens, keep_T)
+    tokens = replace(tokens, position_T=tokens.position_T - 4)
+    sides = [
+        Capture(**{name: array[keep_T] for name, array in side.arrays().items()})
+        for side in (content.infer, content.train)
     ]
-    seq_id, position, token, trained, turn, version, advantage, reward, response = map(list, zip(*rows, strict=True))
-    tokens = TokenRows(
-        seq_id_T=np.array(seq_id, np.int64),
-        prompt_id_T=np.array(seq_id, np.int64),
-        sample_index_T=np.zeros(len(rows), np.int32),
-        position_T=np.array(position, np.int32),
-        token_id_T=np.array([-1 if one is None else one for one in token], np.int64),
-        is_response_T=np.array(response),
-        is_trained_T=np.array(response) & (np.array(trained) > 0),
-        turn_T=np.array([-1 if one is None else one for one in turn], np.int32),
-        weight_version_T=np.array([*version, None], dtype=object)[:-1],
-        advantage_T=np.array([math.nan if one is None else one for one in advantage]),
-        reward_T=np.array([math.nan if one is None else one for one in reward]),
+    run = imported(tmp_path / "run", replace(content, tokens=tokens, infer=sides[0], train=sides[1]))
+    block = next(run.pair("rollout", "trainer").blocks())
+    assert block.expert_ids_infer_TLK is not None
+    is_first_T = block.position_T == 0
+    assert (block.expert_ids_infer_TLK[is_first_T] == -1).all()  # nothing that is known of routed the first token
+    assert (block.expert_ids_infer_TLK[~is_first_T] >= 0).all()
+    rows = np.flatnonzero(tokens.position_T[: 4 * 8] > 0) - 1
+    ids_TLK = sides[0].expert_ids_TLK
+    assert ids_TLK is not None
+    np.testing.assert_array_equal(block.expert_ids_infer_TLK[~is_first_T], ids_TLK[rows])
+    summary = analyze_run(run)
+    assert summary["pairs"]["rollout~trainer"]["n_tokens"] == keep_T.sum()
+    assert errors(run) == []
+
+
+def test_an_arm_that_another_arm_says_nothing_of_is_compared_across(tmp_path: Path) -> None:
+    """A second rollout arm, of a name that says nothing: paired with train because of its role."""
+    content = made()
+    run = imported(tmp_path / "run", content)
+    writer = RunWriter(run)
+    fp8 = run.arm("rollout").model_copy(
+        update={"name": "x", "variant_of": "rollout", "change": "checkpoint", "no_checkpoint": "fp8, not named"}
     )
-    found = codec.decode_tokens(codec.encode_tokens(tokens), "here")
-    absent = {"turn_T": -1, "weight_version_T": None, "advantage_T": math.nan, "reward_T": math.nan}
-    for name, column in vars(tokens).items():
-        back = getattr(found, name)
-        if back is None:  # not known of any token
-            back = np.array([absent[name]] * len(rows) + [None], dtype=object)[:-1].astype(column.dtype)
-        assert back.dtype == column.dtype
-        if column.dtype == object:
-            assert back.tolist() == column.tolist()
+    writer.begin_arm(fp8)
+    for shard in run.shards:
+        writer.write_capture("x", shard, run.tokens(shard), run.capture("rollout", shard), {}, {})
+    pairs = analyze_run(run)["pairs"]
+    assert {"rollout~trainer", "x~trainer", "x~rollout"} == {*pairs}
+    assert pairs["x~rollout"]["logp"]["abs_logp_diff"]["max"] == 0
+
+
+@st.composite
+def token_tables(draw: st.DrawFn) -> TokenRows:
+    lengths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    n = sum(lengths)
+    position_T = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
+    begins = draw(st.integers(0, 3))
+    is_response_T = position_T >= begins
+    some = draw(hnp.arrays(bool, n))
+    numbers = hnp.arrays(np.float64, n, elements=st.floats(allow_nan=True, width=64))
+    versions = st.lists(st.none() | st.text(max_size=3), min_size=n, max_size=n)
+    known = draw(versions)
+    whole = {
+        "is_trained_T": is_response_T & some,
+        "turn_T": draw(hnp.arrays(np.int32, n, elements=st.integers(-1, 9))),
+        "weight_version_T": np.array([*known, None], dtype=object)[:n],
+        "advantage_T": draw(numbers),
+        "reward_T": draw(numbers),
+    }
+    return TokenRows(
+        seq_id_T=np.repeat(np.arange(len(lengths)), lengths).astype(np.int64),
+        prompt_id_T=np.repeat(np.arange(len(lengths)), lengths).astype(np.int64),
+        sample_index_T=np.zeros(n, np.int32),
+        position_T=position_T,
+        token_id_T=draw(hnp.arrays(np.int64, n, elements=st.integers(-1, 2**31))),
+        is_response_T=is_response_T,
+        **{name: array for name, array in whole.items() if draw(st.booleans())},
+    )
+
+
+@given(token_tables())
+def test_a_token_table_comes_back_bit_for_bit_whatever_is_not_known(tokens: TokenRows) -> None:
+    back = codec.decode_tokens(codec.encode_tokens(tokens), "here")
+    for name, array in vars(tokens).items():
+        found = getattr(back, name)
+        if name == "is_trained_T":
+            np.testing.assert_array_equal(found, tokens.is_scored_T)
+        elif array is None:
+            assert found is None
+        elif found is None:  # known of no token: as good as not known
+            assert codec._is_absent(name.removesuffix("_T"), array).all()
         else:
-            np.testing.assert_array_equal(back.view(np.uint8), np.ascontiguousarray(column).view(np.uint8), name)
+            np.testing.assert_array_equal(found, array)
+            assert found.dtype == array.dtype
+
+
+def test_new_options_are_taken_while_nothing_is_captured_and_then_refused_by_name(tmp_path: Path) -> None:
+    """Bug: a typo in --max-tokens before anything was captured needed --force, whose warning then sounded like loss."""
+    prompts, checkpoint = codec.encode_prompts([[1], [2]], None), checkpoint_of((0,))
+    run = new_run(tmp_path / "run", prompts, 2, 1, checkpoint, configuration={"max_tokens": 5})
+    writer = RunWriter(run)
+    writer.begin_arm(arm_of(run, "infer"))
+    writer.begin_arm(made_otherwise(arm_of(run, "infer"), configuration={"dtype": "float32"}))  # no shard yet
+    again = new_run(tmp_path / "run", prompts, 2, 1, checkpoint, configuration={"max_tokens": 6})
+    assert again.record.configuration == {"max_tokens": 6}
+    assert again.arms() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    writer = RunWriter(again)
+    writer.begin_arm(arm_of(again, "infer", arrays=arrays_of("ids", is_routed=False, has_entropy=False), routers=()))
+    tokens = TokenRows(*(np.array(column) for column in ([0, 0], [0, 0], [0, 0], [0, 1], [1, 2], [False, True])))
+    writer.write_capture("infer", again.shards[0], tokens, Capture(np.array([np.nan, -1], np.float32)), {}, {})
+    with pytest.raises(RunConflictError, match="max_tokens: 6 there, 7 asked"):
+        new_run(tmp_path / "run", prompts, 2, 1, checkpoint, configuration={"max_tokens": 7})
+    with pytest.raises(RunConflictError, match="dtype: 'bfloat16' there, 'float32' asked"):
+        writer.begin_arm(made_otherwise(again.arm("infer"), configuration={"dtype": "float32"}))
+    other = checkpoint_of((0,), 16, source="models/other")
+    asked = {"max_tokens": 6, "weights_sha256": other.weights_sha256}
+    with pytest.raises(RunConflictError, match="checkpoint: models/tiny .* there, models/other .* asked"):
+        new_run(tmp_path / "run", prompts, 2, 1, other, configuration=asked)
+
+
+def test_a_series_is_a_folder_of_runs_that_know_their_step(tmp_path: Path) -> None:
+    series = create_series(tmp_path / "series", "0", "slime dump")
+    for step in (40, 80):
+        imported(series.run_path(step), made(), step=step)
+    found = open_series(tmp_path / "series")
+    assert (found.steps, [run.record.step for run in found.runs()]) == ([40, 80], [40, 80])
+    trend = measure_trend([found.path], None, None).source
+    assert sorted(set(trend.trend["step"])) == [40, 80]
+    assert trend.step_origin == "run.json"
+    with pytest.raises(RunConflictError, match="is a series of slime dump"):
+        create_series(tmp_path / "series", "0", "verl dump")
+    with pytest.raises(RunError, match="not empty and holds no series.json"):
+        create_series(tmp_path, "0")
+    found.run_path(40).rename(found.run_path(41))
+    with pytest.raises(RunError, match="is of step 40, its folder says 41"):
+        list(open_series(tmp_path / "series").runs())
+
+
+def test_a_series_may_be_a_table_of_steps_alone(tmp_path: Path) -> None:
+    import io
+
+    import pandas as pd
+
+    sink = io.BytesIO()
+    frame = pd.DataFrame({"step": range(10), "kl_infer_train_k3": np.linspace(1e-3, 2e-3, 10)})
+    frame.to_parquet(sink)
+    series = create_series(tmp_path / "series", "0", "logged", sink.getvalue())
+    assert len(measure_trend([series.path], None, None).source.trend) == 10
+    (series.path / "steps.parquet").write_bytes(b"changed")
+    with pytest.raises(RunError, match="is damaged"):
+        measure_trend([series.path], None, None)
+
+
+def test_probes_partials_and_diagnosis_have_a_place(tmp_path: Path) -> None:
+    run = imported(tmp_path / "run", made())
+    for folder in ("arms/rollout/probes", "partials", "diagnosis"):
+        (run.path / folder).mkdir(parents=True)
+        (run.path / folder / "layer-0.safetensors").write_bytes(b"probe")
+    assert check_run(run) == []
