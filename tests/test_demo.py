@@ -12,6 +12,7 @@ from conftest import run_moediag
 from moediag.frames import declared_frames
 from moediag.results import load_frames
 from moediag.run.reader import open_run
+from moediag.run.writer import RunWriter
 
 pytestmark = pytest.mark.engines
 
@@ -38,7 +39,7 @@ def test_it_leaves_what_it_promises_and_ends_with_where_the_report_is(demo: Path
 def test_the_summary_holds_the_contract(demo: Path) -> None:
     for name in ("moe", "dense"):
         summary = summary_of(demo / name)
-        assert summary["schema_version"] == 1
+        assert summary["schema_version"] == 2
         assert summary["model"]["architecture"]
         pair = summary["pairs"]["infer~train"]
         logp = pair["logp"]
@@ -114,9 +115,10 @@ def test_compare_refuses_a_run_that_changed_after_its_analysis(demo: Path, tmp_p
     run = open_run(stale)
     shard = run.shards[0]
     capture = run.capture("train", shard)
-    run.write_capture("train", shard, run.tokens(shard), capture, {"seconds": 0.0}, {})
+    writer = RunWriter(run)
+    writer.write_capture("train", shard, run.tokens(shard), capture, {"seconds": 0.0}, {})
     moved = type(capture)(**{**capture.arrays(), "logp_T": capture.logp_T - 1})
-    run.write_capture("train", shard, run.tokens(shard), moved, {}, {})
+    writer.write_capture("train", shard, run.tokens(shard), moved, {}, {})
     done = run_moediag("compare", demo / "moe", stale, "-o", tmp_path / "compare")
     assert done.returncode == 1
     assert "have changed since the analysis" in done.stderr

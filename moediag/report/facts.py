@@ -18,6 +18,7 @@ _N_MARKDOWN: Final = 40
 _ARM_FACTS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("dtype", ("dtype",)),
     ("how it scored", ("path",)),
+    ("batches", ("batching",)),
     ("checkpoint", ("checkpoint.source",)),
     ("device", ("loaded.device",)),
     ("accelerator", ("loaded.accelerator",)),

@@ -124,7 +124,7 @@ def _arm_facts(run: Run, arm: str) -> dict[str, Any]:
         "recipe": record.captured.recipe if record.captured else None,
         "versions": record.captured.versions if record.captured else None,
         "environment": record.captured.environment if record.captured else None,
-        **{key: facts.get(key) for key in ("loaded", "seeding", "replay")},
+        **{key: facts.get(key) for key in ("loaded", "seeding", "replay", "batching")},
         "router_dtypes": run.router_dtypes(arm),
     }
 

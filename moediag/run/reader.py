@@ -164,7 +164,7 @@ class Run:
             CorruptRunError: missing or changed.
         """
         if self.schema_version == 1:
-            return schema1.checkpoint(self._manifest)
+            return schema1.checkpoint(self.manifest)
         return read_record(self.path / "checkpoints" / f"{digest}.json", CheckpointRecord)
 
     def weights_comparison(self, arm_a: str, arm_b: str) -> WeightsComparison | None:
@@ -199,7 +199,8 @@ class Run:
         return None if digest is None else self.checkpoint(digest)
 
     @cached_property
-    def _manifest(self) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Any]:
+        """run.json as it lies there."""
         return read_sealed(self.path / MANIFEST)
 
     def has_tokens(self, shard: Shard) -> bool:

@@ -77,7 +77,7 @@ def arm(of: Run, name: str, content: dict[str, Any]) -> ArmRecord:
     """
     where = str(of.arm_folder(name) / "arm.json")
     try:
-        manifest, configuration = of._manifest, dict(content["configuration"])
+        manifest, configuration = of.manifest, dict(content["configuration"])
         recipe = RECIPES.get(content["arm"], _by_first_word(content["arm"]))
         routers = _routers(manifest["model"]["routing"])
         is_routed = bool(routers) and content.get("is_routed", True)
@@ -87,6 +87,8 @@ def arm(of: Run, name: str, content: dict[str, Any]) -> ArmRecord:
         change = change_of(content["arm"], path, _path_of_infer(of)) if content["arm"] in RECIPES else None
         level, chosen = of.record.level, of.record.full_vocab and content["arm"] in ("infer", "train")
         facts = {key: value for key, value in content.items() if key not in _ARM_KEYS}
+        _, is_batched, batching = str(content.get("path")).partition("teacher-forced, ")
+        facts |= {"batching": batching} if is_batched else {}
         record = {
             "schema_version": 1,
             "name": content["arm"],
