@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from moediag.cli.main import main
 from moediag.corrections.sources import run_source
 from moediag.errors import DumpError
 from moediag.hygiene import check_run
@@ -375,3 +376,19 @@ def test_layers_that_differ_in_e_and_k_within_an_arm(
     indices = [[at for at, _, _ in layers].index(layer) for layer in compared]
     found = summary["pairs"]["infer~train"]["routing"]
     assert found["flip_rate"] == pytest.approx(flip_rate(tokens, train, infer, [(i, i, 2) for i in indices]))
+
+
+def test_commands_take_a_run_whose_arms_are_called_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """diff-env of one run asked for arms infer and train, by these names, and for a capture of them."""
+    tokens = tool_turns()
+    train, infer = captured(tokens, LAYERS, 1), captured(tokens, LAYERS)
+    run = write(
+        tmp_path / "run",
+        tokens,
+        (arm("rollout", "infer", infer, LAYERS), infer),
+        (arm("old policy", "train", train, LAYERS), train),
+    )
+    for command in (["validate"], ["diff-env"], ["diff-env", str(run.path)], ["simulate", "--method", "icepop"]):
+        assert main([command[0], str(run.path), *command[1:]]) == 0, capsys.readouterr().err
+    assert "rollout against old policy" in capsys.readouterr().out
+    assert check_run(run) == []

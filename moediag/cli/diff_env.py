@@ -12,6 +12,7 @@ import typer
 
 from moediag.cli import options as o
 from moediag.errors import RunError
+from moediag.notation import INFER, TRAIN
 
 if TYPE_CHECKING:
     from moediag.run.environment import ArmComparison, Difference
@@ -23,7 +24,9 @@ _LONGEST = 110  # characters of a value: more is cut out of its middle
 _MARK = "..."
 
 OtherRun = Annotated[Path | None, typer.Argument(metavar="[RUN_B]", help="Run to compare with; none: arms of one run.")]
-Arms = Annotated[str | None, typer.Option(metavar="A,B", help="Two arms of one run; default infer,train.")]
+Arms = Annotated[
+    str | None, typer.Option(metavar="A,B", help="Two arms of one run; default: what stands for infer and for train.")
+]
 Fail = Annotated[bool, typer.Option("--fail-on-difference", help="Exit code 3 when anything differs.")]
 
 
@@ -39,7 +42,8 @@ def command(
     run_a = open_run(run)
     content: dict[str, str] = {}
     if other is None:
-        comparisons = [compare_arms(run_a, *_two_arms(arms))]
+        names = (run_a.reference(INFER), run_a.reference(TRAIN)) if arms is None else _two_arms(arms)
+        comparisons = [compare_arms(run_a, *names)]
     else:
         run_b = open_run(other)
         comparisons, content = compare_runs(run_a, run_b), compare_content(run_a, run_b)
@@ -49,8 +53,8 @@ def command(
         raise typer.Exit(3)
 
 
-def _two_arms(text: str | None) -> tuple[str, str]:
-    names = (text or "infer,train").split(",")
+def _two_arms(text: str) -> tuple[str, str]:
+    names = text.split(",")
     if len(names) != 2 or not all(names):
         raise RunError(f"--arms {text}: wanted two names of arms, e.g. --arms infer,train")
     return names[0], names[1]
