@@ -79,7 +79,7 @@ def test_every_arm_scores_the_same_tokens(random_moe: Path, tmp_path: Path) -> N
         done = run_moediag("capture", arm, random_moe, "-o", run)
         assert done.returncode == 0, done.stderr
     arms = ("infer-redecode", "infer-repeat", "infer-rescore", "train", "train-repeat")
-    opened, engine = open_run(run), {"dtype": "bfloat16"}
+    opened, engine = open_run(run), {"dtype": "auto"}  # as the commands above
     captured = opened.arm("infer").captured
     assert captured is not None
     options = {"infer": captured.configuration, "train": engine}
