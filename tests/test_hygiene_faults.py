@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hygiene_captures import FAULTS, SHAPES, Healthy, all_findings, bf16, make, plant, write_run
+from records import arm_of
 from scripted_engine import make_scripted_run
 
 from moediag.hygiene import Finding, check_run
 from moediag.hygiene.rules import RULES, Rule
 from moediag.run.capture import Capture
-from moediag.run.reader import Run
+from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
 
 ONE_LAYER = "needs two layers"
@@ -132,11 +134,17 @@ def test_a_fault_in_a_scripted_run_is_named(fault: str, tmp_path: Path) -> None:
     run = make_scripted_run(tmp_path / "run", n_prompts=60, n_layers=4, shard_size=7)
     assert [finding for finding in check_run(run) if finding.level != "note"] == []
     h = Healthy(shape=(8, 2, 4), renormalize=False)
+    planted = {}
     for shard in run.shards:
-        tokens = run.tokens(shard)
-        _, train, infer = plant(fault, h, tokens, run.capture("train", shard), run.capture("infer", shard))
-        for arm, capture in (("train", train), ("infer", infer)):
-            RunWriter(run).write_capture(arm, shard, tokens, capture, {}, {})
+        _, train, infer = plant(fault, h, run.tokens(shard), run.capture("train", shard), run.capture("infer", shard))
+        planted[shard] = {"train": train, "infer": infer}
+    shutil.rmtree(run.path / "arms")
+    run = open_run(run.path)
+    writer = RunWriter(run)
+    for arm in ("train", "infer"):
+        writer.begin_arm(arm_of(run, arm, arrays=tuple(planted[run.shards[0]][arm].arrays())))
+        for shard, captures in planted.items():
+            writer.write_capture(arm, shard, run.tokens(shard), captures[arm], {}, {})
     is_named(fault, check_run(run))
 
 

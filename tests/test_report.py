@@ -330,8 +330,8 @@ def test_pictures_are_linked_from_where_the_report_stands(moe):
 
 
 def test_another_schema_or_no_pair_is_a_clear_refusal(moe):
-    with pytest.raises(MoediagError, match="schema_version 1, found 2"):
-        run_report({**make_summary(moe), "schema_version": 2}, moe, [])
+    with pytest.raises(MoediagError, match="schema_version 2, found 3"):
+        run_report({**make_summary(moe), "schema_version": 3}, moe, [])
     with pytest.raises(MoediagError, match="capture both arms"):
         run_report({**make_summary(moe), "pairs": {}}, moe, [])
     with pytest.raises(MoediagError, match="at least one entry under runs"):

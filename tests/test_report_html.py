@@ -348,7 +348,7 @@ def degenerate(kind: str) -> tuple[dict[str, object], dict[str, pd.DataFrame]]:
     if kind == "no frames":
         frames = {}
     if kind == "nothing known":
-        frames, keep = {}, ("schema_version", "pairs")
+        frames, keep = {}, ("schema_version", "main_pair", "pairs")
         summary = {key: summary[key] for key in keep}
     if kind == "no floors":
         summary["floors"] = None

@@ -163,8 +163,8 @@ def test_text_that_is_no_summary_is_refused(folder: Path) -> None:
 
 def test_a_summary_of_a_newer_schema_is_refused_as_such(folder: Path) -> None:
     path = folder / "moe" / "summary.json"
-    write_sealed(path, {**json.loads(path.read_text()), "schema_version": 2})
-    with pytest.raises(RunError, match="schema_version 2"):
+    write_sealed(path, {**json.loads(path.read_text()), "schema_version": 3})
+    with pytest.raises(RunError, match="schema_version 3"):
         load_summary(open_run("moe"))
 
 
