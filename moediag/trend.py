@@ -19,7 +19,6 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.analysis.recurrence import ASSUMPTIONS, Recurrence
 from moediag.analysis.series import KL_METRICS, MARKS, delta_metric, trend_recurrence, warnings_of
 from moediag.errors import RunError
 from moediag.figures.numbers import sig
@@ -31,6 +30,7 @@ from moediag.report.blocks import Bullets, interval, number, table
 from moediag.report.text import Markdown, plain
 from moediag.run.files import sha256_bytes, write_atomic, write_sealed
 from moediag.run.replace import made_whole
+from moediag.statistics.recurrence import ASSUMPTIONS, Recurrence
 from moediag.trend_sources import TrendSource, read_trend
 
 KIND: Final = "moediag trend"

@@ -12,11 +12,11 @@ import pytest
 from matplotlib.text import Text
 from scripted_engine import make_scripted_run
 
-from moediag.analysis.intervals import Interval
-from moediag.analysis.recurrence import Recurrence
 from moediag.cli.main import main
 from moediag.figures.series import plot_trend
 from moediag.run.files import read_sealed, sha256_bytes
+from moediag.statistics.intervals import Interval
+from moediag.statistics.recurrence import Recurrence
 from moediag.trend_sources import read_trend
 
 FILES = ["figures/trend.pdf", "figures/trend.png", "figures/trend.svg", "trend.json", "trend.md", "trend.parquet"]

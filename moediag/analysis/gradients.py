@@ -16,7 +16,12 @@ import pandas as pd
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from moediag.analysis.gradient_statistics import (
+from moediag.errors import CorruptRunError, IncompleteRunError
+from moediag.frames import Column, FrameSpec, ci_columns, declare
+from moediag.run.derived import AUDIT_RECORD, AUDIT_SEAL, GRADIENTS, GRAMS
+from moediag.run.files import digest_of, read_checked, read_sealed, sha256_bytes, write_atomic, write_sealed
+from moediag.run.reader import Run
+from moediag.statistics.gradients import (
     NO_VARIATION,
     STATISTICS,
     Comparison,
@@ -24,12 +29,7 @@ from moediag.analysis.gradient_statistics import (
     compare,
     norm_interval,
 )
-from moediag.analysis.intervals import Interval
-from moediag.errors import CorruptRunError, IncompleteRunError
-from moediag.frames import Column, FrameSpec, ci_columns, declare
-from moediag.run.derived import AUDIT_RECORD, AUDIT_SEAL, GRADIENTS, GRAMS
-from moediag.run.files import digest_of, read_checked, read_sealed, sha256_bytes, write_atomic, write_sealed
-from moediag.run.reader import Run
+from moediag.statistics.intervals import Interval
 
 EXACT: Final = "exact"
 SEQUENCE_IS: Final = "sequence_is"

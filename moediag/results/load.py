@@ -12,6 +12,7 @@ import pandas as pd
 import moediag.analysis  # noqa: F401 - declares the frames
 from moediag.errors import CorruptRunError, IncompleteRunError
 from moediag.frames import declared_frames
+from moediag.notation import SCHEMA_VERSION
 from moediag.report import main_pair_name
 from moediag.results.summary import captures_digest
 from moediag.run.files import read_checked, read_sealed
@@ -31,6 +32,11 @@ def load_summary(run: Run) -> dict[str, Any]:
         raise IncompleteRunError(f"{run.path} has not been analysed; {analyze_again(run)}")
     try:
         summary = read_sealed(path)
+        if (version := summary.get("schema_version")) in range(1, SCHEMA_VERSION):
+            raise IncompleteRunError(
+                f"{path} was written by an older moediag (schema {version}, this one writes {SCHEMA_VERSION}); "
+                f"{analyze_again(run)}"
+            )
         check_schema_version(summary, path)
         captures, _, _ = (
             summary["provenance"]["captures"],
@@ -57,21 +63,25 @@ def load_frames(run: Run) -> dict[str, pd.DataFrame]:
 
 
 def read_frames(run: Run, summary: dict[str, Any]) -> dict[str, pd.DataFrame]:
-    """The frames that a summary names; raises like :func:`load_frames`."""
+    """The frames of the main pair that a summary names; raises like :func:`load_frames`."""
+    pair = main_pair_name(summary)
+    return {name: read_frame(run, summary, name, pair) for name in _frame_digests(summary)}
+
+
+def read_frame(run: Run, summary: dict[str, Any], name: str, pair: str) -> pd.DataFrame:
+    """One frame of a pair; raises like :func:`load_frames`."""
     specs = {spec.name: spec for spec in declared_frames()}
-    frames = {}
-    for name, digest in _frame_digests(summary).items():
-        path = frames_folder(run, main_pair_name(summary)) / f"{name}.parquet"
-        if not path.exists():
-            raise IncompleteRunError(f"{path} is missing; {analyze_again(run)}")
-        try:
-            frames[name] = specs[name].validate(pd.read_parquet(io.BytesIO(read_checked(path, digest))))
-        except (KeyError, OSError, ValueError):
-            raise CorruptRunError(
-                f"{path} is not the frame that the analysis wrote (damaged, edited, or of another version); "
-                f"{analyze_again(run)}"
-            ) from None
-    return frames
+    path = frames_folder(run, pair) / f"{name}.parquet"
+    if not path.exists():
+        raise IncompleteRunError(f"{path} is missing; {analyze_again(run)}")
+    try:
+        digest = summary["provenance"]["frames"][pair][name]
+        return specs[name].validate(pd.read_parquet(io.BytesIO(read_checked(path, digest))))
+    except (KeyError, OSError, ValueError):
+        raise CorruptRunError(
+            f"{path} is not the frame that the analysis wrote (damaged, edited, or of another version); "
+            f"{analyze_again(run)}"
+        ) from None
 
 
 def frames_folder(run: Run, pair: str) -> Path:
