@@ -15,9 +15,13 @@ from hypothesis import settings
 
 from moediag.engines.launch import INFER_ENVIRONMENT
 
+# Fixed, so that the suite fails for what was changed and not for its luck; ``make hunt`` draws others, and more cases.
+SEED = int(os.environ.get("MOEDIAG_SEED", "0"))
+HUNT = int(os.environ.get("MOEDIAG_HUNT", "1"))
 # A machine that is busy makes an example slow, not wrong.
-settings.register_profile("moediag", deadline=None)
-settings.load_profile("moediag")
+settings.register_profile("moediag", deadline=None, derandomize=True)
+settings.register_profile("hunt", deadline=None, max_examples=100 * HUNT, print_blob=True)
+settings.load_profile("moediag" if HUNT == 1 else "hunt")
 
 REPOSITORY = Path(__file__).parent.parent
 MOEDIAG = Path(sys.executable).with_name("moediag")
