@@ -40,14 +40,14 @@ def engine_variables_left_alone() -> Iterator[None]:
     assert {name: os.environ.get(name) for name in INFER_ENVIRONMENT} == _ENGINE_VARIABLES
 
 
-_LONGEST_FIRST = ("demo", "engines_families", "engines_execution", "readme", "engines_resume", "provenance_engines",
+LONGEST_FIRST = ("demo", "engines_families", "engines_execution", "readme", "engines_resume", "provenance_engines",
                   "engines_gradients", "engines_serve", "simulate", "engines_observation", "hygiene_faults",
                   "run_derived", "hygiene_clean", "gradients_statistics", "notebooks")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of many seconds first, so that two processes end together; the demo is made before others want it."""
-    rank = {f"test_{name}": i for i, name in enumerate(_LONGEST_FIRST)}
+    rank = {f"test_{name}": i for i, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
