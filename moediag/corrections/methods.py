@@ -200,6 +200,15 @@ def tis_sequence(x: Terms, cap: float = 2.0) -> Float64:
     return x.of_sequence(_truncated(x.log_product_S, x.is_float32_S, cap))
 
 
+@_method(
+    "weight", _GEOMETRIC, "min(G, cap)", "ms-swift, sequence_truncate; slime, AReaL and ROLL, with other caps",
+    between=("", "cap"), truncates=True, beyond=_GOES_ON,
+)  # fmt: skip
+def tis_geometric(x: Terms, cap: float = 2.0) -> Float64:
+    """min(geometric mean ratio, cap) for every token; the default is ms-swift's."""
+    return x.of_sequence(_truncated(x.log_geometric_mean_S, x.is_float32_S, cap))
+
+
 @_method("weight", _RATIO, "r if r <= cap else 0", "Liu et al. 2025, MIS", between=("", "cap"))
 def mis_token(x: Terms, cap: float = 2.0) -> Float64:
     """Ratio up to cap, else 0."""

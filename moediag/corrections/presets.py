@@ -53,6 +53,8 @@ _VERL_K1: Final = (
 )
 _SLIME: Final = "slime, examples/train_infer_mismatch_helper"
 _SLIME_MASK: Final = "masked tokens leave the loss mask and its denominator, and keep their unclipped weight"
+_SWIFT: Final = "ms-swift at 3602360 (2026-08), swift/rlhf_trainers/grpo_trainer.py, _apply_rollout_importance_sampling"
+_AREAL: Final = "AReaL at 4aef98d (2026-05), areal/utils/functional/functional.py, apply_rejection_sampling"
 _PRIME_KL: Final = (
     "the ratio is that of the policy being trained, pi_train(theta) / pi_infer; a squared-log-ratio penalty comes on "
     "top (kl_tau 1e-3) and sees masked tokens, too"
@@ -137,6 +139,37 @@ PRESETS: Final[dict[str, Preset]] = {
             _SLIME + "/configs/6_geo_rs.yaml", _SLIME_MASK,
         ),
         Preset(
+            "slime-geo-tis", "slime", "tis_geometric:cap=1.0001",
+            "slime at 624b824 (2026-08), examples/train_infer_mismatch_helper/mis.py, compute_mis_weights (tis_level "
+            "geometric, tis_mode truncate)",
+            "1.0001 is what mis.yaml advises for this level, use_rs off; the code refuses to divide weights by their "
+            "batch mean at this level",
+        ),
+        Preset(
+            "swift-token-tis", "ms-swift", "tis_token:cap=2", _SWIFT + " (token_truncate)",
+            "the threshold is rollout_importance_sampling_threshold, 2, in every mode",
+        ),
+        Preset(
+            "swift-token-mis", "ms-swift", "mis_token:cap=2", _SWIFT + " (token_mask)",
+            "the band is tested on the ratio after exp; masked tokens stay in the denominator",
+        ),
+        Preset(
+            "swift-seq-tis", "ms-swift", "tis_geometric:cap=2", _SWIFT + " (sequence_truncate)",
+            "token log-ratios are clamped to +-20 before their mean is taken",
+        ),
+        Preset(
+            "swift-seq-mask", "ms-swift", "tis_token:cap=inf+geometric_band:low=0,high=2", _SWIFT + " (sequence_mask)",
+            "token ratios as they are, in sequences kept by their geometric mean, of log-ratios clamped to +-20; "
+            "masked tokens stay in the denominator",
+        ),
+        Preset(
+            "roll-geo-tis", "roll", "tis_geometric:cap=1.2",
+            "ROLL at 8eb27cc (2026-08), roll/utils/train_infer_corrections.py, compute_train_infer_correction "
+            "(weight_type geometric)",
+            "1.2 is the default upper_bound of every weight_type (token by default); no clamp to +-20; filters on "
+            "ratios or probabilities can be added, which take tokens out of the denominator",
+        ),
+        Preset(
             "trl-token-tis", "trl", "tis_token:cap=3", "TRL, trl/trainer/grpo_trainer.py (token_truncate)",
             "the cap is vllm_importance_sampling_clip_max, 3; the default mode is sequence_mask (trl-seq-mis); an "
             "optional lower bound (clip_min) raises small ratios to it; no clamp to +-20",
@@ -168,6 +201,16 @@ PRESETS: Final[dict[str, Preset]] = {
             "areal-icepop", "areal", "icepop:alpha=0.5,beta=5", "AReaL, areal/utils/functional/functional.py",
             "infinite log-ratios count as 0, so that a token of probability 0 passes with weight 1; on sequence level "
             "a ratio is the geometric mean, not the product",
+        ),
+        Preset(
+            "areal-geo-tis", "areal", "tis_geometric:cap=5", _AREAL + " (level sequence, action clamp, metric ratio)",
+            "5 is the default upper; a lower raises small G to it; infinite log-ratios count as 0; no clamp to +-20",
+        ),
+        Preset(
+            "areal-geo-mask", "areal", "tis_geometric:cap=inf+geometric_band:low=0,high=5",
+            _AREAL + " (level sequence, action mask, metric ratio)",
+            "G is both the weight and what is tested; a masked sequence stays in the denominator; infinite log-ratios "
+            "count as 0; no clamp to +-20",
         ),
         Preset(
             "areal-kpop", "areal", "kpop:phi=2", "AReaL, areal/utils/functional/functional.py (binary_kl)",
