@@ -91,6 +91,7 @@ def _weight(method, train, infer, mine, advantage, held, p):
             else ratio
         ),
         "tis_sequence": lambda: min(clamped_exp(product), p["cap"]),
+        "clamp_token": lambda: min(max(ratio, p["low"]), p["high"]),
         "tis_geometric": lambda: min(clamped_exp(product / len(mine)), p["cap"]),
         "mis_sequence": lambda: clamped_exp(product) if sequence_held.at_most(product, log(p["cap"])) else 0.0,
         "sequence_band": lambda: float(sequence_held.inside(product, p["low"], p["high"])),

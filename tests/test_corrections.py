@@ -234,6 +234,20 @@ def test_the_geometric_weight_is_one_number_per_sequence_and_truncates_what_toke
     np.testing.assert_allclose(areal, [0, 0, 0.25, 3, 3], rtol=1e-15)
 
 
+def test_the_clamp_raises_small_ratios_and_cuts_large_ones_exactly_to_the_bound() -> None:
+    """OpenRLHF's type tis clamps to [0.5, 5]; with an open lower bound it is truncation, bit for bit."""
+    diffs = np.array([-1000.0, np.log(0.5) - 1e-9, np.log(0.5), -0.3, 0.0, np.log(5), np.log(5) + 1e-9, 1000.0])
+    zero, each = np.zeros(len(diffs)), np.arange(len(diffs))
+    found = weights("clamp_token", diffs, zero, each, low=0.5, high=5)
+    assert found.tolist() == [0.5, 0.5, 0.5, np.exp(-0.3), 1.0, 5.0, 5.0, 5.0]
+    open_below = weights("clamp_token", diffs, zero, each, low=0, high=5)
+    np.testing.assert_array_equal(open_below, weights("tis_token", diffs, zero, each, cap=5))
+    assert (weights("clamp_token", diffs, zero, each, low=1, high=1) == 1).all()
+    assert weights("clamp_token", [0.0], [0.0], [0], low=2, high=math.inf).tolist() == [2]
+    with pytest.raises(MoediagError, match="0 <= low <= high"):
+        weights("clamp_token", diffs, zero, each, low=3, high=2)
+
+
 def test_compositions_multiply() -> None:
     rng = np.random.default_rng(0)
     train, seq = 0.3 * rng.standard_t(2, 60), np.arange(60) // 6
@@ -344,6 +358,7 @@ def test_every_preset_can_be_read_and_belongs_to_a_group() -> None:
         ("prime-rl-icepop", "icepop:alpha=0.2,beta=5"),
         ("trl-token-tis", "tis_token:cap=3"),
         ("minirl", "tis_token:cap=5"),
+        ("openrlhf-tis", "clamp_token:low=0.5,high=5"),
         ("swift-seq-tis", "tis_geometric:cap=2"),
         ("areal-geo-tis", "tis_geometric:cap=5"),
         ("roll-geo-tis", "tis_geometric:cap=1.2"),

@@ -209,6 +209,17 @@ def tis_geometric(x: Terms, cap: float = 2.0) -> Float64:
     return x.of_sequence(_truncated(x.log_geometric_mean_S, x.is_float32_S, cap))
 
 
+@_method(
+    "weight", _RATIO, "min(max(r, low), high)", "OpenRLHF, type tis; slime, NeMo-RL and AReaL with a lower bound",
+    between=("low", "high"), truncates=True, beyond="the update goes on with the bound as weight",
+)  # fmt: skip
+def clamp_token(x: Terms, low: float = 0.5, high: float = 5.0) -> Float64:
+    """min(max(ratio, low), high): small ratios are raised, which no truncation does; the defaults are OpenRLHF's."""
+    at_least = max(low, 1 / _LARGEST_RATIO)  # no weight is below exp(-20), whose like a masked token would be
+    held = on_bounds(x.diff_T, [log_bound(at_least)], x.is_float32_T)
+    return np.where(held <= log_bound(at_least), at_least, _truncated(x.diff_T, x.is_float32_T, high))
+
+
 @_method("weight", _RATIO, "r if r <= cap else 0", "Liu et al. 2025, MIS", between=("", "cap"))
 def mis_token(x: Terms, cap: float = 2.0) -> Float64:
     """Ratio up to cap, else 0."""

@@ -59,10 +59,8 @@ _PRIME_KL: Final = (
     "the ratio is that of the policy being trained, pi_train(theta) / pi_infer; a squared-log-ratio penalty comes on "
     "top (kl_tau 1e-3) and sees masked tokens, too"
 )
-_OPENRLHF_CLAMP: Final = (
-    "correction type tis clamps the ratio to [0.5, 5] on both sides, so that small ratios are raised to 0.5: no "
-    "truncation in the sense of tis_token; no clamp to +-20"
-)
+_OPENRLHF: Final = "OpenRLHF at 3c3be62 (2026-08), openrlhf/models/loss.py, PolicyLoss"
+_NEMO: Final = "NeMo-RL at 7ea279a (2026-08), nemo_rl/algorithms/loss/loss_functions.py, ClippedPGLossFn"
 
 PRESETS: Final[dict[str, Preset]] = {
     preset.name: preset
@@ -127,8 +125,19 @@ PRESETS: Final[dict[str, Preset]] = {
         ),
         Preset(
             "slime-tis", "slime", "tis_token:cap=2+veto:floor=0.0001", _SLIME + "/mis.yaml",
-            "slime's own loss, without this helper, clamps the ratio to [tis_clip_low, tis_clip], on both sides if the "
-            "lower bound is above 0; mode clip does so, too",
+            "as mis.yaml was in 2025-10 (46e2cd4); since 2025-11 it also rejects tokens outside the bounds: slime-mis",
+        ),
+        Preset(
+            "slime-mis", "slime", "icepop:alpha=0.5,beta=2+veto:floor=0.0001",
+            "slime at 624b824 (2026-08), examples/train_infer_mismatch_helper/mis.yaml",
+            "written there as tis_token with a mask of the same bounds; weights are divided by their batch mean; "
+            + _SLIME_MASK,
+        ),
+        Preset(
+            "slime-clamp", "slime", "clamp_token:low=0,high=2",
+            "slime at 624b824 (2026-08), slime/backends/megatron_utils/loss.py, vanilla_tis_function",
+            "its own loss, without the helper: the bounds are tis_clip_low, 0, and tis_clip, 2; its tests set 0.5; the "
+            "helper's mode clip does the same with 0.5 and 2; no clamp to +-20",
         ),
         Preset(
             "slime-seq-mis", "slime", "tis_sequence:cap=2+sequence_band:low=0.5,high=2+veto:floor=0.0001",
@@ -179,13 +188,23 @@ PRESETS: Final[dict[str, Preset]] = {
             "the default of TRL; an optional lower bound (clip_min) turns it into a band; no clamp to +-20",
         ),
         Preset(
-            "openrlhf-icepop", "openrlhf", "icepop:alpha=0.5,beta=5", "OpenRLHF, openrlhf/models/loss.py",
-            _OPENRLHF_CLAMP,
+            "openrlhf-tis", "openrlhf", "clamp_token:low=0.5,high=5", _OPENRLHF + " (tis)",
+            "the default type and bounds (is_correction_threshold); named TIS; no clamp to +-20; not applied with the "
+            "GSPO loss",
+        ),
+        Preset(
+            "openrlhf-icepop", "openrlhf", "icepop:alpha=0.5,beta=5", _OPENRLHF + " (icepop)",
+            "no clamp to +-20; masked tokens stay in the denominator; not applied with the GSPO loss",
         ),
         Preset(
             "openrlhf-seq-mask-tis", "openrlhf", "tis_token:cap=inf+geometric_band:low=0.5,high=5",
-            "OpenRLHF, openrlhf/models/loss.py",
+            _OPENRLHF + " (seq-mask-tis)",
             "named TIS, but nothing is truncated: token ratios as they are, in sequences kept by their geometric mean",
+        ),
+        Preset(
+            "nemo-rl-tis", "nemo-rl", "clamp_token:low=0.2,high=5", _NEMO + " (tis)",
+            "the framework sets no bounds of its own (a lower one that is not set is 0); 0.2 and 5 are those of a "
+            "recipe (grpo-nanov3-30ba3b-3n8g-megatron-dynamo-swe1.yaml), 0 and 2 of most; infinite ratios count as 0",
         ),
         Preset(
             "nemo-rl-icepop", "nemo-rl", "icepop:alpha=0.5,beta=2", "NeMo-RL, nemo_rl/algorithms/loss_functions.py",
