@@ -97,6 +97,9 @@ def _weight(method, train, infer, mine, advantage, held, p):
         "sequence_band": lambda: float(sequence_held.inside(product, p["low"], p["high"])),
         "geometric_band": lambda: float(sequence_held.inside(product / len(mine), p["low"], p["high"])),
         "veto": lambda: float(sequence_held.at_most(log(p["floor"]), min(mine))),
+        "prob_mult_error": lambda: float(
+            sequence_held.at_most(math.fsum(clamped_exp(abs(d)) for d in mine) / len(mine), p["limit"])
+        ),
         "trm_max": lambda: float(sequence_held.at_most(max(d * d / 2 for d in mine), p["delta"])),
         "trm_mean": lambda: float(sequence_held.at_most(math.fsum(map(k3, mine)) / len(mine), p["delta"])),
         "k3_mean": lambda: float(sequence_held.at_most(math.fsum(map(k3, mine)) / len(mine), p["limit"])),

@@ -36,6 +36,7 @@ WIDENED = [
     ("trm_max", {"delta": 0.01}, {"delta": 0.5}),
     ("trm_mean", {"delta": 0.001}, {"delta": 0.1}),
     ("k3_mean", {"limit": 0.001}, {"limit": 0.1}),
+    ("prob_mult_error", {"limit": 1.01}, {"limit": 3}),
 ]
 
 
@@ -248,6 +249,15 @@ def test_the_clamp_raises_small_ratios_and_cuts_large_ones_exactly_to_the_bound(
         weights("clamp_token", diffs, zero, each, low=3, high=2)
 
 
+def test_the_error_threshold_of_a_sequence_sees_both_directions() -> None:
+    """NeMo-RL's seq_logprob_error_threshold: mean exp(abs(d)), which ratios that cancel out do not hide."""
+    train, seq = np.log([4.0, 0.25, 2.0, 1.0, 3.0, 3.0]), ["a", "a", "b", "b", "c", "c"]
+    assert weights("prob_mult_error", train, np.zeros(6), seq).tolist() == [0, 0, 1, 1, 0, 0]
+    assert weights("geometric_band", train, np.zeros(6), seq)[:2].tolist() == [1, 1]
+    on_the_bound = weights("prob_mult_error", np.float32(train), np.zeros(6), seq, limit=3)
+    assert on_the_bound.tolist() == [0, 0, 1, 1, 1, 1]
+
+
 def test_compositions_multiply() -> None:
     rng = np.random.default_rng(0)
     train, seq = 0.3 * rng.standard_t(2, 60), np.arange(60) // 6
@@ -358,6 +368,7 @@ def test_every_preset_can_be_read_and_belongs_to_a_group() -> None:
         ("prime-rl-icepop", "icepop:alpha=0.2,beta=5"),
         ("trl-token-tis", "tis_token:cap=3"),
         ("minirl", "tis_token:cap=5"),
+        ("nemo-rl-seq-error", "prob_mult_error:limit=2"),
         ("openrlhf-tis", "clamp_token:low=0.5,high=5"),
         ("swift-seq-tis", "tis_geometric:cap=2"),
         ("areal-geo-tis", "tis_geometric:cap=5"),

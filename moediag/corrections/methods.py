@@ -25,6 +25,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moediag.corrections.exact_sums import sums_by_sequence
 from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms, clamped_exp, on_bounds
 from moediag.errors import MoediagError
 
@@ -319,6 +320,16 @@ def trm_mean(x: Terms, delta: float = 0.001) -> Kept:
 def k3_mean(x: Terms, limit: float = 0.01) -> Kept:
     """Mean k3 of the sequence at most limit."""
     return x.of_sequence(_at_most(x.mean_k3_S, x.is_float32_S, limit))
+
+
+@_method(
+    "filter", Bounded("mean exp(abs(d)) of the sequence", "sequence"), "1 if mean exp(abs(d)) <= limit else 0",
+    "NeMo-RL, seq_logprob_error_threshold",
+)  # fmt: skip
+def prob_mult_error(x: Terms, limit: float = 2.0) -> Kept:
+    """Mean multiplicative error of the sequence's probabilities at most limit; the default is that of the recipes."""
+    mean_S = sums_by_sequence(clamped_exp(np.abs(x.diff_T)), x.row_T, x.n_S) / np.maximum(x.n_S, 1)
+    return x.of_sequence(_at_most(mean_S, x.is_float32_S, limit))
 
 
 def _at_most(values: Float64, is_float32: Kept, bound: float) -> Kept:

@@ -217,6 +217,12 @@ PRESETS: Final[dict[str, Preset]] = {
             "the framework sets no bounds of its own; 0.5 and 2 are those of its tests; token ratios are not truncated",
         ),
         Preset(
+            "nemo-rl-seq-error", "nemo-rl", "prob_mult_error:limit=2",
+            "NeMo-RL at 7ea279a (2026-08), nemo_rl/algorithms/grpo.py, compute_and_apply_seq_logprob_error_masking",
+            "off unless seq_logprob_error_threshold is set; 2 is that of its Nemotron recipes; the sequence leaves the "
+            "sample mask before advantages and loss are computed, and so their denominator; no clamp to +-20",
+        ),
+        Preset(
             "areal-icepop", "areal", "icepop:alpha=0.5,beta=5", "AReaL, areal/utils/functional/functional.py",
             "infinite log-ratios count as 0, so that a token of probability 0 passes with weight 1; on sequence level "
             "a ratio is the geometric mean, not the product",
