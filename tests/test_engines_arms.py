@@ -10,8 +10,8 @@ from scripted_engine import make_scripted_run
 
 from moediag.engines.arms import DECODE, HOOKS, PREFILL, SAMPLED, UNOBSERVED, Reference, arm_request
 from moediag.engines.channel import Reporter
-from moediag.engines.held import Held
-from moediag.engines.hf_engine import Replay, capture_train
+from moediag.engines.fill import Held
+from moediag.engines.hf.engine import Replay, capture_train
 from moediag.engines.launch import infer_environment, infer_options, observable
 from moediag.errors import EngineError
 from moediag.run.capture import Capture
@@ -76,7 +76,7 @@ def test_unobserved_rollouts_may_have_what_hooks_may_not() -> None:
 def test_one_ulp_noise_moves_every_value_to_a_neighbour_and_the_same_seed_moves_it_alike() -> None:
     import torch
 
-    from moediag.engines.perturbation import neighbour, rounded_to_fp8, seed_of
+    from moediag.engines.hf.perturbation import neighbour, rounded_to_fp8, seed_of
 
     values = torch.randn(200, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     moved, again = (neighbour(values, torch.Generator().manual_seed(seed_of("a"))) for _ in range(2))

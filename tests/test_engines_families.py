@@ -14,10 +14,10 @@ from conftest import REPOSITORY, run_moediag
 from families import make_checkpoint
 from family_measures import NAMES, RING, FamilyMeasures, Measures, measure
 
+from moediag.engines.assemble import MARGINS
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.hf_engine import load_model
-from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
-from moediag.engines.routing_rows import MARGINS
+from moediag.engines.hf.engine import load_model
+from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps
 
 pytestmark = pytest.mark.engines
 

@@ -44,9 +44,9 @@ class ArmRequest:
         path: how the arm gets its scores.
         variant_of, change: as in :class:`~moediag.run.records.ArmRecord`.
         reversed_order: vLLM gets the sequences last to first and at most half of them at a time: other batches.
-        replay: routes to force in transformers, see :class:`~moediag.engines.hf_engine.Replay`.
-        batching: sequences per forward in transformers, see :class:`~moediag.engines.batching.Batching`.
-        perturbation: what is done to transformers' router inputs, see :mod:`moediag.engines.perturbation`.
+        replay: routes to force in transformers, see :class:`~moediag.engines.hf.engine.Replay`.
+        batching: sequences per forward in transformers, see :class:`~moediag.engines.hf.batching.Batching`.
+        perturbation: what is done to transformers' router inputs, see :mod:`moediag.engines.hf.perturbation`.
     """
 
     arm: str

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
-from moediag.engines.hf_taps import find_blocks, stage_dtypes
+from moediag.engines.hf.taps import find_blocks, stage_dtypes
 
 _ROUTER_TENSOR = re.compile(
     r"layers\.(\d+)\..*\b(?:gate|router)(?:\.layer)?\.(weight|bias|e_score_correction_bias|expert_bias)$"
@@ -101,7 +101,7 @@ def _router_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
     """Stage dtypes of transformers' router, from a model without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from moediag.engines import bailing
+    from moediag.engines.hf import bailing
 
     assert checkpoint.routing is not None
     bailing.register()

@@ -85,7 +85,7 @@ _REFUSED = {
 }
 
 
-_TASKS = {VLLM: "moediag.engines.vllm_engine:capture_infer", TRANSFORMERS: "moediag.engines.hf_engine:capture_train"}
+_TASKS = {VLLM: "moediag.engines.vllm.engine:capture_infer", TRANSFORMERS: "moediag.engines.hf.engine:capture_train"}
 
 
 def infer_options(extra: dict[str, Any], observer: str = HOOKS, **named: Any) -> dict[str, Any]:

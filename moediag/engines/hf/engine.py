@@ -7,6 +7,7 @@ numerics knobs of their own (:mod:`.batching`). The hooks only copy what routers
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -18,17 +19,14 @@ import torch
 from numpy.typing import NDArray
 
 from moediag.engines.arms import ArmRequest
-from moediag.engines.assemble import capture_of
-from moediag.engines.batching import PACKED, Batch, Batching, alone, refuse_leak
+from moediag.engines.assemble import capture_of, gate_weights_words
 from moediag.engines.channel import Reporter
-from moediag.engines.fill import OnDone, fill_missing_shards
-from moediag.engines.held import Held
-from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps, find_blocks, stage_dtypes
-from moediag.engines.perturbation import Perturbed, seed_of
-from moediag.engines.provenance import arm_sections, process_facts
+from moediag.engines.fill import Held, OnDone, fill_missing_shards
+from moediag.engines.hf.batching import PACKED, Batch, Batching, alone, refuse_leak
+from moediag.engines.hf.perturbation import Perturbed, seed_of
+from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps, find_blocks, stage_dtypes
+from moediag.engines.provenance import arm_sections, plain, process_facts, stored_dtypes
 from moediag.engines.routers import ModelRouting
-from moediag.engines.routing_rows import gate_weights_words
-from moediag.engines.selected import train_dtypes, train_engine_config, train_kernels
 from moediag.engines.versions import numeric_versions, require_train_engine
 from moediag.errors import CheckpointError, IncompleteRunError
 from moediag.run.capture import Capture, TokenRows, arrays_of
@@ -48,7 +46,7 @@ def capture_train(writer: RunWriter, options: dict[str, Any], reporter: Reporter
     """Fill the missing shards of one of the run's transformers arms.
 
     Args:
-        options: as for :func:`moediag.engines.vllm_engine.capture_infer`.
+        options: as for :func:`moediag.engines.vllm.engine.capture_infer`.
 
     Raises:
         IncompleteRunError: the run's tokens, or the routes to replay, are not there yet.
@@ -242,6 +240,42 @@ class TrainEngine:
                 return {"logp_T": logp_T, "entropy_T": entropy_T, **taps.take(batch.row_of_token)}
 
 
+def train_kernels(model: Any) -> dict[str, Any]:
+    """Attention and expert implementations that transformers resolved, and the classes that were built."""
+    config = model.config
+    return {
+        "attn_implementation": config._attn_implementation,
+        "experts_implementation": getattr(config, "_experts_implementation", None),
+        "use_kernels": bool(getattr(model, "use_kernels", False)),
+        "module_classes": dict(sorted(Counter(type(module).__name__ for module in model.modules()).items())),
+    }
+
+
+def train_dtypes(model: Any) -> dict[str, Any]:
+    """Dtypes of weights, head, logits and log-probabilities in transformers."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    dtype = plain(getattr(head, "dtype", None))
+    return {
+        "model": plain(model.dtype),
+        **stored_dtypes(model),
+        "kv_cache": None,  # scored without a cache
+        "lm_head": dtype,
+        "logits": dtype,
+        "logprobs": "float32",
+    }
+
+
+def train_engine_config(model: Any) -> dict[str, Any]:
+    """Where transformers put the model, and how it was stored."""
+    devices = set(map(str, (getattr(model, "hf_device_map", None) or {"": model.device}).values()))
+    return {
+        "devices": sorted(devices),
+        "quantization": plain(getattr(model.config, "quantization_config", None)),
+        "use_cache": False,
+        "training": bool(model.training),
+    }
+
+
 def held_model(held: Held, checkpoint: str, options: dict[str, Any], reporter: Reporter) -> Any:
     """The model that the process holds, or the one that is wanted in its place."""
 
@@ -256,7 +290,7 @@ def load_model(checkpoint: str, options: dict[str, Any]) -> Any:
     """Load a causal language model for scoring, on the GPU where there is one."""
     from transformers import AutoModelForCausalLM
 
-    from moediag.engines import bailing
+    from moediag.engines.hf import bailing
 
     bailing.register()
     options = dict(options)
