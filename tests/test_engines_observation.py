@@ -14,13 +14,14 @@ from probes import TESTS, engines_under, run_probe
 from moediag.analysis.pair_analysis import analyze_pair
 from moediag.analysis.summary import pair_summary
 from moediag.analysis.vocabulary import exact_divergences
-from moediag.engines.arms import PREFILL, ArmRequest
+from moediag.engines.arms import ArmRequest
 from moediag.engines.assemble import FULL, MARGINS
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.errors import CaptureError
 from moediag.hygiene import check_run
 from moediag.run.reader import Run, open_run
+from moediag.run.recipes import PREFILL
 
 pytestmark = pytest.mark.engines
 N_PREFILLED = 4

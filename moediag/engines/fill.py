@@ -7,6 +7,7 @@ know nothing of each other never capture one twice.
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,11 @@ class Held:
         torch.cuda.empty_cache()  # vLLM takes its share of what the device says is free
 
 
+def seed_of(name: str) -> int:
+    """A seed from a name, the same everywhere: what is drawn does not depend on what was drawn before."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+
+
 def fill_missing_shards(
     writer: RunWriter, arm: str, reporter: Reporter, capture_shard: Callable[[Shard, OnDone], None]
 ) -> None:
@@ -58,8 +64,11 @@ def fill_missing_shards(
     Passes are repeated until one finds nothing to do: what a worker that was killed meanwhile had held is free
     again. Shards that living workers still hold are left to them.
     """
-    while sum(_fill_shard(writer, arm, shard, reporter, capture_shard) for shard in writer.own_missing_shards(arm)):
-        pass
+    n_filled = 1
+    while n_filled:
+        n_filled = 0
+        for shard in writer.own_missing_shards(arm):
+            n_filled += _fill_shard(writer, arm, shard, reporter, capture_shard)
     writer.remove_dead_claims(arm)
     _tell(reporter, writer, _n_done(writer, arm))
 

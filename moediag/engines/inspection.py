@@ -83,7 +83,7 @@ def _tensor_warnings(key: str, name: str, tensor: torch.Tensor) -> list[str]:
     if not bool(values.isfinite().all()):
         return [f"{key} holds values that are not finite"]
     if name == "weight" and not bool(values.any()):
-        return [f"{key} is all zero: every token gets the same experts (D34)"]
+        return [f"{key} is all zero: every token gets the same experts"]
     if name in _BIASES and values.numel() > 1 and tensor.dtype == torch.bfloat16:
         return [f"{key} is stored in bfloat16: near 7 its steps are 0.03, which decides choices (store float32)"]
     return []

@@ -7,7 +7,6 @@ resumed capture equals an undisturbed one. See :mod:`moediag.engines.vllm.worker
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 import time
@@ -19,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, PREFILL, SAMPLED, UNOBSERVED, ArmRequest
+from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, UNOBSERVED, ArmRequest
 from moediag.engines.assemble import IDS, capture_of, gate_weights_words, order_rows, recomputed_rows, token_rows
 from moediag.engines.channel import Reporter
-from moediag.engines.fill import Held, OnDone, fill_missing_shards
+from moediag.engines.fill import Held, OnDone, fill_missing_shards, seed_of
 from moediag.engines.launch import OBSERVER_FORCES
 from moediag.engines.plan import load_prompt_tokens
 from moediag.engines.provenance import arm_sections
@@ -42,6 +41,7 @@ from moediag.engines.vllm.paths import (
 from moediag.errors import CaptureError, CheckpointError, EngineError, IncompleteRunError
 from moediag.run.capture import TokenRows, arrays_of
 from moediag.run.files import rows_prefix
+from moediag.run.recipes import PREFILL, SAMPLED
 from moediag.run.records import ArmRecord
 from moediag.run.shards import Shard
 from moediag.run.writer import RunWriter
@@ -290,8 +290,7 @@ class InferEngine:
         return self._seed("shard", shard.index) if self.seeds_shards else None
 
     def _seed(self, kind: str, index: int) -> int:
-        digest = hashlib.sha256(f"{self.sampling['seed']}:{kind}:{index}".encode()).digest()
-        return int.from_bytes(digest[:6], "big")
+        return seed_of(f"{self.sampling['seed']}:{kind}:{index}")
 
     def _observed(self, tokens: TokenRows, shard: Shard, responses: list[Response]) -> _Observed:
         if not self.has_taps:
@@ -402,7 +401,7 @@ def refuse_unseen_routing(facts: dict[str, Any], routing: dict[str, Any] | None,
 
 
 def disagreements(facts: dict[str, Any], routing: dict[str, Any] | None) -> list[str]:
-    """Where vLLM's routers follow another rule than config.json: told, not refused, since that is a finding (D14)."""
+    """Where vLLM's routers follow another rule than config.json: reported, not refused, since that is a finding."""
     rule = facts["router_rule"]
     if not routing or routing["gate"] != "scores":
         return []
