@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from families import ENGINE_OPTIONS, FAMILIES, make_checkpoint
 from probes import TESTS, engines_under, run_probe
+from rule_agreement import rule_agreement_by_layer
 
 from moediag.analysis.calibration import POOLED
 from moediag.analysis.prediction import predict_flips
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.engines.arms import ArmRequest, arm_request
-from moediag.engines.batching import alone
+from moediag.engines.assemble import FULL
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.hf_engine import Replay, TrainEngine, load_model
-from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
+from moediag.engines.hf.batching import alone
+from moediag.engines.hf.engine import Replay, TrainEngine, load_model
+from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps
 from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.engines.routers import ModelRouting
-from moediag.engines.routing_rows import FULL
-from moediag.engines.rules import rule_agreement_by_layer
 from moediag.errors import MoediagError
 from moediag.hygiene import check_run
 from moediag.run.capture import Capture, TokenRows
@@ -100,7 +100,7 @@ def _make_run(name: str, dtype: torch.dtype, prompts: Path, folder: Path) -> tup
 def _converted(source: Path, target: Path, dtype: torch.dtype) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from moediag.engines import bailing
+    from moediag.engines.hf import bailing
 
     bailing.register()
     AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(target)

@@ -14,11 +14,11 @@ from conftest import run_moediag
 from families import FAMILIES, make_checkpoint
 from family_measures import AGREEMENT, KEPT, NAMES, ONE_SIDED, RING, Measures, broken_claims, measure
 
+from moediag.engines.assemble import MARGINS
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.hf_engine import load_model
-from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
+from moediag.engines.hf.engine import load_model
+from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps
 from moediag.engines.routers import supported_families
-from moediag.engines.routing_rows import MARGINS
 
 pytestmark = pytest.mark.engines
 

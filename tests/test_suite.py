@@ -18,7 +18,7 @@ MAY_BE_SKIPPED = {
 def ways_out(path: Path) -> set[str]:
     """Functions of the file, or the file itself, that name a way to leave a test out or to let it fail."""
     tree = ast.parse(path.read_text())
-    places = {node: path.name for node in tree.body}
+    places = dict.fromkeys(tree.body, path.name)
     places |= {node: f"{path.name}::{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef)}
     ways = ("skip", "skipif", "importorskip", "xfail")
     return {
