@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def _simulate(path: Path, force: bool) -> None:
     asked, run = Asked(path, choose(), Grid()), open_run(path)
     folder = asked.folder(run, None, force)
     simulation = asked.simulate(run)
-    pages = [] if folder is None else asked.write(simulation, folder, force)
+    command = f"moediag simulate {shlex.quote(str(path))}"
+    pages = [] if folder is None else asked.write(simulation, folder, force, command)
     show_sentences(simulation)
     for page in pages:
         wrote(page)
