@@ -1,15 +1,15 @@
 """Rows that a buffer did not get: never written, not refreshed, or not there at all.
 
-**Filler** (D04, D34), :class:`Filler`. Rows and layers whose router saw nothing. what counts as evidence, since hot experts exist:
-A set {0, .., K-1} is no evidence: at E = 4, K = 2 every sixth row shows it, and a hot pair may be {0, 1}. Two things
-tell a filler row from a popular one. With scores: zero logits tie *everything* (equal gate weights, no margin), in
+**Filler** (D04, D34), :class:`Filler`: rows and layers whose router saw nothing. A set {0, .., K-1} is no evidence: at
+E = 4, K = 2 every sixth row shows it, and a hot pair may be {0, 1}. Two things distinguish a filler row from a popular
+one. With scores: zero logits tie *everything* (equal gate weights, no margin), in
 all layers of the token; ties of bf16 logits are rare and independent of the token's other layers (0.3-1 % of rows
 per layer on the trained demo pair), so the rate expected in all layers is the product of the rates among rows that
 are not tied throughout. With ids alone: the pattern in all layers at once, against
 :func:`moediag.hygiene.chance.joint_rate`. With one layer only: ties fall on {0, .., K-1} far more often than other
 rows do; TopK takes the lowest of K+1 tied experts, which makes that set K + 1 times as likely among honest ties.
 
-**Stale** (D05), :class:`Stale`: the routing of one token stored again for another token of its sequence, at one distance.
+**Stale** (D05), :class:`Stale`: the routing of one token stored again for another of its sequence, at one distance.
 Only pairs of *different* tokens count: the same token often takes the same experts (14 % of neighbouring equal tokens
 in all six layers of the trained demo pair, 0 of 25,249 unequal ones). Filler rows are left to D03 and D04.
 
@@ -40,11 +40,9 @@ from moediag.run.capture import Int64, TokenRows
 _FLAT = 1e-3
 """Router logits within this of each other count as equal: their entropy is then log E to 1e-7 (range^2 / 8)."""
 
-
 MAX_LAG = 64
 _LEAST_RUN = 3
 _CHUNK = 1024
-
 
 _RANKS = (2, 3, 4, 6, 8, 16)
 _MOST = 0.95

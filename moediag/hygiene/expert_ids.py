@@ -18,16 +18,14 @@ from numpy.typing import NDArray
 
 from moediag.hygiene.chance import N_GROUPS, exceeds, group_of, mean_is_positive
 from moediag.hygiene.findings import Count, Finding, counted, finding
-from moediag.hygiene.rows import MIN_ROWS, Rows, Shape, n_members
+from moediag.hygiene.rows import MIN_ROWS, TOKEN_LAGS, Rows, Shape, aligned, n_members
 from moediag.notation import NOT_ROUTED
 
 UNSIGNED_NOT_ROUTED = 255
 """-1 in an unsigned byte."""
 
-
 MAX_LAYER_LAG = 8
 """Largest layer offset tried: models have at most 3 leading dense layers; 8 leaves room for a stage's offset."""
-
 
 _LEAST_LAYERS = 3
 """With two layers neither is the odd one out."""

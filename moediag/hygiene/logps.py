@@ -1,8 +1,9 @@
 """Log-probabilities: values that no model gives, and two streams of the same tokens that do not belong together.
 
-One arm (D31), :class:`Logps`. A logp of exactly 0.0 is honest where the token is near certain: logit - logsumexp rounds to 0 once 1 - p is below half
-an ulp of the logsumexp. In bfloat16 and for a logsumexp below 32 that is 1 - p <= 1/16, and then the entropy is at
-most h(1/16) + log(V) / 16 = 1.02 nat for V up to 2^18. A zero beside more entropy than that is no rounding.
+One arm (D31), :class:`Logps`. A logp of exactly 0.0 is honest where the token is near certain: logit - logsumexp
+rounds to 0 once 1 - p is below half an ulp of the logsumexp. In bfloat16 and for a logsumexp below 32 that is
+1 - p <= 1/16, and then the entropy is at most h(1/16) + log(V) / 16 = 1.02 nat for V up to 2^18. A zero beside more
+entropy than that is no rounding.
 
 Two sides. Each fault is judged against what healthy engines may do, however noisy:
     - **Shifted** (D01), :class:`TokenLag`: correlation at a lag above that at 0, each row its own control.
@@ -35,7 +36,7 @@ from moediag.hygiene.chance import (
     mean_is_positive,
 )
 from moediag.hygiene.findings import N_PLACES, Count, Finding, Place, counted, finding
-from moediag.hygiene.rows import MIN_ROWS, Rows
+from moediag.hygiene.rows import MIN_ROWS, TOKEN_LAGS, Rows, aligned
 from moediag.statistics.intervals import ratio_mean_interval
 
 Float64 = NDArray[np.float64]
@@ -46,14 +47,9 @@ MOST_ENTROPY_OF_CERTAIN = 1.02
 _ROUNDING = 1e-3
 """Entropies may be negative by rounding of -sum p log p in half precision; below this [nat] they are wrong."""
 
-
 LARGEST_ROUNDED_LOGP = 1e-4
 """Log-probability [nat] up to which a value above 0 is rounding and counts as 0: a float32 logit less its logsumexp is
 off by half a unit in the last place, 6.1e-5 for logits of 1,024 to 2,048. Beyond it, it is no log-probability."""
-
-
-TOKEN_LAGS = (-3, -2, -1, 1, 2, 3)
-
 
 FAR = 0.2
 """abs(logp_diff) [nat] that healthy tokens seldom reach: ten times the mean of published healthy pairs (0.011 to
@@ -78,7 +74,6 @@ _LEAST_OFFSET = 1e-3
 
 _MOST_LOG_RATIO = 20.0
 """exp(20) is 5e8: one token decides a mean of ratios from there on, as corrections have it."""
-
 
 _CONTRADICTION = -1.0
 """Other side's logp [nat] below which it contradicts a zero: a ratio beyond e where one side is certain."""
@@ -423,8 +418,3 @@ def _log_spread(sums: Float64) -> Float64:
     n, x, y, xx, yy, _ = np.moveaxis(sums, -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(0.5 * np.log((yy / n - (y / n) ** 2) / (xx / n - (x / n) ** 2)))
-
-
-def aligned(n: int, lag: int) -> tuple[slice, slice]:
-    """Slices of t and t + lag."""
-    return (slice(0, n - lag), slice(lag, n)) if lag >= 0 else (slice(-lag, n), slice(0, n + lag))

@@ -22,7 +22,6 @@ that computes in bf16 0.3-1.0 % per layer on the trained demo pair."""
 
 _CHUNK = 2048
 
-
 _SUM_ROUNDING = 2.0**-6
 """Weight sums of one row in bf16 agree to 2^-8 relative on each side; twice that each, both sides."""
 
