@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ from synthetic import take
 from synthetic_flips import RULES, Truth, block_of, make_flips, pair_of, without_logits
 
 from moediag.analysis.choice_scores import RoutingRule
+from moediag.analysis.flips.calibration import PredictionTotals, calibration_errors
 from moediag.analysis.flips.explained import BORDER_ONLY, explain_flips, predict_pair
 from moediag.analysis.flips.noise import (
     CELL_SCALE,
@@ -177,6 +178,21 @@ def test_noise_counts_merge() -> None:
     merged = NoiseCounts.merge(counts[1:])
     np.testing.assert_array_equal(merged.n_FLRH, counts[0].n_FLRH)
     np.testing.assert_allclose(merged.square_FLZ, counts[0].square_FLZ)
+
+
+def test_calibration_slope_is_the_least_squares_slope_also_after_merging_with_nothing() -> None:
+    """Bug: merged with a part without choices, sums of predictions were cut to whole numbers."""
+    rng = np.random.default_rng(5)
+    predicted_TL = rng.uniform(size=(300, 2))
+    is_flip_TL = rng.uniform(size=(300, 2)) < predicted_TL
+    prompt_T = np.repeat(np.arange(3), 100)
+    part = PredictionTotals.of_block(prompt_T, predicted_TL, is_flip_TL)
+    merged = PredictionTotals.merge([PredictionTotals.empty(2), part])
+    for field in fields(part):
+        np.testing.assert_array_equal(getattr(merged, field.name), getattr(part, field.name))
+    slopes = [np.polyfit(predicted_TL[:, layer], is_flip_TL[:, layer], 1)[0] for layer in range(2)]
+    pooled = np.polyfit(predicted_TL.ravel(), is_flip_TL.ravel(), 1)[0]
+    np.testing.assert_allclose(calibration_errors(merged)["calibration_slope"], [*slopes, pooled], rtol=1e-9)
 
 
 def test_noise_frame_knows_the_growth_and_the_mixture() -> None:

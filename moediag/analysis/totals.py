@@ -43,7 +43,7 @@ class Totals:
             merged |= dict(zip(by_prompt, sums, strict=True))
         for name, values in columns.items():
             is_array = isinstance(values[0], np.ndarray)
-            merged[name] = np.sum(values, axis=0, dtype=values[0].dtype) if is_array else _common(name, values)
+            merged[name] = np.sum(values, axis=0, dtype=np.result_type(*values)) if is_array else _common(name, values)
         return cls(**merged)
 
 
@@ -75,4 +75,5 @@ def _common(name: str, values: list[Any]) -> Any:
 def counted(shape: tuple[int, ...], *index_N: NDArray[Any], weights_N: NDArray[Any] | None = None) -> NDArray[Any]:
     """Sums over rows by their cell of an array of ``shape``: whole numbers, or float64 with weights."""
     flat_N = np.ravel_multi_index(index_N, shape) if len(index_N) > 1 else index_N[0]
-    return np.bincount(flat_N, weights_N, minlength=int(np.prod(shape))).reshape(shape)
+    sums = np.bincount(flat_N, weights_N, minlength=int(np.prod(shape))).reshape(shape)
+    return sums if weights_N is None else sums.astype(np.float64)  # numpy counts no rows at all in whole numbers

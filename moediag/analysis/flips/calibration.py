@@ -64,7 +64,7 @@ class PredictionTotals(Totals):
             for weights_N in (ones_N, predicted_N, flip_N)
         )
         columns = ones_N, predicted_N, np.square(predicted_N), predicted_N * flip_N
-        moments = [np.bincount(layer_N, column, minlength=n_layers) for column in columns]
+        moments = [counted((n_layers,), layer_N, weights_N=column) for column in columns]
         return PredictionTotals(prompts.astype(np.int64), n, predicted, flips, np.stack(moments, axis=1))
 
 
