@@ -12,7 +12,7 @@ from moediag.analysis.explain import Explanation, explain_pair, explained_flips
 from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
 from moediag.analysis.flip_probability import border_flip_probability, set_flip_probability
 from moediag.analysis.forecast import forecast_flips
-from moediag.analysis.gradients import load_audit
+from moediag.analysis.gradients import audit_frames
 from moediag.analysis.intervals import Interval, Intervals, mean_interval, ratio_mean_interval
 from moediag.analysis.jackknife import jackknife_interval
 from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
@@ -62,6 +62,7 @@ __all__ = [
     "agreement_by_layer",
     "aliases_of",
     "analyze_pair",
+    "audit_frames",
     "binary_kl",
     "border_flip_probability",
     "choice_scores",
@@ -81,7 +82,6 @@ __all__ = [
     "forecast_flips",
     "jackknife_interval",
     "length_slope",
-    "load_audit",
     "logp_diff",
     "logp_metrics",
     "margin_curve",
