@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -203,6 +204,17 @@ def write_frames(folder: Path, frames: Mapping[str, pd.DataFrame]) -> dict[str, 
         write_atomic(folder / f"{name}.parquet", sink.getvalue())
         digests[name] = sha256_bytes(sink.getvalue())
     return digests
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as strict JSON takes them: what is not known is null, infinity the word.
+
+    Example:
+        >>> records(pd.DataFrame({"k3": [0.5, float("nan"), float("inf")]}))
+        [{'k3': 0.5}, {'k3': None}, {'k3': 'inf'}]
+    """
+    known = frame.astype(object).where(frame.notna(), None).replace({math.inf: "inf", -math.inf: "-inf"})
+    return [{str(name): value for name, value in row.items()} for row in known.to_dict("records")]
 
 
 def read_frames(folder: Path, digests: Mapping[str, str], again: str) -> dict[str, pd.DataFrame]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
 import random
@@ -19,6 +20,7 @@ import safetensors.numpy
 from scripted_engine import make_scripted_run
 from test_gradients_figures import inner_products
 
+import moediag.analysis
 from moediag.audit.gradients import RECORD, GradientRequest, seal_audit
 from moediag.corrections.chosen import choose
 from moediag.corrections.sources import run_source
@@ -332,3 +334,11 @@ def test_every_command_leaves_its_old_result_or_its_new_one_at_every_step(
     changed = {path for path, data in contents(root).items() if before.get(path) != data}
     written_by = tuple(f"root/{part}" for part in (*flow.names, "steps.csv"))
     assert all(path.startswith(written_by) for path in changed), "something was left behind"
+
+
+def test_no_analysis_writes_a_file() -> None:
+    """Bug: analysis/gradients wrote frames and a summary, in a room that says it writes none."""
+    for path in sorted(Path(moediag.analysis.__file__).parent.rglob("*.py")):
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+        assert not {name for name in names if name.startswith("moediag.folder") or ".write" in name}, path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,14 @@ def test_a_folder_of_something_else_is_left_alone(table: Path, capsys: pytest.Ca
     assert "wanted a new folder or a moediag simulation, found thesis.tex;" in capsys.readouterr().err
     assert main(["simulate", str(table), "--method", "icepop", "-o", str(folder), "--force"]) == 1
     assert [path.read_text() for path in folder.iterdir()] == ["x"]
+
+
+def test_the_page_names_the_command_that_was_given(table: Path) -> None:
+    """Bug: it named what the process was started as, so that a page made by `moediag demo` named the demo."""
+    words = ["simulate", str(table), "--method", "icepop:alpha=0.5,beta=5", "-o", str(table.parent / "out put")]
+    assert main(words) == 0
+    again = f"moediag {shlex.join(words)}"
+    assert again in (table.parent / "out put" / "report.md").read_text()
 
 
 def test_another_request_does_not_replace_a_simulation(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

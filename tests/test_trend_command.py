@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.text import Text
+from scipy import special
 from scripted_engine import make_scripted_run
 
 from moediag.analysis.intervals import Interval
@@ -214,6 +215,14 @@ def test_a_published_range_is_drawn_as_a_band_and_labelled_so(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
+def test_bounds_of_an_error_are_those_of_a_gaussian(short):
+    """Bug: the half width was worked out backwards from an interval, and was the last digit off."""
+    trend = read_trend([short], None, lambda *done: None).trend
+    half = special.ndtri(0.975) * trend["se"]
+    assert (trend["value_ci_low"] == trend["value"] - half).all()
+    assert (trend["value_ci_high"] == trend["value"] + half).all()
+
+
 def test_an_infinite_step_is_drawn_and_said(capsys, tmp_path):
     """Bug: the step at which a metric is infinite was left out of the picture without a word."""
     path = tmp_path / "t.csv"

@@ -1,4 +1,4 @@
-"""Analyses: aligned arms in, declared frames out. Pure: no engine, no file, no figure.
+"""Analyses: aligned arms in, declared frames out. No engine, no figure; no file is written.
 
 Importing this package declares every frame (see :func:`moediag.frames.declared_frames`). Every analysis takes any pair,
 so the floors of an engine against itself are the same functions on the same frames.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -93,6 +91,7 @@ Folder = Annotated[
 
 
 def command(
+    context: typer.Context,
     target: Target,
     method: Methods = None,
     preset: Presets = None,
@@ -122,6 +121,7 @@ def command(
     from moediag.cli.console import say_json, wrote
     from moediag.corrections.chosen import choose
     from moediag.corrections.weight_files import refuse_weights_path
+    from moediag.results.load import shell_command
     from moediag.results.simulation import as_json as content_of
 
     everything = everything or not (method or preset)
@@ -138,8 +138,7 @@ def command(
     simulation = asked.simulate(run, weights_out, columns)
     if run is not None and gradient_audit:
         _audit(simulation, run, asked.arms, checkpoint, is_named=not everything)
-    command = f"moediag {shlex.join(sys.argv[1:])}"
-    pages = [] if folder is None else asked.write(simulation, folder, command, force, pdf)
+    pages = [] if folder is None else asked.write(simulation, folder, shell_command(*context.obj), force, pdf)
     if as_json:
         say_json(content_of(simulation))
     else:

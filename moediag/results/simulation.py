@@ -24,7 +24,7 @@ from moediag.corrections.table_files import OnProgress
 from moediag.errors import CorruptRunError, IncompleteRunError
 from moediag.figures.corrections import draw_simulation_figures
 from moediag.figures.style import formats
-from moediag.folder import SUMMARY, result_folder, write_frames
+from moediag.folder import SUMMARY, records, result_folder, write_frames
 from moediag.hygiene.findings import headline
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.pairs import main_pair_name
@@ -188,9 +188,7 @@ def write_simulation(
 
 def as_json(simulation: Simulation) -> dict[str, Any]:
     """Everything that was found, as JSON takes it: NaN is null, infinity the word."""
-    frames = {name: frame.to_dict("records") for name, frame in simulation.frames.items()}
-    content: dict[str, Any] = _plain({**simulation.summary(), "frames": frames})
-    return content
+    return {**simulation.summary(), "frames": {name: records(frame) for name, frame in simulation.frames.items()}}
 
 
 def _lead(statistics: pd.DataFrame) -> str:
@@ -199,13 +197,3 @@ def _lead(statistics: pd.DataFrame) -> str:
     if some.empty or (some["correction"] == _LEAD).any():
         return _LEAD if len(some) else ""
     return str(some.sort_values("masked_share", kind="stable")["correction"].iloc[0])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value

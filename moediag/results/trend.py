@@ -20,7 +20,7 @@ from moediag.analysis.series import KL_METRICS, MARKS, delta_metric, trend_recur
 from moediag.figures.numbers import sig
 from moediag.figures.series import plot_trend, title_of
 from moediag.figures.style import formats, save_figure
-from moediag.folder import SUMMARY, result_folder, write_frames
+from moediag.folder import SUMMARY, records, result_folder, write_frames
 from moediag.hygiene.findings import headline
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.blocks import Bullets, interval, number, table
@@ -62,7 +62,10 @@ class Trend:
             "notes": list(self.source.notes),
             "findings": [found.record() for found in self.source.findings],
             "is_kl": self.source.is_kl,
-            "metrics": {metric: _records(rows) for metric, rows in self.source.trend.groupby("metric", sort=False)},
+            "metrics": {
+                metric: records(rows.drop(columns="metric"))
+                for metric, rows in self.source.trend.groupby("metric", sort=False)
+            },
             "recurrence": {"metric": self.delta, **self.recurrence.record()},
             "marks": [vars(mark) for mark in MARKS if mark.metric in set(self.source.trend["metric"])],
             "assumptions": list(ASSUMPTIONS),
@@ -195,15 +198,3 @@ def _value(row: pd.Series) -> str:
     bounds = f" [{sig(low)}, {sig(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
     n = "" if pd.isna(row["n_tokens"]) else f" (n = {row['n_tokens']:,})"
     return f"{sig(float(row['value']))}{bounds}{n}"
-
-
-def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as strict JSON: what is not finite becomes null."""
-    return [
-        {str(name): None if _is_absent(value) else value for name, value in row.items() if name != "metric"}
-        for row in rows.astype(object).to_dict("records")
-    ]
-
-
-def _is_absent(value: Any) -> bool:
-    return value is pd.NA or (isinstance(value, float) and not math.isfinite(value))
