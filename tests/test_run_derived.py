@@ -111,7 +111,7 @@ def test_figures_pages_and_logs_are_not_sealed(run: Run) -> None:
     ("name", "advice"),
     [("summary.json", "is not named"), ("analysis/infer~train/tokens.parquet", "moediag analyze"),
      (f"{SIMULATED}/overlap.parquet", "run the same moediag simulate"),
-     (f"{SIMULATED}/summary.json", "is not named by summary.json"), (f"gradients/{GRAMS}", "--gradient-audit"),
+     (f"{SIMULATED}/summary.json", "delete the folder"), (f"gradients/{GRAMS}", "--gradient-audit"),
      ("gradients/gradient_audit.parquet", "--gradient-audit"),
      ("gradients/summary.json", "is not named by summary.json")],
 )  # fmt: skip
@@ -121,12 +121,22 @@ def test_a_sealed_file_that_is_missing_is_found_with_what_to_do(run: Run, name: 
 
 
 def test_a_frame_that_no_summary_names_is_found(run: Run) -> None:
-    foreign = {"analysis/infer~train/extra.parquet", "gradients/extra.parquet", "simulate/stray.parquet",
-               f"{SIMULATED}/extra.parquet", f"{SIMULATED}/wide/extra.parquet"}  # fmt: skip
+    foreign = {"analysis/infer~train/extra.parquet", "gradients/extra.parquet", f"{SIMULATED}/extra.parquet"}
     for name in foreign:
         (run.path / name).parent.mkdir(exist_ok=True)
         (run.path / name).write_bytes(b"x")
     assert {where for where, _ in derived_damage(run.path)} == foreign
+
+
+def test_frames_of_a_simulation_without_its_summary_are_one_finding_with_an_advice_that_works(run: Run) -> None:
+    """Bug: of a simulation by an earlier moediag every frame was an error, and to make it again was refused."""
+    (run.path / SIMULATED / "summary.json").unlink()
+    ((where, message),) = derived_damage(run.path)
+    assert where == SIMULATED
+    assert message.endswith("delete the folder")
+    shutil.rmtree(run.path / where)
+    assert derived_damage(run.path) == []
+    write_simulated(run, "icepop")
 
 
 @pytest.mark.parametrize("kind", ["simulate", "gradients"])
@@ -141,7 +151,11 @@ def test_every_sealed_file_of_a_simulation_and_an_audit_is_found_changed_or_miss
         assert [found for found, _ in derived_damage(run.path)] == [where]
         path.unlink()
         found = {found for found, _ in derived_damage(run.path)}
-        assert len(found) == len(files) - 1 if path.name == "summary.json" else found == {where}
+        if path.name == "summary.json":
+            others = {other.relative_to(run.path).as_posix() for other in files if other != path}
+            assert found == ({SIMULATED} if kind == "simulate" else others)
+        else:
+            assert found == {where}
         path.write_bytes(original)
     assert derived_damage(run.path) == []
 

@@ -165,9 +165,13 @@ def _analysed(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _simulations(run: Run) -> Iterator[Damage]:
-    files = [*run.path.glob(f"{SIMULATIONS}/**/*.parquet"), *run.path.glob(f"{SIMULATIONS}/**/{SUMMARY}")]
+    files = [path for name in ("*.parquet", SUMMARY) for path in run.path.glob(f"{SIMULATIONS}/*/**/{name}")]
     files = [path for path in files if "/." not in _where(run, path)]  # one that a living process makes
     for folder in sorted({path.parent for path in files}):
+        if not (folder / SUMMARY).exists():
+            why = "nothing says that they are whole (an interrupted copy, or of an earlier moediag)"
+            yield _where(run, folder), f"holds frames and no {SUMMARY}, so {why}; delete the folder"
+            continue
         own = [path for path in files if path.parent == folder and path.name != SUMMARY]
         again = f"run the same moediag simulate {run.path} again, with --force"
         yield from _against_summary(run, folder, _named, own, again)
