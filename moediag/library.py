@@ -33,8 +33,8 @@ from moediag.shown import Headlines, Shown, counted, described_arms
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from moediag.simulation import Grid
-    from moediag.trend import Trend
+    from moediag.results.simulation import Grid
+    from moediag.results.trend import Trend
 
 HEADLINE_METRICS: Final = ("abs_logp_diff.p50", "abs_logp_diff.mean", "abs_logp_diff.p99", "extreme_share_2")
 """Body, mean and tail of the difference, and the share of extreme tokens: what :attr:`Comparison.metrics` shows."""
@@ -196,7 +196,9 @@ class Frames(Mapping[str, pd.DataFrame]):
             UnknownNameError: the pair has no such frame.
             CorruptRunError: not the frame that the analysis wrote.
         """
-        from moediag.results.load import read_frame
+        from moediag.folder import read_frames
+        from moediag.results.load import analyze_again
+        from moediag.run.derived import ANALYSIS
 
         if name not in self._names:
             raise UnknownNameError(
@@ -204,7 +206,9 @@ class Frames(Mapping[str, pd.DataFrame]):
                 f"(after a new capture or moediag: moediag analyze {self._run.path})"
             )
         if name not in self._read:
-            self._read[name] = read_frame(self._run, self._summary, name, self.pair)
+            digest = self._summary["provenance"]["frames"][self.pair][name]
+            folder = self._run.path / ANALYSIS / self.pair
+            self._read |= read_frames(folder, {name: digest}, analyze_again(self._run))
         return self._read[name].copy()
 
     def __iter__(self) -> Iterator[str]:
@@ -346,9 +350,13 @@ class Simulation(Shown):
 
     def write(self, output: str | Path, force: bool = False) -> Path:
         """Write frames, figures and both pages as ``moediag simulate -o`` does; returns the path of report.md."""
-        from moediag.simulation import write_simulation
+        from moediag.results.simulation import write_simulation
 
-        write_simulation(self.result, Path(output), [], force)
+        corrections = {label: str(one.correction) for label, one in self.result.chosen.items()}
+        source, eps_clip = self.result.source, self.result.eps_clip
+        request = {"of": self.result.label, "n_rows": source.n_rows, "reward": source.reward, "eps_clip": eps_clip}
+        request["corrections"] = corrections
+        write_simulation(self.result, Path(output), [], request, force)
         return Path(output) / "report.md"
 
     def _shown(self) -> tuple[str, list[tuple[str, str]], pd.DataFrame | None]:
@@ -365,7 +373,7 @@ class Series(Shown, series.Series):
 
     def trend(self, metric: str | None = None) -> Trend:
         """The metrics by step, and the recurrence fitted or refused, as ``moediag trend`` gives them."""
-        from moediag.trend import measure_trend
+        from moediag.results.trend import measure_trend
 
         return measure_trend([self.run_path(step) for step in self.steps], self.steps, metric)
 
@@ -443,8 +451,8 @@ def simulate(
     """
     from moediag.corrections.chosen import choose
     from moediag.corrections.sources import frame_source, run_source, table_source
-    from moediag.simulation import add_sweep, run_floor_k3
-    from moediag.simulation import simulate as simulated
+    from moediag.results.simulation import add_sweep, run_floor_k3
+    from moediag.results.simulation import simulate as simulated
 
     chosen = choose(methods, presets)
     floor_k3 = None
