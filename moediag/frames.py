@@ -62,7 +62,7 @@ def declare(name: str, one_row_per: str, *columns: Column) -> FrameSpec:
 
 
 def declared_frames() -> tuple[FrameSpec, ...]:
-    """Every declared frame, by name; importing ``moediag.analysis`` declares them all."""
+    """Every declared frame, by name; ``moediag.analysis`` and ``moediag.corrections`` declare theirs when imported."""
     return tuple(_REGISTRY[name] for name in sorted(_REGISTRY))
 
 

@@ -24,8 +24,8 @@ from moediag.analysis.floors import (
     variants,
     verdict,
 )
-from moediag.analysis.pair_analysis import analyze_pair
-from moediag.analysis.summary import pair_summary
+from moediag.results.pair_analysis import analyze_pair
+from moediag.results.pair_summary import pair_summary
 from moediag.run.codec import encode_prompts
 from moediag.run.recipes import ENGINE_WORDS, RECIPES, change_of
 from moediag.run.writer import RunWriter

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from synthetic import make_block, make_pair
 
-from moediag.analysis import logp_metrics, scored_tokens, tail_curve, token_frame
+from moediag.analysis.logprobs import logp_metrics, tail_curve
+from moediag.analysis.tokens import scored_tokens, token_frame
 from moediag.statistics.intervals import LARGE_SHARE
 
 

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from synthetic import make_block, make_pair, take
 
-from moediag.analysis import MarginTotals, margin_curve, margin_noise, margin_quantiles, margin_totals
-from moediag.analysis.margins import BIN_HIGH, BIN_LOW
+from moediag.analysis.margins import (
+    BIN_HIGH,
+    BIN_LOW,
+    MarginTotals,
+    margin_curve,
+    margin_noise,
+    margin_quantiles,
+    margin_totals,
+)
 from moediag.errors import MoediagError
 from moediag.run.align import PairBlock
 

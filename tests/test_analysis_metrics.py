@@ -12,24 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_block, make_pair, swapped, take
 
-from moediag.analysis import (
-    ALIASES,
-    binary_kl,
-    drift_by_length,
-    entropy_quantiles,
-    first_divergence,
-    flip_excess,
-    length_slope,
-    logp_metrics,
-    metrics_by_stratum,
-    ratio_quantiles,
-    sequence_frame,
-    tail_curve,
-    token_frame,
-    worst_tokens,
-)
-from moediag.analysis.attribution import MATCHED_ENTROPY_EDGES
-from moediag.analysis.strata import CONFIDENCE_EDGES, ENTROPY_EDGES, doubling_strata, edge_strata
+from moediag.analysis.aliases import ALIASES
+from moediag.analysis.attribution import MATCHED_ENTROPY_EDGES, flip_excess
+from moediag.analysis.entropies import entropy_quantiles
+from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
+from moediag.analysis.measures import binary_kl
+from moediag.analysis.sequences import drift_by_length, first_divergence, length_slope, sequence_frame, worst_tokens
+from moediag.analysis.strata import CONFIDENCE_EDGES, ENTROPY_EDGES, doubling_strata, edge_strata, metrics_by_stratum
+from moediag.analysis.tokens import token_frame
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from synthetic import make_block, make_pair
 
-from moediag.analysis import drift_by_position, position_slope, token_frame
+from moediag.analysis.positions import drift_by_position, position_slope
+from moediag.analysis.tokens import token_frame
 
 
 def test_bins_equal_a_plain_loop() -> None:

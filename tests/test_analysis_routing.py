@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 from synthetic import make_block, make_pair, take
 
-from moediag.analysis import (
-    RoutingTotals,
-    agreement_by_layer,
-    flips_per_token,
-    routing_rates,
-    routing_totals,
-    token_frame,
-)
 from moediag.analysis.expert_sets import compare_block, compare_experts
+from moediag.analysis.routing import agreement_by_layer, flips_per_token, routing_rates
+from moediag.analysis.routing_counts import RoutingTotals, routing_totals
+from moediag.analysis.tokens import token_frame
 from moediag.errors import MoediagError
 
 

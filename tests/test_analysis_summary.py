@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_block, make_pair, self_block, swapped, take
 
-from moediag.analysis import PairAnalysis, analyze_pair, pair_summary
 from moediag.frames import declared_frames
+from moediag.results.pair_analysis import PairAnalysis, analyze_pair
+from moediag.results.pair_summary import pair_summary
 from moediag.run.align import Pair, PairBlock
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -250,6 +251,6 @@ def test_a_pair_without_blocks() -> None:
 
 @pytest.mark.parametrize("module", ["moediag.analysis", "moediag.corrections"])
 def test_analysis_imports_alone_and_without_torch(module: str) -> None:
-    """The two packages use each other's rooms: each must be importable first."""
+    """Bug: analysis imported corrections, which imported analysis, so that one of them had to be first."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,7 +10,7 @@ import pytest
 from plain_corrections import clamped_exp, k3, plain_weights
 from synthetic import make_block, make_pair
 
-from moediag.analysis import scored_tokens, token_frame
+from moediag.analysis.tokens import scored_tokens, token_frame
 from moediag.corrections import (
     METHODS,
     PRESETS,

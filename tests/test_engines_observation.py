@@ -11,8 +11,6 @@ import pytest
 from conftest import write_jsonl
 from probes import TESTS, engines_under, run_probe
 
-from moediag.analysis.pair_analysis import analyze_pair
-from moediag.analysis.summary import pair_summary
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.engines.arms import ArmRequest
 from moediag.engines.assemble import FULL, MARGINS
@@ -20,6 +18,8 @@ from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.errors import CaptureError
 from moediag.hygiene import check_run
+from moediag.results.pair_analysis import analyze_pair
+from moediag.results.pair_summary import pair_summary
 from moediag.run.reader import Run, open_run
 from moediag.run.recipes import PREFILL
 

@@ -11,13 +11,14 @@ from markdown_it import MarkdownIt
 from synthetic import make_block, make_pair
 from synthetic_frames import make_run, make_summary
 
-from moediag.analysis import analyze_pair, pair_summary
 from moediag.cli.table import show_table
 from moediag.errors import MoediagError
 from moediag.figures import draw_run_figures
 from moediag.report import comparison_page, markdown_page, run_page
 from moediag.report.blocks import table
 from moediag.report.text import Markdown, code, plain
+from moediag.results.pair_analysis import analyze_pair
+from moediag.results.pair_summary import pair_summary
 
 FIGURES = [
     Path("run/figures") / f"{name}.{kind}"

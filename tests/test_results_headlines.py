@@ -10,10 +10,10 @@ from synthetic import make_block, make_pair
 from test_analysis_floors import own_of
 
 from moediag.analysis.floors import floors, metric_value
-from moediag.analysis.pair_analysis import analyze_pair
 from moediag.analysis.sequences import abs_log_ratio_mean
-from moediag.analysis.summary import pair_summary
 from moediag.figures import FIGURES, Floor, summary_floors
+from moediag.results.pair_analysis import analyze_pair
+from moediag.results.pair_summary import pair_summary
 
 MAIN, TRAIN_FLOOR, INFER_FLOOR = "infer~train", "train-repeat~train", "infer-repeat~infer"
 

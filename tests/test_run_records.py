@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from records import arm_of, checkpoint_of, made_otherwise, new_run
 
-from moediag.analysis.pair_analysis import analyze_pair
 from moediag.corrections.sources import run_source
 from moediag.errors import IncompleteRunError, RunConflictError, RunError
 from moediag.hygiene import check_run
 from moediag.results import analyze_run, report_run
+from moediag.results.pair_analysis import analyze_pair
 from moediag.results.trend import measure_trend
 from moediag.run import codec
 from moediag.run.capture import Capture, TokenRows, arrays_of

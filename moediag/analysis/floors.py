@@ -108,7 +108,7 @@ def floors(pairs: Mapping[str, Summary], main: str, own: Sequence[Variant]) -> d
     """Floors and rounding scale of every headline metric of a run's main pair.
 
     Args:
-        pairs: summaries by pair name, as :func:`~moediag.analysis.summary.pair_summary` gives them.
+        pairs: summaries by pair name, as :func:`~moediag.results.pair_summary.pair_summary` gives them.
         main: name of the pair that they stand beside.
         own: arms compared with the arm of their own side, of which floors and scales are made.
 

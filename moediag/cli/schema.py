@@ -11,7 +11,8 @@ NAME = "schema"
 
 def command(as_json: o.Json = False) -> None:
     """Print the declared frames: what one row is, and every column's dtype, unit and meaning."""
-    import moediag.analysis  # noqa: F401 - declares the frames
+    import moediag.analysis
+    import moediag.corrections  # noqa: F401 - both declare their frames
     from moediag.cli.console import say, say_json
     from moediag.frames import declared_frames
 

@@ -1,7 +1,5 @@
 """Off-policy corrections simulated on logged tokens: weights by method, presets, what gets masked."""
 
-# first: the two packages use each other's modules, and analysis must not meet half of this one
-import moediag.analysis  # noqa: F401
 from moediag.corrections.batch import Batch
 from moediag.corrections.correction import Correction, Step, compose, correction_weights, parse_correction, weights
 from moediag.corrections.masked_shares import masked_shares

@@ -8,12 +8,12 @@ import pandas as pd
 
 from moediag.analysis.flips.explained import flip_headlines, predict_flips
 from moediag.analysis.floors import variants
-from moediag.analysis.pair_analysis import analyze_pair
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.errors import RunError
 from moediag.folder import SUMMARY, made_together, write_frames
 from moediag.hygiene import check_run
 from moediag.notation import INFER, TRAIN
+from moediag.results.pair_analysis import analyze_pair
 from moediag.results.summary import summarize
 from moediag.run.derived import ANALYSIS
 from moediag.run.files import read_sealed, write_sealed

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-import moediag.analysis  # noqa: F401 - declares the frames
+import moediag.analysis
+import moediag.corrections  # noqa: F401 - both declare their frames
 from moediag.errors import CorruptRunError, IncompleteRunError
 from moediag.folder import SUMMARY, read_frames
 from moediag.notation import SCHEMA_VERSION

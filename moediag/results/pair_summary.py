@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moediag.analysis.pair_analysis import PairAnalysis
 from moediag.analysis.sequences import (
     abs_log_ratio_mean,
 )
+from moediag.results.pair_analysis import PairAnalysis
 from moediag.statistics.intervals import Interval
 
 _SUMMARISED = (
