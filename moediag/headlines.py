@@ -96,9 +96,9 @@ def body_and_tail_words(moe: pd.DataFrame, dense: pd.DataFrame) -> str:
     (p50, mean, p99), (p50_dense, mean_dense, p99_dense) = ([found[metric] for metric in metrics] for found in rows)
     where = {
         (True, True): "Body and tail are both wider in the MoE run",
-        (False, True): "The tail is wider in the MoE run; the bodies cannot be told apart",
-        (True, False): "The body is wider in the MoE run; the tails cannot be told apart",
-        (False, False): "Neither the bodies nor the tails of the two runs can be told apart",
+        (False, True): "The tail is wider in the MoE run; the bodies cannot be distinguished",
+        (True, False): "The body is wider in the MoE run; the tails cannot be distinguished",
+        (False, False): "Neither the bodies nor the tails of the two runs can be distinguished",
     }[p50["ci_low"] > p50_dense["ci_high"], p99["ci_low"] > p99_dense["ci_high"]]
     pairs = (p50, p50_dense), (mean, mean_dense), (p99, p99_dense)
     by_p50, by_mean, by_p99 = (times(ours["value"], theirs["value"]) for ours, theirs in pairs)
@@ -116,7 +116,7 @@ def _least_slope_words(pair: Summary, frames: Frames) -> str:
     if not bounds or drift is None or drift.empty or not is_number(mean) or mean == 0:
         return ""
     low, high = bounds
-    word = "grows" if low > 0 else "falls" if high < 0 else "cannot be told from constant"
+    word = "grows" if low > 0 else "falls" if high < 0 else "cannot be distinguished from constant"
     n_positions = int(frames["tokens"]["position"].max()) + 1
     least = (high - low) / 2 * n_positions / 1000
     return (

@@ -1,6 +1,7 @@
 """What a person works with in Python: runs, comparisons, series and simulations that show themselves and draw.
 
-Everything here wraps what the command line calls: the same numbers, the same figures, nothing written unless asked for.
+Everything here wraps what the command line calls: the same numbers, the same figures. Only ``write``,
+``analyze`` and ``report`` write.
 
 Example::
 
@@ -13,7 +14,7 @@ Example::
     moediag.simulate(run, "icepop", "tis_token").weights
 
 Invariants:
-    - results are read anew from disk and held against their digests whenever they are asked for, so an open run never
+    - results are read anew from disk and held against their digests at every access, so an open run never
       shows an analysis of arms that have changed since;
     - showing a run never fails: what is damaged or missing is shown as such.
 """
@@ -69,7 +70,7 @@ class Run(Shown, reader.Run):
 
     @property
     def frames(self) -> Frames:
-        """Frames of the main pair by name, each read when it is asked for; raises like :attr:`summary`."""
+        """Frames of the main pair by name, each read at its first access; raises like :attr:`summary`."""
         return Frames(self, self.summary["main_pair"])
 
     def frames_of(self, arm_a: str, arm_b: str) -> Frames:
@@ -175,7 +176,7 @@ class Run(Shown, reader.Run):
 
 
 class Frames(Mapping[str, pd.DataFrame]):
-    """Frames of one pair of a run: a mapping whose frames are read, and checked, when they are asked for."""
+    """Frames of one pair of a run: a mapping whose frames are read, and checked, at their first access."""
 
     def __init__(self, run: Run, pair: str) -> None:
         self._run, self.pair = run, pair
@@ -300,7 +301,7 @@ class Simulation(Shown):
 
     @property
     def frames(self) -> dict[str, pd.DataFrame]:
-        """Frames by name: ``correction_statistics`` and what stands beside it."""
+        """Frames by name: ``correction_statistics`` and the others."""
         found: dict[str, pd.DataFrame] = self.result.frames
         return found
 
@@ -313,7 +314,7 @@ class Simulation(Shown):
     def weights(self) -> pd.DataFrame:
         """Weight of every row under every correction, in the order of the rows; 0 = no update.
 
-        Beside the weights stand the columns that name a row: ``seq_id``, ``position`` and what else was there.
+        Beside the weights are the columns that identify a row: ``seq_id``, ``position`` and others of the source.
         """
         from moediag.corrections.weight_files import batch_weights
 
@@ -396,7 +397,7 @@ def open_run(path: str | Path) -> Run:
 
 
 def open_series(path: str | Path) -> Series:
-    """Open a series; raises RunError where there is none."""
+    """Open a series; raises RunError for any other folder."""
     found = series.open_series(Path(path))
     return Series(found.path, found.record)
 

@@ -1,4 +1,4 @@
-"""The legend: letters, signs and words, said once and used everywhere.
+"""The legend: letters, signs and words, defined once.
 
 Letters (array suffixes, in this order):
     T token rows, S sequences, L **MoE** layers (0 = first MoE layer; the decoder index is kept beside
@@ -20,7 +20,7 @@ Words:
     flip      the top-K *set* differs between two captures at one (token, layer)
     reorder   same set, other order (harmless)
     margin    gap between the K-th and (K+1)-th *choice score*, what TopK really compares (float32)
-    mismatch  said of log-probabilities only
+    mismatch  of log-probabilities only
     floor     the same comparison of an engine with itself
 
 Absent values: NaN = not scored; expert id -1 = not routed; a mean over nothing is NaN with n = 0.

@@ -171,7 +171,7 @@ def test_one_prompt_has_no_batch_cosine() -> None:
     one = compare(gradients_of({n: v[taken] for n, v in vectors.items()}, prompt_S[taken]), "none", "sequence_is")
     assert np.isnan(one.batch_cosine)
     assert np.isnan(one.noise_cosine)
-    assert one.expected["cosine"].note == "1 prompt: its gradients cannot be told from their noise"
+    assert one.expected["cosine"].note == "1 prompt: its gradients cannot be distinguished from their noise"
 
 
 def sequence_weighted(rng: np.random.Generator, n_prompts: int, signal_to_noise: float, turn: float) -> PromptGradients:

@@ -7,7 +7,7 @@ Invariants:
       stratum;
     - it stays an association, an *excess* and not a cost: what makes a token hard without showing in its probability
       or entropy (unseen difficulty) is not controlled, infer's own flips move p_infer, and earlier flips act through
-      attention. Forcing the routes (rule R9) is the experiment.
+      attention. Forcing the routes is the experiment.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Evidence, at each distance d = 1 .. 64 (d = 1: a step's buffer not refreshed; d 
     - with scores, rows equal bit for bit in ids, gate weights and margins, against the same at all other distances
       (a run of identical rows counts at its own distance only);
     - with ids alone, same sets in all layers, against :func:`moediag.hygiene.chance.joint_rate` of neighbours; for
-      d > 1 only matches inside runs of at least 3. At L <= 2, or where every set is popular, ids alone cannot tell.
+      d > 1 only matches inside runs of at least 3. At L <= 2, or where every set is popular, ids alone do not decide.
 
 **Missing** (D06, D07, D08), :class:`Completeness`: which rows lack routing, and why: the sampled last token, a rank's
 share, a cached prefix, or no known pattern. Counts of whole sequences, so that the order of sequences and the shards do
@@ -156,7 +156,7 @@ class Filler:
         return []
 
     def _tie_rate(self) -> float:
-        """Expected rate of rows tied in all layers, from rows tied in some; 1 where one layer cannot tell."""
+        """Expected rate of rows tied in all layers, from rows tied in some; 1 where one layer does not decide."""
         if not self._has_scores or self._shape.n_layers == 1:
             return 1.0
         # rule of succession: no tie seen in n rows still leaves a rate of about 1 / n
@@ -302,7 +302,7 @@ def _score_hashes(rows: Rows) -> NDArray[np.uint64] | None:
 
 
 def _in_runs(hit_T: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Hits that stand in a run of at least _LEAST_RUN hits."""
+    """Hits inside a run of at least _LEAST_RUN hits."""
     edge_T = np.flatnonzero(np.diff(np.r_[False, hit_T, False].astype(np.int8)))
     kept_T = np.zeros(len(hit_T), dtype=bool)
     for start, end in zip(edge_T[::2].tolist(), edge_T[1::2].tolist(), strict=True):
@@ -325,7 +325,7 @@ class Completeness:
         self._absent_L: NDArray[np.int64] | None = None
         self._n_sequences = 0
         self._gaps: list[_Gap] = []
-        self._n_leading = 0  # absent rows that stand in a gap at the beginning of a sequence
+        self._n_leading = 0  # absent rows in a gap at the beginning of a sequence
         self._strided = {n: np.zeros((2, n), dtype=np.int64) for n in _RANKS}  # rows, present rows by position mod n
         self._blocks = dict.fromkeys(_RANKS, 0)  # sequences with one present block of length / n
         self._n_long = dict.fromkeys(_RANKS, 0)
@@ -374,7 +374,7 @@ class Completeness:
 
     @property
     def gap_lengths(self) -> set[int]:
-        """Lengths whose prefixes must be looked up in all sequences: :meth:`findings` wants to know how shared."""
+        """Lengths whose prefixes must be counted over all sequences for :meth:`findings`."""
         return {gap.length for gap in self._gaps}
 
     def findings(self, where: str, prefixes: dict[tuple[int, int], int]) -> list[Finding]:
@@ -442,7 +442,7 @@ class Completeness:
         )
         message = (
             f"rows are missing only at the beginning of {len(self._gaps):,} of {self._n_sequences:,} sequences, "
-            f"{size}; {n_shared:,} of these prefixes stand in another sequence too"
+            f"{size}; {n_shared:,} of these prefixes are in another sequence too"
         )
         return [
             finding("D08-cached-prefix", where, message, n=len(self._gaps), n_of=self._n_sequences,

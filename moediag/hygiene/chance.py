@@ -10,7 +10,7 @@ Base rates:
       wear off with depth. Ours; it covers a latent shared by all layers with correlation up to 0.25 (tested for L up
       to 48). On the trained demo pair (E = 16, K = 4, L = 6; pairs of different tokens at lags 1 to 37) the power
       found is 1.9-2.0 for 2 layers, 2.0-2.4 for 3, and no pair agrees in 4 or more: twice as independent as assumed.
-      The price: nothing can be said from ids alone at L <= 2.
+      The price: ids alone show nothing at L <= 2.
     - **Bit-identical scores** (gate weights, margins). Neighbours were not more alike than rows far apart on that
       pair (0.9 % against 1.7 % same sets in the first layer); we still allow ten times the odds.
 """
@@ -152,7 +152,7 @@ def correlation_is_below(limit: float, sums_GS: NDArray[Any], n_copies: int) -> 
     """True when a correlation is below a limit by more than its error explains; errors as :func:`correlation_excess`.
 
     Fisher's z is used up to three times as many groups: streams that are unrelated have independent products whatever
-    their groups, and a t quantile of few groups would ask for twice as many tokens.
+    their groups, and a t quantile of few groups would need twice as many tokens.
 
     Args:
         sums_GS: per group the sums of 1, x, y, x^2, y^2, xy.
@@ -172,7 +172,7 @@ def correlation_is_below(limit: float, sums_GS: NDArray[Any], n_copies: int) -> 
 def is_positive(sums_GS: NDArray[Any], statistic: Callable[[NDArray[Any]], NDArray[Any]], n_tests: int = 1) -> bool:
     """True when a statistic of sums is above 0 by more than its error (delete-one-group jackknife, t at ALPHA).
 
-    Below MIN_GROUPS groups nothing is said.
+    Below MIN_GROUPS groups there is no finding.
 
     Args:
         sums_GS: sums of each group; unused groups are 0 throughout.

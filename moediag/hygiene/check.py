@@ -123,7 +123,7 @@ class ArmHygiene:
 
     @property
     def gap_lengths(self) -> set[int]:
-        """Prefix lengths that :meth:`findings` wants counted over all sequences."""
+        """Prefix lengths that :meth:`findings` needs counted over all sequences."""
         return self._completeness.gap_lengths
 
     def findings(self, where: str, prefixes: dict[tuple[int, int], int]) -> list[Finding]:
@@ -335,11 +335,11 @@ def _check_prompts(run: Run) -> list[Finding]:
 
 def _check_record(run: Run, arm: str) -> list[Finding]:
     try:
-        told = run.arm(arm).disagreements
+        disagreements = run.arm(arm).disagreements
         run.correction_bias(arm)
     except RunError as error:
         return [finding("damaged", f"{arm} arm.json", str(error))]
-    return [finding("D14-other-rule", f"{arm} arm.json", disagreement) for disagreement in told]
+    return [finding("D14-other-rule", f"{arm} arm.json", disagreement) for disagreement in disagreements]
 
 
 def _check_shard(
@@ -427,10 +427,10 @@ def _misfits(tokens: TokenRows, capture: Capture, shape: Shape, where: str) -> l
     sizes = {"T": len(tokens), "L": shape.n_layers, "K": shape.top_k, "E": shape.n_experts}
     for name, array in capture.arrays().items():
         letters = name.rpartition("_")[2]
-        wanted = tuple(sizes[letter] for letter in letters)
-        if array.shape != wanted:
+        expected = tuple(sizes[letter] for letter in letters)
+        if array.shape != expected:
             return [
-                finding("completeness", where, f"{name} is ({', '.join(letters)}) = {array.shape}, wanted {wanted}")
+                finding("completeness", where, f"{name} is ({', '.join(letters)}) = {array.shape}, expected {expected}")
             ]
     return []
 

@@ -149,7 +149,7 @@ class Count:
 
     @classmethod
     def merged(cls, counts: Iterable[Count], n_of: int) -> Count:
-        """Several counts as one of ``n_of``; copies are not told apart any more."""
+        """Several counts as one of ``n_of``; copies are not distinguished any more."""
         some = list(counts)
         places = sorted(place for count in some for place in count.places)
         return cls(sum(count.n for count in some), n_of, places[:N_PLACES])

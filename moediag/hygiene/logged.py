@@ -34,7 +34,7 @@ def check_tokens(
 ) -> list[Finding]:
     """Findings on logged response tokens, errors first.
 
-    Give log-probabilities as they were read: a value above 0 by rounding is none of the exact zeros of padding.
+    Give log-probabilities as they were read: a value above 0 by rounding is not one of the exact zeros of padding.
 
     Args:
         logp_train_T, logp_infer_T: log-probabilities [nat]; NaN = not scored, such rows take no part.

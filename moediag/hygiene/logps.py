@@ -14,7 +14,7 @@ Two sides. Each fault is judged against what healthy engines may do, however noi
     - **Contradicted zeros** (D31), :class:`ContradictedZeros`.
     - **Copied** (D28), :class:`SameBits`, and **mean ratio** (D09), :class:`MeanRatio`, for data of another tool: the
       mean ratio is exactly 1 in expectation whatever train computes, if infer sampled the tokens from what it scores
-      them with; so only asked of tokens of which that is known.
+      them with; so only checked on tokens for which that is known.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _LEAST_FAR_SHARE = 0.1
 
 _UNRELATED = 0.4
 """Correlation within sequences below which two streams have nothing in common; 0.99 is healthy (verl #7242). Ours, and
-far off on purpose: streams of other sequences were within 0.1 of 0, so that 130 tokens are enough to tell."""
+far off on purpose: streams of other sequences were within 0.1 of 0, so that 130 tokens are enough."""
 
 _LEAST_LIMIT, _MOST_LIMIT = 0.2, 0.5
 """Correlation of one sequence of many tokens, and of few, that still passes for 0."""
@@ -123,9 +123,7 @@ class Logps:
             message = f"{self._rounded.text()} logps are above 0 by at most {LARGEST_ROUNDED_LOGP:g} nat"
             found.append(counted("D31-rounded-logp", where, message, self._rounded))
         if self._contradicted.n:
-            message = (
-                f"{self._contradicted.text()} logps of exactly 0 stand beside {MOST_ENTROPY_OF_CERTAIN} nat or more"
-            )
+            message = f"{self._contradicted.text()} logps of exactly 0 beside {MOST_ENTROPY_OF_CERTAIN} nat or more"
             found.append(counted("D31-zero-logp", where, message, self._contradicted))
         elif self._zero.n:
             message = (
@@ -219,7 +217,7 @@ class OtherSequence:
             self._sums_GS[:, column] += np.bincount(group_N, values, minlength=N_GROUPS)
 
     def findings(self, where: str) -> list[Finding]:
-        """All sequences together, else those that stand apart from most others."""
+        """All sequences together, else those unlike most others."""
         parts_SN = np.concatenate(self._parts) if self._parts else np.zeros((0, 6))
         parts_SN = parts_SN[np.argsort(parts_SN[:, 0], kind="stable")]
         if not len(parts_SN):

@@ -1,4 +1,4 @@
-"""Gate weights, margins and router logits: finite, possible, and of the rows they stand beside. D16 as well.
+"""Gate weights, margins and router logits: finite, possible, and of the rows they belong to; exact ties (D16).
 
 Beside each other (D14), :class:`GateFactor`: sums of gate weights where both sides chose the same experts.
 """
@@ -67,7 +67,7 @@ class RouterScores:
             self._sums.setdefault(number, Count()).add(rows.tokens, good_TL & (bin_TL == number), 0)
 
     def _sum_finding(self, where: str) -> list[Finding]:
-        """Sums beside the most common one; its neighbours belong to it, since it may stand at a step's edge."""
+        """Sums beside the most common one; its neighbours belong to it, since it may be at a step's edge."""
         if not self._sums:
             return []
         usual = max(sorted(self._sums), key=lambda number: self._sums[number].n)

@@ -1,4 +1,4 @@
-"""One shard of one arm with what every rule asks of it, computed once: sets as bits, which rows are routed.
+"""One shard of one arm with what the rules need of it, computed once: sets as bits, which rows are routed.
 
 Sets of experts are bit sets, E bits in W words of 64, so that equality, overlap and duplicates cost a few word
 operations per (token, layer) whatever K is.

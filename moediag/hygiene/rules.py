@@ -1,7 +1,8 @@
 """The table of rules: what ``validate`` looks for, what it then names as cause, and what to check next.
 
 Levels: *error* = a bug for certain (or data that cannot be analysed), *warning* = likely, *note* = information.
-The D numbers are those of the project's diagnosis ladder; a name without one belongs to the files themselves.
+A rule's number groups rules of one kind of fault and is never shown without its name; rules without a number are about
+files and single values.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ _TABLE = (
     Rule("D31-rounded-logp", "log-probabilities above 0 by no more than rounding", "logit - logsumexp, rounded up",
          NOTE, "nothing; they count as 0", LOGPS),
     Rule("D31-zero-logp", "log-probabilities of exactly 0 that the row's entropy or the other side contradicts",
-         "zero-filled padding or truncation", ERROR, "look at where in the response they stand; drop them", LOGPS),
+         "zero-filled padding or truncation", ERROR, "look at where in the response they are; drop them", LOGPS),
     Rule("D31-certain-tokens", "log-probabilities of exactly 0 that no entropy contradicts",
          "near-certain tokens, rounded to 0", NOTE, "nothing; means over them are small by nature", LOGPS),
     Rule("D31-entropy", "entropies missing beside scored tokens, or below 0", "truncated top-k entropies, or padding",
@@ -179,7 +180,7 @@ RULES = {rule.name: rule for rule in _TABLE}
 
 
 def left_out(has: Iterable[str]) -> dict[str, list[str]]:
-    """What is not there -> the rules that could not be applied for want of it.
+    """What is not there -> the rules that could not be applied without it.
 
     Example:
         >>> left_out({rule.needs for rule in RULES.values()} - {DISTRIBUTIONS})

@@ -7,7 +7,7 @@ Invariants:
       A squared norm of a mean of C noisy gradients is too large by trace / C, and two estimates made of the same
       tokens share their noise, so that a plain cosine between them is too near to 1;
     - where two gradients share tokens and carry no signal at all, their batch cosine is still near 1: what noise alone
-      gives (``noise_cosine``) stands beside it, and only the noise-removed change says which of two is nearer;
+      gives (``noise_cosine``) is given beside it, and only the noise-removed change says which of two is nearer;
     - the same input gives the same interval, bit for bit.
 
 Intervals are BCa (Efron 1987) over 2,000 draws of prompts, the acceleration by the jackknife, its levels those of
@@ -27,17 +27,17 @@ sets, standard error 0.014; Gaussian gradients / Student-t with 3 degrees of fre
 At no bias at all the interval of the relative bias is too wide (0.99): squared norms have no linear part there.
 
 Cosines and their change get the outer of BCa and the jackknife's Student-t bounds: BCa alone calls truncated weights
-farther than no correction in nine sets of ten where the weights tell nothing, the jackknife alone covers 0.80 with 16
+farther than no correction in nine sets of ten where the weights are noise, the jackknife alone covers 0.80 with 16
 prompts. ``benchmarks/gradient_coverage.py`` (200 sets, standard error 0.015 at 0.95, log-normal sequence weights with
 sigma 1; 16 / 64 prompts; nominal of a wrong "nearer": 0.025):
 
     ============================== =========== =============== =============== =========== =============
     truth, signal to noise         interval    covers: cosine  covers: change  nearer      batch nearer
     ============================== =========== =============== =============== =========== =============
-    weights tell nothing, 0          0 /   0    -- /  --        -- /  --       0   / 0     1.0 / .995
-    weights tell nothing, 1        .25 / .03   1.0 / 1.0       1.0 / 1.0       0   / 0     1.0 / .995
-    weights tell nothing, 4        .93 / .86   1.0 / 1.0       1.0 / 1.0       0   / 0     1.0 / .995
-    weights tell nothing, 20, 100  1.0 / 1.0   1.0 / 1.0       1.0 / 1.0       0   / 0     1.0 / .995
+    weights are noise,    0          0 /   0    -- /  --        -- /  --       0   / 0     1.0 / .995
+    weights are noise,    1        .25 / .03   1.0 / 1.0       1.0 / 1.0       0   / 0     1.0 / .995
+    weights are noise,    4        .93 / .86   1.0 / 1.0       1.0 / 1.0       0   / 0     1.0 / .995
+    weights are noise,    20, 100  1.0 / 1.0   1.0 / 1.0       1.0 / 1.0       0   / 0     1.0 / .995
     they turn it by 45 degrees, 1  .24 / .12   .67 / .91       .96 / .96       .04 / .02   1.0 / 1.0
     they turn it by 45 degrees, 4  .89 / .98   .63 / .75       .91 / .96       .18 / .89   1.0 / 1.0
     they turn it by 45 degrees, 20 .96 / 1.0   .65 / .63       .89 / .96       .32 / .95   1.0 / 1.0
@@ -65,7 +65,7 @@ from moediag.statistics.resampling import N_DRAWS, SEED, TAIL
 Float64 = NDArray[np.float64]
 
 _IN_NOISE: Final = "an expected gradient is not above its own noise; audit more sequences"
-_ONE_PROMPT: Final = "1 prompt: its gradients cannot be told from their noise"
+_ONE_PROMPT: Final = "1 prompt: its gradients cannot be distinguished from their noise"
 NO_VARIATION: Final = "no variation between prompts"
 _ONE_SIDED: Final = "noise decides: its draws lie on one side of the value; see bias_floor"
 _MAX_UNDEFINED: Final = 0.005
@@ -110,7 +110,7 @@ class PromptGradients:
 
 COSINES: Final = ("cosine", "cosine_change")
 STATISTICS: Final = (*COSINES, "norm", "gain", "relative_bias", "variance", "variance_ratio")
-"""What is said of expected gradients, each with an interval over prompts."""
+"""Statistics of expected gradients, each with an interval over prompts."""
 
 
 @dataclass(frozen=True)

@@ -72,9 +72,9 @@ events are expected, at 16 and at 64 prompts of about 280 tokens:
 
 No event of 16 or 64 such prompts leaves rates of up to 3.9 and 2.4 times what independent tokens would leave.
 
-The **largest prompt's share** of a mean's sum tells how far it hangs on prompts that another sample may lack. Coverage
-for prompts that are log-normal (table ``shares``, standard error 0.011), and the share that samples typically show;
-``signed`` is the interval of a mean of either sign on the same data, all on one side:
+The **largest prompt's share** of a mean's sum shows how far it depends on prompts that another sample may lack. Its
+coverage for prompts that are log-normal (table ``shares``, standard error 0.011), and the share that samples typically
+show; ``signed`` is the interval of a mean of either sign on the same data, all on one side:
 
     ===== ======================= ======================= =======================
     sigma 16: share pos. signed   64: share pos. signed   256: share pos. signed
@@ -118,7 +118,7 @@ _UNSEEN_CV2: Final = 5.0
 """How much the rate of events that were not seen may differ between prompts: squared standard deviation over mean."""
 _UNSEEN_PROMPTS: Final = 2
 """Prompts with unseen events that the design effect of a rate is estimated with. Ours: 2 keep the upper bound growing
-with every event that stands alone in its prompt, from 32 prompts on without the help of the bound of no event."""
+with every event that is the only one of its prompt, from 32 prompts on without the help of the bound of no event."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def _clopper_pearson(value_M: Float64, size_M: Float64) -> tuple[Float64, Float6
 def _unseen_events(total_M: Float64, square_M: Float64, n_per_event: Float64) -> Float64:
     """Design effect of a rate of which no event was seen, hence events of a prompt that has some.
 
-    No event tells nothing of how events cluster, so it has to be supposed: the prompts' rates follow a gamma
+    Without an event the clustering is unknown and has to be assumed: the prompts' rates follow a gamma
     distribution with a squared coefficient of variation of :data:`_UNSEEN_CV2`. C prompts of m trials then show no
     event in one sample of forty at a rate of (40^(CV2 / C) - 1) / (m CV2), where independent trials have log(40) / Cm.
     Never more than what prompts without any spread inside have, sum n^2 / sum n.
@@ -397,9 +397,9 @@ def student_t(freedom: Any) -> Any:
     return special.stdtrit(freedom, 1 - TAIL)
 
 
-def too_few(n_clusters: int, wanted: int = MIN_CLUSTERS) -> str:
+def too_few(n_clusters: int, least: int = MIN_CLUSTERS) -> str:
     """Why so few prompts have no interval."""
-    return f"{n_clusters} prompts; an interval needs {wanted}"
+    return f"{n_clusters} prompts; an interval needs {least}"
 
 
 def divide(numerator: Float64, denominator: Float64) -> Float64:

@@ -76,8 +76,8 @@ def _too_thin_a_tail(above_C: Float64, q: float) -> str:
     n_above, n_clusters = int(above_C.sum()), int((above_C > 0).sum())
     if q <= _FAR or (n_above >= TAIL_MIN_EXCEEDANCES and n_clusters >= TAIL_MIN_CLUSTERS):
         return ""
-    wanted = f"the tail needs {TAIL_MIN_EXCEEDANCES} tokens from {TAIL_MIN_CLUSTERS} prompts"
-    return f"{n_above} tokens from {n_clusters} prompts lie above; {wanted}"
+    needed = f"the tail needs {TAIL_MIN_EXCEEDANCES} tokens from {TAIL_MIN_CLUSTERS} prompts"
+    return f"{n_above} tokens from {n_clusters} prompts lie above; {needed}"
 
 
 def _why_none(values_T: Float64, n_clusters: int, q: float) -> str:
@@ -90,16 +90,16 @@ def _why_none(values_T: Float64, n_clusters: int, q: float) -> str:
     return ""
 
 
-def _shares_above(above_C: Float64, n_C: Float64, wanted: float) -> tuple[float, float]:
-    """Shares of tokens above that the quantile's bounds have, low and high, around ``wanted`` = 1 - q."""
+def _shares_above(above_C: Float64, n_C: Float64, above: float) -> tuple[float, float]:
+    """Shares of tokens above that the quantile's bounds have, low and high, around ``above`` = 1 - q."""
     total = np.array([n_C.sum()])
     share = float(above_C.sum() / total[0])
     residual_C1 = (above_C - share * n_C)[:, None]
-    if 1 - wanted < _TAIL_FROM or share <= 0:
-        low, high = rate_bounds(residual_C1, n_C[:, None], np.array([wanted]))
+    if 1 - above < _TAIL_FROM or share <= 0:
+        low, high = rate_bounds(residual_C1, n_C[:, None], np.array([above]))
         return float(low[0]), float(high[0])
     low, high = rate_bounds(residual_C1, n_C[:, None], np.array([share]))
     freedom = effective_freedom(residual_C1)
     se = standard_error(residual_C1, total, np.array([len(n_C)]))
     lower, upper = positive_bounds(residual_C1, n_C[:, None], np.array([share]), se, freedom)
-    return wanted * share / float(np.fmax(high, upper)[0]), wanted * share / float(np.fmin(low, lower)[0])
+    return above * share / float(np.fmax(high, upper)[0]), above * share / float(np.fmin(low, lower)[0])

@@ -6,13 +6,13 @@ step; its boundary delta_c = 2 b / a is an estimate under :data:`ASSUMPTIONS`, a
 be stable.
 
 Invariants:
-    - a series that cannot tell is refused in a sentence with its numbers: an infinite value, too few steps, errors not
-      known, no change beyond the errors, an interval of a that holds 0, or another shape that fits better;
+    - a series that does not decide is refused in a sentence with its numbers: an infinite value, too few steps, errors
+      not known, no change beyond the errors, an interval of a that holds 0, or another shape that fits better;
     - growth faster than a straight line is never called compounding: the recurrence is one explanation of it, and
       others that fit as well are named (:mod:`moediag.statistics.recurrence_likelihood`);
     - intervals are those values that a likelihood ratio does not reject, with its own distribution simulated at each
       value tried (grid bootstrap): a ratio has no symmetric interval, near a = 0 no ratio is chi-squared, and 30 steps
-      do not tell process noise from none. They may be unbounded, and then say so;
+      do not separate process noise from none. They may be unbounded, and then say so;
     - the same series gives the same result, bit for bit.
 
 Source: theorem: Ring-1T (arXiv 2510.18855), appendix; grid bootstrap: Hansen, Review of Economics and Statistics 81
@@ -38,7 +38,7 @@ Float64 = NDArray[np.float64]
 Outcome = Literal["grows", "cannot tell", "does not grow"]
 
 MIN_STEPS: Final = 8
-"""Fewest steps: four unknowns (a, b, the start, the process noise) leave four of them to tell noise from growth.
+"""Fewest steps: four unknowns (a, b, the start, the process noise) leave four of them to separate noise from growth.
 Coverage was measured from 8 steps on (``benchmarks/recurrence_coverage.py``)."""
 
 MOST_STEPS: Final = 128
@@ -104,7 +104,7 @@ class Recurrence:
 def fit_recurrence(
     step_N: ArrayLike, delta_N: ArrayLike, se_N: ArrayLike, on_progress: Callable[[int, int], None] | None = None
 ) -> Recurrence:
-    """Fit the recurrence to a measured series, or say why the series cannot tell.
+    """Fit the recurrence to a measured series, or give the reason why the series does not decide.
 
     Not least squares of each delta on the one before: measurement error in the regressor pulls that slope down, and the
     more so the shorter the steps.
@@ -127,16 +127,16 @@ def fit_recurrence(
         return Recurrence("cannot tell", reason, len(series), *ends)
     series, of_steps = thinned(series)
     likelihood = Likelihood.of(series)
-    tell = on_progress or (lambda done, total: None)
-    growth = likelihood.interval("a", lambda done: tell(done, 6))
+    report = on_progress or (lambda done, total: None)
+    growth = likelihood.interval("a", lambda done: report(done, 6))
     if not growth.low > 0:
         outcome, reason = _not_growing(series, growth)
         return Recurrence(outcome, reason + of_steps, len(series), *ends, growth)
     shapes = other_shapes(series, likelihood.found.growth_R)
     if shapes[0].advantage >= STRONG:
         return Recurrence("cannot tell", _another_shape(growth, shapes[0]) + of_steps, len(series), *ends, growth)
-    drain = likelihood.interval("b", lambda done: tell(2 + done, 6))
-    boundary = likelihood.interval("delta_c", lambda done: tell(4 + done, 6))
+    drain = likelihood.interval("b", lambda done: report(2 + done, 6))
+    boundary = likelihood.interval("delta_c", lambda done: report(4 + done, 6))
     reason = _grows(growth, boundary, shapes) + of_steps
     return Recurrence("grows", reason, len(series), *ends, growth, drain, boundary, *likelihood.start_and_noise())
 
@@ -166,10 +166,10 @@ def _usable(step_N: ArrayLike, delta_N: ArrayLike, se_N: ArrayLike) -> tuple[Ser
     """The steps with a value and a standard error, and how many values have none."""
     steps, deltas, errors = (np.asarray(values, dtype=np.float64) for values in (step_N, delta_N, se_N))
     if not (len(steps) == len(deltas) == len(errors)):
-        raise FrameError(f"a series wants as many steps, values and errors, found {len(steps)}, {len(deltas)}, "
+        raise FrameError(f"a series needs as many steps, values and errors, found {len(steps)}, {len(deltas)}, "
                          f"{len(errors)}")  # fmt: skip
     if not np.isfinite(steps).all() or (np.diff(steps) <= 0).any():
-        raise FrameError("a series wants steps that ascend, each once; sort them and drop what is there twice")
+        raise FrameError("a series needs ascending steps, each once; sort them and drop what is there twice")
     if (errors < 0).any():
         raise FrameError(f"a standard error is at least 0, found {np.nanmin(errors):g}; check the column")
     is_known = np.isfinite(deltas) & np.isfinite(errors) & (errors > 0)
@@ -208,7 +208,7 @@ def _not_growing(series: Series, growth: Interval) -> tuple[Outcome, str]:
         return "does not grow", f"{bounds}, lies below 0: steps are pulled to a level, so there is no boundary"
     return "cannot tell", (
         f"{bounds}, holds 0: over steps {series.step_N[0]:g} to {series.step_N[-1]:g} growth that compounds cannot be "
-        "told from a straight line with noise, so delta_c = 2 b / a is unbounded"
+        "distinguished from a straight line with noise, so delta_c = 2 b / a is unbounded"
     )
 
 
@@ -217,7 +217,7 @@ def _grows(growth: Interval, boundary: Interval, shapes: list[Shape]) -> str:
     words += f"delta_c = 2 b / a = {boundary.value:.3g}, 95 % interval {_bounds(boundary)}"
     if boundary.low > 0:
         return f"{words}; the map grows from half of that on"
-    return f"{words}, which {'holds 0' if boundary.high > 0 else 'lies below 0'}: no boundary above 0 can be told"
+    return f"{words}, which {'holds 0' if boundary.high > 0 else 'lies below 0'}: no boundary above 0 can be given"
 
 
 def _faster(growth: Interval) -> str:
@@ -228,9 +228,9 @@ def _compared(shapes: list[Shape]) -> str:
     """Which other shapes fit as well, which do not."""
     as_well = [shape.words for shape in shapes if shape.advantage > -STRONG]
     worse = [shape.words for shape in shapes if shape.advantage <= -STRONG]
-    said = [f"{' and '.join(as_well)} cannot be told from it"] if as_well else []
-    said += [f"{' and '.join(worse)} {'fit' if len(worse) > 1 else 'fits'} worse"] if worse else []
-    words = "; ".join(said)
+    parts = [f"{' and '.join(as_well)} cannot be distinguished from it"] if as_well else []
+    parts += [f"{' and '.join(worse)} {'fit' if len(worse) > 1 else 'fits'} worse"] if worse else []
+    words = "; ".join(parts)
     return (
         f"{words[0].upper()}{words[1:]}, {STRONG:.0f} being strong evidence (Kass and Raftery 1995); a schedule or a "
         "change of data is not among them"

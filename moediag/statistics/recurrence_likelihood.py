@@ -2,7 +2,7 @@
 
 Three steps: the filter (:func:`filter_series`), intervals of a, b and delta_c = 2 b / a (:class:`Likelihood`), and
 other shapes that grow, a parabola and one jump (:func:`other_shapes`): a schedule, a warm-up or a change of data bends
-a series as well as compounding does, and what fits as well cannot be told from it.
+a series as well as compounding does, and what fits as well cannot be distinguished from it.
 
 Filter:
     - exact for Gaussian noise: a Kalman filter of one state, whose map is composed over every gap between the steps
@@ -16,7 +16,7 @@ Intervals (likelihood ratios with a simulated distribution):
     - the process noise is averaged over, not estimated: its most likely value is 0 in most short series, and intervals
       that believe it cover 0.77 where they say 0.95 (30 steps);
     - at every bound tried, series are simulated with that value, with noise drawn from what the data leave possible,
-      and the bound stands where the data's ratio is the 95 % point of theirs (never less than chi-squared's 3.84);
+      and the bound is where the data's ratio is the 95 % point of theirs (never less than chi-squared's 3.84);
     - a's interval is equal-tailed, 2.5 % on either side: of random walks nearly every estimate of a lies below 0, and
       a two-sided point would spend its 5 % there. Its upper bound also holds against series without drift, where an
       estimate lies lowest; the drift fitted to a walk is never 0;
@@ -264,7 +264,7 @@ _CLOSINGS: Final = 8
 _ROUNDS: Final = 2
 """A bound moves, its 95 % point is simulated anew, the bound moves again: it hardly moves after the second round."""
 _TAIL_OF_WALKS: Final = 0.01
-"""Share of series without growth or pull that may be said to be pulled to a level. At the nominal 0.025 it was 0.026 of
+"""Share of series without growth or pull that may be called pulled to a level. At the nominal 0.025 it was 0.026 of
 1,620 walks of 16 steps, since their noise is estimated, not known; at 0.01 it was 0.007 of 1,800 of 16 and 32."""
 _CHI_SQUARED: Final = 2 * float(special.gammaincinv(0.5, LEVEL))
 """95 % point of chi-squared at one degree of freedom: what a ratio has in long series."""
@@ -336,7 +336,7 @@ class Likelihood:
     def interval(self, parameter: Parameter, on_bound: Callable[[int], None] = lambda done: None) -> Interval:
         """Estimate and 95 % interval.
 
-        Bounds are closed in on in rounds, each with the point of the last; 0 decides what is said of a, so it is tried
+        Bounds are closed in on in rounds, each with the point of the last; 0 decides the outcome for a, so it is tried
         itself, and from above with more room than the interval's 2.5 %.
         """
         centre, bounds = self.estimate(parameter), []
@@ -479,7 +479,7 @@ def simulate(
 
 
 STRONG: Final = math.log(20)
-"""Difference of log-likelihoods from which one shape can be told from another: 20 to 1."""
+"""Difference of log-likelihoods from which one shape can be distinguished from another: 20 to 1."""
 _N_SHAPE_NOISES: Final = 16
 _SPAN_OF_NOISES: Final = 1e3
 """Standard deviations of the process noise tried, besides 0: even in the logarithm over this factor."""

@@ -3,7 +3,7 @@
 Invariants:
     - works on residuals about the estimate: the difference of raw moments would cancel in float64;
     - every random number comes from a generator seeded here and made anew for each call and column, so a column's
-      bounds do not depend on what stands beside it;
+      bounds do not depend on what is beside it;
     - draws are made chunk by chunk: memory is bounded whatever the number of clusters.
 """
 

@@ -14,7 +14,7 @@ Invariants:
     - a forecast has no interval: the noise is an estimate, too, and prompts resampled under a noise taken as known give
       bounds that miss the rate found most of the time;
     - only noise that was measured: scaled noise is left out, since a flip makes the noise of later layers louder and
-      no factor tells by how much, and so is rounding of recorded scores, since a router in another precision is not
+      no factor is known, and so is rounding of recorded scores, since a router in another precision is not
       its result rounded. Those are arms to capture (``train-router-fp8``, ``train-router-fp32``);
     - two passes over a pair (noise, then flips) in bounded memory; large captures are thinned by whole tokens, evenly,
       and ``n_choices`` is the number of choices left.
@@ -163,7 +163,7 @@ def forecast_flips(target: PairNoise, noise: PairNoise, bias_LE: Float64 | None 
         Frame ``forecast_flips``: share of choices that would flip, pooled and by layer, beside the flips that both
         pairs show; low is good. Empty without margins on either side.
 
-    Source: ours; assumptions stand in the column ``assumption``.
+    Source: ours; the assumptions are in the column ``assumption``.
     """
     methods = noise.methods(bias_LE is not None)
     if not target.has_target_logits:

@@ -49,7 +49,7 @@ MEASURE_OF: Final[dict[Method, Measure]] = {
 N_FOLDS: Final = 8
 """Prompts go to folds by ``prompt_id % 8``: the same fold in every block, shard and arm of a run."""
 CELLS_PER_OCTAVE: Final = 12
-_LOWEST, _HIGHEST = -40, 12  # log2 of the scales told apart
+_LOWEST, _HIGHEST = -40, 12  # log2 of the scales that have cells of their own
 N_CELLS: Final = (_HIGHEST - _LOWEST) * CELLS_PER_OCTAVE
 CELL_SCALE: Final = 2.0 ** (_LOWEST + (np.arange(N_CELLS) + 0.5) / CELLS_PER_OCTAVE)
 """Scale in the middle of every cell."""
@@ -273,7 +273,7 @@ def _measures(view: BlockView) -> list[Measure]:
 
 
 def noise_records(noise: PairNoise, measure: Measure) -> list[dict[str, Any]]:
-    """Distribution of the noise by layer, its growth with depth, and the ties it meets."""
+    """Distribution of the noise by layer, its growth with depth, and the share of ties."""
     counts = noise.counts[measure]
     n_LH, zero_L = counts.n_FLRH.sum(axis=(0, 2)), counts.zero_FLR.sum(axis=(0, 2))
     n_L = n_LH.sum(axis=1) + zero_L

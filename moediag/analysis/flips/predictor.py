@@ -1,4 +1,4 @@
-"""P(flip) of every choice from one side's scores and a distribution of noise scales learned on other prompts.
+"""P(flip) of every choice from one side's scores and a distribution of noise scales measured on other prompts.
 
 First the probability for noise of a known size (exact for independent Gaussian noise, or simulated), then
 :class:`FlipPredictor`, which averages it over the sizes measured.
@@ -14,7 +14,7 @@ Invariants:
       other side's numbers enter as counts of *other folds* alone;
     - P(flip) is an average over scales, not P(flip) at an average scale: the noise of real engines is a mixture, and
       one Gaussian sigma gives too many flips (its few loud tokens lift the sigma of all);
-    - NaN where nothing can be said: no noise measured on other prompts, or no finite scores.
+    - NaN where nothing can be predicted: no noise measured on other prompts, or no finite scores.
 
 Assumed: given its layer, stratum and the size of its logits, a token's noise does not depend on its gap; noise is
 symmetric, Gaussian for a token of known scale, and independent between experts.
