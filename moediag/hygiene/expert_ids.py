@@ -4,8 +4,8 @@
 - **Shifted rows and layers** (D01, D02), :class:`RowLag`, :class:`LayerLag`: evidence is a *difference* between the
   agreement of the two sides at an offset and at 0, each row its own control, with its error over groups of rows
   (:mod:`moediag.hygiene.chance`): noisy engines agree little anywhere, and then there is no finding. Layers are
-  compared after subtracting what their expert popularity alone gives, since a hot expert is shared by rows that have nothing
-  else in common.
+  compared after subtracting what their expert popularity alone gives, since a hot expert is shared by rows that have
+  nothing else in common.
 - **Single layers** (D02), :class:`LayerAtChance`, :class:`TwinLayers`: one layer whose record is another router's,
   and two layers with one record. A layer at chance is judged against the other layers of the same pair: agreement
   beyond what popularity of experts gives, as a share of what could be.
