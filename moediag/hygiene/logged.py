@@ -7,16 +7,55 @@ that follow each other in a sequence count as neighbours.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moediag.hygiene.check import check_capture, check_pair
+from moediag.hygiene.chance import ALPHA
+from moediag.hygiene.check import Inspection, check_capture, check_pair
 from moediag.hygiene.findings import Finding, Place, by_level
+from moediag.hygiene.rules import BOTH_LOGPS, ENTROPIES, FOREIGN, LOGPS, WARNING
+from moediag.importers.tokens import LoggedTokens
 from moediag.notation import INFER, TRAIN
 from moediag.run.capture import Capture, TokenRows
+
+
+def inspect_tokens(tokens: LoggedTokens) -> Inspection:
+    """Apply the rules to the response tokens of a table."""
+    has = {FOREIGN, LOGPS, BOTH_LOGPS}
+    has |= {ENTROPIES} if "entropy" in tokens.columns else set()
+    return Inspection(check_logged(tokens), frozenset(has), 2 * len(tokens))
+
+
+def check_logged(tokens: LoggedTokens, *, is_foreign: bool = True) -> list[Finding]:
+    """Findings on the response tokens of a table, or of a pair of a run, errors first.
+
+    Args:
+        is_foreign: whether another tool made the data (:class:`~moediag.hygiene.check.PairHygiene`).
+    """
+    columns = (
+        tokens.number("logp_train"),
+        tokens.number("logp_infer"),
+        tokens.row_T,
+        tokens.columns["position"][tokens.input_row_T],
+    )
+    facts: dict[str, Any] = {
+        "sequence_names_S": tokens.seq_id_S,
+        "prompt_T": tokens.prompt_row_S[tokens.row_T],
+        "entropy_T": tokens.get("entropy"),
+        "is_foreign": is_foreign,
+    }
+    step_T = tokens.get("step")
+    found = check_tokens(*columns, **facts) if step_T is None else check_steps(step_T, *columns, **facts)
+    if not tokens.is_masked:
+        is_zero_T = (columns[0] == 0) & (columns[1] == 0)
+        padding = unmasked_padding(is_zero_T, tokens.start_S, tokens.where)
+        known = {one.rule for one in padding}
+        found = [*padding, *(one for one in found if one.rule not in known)]
+    return by_level(found)
 
 
 def check_tokens(
@@ -79,12 +118,14 @@ def check_tokens(
     return by_level([replace(item, places=tuple(map(in_table, item.places))) for item in found])
 
 
-def check_steps(step_T: NDArray[Any], *columns: Any, **facts: Any) -> list[Finding]:
+def check_steps(
+    step_T: NDArray[Any], *columns: Any, sequence_names_S: NDArray[Any] | None = None, **facts: Any
+) -> list[Finding]:
     """Findings on the tokens of a training: of all steps together, then of single steps what the whole does not show.
 
     Args:
         step_T: training step of every token.
-        columns, facts: as :func:`check_tokens` takes them; a sequence is known by its step and name.
+        columns, sequence_names_S, facts: as :func:`check_tokens` takes them; a sequence is known by its step and name.
     """
     train_T, infer_T, sequence_T, position_T = columns
     steps, number_T = np.unique(step_T, return_inverse=True)
@@ -92,9 +133,10 @@ def check_steps(step_T: NDArray[Any], *columns: Any, **facts: Any) -> list[Findi
     arrays = {name: np.asarray(value) for name, value in facts.items() if isinstance(value, np.ndarray)}
     plain = {name: value for name, value in facts.items() if name not in arrays}
 
-    def check(some_T: Any, sequence_T: NDArray[Any]) -> list[Finding]:
+    def check(some_T: Any, sequence_T: NDArray[Any], names_S: NDArray[Any] | None = None) -> list[Finding]:
         parts = {name: values_T[some_T] for name, values_T in arrays.items()}
-        return check_tokens(train_T[some_T], infer_T[some_T], sequence_T[some_T], position_T[some_T], **parts, **plain)
+        parts |= {"sequence_names_S": names_S, **plain}
+        return check_tokens(train_T[some_T], infer_T[some_T], sequence_T[some_T], position_T[some_T], **parts)
 
     found = check(slice(None), number_T * len(sequences) + row_T)
     found = [replace(item, places=()) for item in found]  # sequences of all steps have no names of their own
@@ -102,7 +144,7 @@ def check_steps(step_T: NDArray[Any], *columns: Any, **facts: Any) -> list[Findi
     order_T = np.argsort(number_T, kind="stable")
     ends = np.cumsum(np.bincount(number_T))
     for step, start, end in zip(steps.tolist(), [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-        alone = check(order_T[start:end], sequence_T) if len(steps) > 1 else []
+        alone = check(order_T[start:end], sequence_T, sequence_names_S) if len(steps) > 1 else []
         found += [replace(item, where=f"step {step} {item.where}") for item in alone if item.rule not in known]
     return by_level(found)
 
@@ -116,3 +158,35 @@ def _sample_index(prompt_N: NDArray[Any], start_S: NDArray[Any]) -> NDArray[np.i
     index_S = np.empty(len(order_S), dtype=np.int32)
     index_S[order_S] = here_S - np.maximum.accumulate(np.where(first_S, here_S, 0))
     return index_S
+
+
+def unmasked_padding(is_zero_T: NDArray[np.bool_], start_S: NDArray[np.intp], where: str) -> list[Finding]:
+    """Blocks of rows of exactly 0 on both sides at the ends of sequences, in a table that names no mask.
+
+    Certain tokens are exactly 0 on both sides, too: a block counts when it is longer than such tokens, as often as they
+    are elsewhere in these sequences, would make one in a million tables.
+
+    Args:
+        is_zero_T: whether both log-probabilities are exactly 0, as they were read; sequence by sequence, in order.
+        start_S: first row of every sequence.
+        where: the table.
+
+    Source: ours; the million is that of every other rule (:data:`~moediag.hygiene.chance.ALPHA`).
+    """
+    here_T = np.arange(len(is_zero_T))
+    end_S = np.append(start_S[1:], len(is_zero_T))
+    first_S = np.minimum(np.minimum.reduceat(np.where(is_zero_T, len(here_T), here_T), start_S), end_S)
+    last_S = np.maximum.reduceat(np.where(is_zero_T, -1, here_T), start_S)
+    head_S, tail_S = first_S - start_S, np.where(first_S < end_S, end_S - 1 - last_S, 0)
+    n_ends = int((head_S + tail_S).sum())
+    rate = (is_zero_T.sum() - n_ends + 1) / (len(is_zero_T) - n_ends + 2)  # Laplace's: none seen is not never
+    longest = int(max(head_S.max(), tail_S.max()))
+    if longest < math.log(ALPHA / (2 * len(end_S))) / math.log(rate):
+        return []
+    message = (
+        f"{n_ends:,} of {len(is_zero_T):,} rows are exactly 0 on both sides, in blocks of up to {longest:,} at the "
+        "ends of sequences, and the table names no loss mask: prompt or padding counts as tokens in perfect agreement, "
+        "and makes every mean and share too small; leave these rows out, or give their mask (is_response, or "
+        "--mask COLUMN)"
+    )
+    return [Finding(WARNING, "D31-zero-logp", where, message, n=n_ends, n_of=len(is_zero_T))]

@@ -13,17 +13,13 @@ from numpy.typing import NDArray
 
 from moediag.hygiene.findings import Count, Finding, counted
 from moediag.hygiene.rows import Rows
+from moediag.run.capture import LARGEST_ROUNDED_LOGP
 
 MOST_ENTROPY_OF_CERTAIN = 1.02
 """Entropy [nat] above which a logp of exactly 0 is not a rounded near-certain token; derived above."""
 
 _ROUNDING = 1e-3
 """Entropies may be negative by rounding of -sum p log p in half precision; below this [nat] they are wrong."""
-
-
-LARGEST_ROUNDED_LOGP = 1e-4
-"""Log-probability [nat] up to which a value above 0 is rounding and counts as 0: a float32 logit less its logsumexp is
-off by half a unit in the last place, 6.1e-5 for logits of 1,024 to 2,048. Beyond it, it is no log-probability."""
 
 
 class Logps:

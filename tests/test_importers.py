@@ -1,0 +1,108 @@
+"""One reader of flat tables: simulate, trend and validate take the same columns and say the same about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_hygiene_logged import sampled, table
+from test_simulate_sources import write
+
+from moediag.cli.main import main
+from moediag.corrections.sources import table_source
+from moediag.errors import DumpError
+from moediag.hygiene.foreign import check_file
+from moediag.importers.columns import KNOWN, LOGP_PAIRS
+from moediag.importers.tokens import TokenTable
+from moediag.trend_sources import read_trend
+
+
+def logged(n_steps: int = 1, **arguments: Any) -> pd.DataFrame:
+    """Tokens of some steps, infer's own samples."""
+    steps = [table(*sampled(step, **arguments)).assign(step=step) for step in range(n_steps)]
+    return pd.concat(steps, ignore_index=True)
+
+
+def trend_of_file(path: Path) -> Any:
+    return read_trend([path], None, lambda *_: None)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "simulate": table_source,
+    "trend": trend_of_file,
+    "validate": check_file,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns="logp_infer"), r"lacks logp_infer; found seq_id"),
+        (lambda t: pd.concat([t, t.iloc[[3]]]), r"1 rows stand at a place of another, first .*seq_id 0 position 3"),
+        (lambda t: t.assign(logp_infer=-t["logp_infer"]), r"logp_infer is above 0 in [\d,]+ rows, first .*seq_id 0"),
+        (lambda t: t.assign(is_response=False), "holds no response token; check the loss mask"),
+        (lambda t: t.assign(logp_train=np.nan), "no response token has both log-probabilities"),
+        (lambda t: t.assign(loss_mask=1, action_mask=0), "the loss masks loss_mask and action_mask differ"),
+        (lambda t: t.assign(prompt_id=t["position"] // 30), r"prompt_id changes within 32 sequences"),
+        (lambda t: t.assign(position="x"), "column position wants whole numbers, found"),
+    ],
+)
+def test_every_reader_refuses_the_same_in_the_same_words(
+    tmp_path: Path, reader: str, change: Callable[[pd.DataFrame], pd.DataFrame], message: str
+) -> None:
+    path = write(change(logged()), tmp_path / "t.parquet")
+    with pytest.raises(DumpError, match=message) as caught:
+        READERS[reader](path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("framework", LOGP_PAIRS)
+def test_the_names_of_a_framework_are_known_to_trend_and_validate_too(tmp_path: Path, framework: str) -> None:
+    """Bug: simulate alone knew the frameworks' names; trend took such a table for one row per step."""
+    pair = dict(zip(("logp_train", "logp_infer"), LOGP_PAIRS[framework], strict=True))
+    ours, theirs = (write(logged(2).rename(columns=names), tmp_path / f"{len(names)}.csv") for names in ({}, pair))
+    expected, found = (trend_of_file(path) for path in (ours, theirs))
+    pd.testing.assert_frame_equal(found.trend.drop(columns="source"), expected.trend.drop(columns="source"))
+    assert f"column {pair['logp_train']} taken as logp_train" in found.notes
+    one = [write(logged().rename(columns=names), tmp_path / f"one-{len(names)}.csv") for names in ({}, pair)]
+    assert check_file(one[0]).findings == check_file(one[1]).findings
+
+
+def test_validate_reads_a_table_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: validate refused the very tables that simulate checks by its rules."""
+    train, infer = sampled(3)
+    healthy = write(table(train, infer), tmp_path / "healthy.csv")
+    assert main(["validate", str(healthy), "--strict"]) == 0
+    assert f"{2 * train.size:,} token rows" in capsys.readouterr().out
+    scaled = write(table(train / 0.7, infer), tmp_path / "scaled.jsonl")
+    assert main(["validate", str(scaled), "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert [one["rule"] for one in found if one["level"] == "error"] == ["D10-temperature"]
+    assert found == json.loads(json.dumps([one.record() for one in table_source(scaled).findings]))
+
+
+def test_trend_does_not_depend_on_the_order_of_the_rows(tmp_path: Path) -> None:
+    frame = logged(3)
+    one = trend_of_file(write(frame, tmp_path / "t.parquet"))
+    other = trend_of_file(write(frame.sample(frac=1, random_state=2), tmp_path / "t.parquet"))
+    pd.testing.assert_frame_equal(one.trend, other.trend, check_exact=True)
+    assert one.findings == other.findings
+
+
+def test_a_sequence_of_another_step_is_another_sequence(tmp_path: Path) -> None:
+    tokens = TokenTable.of(write(logged(3), tmp_path / "t.parquet")).read()
+    assert len(tokens.start_S) == 3 * 32
+    assert tokens.seq_id_S.tolist() == 3 * list(range(32))
+    np.testing.assert_array_equal(np.bincount(tokens.row_T), 60)
+
+
+def test_every_known_column_says_what_it_holds() -> None:
+    names = [name for column in KNOWN.values() for name in (column.name, *column.aliases)]
+    assert len(names) == len(set(names))
+    assert all(column.meaning for column in KNOWN.values())
