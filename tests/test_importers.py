@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from test_hygiene_logged import sampled, table
+from test_hygiene_logged import log_softmax, sampled, table
 from test_simulate_sources import write
 
 from moediag.cli.main import main
@@ -106,3 +106,73 @@ def test_every_known_column_says_what_it_holds() -> None:
     names = [name for column in KNOWN.values() for name in (column.name, *column.aliases)]
     assert len(names) == len(set(names))
     assert all(column.meaning for column in KNOWN.values())
+
+
+def at_temperatures(temperature_S: np.ndarray, is_processed: tuple[bool, bool], seed: int = 0) -> pd.DataFrame:
+    """Sequences sampled at their temperatures; log-probabilities of (train, infer) after it, or before it."""
+    rng = np.random.default_rng(seed)
+    shape = (len(temperature_S), 60)
+    logits = rng.normal(size=(*shape, 100)) * rng.gamma(2, 2, (*shape, 1))
+    noisy = logits + 0.02 * rng.normal(size=logits.shape)
+    scale = temperature_S[:, None, None]
+    token = (log_softmax(logits / scale) + rng.gumbel(size=logits.shape)).argmax(axis=-1)[..., None]
+    sides = (
+        log_softmax(side / scale if processed else side)
+        for side, processed in zip((noisy, logits), is_processed, strict=True)
+    )
+    frame = table(*(np.take_along_axis(side, token, axis=-1)[..., 0] for side in sides))
+    return frame.assign(temperature=np.repeat(temperature_S, shape[1]))
+
+
+MIXED = np.where(np.arange(128) % 4 == 0, 0.6, 1.0)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+def test_simulate_trend_and_validate_say_the_same_about_temperatures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    """Bug: tokens sampled at 0.6 were compared as if they were at 1, the column passed over."""
+    frame = at_temperatures(MIXED, (True, True)).assign(step=0)
+    path = write(frame.rename(columns={"temperature": "temperatures"}), tmp_path / f"t.{ending}")
+    wanted = "1,920 of 7,680 tokens were sampled at temperature 0.6, 5,760 at 1"
+    for command in (["simulate", str(path), "--method", "icepop", "-o", str(tmp_path / "out")], ["trend", str(path)],
+                    ["validate", str(path)]):  # fmt: skip
+        assert main(command) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"warning: D10-sampling-temperature: infer~train: {wanted}" in out
+    assert wanted in (tmp_path / "out" / "report.md").read_text()
+    for read in READERS.values():
+        assert [one.rule for one in read(path).findings if one.level != "note"] == ["D10-sampling-temperature"]
+
+
+@pytest.mark.parametrize("temperature_S", [MIXED, np.where(MIXED < 1, 1.6, 1.0), np.full(64, 0.8)])
+@pytest.mark.parametrize("is_processed", [(True, True), (False, False), (False, True), (True, False)])
+def test_raw_against_processed_is_an_error_though_most_tokens_are_at_1(
+    temperature_S: np.ndarray, is_processed: tuple[bool, bool]
+) -> None:
+    found = [one for one in table_source(at_temperatures(temperature_S, is_processed)).findings if one.level != "note"]
+    errors = ["D10-temperature"] if is_processed[0] != is_processed[1] else []
+    assert [one.rule for one in found if one.level == "error"] == errors
+    assert "D10-sampling-temperature" in [one.rule for one in found]
+
+
+def test_temperatures_of_1_and_unknown_ones_raise_nothing() -> None:
+    frame = at_temperatures(np.ones(64), (True, True))
+    unknown = frame.assign(temperature=np.where(frame["position"] % 3 == 0, np.nan, 1.0))
+    for some in (frame, unknown, frame.assign(temperature=np.nan)):
+        assert not [one for one in table_source(some).findings if one.level != "note"]
+    greedy = frame.assign(temperature=np.where(frame["seq_id"] == 5, 0.0, unknown["temperature"]))
+    (found,) = [one for one in table_source(greedy).findings if one.rule == "D10-sampling-temperature"]
+    assert (
+        "60 of 3,840 tokens were sampled at temperature 0, 2,520 at 1, 1,260 at one that is not known" in found.message
+    )
+
+
+@pytest.mark.parametrize("value", [-0.5, np.inf])
+def test_what_is_no_temperature_is_refused(tmp_path: Path, value: float) -> None:
+    frame = at_temperatures(np.ones(8), (True, True)).assign(step=0)
+    frame.loc[63, "temperature"] = value
+    path = write(frame, tmp_path / "t.parquet")
+    for read in READERS.values():
+        with pytest.raises(DumpError, match="found another in 1 rows, first (step 0 )?seq_id 1 position 3"):
+            read(path)

@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from moediag.hygiene.chance import ALPHA
 from moediag.hygiene.check import Inspection, check_capture, check_pair
-from moediag.hygiene.findings import Finding, Place, by_level
-from moediag.hygiene.rules import BOTH_LOGPS, ENTROPIES, FOREIGN, LOGPS, WARNING
+from moediag.hygiene.findings import Finding, Place, by_level, finding
+from moediag.hygiene.rules import BOTH_LOGPS, ENTROPIES, FOREIGN, LOGPS, TEMPERATURES, WARNING
 from moediag.importers.tokens import LoggedTokens
 from moediag.notation import INFER, TRAIN
 from moediag.run.capture import Capture, TokenRows
@@ -27,6 +27,7 @@ def inspect_tokens(tokens: LoggedTokens) -> Inspection:
     """Apply the rules to the response tokens of a table."""
     has = {FOREIGN, LOGPS, BOTH_LOGPS}
     has |= {ENTROPIES} if "entropy" in tokens.columns else set()
+    has |= {TEMPERATURES} if "temperature" in tokens.columns else set()
     return Inspection(check_logged(tokens), frozenset(has), 2 * len(tokens))
 
 
@@ -49,13 +50,55 @@ def check_logged(tokens: LoggedTokens, *, is_foreign: bool = True) -> list[Findi
         "is_foreign": is_foreign,
     }
     step_T = tokens.get("step")
+    temperature_T = tokens.get("temperature")
     found = check_tokens(*columns, **facts) if step_T is None else check_steps(step_T, *columns, **facts)
     if not tokens.is_masked:
         is_zero_T = (columns[0] == 0) & (columns[1] == 0)
         padding = unmasked_padding(is_zero_T, tokens.start_S, tokens.where)
         known = {one.rule for one in padding}
         found = [*padding, *(one for one in found if one.rule not in known)]
+    if temperature_T is not None:
+        found += _check_temperatures(tokens, np.asarray(temperature_T, np.float64), found, columns, facts)
     return by_level(found)
+
+
+def _check_temperatures(
+    tokens: LoggedTokens, temperature_T: NDArray[np.float64], found: list[Finding], columns: Any, facts: dict[str, Any]
+) -> list[Finding]:
+    """D10 of tokens that were sampled at another temperature than 1: that there are any, and whether one side's
+    log-probabilities were taken after it and the other's before; the other tokens may hide that in the whole.
+
+    Raises:
+        DumpError: a temperature below 0, or infinite.
+    """
+    tokens.refuse(
+        (temperature_T < 0) | np.isinf(temperature_T),
+        "temperature wants a number of at least 0, found another in {n} rows, first {place}",
+    )
+    is_known_T, is_other_T = ~np.isnan(temperature_T), ~np.isnan(temperature_T) & (temperature_T != 1)
+    if not is_other_T.any():
+        return []
+    n_other, n = int(is_other_T.sum()), len(temperature_T)
+    low, high = (f"{end:g}" for end in (temperature_T[is_other_T].min(), temperature_T[is_other_T].max()))
+    n_unknown = n - int(is_known_T.sum())
+    message = (
+        f"{n_other:,} of {n:,} tokens were sampled at temperature {low if low == high else f'{low} to {high}'}"
+        f"{f', {n - n_other - n_unknown:,} at 1' if n > n_other + n_unknown else ''}"
+        f"{f', {n_unknown:,} at one that is not known' if n_unknown else ''}: if one side's log-probabilities were "
+        "taken after the temperature and the other's before, differences and ratios hold the temperature and no "
+        "mismatch; if both were taken before it, no ratio is one of the distribution sampled from"
+    )
+    where = f"{INFER}~{TRAIN}"
+    more = [finding("D10-sampling-temperature", where, message, n=n_other, n_of=n)]
+    if any(one.rule == "D10-temperature" for one in found):
+        return more
+    for words, is_here_T in (("below", is_other_T & (temperature_T < 1)), ("above", is_other_T & (temperature_T > 1))):
+        parts = {name: facts[name][is_here_T] for name in ("prompt_T", "entropy_T") if facts[name] is not None}
+        alone = check_tokens(*(column[is_here_T] for column in columns), **{**facts, **parts})
+        for one in alone:
+            if one.rule == "D10-temperature":
+                more.append(replace(one, where=f"{where}, tokens of a temperature {words} 1"))
+    return more
 
 
 def check_tokens(

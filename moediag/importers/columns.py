@@ -49,6 +49,7 @@ _COLUMNS: Final = (
     KnownColumn("logp_infer", "number", "log-probability on the infer side [nat]; empty = not scored"),
     KnownColumn("logp_train_new", "number", "log-probability under the policy being trained, theta [nat]"),
     KnownColumn("entropy", "number", "next-token entropy on the infer side [nat]", ("entropy_infer",)),
+    KnownColumn("temperature", "number", "that the token was sampled at [1]; empty = not known", ("temperatures",)),
     KnownColumn("n_flipped_layers", "whole", "MoE layers whose expert set differs behind the token; -1 = not known"),
     KnownColumn("advantage", "number", "advantage of the token [1]", ("advantages",)),
     KnownColumn("reward", "number", "reward of the sequence [1]", ("rewards",)),
