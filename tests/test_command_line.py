@@ -264,12 +264,12 @@ def test_analysis_and_figures_import_no_engine() -> None:
 
 _LAYERS = (
     ("notation", "errors", "frames", "prompts"),
-    ("run",),
+    ("run", "folder"),
     ("importers",),
     ("analysis", "corrections", "hygiene"),
     ("figures", "audit"),
     ("report",),
-    ("results", "simulation", "trend", "trend_sources"),
+    ("results",),
     ("cli",),
 )
 

@@ -19,7 +19,7 @@ from moediag.errors import DumpError
 from moediag.hygiene.foreign import check_file
 from moediag.importers.columns import KNOWN, LOGP_PAIRS
 from moediag.importers.tokens import TokenTable
-from moediag.trend_sources import read_trend
+from moediag.results.trend_sources import read_trend
 
 
 def logged(n_steps: int = 1, **arguments: Any) -> pd.DataFrame:
