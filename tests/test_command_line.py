@@ -265,7 +265,18 @@ def test_analysis_and_figures_import_no_engine() -> None:
 _ROOMS = (
     *("notation", "errors", "frames", "prompts", "statistics"),
     ("run", "folder"),  # a run is made as every result folder is, and both write files alike
-    *("analysis", "hygiene", "corrections", "figures", "report", "results", "shown", "headlines", "library"),
+    *(
+        "importers",
+        "analysis",
+        "hygiene",
+        "corrections",
+        "figures",
+        "report",
+        "results",
+        "shown",
+        "headlines",
+        "library",
+    ),
 )
 """Lowest first: each imports only from what stands before it."""
 _BELOW_THE_ENGINES = {"notation", "errors", "prompts", "run", "folder"}
