@@ -22,11 +22,11 @@ import pandas as pd
 from moediag.analysis.recurrence import ASSUMPTIONS, Recurrence
 from moediag.analysis.series import KL_METRICS, MARKS, delta_metric, trend_recurrence, warnings_of
 from moediag.errors import RunError
-from moediag.figures.numbers import sig
 from moediag.figures.series import plot_trend, title_of
 from moediag.figures.style import save_figure
 from moediag.hygiene.findings import headline
 from moediag.notation import SCHEMA_VERSION
+from moediag.numbers import sig
 from moediag.report.blocks import Bullets, interval, number, table
 from moediag.report.text import Markdown, plain
 from moediag.run.files import sha256_bytes, write_atomic, write_sealed

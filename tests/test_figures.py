@@ -25,8 +25,8 @@ from moediag.figures import (
     save_figure,
 )
 from moediag.figures.margins import bin_edges
-from moediag.figures.numbers import percent
 from moediag.figures.style import DENSE_COLOURS, MOE_COLOURS, figure_text, run_styles
+from moediag.numbers import percent
 from moediag.report.blocks import number
 
 pytestmark = pytest.mark.filterwarnings("error")

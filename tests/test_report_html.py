@@ -20,8 +20,8 @@ from synthetic_frames import empty_frame, make_run, make_summary
 from moediag.analysis import declarations as declared
 from moediag.analysis.explain import BORDER_ONLY
 from moediag.analysis.predicted import predicted_flips
-from moediag.figures.numbers import percent
 from moediag.frames import declared_frames
+from moediag.numbers import percent
 from moediag.report import TokenTexts, comparison_page, html_page, markdown_page, run_page
 from moediag.report.blocks import Table
 from moediag.report.decode import WITHHELD, TokenText

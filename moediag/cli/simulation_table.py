@@ -53,7 +53,7 @@ def _say_filled(line: str) -> None:
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    from moediag.figures.numbers import percent, sig
+    from moediag.numbers import percent, sig
 
     return (
         str(row["correction"]),
@@ -69,7 +69,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _interval(row: Mapping[str, Any], name: str, words: Any) -> str:
-    from moediag.figures.numbers import is_number
+    from moediag.numbers import is_number
 
     low, high = row[f"{name}_ci_low"], row[f"{name}_ci_high"]
     if not (is_number(low) and is_number(high)):

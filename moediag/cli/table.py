@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from moediag.cli.console import say
-from moediag.figures.numbers import percent, sig
+from moediag.numbers import percent, sig
 from moediag.report import main_pair_name, replay_pair_name
 from moediag.report.headline import text_origin
 from moediag.report.measures import carried_words, lookup

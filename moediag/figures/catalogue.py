@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis.tokens import logp_diff, scored_tokens
-from moediag.figures.numbers import count
+from moediag.numbers import count
 
 MIN_CHOICES: Final = 20
 """A cell's rate stands on at least that many choices, or the cell is hatched."""

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from moediag.corrections.correction import Step, parse_correction
 from moediag.figures.heat import draw_cells, rate_bar, rate_norm
-from moediag.figures.numbers import count, percent
 from moediag.figures.style import (
     DENSE_COLOURS,
     FULL_WIDTH,
@@ -27,6 +26,7 @@ from moediag.figures.style import (
     state,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, percent
 
 _ROW: float = 0.17
 """Height of a correction's row [inch]: 7-point names stand clear of each other."""

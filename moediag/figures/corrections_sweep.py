@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from moediag.figures.numbers import count, percent, sig
 from moediag.figures.style import (
     DENSE_COLOURS,
     FULL_WIDTH,
@@ -29,6 +28,7 @@ from moediag.figures.style import (
     state,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, percent, sig
 
 Band = tuple[float, float]
 

@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from moediag.figures.numbers import count, percent, sig
 from moediag.figures.style import (
     DENSE_COLOURS,
     FULL_WIDTH,
@@ -30,6 +29,7 @@ from moediag.figures.style import (
     state,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, percent, sig
 
 Band = tuple[float, float]
 FloatArray = npt.NDArray[np.float64]

@@ -21,7 +21,6 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from moediag.analysis.tokens import logp_diff, scored_tokens
 from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words
 from moediag.figures.heat import count_bar, count_norm, draw_cells
-from moediag.figures.numbers import sig
 from moediag.figures.style import (
     FULL_WIDTH,
     GREY,
@@ -36,6 +35,7 @@ from moediag.figures.style import (
     styles_of,
 )
 from moediag.figures.ticks import power, tick_decades
+from moediag.numbers import sig
 
 METRIC: Final = "abs_logp_diff.mean"
 MIN_TOKENS: Final = 100

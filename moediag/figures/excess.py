@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words
-from moediag.figures.numbers import count, sig
 from moediag.figures.style import (
     FULL_WIDTH,
     GREY,
@@ -27,6 +26,7 @@ from moediag.figures.style import (
     styles_of,
 )
 from moediag.figures.ticks import layer_ticks, log_axis
+from moediag.numbers import count, sig
 
 _NOTE: Final = (
     "Not controlled: difficulty that these do not show. An association, only forced routes show a cause. "

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moediag.figures.floors import FloorArgument, floor_words, share
-from moediag.figures.numbers import count, percent, times
 from moediag.figures.style import (
     FULL_WIDTH,
     GREY,
@@ -28,6 +27,7 @@ from moediag.figures.style import (
     styles_of,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, percent, times
 
 
 @house_style

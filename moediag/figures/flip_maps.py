@@ -20,7 +20,6 @@ from moediag.figures.catalogue import MIN_CHOICES
 from moediag.figures.floors import FloorArgument, floor_value, floor_words, share
 from moediag.figures.heat import draw_cells, hatch_thin, layer_axis, rate_bar, rate_norm
 from moediag.figures.margins import SPACE_LABEL, Space, bin_edges, tie_place
-from moediag.figures.numbers import count, percent, sig, times
 from moediag.figures.style import (
     FULL_WIDTH,
     INK,
@@ -31,6 +30,7 @@ from moediag.figures.style import (
     panel_grid,
 )
 from moediag.figures.ticks import tick_decades
+from moediag.numbers import count, percent, sig, times
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moediag.analysis.gradients import FARTHER, NEARER
-from moediag.figures.numbers import count
 from moediag.figures.style import (
     FULL_WIDTH,
     GREY,
@@ -25,6 +24,7 @@ from moediag.figures.style import (
     new_figure,
     state,
 )
+from moediag.numbers import count
 
 _REFERENCES: Final = {
     "sequence_is": ("sequence IS", "#0072B2", "o"),

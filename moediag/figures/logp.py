@@ -20,7 +20,6 @@ from matplotlib.ticker import FixedLocator
 
 from moediag.analysis.tokens import logp_diff, scored_tokens
 from moediag.figures.floors import FloorArgument, floor_value, floor_words
-from moediag.figures.numbers import percent, sig, times
 from moediag.figures.style import (
     FULL_WIDTH,
     GREY,
@@ -38,6 +37,7 @@ from moediag.figures.style import (
     styles_of,
 )
 from moediag.figures.ticks import log_axis, power
+from moediag.numbers import percent, sig, times
 
 FLOAT_EDGE: Final = 1e-6
 """Differences below this [nat] share one bar with the exact zeros: float32 log-probs resolve no finer."""

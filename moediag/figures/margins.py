@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from moediag.figures.floors import FloorArgument, floor_words, share
-from moediag.figures.numbers import count, percent, sig
 from moediag.figures.style import (
     FULL_WIDTH,
     GREY,
@@ -35,6 +34,7 @@ from moediag.figures.style import (
     styles_of,
 )
 from moediag.figures.ticks import tick_decades
+from moediag.numbers import count, percent, sig
 
 Space = Literal["choice", "logit"]
 

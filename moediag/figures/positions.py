@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words
-from moediag.figures.numbers import count, sig, times
 from moediag.figures.style import (
     FULL_WIDTH,
     GREY,
@@ -31,6 +30,7 @@ from moediag.figures.style import (
     styles_of,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, sig, times
 
 DECADES: Final = 5
 """The log axis shows at most this many; a median of 1e-9 nat would press the rest into a line."""

@@ -16,7 +16,6 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from moediag.analysis.tokens import logp_diff, scored_tokens
 from moediag.figures.floors import FloorArgument, floor_words, share
-from moediag.figures.numbers import count, percent
 from moediag.figures.style import (
     FULL_WIDTH,
     INK,
@@ -30,6 +29,7 @@ from moediag.figures.style import (
     styles_of,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, percent
 
 BAND: Final = (0.5, 5.0)
 """alpha and beta of Ring-1T; the band is closed."""

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words, share
-from moediag.figures.numbers import count, percent
 from moediag.figures.style import (
     FULL_WIDTH,
     RunStyle,
@@ -28,6 +27,7 @@ from moediag.figures.style import (
     styles_of,
 )
 from moediag.figures.ticks import layer_ticks
+from moediag.numbers import count, percent
 
 
 @house_style

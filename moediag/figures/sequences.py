@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moediag.figures.floors import FloorArgument, floor_value, floor_words
-from moediag.figures.numbers import count, sig
 from moediag.figures.style import (
     FULL_WIDTH,
     GREY,
@@ -28,6 +27,7 @@ from moediag.figures.style import (
     state,
     styles_of,
 )
+from moediag.numbers import count, sig
 
 MIN_SEQUENCES: Final = 5
 """A mean is drawn, and compared in the title, for bins of at least that many responses."""

@@ -17,7 +17,6 @@ from matplotlib.ticker import MaxNLocator
 from moediag.analysis.intervals import Interval
 from moediag.analysis.recurrence import Recurrence
 from moediag.analysis.series import MARKS, UNITS, Mark, metric_rows
-from moediag.figures.numbers import count, sig, times
 from moediag.figures.style import (
     FULL_WIDTH,
     GREY,
@@ -29,6 +28,7 @@ from moediag.figures.style import (
     state,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, sig, times
 
 COLOUR: Final = "#D55E00"
 BOUNDARY_COLOUR: Final = "#0072B2"

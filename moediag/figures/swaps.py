@@ -17,7 +17,6 @@ from matplotlib.ticker import MaxNLocator
 
 from moediag.figures.floors import FloorArgument, floor_words, share
 from moediag.figures.heat import count_bar, count_norm
-from moediag.figures.numbers import count, percent
 from moediag.figures.style import (
     FULL_WIDTH,
     HEAT,
@@ -31,6 +30,7 @@ from moediag.figures.style import (
     new_figure,
     styles_of,
 )
+from moediag.numbers import count, percent
 
 TOP_PAIRS: Final = 12
 TOP_LAYERS: Final = 4

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from moediag.figures.floors import FloorArgument, floor_value, floor_words, share
-from moediag.figures.numbers import count, percent
 from moediag.figures.style import (
     FULL_WIDTH,
     GREY,
@@ -27,6 +26,7 @@ from moediag.figures.style import (
     styles_of,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, percent
 
 HEADLINE: Final = "extreme_share_2"
 _TAUS: Final = (1.001, 1.01, 1.1, 1.5, 2, 5, 20, 100)

@@ -8,7 +8,7 @@ from typing import Any, Final
 import pandas as pd
 
 from moediag.analysis.gradients import CANNOT_TELL, EXACT, HEADLINE, IS_ROUNDING, NO_INTERVAL, ROUNDING, SAME
-from moediag.figures.numbers import count, is_number, sig
+from moediag.numbers import count, is_number, sig
 from moediag.report.blocks import Block, Picture, Section, section
 from moediag.report.tables import declared_table, records
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from moediag.figures import FIGURES
-from moediag.figures.numbers import NONE, is_number, near_one, percent, sig
+from moediag.numbers import NONE, is_number, near_one, percent, sig
 from moediag.report.text import Markdown, fence_for, plain, whole_line
 
 _NEAR_ONE: Final = 0.1

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from moediag.errors import MoediagError
-from moediag.figures.numbers import NONE, count, times
 from moediag.figures.style import first_of_each_kind
+from moediag.numbers import NONE, count, times
 from moediag.report import definitions, tables
 from moediag.report.blocks import Block, Bullets, Page, Picture, Section, Shell, Table, section, table
 from moediag.report.facts import model_facts, provenance_table

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from moediag.figures.numbers import NONE
+from moediag.numbers import NONE
 from moediag.report.blocks import Block, Table, number, table
 from moediag.report.measures import Summary, lookup
 from moediag.report.pairs import main_pair_name

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from moediag.figures.numbers import count, is_number
 from moediag.figures.style import NO_FLOOR
+from moediag.numbers import count, is_number
 from moediag.report.blocks import Block, Table, number, table
 from moediag.report.measures import BIT_EXACT, NOT_MEASURED, Summary
 from moediag.report.text import Markdown, code, plain

@@ -10,7 +10,7 @@ from typing import Final
 
 import pandas as pd
 
-from moediag.figures.numbers import NONE, count, is_number, percent, sig, times
+from moediag.numbers import NONE, count, is_number, percent, sig, times
 from moediag.report.blocks import Verdict, interval, number
 from moediag.report.measures import (
     FORCED,

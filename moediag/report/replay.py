@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from moediag.analysis.floors import replay_words
-from moediag.figures.numbers import count
+from moediag.numbers import count
 from moediag.report.blocks import Block, interval, table
 from moediag.report.measures import FORCED, Measured, Summary, logp_measure, logp_rows, routing_measures
 from moediag.report.pairs import main_pair_name, observed_pair_name, replay_pair_name

@@ -13,8 +13,8 @@ from typing import Final
 import pandas as pd
 
 from moediag.errors import MoediagError
-from moediag.figures.numbers import count, is_number, sig, times
 from moediag.notation import SCHEMA_VERSION
+from moediag.numbers import count, is_number, sig, times
 from moediag.report import definitions, tables, token_tables
 from moediag.report import prediction_tables as predictions
 from moediag.report.blocks import Block, Page, Picture, Section, Shell, interval, number, section

@@ -15,7 +15,7 @@ from typing import Any, Final
 import pandas as pd
 
 from moediag.figures.corrections import SIMULATION_FIGURES
-from moediag.figures.numbers import NONE, count, is_number, percent
+from moediag.numbers import NONE, count, is_number, percent
 from moediag.report import blocks
 from moediag.report.audit_section import audit_section, audit_words
 from moediag.report.blocks import Block, Bullets, Page, Shell, Table, interval, number, section, table

@@ -9,8 +9,8 @@ from typing import Any, Final
 import pandas as pd
 
 from moediag.figures.catalogue import MIN_CHOICES
-from moediag.figures.numbers import count, sig
 from moediag.frames import declared_frames
+from moediag.numbers import count, sig
 from moediag.report.blocks import Table, interval, number, table
 from moediag.report.text import Markdown, code
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.figures.numbers import NONE, count, percent, sig
+from moediag.numbers import NONE, count, percent, sig
 from moediag.report.blocks import Table, interval, number, table
 from moediag.report.decode import TokenTexts
 from moediag.report.tables import even_choice, rate, records

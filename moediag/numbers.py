@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: significant digits, shares in per cent, an en dash for none.
+"""Numbers as a reader wants them: significant digits, shares in per cent, an en dash for none. Report, figures and command line print with these.
 
 Invariant: a value that is absent or NaN is never printed as 0; it is the en dash, and whoever prints
 it says why.
