@@ -1,4 +1,6 @@
-"""Numbers as a reader wants them: significant digits, shares in per cent, an en dash for none. Report, figures and command line print with these.
+"""Numbers as a reader wants them, on pages, in figures and on the terminal.
+
+Significant digits, shares in per cent, an en dash for none.
 
 Invariant: a value that is absent or NaN is never printed as 0; it is the en dash, and whoever prints
 it says why.

@@ -33,7 +33,6 @@ from moediag.hygiene.findings import headline
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.html import html_page
 from moediag.report.markdown import markdown_page
-from moediag.report.pairs import main_pair_name
 from moediag.report.simulation_page import simulation_page
 from moediag.results import load_summary
 from moediag.run.derived import SIMULATION_SEAL
@@ -160,7 +159,7 @@ def run_floor_k3(run: Run, pair: str) -> float | None:
         summary = load_summary(run)
     except (CorruptRunError, IncompleteRunError):
         return None
-    if pair != main_pair_name(summary):
+    if pair != summary["main_pair"]:
         return None
     floor = (summary["floors"] or {}).get("metrics", {}).get("kl_infer_train_k3", {}).get("floor")
     return None if floor is None else float(floor)

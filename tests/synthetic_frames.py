@@ -9,7 +9,7 @@ import pandas as pd
 
 from moediag.analysis import declarations as declared
 from moediag.analysis.attribution import flip_excess
-from moediag.analysis.flip_declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS
+from moediag.analysis.declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS
 from moediag.analysis.routing import independent_flips
 from moediag.analysis.sequences import drift_by_length, sequence_frame
 from moediag.analysis.strata import metrics_by_stratum

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moediag.analysis.calibration import POOLED, PredictionTotals, calibration_errors, curve_rows, rate_intervals
 from moediag.analysis.choice_scores import RoutingRule
-from moediag.analysis.flip_declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, SCORE_NOISE
+from moediag.analysis.declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, SCORE_NOISE
 from moediag.analysis.flip_predictor import MEASURE_OF, FlipPredictor, Method
 from moediag.analysis.intervals import divide
 from moediag.analysis.margin_counts import Side

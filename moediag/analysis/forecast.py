@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from moediag.analysis.calibration import PredictionTotals
 from moediag.analysis.choice_scores import RoutingRule
+from moediag.analysis.declarations import FORECAST_FLIPS
 from moediag.analysis.explain import (
     PairNoise,
     frame_of,
@@ -30,7 +31,6 @@ from moediag.analysis.explain import (
     thinned_views,
     what_to_know,
 )
-from moediag.analysis.flip_declarations import FORECAST_FLIPS
 from moediag.analysis.flip_predictor import MEASURE_OF, FlipPredictor
 from moediag.analysis.margin_counts import Side
 from moediag.run.align import Pair

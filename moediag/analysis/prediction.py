@@ -13,8 +13,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.choice_scores import RoutingRule
+from moediag.analysis.declarations import FORECAST_FLIPS
 from moediag.analysis.explain import PairNoise, explain_measured, frame_of, measure_noise
-from moediag.analysis.flip_declarations import FORECAST_FLIPS
 from moediag.analysis.forecast import forecast_from
 from moediag.notation import INFER, TRAIN
 from moediag.run.reader import Run

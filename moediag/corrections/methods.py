@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 
 from numpy.typing import NDArray
 
+from moediag.analysis.measures import ICEPOP_BAND
 from moediag.corrections import rules
 from moediag.errors import MoediagError
 
@@ -86,7 +87,7 @@ _GEOMETRIC: Final = "geometric mean ratio of the sequence, G = exp(mean d)"
 _ZERO: Final = "no update"
 DROPPED: Final = "no update for any token of the sequence"
 """What happens beyond the bounds of a method that keeps or drops whole sequences."""
-_ICEPOP_BAND: Final = {"alpha": 0.5, "beta": 5.0}  # Ring-1T
+_ICEPOP_BAND: Final = dict(zip(("alpha", "beta"), ICEPOP_BAND, strict=True))
 
 METHODS: Final[dict[str, Method]] = {
     method.name: method

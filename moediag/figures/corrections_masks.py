@@ -32,17 +32,21 @@ _ROW: float = 0.17
 """Height of a correction's row [inch]: 7-point names stand clear of each other."""
 
 
-@house_style
-def plot_masked_shares(statistics: pd.DataFrame, *, caption: str = "", width: float = FULL_WIDTH) -> Figure:
+@figure(
+    "masked_shares", "correction_statistics",
+    title="Share of tokens that every correction masks",
+    caption="All corrections on the same logged tokens; masked = weight 0, no update. Figure-10-style.",
+    section="first",
+    into=SIMULATION_FIGURES,
+)  # fmt: skip
+def plot_masked_shares(statistics: pd.DataFrame, *, panel: Panel) -> Figure:
     """Draw the share of tokens that every correction masks, with its interval, least first.
 
     Args:
         statistics: frame ``correction_statistics``.
-        caption: counts, drawn under the axes.
-        width: of the figure [inch].
     """
     rows = statistics.sort_values("masked_share", ascending=False, kind="stable").reset_index(drop=True)
-    figure = new_figure(width, 1.1 + _ROW * max(len(rows), 6))
+    figure = new_figure(panel.width, 1.1 + _ROW * max(len(rows), 6))
     ax = figure.subplots()
     n = int(rows["n_tokens"].max()) if len(rows) else 0
     low = 0.4 / max(n, 1)
@@ -69,7 +73,7 @@ def plot_masked_shares(statistics: pd.DataFrame, *, caption: str = "", width: fl
     ax.set_xlabel(f"share of scored tokens masked (weight 0), log axis; one token is {percent(1 / max(n, 1))}")
     legend_below(ax, *ax.get_legend_handles_labels())
     note = "Bars: 95 %, clustered by prompt. For scale: the IcePop post saw 1 to 2 per mille of tokens at first."
-    add_words(figure, share_title(rows), caption, note)
+    add_words(figure, share_title(rows), panel.caption, note)
     return figure
 
 
@@ -102,26 +106,30 @@ def _masks_tokens(step: Step) -> bool:
     return step.rule.level != "filter" and step.method not in ("none", "tis_token", "tis_sequence", "mis_sequence")
 
 
-@house_style
-def plot_mask_overlap(overlap: pd.DataFrame, *, caption: str = "", width: float = FULL_WIDTH) -> Figure:
+@figure(
+    "mask_overlap", "overlap",
+    title="Overlap of the masks",
+    caption="Row by row: of the tokens that this correction masks, the share that another one masks, too.",
+    section="overlap",
+    into=SIMULATION_FIGURES,
+)  # fmt: skip
+def plot_mask_overlap(overlap: pd.DataFrame, *, panel: Panel) -> Figure:
     """Draw which part of the tokens masked by one correction (row) another one masks, too (column).
 
     Args:
         overlap: frame ``overlap``.
-        caption: counts, drawn under the axes.
-        width: of the figure [inch].
     """
     some = overlap[overlap["n_masked"] > 0].sort_values("n_masked", kind="stable")
     names = list(dict.fromkeys(some["correction"]))
     if len(names) < 2:
-        figure = new_figure(width, 2.0)
+        figure = new_figure(panel.width, 2.0)
         state(figure.subplots(), "Fewer than two corrections mask a token.")
-        add_words(figure, "No two masks to compare", caption)
+        add_words(figure, "No two masks to compare", panel.caption)
         return figure
     table = overlap.pivot(index="correction", columns="other", values="share_masked_by_other").reindex(
         names, columns=names
     )
-    figure = new_figure(width, 1.9 + _ROW * len(names))
+    figure = new_figure(panel.width, 1.9 + _ROW * len(names))
     ax = figure.subplots()
     edges = np.asarray(np.arange(len(names) + 1) - 0.5, np.float64)
     values = table.to_numpy(np.float64)
@@ -136,7 +144,7 @@ def plot_mask_overlap(overlap: pd.DataFrame, *, caption: str = "", width: float 
     add_words(
         figure,
         overlap_title(overlap, names),
-        caption,
+        panel.caption,
         "From the smallest mask to the largest; corrections that mask nothing are left out.",
     )
     return figure

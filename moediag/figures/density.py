@@ -49,30 +49,37 @@ _CERTAINTY: Final = ((1e-4, "10⁻⁴"), (0.01, "0.01"), (0.1, "0.1"), (0.5, "0.
 FloatArray = npt.NDArray[np.float64]
 
 
-@house_style
+def _no_difference(frames: Frames) -> str:
+    tokens = scored_tokens(frames["tokens"])
+    if tokens.empty:
+        return NOT_SCORED
+    return "" if bool(np.any(logp_diff(tokens))) else NO_DIFFERENCE
+
+
+@figure(
+    "logp_diff_by_p_infer", "tokens", "metrics_by_stratum",
+    title="Size of the difference against the probability that infer gave the token",
+    caption="Density of tokens; the line is the mean per stratum of p_infer. Rounding to bf16 shows as regular stripes.",
+    section="tail",
+    floor_of="abs_logp_diff.mean",
+    absent=_no_difference,
+)  # fmt: skip
 def plot_logp_diff_by_p_infer(
     tokens: Mapping[str, pd.DataFrame],
     strata: Mapping[str, pd.DataFrame] | None = None,
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw the density of tokens over p_infer and abs(logp_diff), with the mean per stratum of p_infer.
 
     Args:
         tokens: label -> ``tokens`` frame.
         strata: label -> ``metrics_by_stratum`` frame; means are read from it.
-        styles: how runs are drawn.
-        caption: counts, drawn under the axes.
-        floor: of the mean abs(logp_diff) [nat].
-        width: of the figure [inch].
+        panel: floor of the mean abs(logp_diff) [nat].
     """
-    styles = styles or styles_of(tokens)
     points = {label: _points(frame) for label, frame in tokens.items()}
     means = {label: p_strata((strata or {}).get(label)) for label in tokens}
-    figure, panels = panel_grid(len(points), width, 3.0, sharex=True, sharey=True)
+    figure, panels = panel_grid(len(points), panel.width, 3.0, sharex=True, sharey=True)
     limits = y_limits([y for _, y in points.values()])
     if limits is None:
         state(panels[0], "No scored token differs.")
@@ -81,8 +88,8 @@ def plot_logp_diff_by_p_infer(
     for ax, label in zip(panels, tokens, strict=False):
         ax.set_title(figure_text(label))
         if limits is not None:
-            draw_floor(ax, floor_value(floor, label))
-    notes = [caption, floor_words(floor, "the mean", tokens), _notes(points, limits)]
+            draw_floor(ax, panel.floor_value(label))
+    notes = [panel.caption, panel.floor_words("the mean", tokens), _notes(points, limits)]
     add_words(figure, p_finding(means), *notes)
     return figure
 

@@ -51,16 +51,30 @@ _COLOURS: Final = (*DENSE_COLOURS, *MOE_COLOURS[1:])
 _NOTE: Final = "Bars: 95 %, clustered by prompt. Predictions have none: the noise they take is an estimate, too."
 
 
-@house_style
+def _no_explanation(frames: Frames) -> str:
+    rows = frames["explained_flips"]
+    if not rows["explained"].notna().any():
+        return NO_EXPLANATION
+    return "" if rows["observed"].max() > 0 else f"{NO_FLIP} in {count(rows['n_choices'].max(), 'choice')}"
+
+
+@figure(
+    "explained_flips", "explained_flips", "flip_calibration", "forecast_flips",
+    title="Flips observed, explained by noise at near ties, and forecast for the noise of other pairs",
+    caption="Left: flip rate by layer; explained from one side's scores and the noise of other prompts of this pair, "
+    "forecast for this pair if it had the noise of another. Right: predicted against observed shares; on the "
+    "diagonal the explanation is right.",
+    section="margins",
+    floor_of="flip_rate",
+    is_routing=True,
+    absent=_no_explanation,
+)  # fmt: skip
 def plot_explained_flips(
     explained: Mapping[str, pd.DataFrame],
     calibration: Mapping[str, pd.DataFrame],
     forecasts: Mapping[str, pd.DataFrame] | None = None,
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw observed, explained and forecast flip rates by layer, and the calibration of the explanation.
 
@@ -68,31 +82,27 @@ def plot_explained_flips(
         explained: label -> ``explained_flips`` frame; of its methods the best with a prediction is drawn.
         calibration: label -> ``flip_calibration`` frame.
         forecasts: label -> ``forecast_flips`` frame.
-        styles: how runs are drawn; by default every run is a MoE.
-        caption: counts, drawn under the axes.
-        floor: of the flip rate over all layers [1]; drawn on the left.
-        width: of the figure [inch].
+        panel: floor of the flip rate over all layers [1]; drawn on the left.
     """
-    styles = styles or styles_of(explained)
-    figure, panels = panel_grid(2 * len(explained), width, 3.6)
+    figure, panels = panel_grid(2 * len(explained), panel.width, 3.6)
     silent: set[str] = set()
     for nth, (label, frame) in enumerate(explained.items()):
         left, right = panels[2 * nth], panels[2 * nth + 1]
         method = best_method(frame)
         rows = frame[frame["method"] == method]
         left.set_title(f"{figure_text(label, 20)}: flip rate by layer")
-        draw_rates(left, rows[rows["layer"] != POOLED], styles[label])
+        draw_rates(left, rows[rows["layer"] != POOLED], panel.styles[label])
         silent |= draw_forecasts(left, (forecasts or {}).get(label))
-        _dress_rates(left, rows, floor_value(floor, label))
+        _dress_rates(left, rows, panel.floor_value(label))
         right.set_title("Is the explanation right, choice by choice?")
         curve = calibration[label]
-        draw_calibration(right, curve[(curve["method"] == method) & (curve["layer"] == POOLED)], styles[label])
+        draw_calibration(right, curve[(curve["method"] == method) & (curve["layer"] == POOLED)], panel.styles[label])
         _say_errors(right, rows[rows["layer"] == POOLED].iloc[0])
     add_words(
         figure,
         explained_finding(explained),
-        caption,
-        floor_words(floor, "the flip rate", explained, share),
+        panel.caption,
+        panel.floor_words("the flip rate", explained, share),
         _method_note(explained),
         _NOTE,
         f"No flip forecast, not drawn: {', '.join(sorted(silent))}." if silent else "",

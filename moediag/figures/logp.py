@@ -64,16 +64,19 @@ def token_counts(tokens: Mapping[str, pd.DataFrame]) -> dict[str, tuple[int, int
     return {label: (len(abs_logp_diff(frame)), int(frame["prompt_id"].nunique())) for label, frame in tokens.items()}
 
 
-@house_style
+@figure(
+    "figure1", "tokens", "tail_curve", "logp_metrics",
+    title="How far apart the log-probabilities are: body and tail",
+    caption="Left: tokens by size of abs(logp_train − logp_infer), differences of 0 apart. Right: share of tokens beyond."
+,
+    floor_of="abs_logp_diff.mean",
+)  # fmt: skip
 def plot_figure1(
     tokens: Mapping[str, pd.DataFrame],
     tail_curves: Mapping[str, pd.DataFrame],
     metrics: Mapping[str, pd.DataFrame],
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str | None = None,
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw abs(logp_diff) of one or several runs: the body per run on the left, the tails on the right.
 
@@ -81,24 +84,20 @@ def plot_figure1(
         tokens: label -> ``tokens`` frame.
         tail_curves: label -> ``tail_curve`` frame.
         metrics: label -> ``logp_metrics`` frame; mean, p99 and max are read from it.
-        styles: how runs are drawn; by default from the frames.
-        caption: replaces the counts.
-        floor: of the mean abs(logp_diff) [nat].
-        width: of the figure [inch]; in a column the tail stands under the body.
+        panel: floor of the mean abs(logp_diff) [nat].
     """
-    styles = styles or styles_of(tokens)
     rows = max(len(tokens), 1)
-    if is_column(width):
-        figure = new_figure(width, 4.0 + 0.8 * rows)
+    if is_column(panel.width):
+        figure = new_figure(panel.width, 4.0 + 0.8 * rows)
         body, tail = figure.subplots(2, 1, height_ratios=(1 + 0.8 * rows, 2.6))
     else:
-        figure = new_figure(width, 2.3 + 0.7 * rows)
+        figure = new_figure(panel.width, 2.3 + 0.7 * rows)
         body, tail = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    draw_body(body, tokens, metrics, styles, floor)
-    draw_tail(tail, tail_curves, styles)
-    note = caption_text(token_counts(tokens)) if caption is None else caption
-    floored = floor_words(floor, "the mean", tokens)
-    add_words(figure, figure1_finding(metrics, styles), note, floored, _READING, FIGURE1_NOTE)
+    draw_body(body, tokens, metrics, panel.styles, panel.floor)
+    draw_tail(tail, tail_curves, panel.styles)
+    note = caption_text(token_counts(tokens)) if panel.caption is None else panel.caption
+    floored = panel.floor_words("the mean", tokens)
+    add_words(figure, figure1_finding(metrics, panel.styles), note, floored, _READING, FIGURE1_NOTE)
     return figure
 
 

@@ -47,34 +47,39 @@ MIN_LAYER_CHOICES: Final = 20
 """A single layer's P(flip) is drawn from that many choices on; one choice would be drawn as 0 or 100 %."""
 
 
-@house_style
+def _no_margins(frames: Frames) -> str:
+    return "" if frames["margin_curve"]["n_choices"].sum() > 0 else NO_MARGINS
+
+
+@figure(
+    "margins", "margin_curve",
+    title="Margins of flipped and of kept choices, and how often a choice flips",
+    caption="Left: margins of the choices that flipped and that did not. Right: P(flip | margin).",
+    section="margins",
+    floor_of="flip_rate",
+    is_routing=True,
+    absent=_no_margins,
+)  # fmt: skip
 def plot_margins(
     frames: Mapping[str, pd.DataFrame],
     *,
     space: Space = "choice",
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw the margins of flipped and kept choices, and P(flip | margin), one row per MoE run.
 
     Args:
         frames: label -> ``margin_curve`` frame; runs without choices (dense) are left out.
         space: ``choice`` (the score TopK compares) or ``logit`` (raw router logits).
-        styles: how runs are drawn; by default every run with rows is a MoE.
-        caption: counts, drawn under the axes.
-        floor: of the flip rate over all layers [1]; said in the caption.
-        width: of the figure [inch].
+        panel: floor of the flip rate over all layers [1]; said in the caption.
     """
     curves = {label: frame[frame["space"] == space].sort_values("bin_low") for label, frame in frames.items()}
     curves = {label: frame for label, frame in curves.items() if frame["n_choices"].sum() > 0}
-    styles = styles or styles_of(curves)
-    figure, panels = panel_grid(2 * max(len(curves), 1), width, 3.5)
+    figure, panels = panel_grid(2 * max(len(curves), 1), panel.width, 3.5)
     rows = [(panels[i], panels[i + 1]) for i in range(0, len(panels), 2)]
     for (left, right), (label, frame) in zip(rows, curves.items(), strict=False):
-        draw_margin_groups(left, _pooled(frame), label, styles[label])
-        draw_flip_curve(right, frame, styles[label])
+        draw_margin_groups(left, _pooled(frame), label, panel.styles[label])
+        draw_flip_curve(right, frame, panel.styles[label])
         for ax in (left, right):
             _dress(ax, _pooled(frame), space)
     if not curves:
@@ -83,8 +88,8 @@ def plot_margins(
     banded = any(frame["flip_rate_ci_low"].notna().any() for frame in curves.values())
     note = f"Thin lines: single layers, bins of at least {MIN_LAYER_CHOICES} choices. "
     note += "Bars: 95 %, clustered by prompt." if banded else "No interval could be given."
-    floored = floor_words(floor, "the flip rate", curves, share)
-    add_words(figure, margin_finding(curves), caption, floored, note if curves else "")
+    floored = panel.floor_words("the flip rate", curves, share)
+    add_words(figure, margin_finding(curves), panel.caption, floored, note if curves else "")
     return figure
 
 

@@ -12,7 +12,6 @@ import pandas as pd
 import moediag.analysis  # noqa: F401 - declares the frames
 from moediag.errors import CorruptRunError, IncompleteRunError
 from moediag.frames import declared_frames
-from moediag.report import main_pair_name
 from moediag.results.summary import captures_digest
 from moediag.run.files import read_checked, read_sealed
 from moediag.run.reader import Run
@@ -61,7 +60,7 @@ def read_frames(run: Run, summary: dict[str, Any]) -> dict[str, pd.DataFrame]:
     specs = {spec.name: spec for spec in declared_frames()}
     frames = {}
     for name, digest in _frame_digests(summary).items():
-        path = frames_folder(run, main_pair_name(summary)) / f"{name}.parquet"
+        path = frames_folder(run, summary["main_pair"]) / f"{name}.parquet"
         if not path.exists():
             raise IncompleteRunError(f"{path} is missing; {analyze_again(run)}")
         try:
@@ -90,4 +89,4 @@ def shell_command(*words: object) -> str:
 
 
 def _frame_digests(summary: dict[str, Any]) -> dict[str, str]:
-    return dict(summary["provenance"]["frames"][main_pair_name(summary)])
+    return dict(summary["provenance"]["frames"][summary["main_pair"]])
