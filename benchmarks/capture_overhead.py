@@ -58,7 +58,7 @@ def infer(checkpoint: str, run: Run, folder: Path) -> None:
 
     from moediag.engines.plan import load_prompt_tokens
 
-    worker = "moediag.engines.vllm_worker.MoediagWorkerExtension"
+    worker = "moediag.engines.vllm.worker.MoediagWorkerExtension"
     llm = LLM(model=checkpoint, dtype="bfloat16", max_model_len=512, worker_extension_cls=worker, **FORCED)
     prompts = [{"prompt_token_ids": prompt} for _, _, prompt, _ in load_prompt_tokens(run)]
     parameters = SamplingParams(temperature=1.0, max_tokens=MAX_TOKENS, logprobs=0, ignore_eos=True)
@@ -81,8 +81,8 @@ def train(checkpoint: str, run: Run, folder: Path) -> None:
     """Scoring in one transformers model, hooks on and off."""
     import torch
 
-    from moediag.engines.hf_engine import load_model, score_sequence
-    from moediag.engines.hf_taps import RoutingTaps
+    from moediag.engines.hf.engine import load_model, score_sequence
+    from moediag.engines.hf.taps import RoutingTaps
     from moediag.engines.plan import load_prompt_tokens
 
     model: Any = load_model(checkpoint, {"dtype": "bfloat16"})

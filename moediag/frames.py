@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 import pandas as pd
 
 from moediag.errors import FrameError
-from moediag.numbers import NONE, count, is_number, near_one, percent, sig, times
+from moediag.numbers import NONE, count, in_unit, is_number, times
 
 Kind = Literal["text", "flag", "id", "layer", "count", "share", "times", "number"]
 """How values are printed: ``id`` is a number that only names, ``layer`` one of which -1 means all."""
@@ -87,24 +87,6 @@ class Column:
         if self.kind == "times":
             return times(value, 1.0)
         return in_unit(value, "share" if self.kind == "share" else self.unit)
-
-
-def in_unit(value: Any, unit: str) -> str:
-    """A value in its unit's habit: shares as per cent, else three significant digits, more for a ratio near 1.
-
-    Example:
-        >>> in_unit(0.0312, "share"), in_unit(0.99931, "1"), in_unit(0.0148, "nat"), in_unit(None, "nat")
-        ('3.12 %', '0.99931', '0.0148', '–')
-    """
-    if not is_number(value):
-        return NONE
-    if unit == "share":
-        return percent(value)
-    # three digits would say 1.00
-    return near_one(value) if unit == "1" and abs(value - 1) < _NEAR_ONE else sig(value)
-
-
-_NEAR_ONE: Final = 0.1
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,24 @@ def near_one(value: float, digits: int = 5) -> str:
     return f"1 {'+' if value > 1 else MINUS} {sig(beyond, 2)}"
 
 
+_NEAR_ONE: Final = 0.1
+"""Within this of 1, three significant digits would say 1.00."""
+
+
+def in_unit(value: object, unit: str) -> str:
+    """A value in its unit's habit: shares as per cent, else three significant digits, more for a ratio near 1.
+
+    Example:
+        >>> in_unit(0.0312, "share"), in_unit(0.99931, "1"), in_unit(0.0148, "nat"), in_unit(None, "nat")
+        ('3.12 %', '0.99931', '0.0148', '–')
+    """
+    if not is_number(value):
+        return NONE
+    if unit == "share":
+        return percent(value)
+    return near_one(value) if unit == "1" and abs(value - 1) < _NEAR_ONE else sig(value)
+
+
 def times(numerator: float | None, denominator: float | None) -> str:
     """``numerator / denominator`` as ``2.2×``; the en dash where no honest ratio exists.
 

@@ -28,7 +28,7 @@ from moediag.corrections.statistics import EPS_CLIP, compare_corrections
 from moediag.corrections.sweep import DEFAULT_ALPHAS, DEFAULT_BETAS, sweep_by_band
 from moediag.corrections.table_files import OnProgress
 from moediag.errors import CorruptRunError, IncompleteRunError, MoediagError, RunError
-from moediag.figures.corrections import draw_simulation_figures
+from moediag.figures import draw_simulation_figures
 from moediag.hygiene.findings import headline
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.html import html_page

@@ -19,8 +19,7 @@ import pytest
 from moediag.engines.arms import ArmRequest
 from moediag.engines.channel import Engines, Job, Reporter
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.fill import fill_missing_shards
-from moediag.engines.held import Held
+from moediag.engines.fill import Held, fill_missing_shards
 from moediag.engines.launch import INFER_ENVIRONMENT, arm_options
 from moediag.run.reader import Run
 from moediag.run.shards import WHOLE
@@ -52,7 +51,7 @@ def run_probe(engines: Engines, task: str, run: Run, checkpoint: Path, request: 
 
 def probe_family(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
     """Captures the run's infer arm; is greedy decoding bit-equal with the taps, without and with them again?"""
-    from moediag.engines.vllm_engine import capture_infer, held_llm
+    from moediag.engines.vllm.engine import capture_infer, held_llm
 
     capture_infer(writer, options, reporter, held)
     llm = held_llm(held, options["folder"], ArmRequest(**options["request"]), reporter)
@@ -74,7 +73,7 @@ def probe_observation(writer: RunWriter, options: dict[str, Any], reporter: Repo
     Are greedy tokens and log-probabilities the same before the taps, with them, with whole distributions kept, and
     after all was taken off; and does the prefill of given tokens keep the same distributions as their decoding did?
     """
-    from moediag.engines.vllm_engine import InferEngine, held_llm
+    from moediag.engines.vllm.engine import InferEngine, held_llm
 
     request = ArmRequest(**options["request"])
     run, llm = writer.run, held_llm(held, options["folder"], request, reporter)

@@ -15,8 +15,8 @@ from test_results import make_run
 from test_run_directory import capture_of, tokens_of
 
 from moediag.analysis.choice_scores import RoutingRule
-from moediag.analysis.explain import BORDER_ONLY, explained_flips
 from moediag.analysis.declarations import EXPLAINED_FLIPS, FORECAST_FLIPS
+from moediag.analysis.explain import BORDER_ONLY, explained_flips
 from moediag.analysis.forecast import forecast_flips
 from moediag.analysis.prediction import noise_arms, predict_flips
 from moediag.run.capture import arrays_of

@@ -34,7 +34,7 @@ def model() -> Any:
 def load(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from moediag.engines import bailing
+    from moediag.engines.hf import bailing
 
     bailing.register()
     options = {"dtype": "float32", "attn_implementation": "eager", "experts_implementation": "eager", **options}
@@ -180,7 +180,7 @@ def test_in_bfloat16_the_router_stays_in_float32(expected: dict[str, Any]) -> No
 
 def test_remote_code_pointers_lead_to_our_class(expected: dict[str, Any], tmp_path: Path) -> None:
     """The published config.json points to code in the checkpoint; here the pointers lead nowhere, ours is used."""
-    from moediag.engines.bailing import BailingMoeV2ForCausalLM
+    from moediag.engines.hf.bailing import BailingMoeV2ForCausalLM
 
     pointers = {
         "AutoConfig": "configuration_bailing_moe_v2.BailingMoeV2Config",
@@ -235,7 +235,8 @@ def test_the_configuration_is_registered_without_loading_torch_models() -> None:
         "import sys; from moediag.engines.bailing_config import register; register(); register(); "
         "from transformers import AutoConfig; "
         f"print(type(AutoConfig.from_pretrained({str(CHECKPOINT)!r})).__name__, "
-        "'vllm' in sys.modules, 'transformers.modeling_utils' in sys.modules, 'moediag.engines.bailing' in sys.modules)"
+        "'vllm' in sys.modules, 'transformers.modeling_utils' in sys.modules, "
+        "'moediag.engines.hf.bailing' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == ["BailingMoeV2Config", "False", "False", "False"], done.stderr[-2000:]
@@ -276,7 +277,7 @@ def run_vllm(output: str) -> None:
     from vllm import LLM, SamplingParams
 
     ids = load_file(CHECKPOINT / "expected" / "expected.safetensors")["input_ids"][0].tolist()
-    extension = "moediag.engines.vllm_worker.MoediagWorkerExtension"
+    extension = "moediag.engines.vllm.worker.MoediagWorkerExtension"
     llm = LLM(str(CHECKPOINT), dtype="float32", max_model_len=64, worker_extension_cls=extension, **FORCED)
     spec = router_spec(json.loads((CHECKPOINT / "config.json").read_text()), str(CHECKPOINT))
     assert spec is not None

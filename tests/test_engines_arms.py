@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from scripted_engine import make_scripted_run
 
-from moediag.engines.arms import DECODE, HOOKS, PREFILL, SAMPLED, UNOBSERVED, Reference, arm_request
+from moediag.engines.arms import HOOKS, UNOBSERVED, Reference, arm_request
 from moediag.engines.channel import Reporter
-from moediag.engines.held import Held
-from moediag.engines.hf_engine import Replay, capture_train
+from moediag.engines.fill import Held
+from moediag.engines.hf.engine import Replay, capture_train
 from moediag.engines.launch import infer_environment, infer_options, observable
 from moediag.errors import EngineError
 from moediag.run.capture import Capture
 from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run, open_run
-from moediag.run.recipes import RECIPES
+from moediag.run.recipes import DECODE, PREFILL, RECIPES, SAMPLED
 from moediag.run.writer import RunWriter
 
 INFER_PRODUCTION = "infer-production"
@@ -76,7 +76,8 @@ def test_unobserved_rollouts_may_have_what_hooks_may_not() -> None:
 def test_one_ulp_noise_moves_every_value_to_a_neighbour_and_the_same_seed_moves_it_alike() -> None:
     import torch
 
-    from moediag.engines.perturbation import neighbour, rounded_to_fp8, seed_of
+    from moediag.engines.fill import seed_of
+    from moediag.engines.hf.perturbation import neighbour, rounded_to_fp8
 
     values = torch.randn(200, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     moved, again = (neighbour(values, torch.Generator().manual_seed(seed_of("a"))) for _ in range(2))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from families import FAMILIES, make_checkpoint
 
-from moediag.engines.batching import PACKED, PADDED, Batching, refuse_leak
+from moediag.engines.assemble import IDS, MARGINS
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.hf_engine import load_model, score_batch
-from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
-from moediag.engines.routing_rows import IDS, MARGINS
+from moediag.engines.hf.batching import PACKED, PADDED, Batching, refuse_leak
+from moediag.engines.hf.engine import load_model, score_batch
+from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps
 from moediag.errors import EngineError
 
 pytestmark = pytest.mark.engines

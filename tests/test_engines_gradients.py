@@ -28,7 +28,7 @@ METHODS = ("none", "icepop:alpha=0.5,beta=5", "tis_sequence:cap=2", "mis_sequenc
 
 @pytest.fixture(scope="module")
 def model(random_moe: Path) -> Any:
-    from moediag.engines.hf_engine import load_model
+    from moediag.engines.hf.engine import load_model
 
     return load_model(str(random_moe), {"dtype": "float32", "experts_implementation": "eager"}).requires_grad_(False)
 
@@ -161,7 +161,7 @@ def test_other_directions_of_the_same_gradients_move_cosines_by_less_than_the_ro
     import torch
 
     from moediag.audit.groups import autograd_grams, parameters_of
-    from moediag.engines.hf_engine import load_model
+    from moediag.engines.hf.engine import load_model
 
     run, ids = open_run(demo / "moe"), []
     tokens = audit_tokens(run, ("train", "infer"), METHODS, 32)  # gradients of the first 8 nearly cancel

@@ -14,13 +14,14 @@ from probes import TESTS, engines_under, run_probe
 from moediag.analysis.pair_analysis import analyze_pair
 from moediag.analysis.summary import pair_summary
 from moediag.analysis.vocabulary import exact_divergences
-from moediag.engines.arms import PREFILL, ArmRequest
+from moediag.engines.arms import ArmRequest
+from moediag.engines.assemble import FULL, MARGINS
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.plan import SamplingOptions, make_plan
-from moediag.engines.routing_rows import FULL, MARGINS
 from moediag.errors import CaptureError
 from moediag.hygiene import check_run
 from moediag.run.reader import Run, open_run
+from moediag.run.recipes import PREFILL
 
 pytestmark = pytest.mark.engines
 N_PREFILLED = 4
@@ -54,7 +55,7 @@ def prefilled(demo: Path, moe: Run, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def model(demo: Path) -> Any:
-    from moediag.engines.hf_engine import load_model
+    from moediag.engines.hf.engine import load_model
 
     return load_model(str(demo / "checkpoints" / "moe"), {"dtype": "bfloat16"})
 
@@ -128,7 +129,7 @@ def test_trains_distributions_are_those_of_the_model_without_hooks(moe: Run, mod
 def test_hooked_and_unhooked_logits_of_transformers_are_bit_equal(moe: Run, model: Any) -> None:
     import torch
 
-    from moediag.engines.hf_taps import RoutingTaps
+    from moediag.engines.hf.taps import RoutingTaps
     from moediag.engines.routers import ModelRouting
 
     spec = ModelRouting.of_routers(moe.arm("infer").routers)
@@ -147,7 +148,7 @@ def test_hooked_and_unhooked_logits_of_transformers_are_bit_equal(moe: Run, mode
 def test_hooks_come_off_when_the_body_raises_and_a_silent_layer_is_an_error(moe: Run, model: Any) -> None:
     import torch
 
-    from moediag.engines.hf_taps import RoutingTaps
+    from moediag.engines.hf.taps import RoutingTaps
     from moediag.engines.routers import ModelRouting
 
     spec = ModelRouting.of_routers(moe.arm("infer").routers)
@@ -160,8 +161,8 @@ def test_replay_forces_what_it_is_asked_to_force(moe: Run, model: Any) -> None:
     """Sets only (the gate is the model's own, as in R3), sets and weights, and a range of layers."""
     import torch
 
-    from moediag.engines.hf_engine import Replay
-    from moediag.engines.hf_taps import RoutingTaps
+    from moediag.engines.hf.engine import Replay
+    from moediag.engines.hf.taps import RoutingTaps
     from moediag.engines.routers import ModelRouting
 
     spec = ModelRouting.of_routers(moe.arm("infer").routers)
@@ -197,7 +198,7 @@ def test_forced_routes_that_are_not_used_are_an_error(moe: Run, model: Any) -> N
 
     import torch
 
-    from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps
+    from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps
     from moediag.engines.routers import ModelRouting
 
     spec = dataclasses.replace(ModelRouting.of_routers(moe.arm("infer").routers), top_k=3)  # no TopK of 3 happens
@@ -216,7 +217,7 @@ def test_recorded_ids_are_what_transformers_own_rule_gives_on_vllms_logits(moe: 
     """transformers' router code runs with its matmul replaced by the logits that vLLM recorded: every set agrees."""
     import torch
 
-    from moediag.engines.hf_taps import find_blocks
+    from moediag.engines.hf.taps import find_blocks
     from moediag.engines.routers import ModelRouting, apply_rule
 
     spec = ModelRouting.of_routers(moe.arm("infer").routers)

@@ -9,8 +9,9 @@ from synthetic_frames import make_run
 
 from moediag.analysis.explain import BORDER_ONLY
 from moediag.analysis.predicted import best_method, predicted_flips
-from moediag.figures import Floor, draw_figure, figures_left_out, plot_explained_flips, plot_flip_excess
-from moediag.figures.explained import source_words
+from moediag.figures import Floor, draw_figure, figures_left_out
+from moediag.figures.excess import plot_flip_excess
+from moediag.figures.explained import plot_explained_flips, source_words
 
 pytestmark = pytest.mark.filterwarnings("error")
 

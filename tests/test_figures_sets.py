@@ -14,19 +14,18 @@ from moediag.figures import (
     draw_comparison_figures,
     draw_run_figures,
     figures_left_out,
-    plot_expert_swaps,
-    plot_explained_flips,
-    plot_figure1,
-    plot_flip_excess,
-    plot_flip_map,
-    plot_flips_per_token,
-    plot_logp_diff_by_p_infer,
-    plot_margins,
-    plot_margins_by_layer,
-    plot_ratio_histogram,
-    plot_sequence_drift,
-    plot_tail_curve,
 )
+from moediag.figures.density import plot_logp_diff_by_p_infer
+from moediag.figures.excess import plot_flip_excess
+from moediag.figures.explained import plot_explained_flips
+from moediag.figures.flip_counts import plot_flips_per_token
+from moediag.figures.flip_maps import plot_flip_map, plot_margins_by_layer
+from moediag.figures.logp import plot_figure1
+from moediag.figures.margins import plot_margins
+from moediag.figures.ratios import plot_ratio_histogram
+from moediag.figures.sequences import plot_sequence_drift
+from moediag.figures.swaps import plot_expert_swaps
+from moediag.figures.tails import plot_tail_curve
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from moediag.engines import provenance
 from moediag.engines.checkpoint import open_checkpoint
+from moediag.engines.provenance import plain
 from moediag.engines.redaction import REDACTED, redact, redact_text
-from moediag.engines.selected import plain
 from moediag.engines.versions import NUMERIC_PACKAGES, numeric_versions
 from moediag.run.files import canonical_json
 

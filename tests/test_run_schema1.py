@@ -16,7 +16,7 @@ from test_run_directory import contents
 
 from moediag.analysis.prediction import predict_flips
 from moediag.cli.main import main
-from moediag.engines.hf_engine import _refuse_other_weights
+from moediag.engines.hf.engine import _refuse_other_weights
 from moediag.errors import IncompleteRunError, RunError, SchemaVersionError
 from moediag.hygiene import check_run
 from moediag.results import analyze_run, load_frames, report_run

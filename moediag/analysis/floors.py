@@ -26,7 +26,7 @@ from moediag.run.recipes import ENGINE_WORDS, RECIPES
 
 NOISE_CHANGES: Final = ("perturbation", "dtype", "router-dtype")
 """Changes of one engine on purpose; of those, a perturbation is the rounding scale."""
-OWN_CHANGES: Final = ("repeat", "path", "observation", "checkpoint", "batching", *NOISE_CHANGES)
+OWN_CHANGES: Final = ("repeat", "path", "observation", "checkpoint", "engine", "batching", *NOISE_CHANGES)
 """Changes that are compared with the arm they are made of; forced routes (``replay``) are compared across engines."""
 
 MOSTLY: Final = 0.5

@@ -24,6 +24,8 @@ Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 
 POOLED: Final = -1
+MIN_CHOICES: Final = 20
+"""A rate of choices is drawn and printed from that many on; one choice would be 0 or 100 %."""
 _QUANTILES: Final = {"p01": 0.01, "p10": 0.10, "p50": 0.50, "p90": 0.90, "p99": 0.99}
 _NO_SIDE: Final = "none"
 

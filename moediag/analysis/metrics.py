@@ -72,6 +72,9 @@ class Metric:
     note: str = ""
     definition: Definition | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", self.path or ("logp", *self.name.split(".")))
+
     @property
     def shown_unit(self) -> str:
         """The unit that its values are printed in."""
@@ -100,23 +103,20 @@ class Metric:
 
     def entry(self, value: float, low: float = math.nan, high: float = math.nan) -> dict[str, Any]:
         """What the summary of a pair holds of it: null for what JSON cannot hold."""
-        leaf, is_known = self._path[-1], math.isfinite(low) and math.isfinite(high)
+        leaf, is_known = self.path[-1], math.isfinite(low) and math.isfinite(high)
         ends = [float(low), float(high)] if is_known else None
         return {leaf: float(value) if math.isfinite(value) else None, f"{leaf}_ci": ends}
 
-    @property
-    def _path(self) -> tuple[str, ...]:
-        return self.path or ("logp", *self.name.split("."))
-
     def _group(self, pair: Summary) -> Summary | None:
         group: Any = pair
-        for key in self._path[:-1]:
+        for key in self.path[:-1]:
             group = None if group is None else group.get(key)
-        return group
+        found: Summary | None = group
+        return found
 
     def _beside(self, pair: Summary, suffix: str) -> Any:
         group = self._group(pair)
-        return None if group is None else group.get(f"{self._path[-1]}{suffix}")
+        return None if group is None else group.get(f"{self.path[-1]}{suffix}")
 
 
 _M = TypeVar("_M", bound=Metric)
@@ -136,4 +136,4 @@ def declare_metrics(*metrics: _M) -> tuple[_M, ...]:
 
 def metrics_of(group: str) -> list[Metric]:
     """The metrics of one group of a pair's summary, in the order of their declarations."""
-    return [metric for metric in METRICS.values() if metric._path[0] == group]
+    return [metric for metric in METRICS.values() if metric.path[0] == group]

@@ -13,7 +13,25 @@ from typing import Any, Final
 import pandas as pd
 
 POOLED: Final = -1
+METHOD_WORDS: Final = {
+    "all_pairs": "every pair of experts",
+    "border_pair": "the border pair",
+    "simulated": "simulated choices",
+    "margin_change": "margins alone",
+}
+"""The methods of frame ``explained_flips`` in words, best first."""
 _CALIBRATION: Final = ("calibration_error", "calibration_error_expected", "calibration_slope")
+
+
+def source_words(noise_from: object) -> str:
+    """A source of noise in words: the arm of an A/A pair that is not the engine's main one.
+
+    Example:
+        >>> source_words("train~train-repeat")
+        'noise of train-repeat'
+    """
+    first, _, second = str(noise_from).partition("~")
+    return f"noise of {first if len(first) > len(second) else second}"
 
 
 def best_method(explained: pd.DataFrame) -> str | None:

@@ -16,8 +16,8 @@ from moediag.audit.gradients import WORDS, GradientRequest, train_arm_options
 from moediag.audit.groups import AUTOGRAD_GROUPS, affordable, autograd_grams, parameters_of, pieces
 from moediag.audit.head import Head, Prefixes, expected_gram, head_of, is_plain, sampled_gram
 from moediag.engines.channel import Reporter
-from moediag.engines.held import Held
-from moediag.engines.hf_engine import held_model
+from moediag.engines.fill import Held
+from moediag.engines.hf.engine import held_model
 from moediag.engines.versions import numeric_versions
 from moediag.run.derived import AUDIT_RECORD, GRADIENTS, GRAMS
 from moediag.run.files import sha256_bytes, write_atomic, write_sealed

@@ -26,7 +26,7 @@ from moediag.corrections.rewards import ADVANTAGE_WORDS, REWARD_WORDS
 from moediag.engines import channel
 from moediag.engines.arms import ArmRequest
 from moediag.engines.checkpoint import Checkpoint
-from moediag.engines.held import Held
+from moediag.engines.fill import Held
 from moediag.engines.launch import TRAIN_ENVIRONMENT
 from moediag.engines.versions import require_train_engine
 from moediag.errors import CheckpointError, EngineError, RunConflictError

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from moediag.audit.batch import SequenceBasis
-from moediag.engines.hf_taps import find_blocks
+from moediag.engines.hf.taps import find_blocks
 
 Float64 = NDArray[np.float64]
 LogpOf = Callable[[int], torch.Tensor]

@@ -77,8 +77,7 @@ def command(
         )
 
     if prompts is not None:
-        samples = arm if recipe.value in (INFER, jobs.INFER_PRODUCTION) else INFER
-        plan = settings.plan(ckpt, prompts, samples)
+        plan = settings.plan(ckpt, prompts, sampled_by=arm if made.samples else INFER)
         # Before the run: what cannot be asked for must not begin one, nor replace the one that is there.
         asked = request(plan.completion_ids is not None, plan.sampled_by, plan.max_model_len, plan.sampling.seed)
         jobs.announce(plan, output, [asked], settings.dtype.value, is_anew=force)

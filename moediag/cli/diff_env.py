@@ -50,7 +50,7 @@ def command(
     _show(as_json, run, other, content, comparisons)
     differs = DIFFERENT in content.values() or any(c.differences or c.missing_in for c in comparisons)
     if differs and fail_on_difference:
-        raise typer.Exit(3)
+        raise typer.Exit(o.NOT_SO)
 
 
 def _two_arms(text: str) -> tuple[str, str]:

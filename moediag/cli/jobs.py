@@ -11,10 +11,10 @@ from typing import Any
 
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
-from moediag.engines.arms import HOOKS, PREFILL, UNOBSERVED, ArmRequest, Reference, arm_request
+from moediag.engines.arms import HOOKS, UNOBSERVED, ArmRequest, Reference, arm_request
 from moediag.engines.channel import Engines
 from moediag.engines.checkpoint import Checkpoint, compare_checkpoints, compare_records, open_checkpoint
-from moediag.engines.launch import fill_arm, infer_options, observable, require_engine, train_options
+from moediag.engines.launch import ENGINES, fill_arm, infer_options, observable, train_options
 from moediag.engines.plan import Plan, SamplingOptions, check_loadable, known_sampling, make_plan, needed_length
 from moediag.engines.tokenised import refuse_other_tokenizer
 from moediag.errors import CheckpointError, DiskFullError, IncompleteRunError, RunConflictError
@@ -22,7 +22,7 @@ from moediag.notation import INFER, TRAIN
 from moediag.results import analyze_run, report_run
 from moediag.run.create import bring_back
 from moediag.run.reader import Run, open_run
-from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM, recipe
+from moediag.run.recipes import ENGINE_WORDS, PREFILL, TRANSFORMERS, VLLM, recipe
 from moediag.run.records import CheckpointRecord, Tokenizer
 from moediag.run.replace import drop_replaced, replaced
 from moediag.run.writer import RunWriter
@@ -59,7 +59,7 @@ def require(*recipes: str) -> None:
         DependencyError: says which and what to install.
     """
     for name in recipes:
-        require_engine(recipe(name).engine)
+        ENGINES[recipe(name).engine].require()
 
 
 def profile_requests(
@@ -189,23 +189,23 @@ def reference_for(run: Run, name: str, arm: str, checkpoint: Checkpoint) -> tupl
     Raises:
         RunConflictError: an arm of that name is there, of other weights.
     """
-    role, digest = recipe(name).role, checkpoint.record.digest
+    made, digest = recipe(name), checkpoint.record.digest
     records = [run.arm(one) for one in run.arms()]
-    mine = [one for one in records if one.role == role and one.change in (None, "checkpoint")]
-    same = [one for one in mine if one.checkpoint == digest]
-    there = next((one for one in records if one.name == run.reference(role)), None)
-    if recipe(name).change is not None:
-        found = next(iter(same), there)
-        return Reference(found.name if found else role, found.path if found else None), False
-    if there is None or there.name == arm or there.checkpoint == digest:
-        if there is not None and there.name == arm and there.checkpoint != digest:
+    there = next((one for one in records if one.name == run.reference(made.role)), None)
+    if made.change is not None:
+        own = [one for one in records if (one.role, one.engine) == (made.role, made.engine)]
+        own = [one for one in own if one.change in (None, "checkpoint", "engine") and one.checkpoint == digest]
+        found = next(iter(own), there)
+        return Reference(found.name, found.path, found.engine) if found else Reference(made.role), False
+    if there is None or there.name == arm:
+        if there is not None and there.checkpoint != digest:
             source = run.checkpoint_of(arm)
             raise RunConflictError(
                 f"{run.path} has an arm {arm} of another checkpoint ({source.words if source else 'not recorded'}); "
                 f"give the one of {checkpoint.record.words} a name of its own with --name"
             )
-        return Reference(role, there.path if there else None), False
-    return Reference(there.name, there.path), True
+        return Reference(made.role, there.path if there else None), False
+    return Reference(there.name, there.path, there.engine), there.checkpoint != digest
 
 
 def open_other(name: str, plan: Plan, trust_remote_code: bool) -> Checkpoint:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moediag.cli import options as o
-from moediag.cli.simulation_table import show_simulation
 from moediag.errors import RunError
 from moediag.notation import INFER, TRAIN
 
@@ -140,6 +139,8 @@ def command(
     if as_json:
         say_json(content_of(simulation))
     else:
+        from moediag.cli.table import show_simulation
+
         show_simulation(simulation)
         for path in [*([weights_out] if weights_out else []), *pages]:
             wrote(path)
@@ -267,11 +268,15 @@ class Asked:
         usual = f"{run.reference(INFER)}~{run.reference(TRAIN)}"
         return run.path.resolve().name + (f" {self.pair_name}" if self.pair_name != usual else "")
 
-    def write(self, simulation: Simulation, folder: Path, force: bool) -> list[Path]:
-        """Write the simulation; the page names the command that was given."""
+    def write(self, simulation: Simulation, folder: Path, force: bool, command: str | None = None) -> list[Path]:
+        """Write the simulation.
+
+        Args:
+            command: what the page names as the command that makes it; None = the one that was given.
+        """
         from moediag.simulation import write_simulation
 
-        command = f"moediag {shlex.join(sys.argv[1:])}"
+        command = command or f"moediag {shlex.join(sys.argv[1:])}"
         return write_simulation(simulation, folder, [command], force, self.request(folder))
 
 

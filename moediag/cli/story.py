@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
 from moediag.cli import jobs
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.simulate import Asked
-from moediag.cli.simulation_table import show_sentences
-from moediag.cli.table import show_table
+from moediag.cli.table import show_sentences, show_table
 from moediag.corrections.chosen import choose
 from moediag.demo.corpus import demo_prompts
 from moediag.demo.pair import build_pair
@@ -66,7 +66,8 @@ def _simulate(path: Path, force: bool) -> None:
     asked, run = Asked(path, choose(), Grid()), open_run(path)
     folder = asked.folder(run, None, force)
     simulation = asked.simulate(run)
-    pages = [] if folder is None else asked.write(simulation, folder, force)
+    command = f"moediag simulate {shlex.quote(str(path))}"
+    pages = [] if folder is None else asked.write(simulation, folder, force, command)
     show_sentences(simulation)
     for page in pages:
         wrote(page)

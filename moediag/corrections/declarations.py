@@ -22,7 +22,7 @@ CORRECTION_STATISTICS = declare(
     ),
     share("below_share", "share of tokens masked with a ratio < 1 (sequences: R)", "below"),
     share("above_share", "share of tokens masked with a ratio > 1 (sequences: R)", "above"),
-    *with_ci(share("truncated_share", "share of tokens kept with a ratio cut down to the cap")),
+    *with_ci(share("truncated_share", "share of tokens kept with a ratio cut down (or raised) to a bound")),
     *with_ci(share("kept_probability_mass", "sum of p_infer over kept tokens / over all tokens; higher keeps more")),
     *with_ci(measured("weight_mean", "1", "mean weight, masked tokens as 0; 1 changes no step size", "mean w")),
     measured("weight_variance", "1", "variance of the weights over tokens; lower is better"),

@@ -12,8 +12,8 @@ from moediag.analysis.intervals import mean_interval
 from moediag.analysis.measures import ICEPOP_BAND
 from moediag.analysis.metrics import LOWER, Metric, declare_metrics
 from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.corrections.methods import log_bound
 from moediag.corrections.presets import PRESETS, Preset
-from moediag.corrections.rules import log_bound
 from moediag.corrections.terms import are_float32, on_bounds
 from moediag.errors import MoediagError
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from moediag.engines.redaction import redact
 from moediag.errors import EngineError
-from moediag.run.recipes import RECIPES, TRANSFORMERS, change_of, recipe
+from moediag.run.recipes import DECODE, PREFILL, RECIPES, SAMPLED, TEACHER_FORCED, VLLM, change_of, recipe
 from moediag.run.records import ArmRecord, Captured, Change, Score
 
 HOOKS, NATIVE, BOTH, UNOBSERVED = "hooks", "native", "both", "none"
@@ -21,15 +21,14 @@ OBSERVERS = {
     UNOBSERVED: "none: log-probabilities only, as the user's rollouts run",
 }
 
-SAMPLED, PREFILL, DECODE, TEACHER_FORCED = "sampled", "prefill", "decode", "teacher-forced"
-
 
 @dataclass(frozen=True)
 class Reference:
-    """The arm that a recipe's arm repeats or changes: its name, and how it got its scores (None = not known)."""
+    """The arm that a recipe's arm repeats or changes: its name, its engine and how it got its scores, if known."""
 
     name: str
     path: str | None = None
+    engine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class ArmRequest:
         path: how the arm gets its scores.
         variant_of, change: as in :class:`~moediag.run.records.ArmRecord`.
         reversed_order: vLLM gets the sequences last to first and at most half of them at a time: other batches.
-        replay: routes to force in transformers, see :class:`~moediag.engines.hf_engine.Replay`.
-        batching: sequences per forward in transformers, see :class:`~moediag.engines.batching.Batching`.
-        perturbation: what is done to transformers' router inputs, see :mod:`moediag.engines.perturbation`.
+        replay: routes to force in transformers, see :class:`~moediag.engines.hf.engine.Replay`.
+        batching: sequences per forward in transformers, see :class:`~moediag.engines.hf.batching.Batching`.
+        perturbation: what is done to transformers' router inputs, see :mod:`moediag.engines.hf.perturbation`.
     """
 
     arm: str
@@ -68,7 +67,7 @@ class ArmRequest:
 
     def unusual(self) -> dict[str, Any]:
         """What departs from the default, engine options aside."""
-        default = {"path": TEACHER_FORCED} if self.engine == TRANSFORMERS else {}
+        default = {"path": TEACHER_FORCED} if RECIPES[self.recipe].path == TEACHER_FORCED else {}
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
@@ -155,19 +154,19 @@ def arm_request(
     """
     made, arm = recipe(name), arm or name
     reference = reference or Reference(made.role)
-    if made.engine == TRANSFORMERS:
-        path = TEACHER_FORCED
-    elif arm == sampler and not given:
+    if made.path is not None:
+        path = made.path
+    elif arm == sampler and not given and made.samples:
         path = SAMPLED
     elif not made.is_observed:
         how = "given" if given else f"sampled by {sampler}"
         raise EngineError(
-            f"{name} samples, and this run's tokens were {how}; begin a run with it: "
-            "moediag capture infer-production CKPT --prompts FILE -o RUN"
+            f"{name} samples, and this run's tokens were {how}; begin a run with it, of prompts without completions: "
+            f"moediag capture {name} CKPT --prompts FILE -o RUN"
         )
     else:
-        path = made.path or (scoring if given else DECODE)
-    change = "checkpoint" if is_other_checkpoint else change_of(name, path, reference.path)
+        path = scoring if given and made.engine == VLLM else DECODE
+    change = "checkpoint" if is_other_checkpoint else change_of(name, path, reference.path, reference.engine)
     return ArmRequest(
         arm,
         name,
@@ -178,6 +177,6 @@ def arm_request(
         change=change,
         reversed_order=made.reversed_order,
         replay=(replay or {"source": routes}) if made.change == "replay" else None,
-        batching=batching or made.batching if made.engine == TRANSFORMERS else None,
+        batching=batching or made.batching if path == TEACHER_FORCED else None,
         perturbation=made.perturbation,
     )

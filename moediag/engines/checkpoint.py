@@ -17,11 +17,10 @@ from moediag.engines.redaction import redact
 from moediag.engines.routers import ModelRouting, router_spec, text_config
 from moediag.engines.weights import Facts, Progress, compare_facts, compare_weights, scale_block, tensor_facts
 from moediag.errors import CheckpointError
-from moediag.run.files import digest_of, tokenizer_digest
+from moediag.run.files import TOKENIZER_FILES, digest_of, tokenizer_digest
 from moediag.run.records import CheckpointRecord, TensorRecord, WeightsComparison
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
 
 
 @dataclass(frozen=True)
@@ -155,8 +154,8 @@ def open_checkpoint(
             f"{path / 'config.json'} lacks a value or holds one of another kind than wanted "
             f"({type(error).__name__}: {error}); it is not a causal language model's"
         ) from None
-    if not any((path / file).exists() for file in _TOKENIZER_FILES):
-        raise CheckpointError(f"{path} has no tokenizer (wanted one of {', '.join(_TOKENIZER_FILES)}); save it there")
+    if not any((path / file).exists() for file in TOKENIZER_FILES):
+        raise CheckpointError(f"{path} has no tokenizer (wanted one of {', '.join(TOKENIZER_FILES)}); save it there")
     return checkpoint
 
 

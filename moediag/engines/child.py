@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moediag.engines.channel import Reporter, coming_jobs, write_output_to
-from moediag.engines.held import Held
+from moediag.engines.fill import Held
 from moediag.errors import DiskFullError, EngineError, MoediagError
 from moediag.run.files import write_error
 from moediag.run.reader import open_run

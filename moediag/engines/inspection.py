@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
-from moediag.engines.hf_taps import find_blocks, stage_dtypes
+from moediag.engines.hf.taps import find_blocks, stage_dtypes
 
 _ROUTER_TENSOR = re.compile(
     r"layers\.(\d+)\..*\b(?:gate|router)(?:\.layer)?\.(weight|bias|e_score_correction_bias|expert_bias)$"
@@ -83,7 +83,7 @@ def _tensor_warnings(key: str, name: str, tensor: torch.Tensor) -> list[str]:
     if not bool(values.isfinite().all()):
         return [f"{key} holds values that are not finite"]
     if name == "weight" and not bool(values.any()):
-        return [f"{key} is all zero: every token gets the same experts (D34)"]
+        return [f"{key} is all zero: every token gets the same experts"]
     if name in _BIASES and values.numel() > 1 and tensor.dtype == torch.bfloat16:
         return [f"{key} is stored in bfloat16: near 7 its steps are 0.03, which decides choices (store float32)"]
     return []
@@ -101,7 +101,7 @@ def _router_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
     """Stage dtypes of transformers' router, from a model without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from moediag.engines import bailing
+    from moediag.engines.hf import bailing
 
     assert checkpoint.routing is not None
     bailing.register()

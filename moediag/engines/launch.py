@@ -6,7 +6,8 @@ Imports no engine. Option names are vLLM's and transformers' own.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from moediag.engines import channel
@@ -14,7 +15,7 @@ from moediag.engines.arms import BOTH, HOOKS, NATIVE, UNOBSERVED, ArmRequest
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.versions import require_infer_engine, require_train_engine
 from moediag.errors import EngineError
-from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM
+from moediag.run.recipes import DECODE, ENGINE_WORDS, PREFILL, SAMPLED, TEACHER_FORCED, TRANSFORMERS, VLLM
 from moediag.run.shards import WHOLE
 from moediag.run.writer import RunWriter
 
@@ -85,9 +86,6 @@ _REFUSED = {
 }
 
 
-_TASKS = {VLLM: "moediag.engines.vllm_engine:capture_infer", TRANSFORMERS: "moediag.engines.hf_engine:capture_train"}
-
-
 def infer_options(extra: dict[str, Any], observer: str = HOOKS, **named: Any) -> dict[str, Any]:
     """vLLM options, by their own names; None means vLLM's own default.
 
@@ -118,6 +116,38 @@ def infer_environment(observer: str = HOOKS) -> dict[str, str]:
     return environment
 
 
+@dataclass(frozen=True)
+class Engine:
+    """An engine as the process that starts it knows it.
+
+    Args:
+        tasks: what captures an arm in the engine's own process, by the path of its scores.
+        environment: variables of that process where the user has not set them, by how routing is observed.
+        require: its version, or a DependencyError that says what to install.
+    """
+
+    tasks: Mapping[str, str]
+    environment: Callable[[str], dict[str, str]]
+    require: Callable[[], str]
+
+
+ENGINES = {
+    VLLM: Engine(
+        dict.fromkeys((SAMPLED, DECODE, PREFILL), "moediag.engines.vllm.engine:capture_infer"),
+        infer_environment,
+        require_infer_engine,
+    ),
+    TRANSFORMERS: Engine(
+        {
+            TEACHER_FORCED: "moediag.engines.hf.engine:capture_train",
+            **dict.fromkeys((SAMPLED, DECODE), "moediag.engines.hf.generate:capture_generate"),
+        },
+        lambda observer: TRAIN_ENVIRONMENT,
+        require_train_engine,
+    ),
+}
+
+
 def train_options(**named: Any) -> dict[str, Any]:
     """transformers options, by their own names; None means transformers' own default."""
     return {name: value for name, value in named.items() if value is not None}
@@ -136,15 +166,20 @@ def fill_arm(
         DependencyError: the engine is not installed or not of a supported version.
         MoediagError: what the engine process raised.
     """
-    require_engine(request.engine)
-    run = writer.run
+    engine, run = ENGINES[request.engine], writer.run
+    engine.require()
     writer.add_checkpoint(checkpoint.record)
     worker = "" if writer.worker == WHOLE else f"-{writer.worker.index}-of-{writer.worker.count}"
     log = run.path / "logs" / f"{request.arm}{worker}.log"
-    environment = infer_environment(request.observer) if request.engine == VLLM else TRAIN_ENVIRONMENT
-    name, task = ENGINE_WORDS[request.engine], _TASKS[request.engine]
-    told = arm_options(checkpoint, request)
-    engines.do(channel.Job(name, task, str(run.path), asdict(writer.worker), told, str(log)), environment, on_event)
+    job = channel.Job(
+        engine=ENGINE_WORDS[request.engine],
+        task=engine.tasks[request.path],
+        run=str(run.path),
+        worker=asdict(writer.worker),
+        options=arm_options(checkpoint, request),
+        log=str(log),
+    )
+    engines.do(job, engine.environment(request.observer), on_event)
 
 
 def arm_options(checkpoint: Checkpoint, request: ArmRequest) -> dict[str, Any]:
@@ -160,12 +195,3 @@ def arm_options(checkpoint: Checkpoint, request: ArmRequest) -> dict[str, Any]:
         "request": {**asdict(request), "options": options},
         "configuration": request.configuration(),
     }
-
-
-def require_engine(engine: str) -> None:
-    """Refuse where an engine is missing or of an unsupported version.
-
-    Raises:
-        DependencyError: says which and what to install.
-    """
-    (require_infer_engine if engine == VLLM else require_train_engine)()

@@ -18,7 +18,7 @@ from moediag.engines.arms import ArmRequest
 from moediag.engines.assemble import token_rows
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.redaction import redact
-from moediag.engines.routers import SIGMOID, refuse_ambiguous_rule
+from moediag.engines.routers import refuse_ambiguous_rule
 from moediag.engines.tokenised import check_lengths, map_digest, token_map, tokenise
 from moediag.errors import CheckpointError, CorruptRunError, EngineError
 from moediag.notation import INFER
@@ -146,7 +146,7 @@ class Plan:
         """
         routing = self.checkpoint.routing
         used = self.checkpoint.stored_dtype if dtype == "auto" else dtype
-        in_float32 = routing is not None and (routing.score_function == SIGMOID or routing.family == "granitemoe")
+        in_float32 = routing is not None and routing.scores_in_float32
         logits = 0 if self.router_logits == "none" else 4 if in_float32 else _SCORE_BYTES.get(used, 4)
         layers, k, e = (routing.n_layers, routing.top_k, routing.n_experts) if routing else (0, 0, 0)
         sizes = bytes_per_token(layers, k, e, weight_bytes=4, logits_bytes=logits)
@@ -237,8 +237,6 @@ def make_plan(
     check_loadable(checkpoint, trust_remote_code)
     prompt_ids = tokenise(checkpoint, prompts, prompts_path, trust_remote_code)
     has_completions = prompts[0].completion_token_ids is not None
-    if sampled_by != INFER and has_completions:
-        raise EngineError(f"{prompts_path} gives completions: there is nothing for {sampled_by} to sample")
     completions = [list(p.completion_token_ids or ()) for p in prompts] if has_completions else None
     room = min(filter(None, (max_model_len, checkpoint.max_length)), default=None)
     check_lengths(prompts, prompt_ids, completions, room, prompts_path)
@@ -260,7 +258,7 @@ def make_plan(
         source,
         tuple(sorted({key for prompt in prompts for key in prompt.ignored_keys})),
         ids_only,
-        sampled_by,
+        INFER if has_completions else sampled_by,
         map_sha256=map_digest(token_map(checkpoint, trust_remote_code)),
     )
     return replace(plan, full_vocab=_sequences_with_vocabulary(plan, full_vocab))

@@ -13,6 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,29 @@ def _source_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON knows it: dtypes and enums by their names, objects by their text.
+
+    Example:
+        >>> plain((1, {"b"}, None))
+        [1, ['b'], None]
+    """
+    if isinstance(value, Enum):
+        return value.name
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(item) for item in value), key=str)
+    return str(value).removeprefix("torch.")
+
+
+def stored_dtypes(model: Any) -> dict[str, list[str]]:
+    """Dtypes of parameters, and of buffers that are numbers: rotary frequencies, correction biases."""
+    buffers = {plain(buffer.dtype) for buffer in model.buffers() if buffer.is_floating_point()}
+    return {"parameters": sorted({plain(p.dtype) for p in model.parameters()}), "buffers": sorted(buffers)}

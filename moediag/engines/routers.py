@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moediag.errors import CheckpointError
@@ -26,8 +26,13 @@ SOFTMAX, SIGMOID, LOGIT = "softmax", "sigmoid", "logit"
 
 @dataclass(frozen=True)
 class ModelRouting:
-    """The rule by which every MoE layer of a model chooses its experts: fields of
-    :class:`~moediag.run.records.RouterSpec`, with E and K, and the decoder layer of every MoE layer in order.
+    """The rule by which every MoE layer of a model chooses its experts.
+
+    Args:
+        decoder_layers: of every MoE layer, in order; the fields before it are E, K and those of
+            :class:`~moediag.run.records.RouterSpec`.
+        scales_input: the gate weight multiplies an expert's input and not its output.
+        scores_in_float32: the router's logits are float32 whatever the model's dtype.
     """
 
     family: str
@@ -42,16 +47,13 @@ class ModelRouting:
     scaling_factor: float
     n_shared_experts: int
     decoder_layers: tuple[int, ...]
+    scales_input: bool = False
+    scores_in_float32: bool = False
 
     @property
     def n_layers(self) -> int:
         """L, the number of MoE layers."""
         return len(self.decoder_layers)
-
-    @property
-    def scales_input(self) -> bool:
-        """True where the gate weight multiplies an expert's input and not its output (llama4)."""
-        return self.gate == SIGMOID
 
     def routers(self) -> tuple[Router, ...]:
         """One record per MoE layer."""
@@ -70,11 +72,18 @@ class ModelRouting:
             CheckpointError: they do not.
         """
         rules = {(router.n_experts, router.top_k, router.spec) for router in routers}
-        if len(rules) != 1 or next(iter(rules))[2] is None:
+        n_experts, top_k, spec = next(iter(rules), (0, 0, None))
+        if len(rules) != 1 or spec is None or spec.family not in _FAMILIES:
             raise CheckpointError(f"{len(rules)} rules of {len(routers)} routers, wanted one known rule for all")
-        ((n_experts, top_k, spec),) = rules
-        layers = tuple(router.decoder_layer for router in routers)
-        return cls(**(spec.content() if spec else {}), n_experts=n_experts, top_k=top_k, decoder_layers=layers)
+        layers, family = tuple(router.decoder_layer for router in routers), _FAMILIES[spec.family]
+        return cls(
+            **spec.content(),
+            n_experts=n_experts,
+            top_k=top_k,
+            decoder_layers=layers,
+            scales_input=family.scales_input,
+            scores_in_float32=family.scores_in_float32,
+        )
 
     def record(self) -> dict[str, Any]:
         """In plain types, as an engine process is told it."""
@@ -97,6 +106,8 @@ class _Family:
     has_bias: Callable[[dict[str, Any]], bool] = lambda c: False
     is_grouped: bool = False
     shared: Callable[[dict[str, Any]], int] = lambda c: 0
+    scales_input: bool = False
+    scores_in_float32: bool = False
 
 
 # transformers 5 does not write these; without them vLLM builds another router than the family's, or none.
@@ -151,6 +162,7 @@ _DEEPSEEK = _Family(
     has_bias=lambda c: True,
     is_grouped=True,
     shared=lambda c: int(c.get("n_shared_experts") or 0),
+    scores_in_float32=True,
 )
 _BAILING = _Family(
     SIGMOID,
@@ -158,6 +170,7 @@ _BAILING = _Family(
     has_bias=lambda c: bool(c.get("moe_router_enable_expert_bias", False)),
     is_grouped=True,
     shared=lambda c: int(c.get("num_shared_experts") or 0),
+    scores_in_float32=True,
 )
 _CHOSEN_SOFTMAX = _Family(LOGIT, _always, gate="softmax_of_chosen", renormalize=lambda c: False)
 _FAMILIES = {
@@ -166,8 +179,10 @@ _FAMILIES = {
     "dots1": _DEEPSEEK,
     "glm4_moe": _DEEPSEEK,
     "gpt_oss": _CHOSEN_SOFTMAX,
-    "granitemoe": _CHOSEN_SOFTMAX,
-    "llama4_text": _Family(LOGIT, _llama4_sparse, gate="sigmoid", renormalize=lambda c: False, shared=lambda c: 1),
+    "granitemoe": replace(_CHOSEN_SOFTMAX, scores_in_float32=True),
+    "llama4_text": _Family(
+        LOGIT, _llama4_sparse, gate="sigmoid", renormalize=lambda c: False, shared=lambda c: 1, scales_input=True
+    ),
     "mixtral": _Family(SOFTMAX, _always, renormalize=lambda c: True),
     "olmoe": _Family(SOFTMAX, _always),
     "qwen2_moe": _Family(SOFTMAX, _qwen_sparse, shared=lambda c: 1),
@@ -219,6 +234,8 @@ def router_spec(config: dict[str, Any], where: str) -> ModelRouting | None:
             scaling_factor=float(text.get("routed_scaling_factor") or 1.0) if known.is_grouped else 1.0,
             n_shared_experts=known.shared(text),
             decoder_layers=layers,
+            scales_input=known.scales_input,
+            scores_in_float32=known.scores_in_float32,
         ),
         where,
     )

@@ -9,18 +9,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moediag.corrections.correction import Step, parse_correction
+from moediag.corrections.correction import parse_correction
 from moediag.figures.heat import draw_cells, rate_bar, rate_norm
+from moediag.figures.registry import SIMULATION_FIGURES, Frames, Panel, figure
 from moediag.figures.style import (
     DENSE_COLOURS,
-    FULL_WIDTH,
     GREY,
     HALO,
     INK,
     MOE_COLOURS,
     add_words,
     figure_text,
-    house_style,
     legend_below,
     new_figure,
     state,
@@ -99,11 +98,14 @@ def _nothing_words(row: pd.Series) -> str:
 
 def _is_by_sequence(rows: pd.DataFrame) -> pd.Series:
     """Corrections that mask whole sequences and no single token."""
-    return rows["words"].map(lambda words: not any(map(_masks_tokens, parse_correction(words).steps)))
+    return rows["words"].map(
+        lambda words: all(step.declared.masks != "token" for step in parse_correction(words).steps)
+    )
 
 
-def _masks_tokens(step: Step) -> bool:
-    return step.rule.level != "filter" and step.method not in ("none", "tis_token", "tis_sequence", "mis_sequence")
+def _too_few_masks(frames: Frames) -> str:
+    rows = frames["overlap"]
+    return "" if rows.loc[rows["n_masked"] > 0, "correction"].nunique() > 1 else "fewer than two corrections mask"
 
 
 @figure(
@@ -111,6 +113,7 @@ def _masks_tokens(step: Step) -> bool:
     title="Overlap of the masks",
     caption="Row by row: of the tokens that this correction masks, the share that another one masks, too.",
     section="overlap",
+    absent=_too_few_masks,
     into=SIMULATION_FIGURES,
 )  # fmt: skip
 def plot_mask_overlap(overlap: pd.DataFrame, *, panel: Panel) -> Figure:

@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from moediag.figures.corrections_tokens import Band, ratio_bands
+from moediag.figures.registry import SIMULATION_FIGURES, Frames, Panel, figure
 from moediag.figures.style import (
     DENSE_COLOURS,
-    FULL_WIDTH,
     GREY,
     HALO,
     INK,
@@ -22,15 +23,12 @@ from moediag.figures.style import (
     MOE_COLOURS,
     NO_FLOOR,
     add_words,
-    house_style,
     legend_below,
     new_figure,
     state,
 )
 from moediag.figures.ticks import log_axis
 from moediag.numbers import count, percent, sig
-
-Band = tuple[float, float]
 
 _NEAR: Final = 1.2
 """Points nearer than this factor's log would have their labels on each other."""
@@ -48,11 +46,17 @@ def band_name(alpha: float, beta: float) -> str:
     return f"{alpha:.3g} to {beta:.3g}"
 
 
+def _inputs(frames: Frames) -> tuple[object, ...]:
+    in_use = {words: band for words, band in ratio_bands(frames).items() if words.startswith("icepop:")}
+    return frames["sweep_by_band"], frames.get("recommended_band"), in_use
+
+
 @figure(
     "band_frontier", "sweep_by_band",
     title="Masked share against the k3 that is left, band by band",
     caption="Every point is a band of the ratio. Left and low is good; on the frontier one is paid for with the other.",
     section="sweep",
+    inputs=_inputs,
     into=SIMULATION_FIGURES,
 )  # fmt: skip
 def plot_band_frontier(

@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from moediag.corrections.correction import Step, parse_correction
+from moediag.figures.registry import SIMULATION_FIGURES, Frames, Panel, figure
 from moediag.figures.style import (
     DENSE_COLOURS,
-    FULL_WIDTH,
     GREY,
     HALO,
     INK,
@@ -23,7 +24,6 @@ from moediag.figures.style import (
     MOE_COLOURS,
     add_words,
     figure_text,
-    house_style,
     legend_below,
     new_figure,
     state,
@@ -40,16 +40,33 @@ _ROOM: Final = 0.35
 _RATIOS: Final = (1 / 128, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 128)
 
 
+def ratio_bands(frames: Frames) -> dict[str, Band]:
+    """The bands on the token ratio among the corrections, and the recommended one first where there is one."""
+    bands: dict[str, Band] = {}
+    recommended = frames.get("recommended_band")
+    if recommended is not None and len(recommended) and math.isfinite(recommended.iloc[0]["alpha"]):
+        row = recommended.iloc[0]
+        bands[f"recommended: {row['alpha']:.3g} to {row['beta']:.3g}"] = (float(row["alpha"]), float(row["beta"]))
+    for words in frames["correction_statistics"]["words"]:
+        steps = parse_correction(words).steps
+        if len(steps) == 1 and (band := _band(steps[0])):
+            bands[words] = band
+    return bands
+
+
+def _band(step: Step) -> Band | None:
+    return step.bounds if step.declared.masks == "token" and step.declared.bounded.ratio else None
+
+
 @figure(
     "ratio_bands", "ratio_counts",
     title="Ratio pi_train / pi_infer and the bands on it",
     caption="Tokens by ratio, both axes logarithmic; tokens beyond the axis are counted at its edge.",
     section="ratios",
+    inputs=lambda frames: (frames["ratio_counts"], ratio_bands(frames)),
     into=SIMULATION_FIGURES,
 )  # fmt: skip
-def plot_ratio_bands(
-    counts: pd.DataFrame, bands: Mapping[str, Band], *, panel: Panel
-) -> Figure:
+def plot_ratio_bands(counts: pd.DataFrame, bands: Mapping[str, Band], *, panel: Panel) -> Figure:
     """Draw tokens by ratio, both axes logarithmic, and above them the bands on the token ratio.
 
     Args:
@@ -151,14 +168,12 @@ def _ticks(low: float, high: float) -> list[float]:
 @figure(
     "masked_entropy", "masked_entropy", "correction_statistics",
     title="Entropy of masked tokens",
-    caption="Left: one correction's masked tokens against all tokens, Figure-11-style. Right: means of every correction."
-,
+    caption="Left: one correction's masked tokens against all tokens, Figure-11-style. Right: means of every "
+    "correction.",
     section="entropy",
     into=SIMULATION_FIGURES,
 )  # fmt: skip
-def plot_masked_entropy(
-    counts: pd.DataFrame, statistics: pd.DataFrame, *, panel: Panel
-) -> Figure:
+def plot_masked_entropy(counts: pd.DataFrame, statistics: pd.DataFrame, *, panel: Panel) -> Figure:
     """Draw the entropy of the tokens that one correction masks against that of all tokens, and means of every one.
 
     Args:

@@ -19,20 +19,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from moediag.analysis.tokens import logp_diff, scored_tokens
-from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words
+from moediag.figures.floors import draw_floor
 from moediag.figures.heat import count_bar, count_norm, draw_cells
+from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     INK,
-    RunStyle,
     add_words,
     figure_text,
     figure_width,
-    house_style,
     panel_grid,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import power, tick_decades
 from moediag.numbers import sig
@@ -59,7 +56,8 @@ def _no_difference(frames: Frames) -> str:
 @figure(
     "logp_diff_by_p_infer", "tokens", "metrics_by_stratum",
     title="Size of the difference against the probability that infer gave the token",
-    caption="Density of tokens; the line is the mean per stratum of p_infer. Rounding to bf16 shows as regular stripes.",
+    caption="Density of tokens; the line is the mean per stratum of p_infer. Rounding to bf16 shows as regular "
+    "stripes.",
     section="tail",
     floor_of="abs_logp_diff.mean",
     absent=_no_difference,

@@ -12,18 +12,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words
+from moediag.figures.floors import draw_floor
+from moediag.figures.registry import NO_DIFFERENCE, NO_FLIP, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     legend_below,
     panel_grid,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import layer_ticks, log_axis
 from moediag.numbers import count, sig

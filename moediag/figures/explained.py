@@ -16,13 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from moediag.analysis.predicted import POOLED, best_method
-from moediag.figures.catalogue import MIN_CHOICES
-from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words, share
+from moediag.analysis.margins import MIN_CHOICES
+from moediag.analysis.predicted import METHOD_WORDS, POOLED, best_method, source_words
+from moediag.figures.floors import draw_floor, share
+from moediag.figures.registry import NO_FLIP, Frames, Panel, figure
 from moediag.figures.style import (
     DENSE_COLOURS,
     DENSE_LINES,
-    FULL_WIDTH,
     GREY,
     INK,
     MARKERS,
@@ -30,10 +30,8 @@ from moediag.figures.style import (
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     legend_below,
     panel_grid,
-    styles_of,
 )
 from moediag.figures.ticks import layer_ticks, log_axis, power
 from moediag.numbers import count, percent
@@ -41,12 +39,6 @@ from moediag.numbers import count, percent
 LEAST: Final = 1e-4
 """Predictions below it share the lowest bin of the frame; the axes end there."""
 
-_METHOD_WORDS: Final = {
-    "all_pairs": "every pair of experts",
-    "border_pair": "the border pair",
-    "simulated": "simulated choices",
-    "margin_change": "margins alone",
-}
 _COLOURS: Final = (*DENSE_COLOURS, *MOE_COLOURS[1:])
 _NOTE: Final = "Bars: 95 %, clustered by prompt. Predictions have none: the noise they take is an estimate, too."
 
@@ -54,7 +46,7 @@ _NOTE: Final = "Bars: 95 %, clustered by prompt. Predictions have none: the nois
 def _no_explanation(frames: Frames) -> str:
     rows = frames["explained_flips"]
     if not rows["explained"].notna().any():
-        return NO_EXPLANATION
+        return "no flip could be explained (neither margins nor router logits of both arms)"
     return "" if rows["observed"].max() > 0 else f"{NO_FLIP} in {count(rows['n_choices'].max(), 'choice')}"
 
 
@@ -126,18 +118,12 @@ def _best_pooled(frame: pd.DataFrame) -> pd.Series[Any]:
     return frame[(frame["method"] == best_method(frame)) & (frame["layer"] == POOLED)].iloc[0]
 
 
-def source_words(noise_from: object) -> str:
-    """A source of noise as a reader says it: the arm of an A/A pair that is not the engine's main one."""
-    first, _, second = str(noise_from).partition("~")
-    return f"noise of {figure_text(first if len(first) > len(second) else second)}"
-
-
 def _method_note(explained: Mapping[str, pd.DataFrame]) -> str:
     """What was explained from, how much, and what that leaves out."""
     if not explained:
         return ""
     rows = [_best_pooled(frame) for frame in explained.values()]
-    said = sorted({_METHOD_WORDS.get(str(row["method"]), str(row["method"])) for row in rows})
+    said = sorted({METHOD_WORDS.get(str(row["method"]), str(row["method"])) for row in rows})
     notes = sorted({str(row["note"]) for row in rows} - {""})
     choices = max(int(frame["n_choices"].max()) for frame in explained.values())
     parts = [f"Explained from {' or '.join(said)}, up to {count(choices, 'choice')}", *notes]
@@ -165,12 +151,12 @@ def draw_forecasts(ax: Axes, forecasts: pd.DataFrame | None) -> set[str]:
     nth = 0
     for source, of_source in rows.groupby("noise_from", sort=False) if len(rows) else ():
         if not (of_source["forecast"] > 0).any():
-            silent.add(source_words(source))
+            silent.add(figure_text(source_words(source)))
             continue
         ax.plot(of_source["layer"], of_source["forecast"], color=_COLOURS[nth % len(_COLOURS)],
                 linestyle=DENSE_LINES[nth % len(DENSE_LINES)], linewidth=1.2, markersize=3.5,
                 marker=MARKERS[1 + nth % (len(MARKERS) - 1)],
-                label=f"forecast: if it had the {source_words(source)}")  # fmt: skip
+                label=f"forecast: if it had the {figure_text(source_words(source))}")  # fmt: skip
         nth += 1
     return silent
 

@@ -14,17 +14,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moediag.figures.floors import FloorArgument, floor_words, share
+from moediag.figures.floors import share
+from moediag.figures.registry import NO_FLIP, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     INK,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     panel_grid,
-    styles_of,
 )
 from moediag.figures.ticks import log_axis
 from moediag.numbers import count, percent, times
@@ -39,7 +37,8 @@ def _no_flipped_token(frames: Frames) -> str:
 @figure(
     "flips_per_token", "flips_per_token",
     title="Flipped layers per token against independence",
-    caption="Share of tokens with that many flipped layers; open: what independent layers of the same rates would give.",
+    caption="Share of tokens with that many flipped layers; open: what independent layers of the same rates would "
+    "give.",
     section="depth",
     floor_of="any_layer_share",
     is_routing=True,

@@ -16,17 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moediag.figures.catalogue import MIN_CHOICES
-from moediag.figures.floors import FloorArgument, floor_value, floor_words, share
+from moediag.analysis.margins import MIN_CHOICES, POOLED
+from moediag.figures.floors import share
 from moediag.figures.heat import draw_cells, hatch_thin, layer_axis, rate_bar, rate_norm
-from moediag.figures.margins import SPACE_LABEL, Space, bin_edges, tie_place
+from moediag.figures.margins import SPACE_LABEL, Space, bin_edges, no_margins, tie_place
+from moediag.figures.registry import NO_FLIP, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     INK,
-    RunStyle,
     add_words,
     figure_text,
-    house_style,
     panel_grid,
 )
 from moediag.figures.ticks import tick_decades
@@ -34,6 +32,7 @@ from moediag.numbers import count, percent, sig, times
 
 FloatArray = npt.NDArray[np.float64]
 
+_TOO_FEW: Final = f"no cell of the map holds {MIN_CHOICES} choices"
 _THIN: Final = f"Hatched: fewer than {MIN_CHOICES} choices, no rate. White: none."
 
 
@@ -41,7 +40,7 @@ def _no_flip_in_map(frames: Frames) -> str:
     rows = frames["flips_by_layer_position"]
     if not rows["n_flipped"].sum():
         return f"{NO_FLIP} in {count(rows['n_choices'].sum(), 'choice')}"
-    return "" if (rows["n_choices"] >= MIN_CHOICES).any() else TOO_FEW
+    return "" if (rows["n_choices"] >= MIN_CHOICES).any() else _TOO_FEW
 
 
 @figure(
@@ -124,18 +123,23 @@ def _thin_note(frames: Mapping[str, pd.DataFrame]) -> str:
 
 def _no_margins_by_layer(frames: Frames) -> str:
     rows = frames["margin_curve"]
-    if _no_margins(frames):
-        return NO_MARGINS
+    if reason := no_margins(frames):
+        return reason
     if not ((rows["layer"] >= 0) & (rows["bin_high"] > 0) & (rows["n_choices"] >= MIN_CHOICES)).any():
-        return TOO_FEW
+        return _TOO_FEW
     return "" if rows["n_flipped"].sum() else f"{NO_FLIP} in {count(_pooled_choices(rows), 'choice')}"
+
+
+def _pooled_choices(rows: pd.DataFrame) -> int:
+    first = next(iter(rows["space"]))
+    return int(rows.loc[(rows["layer"] == POOLED) & (rows["space"] == first), "n_choices"].sum())
 
 
 @figure(
     "margins_by_layer", "margin_curve", "margin_noise",
     title="Margins and flips layer by layer",
-    caption="Left: where the margins of a layer lie. Right: P(flip | margin) of each layer; the mark is its noise sigma."
-,
+    caption="Left: where the margins of a layer lie. Right: P(flip | margin) of each layer; the mark is its noise "
+    "sigma.",
     section="margins",
     floor_of="flip_rate",
     is_routing=True,

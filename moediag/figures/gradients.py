@@ -12,14 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moediag.analysis.gradients import FARTHER, NEARER
+from moediag.figures.registry import SIMULATION_FIGURES, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     INK,
     LIGHT,
     add_words,
     figure_text,
-    house_style,
     is_column,
     new_figure,
     state,

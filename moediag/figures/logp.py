@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from moediag.analysis.tokens import logp_diff, scored_tokens
-from moediag.figures.floors import FloorArgument, floor_value, floor_words
+from moediag.figures.floors import FloorArgument, floor_value
+from moediag.figures.registry import Panel, figure, token_counts
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     INK,
     RunStyle,
@@ -30,11 +30,9 @@ from moediag.figures.style import (
     figure_text,
     figure_width,
     first_of_each_kind,
-    house_style,
     is_column,
     new_figure,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import log_axis, power
 from moediag.numbers import percent, sig, times
@@ -59,16 +57,11 @@ def abs_logp_diff(tokens: pd.DataFrame) -> npt.NDArray[np.float64]:
     return absolute
 
 
-def token_counts(tokens: Mapping[str, pd.DataFrame]) -> dict[str, tuple[int, int]]:
-    """label -> (tokens scored by both arms, prompts), for captions."""
-    return {label: (len(abs_logp_diff(frame)), int(frame["prompt_id"].nunique())) for label, frame in tokens.items()}
-
-
 @figure(
     "figure1", "tokens", "tail_curve", "logp_metrics",
     title="How far apart the log-probabilities are: body and tail",
-    caption="Left: tokens by size of abs(logp_train − logp_infer), differences of 0 apart. Right: share of tokens beyond."
-,
+    caption="Left: tokens by size of abs(logp_train − logp_infer), differences of 0 apart. Right: share of tokens "
+    "beyond.",
     floor_of="abs_logp_diff.mean",
 )  # fmt: skip
 def plot_figure1(
@@ -95,7 +88,7 @@ def plot_figure1(
         body, tail = figure.subplots(1, 2, width_ratios=(1.2, 1))
     draw_body(body, tokens, metrics, panel.styles, panel.floor)
     draw_tail(tail, tail_curves, panel.styles)
-    note = caption_text(token_counts(tokens)) if panel.caption is None else panel.caption
+    note = panel.caption or caption_text(token_counts(tokens))
     floored = panel.floor_words("the mean", tokens)
     add_words(figure, figure1_finding(metrics, panel.styles), note, floored, _READING, FIGURE1_NOTE)
     return figure

@@ -16,18 +16,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words
+from moediag.figures.floors import draw_floor
+from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     is_column,
     new_figure,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import log_axis
 from moediag.numbers import count, sig, times
@@ -48,7 +46,8 @@ def _no_drift(frames: Frames) -> str:
 @figure(
     "position_drift", "drift_by_position",
     title="Difference by position in the response",
-    caption="Mean with its 95 % interval, median, p90 and p99 per bin of positions; below, the tokens behind every bin.",
+    caption="Mean with its 95 % interval, median, p90 and p99 per bin of positions; below, the tokens behind every "
+    "bin.",
     section="drift",
     floor_of="abs_logp_diff.mean",
     absent=_no_drift,

@@ -16,18 +16,16 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from moediag.analysis.measures import ICEPOP_BAND
 from moediag.analysis.tokens import logp_diff, scored_tokens
-from moediag.figures.floors import FloorArgument, floor_words, share
+from moediag.figures.floors import share
+from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     INK,
     LIGHT,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     panel_grid,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import log_axis
 from moediag.numbers import count, percent

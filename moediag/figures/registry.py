@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moediag.analysis.tokens import scored_tokens
-from moediag.figures.floors import AnyFloor, FloorArgument, floor_of, floor_words, nat
+from moediag.figures.floors import AnyFloor, Floor, FloorArgument, floor_of, floor_words, nat
 from moediag.figures.style import (
     FULL_WIDTH,
     KINDS,
@@ -31,7 +31,6 @@ from moediag.figures.style import (
     save_figure,
     styles_of,
 )
-from moediag.figures.floors import Floor
 
 KEY_FIGURE: Final = "figure1"
 """The figure of the first screen; never left out while its frames are there: that no token differs is its finding."""

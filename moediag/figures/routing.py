@@ -15,16 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words, share
+from moediag.figures.floors import draw_floor, share
+from moediag.figures.registry import Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     panel_grid,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import layer_ticks
 from moediag.numbers import count, percent

@@ -12,20 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moediag.figures.floors import FloorArgument, floor_value, floor_words
+from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     HALO,
     INK,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     legend_below,
     panel_grid,
     state,
-    styles_of,
 )
 from moediag.numbers import count, sig
 

@@ -15,20 +15,18 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpecBase
 from matplotlib.ticker import MaxNLocator
 
-from moediag.figures.floors import FloorArgument, floor_words, share
+from moediag.figures.floors import share
 from moediag.figures.heat import count_bar, count_norm
+from moediag.figures.registry import Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     HEAT,
     INK,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     is_column,
     legend_below,
     new_figure,
-    styles_of,
 )
 from moediag.numbers import count, percent
 

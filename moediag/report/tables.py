@@ -15,8 +15,8 @@ import pandas as pd
 
 from moediag.analysis.margins import MIN_CHOICES
 from moediag.analysis.predicted import METHOD_WORDS, POOLED, best_method, source_words
-from moediag.frames import Column, FrameSpec, declared, in_unit
-from moediag.numbers import NONE, count, percent, sig
+from moediag.frames import Column, FrameSpec, declared
+from moediag.numbers import NONE, count, in_unit, percent, sig
 from moediag.report.blocks import Table, interval, number, table
 from moediag.report.decode import TokenTexts
 from moediag.report.text import Markdown, code, visible
@@ -129,7 +129,8 @@ def _pooled(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pooled_bins(curve: pd.DataFrame) -> pd.DataFrame:
-    return _pooled(curve)[lambda rows: rows["space"] == "choice"].sort_values(["bin_low", "bin_high"])
+    rows = _pooled(curve)
+    return rows[rows["space"] == "choice"].sort_values(["bin_low", "bin_high"])
 
 
 def _held_bins(curve: pd.DataFrame) -> pd.DataFrame:
@@ -198,7 +199,8 @@ def worst_token_view(texts: TokenTexts) -> View:
         Cell("rank", lambda row: f"{row['rank'] + 1:.0f}"),
         "logp_diff",
         Cell("ratio", lambda row: _ratio(row["logp_diff"])),
-        *(Cell(f"p {s}", lambda row, s=s: Markdown(percent(math.exp(row[f"logp_{s}"])))) for s in ("infer", "train")),
+        Cell("p infer", lambda row: Markdown(percent(math.exp(row["logp_infer"])))),
+        Cell("p train", lambda row: Markdown(percent(math.exp(row["logp_train"])))),
         Cell("flips", lambda row: Markdown(NONE if row["n_flipped_layers"] < 0 else f"{row['n_flipped_layers']:.0f}")),
         *("first_flipped_layer", "seq_id", "position", "prompt_id"),
     )
@@ -262,8 +264,8 @@ VIEWS: Final[dict[str, View]] = {
         n_markdown=9,
     ),
     "agreement_by_layer": View(
-        (_layer(), "same_set_rate", "cumulative_same_set_rate", Cell("overlap", lambda row: number(row["overlap"], "share")),
-         "reorder_rate", "n_tokens"),
+        (_layer(), "same_set_rate", "cumulative_same_set_rate",
+         Cell("overlap", lambda row: number(row["overlap"], "share")), "reorder_rate", "n_tokens"),
     ),
     "flips_per_token": View(
         ("n_flipped_layers", "share", "independent_share", "abs_logp_diff_mean", "abs_logp_diff_p99", "n_tokens"),

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moediag.errors import CorruptRunError, RunError
-from moediag.figures import draw_comparison_figures, first_of_each_kind
+from moediag.figures import draw_comparison_figures
 from moediag.figures.floors import summary_floors
+from moediag.figures.style import first_of_each_kind
 from moediag.notation import SCHEMA_VERSION
 from moediag.report import comparison_page
 from moediag.results.load import load_summary, read_frames, shell_command

@@ -22,10 +22,9 @@ from typing import Any
 from moediag.errors import CorruptRunError, DiskFullError, MoediagError, RunError
 
 _SEAL = "sha256"
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model", "merges.txt",
-    "tokenizer_config.json", "chat_template.jinja",
-)  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
+"""Names under which a folder may hold a tokenizer; one of them at least."""
+_BESIDE_TOKENIZER = ("merges.txt", "tokenizer_config.json", "chat_template.jinja")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -112,7 +111,7 @@ def tokenizer_digest(folder: Path) -> str:
     Raises:
         OSError: a file is there and cannot be read.
     """
-    files = [folder / name for name in _TOKENIZER_FILES]
+    files = [folder / name for name in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER)]
     return digest_of({path.name: sha256_bytes(path.read_bytes()) for path in files if path.exists()})
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # pydantic is not worth its time to a command that only shows
 VLLM, TRANSFORMERS = "vllm", "transformers"
 ENGINE_WORDS: Final = {VLLM: "vLLM", TRANSFORMERS: "transformers"}
 
+SAMPLED, PREFILL, DECODE, TEACHER_FORCED = "sampled", "prefill", "decode", "teacher-forced"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -20,8 +22,9 @@ class Recipe:
 
     Args:
         words: what it is, for help and reports.
-        change: what it changes of the reference arm of its role; None = it is that arm.
-        path: how vLLM gets its scores where that does not follow from who sampled.
+        change: what it changes of the reference arm of its role; None = it is that arm, or one of another engine.
+        path: how its scores come about; None = as the run's tokens have it: sampled by this arm, or decoded again.
+        samples: it can sample the run's tokens.
         options: engine options that it fixes.
         batching, perturbation: see :class:`~moediag.engines.arms.ArmRequest`.
         is_observed: routing is recorded.
@@ -32,6 +35,7 @@ class Recipe:
     words: str
     change: Change | None = None
     path: str | None = None
+    samples: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     batching: dict[str, Any] | None = None
     perturbation: str = ""
@@ -40,46 +44,56 @@ class Recipe:
 
 
 RECIPES: Final = {
-    "infer": Recipe("infer", VLLM, "vLLM: samples the responses, or scores given ones"),
-    "train": Recipe("train", TRANSFORMERS, "transformers: scores the same tokens, teacher-forced"),
-    "train-replay": Recipe("train", TRANSFORMERS, "transformers with vLLM's experts forced", "replay"),
+    "infer": Recipe("infer", VLLM, "vLLM: samples the responses, or scores given ones", samples=True),
+    "infer-generate": Recipe(
+        "infer", TRANSFORMERS, "transformers' generate: samples the responses with a KV cache, or decodes given ones",
+        samples=True,
+    ),
+    "train": Recipe(
+        "train", TRANSFORMERS, "transformers: scores the same tokens, teacher-forced", path=TEACHER_FORCED
+    ),
+    "train-replay": Recipe(
+        "train", TRANSFORMERS, "transformers with vLLM's experts forced", "replay", TEACHER_FORCED
+    ),
     "infer-production": Recipe(
         "infer", VLLM, "vLLM as rollouts run it (graphs, prefix cache, own options); log-probabilities only",
-        "observation", is_observed=False,
+        "observation", samples=True, is_observed=False,
     ),
     "infer-repeat": Recipe(
         "infer", VLLM, "vLLM again, by the path of the infer arm, in other batches", "repeat", reversed_order=True
     ),
     "infer-redecode": Recipe(
-        "infer", VLLM, "vLLM again, decode path with the same tokens forced, same batches", "path", "decode"
+        "infer", VLLM, "vLLM again, decode path with the same tokens forced, same batches", "path", DECODE
     ),
-    "infer-rescore": Recipe("infer", VLLM, "vLLM again, prefill of the same tokens", "path", "prefill"),
+    "infer-rescore": Recipe("infer", VLLM, "vLLM again, prefill of the same tokens", "path", PREFILL),
     "train-repeat": Recipe(
-        "train", TRANSFORMERS, "transformers again, in padded batches of 4", "repeat",
+        "train", TRANSFORMERS, "transformers again, in padded batches of 4", "repeat", TEACHER_FORCED,
         batching={"batch_size": 4, "layout": "padded"},
     ),
     "train-perturbed": Recipe(
         "train", TRANSFORMERS,
         "transformers with router inputs (dense: every layer's) moved by one unit in the last place",
-        "perturbation", perturbation="ulp",
+        "perturbation", TEACHER_FORCED, perturbation="ulp",
     ),
-    "train-fp32": Recipe("train", TRANSFORMERS, "transformers in float32", "dtype", options={"dtype": "float32"}),
+    "train-fp32": Recipe(
+        "train", TRANSFORMERS, "transformers in float32", "dtype", TEACHER_FORCED, options={"dtype": "float32"}
+    ),
     "train-router-fp32": Recipe(
-        "train", TRANSFORMERS, "transformers with the routers' matmul in float32", "router-dtype",
+        "train", TRANSFORMERS, "transformers with the routers' matmul in float32", "router-dtype", TEACHER_FORCED,
         perturbation="router-fp32",
     ),
     "train-router-fp8": Recipe(
         "train", TRANSFORMERS, "transformers with the routers' weights and inputs rounded to float8", "router-dtype",
-        perturbation="router-fp8",
+        TEACHER_FORCED, perturbation="router-fp8",
     ),
 }  # fmt: skip
 """Recipes by name; of several arms that could make a floor, or a noise scale, the first listed does."""
 
 PATH_WORDS: Final = {
-    "sampled": "decode (sampled)",
-    "decode": "decode (given tokens, forced one by one)",
-    "prefill": "prefill (given tokens)",
-    "teacher-forced": "teacher-forced",
+    SAMPLED: "decode (sampled)",
+    DECODE: "decode (given tokens, forced one by one)",
+    PREFILL: "prefill (given tokens)",
+    TEACHER_FORCED: "teacher-forced",
     "unknown": "unknown",
 }
 
@@ -98,17 +112,19 @@ def recipe(name: str) -> Recipe:
 
 def is_decoded(path: str) -> bool:
     """Token by token, as a rollout is, whether sampled or forced."""
-    return path in ("sampled", "decode")
+    return path in (SAMPLED, DECODE)
 
 
-def change_of(name: str, path: str, reference_path: str | None) -> Change | None:
-    """What an arm of a recipe changes of the reference arm: the same path once more is a repetition.
+def change_of(name: str, path: str, reference_path: str | None, reference_engine: str | None = None) -> Change | None:
+    """What an arm of a recipe changes of the reference arm: the same path once more is a repetition, in one engine.
 
     Args:
         path: how the arm gets its scores.
-        reference_path: how the reference arm got them; None where it is not known.
+        reference_path, reference_engine: how the reference arm got them; None where it is not known.
     """
-    change = recipe(name).change
-    if change == "path" and reference_path is not None and is_decoded(path) == is_decoded(reference_path):
+    made = recipe(name)
+    if made.change in (None, "repeat", "path") and reference_engine not in (None, made.engine):
+        return "engine"
+    if made.change == "path" and reference_path is not None and is_decoded(path) == is_decoded(reference_path):
         return "repeat"
-    return change
+    return made.change

@@ -28,8 +28,9 @@ KIND: Final = "moediag run"
 Role = Literal["infer", "train", "reference"]
 ScorePath = Literal["sampled", "decode", "prefill", "teacher-forced", "unknown"]
 Change = Literal[
-    "repeat", "path", "perturbation", "replay", "dtype", "router-dtype", "batching", "observation", "checkpoint"
-]
+    "repeat", "path", "engine", "perturbation", "replay", "dtype", "router-dtype", "batching", "observation",
+    "checkpoint",
+]  # fmt: skip
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """JSON integers above 2^53 are not the same number to every reader."""

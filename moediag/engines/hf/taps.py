@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from moediag.engines.assemble import kept_by, routing_arrays
 from moediag.engines.routers import ModelRouting
-from moediag.engines.routing_rows import kept_by, routing_arrays
 from moediag.errors import CaptureError
 
 _GATE_NAMES = ("gate", "router")

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moediag.engines.assemble import kept_by, routing_arrays
 from moediag.engines.routers import ModelRouting
-from moediag.engines.routing_rows import kept_by, routing_arrays
 
 _REQUEST_SUFFIX = re.compile(r"-[0-9a-f]{8}$")  # vLLM's worker knows a request as <external id>-<8 hex>
 _NEVER = 1 << 62  # no sequence has such a position
@@ -91,7 +91,7 @@ class StepRecorder:
         bias_LE: torch.Tensor | None = None,
         scale_L: Sequence[float] = (),
     ) -> None:
-        """Record at a level of :mod:`moediag.engines.routing_rows`.
+        """Record at a level of :mod:`moediag.engines.assemble`.
 
         Args:
             bias_LE: correction bias; needed where the family has one.

@@ -10,7 +10,6 @@ Nothing else is touched; what follows from other choices is the effect to be see
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -65,11 +64,6 @@ class Perturbed:
                 return original(hidden, *args, **kwargs)
 
         return forward
-
-
-def seed_of(name: str) -> int:
-    """A seed from a name, the same everywhere."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
 
 
 def neighbour(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -1,13 +1,12 @@
 """The infer arms: vLLM samples responses, or scores recorded ones, while the taps record what it routed.
 
 Runs in an engine process of its own. Shards are submitted one by one, each seeded by itself, so that a
-resumed capture equals an undisturbed one. See :mod:`moediag.engines.vllm_worker` for the taps and
-:mod:`moediag.engines.vllm_paths` for the ways to a score.
+resumed capture equals an undisturbed one. See :mod:`moediag.engines.vllm.worker` for the taps and
+:mod:`moediag.engines.vllm.paths` for the ways to a score.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 import time
@@ -19,21 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, PREFILL, SAMPLED, UNOBSERVED, ArmRequest
-from moediag.engines.assemble import capture_of, order_rows, recomputed_rows, token_rows
+from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, UNOBSERVED, ArmRequest
+from moediag.engines.assemble import IDS, capture_of, gate_weights_words, order_rows, recomputed_rows, token_rows
 from moediag.engines.channel import Reporter
-from moediag.engines.fill import OnDone, fill_missing_shards
-from moediag.engines.held import Held
+from moediag.engines.fill import Held, OnDone, fill_missing_shards, seed_of
 from moediag.engines.launch import OBSERVER_FORCES
-from moediag.engines.native import cross_check, native_rows, require_native_observer
 from moediag.engines.plan import load_prompt_tokens
 from moediag.engines.provenance import arm_sections
 from moediag.engines.routers import ModelRouting
-from moediag.engines.routing_rows import IDS, gate_weights_words
-from moediag.engines.selected import vllm_engine_config, vllm_sampling
 from moediag.engines.versions import numeric_versions, require_infer_engine
-from moediag.engines.vllm_loaded import agreed, disagreements, refuse_unseen_routing
-from moediag.engines.vllm_paths import (
+from moediag.engines.vllm.built import vllm_engine_config, vllm_sampling
+from moediag.engines.vllm.paths import (
     DISTRIBUTIONS,
     Response,
     Sequence,
@@ -43,14 +38,15 @@ from moediag.engines.vllm_paths import (
     logps,
     sampling_parameters,
 )
-from moediag.errors import EngineError, IncompleteRunError
+from moediag.errors import CaptureError, CheckpointError, EngineError, IncompleteRunError
 from moediag.run.capture import TokenRows, arrays_of
 from moediag.run.files import rows_prefix
+from moediag.run.recipes import PREFILL, SAMPLED
 from moediag.run.records import ArmRecord
 from moediag.run.shards import Shard
 from moediag.run.writer import RunWriter
 
-_WORKER = "moediag.engines.vllm_worker.MoediagWorkerExtension"
+_WORKER = "moediag.engines.vllm.worker.MoediagWorkerExtension"
 _DTYPE_NAMES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
 
 
@@ -294,8 +290,7 @@ class InferEngine:
         return self._seed("shard", shard.index) if self.seeds_shards else None
 
     def _seed(self, kind: str, index: int) -> int:
-        digest = hashlib.sha256(f"{self.sampling['seed']}:{kind}:{index}".encode()).digest()
-        return int.from_bytes(digest[:6], "big")
+        return seed_of(f"{self.sampling['seed']}:{kind}:{index}")
 
     def _observed(self, tokens: TokenRows, shard: Shard, responses: list[Response]) -> _Observed:
         if not self.has_taps:
@@ -343,7 +338,7 @@ class _Observed:
     Args:
         facts: for the sidecar.
         routing: routing arrays in token order; ``dtypes``: their dtypes in the engine.
-        rows: distributions as the worker gave them, :data:`~moediag.engines.vllm_paths.DISTRIBUTIONS`.
+        rows: distributions as the worker gave them, :data:`~moediag.engines.vllm.paths.DISTRIBUTIONS`.
         seq_ids: sequence id of every request number in ``rows``.
     """
 
@@ -362,3 +357,145 @@ def _report(responses: dict[int, Response], n_to_come: dict[int, int], on_done: 
 def _to_numpy(tensor: Any) -> NDArray[Any]:
     array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     return array
+
+
+# What vLLM loaded, held against config.json: refused where taps would see wrongly, reported where rules differ
+
+
+def refuse_unseen_routing(facts: dict[str, Any], routing: dict[str, Any] | None, observer: str) -> None:
+    """Refuse what the taps cannot see, and a model that is not the one config.json describes.
+
+    Args:
+        facts: what the worker says of itself.
+        routing: the run's ModelRouting as a record; None for a dense model.
+
+    Raises:
+        CheckpointError: layers, E, K or bias differ from config.json.
+        CaptureError: a kernel or mode that hides which experts were used.
+    """
+    wanted = list(routing["decoder_layers"]) if routing else []
+    if facts["decoder_layers"] != wanted:
+        raise CheckpointError(
+            f"vLLM's model has MoE routers in decoder layers {facts['decoder_layers']}, config.json says {wanted}"
+        )
+    if not routing:
+        return
+    found = (facts["n_experts"], facts["top_k"])
+    if found != ([routing["n_experts"]], [routing["top_k"]]):
+        raise CheckpointError(
+            f"vLLM's routers have (E, K) = {found}, config.json {routing['n_experts'], routing['top_k']}"
+        )
+    if facts["has_correction_bias"] != routing["has_correction_bias"]:
+        raise CheckpointError(
+            f"vLLM's routers have {'a' if facts['has_correction_bias'] else 'no'} correction bias, "
+            f"the family {routing['family']} {'has one' if routing['has_correction_bias'] else 'has none'}; "
+            "check config.json"
+        )
+    if facts["is_monolithic"] and observer == HOOKS:
+        raise CaptureError(
+            f"vLLM selected a monolithic MoE kernel ({', '.join(facts['experts_kernel'])}) that never shows "
+            "which experts it used; choose a modular one with --vllm-option moe_backend=triton, or --observer native"
+        )
+    if facts["eplb"]:
+        raise CaptureError("expert-parallel load balancing renames experts (physical ids); turn enable_eplb off")
+
+
+def disagreements(facts: dict[str, Any], routing: dict[str, Any] | None) -> list[str]:
+    """Where vLLM's routers follow another rule than config.json: reported, not refused, since that is a finding."""
+    rule = facts["router_rule"]
+    if not routing or routing["gate"] != "scores":
+        return []
+    wanted = {"renormalize": routing["renormalize"], "scoring_func": routing["score_function"]}
+    if routing["n_group"] > 1:
+        wanted |= {"num_expert_group": routing["n_group"], "topk_group": routing["topk_group"]}
+    told = [
+        f"vLLM's routers have {name} = {rule[name]!r}, config.json says {value!r}"
+        for name, value in wanted.items()
+        if name in rule and rule[name] != value
+    ]
+    factors = [rule.get("routed_scaling_factor", 1.0) * scale for scale in facts["scale_after_experts"]]
+    if factors != [routing["scaling_factor"]]:
+        told.append(f"vLLM scales gate weights by {factors}, config.json says {routing['scaling_factor']!r}")
+    return told
+
+
+def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What rank 0 told, once every rank is known to have routed the same rows the same way.
+
+    Raises:
+        CaptureError: a step was irregular, or ranks saw different experts.
+    """
+    told: dict[str, Any] = next(rank for rank in ranks if rank["rank"] == 0)
+    for rank in ranks:
+        if rank["n_problems"]:
+            raise CaptureError(
+                f"the taps saw {rank['n_problems']} irregular steps, first: {rank['problems'][0]}; nothing was stored"
+            )
+        if rank["rows_sha256"] != told["rows_sha256"]:
+            raise CaptureError(
+                f"tensor-parallel rank {rank['rank']} routed other rows, or to other experts, than rank 0; "
+                "nothing was stored"
+            )
+    return told
+
+
+# vLLM's own record of routed experts (enable_return_routed_experts): ids only, without hooks, also inside CUDA graphs.
+# It needs the V2 model runner, hence Triton, and wants prefix caching on: each request is told not to read the cache.
+
+
+def require_native_observer() -> None:
+    """Refuse where vLLM has no V2 model runner to record the experts.
+
+    Raises:
+        EngineError: says why.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    if not HAS_TRITON:
+        raise EngineError(
+            "--observer native needs vLLM's V2 model runner, which needs Triton; vLLM finds no Triton backend for this "
+            "device (the CPU build ships none); use --observer hooks"
+        )
+
+
+def native_rows(
+    routed: list[NDArray[Any] | None], tokens: list[list[int]], decoder_layers: list[int]
+) -> dict[str, NDArray[Any]]:
+    """The engine's rows in the form that :func:`~moediag.engines.assemble.order_rows` takes.
+
+    Args:
+        routed: what vLLM gave for each request, (rows, decoder layers, K); its dense layers hold zeros.
+        tokens: token ids that each request consumed or sampled, at least as many as it has rows.
+        decoder_layers: decoder layer of every MoE layer.
+
+    Raises:
+        CaptureError: a request came back without experts, or with more rows than tokens.
+    """
+    parts = []
+    for request, (ids, consumed) in enumerate(zip(routed, tokens, strict=True)):
+        if ids is None or len(ids) > len(consumed):
+            found = "none" if ids is None else f"{len(ids)} rows for {len(consumed)} tokens"
+            raise CaptureError(f"vLLM's routed experts of request {request}: {found}; nothing was stored")
+        parts.append((np.full(len(ids), request), np.arange(len(ids)), np.array(consumed[: len(ids)]), ids))
+    return {
+        "request_T": np.concatenate([part[0] for part in parts]),
+        "position_T": np.concatenate([part[1] for part in parts]),
+        "token_id_T": np.concatenate([part[2] for part in parts]),
+        "expert_ids_TLK": np.concatenate([part[3][:, decoder_layers] for part in parts]).astype(np.int16),
+    }
+
+
+def cross_check(tokens: TokenRows, hooked_TLK: NDArray[Any], native_TLK: NDArray[Any]) -> None:
+    """Hold vLLM's own record against the hooks': the same experts in every row.
+
+    Raises:
+        CaptureError: they differ; names how often and where first.
+    """
+    differ_TL = (np.sort(hooked_TLK, axis=2) != np.sort(native_TLK, axis=2)).any(axis=2)
+    if differ_TL.any():
+        row, layer = (int(index[0]) for index in np.nonzero(differ_TL))
+        raise CaptureError(
+            f"vLLM's own record and the hooks differ in {int(differ_TL.sum())} of {differ_TL.size} (token, layer), "
+            f"first in sequence {tokens.seq_id_T[row]} at position {tokens.position_T[row]}, MoE layer {layer}: "
+            f"{native_TLK[row, layer].tolist()} against {hooked_TLK[row, layer].tolist()}; nothing was stored"
+        )

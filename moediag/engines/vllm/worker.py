@@ -6,6 +6,9 @@ crosses that border: rows leave through a safetensors file.
 
 Invariants:
     - taps only copy; they never change what a router, the model or the sampler receives or returns;
+    - vLLM's V1 model runner keeps its batch in ``input_batch`` and gets counts from the scheduler, the V2 runner makes
+      an ``InputBatch`` in ``prepare_inputs``. Dummy runs (profiling, warm-up) go through neither, so a step without a
+      batch is one of vLLM's own and leaves no rows;
     - rank 0 records and writes; every other tensor-parallel rank records expert ids only, and the digest of what it
       saw is held against that of rank 0: ranks that route differently are an error, not a choice.
 """
@@ -13,20 +16,24 @@ Invariants:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moediag.engines.assemble import IDS
 from moediag.engines.provenance import process_facts
 from moediag.engines.routers import ModelRouting
-from moediag.engines.routing_rows import IDS
-from moediag.engines.selected import vllm_dtypes, vllm_kernels
-from moediag.engines.vllm_rows import StepRecorder
-from moediag.engines.vllm_runners import Undo, is_v2, tap_runner
+from moediag.engines.vllm.built import vllm_dtypes, vllm_kernels
+from moediag.engines.vllm.rows import StepRecorder
 
 _RULE_ATTRIBUTES = ("scoring_func", "renormalize", "num_expert_group", "topk_group", "routed_scaling_factor")
 _DECODER_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+Undo = Callable[[], None]
+Batch = tuple[Sequence[str], Sequence[int]]
+"""Requests of the step in the runner's row order, and the rows of each."""
 
 
 class MoediagWorkerExtension:
@@ -40,7 +47,7 @@ class MoediagWorkerExtension:
 
         Args:
             spec: fields of :class:`ModelRouting`, or None for a dense model.
-            level: ``ids``, ``margins`` or ``full``; see :mod:`moediag.engines.routing_rows`.
+            level: ``ids``, ``margins`` or ``full``; see :mod:`moediag.engines.assemble`.
 
         Returns:
             What the loaded model is: MoE layers, E, K, dtypes, kernels, attention backend.
@@ -174,3 +181,155 @@ def _tap_router(router: Any, layer: int, recorder: StepRecorder) -> Undo:
 
     router.select_experts = select_experts
     return lambda: delattr(router, "select_experts")
+
+
+# Runners: whose rows a step has, when it begins and ends, what the sampler gets
+
+
+def tap_runner(runner: Any, recorder: StepRecorder) -> list[Undo]:
+    """Set the taps on steps, the model's inputs and the sampler; returns how to take them off."""
+    adapter = _V2Runner(runner) if is_v2(runner) else _V1Runner(runner)
+    return [
+        *adapter.tap_batches(),
+        _tap_model(runner.model, adapter, recorder),
+        _tap_steps(runner, adapter, recorder),
+        adapter.tap_sampler(recorder.on_sample),
+        *adapter.tap_prompts(recorder.on_prompt),
+    ]
+
+
+def is_v2(runner: Any) -> bool:
+    """True for vLLM's V2 model runner, on whatever device."""
+    return any(base.__module__.startswith("vllm.v1.worker.gpu.") for base in type(runner).__mro__)
+
+
+class _V1Runner:
+    """Row order: ``input_batch.req_ids``, not the order of the scheduler's dict."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        self.scheduler_output: Any = None
+
+    def tap_batches(self) -> list[Undo]:
+        return []
+
+    def begin(self, scheduler_output: Any) -> None:
+        self.scheduler_output = scheduler_output
+
+    def end(self) -> None:
+        self.scheduler_output = None
+
+    def batch(self) -> Batch | None:
+        if self.scheduler_output is None:
+            return None
+        names = self.runner.input_batch.req_ids[: self.runner.input_batch.num_reqs]
+        return names, [self.scheduler_output.num_scheduled_tokens[name] for name in names]
+
+    def tap_sampler(self, on_sample: Callable[[torch.Tensor], None]) -> Undo:
+        def before_sampling(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            on_sample(kwargs["logits"] if "logits" in kwargs else args[0])
+
+        handle = self.runner.sampler.register_forward_pre_hook(before_sampling, with_kwargs=True)
+        return handle.remove  # type: ignore[no-any-return]
+
+    def tap_prompts(self, on_prompt: Callable[[int, torch.Tensor], None]) -> list[Undo]:
+        """Logits behind prompt log-probabilities: computed request by request, from consecutive rows of the step.
+
+        Which rows they are is seen from where the view that the head is given lies in the step's hidden states.
+        """
+        runner, original = self.runner, self.runner._get_prompt_logprobs_dict
+
+        def with_tapped_head(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            model, head = runner.model, runner.model.compute_logits
+            n_bytes = hidden_states.stride(0) * hidden_states.element_size()
+
+            def compute_logits(rows: torch.Tensor, *more: Any, **options: Any) -> Any:
+                logits = head(rows, *more, **options)
+                on_prompt((rows.data_ptr() - hidden_states.data_ptr()) // n_bytes, logits)
+                return logits
+
+            model.compute_logits = compute_logits
+            try:
+                return original(hidden_states, *args, **kwargs)
+            finally:
+                del model.compute_logits
+
+        runner._get_prompt_logprobs_dict = with_tapped_head
+        return [lambda: delattr(runner, "_get_prompt_logprobs_dict")]
+
+
+class _V2Runner:
+    """Row order: the ``InputBatch`` that ``prepare_inputs`` returns, once per real step."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        self.input_batch: Any = None
+
+    def tap_batches(self) -> list[Undo]:
+        runner, original = self.runner, self.runner.prepare_inputs
+
+        def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+            self.input_batch = original(*args, **kwargs)
+            return self.input_batch
+
+        runner.prepare_inputs = prepare_inputs
+        return [lambda: delattr(runner, "prepare_inputs")]
+
+    def begin(self, scheduler_output: Any) -> None:
+        self.input_batch = None
+
+    def end(self) -> None:
+        self.input_batch = None
+
+    def batch(self) -> Batch | None:
+        if self.input_batch is None:
+            return None
+        return self.input_batch.req_ids, self.input_batch.num_scheduled_tokens.tolist()
+
+    def tap_sampler(self, on_sample: Callable[[torch.Tensor], None]) -> Undo:
+        """The V2 sampler is no module: a stand-in that is called in its place and is it in every other respect."""
+        runner, original = self.runner, self.runner.sampler
+
+        class TappedSampler:
+            def __call__(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                on_sample(logits)
+                return original(logits, *args, **kwargs)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(original, name)
+
+        runner.sampler = TappedSampler()
+
+        def undo() -> None:
+            runner.sampler = original
+
+        return undo
+
+    def tap_prompts(self, on_prompt: Callable[[int, torch.Tensor], None]) -> list[Undo]:
+        """None: the V2 runner's kernel never makes whole rows of prompt log-probabilities (the engine refuses)."""
+        return []
+
+
+def _tap_steps(runner: Any, adapter: _V1Runner | _V2Runner, recorder: StepRecorder) -> Undo:
+    original = runner.execute_model
+
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        adapter.begin(scheduler_output)
+        try:
+            return original(scheduler_output, *args, **kwargs)
+        finally:
+            adapter.end()
+            recorder.end_step()
+
+    runner.execute_model = execute_model
+    return lambda: delattr(runner, "execute_model")
+
+
+def _tap_model(model: torch.nn.Module, adapter: _V1Runner | _V2Runner, recorder: StepRecorder) -> Undo:
+    def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch = adapter.batch()
+        if batch is not None:  # None: a dummy run of vLLM's own
+            recorder.on_forward(*batch, kwargs["positions"], kwargs["input_ids"])
+
+    handle = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    return handle.remove

@@ -7,6 +7,7 @@ numerics knobs of their own (:mod:`.batching`). The hooks only copy what routers
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -18,17 +19,14 @@ import torch
 from numpy.typing import NDArray
 
 from moediag.engines.arms import ArmRequest
-from moediag.engines.assemble import capture_of
-from moediag.engines.batching import PACKED, Batch, Batching, alone, refuse_leak
+from moediag.engines.assemble import capture_of, gate_weights_words
 from moediag.engines.channel import Reporter
-from moediag.engines.fill import OnDone, fill_missing_shards
-from moediag.engines.held import Held
-from moediag.engines.hf_taps import ForcedRoutes, RoutingTaps, find_blocks, stage_dtypes
-from moediag.engines.perturbation import Perturbed, seed_of
-from moediag.engines.provenance import arm_sections, process_facts
+from moediag.engines.fill import Held, OnDone, fill_missing_shards, seed_of
+from moediag.engines.hf.batching import PACKED, Batch, Batching, alone, refuse_leak
+from moediag.engines.hf.perturbation import Perturbed
+from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps, find_blocks, stage_dtypes
+from moediag.engines.provenance import arm_sections, plain, process_facts, stored_dtypes
 from moediag.engines.routers import ModelRouting
-from moediag.engines.routing_rows import gate_weights_words
-from moediag.engines.selected import train_dtypes, train_engine_config, train_kernels
 from moediag.engines.versions import numeric_versions, require_train_engine
 from moediag.errors import CheckpointError, IncompleteRunError
 from moediag.run.capture import Capture, TokenRows, arrays_of
@@ -48,7 +46,7 @@ def capture_train(writer: RunWriter, options: dict[str, Any], reporter: Reporter
     """Fill the missing shards of one of the run's transformers arms.
 
     Args:
-        options: as for :func:`moediag.engines.vllm_engine.capture_infer`.
+        options: as for :func:`moediag.engines.vllm.engine.capture_infer`.
 
     Raises:
         IncompleteRunError: the run's tokens, or the routes to replay, are not there yet.
@@ -57,19 +55,31 @@ def capture_train(writer: RunWriter, options: dict[str, Any], reporter: Reporter
     run, request = writer.run, ArmRequest(**options["request"])
     missing = writer.own_missing_shards(request.arm)
     replay = Replay(**request.replay) if request.replay else None
-    _refuse_missing_input(run, missing, replay.source if replay else None)
+    refuse_missing_input(run, missing, replay.source if replay else None)
     if not missing:
         return
     if replay and replay.weights:
         _refuse_other_weights(run, replay.source, missing[0])
+    fill_arm(TrainEngine, writer, options, reporter, held)
+
+
+def fill_arm(
+    kind: type[TrainEngine], writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held
+) -> None:
+    """Load the model, begin the arm, fill its missing shards."""
+    request = ArmRequest(**options["request"])
     model = held_model(held, options["folder"], request.options, reporter)
-    engine = TrainEngine(writer, model, request, options["routing"])
-    record = engine.arm_record(options["checkpoint"], options["configuration"])
-    writer.begin_arm(record, engine.correction_bias())
+    engine = kind(writer, model, request, options["routing"])
+    writer.begin_arm(engine.arm_record(options["checkpoint"], options["configuration"]), engine.correction_bias())
     fill_missing_shards(writer, request.arm, reporter, engine.capture_shard)
 
 
-def _refuse_missing_input(run: Run, shards: list[Shard], source: str | None) -> None:
+def refuse_missing_input(run: Run, shards: list[Shard], source: str | None = None) -> None:
+    """Refuse where the tokens to score, or the routes of the arm ``source``, are not there yet.
+
+    Raises:
+        IncompleteRunError: names the shards and what to run first.
+    """
     needed = source or run.sampler
     has_input = run.has_tokens if source is None else partial(run.has_capture, source)
     waiting = [shard for shard in shards if not has_input(shard)]
@@ -129,6 +139,8 @@ class Replay:
 class TrainEngine:
     """One arm on a transformers model, with its taps."""
 
+    has_cache = False
+
     def __init__(self, writer: RunWriter, model: Any, request: ArmRequest, routing: dict[str, Any] | None) -> None:
         self.version = require_train_engine()
         self.writer, self.run = writer, writer.run
@@ -155,17 +167,15 @@ class TrainEngine:
             "device": str(self.model.device),
             "n_threads": torch.get_num_threads(),
             "tf32": torch.backends.cuda.matmul.allow_tf32,
-            "kernels": train_kernels(self.model),
-            "dtypes": train_dtypes(self.model),
+            "kernels": kernels(self.model),
+            "dtypes": dtypes(self.model, self.has_cache),
             "process": process_facts(),
         }
         stages = stage_dtypes(find_blocks(self.model)[0], self.spec, self.model.dtype) if self.spec else None
         facts = {
-            "batching": self.batching.words,
-            "replay": asdict(self.replay) if self.replay else None,
-            "perturbation": self.request.perturbation or None,
+            **self.facts(),
             **arm_sections(loaded),
-            "engine_config": train_engine_config(self.model),
+            "engine_config": engine_config(self.model, self.has_cache),
             "router_dtypes": stages,
             "observer": "forward hooks on routers and experts" if self.spec else "none needed",
         }
@@ -182,6 +192,14 @@ class TrainEngine:
             routers=self.spec.routers() if self.spec else (),
             gate_weights=gate_weights_words(self.level, self.spec.scales_input) if self.spec else None,
         )
+
+    def facts(self) -> dict[str, Any]:
+        """How this arm's scores come about."""
+        return {
+            "batching": self.batching.words,
+            "replay": asdict(self.replay) if self.replay else None,
+            "perturbation": self.request.perturbation or None,
+        }
 
     def correction_bias(self) -> list[list[float]] | None:
         """The routers' correction bias by MoE layer and expert; None where the rule has none."""
@@ -206,12 +224,11 @@ class TrainEngine:
             n_done += len(batch.bounds)
             on_done(n_done)
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in rows.items() if t.is_floating_point()}
-        arrays = {name: _to_numpy(tensor) for name, tensor in rows.items()}
+        arrays = {name: to_numpy(tensor) for name, tensor in rows.items()}
         capture = capture_of(arrays.pop("logp_T"), arrays.pop("entropy_T"), arrays)
         facts = {"seconds": round(time.monotonic() - started, 3)}
         whole = vocab.whole(tokens, capture.logp_T, chosen) if len(chosen) else None
-        self.writer.write_capture(self.request.arm, shard, tokens, capture, facts, dtypes, whole)
+        self.writer.write_capture(self.request.arm, shard, tokens, capture, facts, float_dtypes(rows), whole)
 
     def _perturbed(self, name: str) -> AbstractContextManager[object]:
         if not self.request.perturbation:
@@ -242,6 +259,42 @@ class TrainEngine:
                 return {"logp_T": logp_T, "entropy_T": entropy_T, **taps.take(batch.row_of_token)}
 
 
+def kernels(model: Any) -> dict[str, Any]:
+    """Attention and expert implementations that transformers resolved, and the classes that were built."""
+    config = model.config
+    return {
+        "attn_implementation": config._attn_implementation,
+        "experts_implementation": getattr(config, "_experts_implementation", None),
+        "use_kernels": bool(getattr(model, "use_kernels", False)),
+        "module_classes": dict(sorted(Counter(type(module).__name__ for module in model.modules()).items())),
+    }
+
+
+def dtypes(model: Any, has_cache: bool) -> dict[str, Any]:
+    """Dtypes of weights, head, logits and log-probabilities in transformers."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    dtype = plain(getattr(head, "dtype", None))
+    return {
+        "model": plain(model.dtype),
+        **stored_dtypes(model),
+        "kv_cache": plain(model.dtype) if has_cache else None,
+        "lm_head": dtype,
+        "logits": dtype,
+        "logprobs": "float32",
+    }
+
+
+def engine_config(model: Any, has_cache: bool) -> dict[str, Any]:
+    """Where transformers put the model, and how it was stored."""
+    devices = set(map(str, (getattr(model, "hf_device_map", None) or {"": model.device}).values()))
+    return {
+        "devices": sorted(devices),
+        "quantization": plain(getattr(model.config, "quantization_config", None)),
+        "use_cache": has_cache,
+        "training": bool(model.training),
+    }
+
+
 def held_model(held: Held, checkpoint: str, options: dict[str, Any], reporter: Reporter) -> Any:
     """The model that the process holds, or the one that is wanted in its place."""
 
@@ -256,7 +309,7 @@ def load_model(checkpoint: str, options: dict[str, Any]) -> Any:
     """Load a causal language model for scoring, on the GPU where there is one."""
     from transformers import AutoModelForCausalLM
 
-    from moediag.engines import bailing
+    from moediag.engines.hf import bailing
 
     bailing.register()
     options = dict(options)
@@ -363,6 +416,12 @@ def _check_loaded(model: Any, spec: ModelRouting) -> None:
             )
 
 
-def _to_numpy(tensor: torch.Tensor) -> NDArray[np.generic]:
+def float_dtypes(rows: dict[str, torch.Tensor]) -> dict[str, str]:
+    """The engine's dtypes, in which the arrays are kept."""
+    return {name: str(rows.dtype).removeprefix("torch.") for name, rows in rows.items() if rows.is_floating_point()}
+
+
+def to_numpy(tensor: torch.Tensor) -> NDArray[np.generic]:
+    """As numpy holds it: bfloat16 as float32."""
     array: NDArray[np.generic] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     return array

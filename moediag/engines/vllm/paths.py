@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from moediag.engines.arms import PREFILL, SAMPLED
 from moediag.errors import CaptureError
 from moediag.run.capture import TokenRows
+from moediag.run.recipes import PREFILL, SAMPLED
 from moediag.run.vocabulary import VocabRows
 
 _FORCED = "moediag_forced_token_ids"
@@ -66,7 +66,7 @@ def sampling_parameters(path: str, sequence: Sequence, sampling: dict[str, Any],
     """vLLM's SamplingParams for one sequence.
 
     Args:
-        path: a key of :data:`~moediag.engines.arms.PATHS`.
+        path: how the scores come about.
         sampling: the run's sampling parameters, by vLLM's own names; only a sampled path uses them.
         extra: further parameters (seed, skip_reading_prefix_cache).
     """

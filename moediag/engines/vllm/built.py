@@ -1,4 +1,4 @@
-"""What an engine really built and selected: kernels, dtypes, sizes, sampling; not what it was asked for.
+"""What vLLM really built and selected: kernels, dtypes, sizes, sampling; not what it was asked for.
 
 Read from the built objects by what they are called there, duck-typed: an attribute that this version of an engine
 lacks is left out of the record, never guessed. Plain data, so that workers can send it.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterable
-from enum import Enum
 from typing import Any
+
+from moediag.engines.provenance import plain, stored_dtypes
 
 # Name in arm.json: where vLLM's built configuration has it.
 _ENGINE_CONFIG = {
@@ -105,68 +106,12 @@ def vllm_dtypes(runner: Any) -> dict[str, Any]:
     caches = [cache for cache in getattr(runner, "kv_caches", []) if hasattr(cache, "dtype")]
     return {
         "model": plain(getattr(config, "dtype", None)),
-        **_stored_dtypes(model),
+        **stored_dtypes(model),
         "kv_cache": plain(caches[0].dtype if caches else getattr(runner, "kv_cache_dtype", None)),
         "lm_head": plain(getattr(getattr(getattr(model, "lm_head", None), "weight", None), "dtype", None)),
         "logits": plain(getattr(config, "head_dtype", None)),
         "logprobs": "float32",  # vLLM's sampler takes log_softmax in float32
     }
-
-
-def train_kernels(model: Any) -> dict[str, Any]:
-    """Attention and expert implementations that transformers resolved, and the classes that were built."""
-    config = model.config
-    return {
-        "attn_implementation": config._attn_implementation,
-        "experts_implementation": getattr(config, "_experts_implementation", None),
-        "use_kernels": bool(getattr(model, "use_kernels", False)),
-        "module_classes": dict(sorted(Counter(type(module).__name__ for module in model.modules()).items())),
-    }
-
-
-def train_dtypes(model: Any) -> dict[str, Any]:
-    """Dtypes of weights, head, logits and log-probabilities in transformers."""
-    head = getattr(model.get_output_embeddings(), "weight", None)
-    dtype = plain(getattr(head, "dtype", None))
-    return {
-        "model": plain(model.dtype),
-        **_stored_dtypes(model),
-        "kv_cache": None,  # scored without a cache
-        "lm_head": dtype,
-        "logits": dtype,
-        "logprobs": "float32",
-    }
-
-
-def train_engine_config(model: Any) -> dict[str, Any]:
-    """Where transformers put the model, and how it was stored."""
-    devices = set(map(str, (getattr(model, "hf_device_map", None) or {"": model.device}).values()))
-    return {
-        "devices": sorted(devices),
-        "quantization": plain(getattr(model.config, "quantization_config", None)),
-        "use_cache": False,
-        "training": bool(model.training),
-    }
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON knows it: dtypes and enums by their names, objects by their text.
-
-    Example:
-        >>> plain((1, {"b"}, None))
-        [1, ['b'], None]
-    """
-    if isinstance(value, Enum):
-        return value.name
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted((plain(item) for item in value), key=str)
-    return str(value).removeprefix("torch.")
 
 
 _ABSENT = object()
@@ -236,9 +181,3 @@ def _by_class(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     counts = sorted(Counter(pairs).items())
     names = sorted({name for (name, _), _ in counts})
     return {name: ", ".join(f"{what} x{n}" for (other, what), n in counts if other == name) for name in names}
-
-
-def _stored_dtypes(model: Any) -> dict[str, list[str]]:
-    """Dtypes of parameters, and of buffers that are numbers: rotary frequencies, correction biases."""
-    buffers = {plain(buffer.dtype) for buffer in model.buffers() if buffer.is_floating_point()}
-    return {"parameters": sorted({plain(p.dtype) for p in model.parameters()}), "buffers": sorted(buffers)}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moediag.engines.hf_taps import Block, find_blocks, route_recorded
+from moediag.engines.hf.taps import Block, find_blocks, route_recorded
 from moediag.engines.routers import ModelRouting, apply_rule, plain_topk
 from moediag.errors import IncompleteRunError
 from moediag.run.reader import Run
