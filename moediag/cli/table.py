@@ -15,7 +15,7 @@ from moediag.numbers import NONE, count, in_unit, is_number
 from moediag.report.measures import carried_words, label_of, text_origin
 
 if TYPE_CHECKING:
-    from moediag.simulation import Simulation
+    from moediag.results.simulation import Simulation
 
 Row = Mapping[str, Any]
 Cell = Callable[[Metric], str]

@@ -215,7 +215,7 @@ def draw_comparison_figures(
 
     Args:
         runs: label -> (frame name -> frame).
-        folder: where PNG, SVG and PDF go; made if missing.
+        folder: where the files go; made if missing.
         training_window: trained context length [token, prompt + response], marked in position_drift.
         prompt_length: longest prompt [token].
         floors: label -> (metric -> floor).
@@ -223,7 +223,7 @@ def draw_comparison_figures(
         kinds: formats to write.
 
     Returns:
-        The files written, PNG before SVG before PDF, in the order of :data:`FIGURES`.
+        The files written, PNG first, in the order of :data:`FIGURES`.
     """
     drift = {"training_window": training_window, "prompt_length": prompt_length}
     written = []
@@ -291,13 +291,13 @@ def draw_simulation_figures(
 
     Args:
         frames: frame name -> frame.
-        folder: where PNG, SVG and PDF go; made if missing.
+        folder: where the files go; made if missing.
         label: what was simulated, for captions.
         width: of the figures [inch].
         kinds: formats to write.
 
     Returns:
-        The files written, PNG before SVG before PDF, in the order of :data:`SIMULATION_FIGURES`.
+        The files written, PNG first, in the order of :data:`SIMULATION_FIGURES`.
     """
     statistics = frames["correction_statistics"]
     caption = ""
