@@ -184,7 +184,7 @@ def test_the_good_end_is_the_frames():
     text = run_report(summary, analysis.frames(), [])
     for _, row in analysis.logp_metrics.iterrows():
         if METRICS[row["metric"]].section:
-            shown = rows(text, METRICS[row["metric"]].label)
+            shown = rows(text, plain(METRICS[row["metric"]].label))
             assert {cells[-1] for cells in shown} == {row["direction"]}, row["metric"]
 
 

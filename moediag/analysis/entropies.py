@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis.declarations import ENTROPY_QUANTILES
-from moediag.analysis.intervals import mean_interval
 from moediag.analysis.measures import ICEPOP_BAND
 from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.statistics.intervals import mean_interval
 
 
 def entropy_quantiles(

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis.declarations import CORRECTIONS
-from moediag.analysis.intervals import mean_interval
 from moediag.analysis.measures import ICEPOP_BAND
 from moediag.analysis.metrics import LOWER, Metric, declare_metrics
 from moediag.analysis.tokens import logp_diff, scored_tokens
@@ -16,6 +15,7 @@ from moediag.corrections.methods import log_bound
 from moediag.corrections.presets import PRESETS, Preset
 from moediag.corrections.terms import are_float32, on_bounds
 from moediag.errors import MoediagError
+from moediag.statistics.intervals import mean_interval
 
 
 def band_name(alpha: float, beta: float) -> str:

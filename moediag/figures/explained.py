@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from moediag.analysis.flips.explained import METHOD_WORDS, best_method, source_words
 from moediag.analysis.margins import MIN_CHOICES
-from moediag.analysis.predicted import METHOD_WORDS, POOLED, best_method, source_words
 from moediag.figures.floors import draw_floor, share
 from moediag.figures.registry import NO_FLIP, Frames, Panel, figure
 from moediag.figures.style import (
@@ -34,6 +34,7 @@ from moediag.figures.style import (
     panel_grid,
 )
 from moediag.figures.ticks import layer_ticks, log_axis, power
+from moediag.notation import POOLED
 from moediag.numbers import count, percent
 
 LEAST: Final = 1e-4

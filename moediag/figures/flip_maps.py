@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moediag.analysis.margins import MIN_CHOICES, POOLED
+from moediag.analysis.margins import MIN_CHOICES
 from moediag.figures.floors import share
 from moediag.figures.heat import draw_cells, hatch_thin, layer_axis, rate_bar, rate_norm
 from moediag.figures.margins import SPACE_LABEL, Space, bin_edges, no_margins, tie_place
@@ -28,6 +28,7 @@ from moediag.figures.style import (
     panel_grid,
 )
 from moediag.figures.ticks import tick_decades
+from moediag.notation import POOLED
 from moediag.numbers import count, percent, sig, times
 
 FloatArray = npt.NDArray[np.float64]

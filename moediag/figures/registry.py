@@ -299,16 +299,24 @@ def draw_simulation_figures(
     Returns:
         The files written, PNG first, in the order of :data:`SIMULATION_FIGURES`.
     """
-    statistics = frames["correction_statistics"]
-    caption = ""
-    if len(statistics):
-        row = statistics.iloc[0]
-        caption = caption_text({label: (int(row["n_tokens"]), int(row["n_prompts"]))})
     written = []
-    for name, kind in SIMULATION_FIGURES.items():
-        first = frames.get(kind.frames[0])
-        if first is None or first.empty or kind.absent(frames):
-            continue
-        inputs = kind.inputs(frames) if kind.inputs else [frames[frame] for frame in kind.frames]
-        written += save_figure(kind.plot(*inputs, caption=caption, width=width), folder, name, kinds)
+    for name in simulation_figures_of(frames):
+        written += save_figure(draw_simulation_figure(name, frames, label, width=width), folder, name, kinds)
     return written
+
+
+def simulation_figures_of(frames: Frames) -> list[str]:
+    """Names of the figures that a simulation's frames fill, in the order of :data:`SIMULATION_FIGURES`."""
+    return [
+        name
+        for name, kind in SIMULATION_FIGURES.items()
+        if (first := frames.get(kind.frames[0])) is not None and len(first) and not kind.absent(frames)
+    ]
+
+
+def draw_simulation_figure(name: str, frames: Frames, label: str, *, width: float = FULL_WIDTH) -> Figure:
+    """One figure of a simulation that its frames fill; see :func:`draw_simulation_figures`."""
+    kind, statistics = SIMULATION_FIGURES[name], frames["correction_statistics"]
+    inputs = kind.inputs(frames) if kind.inputs else [frames[frame] for frame in kind.frames]
+    n = [(int(row["n_tokens"]), int(row["n_prompts"])) for _, row in statistics.head(1).iterrows()]
+    return kind.plot(*inputs, caption=caption_text({label: n[0]}) if n else "", width=width)

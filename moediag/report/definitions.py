@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from moediag.analysis.aliases import aliases_of
-from moediag.analysis.intervals import LARGE_SHARE
 from moediag.analysis.metrics import METRICS, Definition, Metric
 from moediag.report.blocks import Bullets, Table, table
 from moediag.report.text import Markdown
+from moediag.statistics.intervals import LARGE_SHARE
 
 SIGN_WORDS: Final = Markdown(
     "Sign: **logp_diff = logp_train − logp_infer** [nat], ratio = exp(logp\\_diff) = π_train / π_infer. "

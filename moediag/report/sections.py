@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from moediag.analysis.flips.explained import METHOD_WORDS
 from moediag.analysis.floors import replay_words
 from moediag.analysis.metrics import METRICS
-from moediag.analysis.predicted import METHOD_WORDS
 from moediag.figures.style import NO_FLOOR
 from moediag.numbers import NONE, count, is_number, percent
 from moediag.report.blocks import Block, Table, interval, number, table

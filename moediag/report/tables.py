@@ -13,9 +13,10 @@ from typing import Any, Final
 
 import pandas as pd
 
+from moediag.analysis.flips.explained import METHOD_WORDS, best_method, source_words
 from moediag.analysis.margins import MIN_CHOICES
-from moediag.analysis.predicted import METHOD_WORDS, POOLED, best_method, source_words
 from moediag.frames import Column, FrameSpec, declared
+from moediag.notation import POOLED
 from moediag.numbers import NONE, count, in_unit, percent, sig
 from moediag.report.blocks import Table, interval, number, table
 from moediag.report.decode import TokenTexts
