@@ -24,7 +24,7 @@ from moediag.analysis.floors import (
 )
 from moediag.analysis.pair_analysis import analyze_pair
 from moediag.analysis.summary import pair_summary
-from moediag.run.codec import encode_prompts
+from moediag.run.capture import encode_prompts
 from moediag.run.recipes import ENGINE_WORDS, RECIPES, change_of
 from moediag.run.writer import RunWriter
 
