@@ -21,8 +21,8 @@ from moediag.engines.channel import Engines, Job, Reporter
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.fill import Held, fill_missing_shards
 from moediag.engines.launch import INFER_ENVIRONMENT, arm_options
+from moediag.run.capture import WHOLE
 from moediag.run.reader import Run
-from moediag.run.shards import WHOLE
 from moediag.run.writer import RunWriter
 
 TESTS = Path(__file__).parent

@@ -16,9 +16,9 @@ from typing import Any
 from moediag.engines.channel import Reporter, coming_jobs, write_output_to
 from moediag.engines.fill import Held
 from moediag.errors import DiskFullError, EngineError, MoediagError
+from moediag.run.capture import Slice
 from moediag.run.files import write_error
 from moediag.run.reader import open_run
-from moediag.run.shards import Slice
 from moediag.run.writer import RunWriter
 
 Task = Callable[[RunWriter, dict[str, Any], Reporter, Held], None]

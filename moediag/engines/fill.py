@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moediag.engines.channel import Reporter
-from moediag.run.shards import Shard
+from moediag.run.capture import Shard
 from moediag.run.writer import RunWriter
 
 OnDone = Callable[[float], None]

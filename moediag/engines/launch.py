@@ -15,8 +15,8 @@ from moediag.engines.arms import BOTH, HOOKS, NATIVE, UNOBSERVED, ArmRequest
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.versions import require_infer_engine, require_train_engine
 from moediag.errors import EngineError
+from moediag.run.capture import WHOLE
 from moediag.run.recipes import DECODE, ENGINE_WORDS, PREFILL, SAMPLED, TEACHER_FORCED, TRANSFORMERS, VLLM
-from moediag.run.shards import WHOLE
 from moediag.run.writer import RunWriter
 
 # Set for the engine's process where the user has not set them; recorded in arm.json.
