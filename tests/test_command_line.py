@@ -263,7 +263,7 @@ def test_analysis_and_figures_import_no_engine() -> None:
 
 
 _ROOMS = (
-    ("notation",), ("errors",), ("frames",), ("numbers",), ("prompts",), ("statistics",),
+    ("notation",), ("errors",), ("numbers",), ("frames",), ("prompts",), ("statistics",),
     ("run", "folder"),  # a run is made as every result folder is, and both write files alike
     ("importers",), ("analysis",), ("hygiene",), ("corrections",), ("figures",), ("report",), ("results",),
     ("shown",), ("headlines",), ("library",),

@@ -5,6 +5,8 @@ topics quote each other, so the split is by content, not by place); both are pur
 interpreter's `pydoc_data.topics`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
@@ -34,14 +36,14 @@ def demo_prompts(n: int) -> list[str]:
     """Openings of held-out paragraphs, as prompts that the pair was not trained on.
 
     Args:
-        n: How many; at least 64 can be had.
+        n: how many; at least 64 can be had.
 
     Returns:
         n distinct prompts of 100 to 128 UTF-8 bytes, the same ones in the same order every time,
         and the first m of n are what `demo_prompts(m)` gives.
 
     Raises:
-        ValueError: If the topics hold fewer than n such openings.
+        ValueError: if the topics hold fewer than n such openings.
 
     Example:
         >>> demo_prompts(8) == demo_prompts(64)[:8]
