@@ -12,7 +12,7 @@ Series with known parameters, measured every 10 steps, delta 1e-3 at the first, 
 - ``flat``: a = b = 0, errors 5 %; ``walk``: the same with process noise of 3 % per step; ``precise``: the same walk
   with errors of 1 %;
 - ``parabola``, ``jump``: grow tenfold as (step / span)^2 and after 70 % of the steps, errors 3 %: no recurrence, so
-  nothing is covered, and ``grows`` is an error unless the shape is named as one that cannot be told from it.
+  nothing is covered, and ``grows`` is an error unless the shape is named as one that cannot be distinguished from it.
 
 a's interval is the one that is given; b and delta_c count as covered where their truth is not rejected, which is what
 their intervals are made of. delta_c is counted twice: in all series, and in those told to grow. ``falls`` is the

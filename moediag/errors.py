@@ -1,4 +1,4 @@
-"""One small tree of errors; every message is one line: wanted, found, where, what to do next.
+"""One small tree of errors; every message is one line: expected, found, where, what to do next.
 
 Invariant: the command line prints ``str(error)`` and exits with 1, so a message never holds a line
 break. Leaves also inherit the stdlib type, so library users may catch either.
@@ -27,7 +27,7 @@ class CheckpointError(MoediagError, ValueError):
 
 
 class RunError(MoediagError, ValueError):
-    """A run directory cannot be used as asked."""
+    """A run directory cannot be used as requested."""
 
 
 class RunConflictError(RunError):

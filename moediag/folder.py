@@ -85,7 +85,7 @@ def refuse_other(path: Path, kind: str, request: Mapping[str, Any], force: bool 
     except OSError as error:
         raise _as_error(error, path) from error
     if strange:
-        raise RunError(f"{path}: wanted a new folder or a {kind}, found {strange}; give -o another folder")
+        raise RunError(f"{path}: expected a new folder or a {kind}, found {strange}; give -o another folder")
     if not force and there.get("request") != request:
         found = (there.get("request") or {}).get("of", "which cannot be read")
         raise RunError(
@@ -130,7 +130,7 @@ def made_together(root: Path, name: str) -> Iterator[Path]:
     made = being_made(root / name)
     try:
         if (root / name).exists() and not (root / name).is_dir():
-            raise RunError(f"cannot write {root / name}: wanted a folder, found a file; move it elsewhere")
+            raise RunError(f"cannot write {root / name}: expected a folder, found a file; move it elsewhere")
         make_folder(made)
         yield made
         settle(root, name)  # what another process made meanwhile

@@ -476,14 +476,14 @@ def _figures_of(frames: Mapping[str, Frames]) -> list[str]:
     from moediag.figures import FIGURES, figures_left_out
 
     left_out = figures_left_out(frames)
-    return [name for name in FIGURES if name not in left_out]
+    return [name for name in sorted(FIGURES) if name not in left_out]
 
 
 def _draw(name: str, runs: Mapping[str, Run], options: Mapping[str, Any]) -> Figure:
     from moediag.figures import FIGURES, draw_figure, figures_left_out, summary_floors
 
     if name not in FIGURES:
-        raise UnknownNameError(f"no figure {name}; there are {', '.join(FIGURES)}")
+        raise UnknownNameError(f"no figure {name}; there are {', '.join(sorted(FIGURES))}")
     frames = {label: run.frames for label, run in runs.items()}
     floors = {label: summary_floors(run.summary["floors"]) for label, run in runs.items()}
     figure = draw_figure(name, frames, floors, **options)

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them, on pages, in figures and on the terminal.
+"""Numbers as a reader needs them, on pages, in figures and on the terminal.
 
 Significant digits, shares in per cent, an en dash for none.
 

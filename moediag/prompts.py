@@ -53,7 +53,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     prompts = [parse(path, number, line) for number, line in lines[:limit]]
     if not prompts:
-        raise PromptsError(f"prompts file {path} holds no prompt; wanted one per line")
+        raise PromptsError(f"prompts file {path} holds no prompt; expected one per line")
     _check_completions(path, prompts)
     return prompts
 
@@ -79,21 +79,21 @@ def _parse_json_line(path: Path, number: int, line: str) -> Prompt:
         json.dumps(record, ensure_ascii=False).encode()
     except (json.JSONDecodeError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise PromptsError(f"{where}: not a JSON object ({reason}); wanted one JSON object per line") from None
+        raise PromptsError(f"{where}: not a JSON object ({reason}); expected one JSON object per line") from None
     except UnicodeEncodeError:
         raise PromptsError(f"{where}: holds a lone surrogate, which is no text; fix the escape") from None
     except ValueError as error:  # NaN, or integers of more digits than Python converts
-        raise PromptsError(f"{where}: not readable JSON ({error}); wanted one JSON object per line") from None
+        raise PromptsError(f"{where}: not readable JSON ({error}); expected one JSON object per line") from None
     if not isinstance(record, dict):
-        raise PromptsError(f"{where}: wanted a JSON object, found {type(record).__name__}")
+        raise PromptsError(f"{where}: expected a JSON object, found {type(record).__name__}")
     given = [key for key in _SOURCES if key in record]
     if len(given) != 1:
-        raise PromptsError(f"{where}: wanted exactly one of {', '.join(_SOURCES)}, found {given or 'none'}")
+        raise PromptsError(f"{where}: expected exactly one of {', '.join(_SOURCES)}, found {given or 'none'}")
     # A misspelt completion would otherwise be sampled over without a word.
     unknown = sorted(key for key in record if key not in _KNOWN)
     misspelt = [key for key in unknown if key.startswith("completion")]
     if misspelt:
-        raise PromptsError(f"{where}: unknown key {misspelt[0]!r}; wanted {', '.join(sorted(_KNOWN))}")
+        raise PromptsError(f"{where}: unknown key {misspelt[0]!r}; expected {', '.join(sorted(_KNOWN))}")
     return Prompt(
         line=number,
         text=_text(where, record) if given == ["prompt"] else None,

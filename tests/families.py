@@ -39,7 +39,7 @@ _SIGMOID: dict[str, Any] = {
     "routed_scaling_factor": 2.5,
     "first_k_dense_replace": 1,
 }
-_MLA: dict[str, Any] = {  # vLLM's latent attention wants kv_lora_rank + rope = 576
+_MLA: dict[str, Any] = {  # vLLM's latent attention needs kv_lora_rank + rope = 576
     "kv_lora_rank": 512,
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,

@@ -31,7 +31,7 @@ def checkpoint() -> Checkpoint:
     [
         (("--shard-index", "0"), "--shard-index is given without --num-shards"),
         (("--num-shards", "2"), "--num-shards is given without --shard-index"),
-        (("--shard-index", "2", "--num-shards", "2"), "wanted an index from 0 to 1 (0-based)"),
+        (("--shard-index", "2", "--num-shards", "2"), "expected an index from 0 to 1 (0-based)"),
         (("--shard-index", "-1", "--num-shards", "2"), "--shard-index -1 with --num-shards 2"),
         (("--shard-index", "0", "--num-shards", "0"), "--num-shards 0"),
     ],
@@ -104,13 +104,13 @@ def test_complete_shards_without_an_arm_record_say_what_to_do(tmp_path: Path, ch
 
 def test_another_configuration_of_a_complete_arm_is_refused(tmp_path: Path, checkpoint: Checkpoint) -> None:
     run = of_checkpoint(make_scripted_run(tmp_path / "run"))
-    with pytest.raises(RunConflictError, match="dtype: 'bfloat16' there, 'float32' asked"):
+    with pytest.raises(RunConflictError, match="dtype: 'bfloat16' there, 'float32' requested"):
         jobs.capture(asked(run, checkpoint, "infer", dtype="float32"))
 
 
 def test_another_checkpoint_of_a_complete_arm_is_refused_by_name(tmp_path: Path, checkpoint: Checkpoint) -> None:
     run = make_scripted_run(tmp_path / "run")
-    with pytest.raises(RunConflictError, match="checkpoint: models/scripted .* there, .*ring-tiny .* asked"):
+    with pytest.raises(RunConflictError, match="checkpoint: models/scripted .* there, .*ring-tiny .* requested"):
         jobs.capture(asked(run, checkpoint, "infer"))
 
 

@@ -290,7 +290,7 @@ def test_words_are_read_back_as_they_were_written() -> None:
         ("icepopp", "no correction is named 'icepopp'"),
         ("icepop:alfa=1", "icepop has alpha, beta; found alfa"),
         ("none:cap=1", "none has no parameters"),
-        ("icepop:alpha=x", "icepop wants alpha=number"),
+        ("icepop:alpha=x", "icepop needs alpha=number"),
         ("icepop:alpha=2,beta=1", "alpha <= beta"),
         ("icepop:alpha=nan", "alpha >= 0"),
         ("tis_token:cap=0", "cap > 0"),

@@ -251,7 +251,7 @@ def test_what_is_not_known_is_nan_and_said() -> None:
         compare_corrections(bare, ONE_EACH)
     with pytest.raises(MoediagError, match="scored tokens have an advantage that is not a number"):
         compare_corrections(replace(batch, advantage_T=np.full(len(batch), np.nan)), ONE_EACH)
-    with pytest.raises(MoediagError, match="logp_train_new wants a number"):
+    with pytest.raises(MoediagError, match="logp_train_new needs a number"):
         compare_corrections(replace(batch, logp_train_new_T=np.full(len(batch), np.nan)), ONE_EACH)
 
 
@@ -270,7 +270,7 @@ def test_nothing_scored_and_no_tokens() -> None:
 
 def test_a_batch_that_does_not_fit_is_refused() -> None:
     batch = make_batch()
-    with pytest.raises(MoediagError, match="wants entropy_T of shape"):
+    with pytest.raises(MoediagError, match="needs entropy_T of shape"):
         replace(batch, entropy_T=np.zeros(3))
     with pytest.raises(MoediagError, match="without a gap"):
         replace(batch, row_T=batch.row_T[::-1].copy())

@@ -66,7 +66,7 @@ def test_a_band_of_one_point_and_of_nothing() -> None:
     assert sweep_by_band(nothing)["masked_share"].isna().all()
     assert recommend_band(sweep_by_band(nothing)).empty
     for alphas, betas in (([2.0], [1.0]), ([-1.0], [2.0]), ([math.nan], [1.0]), ([], [])):
-        with pytest.raises(MoediagError, match="a sweep wants"):
+        with pytest.raises(MoediagError, match="a sweep needs"):
             sweep_by_band(batch, alphas, betas)
 
 
@@ -123,7 +123,7 @@ def test_no_band_is_recommended_from_a_handful_of_masked_tokens() -> None:
     assert "20 tokens of 10 prompts" in row["reason"]
     assert "10,000 tokens" in row["reason"]
     assert band_words(recommend_band(sweep)) == [f"No band is recommended. {row['reason']}"]
-    # an engine against itself that shows as much wants no mask: that needs no masked token
+    # an engine against itself that shows as much needs no mask: that needs no masked token
     assert recommend_band(sweep, floor_k3=1.0).iloc[0]["rule"] == "floor"
 
 

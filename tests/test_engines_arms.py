@@ -157,7 +157,7 @@ def test_gate_weights_that_are_no_coefficients_are_not_forced(tmp_path: Path) ->
 
 
 def test_routes_of_an_arm_of_ids_only_are_forced_without_weights(tmp_path: Path) -> None:
-    """Bug: replay of an --ids-only run ended in an assertion about the gate weights that nobody had asked for."""
+    """Bug: replay of an --ids-only run ended in an assertion about the gate weights that nobody had requested."""
     run = make_scripted_run(tmp_path / "run")
     whole = run.capture("infer", run.shards[0])
     routes = Replay("infer").routes(Capture(whole.logp_T, whole.entropy_T, whole.expert_ids_TLK), 0, 3)

@@ -180,7 +180,7 @@ def test_a_folder_of_something_else_is_refused_in_one_line_with_force_too(
     for force in (False, True):
         with pytest.raises(RunError) as error:
             refuse_other(tmp_path / "out", KIND, {}, force)
-        wanted = f"{tmp_path / 'out'}: wanted a new folder or a {KIND}, found {found}; give -o another folder"
+        wanted = f"{tmp_path / 'out'}: expected a new folder or a {KIND}, found {found}; give -o another folder"
         assert str(error.value) == wanted
     assert (tmp_path / "out" / name).read_bytes() == b"years of work"
 
@@ -190,7 +190,7 @@ def test_a_file_of_the_users_in_a_result_folder_is_not_lost(tmp_path: Path, name
     """Bug: what lay in a comparison or a trend was removed with it."""
     make(tmp_path / "out", 1)
     write_atomic(tmp_path / "out" / name, b"mine")
-    with pytest.raises(RunError, match=f"wanted a new folder or a {KIND}, found {name}; give -o another folder"):
+    with pytest.raises(RunError, match=f"expected a new folder or a {KIND}, found {name}; give -o another folder"):
         make(tmp_path / "out", 2)
     assert (tmp_path / "out" / name).read_bytes() == b"mine"
 

@@ -114,7 +114,7 @@ def test_changes_of_the_size_of_rounding_are_called_rounding_where_autograd_made
 
 
 def test_without_enough_prompts_there_is_no_interval_and_no_verdict() -> None:
-    """A change without an interval was counted among those "not told apart"."""
+    """A change without an interval was counted among those "not distinguished"."""
     record, arrays = inner_products()
     few = arrays["prompt_B"] < 6
     arrays["gram_lm_head_BB"] = arrays["gram_lm_head_BB"][np.ix_(few, few)]

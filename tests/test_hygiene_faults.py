@@ -25,7 +25,7 @@ ODD_ONE = "of two layers neither is the odd one out"
 FEW_SLOTS = "so few slots count on by chance"
 POPULAR = "two of three experts: chance gives two thirds, and a third is little room"
 ALL_FILLER = "one of two experts in two equal layers: every row is the first or the last set throughout"
-FEW_TOKENS = "six sequences of 18 tokens: no stream of log-probabilities can be told from another"
+FEW_TOKENS = "six sequences of 18 tokens: no stream of log-probabilities can be distinguished from another"
 COIN = "one layer, two experts: half of all rows are {0}, half of all neighbours agree"
 
 

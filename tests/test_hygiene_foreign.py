@@ -112,7 +112,7 @@ def test_ids_alone_or_logprobs_alone_are_enough(tmp_path: Path) -> None:
     [
         ("", "holds no sequence"),
         ("{", "line 1: no JSON"),
-        ("[1]\n", "wanted a JSON object"),
+        ("[1]\n", "expected a JSON object"),
         ('{"prompt_token_ids": [1]}', "sequence 0: token_ids should be"),
         ('{"prompt_token_ids": [1], "token_ids": ["a"]}', "token_ids should be a list of token ids"),
         ('{"prompt_token_ids": [1], "token_ids": [true]}', "token_ids should be a list of token ids"),
@@ -288,7 +288,7 @@ def test_a_resumed_generation_that_was_stored_per_segment_is_named(
     assert "keep the last 89 rows" in error
     other = {**record, "routed_experts": np.concatenate([rows[::-1][:59], rows]).tolist()}
     assert main(["validate", str(write_dump(tmp_path / "dump.jsonl", [other]))]) == 1
-    assert "wanted prompt + response - 1" in capsys.readouterr().err
+    assert "expected prompt + response - 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

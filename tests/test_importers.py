@@ -50,7 +50,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
         (lambda t: t.assign(logp_train=np.nan), "no response token has both log-probabilities"),
         (lambda t: t.assign(loss_mask=1, action_mask=0), "the loss masks loss_mask and action_mask differ"),
         (lambda t: t.assign(prompt_id=t["position"] // 30), r"prompt_id changes within 32 sequences"),
-        (lambda t: t.assign(position="x"), "column position wants whole numbers, found"),
+        (lambda t: t.assign(position="x"), "column position needs whole numbers, found"),
     ],
 )
 def test_every_reader_refuses_the_same_in_the_same_words(

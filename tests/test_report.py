@@ -217,7 +217,7 @@ def test_a_mean_that_hangs_on_one_prompt_says_so_beside_its_interval(moe, capsys
 
 @pytest.mark.parametrize("bent", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}])
 def test_bent_sampling_gives_no_kl_and_no_verdict_from_the_ratio(moe, bent):
-    """Truncated sampling had its caution, and above it a verdict that asked for a mean ratio of 1."""
+    """Truncated sampling had its caution, and above it a verdict that requested a mean ratio of 1."""
     metrics = moe["logp_metrics"].copy()
     metrics.loc[metrics["metric"] == "mean_ratio", ["value", "ci_low", "ci_high"]] = [1.04, 1.03, 1.05]
     summary = make_summary(moe)

@@ -57,11 +57,11 @@ def test_a_reference_within_its_noise_tells_nothing_and_says_what_noise_gives() 
 
 
 def test_a_change_without_an_interval_is_not_called_no_difference() -> None:
-    """Against the exact reference no change had an interval, and the page said that none is told apart."""
+    """Against the exact reference no change had an interval, and the page said that none is distinguished."""
     words = audit_words(frames(verdict="no interval", cosine_change_ci_low=NAN, cosine_change_ci_high=NAN))[1]
     assert "; no interval: icepop" in words
     assert "on these very prefixes +" in words
-    assert "told apart" not in words
+    assert "distinguished" not in words
 
 
 def test_a_cosine_near_one_shows_what_is_missing_and_not_a_rounded_one() -> None:

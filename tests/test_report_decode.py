@@ -1,4 +1,4 @@
-"""Tokens as text: from the run's token table and a tokenizer that is the run's; nothing where nothing is wanted."""
+"""Tokens as text: from the run's token table and a tokenizer that is the run's; nothing where nothing may be shown."""
 
 from __future__ import annotations
 

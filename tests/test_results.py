@@ -199,7 +199,7 @@ def test_a_file_in_the_way_of_the_comparison_is_one_line(folder: Path, capsys: p
     """compare -o f/x with f a file ended in a traceback."""
     (folder / "f").write_text("mine")
     assert "cannot write" in refused(capsys, "compare", "moe", "dense", "-o", "f/x")
-    assert "wanted a new folder or a moediag comparison, found a file" in refused(
+    assert "expected a new folder or a moediag comparison, found a file" in refused(
         capsys, "compare", "moe", "dense", "-o", "f"
     )
 

@@ -200,7 +200,7 @@ def test_every_config_class_of_transformers_is_dense_only_without_experts_anywhe
     for name in CONFIG_MAPPING:
         try:
             config = CONFIG_MAPPING[name]()
-        except Exception:  # wants parts, packages or the hub: nothing to read
+        except Exception:  # needs parts, packages or the hub: nothing to read
             continue
         as_saved = json.loads(config.to_json_string())
         verdicts[name] = _verdict(as_saved)

@@ -92,7 +92,7 @@ def test_a_sealed_sidecar_or_arm_record_that_makes_no_sense_is_refused(run: Run)
     with pytest.raises(CorruptRunError, match="tokens_sha256 should be a valid string"):
         run.capture("train", run.shards[0])
     write_sealed(record, {**read_sealed(run.path / "arms/infer/arm.json")})
-    with pytest.raises(CorruptRunError, match="is of arm 'infer', wanted 'train'"):
+    with pytest.raises(CorruptRunError, match="is of arm 'infer', expected 'train'"):
         run.arm("train")
 
 

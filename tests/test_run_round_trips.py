@@ -379,7 +379,7 @@ def test_layers_that_differ_in_e_and_k_within_an_arm(
 
 
 def test_commands_take_a_run_whose_arms_are_called_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """diff-env of one run asked for arms infer and train, by these names, and for a capture of them."""
+    """diff-env of one run requested arms infer and train, by these names, and for a capture of them."""
     tokens = tool_turns()
     train, infer = captured(tokens, LAYERS, 1), captured(tokens, LAYERS)
     run = write(

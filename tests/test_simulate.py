@@ -122,7 +122,7 @@ def test_bounds_of_the_sweep_are_taken(table: Path, capsys: pytest.CaptureFixtur
         (["--method", "tis_token+icepop"], 1, "both carry the ratio"),
         (["--preset", "gpt"], 1, "no preset is named 'gpt'"),
         (["--reward", "score"], 1, "no column score"),
-        (["--alphas", "x"], 2, "wants numbers with commas"),
+        (["--alphas", "x"], 2, "needs numbers with commas"),
         (["--alphas", "3", "--betas", "2"], 1, "alpha <= beta"),
         (["--pair", "infer~train"], 2, "is no run directory"),
         (["--gradient-audit"], 2, "is no run directory"),
@@ -143,7 +143,7 @@ def test_a_folder_of_something_else_is_left_alone(table: Path, capsys: pytest.Ca
     folder.mkdir()
     (folder / "thesis.tex").write_text("x")
     assert main(["simulate", str(table), "--method", "icepop", "-o", str(folder)]) == 1
-    assert "wanted a new folder or a moediag simulation, found thesis.tex;" in capsys.readouterr().err
+    assert "expected a new folder or a moediag simulation, found thesis.tex;" in capsys.readouterr().err
     assert main(["simulate", str(table), "--method", "icepop", "-o", str(folder), "--force"]) == 1
     assert [path.read_text() for path in folder.iterdir()] == ["x"]
 

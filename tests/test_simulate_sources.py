@@ -182,7 +182,7 @@ BAD = {
     "empty": (lambda frame: frame.iloc[:0], r"holds no row|cannot be read|lacks seq_id"),
     "no-response": (lambda frame: frame.assign(is_response=False), r"holds no response token"),
     "unscored": (lambda frame: frame.assign(logp_train=np.nan), r"no response token has both log-probabilities"),
-    "flags": (lambda frame: frame.assign(is_response=2), r"is_response wants true/false or 1/0, found 2"),
+    "flags": (lambda frame: frame.assign(is_response=2), r"is_response needs true/false or 1/0, found 2"),
     "float-ids": (lambda frame: frame.assign(seq_id=0.5), r"column seq_id"),
 }
 
@@ -209,7 +209,7 @@ def test_words_among_numbers_name_the_column(tmp_path: Path, ending: str) -> Non
 
 
 def test_words_among_numbers_of_a_frame_name_the_column() -> None:
-    with pytest.raises(DumpError, match="column logp_train wants numbers"):
+    with pytest.raises(DumpError, match="column logp_train needs numbers"):
         table_source(put("logp_train", 4, "abc")(logged()))
 
 

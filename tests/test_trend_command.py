@@ -105,7 +105,7 @@ def test_a_trend_is_replaced_by_that_of_the_same_request_or_with_force_and_anyth
     (other / "notes.txt").write_text("mine")
     status, captured = run(capsys, short, "-o", other, "--force")
     assert status == 1
-    assert "wanted a new folder or a moediag trend, found notes.txt" in captured.err
+    assert "expected a new folder or a moediag trend, found notes.txt" in captured.err
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
 
 

@@ -73,7 +73,7 @@ class RoutingRule:
             return None
         rule = rules.pop()
         if rule.score_function not in (SOFTMAX, SIGMOID, LOGIT):
-            raise MoediagError(f"unknown score function {rule.score_function!r}; wanted softmax, sigmoid or logit")
+            raise MoediagError(f"unknown score function {rule.score_function!r}; expected softmax, sigmoid or logit")
         return rule
 
     @property

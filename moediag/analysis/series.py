@@ -198,10 +198,10 @@ def metric_rows(trend: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def delta_metric(trend: pd.DataFrame, wanted: str | None = None) -> str | None:
-    """The metric that stands for the theorem's delta: the one asked for, else the best KL that every step has.
+    """The metric that stands for the theorem's delta: the one requested, else the best KL that every step has.
 
     Raises:
-        DumpError: the one asked for is not there.
+        DumpError: the one requested is not there.
     """
     there = list(dict.fromkeys(trend.loc[trend["value"].notna(), "metric"]))
     if wanted is not None:

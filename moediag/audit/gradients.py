@@ -59,7 +59,7 @@ METHODS: Final = (
     "dppo_kl",
     "sequence_band:low=0.5,high=2",
 )
-"""Corrections audited unless others are asked for: every family once, with the preset of its source."""
+"""Corrections audited unless others are requested: every family once, with the preset of its source."""
 
 WORDS: Final = {
     "reward": REWARD_WORDS,
@@ -108,7 +108,7 @@ class GradientRequest:
     engine: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> GradientRequest:
-        """Return self when it can be asked for.
+        """Return self when it can be requested.
 
         Raises:
             EngineError: an unknown group, or no method.
@@ -118,7 +118,7 @@ class GradientRequest:
 
         unknown = [group for group in self.groups if group not in GROUPS]
         if unknown or not self.groups or not self.methods:
-            raise EngineError(f"a gradient audit wants methods, and groups of {', '.join(GROUPS)}; found {unknown}")
+            raise EngineError(f"a gradient audit needs methods, and groups of {', '.join(GROUPS)}; found {unknown}")
         methods = ("none", *(str(parse_correction(method)) for method in self.methods))
         return GradientRequest(**{**asdict(self), "methods": tuple(dict.fromkeys(methods)), "groups": self.groups})
 

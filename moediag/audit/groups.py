@@ -45,7 +45,7 @@ def pieces(
 ) -> list[list[tuple[str, torch.nn.Parameter]]]:
     """(group, parameter) in runs whose gradients in ``n_vectors`` directions fit into ``max_bytes``; at least one each.
 
-    Groups share a run: what a forward and its backwards cost does not depend on how many parameters are asked for.
+    Groups share a run: what a forward and its backwards cost does not depend on how many parameters are requested.
     """
     runs: list[list[tuple[str, torch.nn.Parameter]]] = []
     room = 0

@@ -78,7 +78,7 @@ def command(
 
     if prompts is not None:
         plan = settings.plan(ckpt, prompts, sampled_by=arm if made.samples else INFER)
-        # Before the run: what cannot be asked for must not begin one, nor replace the one that is there.
+        # Before the run: what cannot be requested must not begin one, nor replace the one that is there.
         asked = request(plan.completion_ids is not None, plan.sampled_by, plan.max_model_len, plan.sampling.seed)
         jobs.announce(plan, output, [asked], settings.dtype.value, is_anew=force)
         run, checkpoint, needed_length = plan.create(output, force), plan.checkpoint, plan.max_model_len

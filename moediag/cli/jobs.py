@@ -170,7 +170,7 @@ def join(
     if is_other and not is_other_checkpoint:
         words = "none" if there is None else there.words
         raise RunConflictError(
-            f"{output} was made with another checkpoint: {words} there, {checkpoint.record.words} asked; use "
+            f"{output} was made with another checkpoint: {words} there, {checkpoint.record.words} requested; use "
             "another -o, or --other-checkpoint to compare the two"
         )
     if run.record.tokenizer is not None:
@@ -298,7 +298,7 @@ class Arms:
 
 
 def capture(*captures: Arms, is_shared: bool = False) -> None:
-    """Fill the worker's slice of the arms asked for, with as few engine processes and loads as there can be.
+    """Fill the worker's slice of the arms requested, with as few engine processes and loads as there can be.
 
     Args:
         is_shared: shards may be left to other workers; else every arm must be complete before the next begins.

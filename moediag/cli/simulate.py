@@ -170,7 +170,7 @@ class Asked:
             return replace(self, pair=run.pair_name(*run.main_arms))
         first, mark, second = self.pair.partition("~")
         if not (first and mark and second):
-            raise typer.BadParameter(f"wants two arms as A~B, found {self.pair}", param_hint="--pair")
+            raise typer.BadParameter(f"needs two arms as A~B, found {self.pair}", param_hint="--pair")
         return replace(self, pair=run.pair_name(first, second))
 
     @property
@@ -301,7 +301,7 @@ def _bounds(text: str, option: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"wants numbers with commas between them, found {text}", param_hint=option) from None
+        raise typer.BadParameter(f"needs numbers with commas between them, found {text}", param_hint=option) from None
 
 
 def _audit(simulation: Simulation, run: Run, arms: tuple[str, str], checkpoint: str | None, *, is_named: bool) -> None:

@@ -79,5 +79,5 @@ def _numbers(text: str | None) -> list[int] | None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
-        raise typer.BadParameter(f"wanted whole numbers with commas between, e.g. 0,50,100, found {text}")
+        raise typer.BadParameter(f"expected whole numbers with commas between, e.g. 0,50,100, found {text}")
     return [int(part) for part in parts]

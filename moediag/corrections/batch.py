@@ -60,12 +60,12 @@ class Batch:
         for letter, n_rows in (("T", len(self.row_T)), ("S", len(self.seq_id_S))):
             for name, array in self._arrays(letter):
                 if array.shape != (n_rows,):
-                    raise MoediagError(f"a batch wants {name} of shape ({n_rows},), found {array.shape}")
+                    raise MoediagError(f"a batch needs {name} of shape ({n_rows},), found {array.shape}")
         step_T = np.diff(self.row_T)
         n_seen = int(self.row_T[-1]) + 1 if len(self) else 0
         if n_seen != len(self.seq_id_S) or (len(self) and self.row_T[0] != 0) or ((step_T != 0) & (step_T != 1)).any():
             raise MoediagError(
-                "a batch wants row_T to count 0, 0, ..., S-1 without a gap: sort by sequence and position"
+                "a batch needs row_T to count 0, 0, ..., S-1 without a gap: sort by sequence and position"
             )
 
     def __len__(self) -> int:

@@ -35,7 +35,7 @@ class Chosen:
 
 
 def choose(methods: Sequence[str] = (), presets: Sequence[str] = (), everything: bool = False) -> dict[str, Chosen]:
-    """The corrections named, in the order named; all presets and methods where none is, or all are asked for.
+    """The corrections named, in the order named; all presets and methods where none is, or all are requested.
 
     Args:
         methods: corrections in words, see :func:`~moediag.corrections.parse_correction`.

@@ -63,7 +63,7 @@ class Correction:
 
     def __post_init__(self) -> None:
         if not self.steps:
-            raise MoediagError("a correction wants at least one method; for no correction say 'none'")
+            raise MoediagError("a correction needs at least one method; for no correction say 'none'")
         weighted = [step.method for step in self.steps if step.declared.kind == "weight" and step.method != "none"]
         if len(weighted) > 1:
             others = ", ".join(name for name, method in METHODS.items() if method.kind != "weight")
@@ -148,7 +148,7 @@ def _parse_step(text: str) -> Step:
         try:
             parameters[name.strip()] = float(value)
         except ValueError:
-            raise MoediagError(f"{found[1]} wants {name.strip()}=number, found {part!r}") from None
+            raise MoediagError(f"{found[1]} needs {name.strip()}=number, found {part!r}") from None
     return Step(found[1], parameters)
 
 

@@ -78,7 +78,7 @@ def _band(preset: Preset) -> tuple[float, float]:
     steps = preset.correction.steps
     if [step.method for step in steps] != ["icepop"]:
         raise MoediagError(
-            f"the table of bands wants presets with one IcePop band, found {preset.name} ({preset.words})"
+            f"the table of bands needs presets with one IcePop band, found {preset.name} ({preset.words})"
         )
     return steps[0].parameters["alpha"], steps[0].parameters["beta"]
 

@@ -107,15 +107,15 @@ class Method:
         values = {name: float(given.get(name, default)) for name, default in self.parameters.items()}
         for name, value in values.items():
             if math.isnan(value) or value < 0:
-                raise MoediagError(f"{self.name} wants {name} >= 0, found {name}={value}")
+                raise MoediagError(f"{self.name} needs {name} >= 0, found {name}={value}")
         low, high = self.between
         if low and high and not (values[low] <= values[high] and values[high] > 0):
             raise MoediagError(
-                f"{self.name} wants 0 <= {low} <= {high} and {high} > 0, "
+                f"{self.name} needs 0 <= {low} <= {high} and {high} > 0, "
                 f"found {low}={values[low]} {high}={values[high]}"
             )
         if high and values[high] <= 0:
-            raise MoediagError(f"{self.name} wants {high} > 0, found {high}={values[high]}")
+            raise MoediagError(f"{self.name} needs {high} > 0, found {high}={values[high]}")
         return values
 
 

@@ -28,7 +28,7 @@ BUDGET: Final = 0.002
 
 CAVEAT: Final = (
     "Chosen on these tokens, so its intervals are too narrow by the choice. Bands are not portable: another model, "
-    "another pair of engines or a later step of training wants its own sweep (Ring-1T trains with [0.5, 5] and reports "
+    "another pair of engines or a later step of training needs its own sweep (Ring-1T trains with [0.5, 5] and reports "
     "that [0.5, 2] destabilises; GLM-5 uses [0.5, 2]). No offline number shows that training will be stable."
 )
 FLOOR: Final = "floor"
@@ -54,7 +54,7 @@ def recommend_band(
     IcePop reports for healthy training is the one published number there is.
 
     The bounds of such a band are quantiles of the ratio at the edge of the sample, and the choice hangs on the tokens
-    beyond them. Where these are fewer than any quantile beyond p99 wants (20 tokens of 10 prompts), no band is
+    beyond them. Where these are fewer than any quantile beyond p99 needs (20 tokens of 10 prompts), no band is
     recommended: from one masked token, the share of masked tokens may be anything from 0.03 to 5.6 times what was seen
     (95 %, Poisson), from 20 between 0.6 and 1.5 times.
 
@@ -106,7 +106,7 @@ def _choose(some: pd.DataFrame, floor_k3: float | None, budget: float, whole: fl
         if not low.empty:
             row = _first(low, ["masked_share", "kept_k3"])
             if row["masked_share"] == 0:
-                reason = f"No mask is wanted: all tokens together have no more k3 ({_nat(row)}) than the A/A floor."
+                reason = f"No mask is needed: all tokens together have no more k3 ({_nat(row)}) than the A/A floor."
                 return row, FLOOR, reason
             reason = (
                 f"It masks least among the bands that leave no more k3 ({_nat(row)}) than the engines have against "

@@ -108,7 +108,7 @@ def grpo_advantages(reward_S: ArrayLike, prompt_id_S: NDArray[Any]) -> Float64:
     """
     reward_S, prompt_id_S = np.asarray(reward_S, dtype=np.float64), np.asarray(prompt_id_S)
     if reward_S.shape != prompt_id_S.shape or reward_S.ndim != 1:
-        raise MoediagError(f"grpo_advantages wants one prompt per reward, found {reward_S.shape}, {prompt_id_S.shape}")
+        raise MoediagError(f"grpo_advantages needs one prompt per reward, found {reward_S.shape}, {prompt_id_S.shape}")
     has_S = np.isfinite(reward_S)
     advantage_S = np.zeros(len(reward_S))
     if has_S.any():

@@ -96,7 +96,7 @@ def run_source(run: Run, arms: tuple[str, str], reward: str | None = None) -> So
     frame = token_frame(pair).rename(columns={"entropy_infer": "entropy"})
     if (frame["token_id"] == NO_TOKEN).any():
         if reward == HASH_REWARD:
-            raise DumpError(f"{run.path} lacks token ids, which --reward hash wants")
+            raise DumpError(f"{run.path} lacks token ids, which --reward hash needs")
         frame = frame.drop(columns="token_id")
     columns = {name: frame_column(frame, name, column.kind) for name, column in KNOWN.items() if name in frame}
     every_N = np.ones(len(frame), np.bool_)
@@ -162,7 +162,7 @@ def _with_reward(table: TokenTable, reward: str | None) -> TokenTable:
         if reward is None:
             used = next((name for name in sources if name in table.name_of), "")
         if used and used not in table.name_of:
-            raise DumpError(f"{table.where} has no column {used}, which --reward {reward} wants")
+            raise DumpError(f"{table.where} has no column {used}, which --reward {reward} needs")
     return table.without([name for name in sources if name != used])
 
 
@@ -174,7 +174,7 @@ def _advantages(tokens: LoggedTokens, reward: str | None) -> tuple[Float64 | Non
         advantage_T = tokens.number("advantage")
         is_missing_T = tokens.is_scored_T & ~np.isfinite(advantage_T)
         tokens.refuse(
-            is_missing_T, "advantage is missing in {n} scored rows, first {place}; every scored token wants one"
+            is_missing_T, "advantage is missing in {n} scored rows, first {place}; every scored token needs one"
         )
         return advantage_T, None, "advantages as the table has them"
     if "reward" in tokens.columns and reward != HASH_REWARD:

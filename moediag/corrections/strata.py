@@ -1,4 +1,4 @@
-"""Kinds of tokens by which masked shares are told apart: fixed edges, found once for a whole batch.
+"""Kinds of tokens by which masked shares are distinguished: fixed edges, found once for a whole batch.
 
 Invariant: edges depend on the batch's largest position, length and number of flipped layers only, so the parts of a
 batch share them; a token whose stratifier is not known is in no stratum.

@@ -140,7 +140,7 @@ class Chunk:
         with np.errstate(invalid="ignore"):
             diff_T = self.of_scored(self.part.logp_train_new_T) - self.x.logp_train_T
         if n_missing := int(np.isnan(diff_T).sum()):
-            raise MoediagError(f"logp_train_new wants a number for every scored token; {n_missing} of a part have none")
+            raise MoediagError(f"logp_train_new needs a number for every scored token; {n_missing} of a part have none")
         return np.asarray(np.exp(np.clip(diff_T, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)))
 
     @cached_property

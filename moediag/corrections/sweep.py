@@ -117,10 +117,10 @@ def frontier(cost: Float64, gain: Float64) -> NDArray[np.bool_]:
 def _bands(alphas: Sequence[float], betas: Sequence[float]) -> list[tuple[float, float]]:
     bounds = [*alphas, *betas]
     if not all(bound >= 0 for bound in bounds):  # NaN, too
-        raise MoediagError(f"a sweep wants bounds of ratio of at least 0, found {[b for b in bounds if not b >= 0]}")
+        raise MoediagError(f"a sweep needs bounds of ratio of at least 0, found {[b for b in bounds if not b >= 0]}")
     bands = [(float(a), float(b)) for a in sorted(set(alphas)) for b in sorted(set(betas)) if a <= b and b > 0]
     if not bands:
-        raise MoediagError(f"a sweep wants alpha <= beta, found alphas {list(alphas)} and betas {list(betas)}")
+        raise MoediagError(f"a sweep needs alpha <= beta, found alphas {list(alphas)} and betas {list(betas)}")
     return bands
 
 

@@ -203,12 +203,12 @@ def _refuse_values(train_T: Float64, infer_T: Float64, given_T: Float64 | None, 
     for side, logp_T in (("train", train_T), ("infer", infer_T)):
         if (logp_T == np.inf).any():
             raise MoediagError(
-                f"logp_{side} wants log-probabilities, found +inf in {int((logp_T == np.inf).sum())} rows, first at "
+                f"logp_{side} needs log-probabilities, found +inf in {int((logp_T == np.inf).sum())} rows, first at "
                 f"row {int(np.argmax(logp_T == np.inf))}: are these logits?"
             )
     if given_T is not None and not np.isfinite(given_T[is_scored_T]).all():
         is_bad_T = is_scored_T & ~np.isfinite(given_T)
         raise MoediagError(
-            f"advantage_T wants a finite number for every scored token; {int(is_bad_T.sum())} rows have none, "
+            f"advantage_T needs a finite number for every scored token; {int(is_bad_T.sum())} rows have none, "
             f"first at row {int(np.argmax(is_bad_T))}"
         )

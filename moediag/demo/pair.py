@@ -53,7 +53,7 @@ def build_pair(
         ValueError: if both recipes have one name.
     """
     if moe.name == dense.name:
-        raise ValueError(f"recipe names: wanted two different folder names, found {moe.name!r} twice")
+        raise ValueError(f"recipe names: expected two different folder names, found {moe.name!r} twice")
     corpus = training_text()
     final = cache_dir / pair_digest((moe, dense), corpus)
     if not final.exists():

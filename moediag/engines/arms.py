@@ -91,7 +91,7 @@ class ArmRequest:
 
         Args:
             checkpoint: digest of what its engine loaded.
-            configuration: what was asked (:meth:`configuration` before ``auto`` was replaced).
+            configuration: what was requested (:meth:`configuration` before ``auto`` was replaced).
             facts: what the engine says of itself, by section.
             more: the record's further fields.
         """

@@ -28,7 +28,7 @@ class Held:
         self._let_go: Callable[[Any], None] | None = None
 
     def get(self, wanted: Any, load: Callable[[], Any], let_go: Callable[[Any], None]) -> Any:
-        """The model that is wanted; loaded, after the one that is held was let go, unless that is it.
+        """The model that is requested; loaded, after the one that is held was let go, unless that is it.
 
         Args:
             wanted: all that makes two loads the same.

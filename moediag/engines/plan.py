@@ -75,7 +75,7 @@ class SamplingOptions:
         }
         for name, (wanted, is_allowed) in allowed.items():
             if not is_allowed:
-                raise EngineError(f"sampling parameter {name} = {getattr(self, name)}: wanted {wanted}")
+                raise EngineError(f"sampling parameter {name} = {getattr(self, name)}: expected {wanted}")
         return self
 
     def record(self) -> Sampling:
@@ -141,7 +141,7 @@ class Plan:
 
         Args:
             arms: only reference arms keep whole distributions.
-            dtype: model dtype as asked for; routers that score in float32 whatever it is are counted so.
+            dtype: model dtype as requested; routers that score in float32 whatever it is are counted so.
         """
         routing = self.checkpoint.routing
         used = self.checkpoint.stored_dtype if dtype == "auto" else dtype
@@ -227,7 +227,7 @@ def make_plan(
 
     Raises:
         PromptsError: unusable file, or a prompt that the model has no room for.
-        CheckpointError: the tokenizer does not load, or distributions are wanted of a vocabulary of unknown size.
+        CheckpointError: the tokenizer does not load, or distributions are requested of a vocabulary of unknown size.
     """
     sampling.check()
     if ids_only and router_logits == "full":

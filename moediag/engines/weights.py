@@ -263,7 +263,7 @@ def _checked_layout(tensors: list[StoredTensor], start: int, size: int) -> list[
     ordered = sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end))
     for tensor in ordered:
         if tensor.begin != position:
-            raise ValueError(f"tensor {tensor.name} begins at byte {tensor.begin}, wanted {position}")
+            raise ValueError(f"tensor {tensor.name} begins at byte {tensor.begin}, expected {position}")
         position = max(position, tensor.end)
     if position != size:
         raise ValueError(f"its tensors end at byte {position:,}, the file at {size:,}")

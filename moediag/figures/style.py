@@ -220,7 +220,7 @@ def panel_grid(
     """A figure with that many panels, row by row; one under the other where the figure is a column wide.
 
     Args:
-        n_panels: panels wanted, at least one is made.
+        n_panels: panels needed, at least one is made.
         width: of the figure [inch].
         height: of one row [inch].
         columns: panels beside each other at full width.

@@ -1,7 +1,7 @@
 """Ticks of log axes and of layers: few, labelled, and in plain text.
 
 Powers are written with superscript characters, not as math: the label is the same text in SVG and PDF, and no
-other font is asked for.
+other font is requested.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def _check_temperatures(
     """
     tokens.refuse(
         (temperature_T < 0) | np.isinf(temperature_T),
-        "temperature wants a number of at least 0, found another in {n} rows, first {place}",
+        "temperature needs a number of at least 0, found another in {n} rows, first {place}",
     )
     is_known_T, is_other_T = ~np.isnan(temperature_T), ~np.isnan(temperature_T) & (temperature_T != 1)
     if not is_other_T.any():

@@ -130,7 +130,7 @@ _TABLE = (
          "a temperature on one side only", ERROR,
          "sweep a temperature on that side for the least difference; raw or processed logprobs?", BOTH_LOGPS),
     Rule("D10-sampling-temperature", "tokens that were sampled at a temperature other than 1",
-         "normal where it was asked for; but log-probabilities may be taken before the temperature on one side (raw) "
+         "normal where it was requested; but log-probabilities may be taken before the temperature on one side (raw) "
          "and after it on the other (processed)", WARNING,
          "take both sides' log-probabilities after the temperature; raw on both sides, k1 and k3 are no KL",
          TEMPERATURES),

@@ -70,7 +70,7 @@ def read_sequences(path: Path, n_experts: int | None = None, first_row: int = 0)
     with readable(path):
         records = pq.read_table(path).to_pylist() if path.suffix == ".parquet" else list(json_records(path))
     if not records:
-        raise DumpError(f"{path} holds no sequence; wanted one row per sequence")
+        raise DumpError(f"{path} holds no sequence; expected one row per sequence")
     prompts, responses = (_token_lists(path, records, name) for name in ("prompt_token_ids", "token_ids"))
     tokens = _token_rows(path, records, prompts, responses)
     captures = {}
@@ -206,7 +206,7 @@ def _repeated_segment(rows: NDArray[np.int64], wanted: int) -> str:
     n = min(seam, wanted)
     same = (rows[:n] == rows[seam : seam + n]).all(axis=(1, 2)) if n > 0 else np.zeros(0, dtype=bool)
     if n < _LEAST_SEGMENT or same.mean() < _LEAST_REPEATED:
-        return "wanted prompt + response - 1 (see --first-row)"
+        return "expected prompt + response - 1 (see --first-row)"
     return (
         f"rows {seam}..{seam + n - 1} repeat rows 0..{n - 1}: segments of a generation that was interrupted and "
         f"resumed were joined, each with the whole sequence so far; keep the last {wanted} rows"

@@ -3,7 +3,7 @@
 Invariants:
     - numbers arrive correctly rounded: a float64 that was written with 17 digits (or by Python's repr) is the same
       float64 again, so the kind of file changes no weight;
-    - only the columns asked for are read;
+    - only the columns requested are read;
     - whatever cannot be read is one line that names the file and the column.
 """
 
@@ -98,7 +98,7 @@ def open_table(path: Path) -> TableFile:
     if not path.is_file():
         raise DumpError(f"{path} is {'not a file' if path.exists() else 'missing'}; give a run directory or a table")
     if path.suffix not in KINDS:
-        raise DumpError(f"{path} is no table by its name; wanted a run directory, or {', '.join(KINDS)}")
+        raise DumpError(f"{path} is no table by its name; expected a run directory, or {', '.join(KINDS)}")
     with readable(path):
         names, types = _SCHEMAS[path.suffix](path)
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -161,7 +161,7 @@ def json_records(path: Path) -> Iterator[dict[str, Any]]:
             except (ValueError, RecursionError) as error:
                 raise DumpError(f"{path} line {number}: no JSON ({error})") from None
             if not isinstance(record, dict):
-                raise DumpError(f"{path} line {number}: wanted a JSON object, found {type(record).__name__}")
+                raise DumpError(f"{path} line {number}: expected a JSON object, found {type(record).__name__}")
             yield record
 
 
@@ -247,12 +247,12 @@ def _refuse_type(path: Path, name: str, kind: Kind, found: pa.DataType) -> None:
         raise DumpError(f"{path}: column {name} holds lists, not a value a row (pandas: explode)")
     # a csv that starts with a thousand empty cells has no type yet; parsing decides
     if not (is_accepted(found) or pa.types.is_null(found)):
-        raise DumpError(f"{path}: column {name} wants {wanted}, found {found}")
+        raise DumpError(f"{path}: column {name} needs {wanted}, found {found}")
 
 
 def _column(path: Path, name: str, kind: Kind, column: pa.ChunkedArray) -> Any:
     if column.null_count and kind != "number":
-        raise DumpError(f"{path}: column {name} is empty in {column.null_count:,} rows; every row wants one")
+        raise DumpError(f"{path}: column {name} is empty in {column.null_count:,} rows; every row needs one")
     if kind == "number":
         return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
     if kind == "whole":
@@ -289,7 +289,7 @@ def frame_column(frame: pd.DataFrame, name: str, kind: Kind) -> Any:
             return as_flags(values_T, f"column {name}")
         return frame[name].to_numpy(np.float64 if kind == "number" else np.int64)
     except (TypeError, ValueError):
-        raise DumpError(f"column {name} wants {_ACCEPTED[kind][0]}, found {frame[name].dtype}") from None
+        raise DumpError(f"column {name} needs {_ACCEPTED[kind][0]}, found {frame[name].dtype}") from None
 
 
 def as_flags(values_T: NDArray[Any], where: str) -> NDArray[np.bool_]:
@@ -299,7 +299,7 @@ def as_flags(values_T: NDArray[Any], where: str) -> NDArray[np.bool_]:
         DumpError: any other value.
     """
     if values_T.dtype != bool and not np.isin(values_T, (0, 1)).all():
-        raise DumpError(f"{where} wants true/false or 1/0, found {values_T[~np.isin(values_T, (0, 1))][0]}")
+        raise DumpError(f"{where} needs true/false or 1/0, found {values_T[~np.isin(values_T, (0, 1))][0]}")
     return np.asarray(values_T, dtype=bool)
 
 

@@ -260,7 +260,7 @@ class LoggedTokens:
         n_sequences = len(np.unique(self.row_T[is_other_T]))
         self.refuse(
             is_other_T,
-            f"{name} changes within {n_sequences:,} sequences, first at {{place}}; a sequence wants one {name}",
+            f"{name} changes within {n_sequences:,} sequences, first at {{place}}; a sequence needs one {name}",
         )
         return value_S
 
@@ -308,7 +308,7 @@ def _canonical_order(columns: Columns, where: str) -> NDArray[np.intp]:
         if is_same_N.any():
             raise DumpError(
                 f"{where}: {int(is_same_N.sum()):,} rows stand at a place of another, first "
-                f"{_place(columns, order_N[int(np.argmax(is_same_N))])}; every ({', '.join(keys)}) wants one row"
+                f"{_place(columns, order_N[int(np.argmax(is_same_N))])}; every ({', '.join(keys)}) needs one row"
             )
     n_nameless = int((columns["seq_id"].row_T < 0).sum())
     if n_nameless:

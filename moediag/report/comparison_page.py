@@ -61,7 +61,7 @@ def comparison_page(
     check_version(summary)
     runs: Mapping[str, Summary] = summary.get("runs") or {}
     if not runs:
-        raise MoediagError("a comparison wants a summary with at least one entry under runs, found none")
+        raise MoediagError("a comparison needs a summary with at least one entry under runs, found none")
     pairs = {label: main_pair(run) for label, run in runs.items()}
     origin = _joint_origin(text_origin(run) for run in runs.values())
     measures = [

@@ -1,7 +1,7 @@
 """Text around single tokens, from the run's token table and a ``tokenizer.json``; needs no engine.
 
 Invariants:
-    - only shards that hold a token asked for are read;
+    - only shards that hold a token requested are read;
     - a tokenizer that nobody named is used only if it is the run's by digest: text of another vocabulary would be
       made up. Without one there are token ids;
     - ``no_text`` reads nothing: what was withheld cannot leak from a page.
@@ -43,7 +43,7 @@ class TokenTexts:
     Args:
         texts: (sequence, position in the response) -> text.
         note: where the text is from, or why there is none.
-        is_withheld: no text was wanted: not even token ids are shown.
+        is_withheld: no text may be shown: not even token ids are shown.
     """
 
     texts: Mapping[tuple[int, int], TokenText] = field(default_factory=dict)

@@ -227,7 +227,7 @@ def check_version(summary: Summary) -> None:
     found = summary.get("schema_version")
     if found != SCHEMA_VERSION:
         raise MoediagError(
-            f"the report wants a summary of schema_version {SCHEMA_VERSION}, found {found!r}: run analyze again"
+            f"the report needs a summary of schema_version {SCHEMA_VERSION}, found {found!r}: run analyze again"
         )
 
 
@@ -242,7 +242,7 @@ def main_pair(summary: Summary) -> Summary:
     name = summary["main_pair"]
     if name not in pairs:
         raise MoediagError(
-            f"the report wants a summary with the pair {name}, found {', '.join(pairs) or 'none'}: "
+            f"the report needs a summary with the pair {name}, found {', '.join(pairs) or 'none'}: "
             "capture both arms, then analyze"
         )
     return pairs[name]

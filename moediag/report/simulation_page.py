@@ -40,7 +40,7 @@ _LIMITS: Final = (
     "**Which correction is best.** Masking less, leaving less k3 and keeping more weight pull against each other; none "
     "of these numbers is an outcome of training.",
     "**Another stack.** Bands and bounds are not portable: another model, engine pair, precision or training step "
-    "wants its own log and its own sweep.",
+    "needs its own log and its own sweep.",
     "**A framework, bit for bit.** Presets are the corrections in one notation; what a framework does differently "
     "(normalised weights, loss masks, clamps) stands in the table of presets.",
 )

@@ -195,7 +195,7 @@ def _ratio(log_ratio: float) -> Markdown:
 
 
 def worst_token_view(texts: TokenTexts) -> View:
-    """The tokens that differ most, with some text before them where it is at hand and wanted."""
+    """The tokens that differ most, with some text before them where it is at hand and allowed."""
     shown: tuple[str | Cell, ...] = (
         Cell("rank", lambda row: f"{row['rank'] + 1:.0f}"),
         "logp_diff",

@@ -39,7 +39,7 @@ def compare_runs(
     """
     runs = {label_of(run): run for run in map(open_run, paths)}
     if len(runs) < 2 or len(runs) != len(paths):
-        raise RunError(f"compare wants two or more runs with different folder names, found {[str(p) for p in paths]}")
+        raise RunError(f"compare needs two or more runs with different folder names, found {[str(p) for p in paths]}")
     summaries = {label: load_summary(run) for label, run in runs.items()}
     same = {label: digest_of(summary["provenance"]["configuration"]) for label, summary in summaries.items()}
     request = {"of": ", ".join(sorted(runs)), "runs": same}
@@ -69,7 +69,7 @@ def compare_runs(
             kinds=formats(pdf),
         )
         write_pages(folder, comparison_page(summary, frames, figures, regenerate=(command,), environments=environments))
-    return {**read_sealed(output / SUMMARY), "runs": summaries}  # in the order asked for: JSON sorts by label
+    return {**read_sealed(output / SUMMARY), "runs": summaries}  # in the order requested: JSON sorts by label
 
 
 def _ratios(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def read_trend(targets: Sequence[Path], steps: Sequence[int] | None, on_progress
         wanted = "--steps is for runs" if len(targets) == 1 else f"found {len(targets)} arguments"
         raise DumpError(f"{tables[0]} is a table, which stands alone and holds its steps; {wanted}")
     if tables[0].suffix not in KINDS:
-        raise DumpError(f"{tables[0]} is no table by its name; wanted a run directory, or {', '.join(KINDS)}")
+        raise DumpError(f"{tables[0]} is no table by its name; expected a run directory, or {', '.join(KINDS)}")
     return _read_table(open_table(tables[0]), on_progress)
 
 
@@ -248,7 +248,7 @@ def _read_steps(table: TableFile, on_progress: OnProgress) -> TrendSource:
     twice = frame.loc[frame["step"].duplicated(), "step"]
     if len(twice):
         raise DumpError(
-            f"{table.path}: step {twice.iloc[0]} has more than one row; a table of steps wants one, a table of tokens "
+            f"{table.path}: step {twice.iloc[0]} has more than one row; a table of steps needs one, a table of tokens "
             "the columns logp_train and logp_infer"
         )
     names = {name: SYNONYMS.get(name, name) for name in metrics}
@@ -295,7 +295,7 @@ def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) ->
     low, high, se = (_column(frame, f"{theirs}{part}") for part in ("_ci_low", "_ci_high", "_se"))
     if (se < 0).any() or (low > high).any():
         wanted = f"{theirs}_se of at least 0" if (se < 0).any() else f"{theirs}_ci_low below {theirs}_ci_high"
-        raise DumpError(f"{path}: wanted {wanted}, found another; check the columns")
+        raise DumpError(f"{path}: expected {wanted}, found another; check the columns")
     implied = np.array([standard_error_of(*bounds) for bounds in zip(low, high, strict=True)])
     has_no_bounds = np.isnan(low) | np.isnan(high)
     se = np.where(np.isfinite(frame[theirs]), se, np.nan)  # of what is infinite there is no error

@@ -4,8 +4,8 @@ Invariants:
     - only :func:`align` makes a :class:`PairBlock` from captures, and it refuses other tokens;
     - a block holds *response* tokens only; its routing arrays hold each token's **routing row**, the row of
       the token before it (see :mod:`moediag.notation`), so index t means the same token everywhere;
-    - the sign is train minus infer whatever the order the arms were asked for in. For two arms of one
-      side, the first asked for plays ``train`` (the minuend) and the second ``infer``.
+    - the sign is train minus infer whatever the order the arms were requested in. For two arms of one
+      side, the first requested plays ``train`` (the minuend) and the second ``infer``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PairBlock:
         entropy_train_T, entropy_infer_T: entropy of the next-token distribution [nat]; NaN = not to be had.
         expert_ids_train_TLK, expert_ids_infer_TLK: experts used while consuming the token before; -1 = none.
         gate_weights_*_TLK, margin_*_TL, logit_margin_*_TL: as in :class:`~moediag.run.capture.Capture`.
-        router_logits_*_TLE: raw router logits, where both captures kept them and they were asked for.
+        router_logits_*_TLE: raw router logits, where both captures kept them and they were requested.
     """
 
     seq_id_T: Int64

@@ -120,7 +120,7 @@ class Slice:
         """
         if not 0 <= self.index < self.count:
             raise RunError(
-                f"--shard-index {self.index} with --num-shards {self.count}: wanted an index from 0 to "
+                f"--shard-index {self.index} with --num-shards {self.count}: expected an index from 0 to "
                 f"{max(self.count - 1, 0)} (0-based), one for every worker"
             )
         return self
@@ -462,7 +462,7 @@ def _scores_to_storage(array: NDArray[Any], dtype: str, name: str) -> tuple[NDAr
         exact = not np.any(bits & 0xFFFF)
         narrow = (bits >> 16).astype(np.uint16)
     else:
-        raise ValueError(f"{name}: dtype {dtype} is not stored; wanted float32, float16 or bfloat16")
+        raise ValueError(f"{name}: dtype {dtype} is not stored; expected float32, float16 or bfloat16")
     if not exact:
         raise ValueError(f"{name}: values are not exact in {dtype}; store them as float32")
     return narrow, dtype

@@ -156,14 +156,14 @@ def _open_same(path: Path, asked: RunRecord, checkpoint: CheckpointRecord | None
         return run
     differences = []
     if there.checkpoint is not None and checkpoint is not None and there.checkpoint != checkpoint.digest:
-        differences.append(f"checkpoint: {run.checkpoint(there.checkpoint).words} there, {checkpoint.words} asked")
+        differences.append(f"checkpoint: {run.checkpoint(there.checkpoint).words} there, {checkpoint.words} requested")
     said = _SAID_OF_MODELS if differences else ()
     before, now = (
         {key: value for key, value in record.configuration.items() if key not in said} for record in (there, asked)
     )
     differences += differing(before, now)
     if there.schema_version != asked.schema_version:
-        differences = [f"schema_version: {there.schema_version} there, {asked.schema_version} asked"]
+        differences = [f"schema_version: {there.schema_version} there, {asked.schema_version} requested"]
     raise RunConflictError(
         f"{path} was made with another configuration ({'; '.join(differences)}); use another -o or --force"
     )

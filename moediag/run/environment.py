@@ -170,7 +170,7 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _run_facts(run: Run) -> Facts:
-    """What was asked for: run.json without digests, which are told apart, and without names of folders."""
+    """What was requested: run.json without digests, which are distinguished, and without names of folders."""
     record = run.record
     asked = {key: value for key, value in record.configuration.items() if not key.endswith("_sha256")}
     checkpoint = _checkpoint(run)
@@ -234,7 +234,7 @@ def _value(section: str, name: str, facts: Facts) -> str:
     if found is not None:
         return found
     if section in ("configuration", "run") or (section == "environment" and _is_full(facts)):
-        return NOT_SET  # what was asked for has always been recorded whole
+        return NOT_SET  # what was requested has always been recorded whole
     return NOT_INSTALLED if section == "versions" and _is_full(facts) else NOT_RECORDED
 
 

@@ -2,7 +2,7 @@
 
 Layout (schema 2)::
 
-    RUN/run.json                        sealed: what was asked for, where the tokens come from, the shard table
+    RUN/run.json                        sealed: what was requested, where the tokens come from, the shard table
     RUN/prompts.parquet                 token ids of prompts and given completions; digest in run.json
     RUN/tokens/shard-00000.parquet      token table of the shard's whole sequences
     RUN/checkpoints/<digest>.json       sealed: a checkpoint that arms loaded; <digest>~<digest>.json: how two differ
@@ -109,7 +109,7 @@ class Run:
             )
         record = read_record(path, ArmRecord) if self.schema_version > 1 else schema1.arm(self, name, read_sealed(path))
         if record.name != name:
-            raise CorruptRunError(f"{path} is of arm {record.name!r}, wanted {name!r}; restore it or capture again")
+            raise CorruptRunError(f"{path} is of arm {record.name!r}, expected {name!r}; restore it or capture again")
         return record
 
     def reference(self, role: str) -> str:
@@ -284,7 +284,7 @@ class Run:
     def load_vocab(self, arm: str, shard: Shard) -> VocabLogps | None:
         """Whole next-token distributions behind the response tokens of the shard's chosen sequences.
 
-        Large: 4 bytes for every token of the vocabulary and row. Nothing loads them unless asked for them here.
+        Large: 4 bytes for every token of the vocabulary and row. Nothing loads them unless requested here.
 
         Returns:
             Rows of the shard's token table and their distributions; None where the arm keeps none in this shard.
@@ -527,7 +527,9 @@ def open_run(path: str | Path) -> Run:
         raise RunError(f"{folder} is not a moediag run directory (no {MANIFEST}); make one with: moediag profile")
     content = read_sealed(manifest)
     if content.get("kind") != KIND:
-        raise RunError(f"{manifest} is of kind {short(content.get('kind'))}, wanted {KIND!r}; point to a run directory")
+        raise RunError(
+            f"{manifest} is of kind {short(content.get('kind'))}, expected {KIND!r}; point to a run directory"
+        )
     version = check_schema_version(content, manifest, (1, 2))
     content.pop("sha256")
     if version == 1:

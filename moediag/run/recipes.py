@@ -1,4 +1,4 @@
-"""The arms that ``capture`` knows how to make, in one table: what each is, and what is asked of its engine."""
+"""The arms that ``capture`` knows how to make, in one table: what each is, and what is requested of its engine."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def recipe(name: str) -> Recipe:
     """
     found = RECIPES.get(name)
     if found is None:
-        raise RunError(f"{name} is no arm that can be captured; wanted one of {', '.join(RECIPES)} (--name names it)")
+        raise RunError(f"{name} is no arm that can be captured; expected one of {', '.join(RECIPES)} (--name names it)")
     return found
 
 

@@ -294,7 +294,7 @@ class RunRecord(Record):
     """run.json.
 
     Args:
-        configuration: what was asked for: the same configuration resumes, another one is refused.
+        configuration: what was requested: the same configuration resumes, another one is refused.
         checkpoint: digest of the checkpoint that the run was begun with; None for an imported run.
         sampling: None where nothing is known of it.
         level: how much of routing the arms keep: ``ids``, ``margins`` or ``full``.
@@ -335,7 +335,7 @@ class Captured(Record):
 
     Args:
         recipe: what ``capture`` calls it.
-        configuration: what was asked of the engine; arms of the same recipe, checkpoint and configuration are the same.
+        configuration: the options of the engine; arms of the same recipe, checkpoint and configuration are the same.
         versions, environment: of everything that enters numerics.
         facts: what the engine says of itself, by section (:mod:`moediag.run.environment`).
     """
@@ -526,7 +526,7 @@ def as_record(content: dict[str, Any], kind: type[R], where: str) -> R:
     """Plain JSON values as a record.
 
     Raises:
-        CorruptRunError: names the file, and the value that is of another kind than wanted.
+        CorruptRunError: names the file, and the value that is of another kind than expected.
     """
     try:
         return kind.model_validate_json(json.dumps(content))

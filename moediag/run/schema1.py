@@ -27,7 +27,7 @@ def run(content: dict[str, Any], where: str) -> RunRecord:
     """run.json.
 
     Raises:
-        CorruptRunError: it lacks a value, or holds one of another kind than wanted.
+        CorruptRunError: it lacks a value, or holds one of another kind than expected.
     """
     try:
         asked, sampled_by = content["configuration"], content.get("sampled_by", "infer")
@@ -73,7 +73,7 @@ def arm(of: Run, name: str, content: dict[str, Any]) -> ArmRecord:
     """arm.json.
 
     Raises:
-        CorruptRunError: it lacks a value, or holds one of another kind than wanted.
+        CorruptRunError: it lacks a value, or holds one of another kind than expected.
     """
     where = str(of.arm_folder(name) / "arm.json")
     try:
@@ -149,6 +149,6 @@ def _broken(where: str, error: Exception) -> CorruptRunError:
     what = (
         f"lacks {error}"
         if isinstance(error, KeyError)
-        else f"holds a value of another kind than wanted ({short(str(error))})"
+        else f"holds a value of another kind than expected ({short(str(error))})"
     )
     return CorruptRunError(f"{where} {what}; restore the file or capture again")

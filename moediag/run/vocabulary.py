@@ -51,7 +51,7 @@ class VocabLogps:
         """
         wanted_N = response_rows(tokens, sequences)
         if not np.array_equal(self.row_N, wanted_N):
-            return f"distributions of {len(self)} tokens, wanted those of the {len(wanted_N)} chosen response tokens"
+            return f"distributions of {len(self)} tokens, expected those of the {len(wanted_N)} chosen response tokens"
         token_N = tokens.token_id_T[self.row_N]
         if self.logps_NV.ndim != 2 or token_N.max(initial=-1) >= self.logps_NV.shape[1]:
             return f"distributions of shape {self.logps_NV.shape} do not reach token id {token_N.max(initial=-1)}"

@@ -129,7 +129,7 @@ class RunWriter:
         checkpoint: CheckpointRecord,
         configuration: dict[str, Any],
     ) -> None:
-        """Refuse what is asked of an arm that is there, where it was made of something else and holds a shard.
+        """Refuse what is requested of an arm that is there, where it was made of something else and holds a shard.
 
         Raises:
             RunConflictError: names what differs.
@@ -151,7 +151,7 @@ class RunWriter:
             self.refuse_other(there, asked)
 
     def refuse_other(self, there: ArmRecord, asked: ArmRecord) -> None:
-        """Raise, naming what of an arm differs from what is asked.
+        """Raise, naming what of an arm differs from what is requested.
 
         Raises:
             RunConflictError: always.
@@ -159,7 +159,7 @@ class RunWriter:
         differences = []
         if there.checkpoint != asked.checkpoint:
             names = [self._model_words(digest) for digest in (there.checkpoint, asked.checkpoint)]
-            differences.append(f"checkpoint: {names[0]} there, {names[1]} asked")
+            differences.append(f"checkpoint: {names[0]} there, {names[1]} requested")
         for part in ("recipe", "configuration", "versions", "loaded"):
             differences += differing(_part(there, part), _part(asked, part), part)
         raise RunConflictError(
@@ -218,7 +218,7 @@ class RunWriter:
         return claims.is_claimed(self._claim_file(arm, shard.stem))
 
     def remove_dead_claims(self, arm: str) -> None:
-        """Remove claim files that killed workers left of shards that are committed by now: nobody wants those."""
+        """Remove claim files that killed workers left of shards that are committed by now: nobody needs those."""
         for path in (self.run.path / CLAIMS).glob(f"{arm}.*"):
             if path.name not in {f"{arm}.{shard.stem}" for shard in self.run.missing_shards(arm)}:
                 with claims.claim(path):
@@ -295,7 +295,7 @@ def differing(there: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = 
     """What two plain records hold differently, a phrase each."""
     keys = sorted(key for key in {*there, *asked} if digest_of(there.get(key)) != digest_of(asked.get(key)))
     named = f"{prefix}." if prefix not in ("", "configuration") else ""
-    return [f"{named}{key}: {there.get(key)!r} there, {asked.get(key)!r} asked" for key in keys]
+    return [f"{named}{key}: {there.get(key)!r} there, {asked.get(key)!r} requested" for key in keys]
 
 
 def _part(record: ArmRecord, part: str) -> dict[str, Any]:

@@ -242,7 +242,7 @@ class TrainEngine:
 
         Args:
             forced: routes of the batch's token rows; padding routes as the model likes.
-            vocab: takes the distributions that it wants.
+            vocab: takes the distributions that it needs.
         """
         start, end = batch.bounds[0][0], batch.bounds[-1][1]
         token_id_T = torch.from_numpy(tokens.token_id_T[start:end].copy())
@@ -295,7 +295,7 @@ def engine_config(model: Any, has_cache: bool) -> dict[str, Any]:
 
 
 def held_model(held: Held, checkpoint: str, options: dict[str, Any], reporter: Reporter) -> Any:
-    """The model that the process holds, or the one that is wanted in its place."""
+    """The model that the process holds, or the one that is requested in its place."""
 
     def load() -> Any:
         reporter.stage("loading transformers")
@@ -342,7 +342,7 @@ def score_sequence(
 
 
 def _keep(vocab: VocabRows, first: int, row_M: torch.Tensor, log_probs_MV: torch.Tensor) -> None:
-    """Hand over the rows that are wanted; ``first`` is the batch's first row in the token table."""
+    """Hand over the rows that are requested; ``first`` is the batch's first row in the token table."""
     wanted_M = vocab.wants(first + row_M.numpy())
     if wanted_M.any():
         rows = log_probs_MV[torch.from_numpy(wanted_M).to(log_probs_MV.device)]

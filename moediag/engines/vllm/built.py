@@ -1,4 +1,4 @@
-"""What vLLM really built and selected: kernels, dtypes, sizes, sampling; not what it was asked for.
+"""What vLLM really built and selected: kernels, dtypes, sizes, sampling; not what was requested.
 
 Read from the built objects by what they are called there, duck-typed: an attribute that this version of an engine
 lacks is left out of the record, never guessed. Plain data, so that workers can send it.

@@ -78,7 +78,7 @@ def capture_infer(writer: RunWriter, options: dict[str, Any], reporter: Reporter
 
 
 def held_llm(held: Held, checkpoint: str, request: ArmRequest, reporter: Reporter) -> Any:
-    """The vLLM engine that the process holds, or the one that is wanted in its place; one does for all paths.
+    """The vLLM engine that the process holds, or the one that is requested in its place; one does for all paths.
 
     Raises:
         EngineError: the observer is not to be had here.
@@ -115,7 +115,7 @@ def _let_go(llm: Any) -> None:
 
 
 class InferEngine:
-    """One arm on a vLLM engine, observed as asked: by hooks, by vLLM's own record of experts, both, or not at all."""
+    """One arm on a vLLM engine, observed by hooks, by vLLM's own record of experts, by both or not at all."""
 
     def __init__(self, writer: RunWriter, llm: Any, request: ArmRequest, routing: dict[str, Any] | None) -> None:
         self.writer, self.run = writer, writer.run
@@ -155,7 +155,7 @@ class InferEngine:
         return self.request.observer in (HOOKS, BOTH)
 
     def _install(self) -> list[dict[str, Any]]:
-        """Set the taps where they are asked for; what every rank has loaded."""
+        """Set the taps where they are requested; what every rank has loaded."""
         if not self.has_taps:
             return list(self.llm.collective_rpc("moediag_describe"))
         return list(self.llm.collective_rpc("moediag_install", args=(self.routing, self.level)))
@@ -439,7 +439,7 @@ def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 # vLLM's own record of routed experts (enable_return_routed_experts): ids only, without hooks, also inside CUDA graphs.
-# It needs the V2 model runner, hence Triton, and wants prefix caching on: each request is told not to read the cache.
+# It needs the V2 model runner, hence Triton, and needs prefix caching on: each request is told not to read the cache.
 
 
 def require_native_observer() -> None:

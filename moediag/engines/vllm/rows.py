@@ -191,7 +191,7 @@ class StepRecorder:
         self._keep_distributions(torch.arange(first, first + len(logits)), logits)
 
     def _keep_distributions(self, row_M: torch.Tensor, logits_MV: torch.Tensor) -> None:
-        """Keep the wanted rows as they are: vLLM's own ``logprobs=-1`` makes Python numbers of them.
+        """Keep the requested rows as they are: vLLM's own ``logprobs=-1`` makes Python numbers of them.
 
         At V = 152k that is 19 MB per token, flat (34 MB as dicts), held until the request ends; here it is 0.6 MB.
         """
@@ -263,7 +263,7 @@ class StepRecorder:
         return torch.stack([tensors["request_T"][row].double(), tensors["position_T"][row].double(), entropy], dim=1)
 
     def _distributions(self) -> dict[str, torch.Tensor]:
-        """Request, position and log-probabilities of every kept row; empty where none is wanted."""
+        """Request, position and log-probabilities of every kept row; empty where none is requested."""
         if not self.vocab:
             return {}
         names = ("vocab_request_N", "vocab_position_N", "vocab_logps_NV")
