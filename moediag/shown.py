@@ -69,7 +69,7 @@ def _text(table: pd.DataFrame) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"  # counts whole
 
 
 def counted(n: int, noun: str) -> str:

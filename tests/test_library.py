@@ -203,6 +203,8 @@ def test_a_comparison_shows_both_runs_side_by_side(moe: moediag.Run, analysed: P
     assert "body and tail" in both.headlines
     assert both.headlines["body and tail"] in " ".join(repr(both).split())
     assert "<table" in both._repr_html_()
+    n_tokens = moe.summary["pairs"]["infer~train"]["n_tokens"]
+    assert f"{n_tokens:,}" in both._repr_html_()  # bug: counts were shown as 1.94e+04
     with pytest.raises(RunError, match="two or more runs with different folder names"):
         moediag.compare(moe, moe)
 
