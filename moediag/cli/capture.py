@@ -48,7 +48,6 @@ def command(
     and --num-shards they also share the work across machines; merging is then a plain copy (cp -rn B/. A/).
     """
     from moediag.cli import jobs
-    from moediag.run.recipes import VLLM
     from moediag.run.recipes import recipe as recipe_of
     from moediag.run.writer import RunWriter
 
@@ -56,30 +55,15 @@ def command(
     worker, layers = o.parse_slice(shard_index, num_shards), o.parse_layers(replay_layers)
     jobs.require(recipe.value)
 
-    def request(given: bool, sampler: str, needed_length: int, seed: int, **more: Any) -> jobs.ArmRequest:
-        if made.engine == VLLM:
-            observer = settings.observer.value if made.is_observed else jobs.UNOBSERVED
-            options = settings.infer_options(settings.vllm_options, observer, needed_length, seed)
-        else:
-            options = settings.train_options()
-        routes = more.pop("routes", INFER)
-        return jobs.arm_request(
-            recipe.value,
-            options,
-            given,
-            arm=arm,
-            sampler=sampler,
-            observer=settings.observer.value,
-            scoring=settings.scoring.value,
-            batching=settings.train_batching,
-            replay={"source": routes, "weights": replay_weights, **layers},
-            **more,
-        )
+    def ask(given: bool, routes: str = INFER, **more: Any) -> jobs.ArmRequest:
+        replay = {"source": routes, "weights": replay_weights, **layers}
+        return settings.request(recipe.value, given, arm=arm, replay=replay, **more)
 
     if prompts is not None:
         plan = settings.plan(ckpt, prompts, sampled_by=arm if made.samples else INFER)
         # Before the run: what cannot be asked for must not begin one, nor replace the one that is there.
-        asked = request(plan.completion_ids is not None, plan.sampled_by, plan.max_model_len, plan.sampling.seed)
+        planned = {"max_model_len": plan.max_model_len, "seed": plan.sampling.seed}
+        asked = ask(plan.completion_ids is not None, sampler=plan.sampled_by, **planned)
         jobs.announce(plan, output, [asked], settings.dtype.value, is_anew=force)
         run, checkpoint, needed_length = plan.create(output, force), plan.checkpoint, plan.max_model_len
     else:
@@ -88,14 +72,14 @@ def command(
         run, checkpoint = jobs.join(output, *given, is_other_checkpoint=other_checkpoint)
         needed_length = settings.max_model_len or jobs.needed_length(run, checkpoint)
     reference, has_other_weights = jobs.reference_for(run, recipe.value, arm, checkpoint)
-    asked = request(
+    asked = ask(
         run.record.tokens.origin != "sampled",
-        run.sampler,
-        needed_length,
-        int((run.record.sampling and run.record.sampling.seed) or 0),
+        run.reference(INFER),
+        sampler=run.sampler,
+        max_model_len=needed_length,
+        seed=int((run.record.sampling and run.record.sampling.seed) or 0),
         reference=reference,
         is_other_checkpoint=has_other_weights,
-        routes=run.reference(INFER),
     )
     jobs.capture(jobs.Arms(RunWriter(run, worker), [asked], {made.role: checkpoint}), is_shared=True)
     jobs.wrote(run.arm_folder(arm))

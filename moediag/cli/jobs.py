@@ -3,53 +3,33 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
-from moediag.engines.arms import HOOKS, UNOBSERVED, ArmRequest, Reference, arm_request
+from moediag.engines.arms import UNOBSERVED, ArmRequest, Reference
 from moediag.engines.channel import Engines
 from moediag.engines.checkpoint import Checkpoint, compare_checkpoints, compare_records, open_checkpoint
-from moediag.engines.launch import ENGINES, fill_arm, infer_options, observable, train_options
-from moediag.engines.plan import Plan, SamplingOptions, check_loadable, known_sampling, make_plan, needed_length
+from moediag.engines.launch import ENGINES, fill_arm
+from moediag.engines.plan import Plan, check_loadable, known_sampling
 from moediag.engines.tokenised import refuse_other_tokenizer
 from moediag.errors import CheckpointError, DiskFullError, IncompleteRunError, RunConflictError
 from moediag.notation import INFER, TRAIN
 from moediag.results import analyze_run, report_run
 from moediag.run.create import bring_back
 from moediag.run.reader import Run, open_run
-from moediag.run.recipes import ENGINE_WORDS, PREFILL, TRANSFORMERS, VLLM, recipe
+from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM, recipe
 from moediag.run.records import CheckpointRecord, Tokenizer
 from moediag.run.replace import drop_replaced, replaced
 from moediag.run.writer import RunWriter
 
-__all__ = [
-    "UNOBSERVED",
-    "ArmRequest",
-    "Arms",
-    "Plan",
-    "SamplingOptions",
-    "announce",
-    "arm_request",
-    "capture",
-    "finish",
-    "infer_options",
-    "join",
-    "make_plan",
-    "needed_length",
-    "observable",
-    "open_checkpoint",
-    "profile_requests",
-    "require",
-    "train_options",
-    "wrote",
-]
-
 INFER_PRODUCTION = "infer-production"
+
+Ask = Callable[..., ArmRequest]
+"""Gives the request of a recipe's arm: recipe, whether completions are given, and what ``arm_request`` takes."""
 
 
 def require(*recipes: str) -> None:
@@ -62,42 +42,25 @@ def require(*recipes: str) -> None:
         ENGINES[recipe(name).engine].require()
 
 
-def profile_requests(
-    plan: Plan,
-    infer: dict[str, Any],
-    train: dict[str, Any],
-    replay: bool,
-    with_floors: bool,
-    observer: str = HOOKS,
-    scoring: str = PREFILL,
-    batching: dict[str, Any] | None = None,
-    production: dict[str, Any] | None = None,
-) -> list[ArmRequest]:
+def profile_recipes(replay: bool, floors: bool, production: bool = False) -> list[str]:
     """The arms of the main job, in the order in which they are captured.
 
     Args:
-        with_floors: each engine against itself as well, and the scale of one-ulp noise.
-        production: vLLM's options where unobserved rollouts sample the tokens.
+        floors: each engine against itself as well, and the scale of one-ulp noise.
+        production: unobserved rollouts sample the tokens.
     """
-    given = plan.completion_ids is not None
-    first = [INFER_PRODUCTION] if production is not None else []
-    floors = ["infer-repeat", "train-repeat", "train-perturbed"] if with_floors else []
+    first = [INFER_PRODUCTION] if production else []
+    own = ["infer-repeat", "train-repeat", "train-perturbed"] if floors else []
+    return [*first, INFER, TRAIN, *(["train-replay"] if replay else []), *own]
+
+
+def requests_of(recipes: Sequence[str], plan: Plan, ask: Ask) -> list[ArmRequest]:
+    """The requests of a planned run's arms, each beside the reference arm of its role among those before it."""
     requests: list[ArmRequest] = []
-    for name in [*first, INFER, TRAIN, *(["train-replay"] if replay else []), *floors]:
-        options = production if name == INFER_PRODUCTION else infer if recipe(name).engine == VLLM else train
-        there = {request.arm: request.path for request in requests}
-        requests.append(
-            arm_request(
-                name,
-                options or {},
-                given,
-                sampler=plan.sampled_by,
-                reference=Reference(recipe(name).role, there.get(recipe(name).role)),
-                observer=observer,
-                scoring=scoring,
-                batching=batching,
-            )
-        )
+    for name in recipes:
+        role, paths = recipe(name).role, {request.arm: request.path for request in requests}
+        reference = Reference(role, paths.get(role))
+        requests.append(ask(name, plan.completion_ids is not None, sampler=plan.sampled_by, reference=reference))
     return requests
 
 
@@ -119,8 +82,11 @@ def announce(plan: Plan, output: Path, requests: Sequence[ArmRequest], dtype: st
     n_bytes = plan.max_bytes(requests, dtype)
     note(f"Model    {plan.checkpoint.name} ({model}; {layers})")
     note(f"Tokens   {len(plan.prompt_ids)} prompts, {plan.n_sequences} sequences, {how}")
-    arms = ", ".join(request.arm for request in requests)
-    note(f"Arms     {arms}; hooks force eager execution and no prefix cache in vLLM")
+    forced = {request.observer for request in requests if request.engine == VLLM} - {UNOBSERVED}
+    note(
+        f"Arms     {', '.join(request.arm for request in requests)}"
+        f"{'; hooks force eager execution and no prefix cache in vLLM' if forced else ''}"
+    )
     if plan.full_vocab:
         n_vocab = plan.vocabulary_bytes(plan.full_vocab)
         note(

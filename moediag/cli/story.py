@@ -6,10 +6,13 @@ import json
 import os
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 
 from moediag.cli import jobs
+from moediag.cli import options as o
 from moediag.cli.console import bar, note, wrote
+from moediag.cli.settings import Settings
 from moediag.cli.simulate import Asked
 from moediag.cli.simulation_table import show_sentences
 from moediag.cli.table import show_table
@@ -97,15 +100,13 @@ def _checkpoints(output: Path) -> dict[str, Path]:
 
 
 def _begin(checkpoint: Path, prompts: Path, output: Path, force: bool) -> jobs.Arms:
-    sampling = jobs.SamplingOptions(max_tokens=MAX_TOKENS)
-    plan = jobs.make_plan(
-        jobs.open_checkpoint(str(checkpoint)), prompts, sampling, router_logits="full", full_vocab=None
+    settings = Settings(
+        dtype=o.ModelDtype.bfloat16, max_tokens=MAX_TOKENS, router_logits=o.RouterLogits.full, full_vocab=None
     )
-    infer = jobs.infer_options(
-        {}, dtype="bfloat16", max_model_len=plan.max_model_len, seed=sampling.seed, tensor_parallel_size=1
-    )
-    train = jobs.train_options(dtype="bfloat16")
+    plan = settings.plan(str(checkpoint), prompts, INFER)
     # The replay arm says how much of the mismatch is routing.
-    requests = jobs.profile_requests(plan, infer, train, replay=plan.checkpoint.routing is not None, with_floors=True)
-    jobs.announce(plan, output, requests, "bfloat16", is_anew=force)
+    recipes = jobs.profile_recipes(replay=plan.checkpoint.routing is not None, floors=True)
+    ask = partial(settings.request, max_model_len=plan.max_model_len, seed=settings.seed)
+    requests = jobs.requests_of(recipes, plan, ask)
+    jobs.announce(plan, output, requests, settings.dtype.value, is_anew=force)
     return jobs.Arms(RunWriter(plan.create(output, force)), requests, dict.fromkeys((INFER, TRAIN), plan.checkpoint))
