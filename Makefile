@@ -1,11 +1,14 @@
 # make demo   set up, then the whole story on a tiny MoE and a dense model; ends by printing where the report is
 # make test   set up, then every test
 # make check  format, lint and types
+# make tables every router family and every awkward way of running vLLM: the tables of reports/ that tests sample
+# make hunt   the tests without engines with other random cases and ten times as many (HUNT=100: a hundred times)
 VENV := .venv
 READY := $(VENV)/.moediag-ready
 DEMO ?= moediag-demo
+HUNT ?= 10
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check tables hunt format bench clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml .ci/constraints.txt .ci/setup
@@ -24,6 +27,14 @@ check: $(READY)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
+
+tables: $(READY)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/router_families.py
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/execution.py $(DEMO)/checkpoints/moe
+
+hunt: $(READY)
+	@seed=$${MOEDIAG_SEED:-$$(date +%s)}; echo "MOEDIAG_SEED=$$seed MOEDIAG_HUNT=$(HUNT)"; export OMP_NUM_THREADS=1; \
+	MOEDIAG_SEED=$$seed MOEDIAG_HUNT=$(HUNT) $(VENV)/bin/python -m pytest -m "not engines" -n 2 --dist loadfile
 
 format: $(READY)
 	@$(VENV)/bin/ruff format .

@@ -17,6 +17,7 @@ class Setting:
         sampling: sampling parameters that differ from 24 greedy tokens.
         group: settings of one group share a process; ``v2`` runs the V2 runner, ``mp`` the multi-process engine.
         is_same_arithmetic: tokens and ids must equal the plain run's.
+        in_suite: ``make test`` captures it; the others are of a kind that it has already.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Setting:
     dtype: str = "bfloat16"
     reference: str = "plain"
     is_same_arithmetic: bool = True
+    in_suite: bool = True
 
 
 SETTINGS = {
@@ -43,12 +45,13 @@ SETTINGS = {
     "stopped": Setting("stop tokens: requests finish in different steps",
                        sampling={"stop_token_ids": (32, 101), "ignore_eos": False}),
     "ids-only": Setting("expert ids only", ids_only=True),
-    "float32": Setting("float32", dtype="float32", is_same_arithmetic=False),
+    "float32": Setting("float32", dtype="float32", is_same_arithmetic=False, in_suite=False),
     "tp2": Setting("tensor parallel 2, bfloat16", {"tensor_parallel_size": 2}, is_same_arithmetic=False),
     "tp2-float32": Setting("tensor parallel 2, float32", {"tensor_parallel_size": 2}, dtype="float32",
-                           reference="float32", is_same_arithmetic=False),
+                           reference="float32", is_same_arithmetic=False, in_suite=False),
     "multiprocess": Setting("engine core in a process of its own", group="mp"),
     "v2-both": Setting("V2 runner (Triton's interpreter), hooks held against vLLM's own record", group="v2",
                        observer="both"),
-    "v2-native": Setting("V2 runner, vLLM's own record only", {"enforce_eager": True}, group="v2", observer="native"),
+    "v2-native": Setting("V2 runner, vLLM's own record only", {"enforce_eager": True}, group="v2", observer="native",
+                         in_suite=False),
 }  # fmt: skip

@@ -1,15 +1,15 @@
-"""Every supported family in both engines: what is measured, and the table of it (`python tests/family_measures.py`).
+"""Router families in both engines: what is measured of each, and what must hold of it.
 
-The table in reports/families.md is this script's output; test_engines_families.py asserts the same measures.
+``python benchmarks/router_families.py`` measures and checks every family in both dtypes and writes the tables of
+reports/families.md; test_engines_families.py does the same for one family per kind of router.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
-import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -258,34 +258,101 @@ def _rule(routing: ModelRouting) -> str:
     return f"top-{routing.top_k} of {routing.n_experts}, " + " + ".join(words)
 
 
-def table(measures: dict[str, FamilyMeasures]) -> str:
-    """The measures as a markdown table."""
-    header = ["checkpoint", "rule", "n", "complete", "ids, logits bit-equal with and without taps", "same sets",
-              "HF's rule on vLLM's logits", "moediag's rule", "plain TopK", "exact ties", "self-replay bit-identical",
-              "mean abs logp diff [nat]", "with replay", "with replay of gate weights too", "warnings"]  # fmt: skip
-    rows = ["| " + " | ".join(header) + " |", "|" + ":--|" * len(header)]
-    for name, m in measures.items():
-        cells = [name, m.rule, m.n_tokens, _yes(m.is_complete), _yes(m.is_bit_equal_under_observation),
-                 f"{m.same_set_rate:.3f}", f"{m.train_rule_rate:.3f}", f"{m.spec_rule_rate:.3f}",
-                 f"{m.plain_topk_rate:.3f}", m.n_exact_ties, _yes(m.is_self_replay_bit_identical),
-                 f"{m.mean_abs_logp_diff:.2g}", f"{m.mean_abs_logp_diff_replayed:.2g}",
-                 f"{m.mean_abs_logp_diff_replayed_with_weights:.2g}",
-                 ", ".join(sorted(set(m.findings))) or "none"]  # fmt: skip
-        rows.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(rows)
-
-
 def _yes(value: bool) -> str:
     return "yes" if value else "**no**"
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure({torch.bfloat16: NAMES, torch.float32: NAMES}, Path(folder))
-    for dtype, measures in found.items():
-        print(f"### {str(dtype).removeprefix('torch.')}\n\n{table(measures)}\n", flush=True)
-        print(json.dumps({name: asdict(m) for name, m in measures.items()}), file=sys.stderr)
+def _rates(by_method: dict[str, float]) -> str:
+    return ", ".join(f"{method} {rate:.2g}" for method, rate in by_method.items()) or "-"
 
 
-if __name__ == "__main__":
-    main()
+Column = Callable[[FamilyMeasures], object]
+AGREEMENT: dict[str, Column] = {
+    "rule": lambda m: m.rule,
+    "n": lambda m: m.n_tokens,
+    "complete": lambda m: _yes(m.is_complete),
+    "ids, logits bit-equal with and without taps": lambda m: _yes(m.is_bit_equal_under_observation),
+    "same sets": lambda m: f"{m.same_set_rate:.3f}",
+    "HF's rule on vLLM's logits": lambda m: f"{m.train_rule_rate:.3f}",
+    "moediag's rule": lambda m: f"{m.spec_rule_rate:.3f}",
+    "plain TopK": lambda m: f"{m.plain_topk_rate:.3f}",
+    "exact ties": lambda m: m.n_exact_ties,
+    "self-replay bit-identical": lambda m: _yes(m.is_self_replay_bit_identical),
+    "mean abs logp diff [nat]": lambda m: f"{m.mean_abs_logp_diff:.2g}",
+    "with replay": lambda m: f"{m.mean_abs_logp_diff_replayed:.2g}",
+    "with replay of gate weights too": lambda m: f"{m.mean_abs_logp_diff_replayed_with_weights:.2g}",
+    "warnings": lambda m: ", ".join(sorted(set(m.findings))) or "none",
+}
+KEPT: dict[str, Column] = {
+    "gate weights": lambda m: " / ".join(dict.fromkeys(map(str, m.gate_weights.values()))),
+    "their sum in infer": lambda m: f"{m.gate_weight_sums['infer']:.5f}",
+    "in train": lambda m: f"{m.gate_weight_sums['train']:.5f}",
+    "one bias in both": lambda m: "-" if m.biases["infer"] is None else _yes(m.biases["infer"] == m.biases["train"]),
+    "explained flips": lambda m: _rates(m.explained),
+    "without the bias": lambda m: _rates(m.explained_without_bias),
+    "exact KL [nat]": lambda m: f"{m.kl_exact:.2g}",
+}
+"""The tables of reports/families.md: column to cell."""
+
+# A rule that looks at a bias or at groups: TopK of the raw logits must miss it. All of them, as made here, scale
+# renormalised gate weights by routed_scaling_factor = 2.5.
+BIASED = ("glm4_moe", "deepseek_v3", "moonlight", "dots1", "bailing_moe")
+ONE_SIDED = "olmoe_renormalized"  # vLLM 0.32's OLMoE ignores norm_topk_prob: the engines differ, and not by rounding
+
+
+def broken_claims(name: str, found: FamilyMeasures) -> list[str]:
+    """What does not hold of a family and must, in words; bounds of rounding depend on the dtype."""
+    exact, biased, agrees = found.dtype == "float32", name in BIASED, name != ONE_SIDED
+    sums = found.gate_weight_sums
+    words = "effective, on the expert's input" if name == "llama4" else "effective"
+    by_logits = [rate for method, rate in found.explained.items() if method != "margin_change"]
+    bias = found.biases["infer"]
+    claims = {
+        "every position, layer and request has a row": found.is_complete,
+        "taps change nothing": found.is_bit_equal_under_observation,
+        "a model's own routes forced on it change nothing": found.is_self_replay_bit_identical,
+        "forced sets are vLLM's": found.is_replayed,
+        "transformers' rule on vLLM's logits gives vLLM's sets": found.train_rule_rate == 1.0,
+        "moediag's rule gives vLLM's sets": found.spec_rule_rate == 1.0,
+        "TopK of the raw logits misses a rule with bias or groups, and no other": (found.plain_topk_rate < 0.9)
+        == biased,
+        "gate weights are coefficients in both arms": found.gate_weights == {"infer": words, "train": words},
+        "both engines have the same bias": bias == found.biases["train"],
+        "a bias is kept where the rule has one, and it is no buffer of zeros": (
+            np.unique(bias).size > 1 if biased else bias is None
+        ),
+        "flips are predicted from logits": bool({"all_pairs", "simulated"} & found.explained.keys()),
+        "what logits predict is a rate, and small": all(0 <= rate < 0.2 for rate in by_logits),
+        "without its bias a rule that has one is not predicted from logits": (
+            found.explained_without_bias.keys() <= {"margin_change"}
+            if biased
+            else found.explained_without_bias.keys() == found.explained.keys()
+        ),
+    }
+    if agrees:
+        claims |= {
+            "both engines follow the same rule": not found.disagreements,
+            "validate finds nothing": not found.findings,
+            "gate weights of a token add up to the same in both engines": np.isclose(*sums.values(), rtol=1e-5)
+            or not exact,
+            "scaled gate weights add up to the factor": not (exact and biased)
+            or np.isclose(sums["infer"], 2.5, rtol=1e-5),
+            "expert sets are the same but for rounding": found.same_set_rate > (0.9999 if exact else 0.9),
+            "logps are the same but for rounding": found.mean_abs_logp_diff < (2e-6 if exact else 0.05),
+            "with vLLM's gate weights too": found.mean_abs_logp_diff_replayed_with_weights < (2e-6 if exact else 0.05),
+            "replay brings logps no farther apart": exact
+            or max(found.mean_abs_logp_diff_replayed, found.mean_abs_logp_diff_replayed_with_weights)
+            <= found.mean_abs_logp_diff,
+            "the exact KL is that of rounding": abs(found.kl_exact) < 1e-6 if exact else 0 < found.kl_exact < 0.05,
+        }
+    else:
+        claims |= {
+            "the rule that one engine does not follow is named": found.disagreements
+            == ("vLLM's routers have renormalize = False, config.json says True",),
+            "validate warns of the gate weights": set(found.findings) == {"D14-gate-factor", "gate-sum"},
+            "logps differ by more than rounding": found.mean_abs_logp_diff > 0.03,
+            "with vLLM's gate weights they differ by rounding": found.mean_abs_logp_diff_replayed_with_weights
+            < (2e-6 if exact else 0.05),
+            "the exact KL is not that of rounding": 0 < found.kl_exact < 0.05,
+        }
+    return [f"{name} in {found.dtype}: not so: {claim}; {found}" for claim, holds in claims.items() if not holds]

@@ -91,10 +91,15 @@ def _weight(method, train, infer, mine, advantage, held, p):
             else ratio
         ),
         "tis_sequence": lambda: min(clamped_exp(product), p["cap"]),
+        "clamp_token": lambda: min(max(ratio, p["low"]), p["high"]),
+        "tis_geometric": lambda: min(clamped_exp(product / len(mine)), p["cap"]),
         "mis_sequence": lambda: clamped_exp(product) if sequence_held.at_most(product, log(p["cap"])) else 0.0,
         "sequence_band": lambda: float(sequence_held.inside(product, p["low"], p["high"])),
         "geometric_band": lambda: float(sequence_held.inside(product / len(mine), p["low"], p["high"])),
         "veto": lambda: float(sequence_held.at_most(log(p["floor"]), min(mine))),
+        "prob_mult_error": lambda: float(
+            sequence_held.at_most(math.fsum(clamped_exp(abs(d)) for d in mine) / len(mine), p["limit"])
+        ),
         "trm_max": lambda: float(sequence_held.at_most(max(d * d / 2 for d in mine), p["delta"])),
         "trm_mean": lambda: float(sequence_held.at_most(math.fsum(map(k3, mine)) / len(mine), p["delta"])),
         "k3_mean": lambda: float(sequence_held.at_most(math.fsum(map(k3, mine)) / len(mine), p["limit"])),

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -112,6 +112,7 @@ def test_a_rate_and_its_complement_have_mirrored_bounds(prompts: list[tuple[int,
 
 
 @given(events_and_trials)
+@example([(0, 1)] * 4 + [(1, 1), (0, 103), (0, 114), (2, 143)])  # one prompt much longer than the others' mean
 def test_no_event_is_never_surer_than_some_events(prompts: list[tuple[int, int]]) -> None:
     """Whatever the arrangement of the events and the lengths of the prompts."""
     events_C, n_C = np.array(prompts, dtype=np.float64).T

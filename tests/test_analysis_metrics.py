@@ -29,7 +29,7 @@ from moediag.analysis import (
     worst_tokens,
 )
 from moediag.analysis.attribution import MATCHED_ENTROPY_EDGES
-from moediag.analysis.strata import CONFIDENCE_EDGES, doubling_strata
+from moediag.analysis.strata import CONFIDENCE_EDGES, ENTROPY_EDGES, doubling_strata, edge_strata
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -127,6 +127,12 @@ def test_strata_equal_a_plain_loop() -> None:
     scored = np.isfinite(diff).sum()
     whole = frame[frame["metric"] == "k3"].groupby("stratifier")["n_tokens"].sum()
     assert (whole == scored).all()
+
+
+def test_values_outside_the_edges_belong_to_no_stratum() -> None:
+    """Bug: an infinite entropy fell into a bin beyond the last; the analysis of a spoilt run ended in a traceback."""
+    index_T = edge_strata("entropy_infer", np.array([0.0, 5.0, np.inf, np.nan, -1.0]), ENTROPY_EDGES).index_T
+    assert index_T.tolist() == [0, 9, -1, -1, -1]
 
 
 @pytest.mark.parametrize(

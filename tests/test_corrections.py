@@ -36,6 +36,7 @@ WIDENED = [
     ("trm_max", {"delta": 0.01}, {"delta": 0.5}),
     ("trm_mean", {"delta": 0.001}, {"delta": 0.1}),
     ("k3_mean", {"limit": 0.001}, {"limit": 0.1}),
+    ("prob_mult_error", {"limit": 1.01}, {"limit": 3}),
 ]
 
 
@@ -211,11 +212,50 @@ def test_one_token_is_its_own_sequence() -> None:
     diffs = np.array([-0.8, -0.1, 0.0, 0.3, 0.69, 0.7, 2.0])
     one_each = np.arange(len(diffs))
     zero = np.zeros(len(diffs))
-    for token, sequence in (("tis_token", "tis_sequence"), ("mis_token", "mis_sequence")):
+    for token, sequence in (
+        ("tis_token", "tis_sequence"),
+        ("tis_token", "tis_geometric"),
+        ("mis_token", "mis_sequence"),
+    ):
         np.testing.assert_array_equal(weights(token, diffs, zero, one_each), weights(sequence, diffs, zero, one_each))
     hard = weights("icepop_hard", diffs, zero, one_each, alpha=0.5, beta=2)
     for band in ("sequence_band", "geometric_band"):
         np.testing.assert_array_equal(weights(band, diffs, zero, one_each, low=0.5, high=2), hard)
+
+
+def test_the_geometric_weight_is_one_number_per_sequence_and_truncates_what_tokens_do_not_show() -> None:
+    """ms-swift's sequence_truncate, slime's, AReaL's and ROLL's geometric level: exp(mean d), cut down to the cap."""
+    train, seq = np.log([4.0, 4.0, 0.25, 9.0, 1.0]), ["a", "a", "b", "c", "c"]
+    found = weights("tis_geometric", train, np.zeros(5), seq, cap=2)
+    np.testing.assert_allclose(found, [2, 2, 0.25, 2, 2], rtol=1e-15)
+    found = weights("tis_geometric", train, np.zeros(5), seq, cap=math.inf)
+    np.testing.assert_allclose(found, [4, 4, 0.25, 3, 3], rtol=1e-15)
+    # AReaL's action mask at the sequence level: the same weight, dropped beyond the bound
+    areal = weights("tis_geometric:cap=inf+geometric_band:low=0,high=3.5", train, np.zeros(5), seq)
+    np.testing.assert_allclose(areal, [0, 0, 0.25, 3, 3], rtol=1e-15)
+
+
+def test_the_clamp_raises_small_ratios_and_cuts_large_ones_exactly_to_the_bound() -> None:
+    """OpenRLHF's type tis clamps to [0.5, 5]; with an open lower bound it is truncation, bit for bit."""
+    diffs = np.array([-1000.0, np.log(0.5) - 1e-9, np.log(0.5), -0.3, 0.0, np.log(5), np.log(5) + 1e-9, 1000.0])
+    zero, each = np.zeros(len(diffs)), np.arange(len(diffs))
+    found = weights("clamp_token", diffs, zero, each, low=0.5, high=5)
+    assert found.tolist() == [0.5, 0.5, 0.5, np.exp(-0.3), 1.0, 5.0, 5.0, 5.0]
+    open_below = weights("clamp_token", diffs, zero, each, low=0, high=5)
+    np.testing.assert_array_equal(open_below, weights("tis_token", diffs, zero, each, cap=5))
+    assert (weights("clamp_token", diffs, zero, each, low=1, high=1) == 1).all()
+    assert weights("clamp_token", [0.0], [0.0], [0], low=2, high=math.inf).tolist() == [2]
+    with pytest.raises(MoediagError, match="0 <= low <= high"):
+        weights("clamp_token", diffs, zero, each, low=3, high=2)
+
+
+def test_the_error_threshold_of_a_sequence_sees_both_directions() -> None:
+    """NeMo-RL's seq_logprob_error_threshold: mean exp(abs(d)), which ratios that cancel out do not hide."""
+    train, seq = np.log([4.0, 0.25, 2.0, 1.0, 3.0, 3.0]), ["a", "a", "b", "b", "c", "c"]
+    assert weights("prob_mult_error", train, np.zeros(6), seq).tolist() == [0, 0, 1, 1, 0, 0]
+    assert weights("geometric_band", train, np.zeros(6), seq)[:2].tolist() == [1, 1]
+    on_the_bound = weights("prob_mult_error", np.float32(train), np.zeros(6), seq, limit=3)
+    assert on_the_bound.tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_compositions_multiply() -> None:
@@ -328,6 +368,11 @@ def test_every_preset_can_be_read_and_belongs_to_a_group() -> None:
         ("prime-rl-icepop", "icepop:alpha=0.2,beta=5"),
         ("trl-token-tis", "tis_token:cap=3"),
         ("minirl", "tis_token:cap=5"),
+        ("nemo-rl-seq-error", "prob_mult_error:limit=2"),
+        ("openrlhf-tis", "clamp_token:low=0.5,high=5"),
+        ("swift-seq-tis", "tis_geometric:cap=2"),
+        ("areal-geo-tis", "tis_geometric:cap=5"),
+        ("roll-geo-tis", "tis_geometric:cap=1.2"),
         ("verl-geo-rs", "geometric_band:low=0.999,high=1.001"),
         ("areal-kpop", "kpop:phi=2"),
         ("prime-rl-dppo", "dppo_tv:eps_low=0.2,eps_high=0.2"),

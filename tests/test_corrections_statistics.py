@@ -122,8 +122,10 @@ def test_sides_and_truncation_are_counted_where_there_are_some() -> None:
     assert frame.loc["icepop", "below_share"] == pytest.approx((diff_T < np.log(0.5)).mean())
     assert frame.loc["icepop", "above_share"] == pytest.approx((diff_T > np.log(5)).mean())
     assert frame.loc["tis_token", "truncated_share"] == pytest.approx((diff_T > np.log(2)).mean())
+    beyond = ((diff_T < np.log(0.5)) | (diff_T > np.log(5))).mean()
+    assert frame.loc["clamp_token", "truncated_share"] == pytest.approx(beyond)
     assert frame["below_share"].isna().tolist() == [METHODS[name].side in ("", "none") for name in METHODS]
-    assert frame["truncated_share"].notna().tolist() == [name.startswith("tis_") for name in METHODS]
+    assert frame["truncated_share"].notna().tolist() == [method.truncates for method in METHODS.values()]
     sided = frame.loc[frame["below_share"].notna()].drop(index=["sequence_band", "geometric_band", "mis_sequence"])
     assert (sided["below_share"] + sided["above_share"]).tolist() == pytest.approx(sided["masked_share"].tolist())
 

@@ -8,6 +8,8 @@ from subprocess import run
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,9 +18,6 @@ from moediag.demo.muon import orthogonalized
 from moediag.demo.pair import build_pair, pair_digest
 from moediag.demo.tokenizer import END_OF_TEXT_ID, byte_tokenizer
 from moediag.demo.train import DENSE, MOE, Recipe, train
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,

@@ -128,18 +128,24 @@ TOO_LONG_FOR_SCRIPTED = (
 SCRIPTED = [fault for fault in FAULTS if not fault.startswith(TOO_LONG_FOR_SCRIPTED)]
 
 
-@pytest.mark.parametrize("fault", SCRIPTED)
-def test_a_fault_in_a_scripted_run_is_named(fault: str, tmp_path: Path) -> None:
-    """Sequences of a handful of tokens, L = 3: the statistics have little to go by."""
-    run = make_scripted_run(tmp_path / "run", n_prompts=60, n_layers=4, shard_size=7)
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A healthy run; sequences of a handful of tokens, L = 4: the statistics have little to go by."""
+    run = make_scripted_run(tmp_path_factory.mktemp("scripted") / "run", n_prompts=60, n_layers=4, shard_size=7)
     assert [finding for finding in check_run(run) if finding.level != "note"] == []
+    return run
+
+
+@pytest.mark.parametrize("fault", SCRIPTED)
+def test_a_fault_in_a_scripted_run_is_named(fault: str, scripted: Run, tmp_path: Path) -> None:
     h = Healthy(shape=(8, 2, 4), renormalize=False)
     planted = {}
-    for shard in run.shards:
-        _, train, infer = plant(fault, h, run.tokens(shard), run.capture("train", shard), run.capture("infer", shard))
+    for shard in scripted.shards:
+        captures = scripted.capture("train", shard), scripted.capture("infer", shard)
+        _, train, infer = plant(fault, h, scripted.tokens(shard), *captures)
         planted[shard] = {"train": train, "infer": infer}
-    shutil.rmtree(run.path / "arms")
-    run = open_run(run.path)
+    shutil.copytree(scripted.path, tmp_path / "run", ignore=shutil.ignore_patterns("arms"))
+    run = open_run(tmp_path / "run")
     writer = RunWriter(run)
     for arm in ("train", "infer"):
         writer.begin_arm(arm_of(run, arm, arrays=tuple(planted[run.shards[0]][arm].arrays())))

@@ -210,7 +210,8 @@ def test_means_of_noise_are_not_called_positive() -> None:
 
 
 def test_bf16_rounds_to_nearest() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     np.testing.assert_array_equal(bf16(values), torch.from_numpy(values).bfloat16().float().numpy())
 

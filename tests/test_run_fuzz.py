@@ -1,6 +1,6 @@
-"""5,000 spoilt inputs: whatever the bytes, and whatever sense sealed files make, an error line and no traceback.
+"""Spoilt inputs: whatever the bytes, and whatever sense sealed files make, an error line and no traceback.
 
-Seeds are drawn anew every time and shown when a case fails: ``FUZZ_SEED=<seed>`` repeats it.
+``make hunt`` tries other cases, and more of them; the seed that is shown when a case fails repeats it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
 import random
 import shutil
 import warnings
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
+from conftest import HUNT, SEED
 from scripted_engine import make_scripted_run
 
 from moediag.cli.main import main
@@ -31,7 +31,7 @@ from moediag.prompts import read_prompts
 from moediag.run.files import canonical_json, read_sealed, sha256_bytes, write_sealed
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "ring-tiny"
-SEED = int(os.environ.get("FUZZ_SEED", random.SystemRandom().randrange(2**32)))
+N_PROMPTS_FILES, N_RUNS = 1000 * HUNT, 250 * HUNT
 ODD_VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 7, 255, 2**31, 2**53 + 1, 2**70, 1.5, -0.0, 1e308, "", "x", "\u2028", "\U0001f600",
     "../../etc", "nan", [], {}, [None], [[]], [1, 2], {"": 1}, {"a": {"b": []}}, [-5], ["x"] * 3,
@@ -118,22 +118,22 @@ def spoilt_prompts(rng: random.Random) -> bytes:
     return spoil_bytes(rng, data) if rng.random() < 0.5 else data
 
 
-def test_3800_spoilt_prompts_files(tmp_path: Path) -> None:
+def test_spoilt_prompts_files(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(CHECKPOINT))
     n_refused = 0
-    for case in range(3800):
+    for case in range(N_PROMPTS_FILES):
         rng = random.Random(f"{SEED} prompts {case}")
         path = tmp_path / rng.choice(["p.jsonl", "p.jsonl", "p.txt"])
         path.write_bytes(spoilt_prompts(rng))
         try:
             line = refusal(lambda path=path: make_plan(checkpoint, path, SamplingOptions(max_tokens=4), shard_size=2))
         except BaseException:
-            print(f"FUZZ_SEED={SEED} case {case}: {path.read_bytes()!r}")
+            print(f"MOEDIAG_SEED={SEED} case {case}: {path.read_bytes()!r}")
             raise
         n_refused += line is not None
         if line is None:
             assert read_prompts(path)
-    assert 800 < n_refused < 3800
+    assert N_PROMPTS_FILES / 5 < n_refused < N_PROMPTS_FILES
 
 
 def redigest(path: Path, data: bytes) -> None:
@@ -271,11 +271,10 @@ def check_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> int
     return status
 
 
-@pytest.mark.parametrize("part", range(2))
-def test_1200_spoilt_runs(tmp_path: Path, healthy: Path, capsys: pytest.CaptureFixture[str], part: int) -> None:
-    n_cases = 600
+@pytest.mark.timeout(900 * HUNT)
+def test_spoilt_runs(tmp_path: Path, healthy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     n_found = 0
-    for case in range(part * n_cases, (part + 1) * n_cases):
+    for case in range(N_RUNS):
         rng, run = random.Random(f"{SEED} run {case}"), tmp_path / "run"
         shutil.copytree(healthy, run)
         where = spoil_run(rng, run)
@@ -286,8 +285,8 @@ def test_1200_spoilt_runs(tmp_path: Path, healthy: Path, capsys: pytest.CaptureF
                     warnings.simplefilter("ignore", RuntimeWarning)
                     check_command(capsys, "analyze", run, *(["--force"] if rng.random() < 0.7 else []))
         except BaseException:
-            print(f"FUZZ_SEED={SEED} case {case}: {where}")
+            print(f"MOEDIAG_SEED={SEED} case {case}: {where}")
             raise
         n_found += status in (1, 3)
         shutil.rmtree(run)
-    assert n_found > n_cases / 2
+    assert n_found > N_RUNS / 2

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import HUNT, SEED
 from records import arm_of, made_otherwise
 from scripted_engine import (
     Death,
@@ -239,13 +240,12 @@ def test_force_never_removes_a_run_that_another_worker_fills(tmp_path: Path) -> 
     assert create_scripted_run(run.path, **LAYOUT, force=True).arms() == []
 
 
+@pytest.mark.timeout(900 * HUNT)
 def test_killed_at_random_moments_force_never_loses_the_run_that_it_replaces(tmp_path: Path, undisturbed: Path) -> None:
     """Bug: between removing the finished run and the first shard of the new one, a kill lost both."""
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")  # shown when the test fails
-    rng = random.Random(seed)
+    rng = random.Random(SEED)
     places = set()
-    for attempt in range(25):
+    for attempt in range(25 * HUNT):
         run = tmp_path / str(attempt) / "run"
         shutil.copytree(undisturbed, run)
         layout = {**LAYOUT, "seed": 1, "force": True}
@@ -319,13 +319,13 @@ def deaths(seed: int) -> Iterator[tuple[tuple[Slice, ...], tuple[str, ...], Deat
         yield slices, arms, None, rng.uniform(0.0, 0.25)
 
 
+@pytest.mark.timeout(900 * HUNT)
 def test_killed_at_random_moments_a_sharded_capture_resumes_to_the_same_arrays(
     tmp_path: Path, undisturbed: Path
 ) -> None:
     """40 sudden deaths of workers, alone and two at a time, in the middle of anything; a whole run is begun anew."""
-    seed, n_kills, n_runs = random.SystemRandom().randrange(2**32), 0, 0
-    print(f"seed {seed}")  # shown when the test fails
-    for slices, arms, death, seconds in deaths(seed):
+    n_kills, n_runs = 0, 0
+    for slices, arms, death, seconds in deaths(SEED):
         run, journal = tmp_path / f"run-{n_runs}", tmp_path / f"{n_runs}.journal"
         workers = [start_worker(run, LAYOUT, slice_, arms, 0.02, death, journal) for slice_ in slices]
         if seconds is not None:
@@ -336,7 +336,7 @@ def test_killed_at_random_moments_a_sharded_capture_resumes_to_the_same_arrays(
             worker.join(60)
             assert worker.exitcode in (0, *SUDDEN)
         n_kills += sum(worker.exitcode in SUDDEN for worker in workers)
-        if n_kills >= 40:
+        if n_kills >= 40 * HUNT:
             break
         if run.exists() and "train" in open_run(run).arms() and open_run(run).is_complete("train"):
             assert_whole(run, undisturbed)

@@ -405,7 +405,8 @@ def test_blocks_of_compressed_tensors_are_read_from_its_config() -> None:
 
 
 def test_dequantising_is_compressed_tensors_own(tmp_path: Path) -> None:
-    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    from compressed_tensors.quantization.lifecycle import forward
+
     torch.manual_seed(5)
     q = torch.randn(8, 16).to(torch.float8_e4m3fn)
     for shape in ((1,), (8, 1), (8, 4), (2, 4)):

@@ -277,7 +277,7 @@ def rate_bounds(
         )
     _, none_M = _design_effects(np.zeros_like(residual_CM), np.zeros_like(total_M), unseen_M)
     zeros_M = np.zeros_like(value_M)
-    least_M = _clopper_pearson(zeros_M, total_M / np.clip(none_M, 1.0, square_M / total_M))[1]
+    least_M = _clopper_pearson(zeros_M, total_M / np.clip(none_M, 1.0, most_M))[1]
     low_M, high_M = _clopper_pearson(value_M, low_size_M)[0], _clopper_pearson(value_M, high_size_M)[1]
     return np.minimum(low_M, 1 - least_M), np.maximum(high_M, least_M)
 

@@ -99,8 +99,8 @@ def position_strata(position_T: Int64, max_bins: int = MAX_POSITION_BINS) -> Str
 
 
 def edge_strata(name: str, values_T: Float64, edges: Float64) -> Strata:
-    """Half-open bins [edge, next edge); NaN and values below the first edge belong to none."""
-    index_T = np.where(np.isnan(values_T), -1, np.searchsorted(edges, values_T, side="right") - 1)
+    """Half-open bins [edge, next edge); NaN and values outside the edges belong to none."""
+    index_T = np.where(values_T < edges[-1], np.searchsorted(edges, values_T, side="right") - 1, -1)
     return Strata(name, index_T.astype(np.int64), edges[:-1], edges[1:])
 
 

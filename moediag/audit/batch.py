@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moediag.analysis.gradients import SEQUENCE_IS
-from moediag.corrections import METHODS, parse_correction, weights
+from moediag.corrections import parse_correction, weights
 from moediag.corrections.rewards import grpo_advantages, sequence_rewards
 from moediag.errors import EngineError
 from moediag.run.reader import Run
@@ -158,4 +158,4 @@ def is_token_level(method: str) -> bool:
         >>> is_token_level("icepop:alpha=0.5,beta=5"), is_token_level("tis_token+veto")
         (True, False)
     """
-    return all("of the sequence" not in METHODS[step.method].acts_on for step in parse_correction(method).steps)
+    return all(step.declared.bounded.unit != "sequence" for step in parse_correction(method).steps)

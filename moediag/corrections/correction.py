@@ -16,8 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moediag.corrections.methods import DROPPED, METHODS, Method
-from moediag.corrections.rules import log_bound
+from moediag.corrections.methods import METHODS, Method
 from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms, scored_terms
 from moediag.errors import MoediagError
 
@@ -37,9 +36,15 @@ class Step:
         object.__setattr__(self, "parameters", METHODS[self.method].with_defaults(self.parameters))
 
     @property
-    def rule(self) -> Method:
+    def declared(self) -> Method:
         """The method's declaration."""
         return METHODS[self.method]
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Between which values the ratio is left as it is; 0 and infinity = that side is open."""
+        low, high = self.declared.between
+        return self.parameters.get(low, 0.0), self.parameters.get(high, math.inf)
 
     def __str__(self) -> str:
         parameters = ",".join(f"{name}={repr(value).removesuffix('.0')}" for name, value in self.parameters.items())
@@ -59,59 +64,57 @@ class Correction:
     def __post_init__(self) -> None:
         if not self.steps:
             raise MoediagError("a correction wants at least one method; for no correction say 'none'")
-        weighted = [step.method for step in self.steps if step.rule.level == "weight" and step.method != "none"]
+        weighted = [step.method for step in self.steps if step.declared.kind == "weight" and step.method != "none"]
         if len(weighted) > 1:
+            others = ", ".join(name for name, method in METHODS.items() if method.kind != "weight")
             raise MoediagError(
                 f"{' and '.join(weighted)} both carry the ratio, their product its square; combine one of them with "
-                "masks or filters (icepop_hard, sequence_band, geometric_band, veto, trm_max, trm_mean, k3_mean)"
+                f"masks or filters ({others})"
             )
 
     @property
     def needs_advantage(self) -> bool:
         """Whether a step looks at advantages."""
-        return any(step.rule.needs_advantage for step in self.steps)
+        return any(step.declared.needs_advantage for step in self.steps)
 
     @property
     def can_mask(self) -> bool:
         """Whether a step gives any token no update; truncation and ``none`` do not."""
-        return any(step.rule.side for step in self.steps)
+        return any(step.declared.masks for step in self.steps)
 
     @property
     def is_mask(self) -> bool:
         """Every weight is 1 or 0: no step carries a ratio."""
-        return all(step.rule.level != "weight" or step.method == "none" for step in self.steps)
+        return all(step.declared.kind != "weight" or step.method == "none" for step in self.steps)
 
     @property
     def drops_sequences(self) -> bool:
         """Whether a step masks all tokens of a sequence at once."""
-        return any(step.rule.beyond == DROPPED for step in self.steps)
+        return any(step.declared.masks == "sequence" for step in self.steps)
 
     @property
     def largest_weight(self) -> float:
         """No weight is larger: what is beyond a cap or the upper end of a band is cut down or masked."""
-        bounds = (step.parameters.get(name, math.inf) for step in self.steps for name in ("cap", "beta"))
-        return min(float(np.exp(LOG_RATIO_CLAMP)), *bounds)
+        highest = (step.bounds[1] for step in self.steps if step.declared.kind != "filter")
+        return min([float(np.exp(LOG_RATIO_CLAMP)), *highest])
 
     @property
     def side(self) -> str:
         """Whose log-ratio tells on which side a masked token is: token, sequence, or none where steps disagree."""
-        sides = {step.rule.side for step in self.steps if step.rule.side}
+        sides = {step.declared.side for step in self.steps if step.declared.masks}
         return sides.pop() if len(sides) == 1 else "none"
 
     @property
-    def log_cap(self) -> tuple[str, float] | None:
-        """Level and log-ratio from which on ratios are truncated; None = the correction truncates nothing."""
-        for step in self.steps:
-            if step.rule.truncates:
-                return step.rule.truncates, log_bound(step.parameters["cap"])
-        return None
+    def truncation(self) -> Step | None:
+        """The step that truncates ratios; None = the correction truncates nothing."""
+        return next((step for step in self.steps if step.declared.truncates), None)
 
     def of_terms(self, x: Terms) -> Float64:
         """Weights of the scored tokens."""
         ratio_T, is_kept_T = np.ones(len(x)), np.ones(len(x), dtype=bool)
         for step in self.steps:
-            factor_T = step.rule.rule(x, **step.parameters)
-            if step.rule.level == "weight":
+            factor_T = step.declared.rule(x, **step.parameters)
+            if step.declared.kind == "weight":
                 ratio_T = ratio_T * factor_T
             else:
                 is_kept_T &= factor_T

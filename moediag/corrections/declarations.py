@@ -21,7 +21,7 @@ CORRECTION_STATISTICS = declare(
     *_share("masked_sequence_share", "share of sequences whose tokens all have weight 0; lower loses less data"),
     Column("below_share", "float64", "1", "share of tokens masked with a ratio < 1 (sequences: R)", nullable=True),
     Column("above_share", "float64", "1", "share of tokens masked with a ratio > 1 (sequences: R)", nullable=True),
-    *_share("truncated_share", "share of tokens kept with a ratio cut down to the cap"),
+    *_share("truncated_share", "share of tokens kept with a ratio cut down (or raised) to a bound"),
     *_share("kept_probability_mass", "sum of p_infer over kept tokens / over all tokens; higher keeps more"),
     Column("weight_mean", "float64", "1", "mean weight, masked tokens as 0; 1 changes no step size", nullable=True),
     *ci_columns("weight_mean", "1", "weight_mean"),

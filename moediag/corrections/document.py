@@ -40,7 +40,7 @@ def filled(text: str) -> str:
 def _method_row(method: Method) -> tuple[str, ...]:
     defaults = ", ".join(f"{name} = {value:g}" for name, value in method.parameters.items())
     name = f"`{method.name}`" + (f" ({defaults})" if defaults else "")
-    return name, method.level, method.acts_on, f"`{method.formula}`", method.beyond, method.source
+    return name, method.kind, method.bounded.words, f"`{method.formula}`", method.beyond, method.source
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

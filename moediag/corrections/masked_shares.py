@@ -10,8 +10,8 @@ import pandas as pd
 from moediag.analysis.declarations import CORRECTIONS
 from moediag.analysis.intervals import mean_interval
 from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.corrections.methods import log_bound
 from moediag.corrections.presets import PRESETS, Preset
-from moediag.corrections.rules import log_bound
 from moediag.corrections.terms import are_float32, on_bounds
 from moediag.errors import MoediagError
 

@@ -53,14 +53,14 @@ _VERL_K1: Final = (
 )
 _SLIME: Final = "slime, examples/train_infer_mismatch_helper"
 _SLIME_MASK: Final = "masked tokens leave the loss mask and its denominator, and keep their unclipped weight"
+_SWIFT: Final = "ms-swift at 3602360 (2026-08), swift/rlhf_trainers/grpo_trainer.py, _apply_rollout_importance_sampling"
+_AREAL: Final = "AReaL at 4aef98d (2026-05), areal/utils/functional/functional.py, apply_rejection_sampling"
 _PRIME_KL: Final = (
     "the ratio is that of the policy being trained, pi_train(theta) / pi_infer; a squared-log-ratio penalty comes on "
     "top (kl_tau 1e-3) and sees masked tokens, too"
 )
-_OPENRLHF_CLAMP: Final = (
-    "correction type tis clamps the ratio to [0.5, 5] on both sides, so that small ratios are raised to 0.5: no "
-    "truncation in the sense of tis_token; no clamp to +-20"
-)
+_OPENRLHF: Final = "OpenRLHF at 3c3be62 (2026-08), openrlhf/models/loss.py, PolicyLoss"
+_NEMO: Final = "NeMo-RL at 7ea279a (2026-08), nemo_rl/algorithms/loss/loss_functions.py, ClippedPGLossFn"
 
 PRESETS: Final[dict[str, Preset]] = {
     preset.name: preset
@@ -125,8 +125,19 @@ PRESETS: Final[dict[str, Preset]] = {
         ),
         Preset(
             "slime-tis", "slime", "tis_token:cap=2+veto:floor=0.0001", _SLIME + "/mis.yaml",
-            "slime's own loss, without this helper, clamps the ratio to [tis_clip_low, tis_clip], on both sides if the "
-            "lower bound is above 0; mode clip does so, too",
+            "as mis.yaml was in 2025-10 (46e2cd4); since 2025-11 it also rejects tokens outside the bounds: slime-mis",
+        ),
+        Preset(
+            "slime-mis", "slime", "icepop:alpha=0.5,beta=2+veto:floor=0.0001",
+            "slime at 624b824 (2026-08), examples/train_infer_mismatch_helper/mis.yaml",
+            "written there as tis_token with a mask of the same bounds; weights are divided by their batch mean; "
+            + _SLIME_MASK,
+        ),
+        Preset(
+            "slime-clamp", "slime", "clamp_token:low=0,high=2",
+            "slime at 624b824 (2026-08), slime/backends/megatron_utils/loss.py, vanilla_tis_function",
+            "its own loss, without the helper: the bounds are tis_clip_low, 0, and tis_clip, 2; its tests set 0.5; the "
+            "helper's mode clip does the same with 0.5 and 2; no clamp to +-20",
         ),
         Preset(
             "slime-seq-mis", "slime", "tis_sequence:cap=2+sequence_band:low=0.5,high=2+veto:floor=0.0001",
@@ -135,6 +146,37 @@ PRESETS: Final[dict[str, Preset]] = {
         Preset(
             "slime-geo-rs", "slime", "geometric_band:low=0.9999,high=1.0001+veto:floor=0.0001",
             _SLIME + "/configs/6_geo_rs.yaml", _SLIME_MASK,
+        ),
+        Preset(
+            "slime-geo-tis", "slime", "tis_geometric:cap=1.0001",
+            "slime at 624b824 (2026-08), examples/train_infer_mismatch_helper/mis.py, compute_mis_weights (tis_level "
+            "geometric, tis_mode truncate)",
+            "1.0001 is what mis.yaml advises for this level, use_rs off; the code refuses to divide weights by their "
+            "batch mean at this level",
+        ),
+        Preset(
+            "swift-token-tis", "ms-swift", "tis_token:cap=2", _SWIFT + " (token_truncate)",
+            "the threshold is rollout_importance_sampling_threshold, 2, in every mode",
+        ),
+        Preset(
+            "swift-token-mis", "ms-swift", "mis_token:cap=2", _SWIFT + " (token_mask)",
+            "the band is tested on the ratio after exp; masked tokens stay in the denominator",
+        ),
+        Preset(
+            "swift-seq-tis", "ms-swift", "tis_geometric:cap=2", _SWIFT + " (sequence_truncate)",
+            "token log-ratios are clamped to +-20 before their mean is taken",
+        ),
+        Preset(
+            "swift-seq-mask", "ms-swift", "tis_token:cap=inf+geometric_band:low=0,high=2", _SWIFT + " (sequence_mask)",
+            "token ratios as they are, in sequences kept by their geometric mean, of log-ratios clamped to +-20; "
+            "masked tokens stay in the denominator",
+        ),
+        Preset(
+            "roll-geo-tis", "roll", "tis_geometric:cap=1.2",
+            "ROLL at 8eb27cc (2026-08), roll/utils/train_infer_corrections.py, compute_train_infer_correction "
+            "(weight_type geometric)",
+            "1.2 is the default upper_bound of every weight_type (token by default); no clamp to +-20; filters on "
+            "ratios or probabilities can be added, which take tokens out of the denominator",
         ),
         Preset(
             "trl-token-tis", "trl", "tis_token:cap=3", "TRL, trl/trainer/grpo_trainer.py (token_truncate)",
@@ -146,13 +188,23 @@ PRESETS: Final[dict[str, Preset]] = {
             "the default of TRL; an optional lower bound (clip_min) turns it into a band; no clamp to +-20",
         ),
         Preset(
-            "openrlhf-icepop", "openrlhf", "icepop:alpha=0.5,beta=5", "OpenRLHF, openrlhf/models/loss.py",
-            _OPENRLHF_CLAMP,
+            "openrlhf-tis", "openrlhf", "clamp_token:low=0.5,high=5", _OPENRLHF + " (tis)",
+            "the default type and bounds (is_correction_threshold); named TIS; no clamp to +-20; not applied with the "
+            "GSPO loss",
+        ),
+        Preset(
+            "openrlhf-icepop", "openrlhf", "icepop:alpha=0.5,beta=5", _OPENRLHF + " (icepop)",
+            "no clamp to +-20; masked tokens stay in the denominator; not applied with the GSPO loss",
         ),
         Preset(
             "openrlhf-seq-mask-tis", "openrlhf", "tis_token:cap=inf+geometric_band:low=0.5,high=5",
-            "OpenRLHF, openrlhf/models/loss.py",
+            _OPENRLHF + " (seq-mask-tis)",
             "named TIS, but nothing is truncated: token ratios as they are, in sequences kept by their geometric mean",
+        ),
+        Preset(
+            "nemo-rl-tis", "nemo-rl", "clamp_token:low=0.2,high=5", _NEMO + " (tis)",
+            "the framework sets no bounds of its own (a lower one that is not set is 0); 0.2 and 5 are those of a "
+            "recipe (grpo-nanov3-30ba3b-3n8g-megatron-dynamo-swe1.yaml), 0 and 2 of most; infinite ratios count as 0",
         ),
         Preset(
             "nemo-rl-icepop", "nemo-rl", "icepop:alpha=0.5,beta=2", "NeMo-RL, nemo_rl/algorithms/loss_functions.py",
@@ -165,9 +217,25 @@ PRESETS: Final[dict[str, Preset]] = {
             "the framework sets no bounds of its own; 0.5 and 2 are those of its tests; token ratios are not truncated",
         ),
         Preset(
+            "nemo-rl-seq-error", "nemo-rl", "prob_mult_error:limit=2",
+            "NeMo-RL at 7ea279a (2026-08), nemo_rl/algorithms/grpo.py, compute_and_apply_seq_logprob_error_masking",
+            "off unless seq_logprob_error_threshold is set; 2 is that of its Nemotron recipes; the sequence leaves the "
+            "sample mask before advantages and loss are computed, and so their denominator; no clamp to +-20",
+        ),
+        Preset(
             "areal-icepop", "areal", "icepop:alpha=0.5,beta=5", "AReaL, areal/utils/functional/functional.py",
             "infinite log-ratios count as 0, so that a token of probability 0 passes with weight 1; on sequence level "
             "a ratio is the geometric mean, not the product",
+        ),
+        Preset(
+            "areal-geo-tis", "areal", "tis_geometric:cap=5", _AREAL + " (level sequence, action clamp, metric ratio)",
+            "5 is the default upper; a lower raises small G to it; infinite log-ratios count as 0; no clamp to +-20",
+        ),
+        Preset(
+            "areal-geo-mask", "areal", "tis_geometric:cap=inf+geometric_band:low=0,high=5",
+            _AREAL + " (level sequence, action mask, metric ratio)",
+            "G is both the weight and what is tested; a masked sequence stays in the denominator; infinite log-ratios "
+            "count as 0; no clamp to +-20",
         ),
         Preset(
             "areal-kpop", "areal", "kpop:phi=2", "AReaL, areal/utils/functional/functional.py (binary_kl)",

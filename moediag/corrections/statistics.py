@@ -181,7 +181,7 @@ def _statistics(totals: CorrectionPass, batch: Batch) -> pd.DataFrame:
     for name in ("below", "above"):
         columns[f"{name}_share"] = [_share(one[f"n_{name}"], one["n_tokens"]) for one in sums]
     is_sided = np.array([correction.side != "none" for correction in corrections], dtype=bool)
-    is_capped = np.array([correction.log_cap is not None for correction in corrections], dtype=bool)
+    is_capped = np.array([correction.truncation is not None for correction in corrections], dtype=bool)
     frame = pd.DataFrame(columns)
     mass = [f"kept_probability_mass{end}" for end in _ENDS]
     frame[mass] = frame[mass].clip(0.0, 1.0)
@@ -221,7 +221,8 @@ def _completed(everything: Sums, one: Sums) -> Sums:
 
 def _tokens_per_decision(one: Sums, correction: Correction) -> float:
     """Tokens masked or truncated together: those of a sequence where the correction decides by the sequence."""
-    by_sequence = correction.drops_sequences or (correction.log_cap or ("",))[0] == "sequence"
+    truncation = correction.truncation
+    by_sequence = correction.drops_sequences or (truncation and truncation.declared.bounded.unit == "sequence")
     return float(one["n_tokens"].sum() / max(one["n_sequences"].sum(), 1.0)) if by_sequence else 1.0
 
 

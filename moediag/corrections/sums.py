@@ -22,7 +22,7 @@ from moediag.corrections.batch import Batch
 from moediag.corrections.correction import Correction
 from moediag.corrections.moments import Moments
 from moediag.corrections.strata import Stratifier
-from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms, on_bounds
+from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms
 from moediag.errors import MoediagError
 
 MAX_CLUSTERS: Final = 512
@@ -237,16 +237,10 @@ def _add_sides(sums: Sums, chunk: Chunk, correction: Correction, masked: NDArray
 
 
 def _add_truncated(sums: Sums, chunk: Chunk, correction: Correction, weight_T: Float64) -> None:
-    cap = correction.log_cap
-    if cap is None:
-        return
-    level, log_cap = cap
-    x = chunk.x
-    if level == "token":
-        log_ratio_T = on_bounds(x.diff_T, [log_cap], x.is_float32_T)
-    else:
-        log_ratio_T = x.of_sequence(on_bounds(x.log_product_S, [log_cap], x.is_float32_S))
-    sums.add("n_truncated", chunk.cluster_T[np.flatnonzero((log_ratio_T > log_cap) & (weight_T > 0))])
+    step = correction.truncation
+    if step is not None:
+        is_truncated_T = step.declared.is_truncated_T(chunk.x, *step.bounds) & (weight_T > 0)
+        sums.add("n_truncated", chunk.cluster_T[np.flatnonzero(is_truncated_T)])
 
 
 def cells(kinds: list[Stratifier], chunk: Chunk) -> list[NDArray[np.intp]]:

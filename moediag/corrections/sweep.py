@@ -1,7 +1,7 @@
 """IcePop bands swept: what every (alpha, beta) of a grid would mask and leave, from one pass over the tokens.
 
 Invariants:
-    - a band's bounds are closed, exactly as in :func:`~moediag.corrections.rules.icepop`;
+    - a band's bounds are closed, exactly as in :func:`~moediag.corrections.methods.icepop`;
     - every token is put once between the sorted bounds of all bands; a band's sums are differences of prefix sums over
       these intervals, by cluster of prompts. The bounds are sorted, not the tokens: 40 bounds tell 400 bands apart, and
       the tokens are read chunk by chunk;
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from moediag.analysis.intervals import divide, ratio_mean_interval
 from moediag.corrections.batch import CHUNK_TOKENS, Batch
 from moediag.corrections.declarations import SWEEP_BY_BAND
+from moediag.corrections.methods import log_bound
 from moediag.corrections.moments import Moments
-from moediag.corrections.rules import log_bound
 from moediag.corrections.sums import MAX_CLUSTERS
 from moediag.corrections.terms import on_bounds
 from moediag.errors import MoediagError

@@ -129,9 +129,7 @@ def ratio_bands(frames: Frames) -> dict[str, Band]:
 
 
 def _band(step: Step) -> Band | None:
-    if step.method in ("icepop", "icepop_hard"):
-        return step.parameters["alpha"], step.parameters["beta"]
-    return (0.0, step.parameters["cap"]) if step.method == "mis_token" else None
+    return step.bounds if step.declared.masks == "token" and step.declared.bounded.ratio else None
 
 
 def _plot(name: str, frames: Frames, caption: str, width: float) -> Figure:

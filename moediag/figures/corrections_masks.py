@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moediag.corrections.correction import Step, parse_correction
+from moediag.corrections.correction import parse_correction
 from moediag.figures.heat import draw_cells, rate_bar, rate_norm
 from moediag.figures.numbers import count, percent
 from moediag.figures.style import (
@@ -95,11 +95,9 @@ def _nothing_words(row: pd.Series) -> str:
 
 def _is_by_sequence(rows: pd.DataFrame) -> pd.Series:
     """Corrections that mask whole sequences and no single token."""
-    return rows["words"].map(lambda words: not any(map(_masks_tokens, parse_correction(words).steps)))
-
-
-def _masks_tokens(step: Step) -> bool:
-    return step.rule.level != "filter" and step.method not in ("none", "tis_token", "tis_sequence", "mis_sequence")
+    return rows["words"].map(
+        lambda words: all(step.declared.masks != "token" for step in parse_correction(words).steps)
+    )
 
 
 @house_style
