@@ -81,10 +81,12 @@ def test_the_run_is_analysed_and_its_pages_name_the_engine(run: Run, capsys: pyt
     pair = summary["pairs"]["infer-generate~train"]
     assert pair["logp"]["abs_logp_diff"]["max"] < 2e-5
     assert pair["routing"]["flip_rate"] == 0
-    assert pair["logp"]["kl_exact_infer_train"] < 1e-6
+    assert pair["logp"]["kl_infer_train_exact"] < 1e-6
     page = (run.path / "report.md").read_text()
-    assert "transformers' generate" in page
-    assert "vLLM" not in page.split("## ")[0]
+    words = "transformers (generate) against transformers (teacher-forced)"
+    assert f"Pair `infer-generate~train`, {words}" in page
+    assert f"run: {words}" in capsys.readouterr().out
+    assert "vLLM" not in page.split("Further figures")[0].replace("vLLM's CPU router", "")
     assert check_run(run) == []
 
 

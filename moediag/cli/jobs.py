@@ -28,7 +28,7 @@ from moediag.run.writer import RunWriter
 
 INFER_PRODUCTION = "infer-production"
 
-Ask = Callable[..., ArmRequest]
+Requesting = Callable[..., ArmRequest]
 """Gives the request of a recipe's arm: recipe, whether completions are given, and what ``arm_request`` takes."""
 
 
@@ -54,13 +54,13 @@ def profile_recipes(replay: bool, floors: bool, production: bool = False) -> lis
     return [*first, INFER, TRAIN, *(["train-replay"] if replay else []), *own]
 
 
-def requests_of(recipes: Sequence[str], plan: Plan, ask: Ask) -> list[ArmRequest]:
+def requests_of(recipes: Sequence[str], plan: Plan, request_of: Requesting) -> list[ArmRequest]:
     """The requests of a planned run's arms, each beside the reference arm of its role among those before it."""
     requests: list[ArmRequest] = []
     for name in recipes:
         role, paths = recipe(name).role, {request.arm: request.path for request in requests}
         reference = Reference(role, paths.get(role))
-        requests.append(ask(name, plan.completion_ids is not None, sampler=plan.sampled_by, reference=reference))
+        requests.append(request_of(name, plan.completion_ids is not None, sampler=plan.sampled_by, reference=reference))
     return requests
 
 

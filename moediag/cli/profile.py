@@ -34,14 +34,14 @@ def command(
     checkpoints = {TRAIN: plan.checkpoint, INFER: plan.checkpoint}
     if infer_checkpoint is not None:
         checkpoints[INFER] = jobs.open_other(infer_checkpoint, plan, settings.trust_remote_code)
-    ask = partial(
+    request = partial(
         settings.request,
         max_model_len=plan.max_model_len,
         seed=settings.seed,
         # what only rollouts may do is left out where the same tokens are decoded again, observed
         is_beside_rollouts=production_rollouts,
     )
-    requests = jobs.requests_of(jobs.profile_recipes(replay, floors, production_rollouts), plan, ask)
+    requests = jobs.requests_of(jobs.profile_recipes(replay, floors, production_rollouts), plan, request)
     jobs.announce(plan, output, requests, settings.dtype.value, is_anew=force)
     run = plan.create(output, force)
     jobs.capture(jobs.Arms(RunWriter(run), requests, checkpoints))

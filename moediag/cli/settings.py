@@ -123,9 +123,14 @@ class Settings:
                 experts_implementation=self.experts_implementation,
                 device_map=self.device_map,
             )
-        how = {"observer": self.observer.value, "scoring": self.scoring.value}
         return arm_request(
-            name, options, given, **how, batching=o.parse_batching(self.batch_size, self.batching), **more
+            name,
+            options,
+            given,
+            observer=self.observer.value,
+            scoring=self.scoring.value,
+            batching=o.parse_batching(self.batch_size, self.batching),
+            **more,
         )
 
 

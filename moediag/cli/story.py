@@ -106,7 +106,7 @@ def _begin(checkpoint: Path, prompts: Path, output: Path, force: bool) -> jobs.A
     plan = settings.plan(str(checkpoint), prompts, INFER)
     # The replay arm says how much of the mismatch is routing.
     recipes = jobs.profile_recipes(replay=plan.checkpoint.routing is not None, floors=True)
-    ask = partial(settings.request, max_model_len=plan.max_model_len, seed=settings.seed)
-    requests = jobs.requests_of(recipes, plan, ask)
+    request = partial(settings.request, max_model_len=plan.max_model_len, seed=settings.seed)
+    requests = jobs.requests_of(recipes, plan, request)
     jobs.announce(plan, output, requests, settings.dtype.value, is_anew=force)
     return jobs.Arms(RunWriter(plan.create(output, force)), requests, dict.fromkeys((INFER, TRAIN), plan.checkpoint))

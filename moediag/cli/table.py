@@ -9,6 +9,7 @@ from typing import Any
 from moediag.cli.console import say
 from moediag.figures.numbers import percent, sig
 from moediag.report import main_pair_name, replay_pair_name
+from moediag.report.facts import engines_compared
 from moediag.report.headline import text_origin
 from moediag.report.measures import carried_words, lookup
 
@@ -69,7 +70,8 @@ def _columns(label: str, summary: dict[str, Any]) -> Iterator[tuple[str, Column]
 
 
 def _words(summary: dict[str, Any]) -> Iterator[str]:
-    """Verdict, means that hang on one prompt, and what the further A/A pairs say."""
+    """Engines, verdict, means that hang on one prompt, and what the further A/A pairs say."""
+    yield engines_compared(summary)
     verdict = summary.get("verdict")
     if verdict:
         yield f"{verdict['word']}: {verdict['reason']}"
@@ -81,11 +83,12 @@ def _words(summary: dict[str, Any]) -> Iterator[str]:
     prefilled = floors.get("decode_vs_prefill")
     if prefilled:
         far = "bit-exact" if prefilled["is_bit_exact"] else f"mean abs logp diff {prefilled['mean']:.3g} nat"
-        yield f"decode against prefill inside vLLM: {far} (n = {prefilled['n_tokens']:,} tokens)"
+        yield f"decode against prefill inside {prefilled['engine']}: {far} (n = {prefilled['n_tokens']:,} tokens)"
     forced = floors.get("forced_settings")
     if forced:
         far = "nothing" if forced["is_bit_exact"] else f"mean abs logp diff {forced['mean']:.3g} nat"
-        yield f"what the settings that capture forces on vLLM changed: {far} (n = {forced['n_tokens']:,} tokens)"
+        what = f"what the settings that capture forces on {forced['engine']} changed"
+        yield f"{what}: {far} (n = {forced['n_tokens']:,} tokens)"
     for line in floors.get("noise") or []:
         if line == floors["rounding"]:
             continue

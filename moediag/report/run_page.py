@@ -19,7 +19,7 @@ from moediag.report import definitions, tables, token_tables
 from moediag.report import prediction_tables as predictions
 from moediag.report.blocks import Block, Page, Picture, Section, Shell, interval, number, section
 from moediag.report.decode import TokenTexts
-from moediag.report.facts import compared_blocks, model_name, provenance_table
+from moediag.report.facts import compared_blocks, engines_compared, model_name, provenance_table
 from moediag.report.floors import floor_blocks, floor_words, has_floor
 from moediag.report.headline import length_words, margin_words, sampling_words, slope_words, verdict_of
 from moediag.report.measures import (
@@ -181,12 +181,12 @@ def _closing_sections(summary: Summary, show: _Pictures, regenerate: Sequence[st
 
 
 def _pair_words(summary: Summary, pair: Summary) -> Markdown:
-    name = main_pair_name(summary)
+    name, engines = main_pair_name(summary), plain(engines_compared(summary))
     counts = [count(pair.get("n_tokens"), "token"), count(pair.get("n_unscored"), "token")]
     wholes = [count(pair.get("n_sequences"), "sequence"), count(pair.get("n_prompts"), "prompt")]
     impossible = f" ({count(pair['n_impossible'])} with a logp of -inf: a defect)" if pair.get("n_impossible") else ""
     return Markdown(
-        f"Pair {code(name)}: {counts[0]} of {', '.join(wholes)} scored by both arms, {counts[1]} not scored"
+        f"Pair {code(name)}, {engines}: {counts[0]} of {', '.join(wholes)} scored by both arms, {counts[1]} not scored"
         f"{impossible}. {'' if name == observed_pair_name(summary) else _UNOBSERVED_WORDS}{definitions.SIGN_WORDS}"
     )
 
