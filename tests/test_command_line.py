@@ -264,11 +264,11 @@ def test_analysis_and_figures_import_no_engine() -> None:
 
 _LAYERS = (
     ("notation", "errors", "frames", "prompts"),
-    ("run",),
+    ("run", "folder"),
     ("analysis", "corrections", "hygiene"),
     ("figures", "audit"),
     ("report",),
-    ("results", "simulation", "trend", "trend_sources"),
+    ("results",),
     ("cli",),
 )
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moediag.analysis.gradients import ROUNDING, VERDICTS, audit_frames, load_audit, load_record
+from moediag.analysis.gradients import ROUNDING, VERDICTS, audit_frames
 from moediag.audit.batch import SequenceBasis, audit_tokens
-from moediag.audit.gradients import GradientRequest, run_gradient_audit
+from moediag.audit.gradients import GradientRequest, load_audit, load_record, run_gradient_audit
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.errors import CheckpointError, CorruptRunError, EngineError, IncompleteRunError, MoediagError
-from moediag.run.derived import AUDIT_SEAL, GRADIENTS, derived_damage
+from moediag.folder import SUMMARY
+from moediag.run.derived import GRADIENTS, derived_damage
 from moediag.run.reader import Run, open_run
 
 pytestmark = pytest.mark.engines
@@ -211,11 +212,11 @@ def test_the_exact_reference_is_there_when_full_distributions_are(audited: Any) 
 
 def test_the_same_audit_again_starts_no_engine_and_validation_stays_clean(audited: Any, demo: Path) -> None:
     run, request, _ = audited
-    before = (run.path / GRADIENTS / AUDIT_SEAL).read_bytes()
+    before = (run.path / GRADIENTS / SUMMARY).read_bytes()
     events: list[dict[str, Any]] = []
     run_gradient_audit(run, open_checkpoint(str(demo / "checkpoints" / "moe")), request, events.append)
     assert events == [{"stage": "the audit of these arms is there already"}]
-    assert (run.path / GRADIENTS / AUDIT_SEAL).read_bytes() == before
+    assert (run.path / GRADIENTS / SUMMARY).read_bytes() == before
     assert derived_damage(run.path) == []
 
 

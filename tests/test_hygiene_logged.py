@@ -127,7 +127,7 @@ def test_simulate_names_what_is_wrong_with_a_table_above_its_numbers(
     assert out.index("likely: ") < out.index("correction")
     page = (tmp_path / "out" / "report.md").read_text()
     assert 0 < page.index(rule) < page.index("Every correction on the same tokens")
-    sealed = json.loads((tmp_path / "out" / "simulation.json").read_text())
+    sealed = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [item["rule"] for item in sealed["findings"] if item["level"] != "note"] == [rule]
     assert main([*arguments, "--strict"]) == (3 if level == "error" else 0)
 
@@ -252,9 +252,9 @@ def test_trend_names_what_is_wrong_with_one_step_of_many(tmp_path: Path, capsys:
     assert main(["trend", str(path)]) == 0
     assert capsys.readouterr().out.startswith("error: D01-")
     assert main(["trend", str(path), "--strict", "-o", str(tmp_path / "out")]) == 3
-    page = (tmp_path / "out" / "trend.md").read_text()
+    page = (tmp_path / "out" / "report.md").read_text()
     assert page.index("D01") < page.index("Steps:")
-    found = json.loads((tmp_path / "out" / "trend.json").read_text())["findings"]
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["findings"]
     assert any(item["where"].startswith("step 4 ") and item["rule"] == "D01-token-lag" for item in found)
     assert not any(item["where"].startswith("step 3 ") for item in found)
 

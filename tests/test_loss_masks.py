@@ -16,7 +16,7 @@ from moediag.corrections import compare_corrections, parse_correction
 from moediag.corrections.loss_masks import FACTORS, TOKEN_MASKS
 from moediag.corrections.sources import Source, frame_source, table_source
 from moediag.errors import DumpError
-from moediag.trend_sources import read_trend
+from moediag.results.trend_sources import read_trend
 
 N_SEQUENCES, N_EACH = 8, 64
 

@@ -199,7 +199,9 @@ def test_a_file_in_the_way_of_the_comparison_is_one_line(folder: Path, capsys: p
     """compare -o f/x with f a file ended in a traceback."""
     (folder / "f").write_text("mine")
     assert "cannot write" in refused(capsys, "compare", "moe", "dense", "-o", "f/x")
-    assert "not a comparison" in refused(capsys, "compare", "moe", "dense", "-o", "f")
+    assert "wanted a new folder or a moediag comparison, found a file" in refused(
+        capsys, "compare", "moe", "dense", "-o", "f"
+    )
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -243,7 +245,7 @@ def test_a_comparison_of_other_runs_is_replaced_only_with_force_and_only_by_a_wh
     assert main(["compare", "moe", "dense", "-o", "c"]) == 0
     capsys.readouterr()
     before = contents(folder / "c")
-    assert "comparison of other runs (dense, moe)" in refused(capsys, "compare", "moe", "other", "-o", "c")
+    assert "comparison of another request (dense, moe)" in refused(capsys, "compare", "moe", "other", "-o", "c")
     with monkeypatch.context() as patch:
         patch.setattr(compare, "comparison_page", fail)
         assert "no space" in refused(capsys, "compare", "moe", "other", "-o", "c", "--force")
@@ -260,9 +262,9 @@ def test_a_comparison_that_cannot_be_read_is_replaced_only_with_force(
 ) -> None:
     (folder / "c").mkdir()
     write_sealed(folder / "c" / "summary.json", {"kind": compare.COMPARISON})
-    (folder / "c" / "figures").write_text("in the way")
-    assert "other runs (which cannot be read)" in refused(capsys, "compare", "moe", "dense", "-o", "c")
-    assert (folder / "c" / "figures").read_text() == "in the way"
+    before = contents(folder / "c")
+    assert "another request (which cannot be read)" in refused(capsys, "compare", "moe", "dense", "-o", "c")
+    assert contents(folder / "c") == before
     assert main(["compare", "moe", "dense", "-o", "c", "--force"]) == 0
 
 
@@ -282,8 +284,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_foreign_content_is_never_touched(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "c" / "figures").mkdir(parents=True)
     (folder / "c" / "figures" / "figure1.png").write_bytes(b"mine")
-    assert "not a comparison" in refused(capsys, "compare", "moe", "dense", "-o", "c")
-    assert "not a comparison" in refused(capsys, "compare", "moe", "dense", "-o", "moe")
+    assert "found figures; give -o another folder" in refused(capsys, "compare", "moe", "dense", "-o", "c", "--force")
+    assert "found a moediag run; give -o" in refused(capsys, "compare", "moe", "dense", "-o", "moe", "--force")
     assert [p.name for p in (folder / "c").rglob("*")] == ["figures", "figure1.png"]
 
 

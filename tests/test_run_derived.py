@@ -1,10 +1,10 @@
-"""Every changed byte of a run is found, in derived files and logs too; what is merely stale is no damage."""
+"""Every changed byte of captures, tables, frames and summaries is found; what is merely stale is no damage."""
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,22 +13,22 @@ from conftest import HUNT, SEED
 from scripted_engine import make_scripted_run, write_scripted_shard
 from test_gradients_figures import inner_products
 
-from moediag.analysis.gradients import captures_digest, is_audited, write_audit
+from moediag.audit.gradients import RECORD, GradientRequest, is_audited, seal_audit
 from moediag.corrections.chosen import choose
 from moediag.corrections.sources import run_source
 from moediag.errors import MoediagError, RunError
 from moediag.hygiene import check_run
 from moediag.results import analyze_run, report_run
-from moediag.run import logs
-from moediag.run.derived import AUDIT_RECORD, GRADIENTS, GRAMS, begin_report, derived_damage
+from moediag.results.simulation import simulate, write_simulation
+from moediag.run.derived import GRADIENTS, GRAMS, captures_digest, derived_damage
 from moediag.run.files import read_sealed, sha256_bytes, write_atomic, write_sealed
-from moediag.run.logs import kept
 from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
-from moediag.simulation import simulate, write_simulation
 
 N_FLIPS = 500 * HUNT
-DERIVED = ("figures", "analysis", "logs", "report.md", "simulate", "gradients")
+DERIVED = ("analysis", "simulate", "gradients")
+UNSEALED = {".png", ".svg", ".md", ".html", ".log"}
+"""Figures, pages and logs: drawn again at any time, or of the engines."""
 SIMULATED = "simulate/infer~train"
 
 
@@ -39,10 +39,8 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     analyze_run(run)
     report_run(run)
     write_simulated(run, "icepop")
-    write_engine_record(run)
-    write_audit(run)
-    with kept(run.path / "logs" / "infer.log") as log:
-        log.write(b"engine chatter\n" * 20)
+    write_audited(run)
+    write_atomic(run.path / "logs" / "infer.log", b"engine chatter\n" * 20)
     return run.path
 
 
@@ -50,23 +48,17 @@ def write_simulated(run: Run, method: str) -> None:
     """What `moediag simulate RUN --method METHOD` writes."""
     source = run_source(run, ("infer", "train"), None)
     simulation = simulate(source, choose([method], []), run.path.name)
-    write_simulation(simulation, run.path / "simulate" / "infer~train", [], force=True)
+    write_simulation(simulation, run.path / SIMULATED, [])
 
 
-def write_engine_record(run: Run) -> None:
-    """What the audit's engine leaves, of inner products made by hand: the frames are made from it."""
+def write_audited(run: Run) -> None:
+    """What `moediag simulate RUN --gradient-audit` writes, of inner products made by hand."""
     record, arrays = inner_products()
     data = safetensors.numpy.save(arrays)
-    write_atomic(run.path / GRADIENTS / GRAMS, data)
-    write_sealed(
-        run.path / GRADIENTS / AUDIT_RECORD,
-        {
-            **record,
-            "request": {"train": "train", "infer": "infer"},
-            "captures": captures_digest(run, "train", "infer"),
-            "grams_sha256": sha256_bytes(data),
-        },
-    )
+    folder = run.path / GRADIENTS
+    write_atomic(folder / GRAMS, data)
+    write_sealed(folder / RECORD, {**record, "request": asdict(GradientRequest()), "grams_sha256": sha256_bytes(data)})
+    seal_audit(folder, captures_digest(run, ("train", "infer")))
 
 
 @pytest.fixture
@@ -88,12 +80,12 @@ def is_found(run: Path) -> bool:
 
 
 @pytest.mark.timeout(900 * HUNT)
-def test_each_flipped_bit_in_all_files_is_found(run: Run) -> None:
-    """Figures, pages and logs had no digest, so that a changed number in them passed `moediag validate`."""
+def test_each_flipped_bit_in_all_sealed_files_is_found(run: Run) -> None:
+    """Captures, token tables, frames and summaries; a figure or a page is drawn again from them."""
     rng = random.Random(SEED)
-    files = sorted(path for path in run.path.rglob("*") if path.is_file())
+    files = sorted(path for path in run.path.rglob("*") if path.is_file() and path.suffix not in UNSEALED)
     kinds = {path.relative_to(run.path).parts[0] for path in files}
-    assert {"figures", "analysis", "tokens", "arms", "logs", "simulate", "gradients"} <= kinds
+    assert {"analysis", "tokens", "arms", "simulate", "gradients", "summary.json"} <= kinds
     for i in range(N_FLIPS):
         path = files[i % len(files)]
         original = path.read_bytes()
@@ -107,34 +99,51 @@ def test_each_flipped_bit_in_all_files_is_found(run: Run) -> None:
     assert not is_found(run.path)
 
 
+def test_figures_pages_and_logs_are_not_sealed(run: Run) -> None:
+    files = sorted(path for path in run.path.rglob("*") if path.suffix in UNSEALED)
+    assert {path.suffix for path in files} == UNSEALED
+    for path in files:
+        path.write_bytes(b"edited")
+    assert derived_damage(run.path) == []
+
+
 @pytest.mark.parametrize(
     ("name", "advice"),
-    [("report.md", "moediag report"), ("figures/figure1.svg", "moediag report"), ("summary.json", "is not named"),
-     ("analysis/infer~train/tokens.parquet", "moediag analyze"), ("report.json", "is not named by report.json"),
-     (f"{SIMULATED}/report.html", "run the same moediag simulate"), (f"{SIMULATED}/overlap.parquet", "simulate"),
-     (f"{SIMULATED}/simulation.json", "is not named by simulation.json"), (f"gradients/{GRAMS}", "--gradient-audit"),
-     ("gradients/record.json", "--gradient-audit"), ("gradients/gradient_audit.parquet", "--gradient-audit"),
-     ("gradients/audit.json", "is not named by audit.json")],
+    [("summary.json", "is not named"), ("analysis/infer~train/tokens.parquet", "moediag analyze"),
+     (f"{SIMULATED}/overlap.parquet", "run the same moediag simulate"),
+     (f"{SIMULATED}/summary.json", "delete the folder"), (f"gradients/{GRAMS}", "--gradient-audit"),
+     ("gradients/gradient_audit.parquet", "--gradient-audit"),
+     ("gradients/summary.json", "is not named by summary.json")],
 )  # fmt: skip
-def test_a_derived_file_that_is_missing_is_found_with_what_to_do(run: Run, name: str, advice: str) -> None:
+def test_a_sealed_file_that_is_missing_is_found_with_what_to_do(run: Run, name: str, advice: str) -> None:
     (run.path / name).unlink()
     assert advice in derived_damage(run.path)[0][1]
 
 
-def test_a_file_that_its_seal_does_not_know_is_found(run: Run) -> None:
-    foreign = {"figures/other.png", "analysis/infer~train/extra.parquet", "gradients/x.npy", "simulate/stray",
-               f"{SIMULATED}/extra.parquet", f"{SIMULATED}/figures/a.png"}  # fmt: skip
+def test_a_frame_that_no_summary_names_is_found(run: Run) -> None:
+    foreign = {"analysis/infer~train/extra.parquet", "gradients/extra.parquet", f"{SIMULATED}/extra.parquet"}
     for name in foreign:
+        (run.path / name).parent.mkdir(exist_ok=True)
         (run.path / name).write_bytes(b"x")
     assert {where for where, _ in derived_damage(run.path)} == foreign
 
 
+def test_frames_of_a_simulation_without_its_summary_are_one_finding_with_an_advice_that_works(run: Run) -> None:
+    """Bug: of a simulation by an earlier moediag every frame was an error, and to make it again was refused."""
+    (run.path / SIMULATED / "summary.json").unlink()
+    ((where, message),) = derived_damage(run.path)
+    assert where == SIMULATED
+    assert message.endswith("delete the folder")
+    shutil.rmtree(run.path / where)
+    assert derived_damage(run.path) == []
+    write_simulated(run, "icepop")
+
+
 @pytest.mark.parametrize("kind", ["simulate", "gradients"])
-def test_every_file_of_a_simulation_and_an_audit_is_found_changed_or_missing(run: Run, kind: str) -> None:
-    """Both folders were left out: a changed number in a simulation's page passed `moediag validate`."""
-    files = sorted(path for path in (run.path / kind).rglob("*") if path.is_file())
-    suffixes = {"simulate": {".json", ".parquet", ".png", ".svg", ".pdf", ".md", ".html"},
-                "gradients": {".json", ".parquet", ".safetensors"}}  # fmt: skip
+def test_every_sealed_file_of_a_simulation_and_an_audit_is_found_changed_or_missing(run: Run, kind: str) -> None:
+    """Both folders were left out: a changed number in a simulation passed `moediag validate`."""
+    files = sorted(path for path in (run.path / kind).rglob("*") if path.is_file() and path.suffix not in UNSEALED)
+    suffixes = {"simulate": {".json", ".parquet"}, "gradients": {".json", ".parquet", ".safetensors"}}
     assert {path.suffix for path in files} == suffixes[kind]
     for path in files:
         original, where = path.read_bytes(), path.relative_to(run.path).as_posix()
@@ -142,26 +151,19 @@ def test_every_file_of_a_simulation_and_an_audit_is_found_changed_or_missing(run
         assert [found for found, _ in derived_damage(run.path)] == [where]
         path.unlink()
         found = {found for found, _ in derived_damage(run.path)}
-        is_seal = path.name in ("simulation.json", "audit.json")
-        assert len(found) == len(files) - 1 if is_seal else found == {where}
+        if path.name == "summary.json":
+            others = {other.relative_to(run.path).as_posix() for other in files if other != path}
+            assert found == ({SIMULATED} if kind == "simulate" else others)
+        else:
+            assert found == {where}
         path.write_bytes(original)
     assert derived_damage(run.path) == []
 
 
-def test_a_simulation_that_was_killed_half_way_is_told_and_repaired_by_the_same_command(run: Run) -> None:
-    seal = run.path / SIMULATED / "simulation.json"
-    write_sealed(seal, {name: value for name, value in read_sealed(seal).items() if name != "files"})
-    assert [where for where, _ in derived_damage(run.path)] == [f"{SIMULATED}/simulation.json"]
-    write_simulated(run, "icepop")
+def test_a_simulation_that_another_process_makes_just_now_is_no_damage(run: Run) -> None:
+    shutil.copytree(run.path / SIMULATED, run.path / "simulate" / ".wide.host-1.new" / "wide")
+    (run.path / "simulate" / ".wide.host-1.new" / "wide" / "summary.json").unlink()
     assert derived_damage(run.path) == []
-
-
-def test_simulations_below_each_other_answer_for_their_own_files(run: Run) -> None:
-    inner = run.path / SIMULATED / "wide"
-    shutil.copytree(run.path / SIMULATED, inner)
-    assert derived_damage(run.path) == []
-    (inner / "report.md").write_bytes(b"x")
-    assert [where for where, _ in derived_damage(run.path)] == [f"{SIMULATED}/wide/report.md"]
 
 
 def test_files_of_the_users_own_elsewhere_in_a_run_are_left_alone(run: Run) -> None:
@@ -171,13 +173,13 @@ def test_files_of_the_users_own_elsewhere_in_a_run_are_left_alone(run: Run) -> N
     assert derived_damage(run.path) == []
 
 
-@pytest.mark.parametrize("name", [GRAMS, AUDIT_RECORD, "gradient_audit.parquet"])
+@pytest.mark.parametrize("name", [GRAMS, "summary.json", "gradient_audit.parquet"])
 def test_an_audit_that_is_damaged_is_made_again_by_the_same_command(run: Run, name: str) -> None:
     """Else the advice to run it again would end at `the audit of these arms is there already`."""
-    told = {"request": {"train": "train", "infer": "infer"}, "captures": captures_digest(run, "train", "infer")}
-    assert is_audited(run, told)
+    assert is_audited(run, GradientRequest())
+    assert not is_audited(run, GradientRequest(n_sequences=1))
     (run.path / GRADIENTS / name).write_bytes(b"x")
-    assert not is_audited(run, told)
+    assert not is_audited(run, GradientRequest())
 
 
 def test_a_summary_of_another_version_is_found(run: Run) -> None:
@@ -211,40 +213,6 @@ def test_foreign_files_among_the_shards_are_found(run: Run) -> None:
         (run.path / name).write_bytes(b"x")
     (run.path / "arms/infer/.shard-00000.json.host-1.tmp").write_bytes(b"x")  # a writer's own business
     assert {where for where, _ in derived_damage(run.path)} == set(foreign)
-
-
-def test_a_report_that_was_killed_half_way_is_told_and_repaired_by_the_same_command(
-    run: Run,
-) -> None:
-    """The seal of an earlier report must not vouch for what a killed one left."""
-    begin_report(run.path)
-    assert {where for where, _ in derived_damage(run.path)} >= {"report.md", "figures/figure1.png"}
-    report_run(run)
-    assert derived_damage(run.path) == []
-
-
-def test_a_log_is_appended_to_and_sealed_as_far_as_it_was_written(run: Run) -> None:
-    """A resumed capture used to overwrite the log of the one before, and with it why it had failed."""
-    log = run.path / "logs" / "infer.log"
-    with contextlib.suppress(KeyboardInterrupt), kept(log) as file:
-        file.write(b"second engine\n")
-        raise KeyboardInterrupt
-    assert log.read_bytes() == b"engine chatter\n" * 20 + b"second engine\n"
-    assert derived_damage(run.path) == []
-    with log.open("ab") as file:
-        file.write(b"a third, still running")
-    assert derived_damage(run.path) == []
-    log.write_bytes(log.read_bytes()[:50])
-    assert [where for where, _ in derived_damage(run.path)] == ["logs/infer.log"]
-
-
-def test_a_log_and_a_seal_of_different_machines_never_meet(run: Run, tmp_path: Path) -> None:
-    """A killed engine's log would be condemned by the seal that a merge brought along, were it not sealed at once."""
-    log = run.path / "logs" / "train.log"
-    with contextlib.suppress(KeyboardInterrupt), kept(log):
-        assert log.with_name("train.log.json").exists()
-        raise KeyboardInterrupt
-    assert logs.log_damage(log) is None
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

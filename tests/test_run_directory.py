@@ -24,7 +24,7 @@ from moediag.errors import (
 from moediag.hygiene import check_run
 from moediag.run import codec
 from moediag.run.capture import Capture, TokenRows
-from moediag.run.create import bring_back
+from moediag.run.create import bring_back, drop_replaced, replaced
 from moediag.run.files import (
     canonical_json,
     digest_of,
@@ -34,7 +34,6 @@ from moediag.run.files import (
     write_sealed,
 )
 from moediag.run.reader import Run, open_run
-from moediag.run.replace import drop_replaced, replaced
 from moediag.run.writer import RunWriter
 
 N_EXPERTS, TOP_K, LAYERS = 8, 2, (1, 3)

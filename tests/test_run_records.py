@@ -18,14 +18,15 @@ from moediag.corrections.sources import run_source
 from moediag.errors import IncompleteRunError, RunConflictError, RunError
 from moediag.hygiene import check_run
 from moediag.results import analyze_run, report_run
+from moediag.results.trend import measure_trend
 from moediag.run import codec
 from moediag.run.capture import Capture, TokenRows, arrays_of
-from moediag.run.create import create_run, split_into_shards
+from moediag.run.create import create_run
 from moediag.run.reader import Run, open_run
 from moediag.run.records import ArmRecord, Imported, Router, RunRecord, TokensFrom
 from moediag.run.series import create_series, open_series
+from moediag.run.shards import split_into_shards
 from moediag.run.writer import RunWriter
-from moediag.trend import measure_trend
 
 N_PROMPTS, LENGTH = 10, 12
 IMPORTED = Imported(format="slime rollout_data", files={"rollout_0.pt": "ab" * 32}, notes=("one rollout step",))

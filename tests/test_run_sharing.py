@@ -29,9 +29,9 @@ from scripted_engine import (
 from moediag.errors import RunConflictError
 from moediag.hygiene import check_run
 from moediag.run import claims
+from moediag.run.create import replaced
 from moediag.run.derived import derived_damage
 from moediag.run.reader import open_run
-from moediag.run.replace import replaced
 from moediag.run.shards import Shard, Slice
 from moediag.run.writer import RunWriter
 

@@ -29,9 +29,9 @@ from moediag.analysis.series import (
 )
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.errors import DumpError
+from moediag.results.trend import measure_trend, outcome_lines
+from moediag.results.trend_sources import read_trend, steps_of
 from moediag.run.files import read_sealed, write_sealed
-from moediag.trend import measure_trend, outcome_lines
-from moediag.trend_sources import read_trend, steps_of
 
 
 def make_tokens(seed=0, n_prompts=12, scale=0.2):
@@ -326,7 +326,7 @@ def test_what_others_publish_as_healthy_raises_no_warning(tmp_path, columns):
 
 def test_a_table_of_tokens_of_very_many_steps_is_thinned_and_that_is_said(tmp_path, monkeypatch):
     """Bug: 100,000 steps ran without end or warning."""
-    monkeypatch.setattr("moediag.trend_sources.MOST_TOKEN_STEPS", 3)
+    monkeypatch.setattr("moediag.results.trend_sources.MOST_TOKEN_STEPS", 3)
     path = tmp_path / "tokens.parquet"
     token_table((0, 1, 2, 3, 4, 5, 6)).to_parquet(path)
     source = read_trend([path], None, silent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,8 @@ from moediag.corrections.chosen import choose
 from moediag.corrections.sources import frame_source
 from moediag.frames import declared_frames
 from moediag.report.simulation_page import STABILITY
-from moediag.run.derived import SIMULATION_SEAL
+from moediag.results.simulation import add_sweep, as_json, simulate, write_simulation
 from moediag.run.files import read_sealed, sha256_bytes
-from moediag.simulation import add_sweep, as_json, simulate, write_simulation
 
 BASE = {"seq_id", "position", "prompt_id"}
 
@@ -143,10 +143,17 @@ def test_a_folder_of_something_else_is_left_alone(table: Path, capsys: pytest.Ca
     folder.mkdir()
     (folder / "thesis.tex").write_text("x")
     assert main(["simulate", str(table), "--method", "icepop", "-o", str(folder)]) == 1
-    assert "not a simulation" in capsys.readouterr().err
-    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
-    assert main(["simulate", str(table), "--method", "icepop", "-o", str(folder), "--force"]) == 0
-    assert (folder / "thesis.tex").read_text() == "x"
+    assert "wanted a new folder or a moediag simulation, found thesis.tex;" in capsys.readouterr().err
+    assert main(["simulate", str(table), "--method", "icepop", "-o", str(folder), "--force"]) == 1
+    assert [path.read_text() for path in folder.iterdir()] == ["x"]
+
+
+def test_the_page_names_the_command_that_was_given(table: Path) -> None:
+    """Bug: it named what the process was started as, so that a page made by `moediag demo` named the demo."""
+    words = ["simulate", str(table), "--method", "icepop:alpha=0.5,beta=5", "-o", str(table.parent / "out put")]
+    assert main(words) == 0
+    again = f"moediag {shlex.join(words)}"
+    assert again in (table.parent / "out put" / "report.md").read_text()
 
 
 def test_another_request_does_not_replace_a_simulation(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +168,7 @@ def test_another_request_does_not_replace_a_simulation(table: Path, capsys: pyte
         capsys.readouterr()
         assert main(["simulate", *arguments, "-o", str(folder)]) == 1
         err = " ".join(capsys.readouterr().err.split())
-        assert "holds the simulation of another request, t.parquet with icepop:alpha=0.5,beta=5;" in err
+        assert "holds a moediag simulation of another request (t.parquet with icepop:alpha=0.5,beta=5);" in err
         assert "--force" in err
         assert (folder / "report.md").read_text() == page
     assert main(first) == 0  # the same may be made again
@@ -201,11 +208,12 @@ def test_everything_on_disk_is_declared_named_and_made_anew(tmp_path: Path) -> N
     add_sweep(simulation)
     folder = tmp_path / "out"
     write_simulation(simulation, folder, ["moediag simulate t"])
-    named = read_sealed(folder / SIMULATION_SEAL)["files"]
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SIMULATION_SEAL}
-    assert set(named) == there
-    for name, digest in named.items():
-        assert sha256_bytes((folder / name).read_bytes()) == digest
+    frames = read_sealed(folder / "summary.json")["frames"]
+    assert frames == {path.stem: sha256_bytes(path.read_bytes()) for path in folder.glob("*.parquet")}
+    assert {path.name for path in folder.iterdir() if path.suffix != ".parquet"} == {
+        "summary.json", "report.md", "report.html", "figures",
+    }  # fmt: skip
+    assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".svg"}
     specs = {spec.name: spec for spec in declared_frames()}
     for name, frame in simulation.frames.items():
         pd.testing.assert_frame_equal(specs[name].validate(pd.read_parquet(folder / f"{name}.parquet")), frame)

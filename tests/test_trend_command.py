@@ -10,16 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.text import Text
+from scipy import special
 from scripted_engine import make_scripted_run
 
 from moediag.analysis.intervals import Interval
 from moediag.analysis.recurrence import Recurrence
 from moediag.cli.main import main
 from moediag.figures.series import plot_trend
+from moediag.results.trend_sources import read_trend
 from moediag.run.files import read_sealed, sha256_bytes
-from moediag.trend_sources import read_trend
 
-FILES = ["figures/trend.pdf", "figures/trend.png", "figures/trend.svg", "trend.json", "trend.md", "trend.parquet"]
+FILES = ["figures/trend.png", "figures/trend.svg", "report.md", "summary.json", "trend_by_step.parquet"]
 
 
 @pytest.fixture
@@ -66,10 +67,10 @@ def test_a_growing_series_is_told_and_written_whole(capsys, table, tmp_path):
     assert found["growth"]["ci"][0] < 0.04 < found["growth"]["ci"][1]
     assert found["boundary"]["ci"][0] < 1e-3 < found["boundary"]["ci"][1]
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == FILES
-    sealed = read_sealed(out / "trend.json")
+    sealed = read_sealed(out / "summary.json")
     assert sealed["recurrence"] == found
-    assert sealed["frames"]["trend_by_step"] == sha256_bytes((out / "trend.parquet").read_bytes())
-    page = (out / "trend.md").read_text()
+    assert sealed["frames"]["trend_by_step"] == sha256_bytes((out / "trend_by_step.parquet").read_bytes())
+    page = (out / "report.md").read_text()
     assert "is one explanation" in page
     assert "…" not in page, "a sentence was cut"
     for sentence in ("inequality", "No offline number shows that training will be stable", "k3 of forced text"):
@@ -84,22 +85,27 @@ def test_a_refused_series_is_a_result(capsys, short):
     assert "No offline number" in captured.out
 
 
-def test_a_folder_is_replaced_only_when_it_is_a_trend_and_with_force(capsys, short, tmp_path):
+def test_a_trend_is_replaced_by_that_of_the_same_request_or_with_force_and_anything_else_never(capsys, short, tmp_path):
     out = tmp_path / "out"
     assert run(capsys, short, "-o", out)[0] == 0
-    before = (out / "trend.json").read_bytes()
-    status, captured = run(capsys, short, "-o", out)
+    before = (out / "summary.json").read_bytes()
+    assert run(capsys, short, "-o", out)[0] == 0
+    assert (out / "summary.json").read_bytes() == before, "the same table gave another result"
+    pd.read_csv(short).assign(k3=0.1).to_csv(longer := tmp_path / "longer.csv", index=False)
+    status, captured = run(capsys, longer, "-o", out)
     assert status == 1
-    assert captured.err.startswith("moediag: ")
-    assert "--force" in captured.err
-    assert run(capsys, short, "-o", out, "--force")[0] == 0
-    assert (out / "trend.json").read_bytes() == before, "the same table gave another result"
+    assert captured.err == (
+        f"moediag: {out} holds a moediag trend of another request (short.csv); give -o another folder, or --force to "
+        "replace it\n"
+    )
+    assert run(capsys, longer, "-o", out, "--force")[0] == 0
+    assert (out / "summary.json").read_bytes() != before
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
     status, captured = run(capsys, short, "-o", other, "--force")
     assert status == 1
-    assert "not a trend" in captured.err
+    assert "wanted a new folder or a moediag trend, found notes.txt" in captured.err
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
 
 
@@ -209,6 +215,14 @@ def test_a_published_range_is_drawn_as_a_band_and_labelled_so(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
+def test_bounds_of_an_error_are_those_of_a_gaussian(short):
+    """Bug: the half width was worked out backwards from an interval, and was the last digit off."""
+    trend = read_trend([short], None, lambda *done: None).trend
+    half = special.ndtri(0.975) * trend["se"]
+    assert (trend["value_ci_low"] == trend["value"] - half).all()
+    assert (trend["value_ci_high"] == trend["value"] + half).all()
+
+
 def test_an_infinite_step_is_drawn_and_said(capsys, tmp_path):
     """Bug: the step at which a metric is infinite was left out of the picture without a word."""
     path = tmp_path / "t.csv"
@@ -222,5 +236,5 @@ def test_an_infinite_step_is_drawn_and_said(capsys, tmp_path):
     status, captured = run(capsys, path, "-o", tmp_path / "out")
     assert status == 0
     assert captured.out.startswith("Warning: kl_infer_train_k3: infinite at 1 of 10 steps")
-    assert json.loads((tmp_path / "out" / "trend.json").read_text())["warnings"]
-    assert "infinite at 1 of 10 steps" in (tmp_path / "out" / "trend.md").read_text()
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["warnings"]
+    assert "infinite at 1 of 10 steps" in (tmp_path / "out" / "report.md").read_text()

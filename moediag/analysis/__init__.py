@@ -1,4 +1,4 @@
-"""Analyses: aligned arms in, declared frames out. Pure: no engine, no file, no figure.
+"""Analyses: aligned arms in, declared frames out. No engine, no figure; no file is written.
 
 Importing this package declares every frame (see :func:`moediag.frames.declared_frames`). Every analysis takes any pair,
 so the floors of an engine against itself are the same functions on the same frames.
@@ -12,7 +12,7 @@ from moediag.analysis.explain import Explanation, explain_pair, explained_flips
 from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
 from moediag.analysis.flip_probability import border_flip_probability, set_flip_probability
 from moediag.analysis.forecast import forecast_flips
-from moediag.analysis.gradients import load_audit
+from moediag.analysis.gradients import audit_frames
 from moediag.analysis.intervals import Interval, Intervals, mean_interval, ratio_mean_interval
 from moediag.analysis.jackknife import jackknife_interval
 from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
@@ -62,6 +62,7 @@ __all__ = [
     "agreement_by_layer",
     "aliases_of",
     "analyze_pair",
+    "audit_frames",
     "binary_kl",
     "border_flip_probability",
     "choice_scores",
@@ -81,7 +82,6 @@ __all__ = [
     "forecast_flips",
     "jackknife_interval",
     "length_slope",
-    "load_audit",
     "logp_diff",
     "logp_metrics",
     "margin_curve",

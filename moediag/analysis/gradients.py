@@ -6,14 +6,11 @@ references stand in the frames' declarations below and in :mod:`moediag.audit.gr
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-import safetensors.numpy
 from numpy.typing import NDArray
 
 from moediag.analysis.gradient_statistics import (
@@ -25,11 +22,7 @@ from moediag.analysis.gradient_statistics import (
     norm_interval,
 )
 from moediag.analysis.intervals import Interval
-from moediag.errors import CorruptRunError, IncompleteRunError
-from moediag.frames import Column, FrameSpec, ci_columns, declare
-from moediag.run.derived import AUDIT_RECORD, AUDIT_SEAL, GRADIENTS, GRAMS
-from moediag.run.files import digest_of, read_checked, read_sealed, sha256_bytes, write_atomic, write_sealed
-from moediag.run.reader import Run
+from moediag.frames import Column, ci_columns, declare
 
 EXACT: Final = "exact"
 SEQUENCE_IS: Final = "sequence_is"
@@ -144,72 +137,6 @@ HEADLINE: Final = (
 """Columns of ``gradient_audit`` that a page shows; the others are for who asks further."""
 
 
-def load_audit(run: Run) -> dict[str, pd.DataFrame]:
-    """The frames of a run's gradient audit, of the arms as they are now.
-
-    Raises:
-        IncompleteRunError: never audited, or the arms have changed since.
-        CorruptRunError: not what the audit wrote.
-    """
-    folder = run.path / GRADIENTS
-    again = f"run: moediag simulate {run.path} --gradient-audit"
-    if not (folder / AUDIT_SEAL).exists():
-        raise IncompleteRunError(f"{run.path} has no gradient audit; {again}")
-    audit = read_sealed(folder / AUDIT_SEAL)
-    try:
-        request, frames = audit["request"], audit["frames"]
-        if audit["captures"] != captures_digest(run, request["train"], request["infer"]):
-            raise IncompleteRunError(f"{run.path}: its arms have changed since the gradient audit; {again}")
-        return {spec.name: _read_frame(folder, spec, frames[spec.name]) for spec in SPECS}
-    except (KeyError, TypeError, OSError, ValueError) as error:
-        if isinstance(error, CorruptRunError | IncompleteRunError):
-            raise
-        raise CorruptRunError(f"{folder} is not what this moediag writes ({error}); {again}") from None
-
-
-def load_record(run: Run) -> dict[str, Any]:
-    """What was audited and how: request, engine, groups left out with their reasons, facts and words."""
-    return dict(read_sealed(run.path / GRADIENTS / AUDIT_SEAL))
-
-
-def captures_digest(run: Run, train: str, infer: str) -> dict[str, str]:
-    """Digest of both arms' captures, by arm."""
-    return {
-        arm: digest_of([run.capture_sidecar(arm, shard).data_sha256 for shard in run.shards]) for arm in (train, infer)
-    }
-
-
-def is_audited(run: Run, told: dict[str, Any]) -> bool:
-    """True when an audit of the same request and arms is there, whole: with what its engine left."""
-    folder = run.path / GRADIENTS
-    try:
-        load_audit(run)
-        record = load_record(run)
-        for name, digest in ((GRAMS, "grams_sha256"), (AUDIT_RECORD, "record_sha256")):
-            read_checked(folder / name, str(record.get(digest)))
-    except (IncompleteRunError, CorruptRunError):
-        return False
-    request = {**told["request"]}
-    same = all(record["request"].get(name) == _as_json(value) for name, value in request.items())
-    return same and record["captures"] == told["captures"]
-
-
-def write_audit(run: Run) -> None:
-    """Make the frames from what the engine left, and seal them; audit.json is written last."""
-    folder = run.path / GRADIENTS
-    record = read_sealed(folder / AUDIT_RECORD)
-    arrays = safetensors.numpy.load(read_checked(folder / GRAMS, record["grams_sha256"]))
-    (folder / AUDIT_SEAL).unlink(missing_ok=True)  # it must not vouch for frames that are about to change
-    digests = {}
-    for name, frame in audit_frames(record, arrays).items():
-        sink = io.BytesIO()
-        frame.to_parquet(sink, index=False)
-        write_atomic(folder / f"{name}.parquet", sink.getvalue())
-        digests[name] = sha256_bytes(sink.getvalue())
-    own = {"record_sha256": sha256_bytes((folder / AUDIT_RECORD).read_bytes()), "frames": digests}
-    write_sealed(folder / AUDIT_SEAL, {**record, "kind": "moediag gradient audit", **own})
-
-
 def audit_frames(record: dict[str, Any], arrays: Arrays) -> dict[str, pd.DataFrame]:
     """Frames ``gradient_audit`` and ``gradient_references`` from inner products.
 
@@ -314,11 +241,3 @@ def _kept_shares(record: dict[str, Any], arrays: Arrays) -> dict[str, float]:
 
 def _bounds(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.value, f"{name}_ci_low": interval.low, f"{name}_ci_high": interval.high}
-
-
-def _read_frame(folder: Path, spec: FrameSpec, digest: str) -> pd.DataFrame:
-    return spec.validate(pd.read_parquet(io.BytesIO(read_checked(folder / f"{spec.name}.parquet", digest))))
-
-
-def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

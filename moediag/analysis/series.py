@@ -52,7 +52,8 @@ KL_METRICS: Final = ("kl_infer_train_exact", "kl_infer_train_k3", "kl", "kl_infe
 """What can stand for the theorem's delta, best first: the KL itself; k3, the least noisy; an unnamed KL; k1."""
 
 _MEANS: Final = ("abs_logp_diff.mean", "extreme_share_2", "kl_infer_train_k1", "kl_infer_train_k3")
-_Z: Final = float(special.ndtri(1 - TAIL))
+Z95: Final = float(special.ndtri(1 - TAIL))
+"""Half the width of a 95 % interval, in standard errors of a Gaussian."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def standard_error_of(low: float, high: float) -> float:
         1.0
     """
     width = high - low
-    return width / (2 * _Z) if math.isfinite(width) and width > 0 else math.nan
+    return width / (2 * Z95) if math.isfinite(width) and width > 0 else math.nan
 
 
 def step_metrics(step: int, source: str, tokens: pd.DataFrame, exact: Iterable[Mapping[Any, Any]] = ()) -> pd.DataFrame:

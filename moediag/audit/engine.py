@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -12,14 +13,14 @@ from numpy.typing import NDArray
 
 from moediag.analysis.gradients import LM_HEAD
 from moediag.audit.batch import AuditTokens, SequenceBasis, audit_tokens, is_token_level
-from moediag.audit.gradients import WORDS, GradientRequest, train_arm_options
+from moediag.audit.gradients import RECORD, WORDS, GradientRequest, train_arm_options
 from moediag.audit.groups import AUTOGRAD_GROUPS, affordable, autograd_grams, parameters_of, pieces
 from moediag.audit.head import Head, Prefixes, expected_gram, head_of, is_plain, sampled_gram
 from moediag.engines.channel import Reporter
 from moediag.engines.fill import Held
 from moediag.engines.hf.engine import held_model
 from moediag.engines.versions import numeric_versions
-from moediag.run.derived import AUDIT_RECORD, GRADIENTS, GRAMS
+from moediag.run.derived import GRAMS
 from moediag.run.files import sha256_bytes, write_atomic, write_sealed
 from moediag.run.reader import Run
 
@@ -55,14 +56,11 @@ class GradientEngine:
 
     def write(self, options: dict[str, Any], seconds: float) -> None:
         """Commit the arrays, then the record that names them."""
-        folder = self.run.path / GRADIENTS
-        data = safetensors.numpy.save(self.arrays)
-        (folder / AUDIT_RECORD).unlink(missing_ok=True)  # a record never describes arrays other than those beside it
+        folder, data = Path(options["folder"]), safetensors.numpy.save(self.arrays)
         write_atomic(folder / GRAMS, data)
         record = {
             "kind": "moediag gradient audit, raw",
             "request": options["request"],
-            "captures": options["captures"],
             "methods": list(self.tokens.names),
             "token_methods": [name for name in self.request.methods if is_token_level(name)],
             "prompt_ids": np.unique(self.tokens.prompt_id_S).tolist(),
@@ -74,7 +72,7 @@ class GradientEngine:
             "facts": {**self.facts, "seconds": seconds},
             "grams_sha256": sha256_bytes(data),
         }
-        write_sealed(folder / AUDIT_RECORD, record)
+        write_sealed(folder / RECORD, record)
 
     def _logits(self, sequence: int) -> torch.Tensor:
         """(T, V) logits behind the scored tokens of a sequence, as the model gives them."""

@@ -1,10 +1,10 @@
 """The gradient audit: which off-policy correction points the update the right way on this run's mismatch.
 
-An engine process of its own gives inner products of gradients (``grams.safetensors``); frames are made of these, and
-can be made again, without an engine. Unlike the other engines this one sees :mod:`moediag.corrections`: the weights of
+An engine process of its own gives inner products of gradients (``grams.safetensors``), of which frames are made without
+an engine. Unlike the other engines this one sees :mod:`moediag.corrections`: the weights of
 tokens decide which directions are differentiated at all.
 
-Definitions (entry ``words`` of audit.json):
+Definitions (entry ``words`` of RUN/gradients/summary.json):
     - gradient of a method: mean over sequences of (1 / len) sum_t w_t A grad log pi_train(y_t), the policy-gradient
       term of IcePop's objective at theta = theta_old, in the train arm's dtype and options;
     - reference ``sequence_is``: w = the full product ratio of the sequence. Right in expectation; in a batch it answers
@@ -19,9 +19,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Final
 
-from moediag.analysis.gradients import LM_HEAD, captures_digest, is_audited, write_audit
+import pandas as pd
+import safetensors.numpy
+
+from moediag.analysis.gradients import LM_HEAD, SPECS, audit_frames
 from moediag.corrections.rewards import ADVANTAGE_WORDS, REWARD_WORDS
 from moediag.engines import channel
 from moediag.engines.arms import ArmRequest
@@ -29,9 +33,12 @@ from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.fill import Held
 from moediag.engines.launch import TRAIN_ENVIRONMENT
 from moediag.engines.versions import require_train_engine
-from moediag.errors import CheckpointError, EngineError, RunConflictError
-from moediag.notation import INFER, TRAIN
+from moediag.errors import CheckpointError, CorruptRunError, EngineError, IncompleteRunError, RunConflictError
+from moediag.folder import SUMMARY, made_whole, read_frames, write_frames
+from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.run import claims
+from moediag.run.derived import GRADIENTS, GRAMS, captures_digest, settle_derived
+from moediag.run.files import digest_of, read_checked, read_sealed, write_sealed
 from moediag.run.reader import Run
 from moediag.run.shards import WHOLE
 from moediag.run.writer import CLAIMS, RunWriter
@@ -68,6 +75,10 @@ WORDS: Final = {
     "why_text": "advantages that do not depend on the text have no expected gradient: they would show noise only",
 }
 """What the numbers mean, kept with them."""
+
+KIND: Final = "moediag gradient audit"
+RECORD: Final = "record.json"
+"""What the engine process leaves for the parent: what it audited and how."""
 
 OnEvent = channel.OnEvent
 
@@ -113,7 +124,7 @@ class GradientRequest:
 
 
 def run_gradient_audit(run: Run, checkpoint: Checkpoint, request: GradientRequest, on_event: OnEvent) -> None:
-    """Audit the run's corrections in an engine process of its own; frames and audit.json land in RUN/gradients.
+    """Audit the run's corrections in an engine process of its own; frames and summary.json land in RUN/gradients.
 
     An audit that is there already, of the same request and arms, is left as it is.
 
@@ -137,23 +148,85 @@ def run_gradient_audit(run: Run, checkpoint: Checkpoint, request: GradientReques
             f"{checkpoint.path} holds other weights (sha256 {found[:12]}) than {run.path} was captured with "
             f"({str(wanted)[:12]}); give the checkpoint of the run"
         )
-    told = {"request": asdict(request), "captures": captures_digest(run, request.train, request.infer)}
+    captures = captures_digest(run, (request.train, request.infer))
     with claims.claim(run.path / CLAIMS / "gradients") as is_mine:
         if not is_mine:
             raise RunConflictError(f"{run.path} is being audited by another process; wait for it")
-        if is_audited(run, told):
+        if is_audited(run, request):
             on_event({"stage": "the audit of these arms is there already"})
             return
-        options = {**told, "checkpoint": str(checkpoint.path)}
-        log = run.path / "logs" / "gradients.log"
-        job = channel.Job("gradients", "moediag.audit.gradients:audit", str(run.path), asdict(WHOLE), options, str(log))
-        with channel.Engines() as engines:
-            engines.do(job, TRAIN_ENVIRONMENT, on_event)
-        write_audit(run)
+        with made_whole(run.path / GRADIENTS) as folder:
+            options = {"request": asdict(request), "checkpoint": str(checkpoint.path), "folder": str(folder)}
+            log = run.path / "logs" / "gradients.log"
+            task = "moediag.audit.gradients:audit"
+            job = channel.Job("gradients", task, str(run.path), asdict(WHOLE), options, str(log))
+            with channel.Engines() as engines:
+                engines.do(job, TRAIN_ENVIRONMENT, on_event)
+            seal_audit(folder, captures)
+
+
+def seal_audit(folder: Path, captures: dict[str, str]) -> None:
+    """Make frames and summary.json from what the engine process left in a folder.
+
+    Args:
+        captures: :func:`~moediag.run.derived.captures_digest` of both arms.
+    """
+    record = read_sealed(folder / RECORD)
+    arrays = safetensors.numpy.load(read_checked(folder / GRAMS, record["grams_sha256"]))
+    frames = write_frames(folder, audit_frames(record, arrays))
+    content = {**record, "schema_version": SCHEMA_VERSION, "kind": KIND, "captures": captures, "frames": frames}
+    write_sealed(folder / SUMMARY, content)
+    (folder / RECORD).unlink()
+
+
+def load_audit(run: Run) -> dict[str, pd.DataFrame]:
+    """The frames of a run's gradient audit, of the arms as they are now.
+
+    Raises:
+        IncompleteRunError: never audited, or the arms have changed since.
+        CorruptRunError: not what the audit wrote.
+    """
+    record, again = load_record(run), _again(run)
+    try:
+        request, frames = record["request"], {spec.name: record["frames"][spec.name] for spec in SPECS}
+        arms = request["train"], request["infer"]
+    except (KeyError, TypeError) as error:
+        raise CorruptRunError(f"{run.path / GRADIENTS} is not what this moediag writes ({error}); {again}") from None
+    if record.get("captures") != captures_digest(run, arms):
+        raise IncompleteRunError(f"{run.path}: its arms have changed since the gradient audit; {again}")
+    return read_frames(run.path / GRADIENTS, frames, again)
+
+
+def load_record(run: Run) -> dict[str, Any]:
+    """What was audited and how: request, engine, groups left out with their reasons, facts and words.
+
+    Raises:
+        IncompleteRunError: the run was never audited.
+        CorruptRunError: the record was changed after it was written.
+    """
+    settle_derived(run.path)
+    if not (run.path / GRADIENTS / SUMMARY).exists():
+        raise IncompleteRunError(f"{run.path} has no gradient audit; {_again(run)}")
+    return read_sealed(run.path / GRADIENTS / SUMMARY)
+
+
+def is_audited(run: Run, request: GradientRequest) -> bool:
+    """True when an audit of the same request and of the arms as they are now is there, whole."""
+    try:
+        load_audit(run)
+        record = load_record(run)
+        read_checked(run.path / GRADIENTS / GRAMS, str(record.get("grams_sha256")))
+    except (IncompleteRunError, CorruptRunError):
+        return False
+    return digest_of(record["request"]) == digest_of(asdict(request))
+
+
+def _again(run: Run) -> str:
+    return f"run: moediag simulate {run.path} --gradient-audit"
 
 
 def audit(writer: RunWriter, options: dict[str, Any], reporter: channel.Reporter, held: Held) -> None:
-    """The engine process: inner products of gradients of every group, and what was done, to RUN/gradients."""
+    """The engine process: inner products of gradients of every group, and what was done, to the folder given."""
     from moediag.audit.engine import GradientEngine
 
     given = {**options["request"]}

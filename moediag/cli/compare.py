@@ -16,6 +16,7 @@ def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Analysed run directories.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the comparison.")],
     training_window: o.TrainingWindow = None,
+    pdf: o.Pdf = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a comparison of other runs.")] = False,
     as_json: o.Json = False,
 ) -> None:
@@ -24,7 +25,7 @@ def command(
     from moediag.cli.table import show_table
     from moediag.results import compare_runs
 
-    summary = compare_runs(runs, output, training_window, force)
+    summary = compare_runs(runs, output, training_window, force, pdf)
     if not summary["same_prompts"]:
         note("Note: the runs were made from different prompts; their numbers differ for that reason too")
     if as_json:

@@ -19,11 +19,10 @@ from moediag.engines.tokenised import refuse_other_tokenizer
 from moediag.errors import CheckpointError, DiskFullError, IncompleteRunError, RunConflictError
 from moediag.notation import INFER, TRAIN
 from moediag.results import analyze_run, report_run
-from moediag.run.create import bring_back
+from moediag.run.create import bring_back, drop_replaced, replaced
 from moediag.run.reader import Run, open_run
 from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM, recipe
 from moediag.run.records import CheckpointRecord, Tokenizer
-from moediag.run.replace import drop_replaced, replaced
 from moediag.run.writer import RunWriter
 
 INFER_PRODUCTION = "infer-production"

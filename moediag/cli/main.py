@@ -64,15 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         with interruptible(resumes=next((word for word in words if word[:1] != "-"), "") in _RESUMING):
-            return _run(arguments)
+            return _run(words)
     except Interrupted as signal:
         print(signal.line, file=sys.stderr)
         return signal.exit_code
 
 
-def _run(arguments: list[str] | None) -> int:
+def _run(words: list[str]) -> int:
     try:
-        result = app(args=arguments, standalone_mode=False)
+        result = app(args=words, standalone_mode=False, obj=words)  # pages name the command that makes them again
         return int(result or 0)
     except MoediagError as error:
         print(f"moediag: {error}", file=sys.stderr)

@@ -175,6 +175,7 @@ TrainingWindow = Annotated[
 NoText = Annotated[
     bool, typer.Option("--no-text", help="Keep prompts and responses out of the pages: no token, no text around it.")
 ]
+Pdf = Annotated[bool, typer.Option("--pdf", help="Write the figures as PDF too, beside PNG and SVG.")]
 ShardIndex = Annotated[
     int | None, typer.Option("--shard-index", metavar="I", help="Which of --num-shards workers this one is, from 0.")
 ]

@@ -21,7 +21,11 @@ Tokenizer = Annotated[
 
 
 def command(
-    run: o.RunPath, training_window: o.TrainingWindow = None, tokenizer: Tokenizer = None, no_text: o.NoText = False
+    run: o.RunPath,
+    training_window: o.TrainingWindow = None,
+    tokenizer: Tokenizer = None,
+    no_text: o.NoText = False,
+    pdf: o.Pdf = False,
 ) -> None:
     """Draw the figures and write report.md and report.html; needs no engine."""
     from moediag.cli.console import wrote
@@ -30,6 +34,6 @@ def command(
 
     if tokenizer is not None and no_text:
         raise typer.BadParameter("--tokenizer shows text and --no-text leaves it out: give one of the two")
-    report = report_run(open_run(run), training_window, tokenizer, no_text)
+    report = report_run(open_run(run), training_window, tokenizer, no_text, pdf)
     wrote(report)
     wrote(report.with_suffix(".html"))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -21,10 +19,12 @@ if TYPE_CHECKING:
     from moediag.corrections.correction import Correction
     from moediag.corrections.sources import Source
     from moediag.corrections.table_files import OnProgress
+    from moediag.results.simulation import Grid, Simulation
     from moediag.run.reader import Run
-    from moediag.simulation import Grid, Simulation
 
 NAME = "simulate"
+_N_NAMED: Final = 4
+"""Corrections named in a message."""
 
 Target = Annotated[
     Path,
@@ -91,6 +91,7 @@ Folder = Annotated[
 
 
 def command(
+    context: typer.Context,
     target: Target,
     method: Methods = None,
     preset: Presets = None,
@@ -106,11 +107,11 @@ def command(
     gradient_audit: Audit = False,
     checkpoint: Checkpoint = None,
     output: Folder = None,
+    pdf: o.Pdf = False,
     strict: o.Strict = False,
     as_json: o.Json = False,
     force: Annotated[
-        bool,
-        typer.Option("--force", help="Write over a file, or into a folder of something else or of another request."),
+        bool, typer.Option("--force", help="Write over a file, or replace the simulation of another request.")
     ] = False,
 ) -> None:
     """Simulate IcePop and its rivals on the same logged tokens: what each masks, weighs and leaves; needs no engine.
@@ -120,7 +121,8 @@ def command(
     from moediag.cli.console import say_json, wrote
     from moediag.corrections.chosen import choose
     from moediag.corrections.weight_files import refuse_weights_path
-    from moediag.simulation import as_json as content_of
+    from moediag.results.load import shell_command
+    from moediag.results.simulation import as_json as content_of
 
     everything = everything or not (method or preset)
     chosen = choose(method or [], preset or [], everything)
@@ -136,7 +138,7 @@ def command(
     simulation = asked.simulate(run, weights_out, columns)
     if run is not None and gradient_audit:
         _audit(simulation, run, asked.arms, checkpoint, is_named=not everything)
-    pages = [] if folder is None else asked.write(simulation, folder, force)
+    pages = [] if folder is None else asked.write(simulation, folder, shell_command(*context.obj), force, pdf)
     if as_json:
         say_json(content_of(simulation))
     else:
@@ -211,15 +213,23 @@ class Asked:
         return {"pair": self.pair_name, "corrections": corrections, "bands": bands, **named}
 
     def request(self, folder: Path) -> dict[str, Any]:
-        """What a simulation in the folder must have been asked for to be replaced by this one."""
-        return {"target": os.path.relpath(self.target.resolve(), folder.resolve()), **self.words}
+        """What a simulation in the folder answers, and must have answered to be replaced by this one."""
+        names = [name for name in self.chosen if name != "none"]
+        more = f" and {len(names) - _N_NAMED} more" if len(names) > _N_NAMED else ""
+        target = self.target.resolve()
+        return {
+            "of": f"{target.name} with {', '.join(names[:_N_NAMED]) or 'no correction'}{more}",
+            "target": os.path.relpath(target, folder.resolve()),
+            **self.words,
+        }
 
     def folder(self, run: Run | None, output: Path | None, force: bool) -> Path | None:
         """Where the simulation goes, refused before anything is computed: in a run every request has its own folder."""
         from moediag.corrections.chosen import choose
+        from moediag.folder import refuse_other
+        from moediag.results.simulation import SIMULATION, Grid
         from moediag.run.derived import SIMULATIONS
         from moediag.run.files import digest_of
-        from moediag.simulation import Grid, refuse_folder
 
         folder = output
         if folder is None and run is not None:
@@ -227,7 +237,7 @@ class Asked:
             name = str(self.words["pair"]) if is_usual else f"{self.words['pair']}-{digest_of(self.words)[:8]}"
             folder = run.path / SIMULATIONS / name
         if folder is not None:
-            refuse_folder(folder, force, self.request(folder))
+            refuse_other(folder, SIMULATION, self.request(folder), force)
         return folder
 
     def simulate(
@@ -236,7 +246,7 @@ class Asked:
         """Read the tokens, simulate, and write the weights of ``columns`` where a file for them is given."""
         from moediag.cli.console import bar
         from moediag.corrections.weight_files import write_weights
-        from moediag.simulation import add_sweep, run_floor_k3, simulate
+        from moediag.results.simulation import add_sweep, run_floor_k3, simulate
 
         with bar("reading") as progress:
             source = self._source(run, progress.show)
@@ -267,21 +277,18 @@ class Asked:
         usual = f"{run.reference(INFER)}~{run.reference(TRAIN)}"
         return run.path.resolve().name + (f" {self.pair_name}" if self.pair_name != usual else "")
 
-    def write(self, simulation: Simulation, folder: Path, force: bool, command: str | None = None) -> list[Path]:
-        """Write the simulation.
+    def write(
+        self, simulation: Simulation, folder: Path, command: str, force: bool = False, pdf: bool = False
+    ) -> list[Path]:
+        """Write the simulation; the page names the command that makes it again."""
+        from moediag.results.simulation import write_simulation
 
-        Args:
-            command: what the page names as the command that makes it; None = the one that was given.
-        """
-        from moediag.simulation import write_simulation
-
-        command = command or f"moediag {shlex.join(sys.argv[1:])}"
-        return write_simulation(simulation, folder, [command], force, self.request(folder))
+        return write_simulation(simulation, folder, [command], self.request(folder), force, pdf)
 
 
 def _grid(is_wanted: bool, alphas: str | None, betas: str | None) -> Grid | None:
     """The bands to sweep; None = no sweep."""
-    from moediag.simulation import Grid
+    from moediag.results.simulation import Grid
 
     if not (is_wanted or alphas or betas):
         return None
@@ -298,17 +305,16 @@ def _bounds(text: str, option: str) -> tuple[float, ...]:
 
 def _audit(simulation: Simulation, run: Run, arms: tuple[str, str], checkpoint: str | None, *, is_named: bool) -> None:
     """Run the gradient audit, or take the one that is there: of the corrections named, else of one per family."""
-    from moediag.audit.gradients import METHODS, GradientRequest, run_gradient_audit
+    from moediag.audit.gradients import METHODS, GradientRequest, load_audit, run_gradient_audit
     from moediag.cli.console import bar
     from moediag.engines.checkpoint import open_checkpoint
-    from moediag.simulation import add_gradient_audit
 
     train, infer = arms
     words = tuple(str(one.correction) for one in simulation.chosen.values())
     request = GradientRequest(methods=words if is_named else METHODS, train=train, infer=infer)
     with bar("gradient audit") as progress:
         run_gradient_audit(run, open_checkpoint(checkpoint or _source(run, train)), request, progress.on_event)
-    add_gradient_audit(simulation, run)
+    simulation.frames.update(load_audit(run))
 
 
 def _source(run: Run, arm: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from moediag.simulation import Simulation
+    from moediag.results.simulation import Simulation
 
 _HEADER: Final = (
     "correction", "masked [95 %]", "seqs", "below/above", "ESS", "mean w [95 %]", "k3 left", "entropy masked/kept",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,11 @@ from moediag.demo.pair import build_pair
 from moediag.demo.train import MOE
 from moediag.notation import INFER, TRAIN
 from moediag.results import compare_runs
+from moediag.results.load import shell_command
+from moediag.results.simulation import Grid
 from moediag.run.files import make_folder, write_atomic, write_error
 from moediag.run.reader import open_run
 from moediag.run.writer import RunWriter
-from moediag.simulation import Grid
 
 N_PROMPTS = 64
 MAX_TOKENS = 320  # prompt (about 120 bytes) + response stay inside the training window of 512
@@ -70,8 +70,7 @@ def _simulate(path: Path, force: bool) -> None:
     asked, run = Asked(path, choose(), Grid()), open_run(path)
     folder = asked.folder(run, None, force)
     simulation = asked.simulate(run)
-    command = f"moediag simulate {shlex.quote(str(path))}"
-    pages = [] if folder is None else asked.write(simulation, folder, force, command)
+    pages = [] if folder is None else asked.write(simulation, folder, shell_command("simulate", path), force)
     show_sentences(simulation)
     for page in pages:
         wrote(page)

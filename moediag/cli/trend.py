@@ -31,7 +31,7 @@ Fit = Annotated[
 OutputFolder = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder for the table, page and figures.")
 ]
-Replace = Annotated[bool, typer.Option("--force", help="Replace the trend that is in the folder.")]
+Replace = Annotated[bool, typer.Option("--force", help="Replace the trend of another request.")]
 
 
 def command(
@@ -40,19 +40,23 @@ def command(
     fit: Fit = None,
     output: OutputFolder = None,
     strict: o.Strict = False,
+    pdf: o.Pdf = False,
     force: Replace = False,
     as_json: o.Json = False,
 ) -> None:
     """Show every metric by training step, and fit delta' = (1 + a) delta - b, or say why the steps cannot tell."""
     from moediag.cli.console import bar, say, say_json, wrote
+    from moediag.folder import refuse_other
     from moediag.hygiene.findings import headline
-    from moediag.trend import measure_trend, outcome_lines, refuse_output, write_trend
+    from moediag.results.trend import KIND, measure_trend, outcome_lines, trend_request, write_trend
 
-    if output is not None:
-        refuse_output(output, force)
+    numbers = _numbers(steps)
+    request = None if output is None else trend_request(targets, numbers, fit, output)
+    if output is not None and request is not None:
+        refuse_other(output, KIND, request, force)
     with bar("trend") as progress:
-        trend = measure_trend(targets, _numbers(steps), fit, progress.show)
-    written = write_trend(trend, output, force) if output is not None else []
+        trend = measure_trend(targets, numbers, fit, progress.show)
+    written = [] if output is None or request is None else write_trend(trend, output, request, force, pdf)
     if as_json:
         say_json(trend.summary())
     else:

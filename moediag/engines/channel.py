@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from moediag import errors
 from moediag.errors import EngineError, MoediagError
-from moediag.run import logs
+from moediag.run.files import make_folder, write_error
 
 _CHANNEL = "MOEDIAG_CHANNEL_FD"
 OnEvent = Callable[[dict[str, Any]], None]
@@ -133,7 +133,7 @@ class Engines:
         environment = {**env, **os.environ}
         if environment != self._environment:
             self.close()
-        with logs.kept(Path(job.log)) as log:
+        with _appended(Path(job.log)) as log:
             if self._child is None:
                 self._child, self._environment = Child(environment, log), environment
             try:
@@ -147,6 +147,19 @@ class Engines:
         child, self._child = self._child, None
         if child is not None:
             child.close()
+
+
+def _appended(log: Path) -> IO[bytes]:
+    """A log opened for appending: workers and repeated runs of one command do not destroy each other's.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    make_folder(log.parent)
+    try:
+        return log.open("ab")
+    except OSError as error:
+        raise write_error(error, log) from error
 
 
 class Reporter:

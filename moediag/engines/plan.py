@@ -24,11 +24,11 @@ from moediag.errors import CheckpointError, CorruptRunError, EngineError
 from moediag.notation import INFER
 from moediag.prompts import read_prompts
 from moediag.run.codec import bytes_per_token, encode_prompts
-from moediag.run.create import bring_back, create_run, split_into_shards
+from moediag.run.create import bring_back, create_run
 from moediag.run.files import digest_of, sha256_bytes
 from moediag.run.reader import Run
 from moediag.run.records import MANIFEST, Prompts, RunRecord, Sampling, Tokenizer, TokensFrom
-from moediag.run.shards import Shard
+from moediag.run.shards import Shard, split_into_shards
 from moediag.run.vocabulary import chosen_in
 from moediag.run.writer import RunWriter
 

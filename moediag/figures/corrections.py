@@ -86,13 +86,13 @@ def draw_simulation_figures(
 
     Args:
         frames: frame name -> frame.
-        folder: where PNG, SVG and PDF go; made if missing.
+        folder: where the files go; made if missing.
         label: what was simulated, for captions.
         width: of the figures [inch].
         kinds: formats to write.
 
     Returns:
-        The files written, PNG before SVG before PDF, in the order of :data:`SIMULATION_FIGURES`.
+        The files written, PNG first, in the order of :data:`SIMULATION_FIGURES`.
     """
     statistics = frames["correction_statistics"]
     caption = ""

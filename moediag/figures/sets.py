@@ -100,7 +100,7 @@ def draw_comparison_figures(
 
     Args:
         runs: label -> (frame name -> frame).
-        folder: where PNG, SVG and PDF go; made if missing.
+        folder: where the files go; made if missing.
         training_window: trained context length [token, prompt + response], marked in position_drift.
         prompt_length: longest prompt [token].
         floors: label -> (statistic -> floor).
@@ -108,7 +108,7 @@ def draw_comparison_figures(
         kinds: formats to write.
 
     Returns:
-        The files written, PNG before SVG before PDF, in the order of :data:`FIGURES`.
+        The files written, PNG first, in the order of :data:`FIGURES`.
     """
     drift = {"training_window": training_window, "prompt_length": prompt_length}
     written = []

@@ -53,7 +53,8 @@ COLUMN_WIDTH: Final = 3.4
 HEAT: Final = "magma_r"
 """The map of every heat map: lightness falls evenly (grey print, colour blindness), empty cells stay white."""
 
-KINDS: Final = ("png", "svg", "pdf")  # PDF takes longest: its fonts are cut to the letters used
+KINDS: Final = ("png", "svg")
+"""Formats that every figure is written in."""
 _DPI: Final = 200
 _SCREEN_DPI: Final = 120
 _TITLE_SIZE: Final = 9.5
@@ -282,9 +283,14 @@ def state(ax: Axes, words: str) -> None:
     ax.text(0.5, 0.5, textwrap.fill(words, 44), transform=ax.transAxes, ha="center", va="center", color=GREY)
 
 
+def formats(pdf: bool) -> tuple[str, ...]:
+    """Formats to write: PDF only on request, for it takes longest (its fonts are cut to the letters used)."""
+    return (*KINDS, "pdf") if pdf else KINDS
+
+
 @house_style
 def save_figure(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = KINDS) -> list[Path]:
-    """Write ``name.png`` (200 dpi), ``name.svg`` and ``name.pdf``, deterministic and each whole or not at all.
+    """Write ``name.png`` (200 dpi), ``name.svg`` and the like, deterministic and each whole or not at all.
 
     The finding and the caption stand in the files' metadata, too: a picture that travels keeps its words.
 
@@ -295,7 +301,7 @@ def save_figure(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = 
         DiskFullError: no space.
         RunError: the folder cannot be written.
     """
-    # Laid out once: the three files are one figure, and the layout is what takes the time.
+    # Laid out once: the files are one figure, and the layout is what takes the time.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     metadata = _metadata(figure)

@@ -70,7 +70,7 @@ def simulation_page(
     """The page of one simulation.
 
     Args:
-        summary: :meth:`moediag.simulation.Simulation.summary`.
+        summary: :meth:`moediag.results.simulation.Simulation.summary`.
         frames: frame name -> frame.
         figures: files drawn for it; the page stands beside their folder.
         regenerate: the commands that make this page again.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
@@ -14,11 +12,12 @@ from moediag.analysis.predicted import predicted_flips
 from moediag.analysis.prediction import predict_flips
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.errors import RunError
+from moediag.folder import SUMMARY, made_together, write_frames
 from moediag.hygiene import check_run
 from moediag.notation import INFER, TRAIN
-from moediag.results.load import frames_folder
 from moediag.results.summary import summarize
-from moediag.run.files import read_sealed, sha256_bytes, write_atomic, write_sealed
+from moediag.run.derived import ANALYSIS
+from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run
 
 _OWN_SIDE_ONLY: Final = ("repeat", "path", "observation", "perturbation", "batching")
@@ -58,22 +57,20 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
             f"see moediag validate {run.path}"
         )
     analyses = [analyze_pair(pair) for pair in pairs.values()]
-    frames = {
-        analysis.pair_name: _write_frames(frames_folder(run, analysis.pair_name), _shared(analysis.frames(), no_text))
-        for analysis in analyses
-    }
+    frames = {analysis.pair_name: _shared(analysis.frames(), no_text) for analysis in analyses}
     predictions = predict_flips(run)
-    frames[main.name] |= _write_frames(frames_folder(run, main.name), predictions)
+    frames[main.name] |= predictions
     exact, observed = exact_divergences(run), run.pair_name(train, infer)
-    if exact is not None:
-        # whole distributions are kept of the observed arms only
-        frames[observed] |= _write_frames(frames_folder(run, observed), exact.frames())
-    provenance = {"frames": frames, "validation_errors": len(errors), "no_text": no_text}
-    summary = summarize(run, analyses, own, provenance) | {"predicted_flips": predicted_flips(predictions)}
-    if exact is not None:
-        summary["pairs"][observed]["logp"] |= exact.summary()
-    write_sealed(run.path / "summary.json", summary)
-    return read_sealed(run.path / "summary.json")
+    if exact is not None:  # whole distributions are kept of the observed arms only
+        frames[observed] |= exact.frames()
+    with made_together(run.path, ANALYSIS) as made:
+        digests = {pair: write_frames(made / ANALYSIS / pair, some) for pair, some in frames.items()}
+        provenance = {"frames": digests, "validation_errors": len(errors), "no_text": no_text}
+        summary = summarize(run, analyses, own, provenance) | {"predicted_flips": predicted_flips(predictions)}
+        if exact is not None:
+            summary["pairs"][observed]["logp"] |= exact.summary()
+        write_sealed(made / SUMMARY, summary)
+    return read_sealed(run.path / SUMMARY)
 
 
 def _across(run: Run, arms: list[str], train: str, infer: str) -> list[tuple[str, str]]:
@@ -85,17 +82,6 @@ def _across(run: Run, arms: list[str], train: str, infer: str) -> list[tuple[str
             continue
         across.append((train, arm) if record.role == INFER else (arm, infer))
     return across
-
-
-def _write_frames(folder: Path, frames: dict[str, pd.DataFrame]) -> dict[str, str]:
-    """Write every frame; returns name -> sha256 of its file."""
-    digests = {}
-    for name, frame in frames.items():
-        sink = io.BytesIO()
-        frame.to_parquet(sink, index=False)
-        write_atomic(folder / f"{name}.parquet", sink.getvalue())
-        digests[name] = sha256_bytes(sink.getvalue())
-    return digests
 
 
 def _shared(frames: dict[str, pd.DataFrame], no_text: bool) -> dict[str, pd.DataFrame]:

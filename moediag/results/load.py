@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import shlex
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 import moediag.analysis  # noqa: F401 - declares the frames
 from moediag.errors import CorruptRunError, IncompleteRunError
-from moediag.frames import declared_frames
+from moediag.folder import SUMMARY, read_frames
 from moediag.report import main_pair_name
-from moediag.results.summary import captures_digest
-from moediag.run.files import read_checked, read_sealed
+from moediag.run.derived import ANALYSIS, captures_digest, settle_derived
+from moediag.run.files import read_sealed
 from moediag.run.reader import Run
 from moediag.run.records import check_schema_version
 
@@ -26,7 +24,8 @@ def load_summary(run: Run) -> dict[str, Any]:
         IncompleteRunError: never analysed, or the arms have changed since.
         CorruptRunError: not what ``analyze`` wrote.
     """
-    path = run.path / "summary.json"
+    settle_derived(run.path)
+    path = run.path / SUMMARY
     if not path.exists():
         raise IncompleteRunError(f"{run.path} has not been analysed; {analyze_again(run)}")
     try:
@@ -53,30 +52,13 @@ def load_frames(run: Run) -> dict[str, pd.DataFrame]:
         IncompleteRunError: never analysed, the arms have changed since, or a frame is missing.
         CorruptRunError: a frame is not the one that was written.
     """
-    return read_frames(run, load_summary(run))
+    return main_frames(run, load_summary(run))
 
 
-def read_frames(run: Run, summary: dict[str, Any]) -> dict[str, pd.DataFrame]:
-    """The frames that a summary names; raises like :func:`load_frames`."""
-    specs = {spec.name: spec for spec in declared_frames()}
-    frames = {}
-    for name, digest in _frame_digests(summary).items():
-        path = frames_folder(run, main_pair_name(summary)) / f"{name}.parquet"
-        if not path.exists():
-            raise IncompleteRunError(f"{path} is missing; {analyze_again(run)}")
-        try:
-            frames[name] = specs[name].validate(pd.read_parquet(io.BytesIO(read_checked(path, digest))))
-        except (KeyError, OSError, ValueError):
-            raise CorruptRunError(
-                f"{path} is not the frame that the analysis wrote (damaged, edited, or of another version); "
-                f"{analyze_again(run)}"
-            ) from None
-    return frames
-
-
-def frames_folder(run: Run, pair: str) -> Path:
-    """Where the frames of a pair are."""
-    return run.path / "analysis" / pair
+def main_frames(run: Run, summary: dict[str, Any]) -> dict[str, pd.DataFrame]:
+    """The frames of the main pair that a summary names; raises like :func:`load_frames`."""
+    folder = run.path / ANALYSIS / main_pair_name(summary)
+    return read_frames(folder, _frame_digests(summary), analyze_again(run))
 
 
 def analyze_again(run: Run) -> str:

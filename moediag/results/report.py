@@ -10,16 +10,22 @@ import numpy as np
 from moediag.errors import RunError
 from moediag.figures import draw_run_figures
 from moediag.figures.floors import summary_floors
+from moediag.figures.style import formats
+from moediag.folder import PAGES, made_together
 from moediag.report import html_page, markdown_page, run_page, token_texts
 from moediag.report.blocks import Page
-from moediag.results.load import analyze_again, load_summary, read_frames, shell_command
-from moediag.run.derived import begin_report, seal_report
+from moediag.results.load import analyze_again, load_summary, main_frames, shell_command
+from moediag.run.derived import FIGURES
 from moediag.run.files import write_atomic
 from moediag.run.reader import Run
 
 
 def report_run(
-    run: Run, training_window: int | None = None, tokenizer: Path | None = None, no_text: bool = False
+    run: Run,
+    training_window: int | None = None,
+    tokenizer: Path | None = None,
+    no_text: bool = False,
+    pdf: bool = False,
 ) -> Path:
     """Draw the figures and write report.md and report.html; returns the path of report.md.
 
@@ -27,43 +33,45 @@ def report_run(
         training_window: length the model was trained on [tokens], marked in the drift figure.
         tokenizer: ``tokenizer.json`` or its folder, to show tokens as text; None = the checkpoint's, if at hand.
         no_text: keep tokens and the text around them out of the pages.
+        pdf: figures as PDF, too.
     """
     summary = load_summary(run)
     is_withheld = bool(summary["provenance"].get("no_text"))
     if is_withheld and tokenizer is not None:
         raise RunError(f"{run.path} was analysed without text (--no-text): to show text, {analyze_again(run)}")
-    frames = read_frames(run, summary)
-    begin_report(run.path)
-    figures = draw_run_figures(
-        frames,
-        run.path / "figures",
-        label_of(run),
-        training_window=training_window,
-        prompt_length=longest_prompt(run),
-        floors=summary_floors(summary["floors"]),
-    )
+    frames = main_frames(run, summary)
     analysed = [*(["--no-text"] if is_withheld else []), *_force_option(summary)]
-    commands = (
-        shell_command("analyze", run.path, *analysed),
-        shell_command("report", run.path, *window_option(training_window), *_text_options(tokenizer, no_text)),
-    )
+    options = [*window_option(training_window), *_text_options(tokenizer, no_text), *pdf_option(pdf)]
+    commands = shell_command("analyze", run.path, *analysed), shell_command("report", run.path, *options)
     texts = token_texts(run, frames.get("worst_tokens"), tokenizer, no_text or is_withheld)
-    pages = write_pages(run.path, run_page(summary, frames, figures, regenerate=commands, texts=texts))
-    seal_report(run.path, [*figures, *pages])
-    return pages[0]
+    with made_together(run.path, FIGURES) as made:
+        figures = draw_run_figures(
+            frames,
+            made / FIGURES,
+            label_of(run),
+            training_window=training_window,
+            prompt_length=longest_prompt(run),
+            floors=summary_floors(summary["floors"]),
+            kinds=formats(pdf),
+        )
+        write_pages(made, run_page(summary, frames, figures, regenerate=commands, texts=texts))
+    return run.path / PAGES[0]
 
 
-def write_pages(folder: Path, page: Page) -> list[Path]:
-    """report.md, then report.html: the same page twice."""
-    paths = [folder / "report.md", folder / "report.html"]
-    for path, render in zip(paths, (markdown_page, html_page), strict=True):
-        write_atomic(path, render(page).encode())
-    return paths
+def write_pages(folder: Path, page: Page) -> None:
+    """report.md and report.html: the same page twice."""
+    for name, render in zip(PAGES, (markdown_page, html_page), strict=True):
+        write_atomic(folder / name, render(page).encode())
 
 
 def window_option(training_window: int | None) -> list[object]:
     """The option of the training window as it was given."""
     return [] if training_window is None else ["--training-window", training_window]
+
+
+def pdf_option(pdf: bool) -> list[object]:
+    """The option of PDF figures as it was given."""
+    return ["--pdf"] if pdf else []
 
 
 def label_of(run: Run) -> str:

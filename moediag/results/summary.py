@@ -15,7 +15,7 @@ from moediag.analysis.pair_analysis import PairAnalysis
 from moediag.analysis.summary import pair_summary
 from moediag.analysis.tokens import logp_diff
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
-from moediag.run.files import digest_of
+from moediag.run.derived import captures_digest
 from moediag.run.reader import Run
 
 BROKEN_REPLAY: Final = -9.0
@@ -71,15 +71,6 @@ def summarize(
         "pairs": pairs,
         "floors": floor,
         "routing_replay": replay,
-    }
-
-
-def captures_digest(run: Run) -> dict[str, str]:
-    """Digest of the captures of every complete arm, by arm: tells whether an analysis is of the arms as they are."""
-    return {
-        arm: digest_of([run.capture_sidecar(arm, shard).data_sha256 for shard in run.shards])
-        for arm in run.arms()
-        if run.is_complete(arm)
     }
 
 

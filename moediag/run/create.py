@@ -1,5 +1,8 @@
 """Making a run directory: it appears whole, and never in place of anything that is not a run.
 
+    PARENT/NAME              the run
+    PARENT/.NAME.replaced    the run that was there before, as long as it may have to come back
+
 Invariants:
     - of several processes that make the same run at the same instant one does, the others find it made;
     - a run that another process is filling is never replaced;
@@ -15,15 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moediag.errors import MoediagError, RunConflictError, RunError
+from moediag.folder import being_made, being_removed, refuse_current_folder
 from moediag.run import claims
 from moediag.run.files import make_folder, sha256_bytes, write_atomic, write_error
 from moediag.run.reader import Run, open_run
 from moediag.run.records import MANIFEST, PROMPTS, CheckpointRecord, RunRecord, write_record
-from moediag.run.replace import being_made, drop_replaced, refuse_current_folder, replaced, take_place
-from moediag.run.shards import split_into_shards
 from moediag.run.writer import differing
-
-__all__ = ["bring_back", "create_run", "split_into_shards"]
 
 _SAID_OF_MODELS = ("weights_sha256", "config_sha256")
 
@@ -38,7 +38,7 @@ def create_run(
     Args:
         prompts: content of the prompts file, which ``record.prompts`` vouches for.
         checkpoint: the one that the run is begun with.
-        force: start anew: the run that is there is kept beside the new one (:func:`~moediag.run.replace.replaced`).
+        force: start anew: the run that is there is kept beside the new one (:func:`replaced`).
 
     Raises:
         RunConflictError: the folder holds a run of another configuration, or with ``force`` one that another
@@ -58,7 +58,7 @@ def create_run(
         _fill(fresh, record, prompts, checkpoint)
         if force:
             with _held_alone(path):
-                take_place(fresh, path)
+                _take_place(fresh, path)
             if is_worthless:
                 drop_replaced(path)
         else:
@@ -98,6 +98,44 @@ def bring_back(path: Path) -> Path | None:
     except OSError as error:
         raise write_error(error, path) from error
     return failed
+
+
+def replaced(path: Path) -> Path:
+    """Where the run that was at ``path`` before is kept."""
+    path = path.resolve()
+    return path.with_name(f".{path.name}.replaced")
+
+
+def drop_replaced(path: Path) -> None:
+    """Remove the run that is kept: the new one is complete."""
+    if replaced(path).exists():
+        _remove(replaced(path), path.resolve())
+
+
+def _take_place(made: Path, path: Path) -> None:
+    """Rename ``made`` to ``path``; the run that is there is kept.
+
+    Where one is kept already, the one that is there now never came to anything: it goes, and the older one is kept.
+    """
+    kept = replaced(path)
+    if path.exists() and any(path.iterdir()):
+        if kept.exists():
+            _remove(path, path)
+        else:
+            path.rename(kept)
+    try:
+        made.rename(path)
+    except OSError:
+        if not path.exists() and kept.exists():
+            kept.rename(path)
+        raise
+
+
+def _remove(folder: Path, path: Path) -> None:
+    dying = being_removed(path)
+    shutil.rmtree(dying, ignore_errors=True)
+    folder.rename(dying)
+    shutil.rmtree(dying, ignore_errors=True)
 
 
 def _is_empty_of_another(path: Path, record: RunRecord) -> bool:

@@ -1,9 +1,11 @@
-"""Damage outside what the arms' readers see: derived files, logs, and files that do not belong to the run.
+"""What is derived from a run: where it lies in the run, and whether it is whole; and files that do not belong there.
 
-What is derived (frames, summary.json, figures, report.md) can be deleted and made again, but a changed byte in a
-page or a figure is a wrong number shown, so it has to be found as well. Every derived file is named with its
-sha256 by a sealed file written after it: frames by summary.json, figures and report.md by report.json, what a
-simulation writes by its simulation.json, and the gradient audit by audit.json.
+    RUN/analysis/PAIR/, RUN/summary.json          what ``analyze`` wrote
+    RUN/figures/, RUN/report.md, RUN/report.html  what ``report`` drew from it
+    RUN/simulate/*/, RUN/gradients/               simulations and the gradient audit: result folders of their own
+
+Sealed are the numbers: a summary.json holds the digest of its frames and its own, so a changed byte is found. Figures
+and pages are drawn again from them at any time, and are not checked.
 
 Invariant: a *stale* analysis (arms changed since) is not damage; ``analyze`` and ``report`` tell that.
 """
@@ -15,9 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from moediag.errors import RunError
+from moediag.folder import SUMMARY, settle
 from moediag.notation import SCHEMA_VERSION
-from moediag.run.files import read_checked, read_sealed, sha256_bytes, write_error, write_sealed
-from moediag.run.logs import log_damage
+from moediag.run.files import digest_of, read_checked, read_sealed, write_error
 from moediag.run.reader import BIAS, Run, open_run
 from moediag.run.records import (
     MANIFEST,
@@ -28,55 +30,59 @@ from moediag.run.records import (
     read_record,
 )
 
-SUMMARY = "summary.json"
-REPORT_SEAL = "report.json"
+ANALYSIS: Final = "analysis"
+FIGURES: Final = "figures"
 SIMULATIONS: Final = "simulate"
-"""Folder of a run's simulations, one folder per pair in it."""
-SIMULATION_SEAL: Final = "simulation.json"
+"""Folder of a run's simulations, one folder per pair and request in it."""
 GRADIENTS: Final = "gradients"
-"""Folder of a run's gradient audit: what its engine left (grams, record), frames, and the seal over them."""
+"""Folder of a run's gradient audit: frames and summary.json, and the inner products that they are made of."""
 GRAMS: Final = "grams.safetensors"
-AUDIT_RECORD: Final = "record.json"
-AUDIT_SEAL: Final = "audit.json"
-_VERSIONED: Final = (SUMMARY, SIMULATION_SEAL)
 Damage = tuple[str, str]
 """(where, message): a path relative to the run, and what is wrong with it."""
 
 
-def begin_report(folder: Path) -> None:
-    """Take the seal of an earlier report away: it must not vouch for files that are about to change.
+def settle_derived(run_path: Path) -> None:
+    """Complete what a killed ``analyze``, ``report`` or audit left to move into its place.
 
     Raises:
-        RunError: it cannot be removed.
+        RunError: it cannot be moved.
     """
-    try:
-        (folder / REPORT_SEAL).unlink(missing_ok=True)
-    except OSError as error:
-        raise write_error(error, folder / REPORT_SEAL) from error
+    for name in (ANALYSIS, FIGURES, GRADIENTS):
+        try:
+            settle(run_path, name)
+        except OSError as error:
+            raise write_error(error, run_path / name) from error
 
 
-def seal_report(folder: Path, files: Iterable[Path]) -> None:
-    """Write report.json, which names every file of the report with its digest; last, when all of them are there."""
-    digests = {path.relative_to(folder).as_posix(): sha256_bytes(path.read_bytes()) for path in files}
-    write_sealed(folder / REPORT_SEAL, {"kind": "moediag report", "files": digests})
+def captures_digest(run: Run, arms: Iterable[str] | None = None) -> dict[str, str]:
+    """Digest of the captures of arms, by arm: tells whether a result is of the arms as they are now.
+
+    Args:
+        arms: None = every complete arm.
+    """
+    return {
+        arm: digest_of([run.capture_sidecar(arm, shard).data_sha256 for shard in run.shards])
+        for arm in (filter(run.is_complete, run.arms()) if arms is None else arms)
+    }
 
 
 def derived_damage(run_path: Path) -> list[Damage]:
     """Everything wrong in files that no arm's reader looks at.
 
-    Logs are checked as far as they are sealed: to the end of the last engine process that was not killed.
-
     Returns:
-        One (where, message) for the prompts table; per derived file that is damaged, missing, of another version
-        or unknown to its seal; per damaged log; per file among the shards that is no shard of this run; and per
-        shard that was made by another configuration or version than its arm.json says. Empty = nothing to say.
+        One (where, message) for the prompts table; per frame or summary that is damaged, missing, of another version
+        or not named; per file among the shards that is no shard of this run; and per shard that was made by another
+        configuration or version than its arm.json says. Empty = nothing is wrong.
 
     Raises:
         RunError: ``run_path`` is not a run that can be opened.
     """
     run = open_run(run_path)
-    shown = [*_frames(run), *_report(run), *_simulations(run), *_gradient_audit(run)]
-    return [*_prompts(run), *_checkpoints(run), *_foreign_files(run), *_other_makers(run), *shown, *_logs(run)]
+    settle_derived(run.path)
+    return [
+        *_prompts(run), *_checkpoints(run), *_foreign_files(run), *_other_makers(run),
+        *_analysis(run), *_simulations(run), *_gradient_audit(run),
+    ]  # fmt: skip
 
 
 def _prompts(run: Run) -> Iterator[Damage]:
@@ -148,99 +154,73 @@ def _other_makers(run: Run) -> Iterator[Damage]:
             )
 
 
-def _frames(run: Run) -> Iterator[Damage]:
-    """Frames against summary.json."""
-    there, advice = _files(run.path / "analysis"), f"run: moediag analyze {run.path}"
-    yield from _held_against_seal(run, run.path / SUMMARY, _named_frames, there, advice)
+def _analysis(run: Run) -> Iterator[Damage]:
+    there = run.path.glob(f"{ANALYSIS}/**/*.parquet")
+    yield from _against_summary(run, run.path, _analysed, there, f"run: moediag analyze {run.path}")
 
 
-def _named_frames(summary: dict[str, Any]) -> dict[str, Any]:
+def _analysed(summary: dict[str, Any]) -> dict[str, Any]:
     frames = summary["provenance"]["frames"]
-    return {f"analysis/{pair}/{name}.parquet": sha for pair, digests in frames.items() for name, sha in digests.items()}
-
-
-def _report(run: Run) -> Iterator[Damage]:
-    """Figures and report against report.json."""
-    seal, advice = run.path / REPORT_SEAL, f"run: moediag report {run.path}"
-    there = [*_files(run.path / "figures"), *(path for path in run.path.glob("report.*") if path != seal)]
-    yield from _held_against_seal(run, seal, _named_files, there, advice)
+    return {f"{ANALYSIS}/{pair}/{name}.parquet": sha for pair, shas in frames.items() for name, sha in shas.items()}
 
 
 def _simulations(run: Run) -> Iterator[Damage]:
-    """Every simulation in RUN/simulate against its own simulation.json, that of the nearest folder above a file."""
-    advice = f"run the same moediag simulate {run.path} again, with --force"
-    there: dict[Path, list[Path]] = {seal: [] for seal in (run.path / SIMULATIONS).rglob(SIMULATION_SEAL)}
-    for path in _files(run.path / SIMULATIONS):
-        if path not in there:
-            above = (folder / SIMULATION_SEAL for folder in path.parents)
-            seal = next((seal for seal in above if seal in there), path.with_name(SIMULATION_SEAL))
-            there.setdefault(seal, []).append(path)
-    for seal, files in sorted(there.items()):
-        yield from _held_against_seal(run, seal, _named_files, files, advice)
+    files = [path for name in ("*.parquet", SUMMARY) for path in run.path.glob(f"{SIMULATIONS}/*/**/{name}")]
+    files = [path for path in files if "/." not in _where(run, path)]  # one that a living process makes
+    for folder in sorted({path.parent for path in files}):
+        if not (folder / SUMMARY).exists():
+            why = "nothing says that they are whole (an interrupted copy, or of an earlier moediag)"
+            yield _where(run, folder), f"holds frames and no {SUMMARY}, so {why}; delete the folder"
+            continue
+        own = [path for path in files if path.parent == folder and path.name != SUMMARY]
+        again = f"run the same moediag simulate {run.path} again, with --force"
+        yield from _against_summary(run, folder, _named, own, again)
 
 
 def _gradient_audit(run: Run) -> Iterator[Damage]:
-    """The gradient audit against audit.json."""
-    seal, advice = run.path / GRADIENTS / AUDIT_SEAL, f"run: moediag simulate {run.path} --gradient-audit"
-    there = [path for path in _files(seal.parent) if path != seal]
-    yield from _held_against_seal(run, seal, _named_by_audit, there, advice)
+    folder = run.path / GRADIENTS
+    there = [path for pattern in ("*.parquet", GRAMS) for path in folder.glob(pattern)]
+    again = f"run: moediag simulate {run.path} --gradient-audit"
+    yield from _against_summary(run, folder, _audited, there, again)
 
 
-def _named_by_audit(audit: dict[str, Any]) -> dict[str, Any]:
-    frames = {f"{name}.parquet": sha for name, sha in audit["frames"].items()}
-    return {**frames, GRAMS: audit["grams_sha256"], AUDIT_RECORD: audit["record_sha256"]}
+def _audited(summary: dict[str, Any]) -> dict[str, Any]:
+    return {**_named(summary), GRAMS: summary["grams_sha256"]}
 
 
-def _named_files(seal: dict[str, Any]) -> dict[str, Any]:
-    return {**seal["files"]}
+def _named(summary: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}.parquet": sha for name, sha in summary["frames"].items()}
 
 
-def _held_against_seal(
-    run: Run, seal: Path, named_by: Callable[[dict[str, Any]], dict[str, Any]], there: Iterable[Path], advice: str
+def _against_summary(
+    run: Run, folder: Path, named_by: Callable[[dict[str, Any]], dict[str, Any]], there: Iterable[Path], again: str
 ) -> Iterator[Damage]:
-    """Files in a seal's folder against it; a seal that is not there names none.
+    """The files of a result against its summary.json; one that is not there names none.
 
     Args:
-        named_by: its content -> file, from the seal's folder, -> sha256; KeyError, TypeError or AttributeError = it
-            names none, as where a kill left the seal of something begun.
+        named_by: its content -> file, from ``folder``, -> sha256.
         there: files that it has to name.
-        advice: what makes them again.
+        again: the command that makes them again.
     """
-    folder, named = _where(run, seal.parent), {}
-    if seal.exists():
+    named, where = {}, _where(run, folder / SUMMARY)
+    if (folder / SUMMARY).exists():
         try:
-            content = read_sealed(seal)
-            if seal.name in _VERSIONED:  # an analysis by an earlier version is stale, not damaged
-                check_schema_version(content, seal, (1, SCHEMA_VERSION))
-            named = {(Path(folder) / name).as_posix(): digest for name, digest in named_by(content).items()}
+            content = read_sealed(folder / SUMMARY)
+            check_schema_version(content, folder / SUMMARY, (1, SCHEMA_VERSION))  # an earlier one is stale, not damaged
+            named = {folder / name: str(sha) for name, sha in named_by(content).items()}
         except RunError:
-            yield _where(run, seal), f"is damaged, edited, or of another version; {advice}"
+            yield where, f"is damaged, edited, or of another version; {again}"
             return
         except (KeyError, TypeError, AttributeError):
-            yield _where(run, seal), f"does not name its files; {advice}"
+            yield where, f"does not name its files; {again}"
             return
-    yield from _held_against(run, named, there, seal.name, advice)
-
-
-def _held_against(run: Run, named: dict[str, Any], there: Iterable[Path], seal: str, advice: str) -> Iterator[Damage]:
-    for where, digest in sorted(named.items()):
+    for path, sha in sorted(named.items()):
         try:
-            read_checked(run.path / where, str(digest))
+            read_checked(path, sha)
         except RunError:
-            yield where, f"is missing or not what {seal} says was written; {advice}"
-    for where in sorted({_where(run, path) for path in there} - {*named}):
-        yield where, f"is not named by {seal}, so nothing says that it is whole; delete it, or {advice}"
-
-
-def _logs(run: Run) -> Iterator[Damage]:
-    for log in sorted((run.path / "logs").glob("*.log")):
-        damage = log_damage(log)
-        if damage:
-            yield _where(run, log), damage
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+            yield _where(run, path), f"is missing or not what {SUMMARY} says was written; {again}"
+    for path in sorted({*there} - {*named}):
+        yield _where(run, path), f"is not named by {SUMMARY}, so nothing says that it is whole; delete it, or {again}"
 
 
 def _where(run: Run, path: Path) -> str:

@@ -1,18 +1,14 @@
-"""The mismatch over training steps, from sources to results on disk: trend.parquet, trend.json, trend.md, figures.
+"""The mismatch over training steps, from sources to results on disk: frame, summary, figure, page.
 
-Invariants:
-    - the folder appears whole: it is made beside its place and renamed, so a kill leaves the old one or none;
-    - a folder that is not a trend is never replaced, a trend only with ``force``;
-    - every page says what the fit assumes and what no offline number can show.
+Invariant: every page says what the fit assumes and what no offline number can show.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
+import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,20 +17,18 @@ import pandas as pd
 
 from moediag.analysis.recurrence import ASSUMPTIONS, Recurrence
 from moediag.analysis.series import KL_METRICS, MARKS, delta_metric, trend_recurrence, warnings_of
-from moediag.errors import RunError
 from moediag.figures.numbers import sig
 from moediag.figures.series import plot_trend, title_of
-from moediag.figures.style import save_figure
+from moediag.figures.style import formats, save_figure
+from moediag.folder import SUMMARY, records, result_folder, write_frames
 from moediag.hygiene.findings import headline
 from moediag.notation import SCHEMA_VERSION
 from moediag.report.blocks import Bullets, interval, number, table
 from moediag.report.text import Markdown, plain
-from moediag.run.files import sha256_bytes, write_atomic, write_sealed
-from moediag.run.replace import made_whole
-from moediag.trend_sources import TrendSource, read_trend
+from moediag.results.trend_sources import TrendSource, read_trend
+from moediag.run.files import write_atomic, write_sealed
 
 KIND: Final = "moediag trend"
-SUMMARY: Final = "trend.json"
 
 LIMITS: Final = (
     "The theorem is an inequality (Ring-1T, arXiv 2510.18855, appendix); what is fitted is an equality model, "
@@ -68,7 +62,10 @@ class Trend:
             "notes": list(self.source.notes),
             "findings": [found.record() for found in self.source.findings],
             "is_kl": self.source.is_kl,
-            "metrics": {metric: _records(rows) for metric, rows in self.source.trend.groupby("metric", sort=False)},
+            "metrics": {
+                metric: records(rows.drop(columns="metric"))
+                for metric, rows in self.source.trend.groupby("metric", sort=False)
+            },
             "recurrence": {"metric": self.delta, **self.recurrence.record()},
             "marks": [vars(mark) for mark in MARKS if mark.metric in set(self.source.trend["metric"])],
             "assumptions": list(ASSUMPTIONS),
@@ -100,56 +97,43 @@ def measure_trend(
     return Trend(source, delta, recurrence, warnings_of(source.trend))
 
 
-def write_trend(trend: Trend, output: Path, force: bool = False) -> list[Path]:
-    """Write the folder, whole; returns trend.md, trend.json and the figure's PNG.
+def trend_request(
+    targets: Sequence[Path], steps: Sequence[int] | None, metric: str | None, output: Path
+) -> dict[str, Any]:
+    """What a trend in the folder answers, and must have answered to be replaced by this one without ``force``."""
+    there = [os.path.relpath(target.resolve(), output.resolve()) for target in targets]
+    names = ", ".join(target.resolve().name for target in targets)
+    return {"of": names, "targets": there, "steps": None if steps is None else list(steps), "metric": metric}
+
+
+def write_trend(
+    trend: Trend, output: Path, request: Mapping[str, Any], force: bool = False, pdf: bool = False
+) -> list[Path]:
+    """Write the folder, whole; returns report.md, summary.json and the figure's PNG.
+
+    Args:
+        request, force: as for :func:`~moediag.folder.refuse_other`.
+        pdf: the figure as PDF, too.
 
     Raises:
-        RunError: ``output`` holds something else, or a trend and not ``force``.
+        RunError: ``output`` holds something else, or a trend of another request and not ``force``.
     """
-    refuse_output(output, force)
-    with made_whole(output) as made:
-        _fill(made, trend)
-    return [output / "trend.md", output / SUMMARY, output / "figures" / "trend.png"]
-
-
-def refuse_output(output: Path, force: bool) -> None:
-    """Before any work: a folder that may not be replaced.
-
-    Raises:
-        RunError: it holds something else, or a trend and not ``force``.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if _kind(output / SUMMARY) != KIND:
-        raise RunError(f"{output} holds something that is not a trend; give -o another folder")
-    if not force:
-        raise RunError(f"{output} holds a trend already; give --force to replace it, or -o another folder")
-
-
-def _fill(folder: Path, trend: Trend) -> None:
-    frame = trend.source.trend
-    sink = io.BytesIO()
-    frame.to_parquet(sink, index=False)
-    write_atomic(folder / "trend.parquet", sink.getvalue())
-    said = " ".join(f"{note[0].upper()}{note[1:]}." for note in trend.source.notes if len(note) < 200)
-    caption = f"Steps: {trend.source.step_origin}. {said}"
-    figure = plot_trend(
-        frame, trend.recurrence, trend.delta, is_kl=trend.source.is_kl, warnings=trend.warnings, caption=caption
-    )
-    save_figure(figure, folder / "figures", "trend")
-    write_atomic(folder / "trend.md", trend_page(trend).encode())
-    write_sealed(folder / SUMMARY, {**trend.summary(), "frames": {"trend_by_step": sha256_bytes(sink.getvalue())}})
-
-
-def _kind(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text()).get("kind")
-    except (OSError, ValueError, AttributeError):
-        return None
+    source = trend.source
+    sentences = " ".join(f"{note[0].upper()}{note[1:]}." for note in source.notes if len(note) < 200)
+    caption = f"Steps: {source.step_origin}. {sentences}"
+    with result_folder(output, KIND, request, force) as made:
+        figure = plot_trend(
+            source.trend, trend.recurrence, trend.delta, is_kl=source.is_kl, warnings=trend.warnings, caption=caption
+        )
+        save_figure(figure, made / "figures", "trend", formats(pdf))
+        write_atomic(made / "report.md", trend_page(trend).encode())
+        frames = write_frames(made, {"trend_by_step": source.trend})
+        write_sealed(made / SUMMARY, {**trend.summary(), "request": dict(request), "frames": frames})
+    return [output / "report.md", output / SUMMARY, output / "figures" / "trend.png"]
 
 
 def trend_page(trend: Trend) -> str:
-    """trend.md: the outcome, a row per metric, the picture, the limits."""
+    """report.md: the outcome, a row per metric, the picture, the limits."""
     name = plain(title_of(trend.delta or "delta", trend.source.is_kl))
     parts = [
         "# Mismatch over training steps",
@@ -160,7 +144,7 @@ def trend_page(trend: Trend) -> str:
         str(Bullets(tuple(plain(note) for note in trend.source.notes))) if trend.source.notes else "",
         "![every metric by step](figures/trend.png)",
         str(_ends_table(trend)),
-        "Every step with its interval: trend.parquet (frame trend\\_by\\_step) and trend.json.",
+        "Every step with its interval: trend\\_by\\_step.parquet and summary.json.",
         "## What the fit assumes",
         str(Bullets(tuple(plain(assumption) for assumption in ASSUMPTIONS))),
         "## What this cannot show",
@@ -214,15 +198,3 @@ def _value(row: pd.Series) -> str:
     bounds = f" [{sig(low)}, {sig(high)}]" if math.isfinite(low) and math.isfinite(high) else ""
     n = "" if pd.isna(row["n_tokens"]) else f" (n = {row['n_tokens']:,})"
     return f"{sig(float(row['value']))}{bounds}{n}"
-
-
-def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as strict JSON: what is not finite becomes null."""
-    return [
-        {str(name): None if _is_absent(value) else value for name, value in row.items() if name != "metric"}
-        for row in rows.astype(object).to_dict("records")
-    ]
-
-
-def _is_absent(value: Any) -> bool:
-    return value is pd.NA or (isinstance(value, float) and not math.isfinite(value))

@@ -26,6 +26,7 @@ from moediag.analysis.series import (
     KL_METRICS,
     TREND_BY_STEP,
     UNITS,
+    Z95,
     range_of,
     standard_error_of,
     step_metrics,
@@ -360,8 +361,8 @@ def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) ->
         "metric": ours,
         "value": frame[theirs],
         # an error without bounds is drawn as the bounds of a Gaussian
-        "value_ci_low": np.where(has_no_bounds, frame[theirs] - _Z95 * se, low),
-        "value_ci_high": np.where(has_no_bounds, frame[theirs] + _Z95 * se, high),
+        "value_ci_low": np.where(has_no_bounds, frame[theirs] - Z95 * se, low),
+        "value_ci_high": np.where(has_no_bounds, frame[theirs] + Z95 * se, high),
         "se": np.where(np.isnan(se), implied, se),
         **{name: _whole(frame, name) for name in _COUNTS},
         "unit": unit,
@@ -371,10 +372,6 @@ def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) ->
         np.isnan(rows["se"]), f"the table has neither {theirs}_se nor {theirs}_ci_low, _ci_high", ""
     )
     return TREND_BY_STEP.validate(pd.DataFrame(rows))
-
-
-_Z95: Final = 1 / standard_error_of(-0.5, 0.5) / 2
-"""Half widths of a 95 % interval per standard error."""
 
 
 def _column(frame: pd.DataFrame, name: str) -> Any:
