@@ -25,9 +25,9 @@ from moediag.cli.story import cache_folder
 from moediag.demo.corpus import demo_prompts
 from moediag.demo.pair import build_pair
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.launch import FORCED, INFER_ENVIRONMENT
 from moediag.engines.plan import Sampling, make_plan
 from moediag.engines.routers import ModelRouting
+from moediag.engines.vllm.options import FORCED, INFER_ENVIRONMENT
 from moediag.run.codec import bytes_per_token
 from moediag.run.reader import Run, open_run
 

@@ -16,9 +16,9 @@ from test_engines_resume import captured, kill_when, wait_until_engines_are_gone
 from moediag.cli.main import main
 from moediag.engines.arms import arm_request
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.fill import Held
 from moediag.engines.launch import arm_options
 from moediag.engines.plan import SamplingOptions, make_plan
+from moediag.engines.process import Held
 from moediag.hygiene import check_run
 from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
@@ -86,7 +86,8 @@ def test_the_run_is_analysed_and_its_pages_name_the_engine(run: Run, capsys: pyt
     words = "transformers (generate) against transformers (teacher-forced)"
     assert f"Pair `infer-generate~train`, {words}" in page
     assert f"run: {words}" in capsys.readouterr().out
-    assert "vLLM" not in page.split("Further figures")[0].replace("vLLM's CPU router", "")
+    own = page.split("Published elsewhere")[0].replace("vLLM's CPU router", "")
+    assert "vLLM" not in own
     assert check_run(run) == []
 
 

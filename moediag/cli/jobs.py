@@ -11,9 +11,8 @@ from pathlib import Path
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
 from moediag.engines.arms import UNOBSERVED, ArmRequest, Reference
-from moediag.engines.channel import Engines
 from moediag.engines.checkpoint import Checkpoint, compare_checkpoints, compare_records, open_checkpoint
-from moediag.engines.launch import ENGINES, fill_arm
+from moediag.engines.launch import ENGINES, Engines, fill_arm
 from moediag.engines.plan import Plan, check_loadable, known_sampling
 from moediag.engines.tokenised import refuse_other_tokenizer
 from moediag.errors import CheckpointError, DiskFullError, IncompleteRunError, RunConflictError

@@ -100,7 +100,8 @@ class Settings:
             EngineError: an option that would make the capture wrong, with the reason.
         """
         from moediag.engines.arms import UNOBSERVED, arm_request
-        from moediag.engines.launch import infer_options, observable, train_options
+        from moediag.engines.launch import train_options
+        from moediag.engines.vllm.options import infer_options, observable
 
         made, shared = recipe(name), {"dtype": self.dtype.value, "trust_remote_code": self.trust_remote_code or None}
         if made.engine == VLLM:

@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from moediag.engines.arms import ArmRequest
 from moediag.engines.assemble import capture_of, gate_weights_words
-from moediag.engines.channel import Reporter
-from moediag.engines.fill import Held, OnDone, fill_missing_shards, seed_of
 from moediag.engines.hf.batching import PACKED, Batch, Batching, alone, refuse_leak
 from moediag.engines.hf.perturbation import Perturbed
 from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps, find_blocks, stage_dtypes
+from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, seed_of
 from moediag.engines.provenance import arm_sections, plain, process_facts, stored_dtypes
 from moediag.engines.routers import ModelRouting
 from moediag.engines.versions import numeric_versions, require_train_engine

@@ -25,11 +25,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from moediag.engines.arms import ArmRequest
 from moediag.engines.assemble import capture_of, order_rows, token_rows
-from moediag.engines.channel import Reporter
-from moediag.engines.fill import Held, OnDone, seed_of
 from moediag.engines.hf.engine import TrainEngine, fill_arm, float_dtypes, refuse_missing_input, to_numpy
 from moediag.engines.hf.taps import RoutingTaps
 from moediag.engines.plan import load_prompt_tokens
+from moediag.engines.process import Held, OnDone, Reporter, seed_of
 from moediag.run.capture import TokenRows
 from moediag.run.recipes import SAMPLED
 from moediag.run.shards import Shard

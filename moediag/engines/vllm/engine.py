@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 
 from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, UNOBSERVED, ArmRequest
 from moediag.engines.assemble import IDS, capture_of, gate_weights_words, order_rows, recomputed_rows, token_rows
-from moediag.engines.channel import Reporter
-from moediag.engines.fill import Held, OnDone, fill_missing_shards, seed_of
-from moediag.engines.launch import OBSERVER_FORCES
 from moediag.engines.plan import load_prompt_tokens
+from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, seed_of
 from moediag.engines.provenance import arm_sections
 from moediag.engines.routers import ModelRouting
 from moediag.engines.versions import numeric_versions, require_infer_engine
 from moediag.engines.vllm.built import vllm_engine_config, vllm_sampling
+from moediag.engines.vllm.options import OBSERVER_FORCES
 from moediag.engines.vllm.paths import (
     DISTRIBUTIONS,
     Response,
