@@ -290,11 +290,11 @@ def test_analysis_and_figures_import_no_engine() -> None:
 
 _LAYERS = (
     ("notation", "errors", "frames", "prompts"),
-    ("run", "folder"),
+    ("run", "folder", "statistics"),
     ("analysis", "corrections", "hygiene"),
     ("figures", "audit"),
     ("report",),
-    ("results",),
+    ("results", "headlines", "shown", "library"),
     ("cli",),
 )
 

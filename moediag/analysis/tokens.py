@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moediag.analysis.declarations import TOKENS
 from moediag.analysis.expert_sets import NOT_COMPARED, ExpertComparison, compare_block
-from moediag.analysis.misrouting import MisroutedMass, misrouted_mass
+from moediag.analysis.routing_counts import MisroutedMass, misrouted_mass
 from moediag.run.align import Pair, PairBlock
 
 Float64 = NDArray[np.float64]
