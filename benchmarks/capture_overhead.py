@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from moediag.cli.story import cache_folder
+from moediag.cli.demo import cache_folder
 from moediag.demo.corpus import demo_prompts
 from moediag.demo.pair import build_pair
 from moediag.engines.checkpoint import open_checkpoint

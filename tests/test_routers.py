@@ -14,6 +14,7 @@ import torch
 from conftest import REPOSITORY
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rule_agreement import plain_topk
 
 from moediag.cli.main import main
 from moediag.engines.hf.taps import RoutingTaps
@@ -23,7 +24,6 @@ from moediag.engines.routers import (
     choice_scores,
     group_scores,
     margins,
-    plain_topk,
     router_spec,
     supported_families,
 )
