@@ -216,8 +216,8 @@ def test_rotary_dim_alone_is_enough_and_may_not_contradict(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"score_function": "softmax"}, "score_function = 'softmax' (wanted 'sigmoid')"),
-        ({"norm_head": True}, "norm_head = True (wanted False)"),
+        ({"score_function": "softmax"}, "score_function = 'softmax' (expected 'sigmoid')"),
+        ({"norm_head": True}, "norm_head = True (expected False)"),
         ({"router_dtype": "fp16"}, "router_dtype = 'fp16'"),
         ({"architectures": ["BailingMoeForCausalLM"], "score_function": None}, "score_function = None"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),

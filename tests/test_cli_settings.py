@@ -97,8 +97,8 @@ def test_whole_distributions_need_hooks(capsys: pytest.CaptureFixture[str], prom
     assert o.parse_full_vocab("0", o.Observer.native) == 0
     for text, observer, words in (
         ("all", o.Observer.native, "needs --observer hooks"),
-        ("some", o.Observer.hooks, "wanted a number of sequences, or all"),
-        ("-1", o.Observer.hooks, "wanted a number of sequences, or all"),
+        ("some", o.Observer.hooks, "expected a number of sequences, or all"),
+        ("-1", o.Observer.hooks, "expected a number of sequences, or all"),
     ):
         with pytest.raises(EngineError, match=words):
             o.parse_full_vocab(text, observer)
@@ -113,5 +113,5 @@ def test_whole_distributions_need_hooks(capsys: pytest.CaptureFixture[str], prom
         "x",
     ]
     assert main(arguments) == 1
-    assert "--full-vocab x: wanted a number of sequences, or all" in capsys.readouterr().err
+    assert "--full-vocab x: expected a number of sequences, or all" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -88,9 +88,9 @@ def _edit_config(folder: Path, **changes: object) -> None:
         ),
         (lambda c: _edit_config(c, model_type="jamba"), "MoE family jamba is not known to this version"),
         (lambda c: _edit_config(c, num_experts_per_tok=99), "num_experts_per_tok = 99 with 8 experts"),
-        (lambda c: _edit_config(c, architectures=5), "of another kind than wanted"),
-        (lambda c: _edit_config(c, num_local_experts="x"), "of another kind than wanted"),
-        (lambda c: _edit_config(c, mlp_only_layers=3), "of another kind than wanted"),
+        (lambda c: _edit_config(c, architectures=5), "of another kind than expected"),
+        (lambda c: _edit_config(c, num_local_experts="x"), "of another kind than expected"),
+        (lambda c: _edit_config(c, mlp_only_layers=3), "of another kind than expected"),
         (lambda c: (c / "model.safetensors").rename(c / "weights.safetensors"), "has no weights"),
         (lambda c: _edit_config(c, model_type="mine", num_local_experts=0, auto_map={}), "--trust-remote-code"),
         (shutil.rmtree, "does not exist"),
@@ -112,7 +112,7 @@ def test_an_unusable_checkpoint_is_refused(
         ("pipeline-parallel-size=2", "each stage sees only its own layers"),
         ("enable_eplb=true", "physical"),
         ("speculative_config={}", "drafted tokens"),
-        ("nonsense", "wanted KEY=VALUE"),
+        ("nonsense", "expected KEY=VALUE"),
     ],
 )
 def test_engine_options_that_would_spoil_the_capture_are_refused_with_the_reason(
@@ -126,7 +126,7 @@ def test_engine_options_that_would_spoil_the_capture_are_refused_with_the_reason
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [
-        ("--top-p=0", "top_p = 0.0: wanted in (0, 1]"),
+        ("--top-p=0", "top_p = 0.0: expected in (0, 1]"),
         ("--top-k=-7", "top_k = -7"),
         ("--temperature=inf", "temperature = inf"),
         ("--seed=-1", "seed = -1"),

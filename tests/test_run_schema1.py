@@ -81,7 +81,7 @@ def test_a_mistyped_arm_is_no_train_arm(run: Run) -> None:
         if role:
             assert run.arm(name).role == role
         else:
-            with pytest.raises(CorruptRunError, match="wanted a name that begins with infer or train"):
+            with pytest.raises(CorruptRunError, match="expected a name that begins with infer or train"):
                 run.arm(name)
 
 

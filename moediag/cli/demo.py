@@ -72,10 +72,10 @@ def _simulate(path: Path, force: bool) -> None:
     from moediag.results.simulation import Grid
     from moediag.run.reader import open_run
 
-    asked, run = Asked(path, choose(), Grid()), open_run(path)
-    folder = asked.folder(run, None, force)
-    simulation = asked.simulate(run)
-    pages = [] if folder is None else asked.write(simulation, folder, shell_command("simulate", path), force)
+    request, run = Asked(path, choose(), Grid()), open_run(path)
+    folder = request.folder(run, None, force)
+    simulation = request.simulate(run)
+    pages = [] if folder is None else request.write(simulation, folder, shell_command("simulate", path), force)
     show_sentences(simulation)
     for page in pages:
         wrote(page)

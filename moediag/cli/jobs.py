@@ -1,4 +1,4 @@
-"""What the capturing commands share: say what will happen, run the engines, show the result."""
+"""What the capturing commands share: announce what will happen, run the engines, show the result."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def join(
     trust_remote_code: bool,
     is_other_checkpoint: bool,
 ) -> tuple[Run, Checkpoint]:
-    """An arm for a run that exists: the run's checkpoint, wherever it lies on this machine, or another one if said so.
+    """An arm for a run that exists: the run's checkpoint, wherever it lies on this machine, or another one.
 
     Raises:
         RunConflictError: the checkpoint is not the one the run was made with, or it is and was called another.
@@ -135,7 +135,7 @@ def join(
     if is_other and not is_other_checkpoint:
         words = "none" if there is None else there.words
         raise RunConflictError(
-            f"{output} was made with another checkpoint: {words} there, {checkpoint.record.words} asked; use "
+            f"{output} was made with another checkpoint: {words} there, {checkpoint.record.words} given; use "
             "another -o, or --other-checkpoint to compare the two"
         )
     if run.record.tokenizer is not None:
@@ -205,7 +205,7 @@ class Arms:
         """Refuse what cannot be captured, before any engine is started.
 
         Raises:
-            CheckpointError: replay is asked of a dense model, which has no routes.
+            CheckpointError: replay of a dense model, which has no routes.
             RunConflictError: an arm is there that was made another way.
             IncompleteRunError: an arm has every shard, but nothing says how they were made.
         """
@@ -263,7 +263,7 @@ class Arms:
 
 
 def capture(*captures: Arms, is_shared: bool = False) -> None:
-    """Fill the worker's slice of the arms asked for, with as few engine processes and loads as there can be.
+    """Fill the worker's slice of the requested arms, with as few engine processes and loads as there can be.
 
     Args:
         is_shared: shards may be left to other workers; else every arm must be complete before the next begins.
@@ -288,7 +288,7 @@ def capture(*captures: Arms, is_shared: bool = False) -> None:
             else:
                 slice_ = "" if run.is_complete(request.arm) else f"slice {writer.worker} is "
                 note(f"{named}: {slice_}complete, nothing to capture")
-            _tell_what_remains(writer, request.arm, named, is_shared)
+            _note_what_remains(writer, request.arm, named, is_shared)
     for one in captures:
         if all(one.writer.run.is_complete(request.arm) for request in one.requests):
             drop_replaced(one.writer.run.path)
@@ -302,7 +302,7 @@ def _by_engine(captures: Sequence[Arms]) -> list[tuple[Arms, ArmRequest]]:
 
 @contextmanager
 def _replacing(run: Run) -> Iterator[None]:
-    """The run that --force set aside comes back when the new one ends before its first shard; say what is where."""
+    """The run that --force set aside comes back when the new one ends before its first shard, with a note."""
     kept = replaced(run.path)
     where = f"the run that was in {run.path} is kept in {kept}"
     if kept.exists():
@@ -325,7 +325,7 @@ def title(request: ArmRequest) -> str:
     return f"{ENGINE_WORDS[request.engine]} ({request.arm})"
 
 
-def _tell_what_remains(writer: RunWriter, arm: str, named: str, is_shared: bool) -> None:
+def _note_what_remains(writer: RunWriter, arm: str, named: str, is_shared: bool) -> None:
     """Shards of other workers: a remark where the arm is shared, else the end of the command."""
     run = writer.run
     missing = run.missing_shards(arm)

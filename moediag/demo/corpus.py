@@ -49,7 +49,7 @@ def demo_prompts(n: int) -> list[str]:
     """
     prompts = _all_prompts()
     if not 0 <= n <= len(prompts):
-        raise ValueError(f"n: wanted 0 to {len(prompts)} prompts (all that the help topics hold out), found {n}")
+        raise ValueError(f"n: expected 0 to {len(prompts)} prompts (all that the help topics hold out), found {n}")
     return list(prompts[:n])
 
 

@@ -73,5 +73,5 @@ def orthogonalized(stacks: "list[Tensor]") -> "list[Tensor]":
 
 def _gradient(parameter: "Tensor") -> "Tensor":
     if parameter.grad is None:
-        raise ValueError(f"wanted a gradient for every matrix, found none for one of shape {tuple(parameter.shape)}")
+        raise ValueError(f"expected a gradient for every matrix, found none for one of shape {tuple(parameter.shape)}")
     return parameter.grad

@@ -1,6 +1,6 @@
 """Builds the demo pair: a MoE and a dense checkpoint, cached by everything that decides them.
 
-Invariants: what stands under CACHE/<digest>/ is complete (built under another name, then renamed);
+Invariants: what lies under CACHE/<digest>/ is complete (built under another name, then renamed);
 another recipe, corpus, training code, torch or transformers means another digest.
 """
 
@@ -51,7 +51,7 @@ def build_pair(
         ValueError: If both recipes have one name.
     """
     if moe.name == dense.name:
-        raise ValueError(f"recipe names: wanted two different folder names, found {moe.name!r} twice")
+        raise ValueError(f"recipe names: expected two different folder names, found {moe.name!r} twice")
     corpus = training_text()
     final = cache_dir / pair_digest((moe, dense), corpus)
     if not final.exists():

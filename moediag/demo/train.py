@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MAX_LENGTH = 2048
 
 # Two hazards of training in threads: initial weights come from torch's one global generator, and
-# transformers' lazy imports fail when two threads ask at once.
+# transformers' lazy imports fail when two threads import at once.
 _setup = threading.Lock()
 
 

@@ -58,7 +58,7 @@ class Child:
 
     Args:
         environment: all of its environment variables.
-        output: receives what it says before its first job.
+        output: receives what it prints before its first job.
     """
 
     def __init__(self, environment: dict[str, str], output: IO[bytes]) -> None:
@@ -232,7 +232,7 @@ def fill_arm(
 
 
 def arm_options(checkpoint: Checkpoint, request: ArmRequest) -> dict[str, Any]:
-    """What an engine process is told of an arm."""
+    """What an engine process receives of an arm."""
     # "auto" means another dtype to each engine where a checkpoint is stored in float32: say it in words.
     options = dict(request.options)
     if options.get("dtype") == "auto":

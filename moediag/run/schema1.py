@@ -131,7 +131,7 @@ def _recipe(name: str, where: str) -> Recipe:
     """What an arm was, which schema 1 says by its name's first word."""
     found = RECIPES.get(name) or RECIPES.get(name.partition("-")[0])
     if found is None:
-        raise CorruptRunError(f"{where} is of arm {name!r}: wanted a name that begins with infer or train")
+        raise CorruptRunError(f"{where} is of arm {name!r}: expected a name that begins with infer or train")
     return found
 
 

@@ -33,7 +33,7 @@ FORCED = {
     "logprobs_mode": "raw_logprobs",  # before temperature and penalties: what HF's log_softmax gives
 }
 
-# The native observer leaves graphs and scheduling alone; it wants prefix caching on (no request reads the cache).
+# The native observer leaves graphs and scheduling alone; it needs prefix caching on (no request reads the cache).
 _NATIVE = {
     "enable_return_routed_experts": True,
     "enable_prefix_caching": True,
@@ -58,8 +58,8 @@ _HARMLESS = {
 _REFUSED = {
     "enforce_eager": "taps do not fire inside CUDA graphs or compiled code, capture needs eager execution",
     "enable_prefix_caching": "positions read from the prefix cache are never routed again, so their rows would lack",
-    "async_scheduling": "entropies could not be told apart between overlapping steps",
-    "generation_config": "sampling must be what was asked for, not what the checkpoint's file says",
+    "async_scheduling": "entropies could not be distinguished between overlapping steps",
+    "generation_config": "sampling must be what was requested, not what the checkpoint's file says",
     "logprobs_mode": "log-probabilities must be comparable with log_softmax of the raw logits",
     "worker_extension_cls": "the taps are this option's user",
     "speculative_config": "drafted tokens give routing rows that belong to no sampled token",
@@ -69,7 +69,7 @@ _REFUSED = {
     "enable_expert_parallel": "ranks would see different tokens; not implemented in this version",
     "enable_eplb": "expert ids would be physical, not the model's own",
     "enable_return_routed_experts": "give --observer native or both",
-    "enable_dbo": "two half batches are in flight at once, rows could not be told apart",
+    "enable_dbo": "two half batches are in flight at once, rows could not be distinguished",
     "trust_remote_code": "give --trust-remote-code, which asks for a pinned revision",
     "model": "give the checkpoint as the command's argument",
     "dtype": "give --dtype",
