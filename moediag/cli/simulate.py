@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moediag.corrections.chosen import Chosen
     from moediag.corrections.correction import Correction
     from moediag.corrections.sources import Source
-    from moediag.corrections.table_files import OnProgress
+    from moediag.importers.tables import OnProgress
     from moediag.results.simulation import Grid, Simulation
     from moediag.run.reader import Run
 

@@ -37,6 +37,7 @@ from moediag.hygiene.chance import (
 )
 from moediag.hygiene.findings import N_PLACES, Count, Finding, Place, counted, finding
 from moediag.hygiene.rows import MIN_ROWS, TOKEN_LAGS, Rows, aligned
+from moediag.run.capture import LARGEST_ROUNDED_LOGP
 from moediag.statistics.intervals import ratio_mean_interval
 
 Float64 = NDArray[np.float64]
@@ -46,10 +47,6 @@ MOST_ENTROPY_OF_CERTAIN = 1.02
 
 _ROUNDING = 1e-3
 """Entropies may be negative by rounding of -sum p log p in half precision; below this [nat] they are wrong."""
-
-LARGEST_ROUNDED_LOGP = 1e-4
-"""Log-probability [nat] up to which a value above 0 is rounding and counts as 0: a float32 logit less its logsumexp is
-off by half a unit in the last place, 6.1e-5 for logits of 1,024 to 2,048. Beyond it, it is no log-probability."""
 
 FAR = 0.2
 """abs(logp_diff) [nat] that healthy tokens seldom reach: ten times the mean of published healthy pairs (0.011 to
