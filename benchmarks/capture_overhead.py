@@ -28,7 +28,7 @@ from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.plan import Sampling, make_plan
 from moediag.engines.routers import ModelRouting
 from moediag.engines.vllm.options import FORCED, INFER_ENVIRONMENT
-from moediag.run.codec import bytes_per_token
+from moediag.run.capture import bytes_per_token
 from moediag.run.reader import Run, open_run
 
 N_PROMPTS, MAX_TOKENS, N_ROUNDS = 32, 128, 7

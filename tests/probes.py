@@ -21,8 +21,8 @@ from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.launch import Engines, Job, arm_options
 from moediag.engines.process import Held, Reporter, fill_missing_shards
 from moediag.engines.vllm.options import INFER_ENVIRONMENT
+from moediag.run.capture import WHOLE
 from moediag.run.reader import Run
-from moediag.run.shards import WHOLE
 from moediag.run.writer import RunWriter
 
 TESTS = Path(__file__).parent

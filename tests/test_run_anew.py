@@ -14,7 +14,7 @@ from moediag.cli.main import main
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.errors import RunConflictError
-from moediag.run.codec import encode_prompts
+from moediag.run.capture import encode_prompts
 from moediag.run.create import create_run
 from moediag.run.reader import Run, open_run
 from moediag.run.records import Sampling

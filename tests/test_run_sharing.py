@@ -29,10 +29,10 @@ from scripted_engine import (
 from moediag.errors import RunConflictError
 from moediag.hygiene import check_run
 from moediag.run import claims
+from moediag.run.capture import Shard, Slice
 from moediag.run.create import replaced
 from moediag.run.derived import derived_damage
 from moediag.run.reader import open_run
-from moediag.run.shards import Shard, Slice
 from moediag.run.writer import RunWriter
 
 LAYOUT: dict[str, Any] = {"n_prompts": 12, "shard_size": 2}

@@ -36,10 +36,10 @@ from moediag.errors import CheckpointError, CorruptRunError, EngineError, Incomp
 from moediag.folder import SUMMARY, made_whole, read_frames, write_frames
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.run import claims
+from moediag.run.capture import WHOLE
 from moediag.run.derived import GRADIENTS, GRAMS, captures_digest, settle_derived
 from moediag.run.files import digest_of, read_checked, read_sealed, write_sealed
 from moediag.run.reader import Run
-from moediag.run.shards import WHOLE
 from moediag.run.writer import CLAIMS, RunWriter
 
 GROUPS: Final = (LM_HEAD, "routers", "experts", "attention")

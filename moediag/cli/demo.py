@@ -66,7 +66,7 @@ def command(
 def _simulate(path: Path, force: bool) -> None:
     from moediag.cli.console import wrote
     from moediag.cli.simulate import Asked
-    from moediag.cli.simulation_table import show_sentences
+    from moediag.cli.table import show_sentences
     from moediag.corrections.chosen import choose
     from moediag.results.load import shell_command
     from moediag.results.simulation import Grid

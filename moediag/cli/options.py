@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from moediag.errors import EngineError, RunError
-from moediag.run.shards import Slice
+from moediag.run.capture import Slice
 
 if TYPE_CHECKING:
     from moediag.hygiene import Finding

@@ -23,9 +23,9 @@ from moediag.engines.process import CHANNEL
 from moediag.engines.versions import require_infer_engine, require_train_engine
 from moediag.engines.vllm.options import infer_environment
 from moediag.errors import EngineError
+from moediag.run.capture import WHOLE
 from moediag.run.files import make_folder, write_error
 from moediag.run.recipes import DECODE, ENGINE_WORDS, PREFILL, SAMPLED, TEACHER_FORCED, TRANSFORMERS, VLLM
-from moediag.run.shards import WHOLE
 from moediag.run.writer import RunWriter
 
 TRAIN_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -23,12 +23,11 @@ from moediag.engines.tokenised import check_lengths, map_digest, token_map, toke
 from moediag.errors import CheckpointError, CorruptRunError, EngineError
 from moediag.notation import INFER
 from moediag.prompts import read_prompts
-from moediag.run.codec import bytes_per_token, encode_prompts
+from moediag.run.capture import Shard, bytes_per_token, encode_prompts, split_into_shards
 from moediag.run.create import bring_back, create_run
 from moediag.run.files import digest_of, sha256_bytes
 from moediag.run.reader import Run
 from moediag.run.records import MANIFEST, Prompts, RunRecord, Sampling, Tokenizer, TokensFrom
-from moediag.run.shards import Shard, split_into_shards
 from moediag.run.vocabulary import chosen_in
 from moediag.run.writer import RunWriter
 

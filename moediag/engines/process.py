@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from moediag.errors import DiskFullError, EngineError, MoediagError
+from moediag.run.capture import Shard, Slice
 from moediag.run.files import write_error
 from moediag.run.reader import open_run
-from moediag.run.shards import Shard, Slice
 from moediag.run.writer import RunWriter
 
 CHANNEL = "MOEDIAG_CHANNEL_FD"

@@ -28,10 +28,9 @@ from moediag.engines.provenance import arm_sections, plain, process_facts, store
 from moediag.engines.routers import ModelRouting
 from moediag.engines.versions import numeric_versions, require_train_engine
 from moediag.errors import CheckpointError, IncompleteRunError
-from moediag.run.capture import Capture, TokenRows, arrays_of
+from moediag.run.capture import Capture, Shard, TokenRows, arrays_of
 from moediag.run.reader import Run
 from moediag.run.records import ArmRecord
-from moediag.run.shards import Shard
 from moediag.run.vocabulary import VocabRows
 from moediag.run.writer import RunWriter
 

@@ -29,9 +29,8 @@ from moediag.engines.hf.engine import TrainEngine, fill_arm, float_dtypes, refus
 from moediag.engines.hf.taps import RoutingTaps
 from moediag.engines.plan import load_prompt_tokens
 from moediag.engines.process import Held, OnDone, Reporter, seed_of
-from moediag.run.capture import TokenRows
+from moediag.run.capture import Shard, TokenRows
 from moediag.run.recipes import SAMPLED
-from moediag.run.shards import Shard
 from moediag.run.vocabulary import VocabRows
 from moediag.run.writer import RunWriter
 

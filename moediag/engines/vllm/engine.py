@@ -38,11 +38,10 @@ from moediag.engines.vllm.paths import (
     sampling_parameters,
 )
 from moediag.errors import CaptureError, CheckpointError, EngineError, IncompleteRunError
-from moediag.run.capture import TokenRows, arrays_of
+from moediag.run.capture import Shard, TokenRows, arrays_of
 from moediag.run.files import rows_prefix
 from moediag.run.recipes import PREFILL, SAMPLED
 from moediag.run.records import ArmRecord
-from moediag.run.shards import Shard
 from moediag.run.writer import RunWriter
 
 _WORKER = "moediag.engines.vllm.worker.MoediagWorkerExtension"
