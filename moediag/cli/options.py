@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from moediag.errors import EngineError, RunError
-from moediag.run.capture import Slice
 
 if TYPE_CHECKING:
     from moediag.hygiene import Finding
+    from moediag.run.capture import Slice
 
 _ALL_SEQUENCES = 2**31
 
@@ -271,6 +271,8 @@ def parse_slice(shard_index: int | None, num_shards: int | None) -> Slice:
         >>> str(parse_slice(1, 4))
         '1/4'
     """
+    from moediag.run.capture import Slice
+
     if (shard_index is None) != (num_shards is None):
         given, lacking = "--shard-index", "--num-shards"
         if shard_index is None:
