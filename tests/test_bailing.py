@@ -268,8 +268,8 @@ def test_vllms_own_model_gives_the_same_logprobs_and_experts(expected: dict[str,
 
 def run_vllm(output: str) -> None:
     """Score the expected input with vLLM's model, taps on, and save log-probabilities and routing."""
-    from moediag.engines.launch import FORCED, INFER_ENVIRONMENT
     from moediag.engines.routers import router_spec
+    from moediag.engines.vllm.options import FORCED, INFER_ENVIRONMENT
 
     os.environ.update({name: value for name, value in INFER_ENVIRONMENT.items() if name not in os.environ})
     import torch

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +17,13 @@ import pytest
 from conftest import MOEDIAG, REPOSITORY, run_moediag, write_jsonl
 from scripted_engine import make_scripted_run
 
+from moediag.cli import main as entry
 from moediag.cli.main import main
+from moediag.cli.options import NOT_SO
 from moediag.engines import versions
-from moediag.errors import DependencyError
+from moediag.engines.checkpoint import open_checkpoint
+from moediag.errors import CheckpointError, DependencyError
+from moediag.run.files import TOKENIZER_FILES
 
 
 @pytest.fixture
@@ -228,10 +234,30 @@ def test_a_missing_engine_is_named_with_what_to_install() -> None:
         versions.require(absent)
 
 
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+def test_every_kind_of_tokenizer_file_is_found_and_digested(checkpoint: Path, name: str) -> None:
+    """Two lists of tokenizer files: a checkpoint with one that the other lacked opened, and its digest saw no file."""
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        open_checkpoint(str(checkpoint))
+    digests = set()
+    for content in ("one", "other"):
+        (checkpoint / name).write_text(content)
+        digests.add(open_checkpoint(str(checkpoint)).digests["tokenizer_sha256"])
+    assert len(digests) == 2
+
+
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile"]) == 2
     assert main(["nonsense"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_every_exit_code_is_listed_where_the_command_line_begins() -> None:
+    """``diff-env --fail-on-difference`` and ``--strict`` ended with 3, which the list left out."""
+    listed = (entry.__doc__ or "").partition("Exit codes:")[2]
+    used = {0, 1, 2, NOT_SO, *(128 + number for number in (signal.SIGINT, signal.SIGTERM))}
+    assert {int(number) for number in re.findall(r"\b\d+\b", listed)} == used
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -294,8 +320,10 @@ def test_imports_only_point_downwards() -> None:
 
 
 def test_an_import_in_a_string_is_seen(tmp_path: Path) -> None:
+    """Bug: a process's task named a function of moediag.audit, above its room, and no test saw it."""
     module = tmp_path / "module.py"
     module.write_text(
+        '"""Not moediag.report: prose."""\n'
         'from moediag import audit\nimport moediag.run.files\nX = "moediag.engines.child:main"\n'
         'Y = f"moediag.demo.{X}"\nfrom moediag import __version__\nZ = "moediag demo"\n'
     )
@@ -304,7 +332,6 @@ def test_an_import_in_a_string_is_seen(tmp_path: Path) -> None:
 
 def _imported_rooms(path: Path) -> Iterator[str]:
     import ast
-    import re
 
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []

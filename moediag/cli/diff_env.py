@@ -25,7 +25,7 @@ _MARK = "..."
 
 OtherRun = Annotated[Path | None, typer.Argument(metavar="[RUN_B]", help="Run to compare with; none: arms of one run.")]
 Arms = Annotated[
-    str | None, typer.Option(metavar="A,B", help="Two arms of one run; default: what stands for infer and for train.")
+    str | None, typer.Option(metavar="A,B", help="Two arms of one run; default: the reference infer and train arms.")
 ]
 Fail = Annotated[bool, typer.Option("--fail-on-difference", help="Exit code 3 when anything differs.")]
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from moediag.errors import EngineError, RunError
-from moediag.run.capture import Slice
 
 if TYPE_CHECKING:
     from moediag.hygiene import Finding
+    from moediag.run.capture import Slice
 
 _ALL_SEQUENCES = 2**31
 
@@ -191,7 +191,7 @@ Strict = Annotated[
     bool, typer.Option("--strict", help="Exit code 3 when the rules of validate find an error in the tokens.")
 ]
 NOT_SO: Final = 3
-"""Exit code: what was asked about is not so."""
+"""Exit code: the answer is no."""
 
 
 def refuse_errors(findings: Iterable[Finding]) -> None:
@@ -271,6 +271,8 @@ def parse_slice(shard_index: int | None, num_shards: int | None) -> Slice:
         >>> str(parse_slice(1, 4))
         '1/4'
     """
+    from moediag.run.capture import Slice
+
     if (shard_index is None) != (num_shards is None):
         given, lacking = "--shard-index", "--num-shards"
         if shard_index is None:

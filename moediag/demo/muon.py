@@ -36,7 +36,7 @@ class Muon:
         self._momentum = momentum
 
     def step(self, lr: float) -> None:
-        """Move every matrix by `lr` times its orthogonalized, Nesterov-averaged gradient."""
+        """Move every matrix by ``lr`` times its orthogonalized, Nesterov-averaged gradient."""
         groups = defaultdict(list)
         for parameter, average in zip(self._parameters, self._averages, strict=True):
             gradient = _gradient(parameter)

@@ -1,6 +1,6 @@
-"""Build the demo pair: a MoE and a dense checkpoint, cached by everything that decides them.
+"""The demo pair: a MoE and a dense checkpoint, cached by everything that decides them.
 
-Invariants: what stands under CACHE/<digest>/ is complete (built under another name, then renamed);
+Invariants: what lies under CACHE/<digest>/ is complete (built under another name, then renamed);
 another recipe, corpus, training code, torch or transformers means another digest.
 """
 
@@ -50,7 +50,7 @@ def build_pair(
         Checkpoint folders (MoE, dense) that transformers and vLLM load.
 
     Raises:
-        ValueError: if both recipes have one name.
+        ValueError: both recipes have one name.
     """
     if moe.name == dense.name:
         raise ValueError(f"recipe names: expected two different folder names, found {moe.name!r} twice")
@@ -66,7 +66,7 @@ def build_pair(
 
 
 def pair_digest(recipes: tuple[Recipe, ...], corpus: str) -> str:
-    """Name a pair by its recipes, corpus, the demo's own source text and the library versions.
+    """Name of a pair by its recipes, corpus, the demo's own source text and the library versions.
 
     Returns:
         16 hexadecimal digits.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_LENGTH = 2048
 
 # Two hazards of training in threads: initial weights come from torch's one global generator, and
-# transformers' lazy imports fail when two threads ask at once.
+# transformers' lazy imports fail when two threads import at once.
 _setup = threading.Lock()
 
 
@@ -36,7 +36,7 @@ _setup = threading.Lock()
 class Recipe:
     """Everything that decides a demo model but the corpus and the library versions.
 
-    Attributes:
+    Args:
         name: folder name of the checkpoint.
         n_experts: experts per MoE layer; 0 for a dense model.
         n_active_experts: experts per token (K).
@@ -45,13 +45,13 @@ class Recipe:
         z_loss: weight of the squared log-partition of the output: it keeps logits near 0, where bf16
             is fine. Without it they sit near 8, and rounding of the output alone (both models) is 0.005.
         init_std: standard deviation of the initial weights.
-        window: training sequence length, in bytes.
+        window: length of a training sequence [bytes].
         batch: sequences per step.
         muon_lr: peak learning rate of the matrices inside the layers (attention, MLP, experts).
         adam_lr: peak learning rate of embeddings and norms.
         router_lr: peak learning rate of routers. Low: at the embeddings' rate the first expert soon
             takes 0.7 of the weight and the last 0.03, and a flip of the last moves nothing. All
-            rates rise linearly over `n_warmup` steps, then fall linearly to 0.
+            rates rise linearly over ``n_warmup`` steps, then fall linearly to 0.
     """
 
     name: str
@@ -84,7 +84,7 @@ DENSE = Recipe(name="dense", n_experts=0, n_active_experts=0, mlp_size=256)
 def train(recipe: Recipe, corpus: str, on_step: Callable[[int, int, float], None]) -> PreTrainedModel:
     """Train one model from scratch.
 
-    Runs on however many threads torch is set to; `build_pair` sets one, for speed and for weights
+    Runs on however many threads torch is set to; ``build_pair`` sets one, for speed and for weights
     that do not depend on the machine's core count.
 
     Args:

@@ -129,9 +129,9 @@ def check_supported(config: BailingMoeV2Config) -> None:
     """
     rope_type = config.rope_parameters["rope_type"]
     wrong = [
-        f"{name} = {getattr(config, name)!r} (expected {wanted!r})"
-        for name, wanted in _REQUIRED.items()
-        if getattr(config, name) != wanted
+        f"{name} = {getattr(config, name)!r} (expected {expected!r})"
+        for name, expected in _REQUIRED.items()
+        if getattr(config, name) != expected
     ]
     if config.router_dtype not in _ROUTER_DTYPES:
         wrong.append(f"router_dtype = {config.router_dtype!r} (expected one of {_ROUTER_DTYPES})")

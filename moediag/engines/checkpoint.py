@@ -205,9 +205,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     single = path / "model.safetensors"
     if not single.exists():
         pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
-        advice = (
-            "only pickled weights were found, convert them to safetensors" if pickles else "expected it or its index"
-        )
+        advice = "only pickled weights were found, convert them to safetensors" if pickles else "need it or its index"
         raise CheckpointError(f"{path} has no weights (model.safetensors): {advice}")
     return (single,)
 

@@ -86,7 +86,7 @@ class ModelRouting:
         )
 
     def record(self) -> dict[str, Any]:
-        """In plain types, as an engine process is told it."""
+        """In plain types, as an engine process receives it."""
         return {**asdict(self), "decoder_layers": list(self.decoder_layers)}
 
     @classmethod
@@ -338,10 +338,3 @@ def apply_rule(logits: torch.Tensor, spec: ModelRouting, bias: torch.Tensor | No
     import torch
 
     return torch.topk(choice_scores(logits, spec, bias), spec.top_k, dim=-1).indices
-
-
-def plain_topk(logits: torch.Tensor, spec: ModelRouting) -> torch.Tensor:
-    """TopK of the raw logits, (..., K): the contrast, wrong for every router with a bias or groups."""
-    import torch
-
-    return torch.topk(logits.float(), spec.top_k, dim=-1).indices

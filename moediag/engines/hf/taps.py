@@ -97,7 +97,7 @@ class RoutingTaps:
         """The forward's rows on the host, (T, L, ...), and forget them.
 
         Args:
-            row_T: rows of the forward to keep, in the order requested: padding is left out here.
+            row_T: rows of the forward to keep, in the order of the result: padding is left out here.
 
         Raises:
             CaptureError: a layer did not fire, or gave too few rows.
@@ -192,7 +192,7 @@ def _scores_of(ids_TK: torch.Tensor, weights_TK: torch.Tensor, scores_TE: torch.
 
 
 def _stacked(layers: list[torch.Tensor], row_T: torch.Tensor) -> torch.Tensor:
-    """(L, T, width) of the rows requested; on the host where the layers lie on several devices."""
+    """(L, T, width) of the chosen rows; on the host where the layers lie on several devices."""
     is_spread = len({layer.device for layer in layers}) > 1
     rows = [layer.cpu() if is_spread else layer for layer in layers]
     stacked = torch.stack(rows)
