@@ -95,6 +95,10 @@ class Metric:
         found: float | None = self._beside(pair, "_largest_prompt_share")
         return found
 
+    def is_measured(self, pair: Summary) -> bool:
+        """Whether the pair has what it is of: routing, for most; a value may be missing nevertheless."""
+        return self._group(pair) is not None
+
     def n(self, pair: Summary) -> int | None:
         """Tokens, sequences or choices behind it: those of its own group, else the pair's."""
         name = f"n_{self.counts}s"
@@ -132,8 +136,3 @@ def declare_metrics(*metrics: _M) -> tuple[_M, ...]:
             raise FrameError(f"metric {metric.name} is declared twice")
         METRICS[metric.name] = metric
     return metrics
-
-
-def metrics_of(group: str) -> list[Metric]:
-    """The metrics of one group of a pair's summary, in the order of their declarations."""
-    return [metric for metric in METRICS.values() if metric.path[0] == group]
