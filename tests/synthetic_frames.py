@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis import declarations as declared
-from moediag.analysis.attribution import flip_excess
+from moediag.analysis.attribution import flip_excess, flip_shares
 from moediag.analysis.declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS
 from moediag.analysis.routing import independent_flips
 from moediag.analysis.sequences import drift_by_length, sequence_frame
@@ -47,6 +47,7 @@ def make_run(
         "expert_swaps": declared.EXPERT_SWAPS.validate(_swaps(rng, flips, n_experts)),
         **_predicted(flips, first_decoder_layer),
         "flip_excess": flip_excess(tokens),
+        "flip_shares": flip_shares(tokens),
         "sequences": sequence_frame(tokens, n_layers),
         "drift_by_length": drift_by_length(sequence_frame(tokens, n_layers)),
         "metrics_by_stratum": metrics_by_stratum(tokens, n_layers),
