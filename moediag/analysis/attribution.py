@@ -7,7 +7,7 @@ Invariants:
       stratum;
     - it stays an association, an *excess* and not a cost: what makes a token hard without showing in its probability
       or entropy (unseen difficulty) is not controlled, infer's own flips move p_infer, and earlier flips act through
-      attention. Forcing the routes (rule R9) is the experiment.
+      attention. Forcing the routes is the experiment.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def _share(name: str, label: str, **rest: Any) -> Metric:
 
 TOKEN_SHARE, MASS_SHARE, EXPLAINED_SHARE = declare_metrics(
     _share("flip_token_share", "scored tokens with a flip"),
-    _share("flip_mass_share", "their share of the sum of abs(logp_diff)", definition=_SHARES),
-    _share("flip_explained_share", "share of the sum that flips explain", is_headline=True),
+    _share("flip_mass_share", "mismatch on tokens with a flip", definition=_SHARES),
+    _share("flip_explained_share", "mismatch that flips explain", is_headline=True),
 )
 
 FLIP_SHARES = declare(

@@ -125,6 +125,9 @@ class Metric:
 
 _M = TypeVar("_M", bound=Metric)
 
+_GROUPS: Final = {"logp": 0, "routing": 1}
+"""The groups of a pair's summary that tables begin with, whichever module was imported first."""
+
 METRICS: Final[dict[str, Metric]] = {}
 """Every metric by name, in the order of the tables; importing ``moediag.analysis`` declares them all."""
 
@@ -135,4 +138,7 @@ def declare_metrics(*metrics: _M) -> tuple[_M, ...]:
         if metric.name in METRICS:
             raise FrameError(f"metric {metric.name} is declared twice")
         METRICS[metric.name] = metric
+    in_order = sorted(METRICS.items(), key=lambda item: _GROUPS.get(item[1].path[0], len(_GROUPS)))
+    METRICS.clear()
+    METRICS.update(in_order)
     return metrics
