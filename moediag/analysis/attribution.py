@@ -52,12 +52,12 @@ _SHARES: Final = Definition(
 
 def _share(name: str, label: str, **rest: Any) -> Metric:
     path = ("flip_shares", name.removeprefix("flip_"))
-    return Metric(name, "1", LOWER, label, path=path, section="excess", is_share=True, on_terminal=True, **rest)
+    return Metric(name, "1", LOWER, label, path=path, section="excess", is_share=True, **rest)
 
 
 TOKEN_SHARE, MASS_SHARE, EXPLAINED_SHARE = declare_metrics(
     _share("flip_token_share", "scored tokens with a flip"),
-    _share("flip_mass_share", "mismatch on tokens with a flip", definition=_SHARES),
+    _share("flip_mass_share", "mismatch on tokens with a flip", on_terminal=True, definition=_SHARES),
     _share("flip_explained_share", "mismatch that flips explain", is_headline=True),
 )
 
