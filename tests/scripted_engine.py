@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 from records import arm_of, checkpoint_of, new_run
 
-from moediag.engines.channel import Reporter
-from moediag.engines.fill import fill_missing_shards
+from moediag.engines.process import Reporter, fill_missing_shards
 from moediag.run.capture import WHOLE, Capture, Shard, Slice, TokenRows, encode_prompts
 from moediag.run.files import rows_prefix
 from moediag.run.reader import Run, open_run

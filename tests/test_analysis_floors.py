@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from moediag.analysis.floors import (
 from moediag.analysis.pair_analysis import analyze_pair
 from moediag.analysis.summary import pair_summary
 from moediag.run.capture import encode_prompts
-from moediag.run.recipes import ENGINE_WORDS, RECIPES, change_of
+from moediag.run.recipes import ENGINE_WORDS, RECIPES, TRANSFORMERS, VLLM, change_of
+from moediag.run.records import TokensFrom
 from moediag.run.writer import RunWriter
 
 MAIN, TRAIN_FLOOR, INFER_FLOOR = "infer~train", "train-repeat~train", "infer-repeat~infer"
@@ -194,6 +196,31 @@ def test_every_further_arm_is_paired_with_its_own_engine(
     wanted = {arm: arm.split("-")[0] for arm in arms - {"infer", "train", "train-replay"}}
     # another routing is not the engine against itself, and a variant of an arm that is not there is one of nothing
     assert found == {arm: of for arm, of in wanted.items() if of in arms}
+
+
+def test_a_repetition_of_another_engine_is_no_floor_of_the_main_pair(tmp_path: Path, pairs: dict[str, Any]) -> None:
+    """vLLM joined to a run that generate had sampled, and vLLM's repetition gave the floor of generate's side."""
+    run = new_run(
+        tmp_path / "run", encode_prompts([[1]], None), 1, 1, checkpoint_of((0,)),
+        tokens=TokensFrom(origin="sampled", arm="infer-generate"),
+    )  # fmt: skip
+    for arm, changes in {
+        "infer-generate": {"engine": TRANSFORMERS},
+        "train": {"engine": TRANSFORMERS},
+        "train-repeat": {"engine": TRANSFORMERS},
+        "infer": {"engine": VLLM, "variant_of": "infer-generate", "change": "engine"},
+        "infer-repeat": {"engine": VLLM},
+    }.items():
+        RunWriter(run).begin_arm(arm_of(run, arm, **changes))
+    own = variants(run, run.arms())
+    assert {variant.arm: variant.is_beside_main for variant in own} == {
+        "infer": False, "infer-repeat": False, "train-repeat": True,
+    }  # fmt: skip
+    found = floors({**pairs, "infer-generate~train": pairs[MAIN]}, "infer-generate~train", own)
+    assert found is not None
+    assert found["train"]["arm"] == "train-repeat"
+    assert found["infer"] is None
+    assert {line["note"] for line in found["metrics"].values()} == {"infer side not measured"}
 
 
 def own_of(is_prefilled: bool = False) -> list[Variant]:

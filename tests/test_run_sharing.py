@@ -134,7 +134,7 @@ def test_a_worker_looks_again_once_it_holds_a_shard(tmp_path: Path) -> None:
             for other in run.shards[1:3]:
                 write_scripted_shard(writer, "infer", other)
 
-    from moediag.engines.fill import fill_missing_shards
+    from moediag.engines.process import fill_missing_shards
 
     class Silent:
         def progress(self, done: float, total: int, unit: str) -> None:
