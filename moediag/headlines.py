@@ -12,11 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from moediag.figures import first_of_each_kind
-from moediag.figures.numbers import is_number, percent, sig, times
+from moediag.figures.style import first_of_each_kind
+from moediag.numbers import is_number, percent, sig, times
 from moediag.report.headline import length_words, margin_words, sampling_words, seen_words, slope_words
 from moediag.report.measures import text_origin
-from moediag.report.prediction_tables import prediction_words
+from moediag.report.sections import prediction_words
 from moediag.report.simulation_page import sentences
 from moediag.report.text import Markdown, to_html
 from moediag.shown import Headlines

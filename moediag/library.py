@@ -332,7 +332,7 @@ class Simulation(Shown):
     @property
     def figures(self) -> list[str]:
         """Names of the figures that this simulation fills."""
-        from moediag.figures.corrections import simulation_figures_of
+        from moediag.figures.registry import simulation_figures_of
 
         return simulation_figures_of(self.frames)
 
@@ -342,7 +342,7 @@ class Simulation(Shown):
         Raises:
             UnknownNameError: no such figure, or the simulation does not fill it.
         """
-        from moediag.figures.corrections import draw_simulation_figure
+        from moediag.figures.registry import draw_simulation_figure
 
         if figure not in self.figures:
             raise UnknownNameError(f"no figure {figure} of this simulation; it fills {', '.join(self.figures)}")

@@ -9,7 +9,7 @@ import pandas as pd
 
 from moediag.analysis import declarations as declared
 from moediag.analysis.attribution import flip_excess
-from moediag.analysis.flip_declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS
+from moediag.analysis.declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS
 from moediag.analysis.routing import independent_flips
 from moediag.analysis.sequences import drift_by_length, sequence_frame
 from moediag.analysis.strata import metrics_by_stratum
@@ -335,7 +335,8 @@ def make_summary(frames, path="models/tiny-moe", **model):
         any_share = float((tokens["n_flipped_layers"] > 0).mean())
         flip = float(1 - layers["same_set_rate"].mean())
         routing = {"flip_rate": flip, "flip_rate_ci": [0.9 * flip, 1.1 * flip], "any_layer_share": any_share,
-                   "any_layer_share_ci": [0.95 * any_share, 1.05 * any_share], "by_layer": []}  # fmt: skip
+                   "any_layer_share_ci": [0.95 * any_share, 1.05 * any_share], "by_layer": [],
+                   "n_choices": len(layers) * len(tokens), "n_tokens": len(tokens)}  # fmt: skip
     pair = {"n_sequences": 64, "n_prompts": 64, "n_tokens": len(tokens), "n_unscored": 0, "logp": logp,
             "routing": routing, "margins": None, "position": None, "corrections": None}  # fmt: skip
     return {

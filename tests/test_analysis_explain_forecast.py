@@ -15,7 +15,7 @@ from test_results import make_run
 from test_run_directory import capture_of, tokens_of
 
 from moediag.analysis.choice_scores import RoutingRule
-from moediag.analysis.flip_declarations import EXPLAINED_FLIPS, FORECAST_FLIPS
+from moediag.analysis.declarations import EXPLAINED_FLIPS, FORECAST_FLIPS
 from moediag.analysis.flips.explained import BORDER_ONLY, explain_flips, forecast_flips, noise_arms, predict_flips
 from moediag.analysis.flips.noise import measure_noise
 from moediag.run.capture import arrays_of

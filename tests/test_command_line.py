@@ -263,7 +263,7 @@ def test_analysis_and_figures_import_no_engine() -> None:
 
 
 _LAYERS = (
-    ("notation", "errors", "frames", "prompts"),
+    ("notation", "errors", "frames", "numbers", "prompts"),
     ("run", "folder"),
     ("importers", "statistics"),
     ("analysis", "corrections", "hygiene"),

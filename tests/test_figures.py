@@ -17,16 +17,13 @@ from synthetic_frames import blank_run, empty_frame, make_run
 
 from moediag.analysis import declarations as declared
 from moediag.errors import DiskFullError, RunError
-from moediag.figures import (
-    plot_agreement_by_depth,
-    plot_figure1,
-    plot_margins,
-    plot_position_drift,
-    save_figure,
-)
-from moediag.figures.margins import bin_edges
-from moediag.figures.numbers import percent
+from moediag.figures import save_figure
+from moediag.figures.logp import plot_figure1
+from moediag.figures.margins import bin_edges, plot_margins
+from moediag.figures.positions import plot_position_drift
+from moediag.figures.routing import plot_agreement_by_depth
 from moediag.figures.style import DENSE_COLOURS, MOE_COLOURS, figure_text, formats, run_styles
+from moediag.numbers import percent
 from moediag.report.blocks import number
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -343,7 +340,7 @@ def test_figures_need_no_pyplot_and_leave_no_settings_behind():
         "import sys, matplotlib\n"
         "rc = lambda: {k: v for k, v in matplotlib.rcParams.copy().items() if k != 'backend'}\n"
         "before = rc()\n"
-        "from moediag.figures import plot_agreement_by_depth; plot_agreement_by_depth({})\n"
+        "from moediag.figures.routing import plot_agreement_by_depth; plot_agreement_by_depth({})\n"
         "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules\n"
         "assert rc() == before"
     )

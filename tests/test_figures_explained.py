@@ -7,9 +7,10 @@ import pytest
 from matplotlib.text import Text
 from synthetic_frames import make_run
 
-from moediag.analysis.flips.explained import BORDER_ONLY, best_method, flip_headlines
-from moediag.figures import Floor, draw_figure, figures_left_out, plot_explained_flips, plot_flip_excess
-from moediag.figures.explained import source_words
+from moediag.analysis.flips.explained import BORDER_ONLY, best_method, flip_headlines, source_words
+from moediag.figures import Floor, draw_figure, figures_left_out
+from moediag.figures.excess import plot_flip_excess
+from moediag.figures.explained import plot_explained_flips
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -9,16 +9,12 @@ from matplotlib.patches import PathPatch
 from matplotlib.text import Text
 from synthetic_frames import make_run
 
-from moediag.figures import (
-    Floor,
-    plot_agreement_by_depth,
-    plot_expert_swaps,
-    plot_flip_excess,
-    plot_flip_map,
-    plot_flips_per_token,
-    plot_margins_by_layer,
-)
-from moediag.figures.swaps import pairs_of
+from moediag.figures import Floor
+from moediag.figures.excess import plot_flip_excess
+from moediag.figures.flip_counts import plot_flips_per_token
+from moediag.figures.flip_maps import plot_flip_map, plot_margins_by_layer
+from moediag.figures.routing import plot_agreement_by_depth
+from moediag.figures.swaps import pairs_of, plot_expert_swaps
 from moediag.figures.ticks import layer_ticks
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -14,18 +14,6 @@ from moediag.figures import (
     draw_comparison_figures,
     draw_run_figures,
     figures_left_out,
-    plot_expert_swaps,
-    plot_explained_flips,
-    plot_figure1,
-    plot_flip_excess,
-    plot_flip_map,
-    plot_flips_per_token,
-    plot_logp_diff_by_p_infer,
-    plot_margins,
-    plot_margins_by_layer,
-    plot_ratio_histogram,
-    plot_sequence_drift,
-    plot_tail_curve,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -123,27 +111,11 @@ def test_odd_runs_are_drawn_or_left_out_without_a_warning(case, width, tmp_path)
     assert set(figures_left_out({label: frames})) <= {*FIGURES} - {"figure1"}
 
 
-PLOTS = {
-    "figure1": plot_figure1,
-    "tail_curve": plot_tail_curve,
-    "ratio_histogram": plot_ratio_histogram,
-    "logp_diff_by_p_infer": plot_logp_diff_by_p_infer,
-    "sequence_drift": plot_sequence_drift,
-    "flips_per_token": plot_flips_per_token,
-    "flip_map": plot_flip_map,
-    "margins": plot_margins,
-    "margins_by_layer": plot_margins_by_layer,
-    "explained_flips": plot_explained_flips,
-    "flip_excess": plot_flip_excess,
-    "expert_swaps": plot_expert_swaps,
-}
-
-
 @pytest.mark.parametrize("width", [COLUMN_WIDTH, FULL_WIDTH])
-@pytest.mark.parametrize("name", PLOTS)
+@pytest.mark.parametrize("name", FIGURES)
 def test_nothing_runs_out_of_the_figure_in_a_column_or_across_the_page(name, width, moe):
     """In a column a legend and a title ran over the edge and were cut."""
-    figure = PLOTS[name](*({"Qwen3-30B-A3B": moe[frame]} for frame in FIGURES[name].frames), width=width)
+    figure = FIGURES[name].plot(*({"Qwen3-30B-A3B": moe[frame]} for frame in FIGURES[name].frames), width=width)
     figure.draw_without_rendering()
     box, (drawn_width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert drawn_width == width

@@ -9,17 +9,13 @@ import pytest
 from matplotlib.text import Text
 from synthetic_frames import make_run
 
-from moediag.figures import (
-    Floor,
-    plot_logp_diff_by_p_infer,
-    plot_position_drift,
-    plot_ratio_histogram,
-    plot_sequence_drift,
-    plot_tail_curve,
-)
-from moediag.figures.density import certainty
-from moediag.figures.ratios import band_edges
+from moediag.figures import Floor
+from moediag.figures.density import certainty, plot_logp_diff_by_p_infer
+from moediag.figures.positions import plot_position_drift
+from moediag.figures.ratios import band_edges, plot_ratio_histogram
+from moediag.figures.sequences import plot_sequence_drift
 from moediag.figures.style import wrapped
+from moediag.figures.tails import plot_tail_curve
 
 pytestmark = pytest.mark.filterwarnings("error")
 

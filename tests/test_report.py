@@ -12,6 +12,7 @@ from synthetic import make_block, make_pair
 from synthetic_frames import make_run, make_summary
 
 from moediag.analysis import analyze_pair, pair_summary
+from moediag.analysis.metrics import METRICS
 from moediag.cli.table import show_table
 from moediag.errors import MoediagError
 from moediag.figures import draw_run_figures
@@ -70,13 +71,13 @@ def section_of(text, title):
     return text.split(f"<details><summary>{title}</summary>")[1].split("</details>")[0]
 
 
-def test_first_screen_is_verdict_five_numbers_and_a_picture(page):
+def test_first_screen_is_verdict_headlines_and_a_picture(page):
     screen = screen_of(page)
     assert screen.startswith("# Routing mismatch: tiny-moe\n\n**Verdict: cannot tell**: the summary holds no verdict")
     assert "**Over 2,048 response tokens of 64 prompts" in screen
     assert "No A/A floor was measured in this run" in screen
     numbers = [line for line in screen.splitlines() if line.startswith("| ")][1:]
-    assert len(numbers) == 5
+    assert len(numbers) == sum(metric.is_headline for metric in METRICS.values()) == 6
     for line in numbers:
         name, value, interval, floor, rounding, unit, n, end = (cell.strip() for cell in line.split("|")[1:-1])
         assert re.search(r"\d", value), name
@@ -123,7 +124,7 @@ def test_sections_of_a_moe_run(page, moe):
 def test_metrics_come_from_the_summary_when_the_frame_is_missing(moe):
     text = run_report(make_summary(moe), {}, [])
     with_frame = rows(run_report(make_summary(moe), moe, []), "abs logp diff, mean")[0]
-    assert rows(text, "abs logp diff, mean")[0] == [*with_frame[:-1], "–"], "only the frame knows the good end"
+    assert rows(text, "abs logp diff, mean")[0] == with_frame
     assert "![" not in text
 
 
@@ -133,7 +134,7 @@ def test_dense_run_says_so_and_has_no_routing_section(dense):
     assert "This run is **dense**" in text
     assert "Near ties" not in text
     assert "flip rate: expert set differs" not in text
-    assert len([line for line in screen_of(text).splitlines() if line.startswith("| ")]) == 6
+    assert len([line for line in screen_of(text).splitlines() if line.startswith("| ")]) == 1 + 4
 
 
 def test_self_comparison_is_bit_exact_and_gives_no_ratio():
@@ -144,11 +145,9 @@ def test_self_comparison_is_bit_exact_and_gives_no_ratio():
 
 
 def test_mean_ratio_off_one_puts_semantics_first(moe):
-    frames = dict(moe)
-    metrics = moe["logp_metrics"].copy()
-    metrics.loc[metrics["metric"] == "mean_ratio", ["value", "ci_low", "ci_high"]] = [1.04, 1.03, 1.05]
-    frames["logp_metrics"] = metrics
-    assert "check the semantics first" in run_report(make_summary(moe), frames, [])
+    summary = make_summary(moe)
+    summary["pairs"]["infer~train"]["logp"] |= {"mean_ratio": 1.04, "mean_ratio_ci": [1.03, 1.05]}
+    assert "check the semantics first" in run_report(summary, moe, [])
 
 
 def test_slope_stands_under_the_drift_table_with_its_interval(moe):
@@ -178,20 +177,23 @@ def test_truncated_sampling_is_said_beside_the_estimators(moe):
     assert "Sampled with top\\_p 0.9: k1 and k3 are not unbiased here" in run_report(summary, moe, [])
 
 
-def test_the_good_end_is_the_frames(moe):
+def test_the_good_end_is_the_frames():
     """The report kept a list of its own of which end is good, beside the frame's column."""
-    metrics = moe["logp_metrics"].assign(direction=lambda f: f["metric"].map("{} end".format))
-    text = run_report(make_summary(moe), {**moe, "logp_metrics": metrics}, [])
-    assert rows(text, "mean ratio train / infer")[0][-1] == "mean\\_ratio end"
+    analysis = analyze_pair(make_pair(make_block(n_prompts=4, samples=1, length=12)))
+    summary = {**make_summary(make_run(n_tokens=8, n_prompts=2)), "pairs": {"infer~train": pair_summary(analysis)}}
+    text = run_report(summary, analysis.frames(), [])
+    for _, row in analysis.logp_metrics.iterrows():
+        if METRICS[row["metric"]].section:
+            shown = rows(text, plain(METRICS[row["metric"]].label))
+            assert {cells[-1] for cells in shown} == {row["direction"]}, row["metric"]
 
 
 def test_given_completions_are_forced_text_and_not_asked_for_a_ratio_of_one(moe):
     """Completions given by the user were judged like sampled ones: "check the semantics first", and k3 called a KL."""
-    metrics = moe["logp_metrics"].copy()
-    metrics.loc[metrics["metric"] == "mean_ratio", ["value", "ci_low", "ci_high"]] = [1.04, 1.03, 1.05]
     summary = make_summary(moe)
     summary["sampling"]["given_completions"] = True
-    text = run_report(summary, {**moe, "logp_metrics": metrics}, [])
+    summary["pairs"]["infer~train"]["logp"] |= {"mean_ratio": 1.04, "mean_ratio_ci": [1.03, 1.05]}
+    text = run_report(summary, moe, [])
     assert "check the semantics first" not in text
     assert "The mean ratio is 1.0400 (1.0300 to 1.0500); it need not be 1 here (forced text)." in text
     assert len(rows(text, "k3 statistic (forced text: no KL)")) == 2
@@ -203,13 +205,13 @@ def test_a_mean_that_hangs_on_one_prompt_says_so_beside_its_interval(moe, capsys
     """Bug: where one prompt of thirty carries k3, intervals held it in six samples of ten, and nothing said so."""
     metrics = moe["logp_metrics"].copy()
     metrics.loc[metrics["metric"] == "kl_infer_train_k3", "largest_prompt_share"] = 0.414
-    text = run_report(make_summary(moe), {**moe, "logp_metrics": metrics}, [])
+    text = run_report(make_summary({**moe, "logp_metrics": metrics}), moe, [])
     assert all(row[2].endswith("(one prompt carries 41.40 %)") for row in rows(text, "KL(infer‖train), k3"))
     assert text.count("(one prompt carries") == len(rows(text, "KL(infer‖train), k3")) == 2
     show_table({"moe": make_summary(moe)})
     assert "carries" not in capsys.readouterr().out
     show_table({"moe": make_summary({**moe, "logp_metrics": metrics})})
-    assert "moe: k3 of KL(infer || train): one prompt carries 41.40 % of it" in capsys.readouterr().out
+    assert "moe: KL(infer‖train), k3: one prompt carries 41.40 % of it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bent", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}])

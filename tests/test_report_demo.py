@@ -8,7 +8,7 @@ import re
 from conftest import REPOSITORY
 
 from moediag.figures import FIGURES
-from moediag.figures.numbers import sig
+from moediag.numbers import sig
 
 KEPT = REPOSITORY / "reports" / "demo"
 

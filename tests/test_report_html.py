@@ -19,8 +19,8 @@ from synthetic_frames import empty_frame, make_run, make_summary
 
 from moediag.analysis import declarations as declared
 from moediag.analysis.flips.explained import BORDER_ONLY, flip_headlines
-from moediag.figures.numbers import percent
 from moediag.frames import declared_frames
+from moediag.numbers import percent
 from moediag.report import TokenTexts, comparison_page, html_page, markdown_page, run_page
 from moediag.report.blocks import Table
 from moediag.report.decode import WITHHELD, TokenText
@@ -212,7 +212,8 @@ def test_numbers_are_the_same_in_markdown_html_and_summary(moe: dict[str, pd.Dat
         assert len(in_markdown) == 1 + len(block.rows[: block.n_markdown])
     pair = summary["pairs"]["infer~train"]
     logp, routing = pair["logp"], pair["routing"]
-    wanted = [*(logp["abs_logp_diff"][name] for name in ("mean", "p99")), logp["kl_infer_train_k3"]]
+    wanted = [*(logp["abs_logp_diff"][name] for name in ("mean", "p99"))]
+    wanted += [logp["kl_infer_train_k3"], logp["extreme_share_2"]]
     wanted += [routing["flip_rate"], routing["any_layer_share"]]
     found = [float(row[1].removesuffix(" %")) / (100 if row[1].endswith("%") else 1) for row in shown[0][1:]]
     assert found == pytest.approx(wanted, rel=0.01)
@@ -250,7 +251,9 @@ def test_a_bit_exact_floor_is_called_so_and_half_a_floor_names_the_other_half(mo
     text = html_page(run_page(summary_of(moe, floors), moe, []))
     first = Parsed(text).tables[0]
     assert first[1][3:5] == ["bit-exact", "not measured"]
-    assert first[2][3:5] == ["–", "–"], "a number that has no floor is not said to lack one"
+    assert first[2][3:5] == ["not measured", "not measured"]
+    (ratio,) = (row for shown in Parsed(text).tables for row in shown if row[0] == "mean ratio train / infer")
+    assert ratio[3:5] == ["–", "–"], "a number that has no floor is not said to lack one"
     assert "train's was not measured" in Parsed(text).text
 
 
@@ -385,7 +388,7 @@ def test_explained_and_forecast_flips_are_the_frames_by_the_best_method(moe: dic
     tables = {tuple(table[0][:2]): table[1:] for table in markdown_tables(text)}
     explained = tables["layer (decoder)", "from"]
     assert [line[0] for line in explained] == ["all", "all", *(f"{i} ({i + 1})" for i in range(6))]
-    assert [line[1] for line in explained] == ["all pairs", "margins", *["all pairs"] * 6]
+    assert [line[1] for line in explained] == ["every pair of experts", "margins alone", *["every pair of experts"] * 6]
     forecasts = tables["pair", "if it had the"]
     assert [line[:2] for line in forecasts] == [
         ["infer~train", "noise of infer-repeat"],
@@ -420,8 +423,8 @@ def test_margins_alone_say_beside_the_gap_what_they_leave_out(moe: dict[str, pd.
     text = markdown_page(run_page({**summary_of(moe), "predicted_flips": flip_headlines(frames)}, frames, []))
     assert "Flips by any pair of experts but the border's are missing" in text
     (row, *layers) = {tuple(table[0][:2]): table[1:] for table in markdown_tables(text)}["layer (decoder)", "from"]
-    assert row[1] == f"margins: {BORDER_ONLY}"
-    assert {line[1] for line in layers} == {"margins"}
+    assert row[1] == f"margins alone: {BORDER_ONLY}"
+    assert {line[1] for line in layers} == {"margins alone"}
 
 
 def test_without_predictions_the_page_says_nothing_of_them(moe: dict[str, pd.DataFrame]) -> None:
@@ -437,5 +440,5 @@ def test_exact_divergences_stand_beside_their_estimates(moe: dict[str, pd.DataFr
     frame = spec.validate(pd.DataFrame([{**row, "measure": m} for m in ("kl_infer_train_exact", "kl_infer_train_k3")]))
     text = markdown_page(run_page(summary_of(moe), {**moe, "exact_divergences": frame}, []))
     found = next(table for table in markdown_tables(text) if table[1][0] == "KL(infer‖train), exact")
-    assert found[1][1:] == ["0.00105", "0.000900 to 0.00120", "nat", "640 tokens", "lower is better"]
+    assert found[1][1:] == ["0.00105", "0.000900 to 0.00120", "nat", "640", "lower is better"]
     assert found[2][0] == "k3 of the same tokens"

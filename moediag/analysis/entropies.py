@@ -9,11 +9,14 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis.declarations import ENTROPY_QUANTILES
+from moediag.analysis.measures import ICEPOP_BAND
 from moediag.analysis.tokens import logp_diff, scored_tokens
 from moediag.statistics.intervals import mean_interval
 
 
-def entropy_quantiles(tokens: pd.DataFrame, alpha: float = 0.5, beta: float = 5.0) -> pd.DataFrame:
+def entropy_quantiles(
+    tokens: pd.DataFrame, alpha: float = ICEPOP_BAND[0], beta: float = ICEPOP_BAND[1]
+) -> pd.DataFrame:
     """Next-token entropy of masked and of kept tokens, on each side.
 
     Masked tokens with high entropy are noise at forks of the text; with low entropy they are places where the two

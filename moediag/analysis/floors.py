@@ -19,25 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from moediag.analysis.metrics import METRICS, Metric
 from moediag.notation import INFER, TRAIN
 from moediag.run.reader import Run
 from moediag.run.recipes import ENGINE_WORDS, RECIPES
-
-SUMMED: Final = ("abs_logp_diff.mean", "abs_prob_diff.mean", "flip_rate", "any_layer_share", "abs_log_ratio_mean")
-"""Means of a distance (of tokens, choices or whole responses), for which the triangle bound holds."""
-LARGER: Final = (
-    "abs_logp_diff.p50", "abs_logp_diff.p90", "abs_logp_diff.p99", "abs_logp_diff.max", "kl_infer_train_k2",
-    "kl_infer_train_k3", "extreme_share_2", "prob_mult_error", "masked_share",
-)  # fmt: skip
-"""Tails and divergences: the larger side, beside which the pair is to be read."""
-_AT_BEST: Final = {"prob_mult_error": 1.0}  # value of perfect agreement where it is not 0
-_PLACES: Final = {
-    "flip_rate": ("routing", "flip_rate"),
-    "any_layer_share": ("routing", "any_layer_share"),
-    "abs_log_ratio_mean": ("length", "abs_log_ratio_mean"),
-    "masked_share": ("corrections", "icepop_0.5_5.0", "masked_share"),
-}
-"""Where a metric stands in a pair's summary, if not by its dotted name under ``logp``."""
 
 NOISE_CHANGES: Final = ("perturbation", "dtype", "router-dtype")
 """Changes of one engine on purpose; of those, a perturbation is the rounding scale."""
@@ -129,7 +114,8 @@ def floors(pairs: Mapping[str, Summary], main: str, own: Sequence[Variant]) -> d
     if not any((*sides.values(), rescored, noise, forced)):
         return None
     rounding = next(iter(lines(TRAIN, "perturbation")), None)
-    metrics = {metric: _metric_floor(metric, pairs[main], pairs, sides, rounding) for metric in (*SUMMED, *LARGER)}
+    floored = (metric for metric in METRICS.values() if metric.floor)
+    metrics = {metric.name: _metric_floor(metric, pairs[main], pairs, sides, rounding) for metric in floored}
     return {
         **sides,
         "rounding": rounding,
@@ -140,24 +126,9 @@ def floors(pairs: Mapping[str, Summary], main: str, own: Sequence[Variant]) -> d
     }
 
 
-def metric_value(pair: Summary, metric: str) -> float | None:
-    """A headline metric of a pair's summary by its dotted name; None where there is none."""
-    value = _entry(pair, metric, "")
-    return None if value is None else float(value)
-
-
-def _bounds(pair: Summary, metric: str) -> list[float] | None:
-    """Interval of a headline metric."""
-    found: list[float] | None = _entry(pair, metric, "_ci")
-    return found
-
-
-def _entry(pair: Summary, metric: str, suffix: str) -> Any:
-    value: Any = pair
-    *parents, leaf = _PLACES.get(metric, ("logp", *metric.split(".")))
-    for key in parents:
-        value = None if value is None else value.get(key)
-    return None if value is None else value.get(f"{leaf}{suffix}")
+def metric_value(pair: Summary, name: str) -> float | None:
+    """A metric of a pair's summary by its name; None where there is none."""
+    return METRICS[name].value(pair)
 
 
 def _line(pairs: Mapping[str, Summary], variant: Variant) -> dict[str, Any] | None:
@@ -175,51 +146,50 @@ def _line(pairs: Mapping[str, Summary], variant: Variant) -> dict[str, Any] | No
         "bit_exact_share": metric_value(pair, "bit_exact_share"),
         "n_tokens": pair["n_tokens"],
         **{key: metric_value(pair, f"abs_logp_diff.{key}") for key in ("mean", "p99", "max")},
-        "mean_ci": _bounds(pair, "abs_logp_diff.mean"),
+        "mean_ci": METRICS["abs_logp_diff.mean"].bounds(pair),
         "flip_rate": flip_rate,
         "any_layer_share": metric_value(pair, "any_layer_share"),
     }
 
 
 def _metric_floor(
-    metric: str,
+    metric: Metric,
     main: Summary,
     pairs: Mapping[str, Summary],
     sides: Mapping[str, Summary | None],
     rounding: Summary | None,
 ) -> dict[str, Any]:
-    best = _AT_BEST.get(metric, 0.0)
     measured = {side: pairs[line["pair"]] for side, line in sides.items() if line is not None}
-    parts = {side: value for side, pair in measured.items() if (value := metric_value(pair, metric)) is not None}
+    parts = {side: value for side, pair in measured.items() if (value := metric.value(pair)) is not None}
     floor, bounds, above = None, None, None
     if parts:
         intervals = {side: _interval(measured[side], metric, value) for side, value in parts.items()}
         largest = max(parts, key=lambda side: parts[side])
         floor, bounds = parts[largest], intervals[largest]
-        if metric in SUMMED:
+        if metric.floor == "sum":
             known = [ends for ends in intervals.values() if ends]
             floor = sum(parts.values())
             bounds = [sum(ends) for ends in zip(*known, strict=True)] if len(known) == len(parts) else None
-        value = metric_value(main, metric)
-        if floor != best and value is not None and not is_mostly_exact(sides[largest]):
-            above = (value - best) / (floor - best)
+        value = metric.value(main)
+        if floor != metric.best and value is not None and not is_mostly_exact(sides[largest]):
+            above = (value - metric.best) / (floor - metric.best)
     missing = [side for side in sides if side not in parts]
     return {
         "floor": floor,
         "floor_ci": bounds,
         **{side: parts.get(side) for side in sides},
-        "rule": "sum" if metric in SUMMED else "larger",
+        "rule": metric.floor,
         "is_bit_exact": all(line is not None and line["is_bit_exact"] for line in sides.values()),
         "ratio": above,
-        "rounding": None if rounding is None else metric_value(pairs[rounding["pair"]], metric),
+        "rounding": None if rounding is None else metric.value(pairs[rounding["pair"]]),
         "note": f"{' and '.join(missing)} side not measured" if missing else "",
     }
 
 
-def _interval(pair: Summary, metric: str, value: float) -> list[float] | None:
+def _interval(pair: Summary, metric: Metric, value: float) -> list[float] | None:
     """Interval of a side's part; a side that repeats itself bit for bit adds exactly 0."""
-    is_exact = metric_value(pair, "abs_logp_diff.max") == 0 and value == _AT_BEST.get(metric, 0.0)
-    return [value, value] if is_exact else _bounds(pair, metric)
+    is_exact = metric_value(pair, "abs_logp_diff.max") == 0 and value == metric.best
+    return [value, value] if is_exact else metric.bounds(pair)
 
 
 def is_mostly_exact(line: Summary | None) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moediag.frames import Column, ci_columns, declare
+from moediag.frames import Column, declare, measured, with_ci
 from moediag.statistics.gradients import (
     NO_VARIATION,
     STATISTICS,
@@ -46,10 +46,6 @@ NEARER, FARTHER, CANNOT_TELL, IS_ROUNDING, SAME, NO_INTERVAL = VERDICTS
 Arrays = dict[str, NDArray[Any]]
 
 
-def _measured(name: str, unit: str, meaning: str) -> tuple[Column, ...]:
-    return (Column(name, "float64", unit, meaning, nullable=True), *ci_columns(name, unit, name))
-
-
 GRADIENT_AUDIT: Final = declare(
     "gradient_audit",
     "parameter group, reference and correction",
@@ -74,20 +70,29 @@ GRADIENT_AUDIT: Final = declare(
     Column("n_sequences", "int64", "sequence", "sequences whose gradients are averaged"),
     Column("n_tokens", "int64", "token", "tokens behind them; with exact: prefixes"),
     Column("kept_share", "float64", "1", "share of tokens with a weight other than 0; NaN with exact", nullable=True),
-    *_measured(
-        "cosine",
-        "1",
-        "cosine between both expected gradients, noise removed; 1 = the right direction; an interval with exact only: "
-        "rare large sequence weights that a batch does not hold leave it too near 1",
+    *with_ci(
+        measured(
+            "cosine",
+            "1",
+            "cosine between both expected gradients, noise removed; 1 = the right direction; an interval "
+            "with exact only: "
+            "rare large sequence weights that a batch does not hold leave it too near 1",
+        )
     ),
-    *_measured(
-        "cosine_change", "1", "cosine minus that of no correction, paired, noise removed; above 0 = nearer than none"
+    *with_ci(
+        measured(
+            "cosine_change",
+            "1",
+            "cosine minus that of no correction, paired, noise removed; above 0 = nearer than none",
+        )
     ),
-    *_measured("gain", "1", "length along the reference over the reference's; 1 = the right step"),
-    *_measured("relative_bias", "1", "norm of the expected difference over the reference's, noise removed; 0 is best"),
-    *_measured("norm", "reward/weight", "norm of the expected gradient, noise removed"),
-    *_measured("variance", "(reward/weight)^2", "trace of the covariance of prompts' gradients; small is good"),
-    *_measured("variance_ratio", "1", "variance over the reference's; below 1 = less noise than the reference"),
+    *with_ci(measured("gain", "1", "length along the reference over the reference's; 1 = the right step")),
+    *with_ci(
+        measured("relative_bias", "1", "norm of the expected difference over the reference's, noise removed; 0 is best")
+    ),
+    *with_ci(measured("norm", "reward/weight", "norm of the expected gradient, noise removed")),
+    *with_ci(measured("variance", "(reward/weight)^2", "trace of the covariance of prompts' gradients; small is good")),
+    *with_ci(measured("variance_ratio", "1", "variance over the reference's; below 1 = less noise than the reference")),
     Column(
         "batch_cosine",
         "float64",
@@ -115,7 +120,7 @@ GRADIENT_REFERENCES: Final = declare(
     Column("n_prompts", "int64", "prompt", "prompts"),
     Column("n_sequences", "int64", "sequence", "sequences"),
     Column("n_tokens", "int64", "token", "tokens; with exact: prefixes"),
-    *_measured("norm", "reward/weight", "norm of the reference, noise removed"),
+    *with_ci(measured("norm", "reward/weight", "norm of the reference, noise removed")),
     Column("signal_to_noise", "float64", "1", "its square over what noise adds to a batch's; large is good", True),
     Column("ess", "float64", "sequence", "effective sample size of the sequence weights; NaN with exact", True),
     Column("ess_share", "float64", "1", "ess / n_sequences; near 1 is good", nullable=True),

@@ -21,17 +21,15 @@ from moediag.analysis.declarations import LOGP_METRICS, RATIO_QUANTILES, TAIL_CU
 from moediag.analysis.measures import (
     BIT_EXACT,
     EXTREME_TAU,
-    LOWER,
-    ONE,
     QUANTILE_MEASURES,
     TOKEN_MEASURES,
-    ZERO,
     Scored,
     TokenMeasure,
     abs_diff,
     prob_diff,
     scored_arrays,
 )
+from moediag.analysis.metrics import LOWER, ONE, ZERO, Definition, Metric, declare_metrics
 from moediag.analysis.tokens import scored_tokens
 from moediag.statistics.intervals import Interval, Kind, jackknife_interval, mean_interval, ratio_mean_interval
 from moediag.statistics.quantiles import quantile_of_rows
@@ -77,7 +75,7 @@ def logp_metrics(tokens: pd.DataFrame) -> pd.DataFrame:
     """
     data = _data(tokens)
     with np.errstate(over="ignore", invalid="ignore"):  # exp of an absurd diff is inf, and inf is what the table shows
-        records = [_record(name, unit, direction, measure(data)) for name, unit, direction, measure in _METRICS]
+        records = [_record(metric, measure(data)) for metric, measure in _METRICS]
     frame = pd.DataFrame.from_records(records)
     frame["n_tokens"] = len(data.tokens)
     frame["n_prompts"] = data.tokens.n_prompts
@@ -160,15 +158,15 @@ def _data(tokens: pd.DataFrame) -> _Data:
     return _Data(scored, n_S, diff_S, train_S, infer_S, rows["prompt_id"].to_numpy()[first_S])
 
 
-def _record(name: str, unit: str, direction: str, interval: Interval) -> dict[str, Any]:
+def _record(metric: Metric, interval: Interval) -> dict[str, Any]:
     return {
-        "metric": name,
+        "metric": metric.name,
         "value": interval.value,
         "ci_low": interval.low,
         "ci_high": interval.high,
         "largest_prompt_share": interval.largest_share,
-        "unit": unit,
-        "direction": direction,
+        "unit": metric.unit,
+        "direction": metric.direction,
         "note": interval.note,
     }
 
@@ -230,23 +228,74 @@ def _effective_share(log_weight: Float64) -> float:
     return float(weight.sum() ** 2 / (len(weight) * np.square(weight).sum()))
 
 
-_METRICS: Final[tuple[tuple[str, str, str, _Measure], ...]] = (
-    *((m.name, m.unit, m.direction, _token_mean(m)) for m in TOKEN_MEASURES[:1]),
-    *((name, "nat", LOWER, _quantile(q, of)) for name, q, of in QUANTILE_MEASURES),
-    ("abs_logp_diff.p999", "nat", LOWER, _quantile(0.999, abs_diff)),
-    ("abs_logp_diff.max", "nat", LOWER, _point(lambda x: float(abs_diff(x.tokens).max()), _NO_MAX)),
-    *((m.name, m.unit, m.direction, _token_mean(m)) for m in TOKEN_MEASURES[1:2]),
-    ("abs_prob_diff.p99", "1", LOWER, _quantile(0.99, prob_diff)),
-    ("abs_prob_diff.max", "1", LOWER, _point(lambda x: float(prob_diff(x.tokens).max()), _NO_MAX)),
-    ("abs_prob_diff.std", "1", LOWER, lambda x: std_interval(x.tokens)),
-    *((m.name, m.unit, m.direction, _token_mean(m)) for m in (*TOKEN_MEASURES[2:], BIT_EXACT)),
-    ("pearson_p", "1", ONE, lambda x: pearson_interval(x.tokens)),
-    ("ess_token", "1", ONE, _point(lambda x: _effective_share(x.tokens.diff_T), _UNCOVERED)),
-    ("ess_sequence", "1", ONE, _point(lambda x: _effective_share(x.diff_S), _UNCOVERED)),
-    ("chi2_token", "1", ZERO, _point(lambda x: float(np.expm1(2 * x.tokens.diff_T).mean()), _UNCOVERED)),
-    ("chi2_sequence", "1", ZERO, _point(lambda x: float(np.expm1(2 * x.diff_S).mean()), _UNCOVERED)),
-    ("ppl_train", "1", LOWER, _sequence_mean("positive", lambda x: np.exp(-x.train_S / x.n_S))),
-    ("ppl_infer", "1", LOWER, _sequence_mean("positive", lambda x: np.exp(-x.infer_S / x.n_S))),
-    ("log_ppl_gap", "nat", ZERO, _sequence_mean("signed", lambda x: -x.diff_S / x.n_S)),
-    ("log_ppl_abs_gap", "nat", LOWER, _sequence_mean("positive", lambda x: np.abs(x.diff_S / x.n_S))),
+_ESS: Final = Definition(
+    "effective sample size", "(sum w)² / (n sum w²), w = ratio", "what importance weights leave of the sample"
 )
+_CHI2: Final = Definition("chi2", "mean of ratio² − 1", "dominated by the largest ratios")
+_GAP: Final = Definition("log perplexity gap", "log ppl_train − log ppl_infer of a response", "as verl prints it")
+
+
+def _tokens(*measures: TokenMeasure) -> list[tuple[Metric, _Measure]]:
+    return [(measure, _token_mean(measure)) for measure in measures]
+
+
+def _further(name: str, unit: str, direction: str, label: str, **rest: Any) -> Metric:
+    """A number that other frameworks print: shown on request, not first."""
+    return Metric(name, unit, direction, label, section="further", **rest)
+
+
+_METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
+    *_tokens(*TOKEN_MEASURES[:1]),
+    *((metric, _quantile(q, of)) for metric, q, of in QUANTILE_MEASURES),
+    (Metric("abs_logp_diff.p999", "nat", LOWER, "abs logp diff, p99.9", section="numbers"), _quantile(0.999, abs_diff)),
+    (
+        Metric("abs_logp_diff.max", "nat", LOWER, "abs logp diff, max", section="numbers", floor="larger",
+               on_terminal=True, note=_NO_MAX),
+        _point(lambda x: float(abs_diff(x.tokens).max()), _NO_MAX),
+    ),
+    *_tokens(*TOKEN_MEASURES[1:2]),
+    (Metric("abs_prob_diff.p99", "1", LOWER), _quantile(0.99, prob_diff)),
+    (
+        Metric("abs_prob_diff.max", "1", LOWER, "abs prob diff, max", section="numbers", note=_NO_MAX),
+        _point(lambda x: float(prob_diff(x.tokens).max()), _NO_MAX),
+    ),
+    (Metric("abs_prob_diff.std", "1", LOWER), lambda x: std_interval(x.tokens)),
+    *_tokens(*TOKEN_MEASURES[2:], BIT_EXACT),
+    (_further("pearson_p", "1", ONE, "Pearson r of the two probabilities"), lambda x: pearson_interval(x.tokens)),
+    (
+        _further("ess_token", "1", ONE, "effective sample size, token weights", is_share=True, note=_UNCOVERED,
+                 definition=_ESS),
+        _point(lambda x: _effective_share(x.tokens.diff_T), _UNCOVERED),
+    ),
+    (
+        _further("ess_sequence", "1", ONE, "effective sample size, sequence weights", is_share=True, note=_UNCOVERED,
+                 counts="sequence"),
+        _point(lambda x: _effective_share(x.diff_S), _UNCOVERED),
+    ),
+    (
+        _further("chi2_token", "1", ZERO, "chi2, token ratios", note=_UNCOVERED, definition=_CHI2),
+        _point(lambda x: float(np.expm1(2 * x.tokens.diff_T).mean()), _UNCOVERED),
+    ),
+    (
+        _further("chi2_sequence", "1", ZERO, "chi2, sequence ratios", note=_UNCOVERED, counts="sequence"),
+        _point(lambda x: float(np.expm1(2 * x.diff_S).mean()), _UNCOVERED),
+    ),
+    (
+        _further("ppl_train", "1", LOWER, "perplexity under train", counts="sequence"),
+        _sequence_mean("positive", lambda x: np.exp(-x.train_S / x.n_S)),
+    ),
+    (
+        _further("ppl_infer", "1", LOWER, "perplexity under infer", counts="sequence"),
+        _sequence_mean("positive", lambda x: np.exp(-x.infer_S / x.n_S)),
+    ),
+    (
+        _further("log_ppl_gap", "nat", ZERO, "log perplexity gap per sequence, mean", counts="sequence",
+                 definition=_GAP),
+        _sequence_mean("signed", lambda x: -x.diff_S / x.n_S),
+    ),
+    (
+        _further("log_ppl_abs_gap", "nat", LOWER, "log perplexity gap per sequence, mean size", counts="sequence"),
+        _sequence_mean("positive", lambda x: np.abs(x.diff_S / x.n_S)),
+    ),
+)  # fmt: skip
+declare_metrics(*(metric for metric, _ in _METRICS))

@@ -35,6 +35,8 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Side = Literal["infer", "train"]
 
+MIN_CHOICES: Final = 20
+"""A rate of choices is drawn and printed from that many on; one choice would be 0 or 100 %."""
 SPACES: Final = ("choice", "logit")
 _KEY_SHIFT: Final = 12  # 32 - 12 = 20 bits: sign, 8 exponent, 11 mantissa
 N_KEYS: Final = 1 << (32 - _KEY_SHIFT)

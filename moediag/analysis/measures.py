@@ -1,4 +1,4 @@
-"""What is measured on every token, declared once: names, formulas, units, directions and the kind of interval.
+"""What is measured on every token: the rows of the metrics that are means over tokens, each with its formula.
 
 Invariants:
     - only tokens scored by both arms enter; every formula is in float64;
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from moediag.analysis.metrics import LOWER, ONE, ZERO, Definition, Metric
 from moediag.analysis.tokens import scored_tokens
 from moediag.statistics.intervals import Intervals, Kind, ratio_mean_interval
 
@@ -26,9 +27,8 @@ Float64 = NDArray[np.float64]
 EXTREME_TAU: Final = 2.0
 """Headline threshold of the extreme share: max(ratio, 1/ratio) > 2 (R3; AReaL's "abs d > ln 2")."""
 
-LOWER: Final = "lower is better"
-ZERO: Final = "0 is best"
-ONE: Final = "1 is best"
+ICEPOP_BAND: Final = (0.5, 5.0)
+"""Ring-1T's band (arXiv 2510.18855): tokens whose ratio leaves it get no update."""
 
 _LEAST_COMPLEMENT: Final = 2.0**-25
 """1 - p is never taken below half a unit in the last place of float32 at 1: a stored logp of 0 means no more."""
@@ -68,10 +68,11 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class TokenMeasure:
-    """A mean over tokens: its name in frames and summary, unit, good end, kind of interval and formula.
+class TokenMeasure(Metric):
+    """A metric that is a mean over tokens: its kind of interval and its formula.
 
     Args:
+        kind: of interval.
         of: value of every token, less ``offset``.
         offset: added to mean and bounds; a mean of 1 + something small is studentised as the small thing.
         tail: the heavy positive part of a signed value. The upper bound is at least as far above the value as
@@ -79,9 +80,7 @@ class TokenMeasure:
         least: no value is below; an interval cut off there loses no coverage.
     """
 
-    name: str
-    unit: str
-    direction: str
+    _: KW_ONLY
     kind: Kind
     of: Callable[[Scored], Float64]
     offset: float = 0.0
@@ -159,33 +158,88 @@ def is_extreme(diff_T: Float64, tau: float = EXTREME_TAU) -> NDArray[np.bool_]:
     return np.asarray(np.abs(diff_T) > math.log(tau))
 
 
-TOKEN_MEASURES: Final = (
-    TokenMeasure("abs_logp_diff.mean", "nat", LOWER, "positive", abs_diff),
-    TokenMeasure("abs_prob_diff.mean", "1", LOWER, "positive", prob_diff),
-    TokenMeasure("kl_infer_train_k1", "nat", ZERO, "signed", lambda x: -x.diff_T),
-    TokenMeasure("kl_infer_train_k2", "nat", LOWER, "positive", lambda x: np.square(x.diff_T) / 2),
-    TokenMeasure("kl_infer_train_k3", "nat", LOWER, "positive", k3),
-    # ratio = 1 + diff + k3
-    TokenMeasure("mean_ratio", "1", ONE, "signed", lambda x: np.expm1(x.diff_T), offset=1.0, tail=k3, least=0.0),
-    TokenMeasure("extreme_share_2", "1", LOWER, "rate", lambda x: is_extreme(x.diff_T).astype(np.float64)),
-    TokenMeasure("prob_mult_error", "1", ONE, "positive", lambda x: np.expm1(np.abs(x.diff_T)), offset=1.0),
-    TokenMeasure(
-        "binary_kl_infer_train", "nat", LOWER, "positive", lambda x: binary_kl(x.logp_infer_T, x.logp_train_T)
-    ),
-    TokenMeasure(
-        "binary_kl_train_infer", "nat", LOWER, "positive", lambda x: binary_kl(x.logp_train_T, x.logp_infer_T)
-    ),
+ABS_LOGP_DIFF: Final = Definition(
+    "abs logp diff",
+    "abs(logp_train − logp_infer) of the sampled token",
+    "the mean tells the body, p99 and F(2) the tail; reports of collapse point at the tail",
 )
-"""Means over tokens, in the order of the tables; every stratum gets the same ones."""
+_KL: Final = Definition(
+    "k1, k2, k3",
+    "mean of −logp_diff; of logp_diff² / 2; of ratio − 1 − logp_diff",
+    "estimates of KL(infer ‖ train) from tokens sampled by infer: at temperature 1 without top-p, top-k or min-p, k1 "
+    "and k3 are unbiased, k2 is biased; on forced or truncated sampling none is a KL",
+)
 
-BIT_EXACT: Final = TokenMeasure("bit_exact_share", "1", ONE, "rate", lambda x: (x.diff_T == 0).astype(np.float64))
+TOKEN_MEASURES: Final = (
+    TokenMeasure(
+        "abs_logp_diff.mean", "nat", LOWER, "abs logp diff, mean",
+        kind="positive", of=abs_diff, section="numbers", is_headline=True, floor="sum", definition=ABS_LOGP_DIFF,
+    ),
+    TokenMeasure(
+        "abs_prob_diff.mean", "1", LOWER, "abs prob diff, mean",
+        kind="positive", of=prob_diff, section="numbers", floor="sum",
+        definition=Definition("abs prob diff", "abs(p_train − p_infer)", "blind to unlikely tokens"),
+    ),
+    TokenMeasure(
+        "kl_infer_train_k1", "nat", ZERO, "KL(infer‖train), k1",
+        kind="signed", of=lambda x: -x.diff_T, section="numbers", is_scale=False, definition=_KL,
+    ),
+    TokenMeasure(
+        "kl_infer_train_k2", "nat", LOWER, "KL(infer‖train), k2",
+        kind="positive", of=lambda x: np.square(x.diff_T) / 2, section="numbers", floor="larger",
+    ),
+    TokenMeasure(
+        "kl_infer_train_k3", "nat", LOWER, "KL(infer‖train), k3",
+        kind="positive", of=k3, section="numbers", is_headline=True, floor="larger",
+    ),
+    TokenMeasure(
+        "mean_ratio", "1", ONE, "mean ratio train / infer",
+        # ratio = 1 + diff + k3
+        kind="signed", of=lambda x: np.expm1(x.diff_T), offset=1.0, tail=k3, least=0.0,
+        section="numbers", best=1.0, is_scale=False,
+        definition=Definition(
+            "mean ratio", "mean of pi_train / pi_infer",
+            "1 in expectation under honest sampling: the cheapest check that both arms mean the same thing",
+        ),
+    ),
+    TokenMeasure(
+        "extreme_share_2", "1", LOWER, "F(2): tokens whose ratio or its inverse is above 2",
+        kind="rate", of=lambda x: is_extreme(x.diff_T).astype(np.float64),
+        section="numbers", is_share=True, is_headline=True, floor="larger",
+        definition=Definition(
+            "F(tau)", "share of tokens whose ratio or its inverse exceeds tau",
+            "F(2) is what R3 plots; a tail, so few tokens carry it",
+        ),
+    ),
+    TokenMeasure(
+        "prob_mult_error", "1", ONE, "prob mult error: mean exp(abs(logp_diff))",
+        kind="positive", of=lambda x: np.expm1(np.abs(x.diff_T)), offset=1.0,
+        section="further", floor="larger", best=1.0, is_scale=False,
+        definition=Definition("prob mult error", "mean of exp(abs(logp_diff))", "NeMo-RL's token_mult_prob_error"),
+    ),
+    TokenMeasure(
+        "binary_kl_infer_train", "nat", LOWER, "binary KL(infer‖train)",
+        kind="positive", of=lambda x: binary_kl(x.logp_infer_T, x.logp_train_T), section="further",
+    ),
+    TokenMeasure(
+        "binary_kl_train_infer", "nat", LOWER, "binary KL(train‖infer)",
+        kind="positive", of=lambda x: binary_kl(x.logp_train_T, x.logp_infer_T), section="further",
+    ),
+)  # fmt: skip
+"""Means over tokens, in the order of the tables; every stratum gets the same ones. :mod:`~moediag.analysis.logprobs`
+declares them, among the other metrics of log-probabilities."""
+
+BIT_EXACT: Final = TokenMeasure(
+    "bit_exact_share", "1", ONE, "tokens with the same log-probability, bit for bit",
+    kind="rate", of=lambda x: (x.diff_T == 0).astype(np.float64), section="numbers", is_share=True, best=1.0,
+)  # fmt: skip
 """Tokens with the same log-probability, bit for bit: what a floor is made of."""
 
-QUANTILE_MEASURES: Final[tuple[tuple[str, float, Callable[[Scored], Float64]], ...]] = (
-    ("abs_logp_diff.p50", 0.5, abs_diff),
-    ("abs_logp_diff.p90", 0.9, abs_diff),
-    ("abs_logp_diff.p99", 0.99, abs_diff),
-)
+QUANTILE_MEASURES: Final = tuple(
+    (Metric(f"abs_logp_diff.{name}", "nat", LOWER, f"abs logp diff, {name}", section="numbers", floor="larger",
+            is_headline=name == "p99"), q, abs_diff)
+    for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+)  # fmt: skip
 """Quantiles over tokens that every stratum gets, too."""
 
 

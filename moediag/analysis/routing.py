@@ -19,11 +19,39 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import AGREEMENT_BY_LAYER, FLIPS_PER_TOKEN
+from moediag.analysis.metrics import HARMLESS, LOWER, ONE, Definition, Metric, declare_metrics
 from moediag.analysis.routing_counts import RoutingTotals
 from moediag.analysis.tokens import logp_diff
 from moediag.statistics.intervals import Interval, Intervals, jackknife_interval, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
+
+_FLIP: Final = Definition(
+    "flip",
+    "the top-K expert set differs between the arms",
+    "the same set in another order is a reorder, which is harmless; the routing behind a token's log-probability is "
+    "that of the token before it",
+)
+_OVERLAP: Final = Definition("overlap", "mean share of the K experts that both arms chose")
+
+
+def _rate(name: str, direction: str, label: str = "", **rest: Any) -> Metric:
+    return Metric(name, "1", direction, label, path=("routing", name), is_share=True, **rest)
+
+
+RATES: Final = declare_metrics(
+    _rate("flip_rate", LOWER, "flip rate: expert set differs", section="depth", counts="choice", is_headline=True,
+          floor="sum", definition=_FLIP),
+    _rate("any_layer_share", LOWER, "tokens with a flip in any layer", section="depth", is_headline=True, floor="sum"),
+    Metric("misrouted_mass", "gate weight", LOWER, path=("routing", "misrouted_mass"), counts="choice"),
+    _rate("overlap", ONE, counts="choice", definition=_OVERLAP),
+    _rate("jaccard", ONE, counts="choice"),
+    _rate("top1_rate", ONE, counts="choice"),
+    _rate("reorder_rate", HARMLESS, counts="choice"),
+    Metric("clustering_ratio", "1", ONE, path=("routing", "clustering_ratio"), is_scale=False),
+    Metric("flip_dispersion", "1", ONE, path=("routing", "flip_dispersion"), is_scale=False),
+)  # fmt: skip
+"""The intervals of :class:`RoutingRates`, by name; ``any_layer_share`` stands beside what independent layers give."""
 
 _DISPERSION_CLUSTERS: Final = 64
 """Prompts from which on the interval of the dispersion of flips covers."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moediag.analysis.declarations import DRIFT_BY_LENGTH, FIRST_DIVERGENCE, SEQUENCES, WORST_TOKENS
 from moediag.analysis.measures import is_extreme
+from moediag.analysis.metrics import LOWER, Metric, declare_metrics
 from moediag.analysis.tokens import logp_diff, scored_tokens
 from moediag.statistics.intervals import Interval, cluster_sums, mean_interval, ratio_mean_interval
 
@@ -25,6 +26,11 @@ Float64 = NDArray[np.float64]
 
 N_WORST: Final = 200
 MAX_BINS: Final = 8
+
+declare_metrics(
+    Metric("abs_log_ratio_mean", "nat", LOWER, "log-ratio of whole responses, mean size",
+           path=("length", "abs_log_ratio_mean"), counts="sequence", floor="sum"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special
 
-from moediag.analysis.measures import LOWER, TOKEN_MEASURES, ZERO, Scored, abs_diff, scored_arrays
+from moediag.analysis.measures import ICEPOP_BAND, QUANTILE_MEASURES, TOKEN_MEASURES, Scored, abs_diff, scored_arrays
+from moediag.analysis.metrics import LOWER, Metric
+from moediag.analysis.vocabulary import EXACT_METRICS
 from moediag.errors import DumpError
-from moediag.frames import Column, ci_columns, declare
+from moediag.frames import Column, declare, measured, with_ci
 from moediag.statistics.intervals import Interval, mean_interval
 from moediag.statistics.quantiles import quantile_of_rows
 from moediag.statistics.recurrence import Recurrence, fit_recurrence
@@ -34,9 +36,11 @@ TREND_BY_STEP = declare(
     Column("step", "int64", "training step", "step whose rollouts were compared"),
     Column("source", "str", "1", "run or table that the row is from"),
     Column("metric", "str", "1", "dotted name as in logp_metrics, or the table's own"),
-    Column("value", "float64", "see unit", "the metric over the scored response tokens of the step", nullable=True),
-    *ci_columns("value", "see unit", "value, clustered by prompt unless the table brought its own"),
-    Column("se", "float64", "see unit", "standard error: half the interval's width over 1.96", nullable=True),
+    *with_ci(
+        measured("value", "see unit", "the metric over the scored response tokens of the step"),
+        ", clustered by prompt unless the table brought its own",
+    ),
+    measured("se", "see unit", "standard error: half the interval's width over 1.96"),
     Column("n_tokens", "Int64", "token", "tokens behind the value; empty where the table does not say", nullable=True),
     Column("n_prompts", "Int64", "prompt", "clusters behind the interval", nullable=True),
     Column("unit", "str", "1", "unit of value"),
@@ -45,8 +49,6 @@ TREND_BY_STEP = declare(
 )
 
 MASKED: Final = "icepop_masked_share"
-ICEPOP_BAND: Final = (0.5, 5.0)
-"""Ring-1T's band (arXiv 2510.18855): tokens whose ratio leaves it get no update."""
 
 KL_METRICS: Final = ("kl_infer_train_exact", "kl_infer_train_k3", "kl", "kl_infer_train_k1")
 """What can stand for the theorem's delta, best first: the KL itself; k3, the least noisy; an unnamed KL; k1."""
@@ -233,18 +235,16 @@ def trend_recurrence(
     return fit_recurrence(step_N, delta_N, se_N, on_progress)
 
 
-UNITS: Final = {
-    "abs_logp_diff.mean": ("nat", LOWER),
-    "abs_logp_diff.p99": ("nat", LOWER),
-    "kl_infer_train_exact": ("nat", LOWER),
-    "kl_infer_train_k1": ("nat", ZERO),
-    "kl_infer_train_k3": ("nat", LOWER),
-    "kl": ("nat", LOWER),
-    "extreme_share_2": ("1", LOWER),
-    "masked_share": ("1", LOWER),
-    MASKED: ("1", LOWER),
-}
-"""Unit and good end of the metrics known by name; of a table's other columns neither is known."""
+_OURS: Final = (
+    *(measure for measure in TOKEN_MEASURES if measure.name in _MEANS),
+    *(metric for metric, _, _ in QUANTILE_MEASURES if metric.name == "abs_logp_diff.p99"),
+    *(metric for metric in EXACT_METRICS if metric.name == KL_METRICS[0]),
+    Metric(MASKED, "1", LOWER, "masked by IcePop {:g} to {:g}".format(*ICEPOP_BAND), is_share=True),
+    Metric("masked_share", "1", LOWER, "masked share, as the table has it", is_share=True),
+    Metric("kl", "nat", LOWER, "KL, as the table has it"),
+)
+KNOWN: Final[dict[str, Metric]] = {metric.name: metric for metric in _OURS}
+"""The metrics known by name, with unit and good end; of a table's other columns neither is known."""
 
 
 def range_of(metric: str) -> tuple[float, float]:
@@ -254,9 +254,9 @@ def range_of(metric: str) -> tuple[float, float]:
         >>> range_of("kl_infer_train_k3"), range_of("extreme_share_2"), range_of("kl_infer_train_k1")
         ((0.0, inf), (0.0, 1.0), (-inf, inf))
     """
-    unit, _ = UNITS.get(metric, ("", ""))
-    is_signed = metric in ("kl", "kl_infer_train_k1")
-    return 0.0 if unit and not is_signed else -math.inf, 1.0 if unit == "1" else math.inf
+    known = KNOWN.get(metric)
+    is_signed = known is None or metric in ("kl", "kl_infer_train_k1")
+    return -math.inf if is_signed else 0.0, 1.0 if known and known.is_share else math.inf
 
 
 def warnings_of(trend: pd.DataFrame) -> tuple[str, ...]:
@@ -271,7 +271,7 @@ def warnings_of(trend: pd.DataFrame) -> tuple[str, ...]:
     found = []
     for metric, rows in trend.groupby("metric", sort=False):
         known = rows.dropna(subset=["value"])
-        said = _infinite(known) or (_beyond_rounding(known) or _far_start(known) if str(metric) in UNITS else "")
+        said = _infinite(known) or (_beyond_rounding(known) or _far_start(known) if str(metric) in KNOWN else "")
         found += [f"{metric}: {said}"] if said else []
     return tuple(found)
 

@@ -19,7 +19,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import METRICS_BY_STRATUM
-from moediag.analysis.measures import LOWER, QUANTILE_MEASURES, TOKEN_MEASURES, Scored, scored_arrays
+from moediag.analysis.measures import QUANTILE_MEASURES, TOKEN_MEASURES, Scored, scored_arrays
+from moediag.analysis.metrics import LOWER
 from moediag.analysis.tokens import scored_tokens
 from moediag.statistics.intervals import Intervals, ratio_mean_interval
 from moediag.statistics.quantiles import quantile_of_rows
@@ -152,8 +153,8 @@ def _found(
         yield "flip_rate", "1", LOWER, ratio_mean_interval(sums_CB, n_routed_CB, "rate")
     order = np.argsort(strata.index_T, kind="stable")
     ends = np.searchsorted(strata.index_T[order], np.arange(len(strata) + 1))
-    for name, q, of in QUANTILE_MEASURES:
+    for metric, q, of in QUANTILE_MEASURES:
         values_T = of(scored)
         groups = [order[low:high] for low, high in pairwise(ends.tolist())]
         each = [quantile_of_rows(values_T[part], scored.prompt_row_T[part], scored.n_prompts, q) for part in groups]
-        yield name, "nat", LOWER, Intervals.of(each)
+        yield metric.name, metric.unit, metric.direction, Intervals.of(each)

@@ -13,52 +13,9 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis.pair_analysis import PairAnalysis
-from moediag.analysis.sequences import (
-    abs_log_ratio_mean,
-)
+from moediag.analysis.routing import RATES
+from moediag.analysis.sequences import abs_log_ratio_mean
 from moediag.statistics.intervals import Interval
-
-_SUMMARISED = (
-    "abs_logp_diff.mean",
-    "abs_logp_diff.p50",
-    "abs_logp_diff.p90",
-    "abs_logp_diff.p99",
-    "abs_logp_diff.p999",
-    "abs_logp_diff.max",
-    "abs_prob_diff.mean",
-    "abs_prob_diff.p99",
-    "abs_prob_diff.max",
-    "abs_prob_diff.std",
-    "kl_infer_train_k1",
-    "kl_infer_train_k2",
-    "kl_infer_train_k3",
-    "mean_ratio",
-    "extreme_share_2",
-    "bit_exact_share",
-    "prob_mult_error",
-    "binary_kl_infer_train",
-    "binary_kl_train_infer",
-    "pearson_p",
-    "ess_token",
-    "ess_sequence",
-    "chi2_token",
-    "chi2_sequence",
-    "ppl_train",
-    "ppl_infer",
-    "log_ppl_gap",
-    "log_ppl_abs_gap",
-)
-_RATES = (
-    "flip_rate",
-    "any_layer_share",
-    "misrouted_mass",
-    "overlap",
-    "jaccard",
-    "top1_rate",
-    "reorder_rate",
-    "clustering_ratio",
-    "flip_dispersion",
-)
 
 
 def pair_summary(analysis: PairAnalysis) -> dict[str, Any]:
@@ -116,11 +73,11 @@ def _logp_summary(metrics: pd.DataFrame) -> dict[str, Any]:
     """The contract's metrics, dotted names nested one level."""
     by_name = metrics.set_index("metric")
     summary: dict[str, Any] = {}
-    for metric in _SUMMARISED:
-        value, low, high, largest = by_name.loc[
-            metric, ["value", "ci_low", "ci_high", "largest_prompt_share"]
-        ].to_numpy(dtype=np.float64)
-        group, _, leaf = metric.rpartition(".")
+    for name in by_name.index:
+        value, low, high, largest = by_name.loc[name, ["value", "ci_low", "ci_high", "largest_prompt_share"]].to_numpy(
+            dtype=np.float64
+        )
+        group, _, leaf = name.rpartition(".")
         into = summary.setdefault(group, {}) if group else summary
         into.update({leaf: _number(value), f"{leaf}_ci": _bounds(low, high)})
         if math.isfinite(largest):
@@ -133,7 +90,7 @@ def _routing_summary(analysis: PairAnalysis) -> dict[str, Any] | None:
     if rates is None or layers is None:
         return None
     return {
-        **{key: value for name in _RATES for key, value in _entry(name, getattr(rates, name)).items()},
+        **{key: value for rate in RATES for key, value in _entry(rate.name, getattr(rates, rate.name)).items()},
         "independent_any_layer_share": _number(rates.independent_any_layer_share),
         "n_choices": rates.n_choices,
         "n_tokens": rates.n_tokens,

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moediag.analysis.measures import LOWER, ZERO
+from moediag.analysis.metrics import LOWER, ZERO, Metric, declare_metrics
 from moediag.errors import AlignmentError
 from moediag.frames import Column, declare
 from moediag.notation import INFER, TRAIN
@@ -60,9 +60,16 @@ EXACT_DIVERGENCES = declare(
     Column("unit", "str", "1", "unit of value"),
     Column("direction", "str", "1", "which end is good"),
     Column("note", "str", "1", "why there is no interval; empty otherwise"),
+    section="numbers",
+    caption="Over the whole vocabulary, where both arms kept it",
 )
 
-EXACT: Final = ("kl_infer_train_exact", "kl_train_infer_exact", "total_variation_exact")
+EXACT_METRICS: Final = declare_metrics(
+    Metric("kl_infer_train_exact", "nat", LOWER, "KL(infer‖train), exact", on_terminal=True),
+    Metric("kl_train_infer_exact", "nat", LOWER, "KL(train‖infer), exact"),
+    Metric("total_variation_exact", "1", LOWER, "total variation, exact"),
+)  # fmt: skip
+EXACT: Final = tuple(metric.name for metric in EXACT_METRICS)
 """What summary.json says of the pair infer~train."""
 
 _MEASURES: Final[tuple[tuple[str, str, str, Kind], ...]] = (

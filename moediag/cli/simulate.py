@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from moediag.cli import options as o
-from moediag.cli.simulation_table import show_simulation
 from moediag.errors import RunError
 from moediag.notation import INFER, TRAIN
 
@@ -142,6 +141,8 @@ def command(
     if as_json:
         say_json(content_of(simulation))
     else:
+        from moediag.cli.table import show_simulation
+
         show_simulation(simulation)
         for path in [*([weights_out] if weights_out else []), *pages]:
             wrote(path)

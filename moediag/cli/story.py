@@ -10,8 +10,7 @@ from pathlib import Path
 from moediag.cli import jobs
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.simulate import Asked
-from moediag.cli.simulation_table import show_sentences
-from moediag.cli.table import show_table
+from moediag.cli.table import show_sentences, show_table
 from moediag.corrections.chosen import choose
 from moediag.demo.corpus import demo_prompts
 from moediag.demo.pair import build_pair

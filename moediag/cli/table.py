@@ -1,33 +1,47 @@
-"""The short table that capturing and reading commands end with."""
+"""The tables and sentences that commands end with; rich lays every table out, here and nowhere else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import io
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
+from moediag.analysis.metrics import METRICS, Metric
 from moediag.cli.console import say
-from moediag.figures.numbers import percent, sig
-from moediag.report import main_pair_name, replay_pair_name
-from moediag.report.headline import text_origin
-from moediag.report.measures import carried_words, lookup
+from moediag.numbers import NONE, count, in_unit, is_number
+from moediag.report.measures import carried_words, label_of, text_origin
 
-Column = Callable[[str], str]
-"""A cell of the column by the metric's dotted name in the summary of a pair."""
+if TYPE_CHECKING:
+    from moediag.results.simulation import Simulation
 
-_K3 = "k3 of KL(infer || train)"
-_HEADLINES = (
-    ("response tokens compared", "token", "n_tokens"),
-    ("prompts", "prompt", "n_prompts"),
-    ("mean abs logp diff", "nat", "logp.abs_logp_diff.mean"),
-    ("  p99", "nat", "logp.abs_logp_diff.p99"),
-    ("  max", "nat", "logp.abs_logp_diff.max"),
-    (_K3, "nat", "logp.kl_infer_train_k3"),
-    ("exact KL(infer || train)", "nat", "logp.kl_infer_train_exact"),
-    ("share with ratio beyond 2x", "1", "logp.extreme_share_2"),
-    ("flip rate (token, layer)", "1", "routing.flip_rate"),
-    ("tokens with any flip", "1", "routing.any_layer_share"),
-)
+Row = Mapping[str, Any]
+Cell = Callable[[Metric], str]
+"""What a column shows of a metric."""
+
+_WIDTH: Final = 110
+"""Longest line of sentences [character]."""
+
+
+def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal: the first column to the left, numbers to the right.
+
+    On a terminal too narrow for it cells go on in the next line; in a pipe no cell is broken.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for nth, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if nth else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    sink, natural = io.StringIO(), sum(max(len(row[nth]) for row in (header, *rows)) + 2 for nth in range(len(header)))
+    Console(file=sink, width=min(natural, Console().width) if sys.stdout.isatty() else natural).print(table)
+    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
 
 
 def show_table(summaries: dict[str, dict[str, Any]]) -> None:
@@ -36,35 +50,34 @@ def show_table(summaries: dict[str, dict[str, Any]]) -> None:
         if weights := summary.get("weights"):
             say(f"{label}: {weights['words']}")
     columns = {title: column for label, summary in summaries.items() for title, column in _columns(label, summary)}
-    origins = sorted({text_origin(summary) for summary in summaries.values()} - {""})
-    names = {_K3: f"k3 statistic ({' or '.join(origins)}: no KL)"} if origins else {}
-    header = [" or ".join(sorted({main_pair_name(summary) for summary in summaries.values()})), *columns, "unit"]
+    pairs = [summary["pairs"][summary["main_pair"]] for summary in summaries.values()]
+    origin = " or ".join(sorted({text_origin(summary) for summary in summaries.values()} - {""}))
     rows = [
-        [names.get(name, name), *cells, unit]
-        for name, unit, dotted in _HEADLINES
-        if set(cells := [column(dotted) for column in columns.values()]) != {"-"}
+        [label_of(metric, origin), *cells, "" if metric.is_share else metric.unit]
+        for metric in _shown()
+        if set(cells := [column(metric) for column in columns.values()]) != {NONE}
     ]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        say(
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-        )
+    for noun in ("token", "prompt"):
+        of_run = dict(zip(summaries, (count(pair[f"n_{noun}s"]) for pair in pairs), strict=True))
+        rows.append([f"{noun}s compared", *(of_run.get(title, "") for title in columns), noun])
+    say(table_text([" or ".join(sorted({s["main_pair"] for s in summaries.values()})), *columns, "unit"], rows))
     for label, summary in summaries.items():
         for line in _words(summary):
             say(f"{label}: {line}")
 
 
-def _columns(label: str, summary: dict[str, Any]) -> Iterator[tuple[str, Column]]:
+def _shown() -> list[Metric]:
+    return [metric for metric in METRICS.values() if metric.is_headline or metric.on_terminal]
+
+
+def _columns(label: str, summary: dict[str, Any]) -> Iterator[tuple[str, Cell]]:
     pairs, floors = summary["pairs"], summary.get("floors")
-    yield label, partial(_cell, pairs[main_pair_name(summary)])
+    yield label, partial(_cell, pairs[summary["main_pair"]])
     if floors:
         yield f"{label}: floor", partial(_floor_cell, floors["metrics"])
     if floors and floors["rounding"]:
         yield f"{label}: rounding", partial(_cell, pairs[floors["rounding"]["pair"]])
-    if (replayed := replay_pair_name(summary)) is not None:
+    if (replayed := summary.get("replay_pair")) is not None:
         yield f"{label}: replay", partial(_cell, pairs[replayed])
 
 
@@ -74,9 +87,9 @@ def _words(summary: dict[str, Any]) -> Iterator[str]:
     if verdict:
         yield f"{verdict['word']}: {verdict['reason']}"
         yield from (f"  {line}" for line in verdict["evidence"])
-    for name, _, dotted in _HEADLINES:
-        if words := carried_words(lookup(summary["pairs"][main_pair_name(summary)], f"{dotted}_largest_prompt_share")):
-            yield f"{name.strip()}: {words} of it; other samples of such prompts may lie outside the interval"
+    for metric in _shown():
+        if words := carried_words(metric.largest_share(summary["pairs"][summary["main_pair"]])):
+            yield f"{metric.label}: {words} of it; other samples of such prompts may lie outside the interval"
     floors = summary.get("floors") or {}
     prefilled = floors.get("decode_vs_prefill")
     if prefilled:
@@ -93,27 +106,63 @@ def _words(summary: dict[str, Any]) -> Iterator[str]:
         yield f"noise scale, {line['what']}: mean abs logp diff {line['mean']:.3g} nat{flips}"
 
 
-def _floor_cell(metrics: dict[str, Any], dotted: str) -> str:
+def _floor_cell(metrics: dict[str, Any], metric: Metric) -> str:
     """Floor, and the multiple of it where there is one; half a floor says which side it lacks."""
-    line = metrics.get(dotted.removeprefix("logp.").removeprefix("routing."))
+    line = metrics.get(metric.name)
     if line is None or line["floor"] is None:
-        return "-"
+        return NONE
     if line["is_bit_exact"]:
         return "bit-exact"
     ratio = "" if line["ratio"] is None else f" ({line['ratio']:.3g}x)"
-    return f"{line['floor']:.3g}{ratio}" + (f" {line['note']}" if line["note"] else "")
+    return f"{in_unit(line['floor'], metric.shown_unit)}{ratio}" + (f" {line['note']}" if line["note"] else "")
 
 
-def _cell(pair: dict[str, Any], dotted: str) -> str:
-    group: Any = pair
-    *parents, leaf = dotted.split(".")
-    for key in parents:
-        group = (group or {}).get(key)
-    value = (group or {}).get(leaf)
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    interval = (group or {}).get(f"{leaf}_ci")
-    words = percent if "share" in leaf or leaf.endswith("_rate") else sig
-    return words(value) + (f" [{words(interval[0])}, {words(interval[1])}]" if interval else "")
+def _cell(pair: dict[str, Any], metric: Metric) -> str:
+    return in_unit(metric.value(pair), metric.shown_unit) + _ends(metric.bounds(pair), metric.shown_unit)
+
+
+def _ends(bounds: Sequence[object] | None, unit: str) -> str:
+    if bounds is None or not all(map(is_number, bounds)):
+        return ""
+    return f" [{', '.join(in_unit(end, unit) for end in bounds)}]"
+
+
+_SIMULATED: Final = (
+    ("masked_share",), ("masked_sequence_share",), ("below_share", "above_share"), ("ess_token", "ess_sequence"),
+    ("weight_mean",), ("kept_k3",), ("entropy_masked", "entropy_kept"), ("precision", "recall"),
+)  # fmt: skip
+"""Columns of frame ``correction_statistics`` that the terminal shows; two in one cell where they belong together."""
+
+
+def show_simulation(simulation: Simulation) -> None:
+    """Print what is wrong with the tokens, a row per correction, then sentences."""
+    from moediag.corrections.declarations import CORRECTION_STATISTICS
+    from moediag.hygiene.findings import headline
+    from moediag.report.tables import records
+
+    for line in headline(simulation.source.findings):
+        say(line)
+
+    def cell(row: Row, names: Sequence[str]) -> str:
+        texts = [CORRECTION_STATISTICS[name].text(row[name]) for name in names]
+        ends = [row.get(f"{names[0]}_ci_{end}") for end in ("low", "high")] if len(names) == 1 else None
+        column = CORRECTION_STATISTICS[names[0]]
+        return " / ".join(texts) + _ends(ends, "share" if column.kind == "share" else column.unit)
+
+    header = [" / ".join(CORRECTION_STATISTICS[name].header for name in names) for names in _SIMULATED]
+    rows = [
+        [str(row["correction"]), *(cell(row, names) for names in _SIMULATED)]
+        for row in records(simulation.frames["correction_statistics"])
+    ]
+    say(table_text(["correction", *header], rows))
+    say()
+    show_sentences(simulation)
+
+
+def show_sentences(simulation: Simulation) -> None:
+    """Print what was found in words."""
+    from moediag.report.simulation_page import sentences
+
+    summary = simulation.summary()
+    for line in [*sentences(summary, simulation.frames), *(f"Note: {note}." for note in summary["notes"])]:
+        say(textwrap.fill(line, _WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))

@@ -8,12 +8,25 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis.declarations import CORRECTIONS
+from moediag.analysis.measures import ICEPOP_BAND
+from moediag.analysis.metrics import LOWER, Metric, declare_metrics
 from moediag.analysis.tokens import logp_diff, scored_tokens
 from moediag.corrections.methods import log_bound
 from moediag.corrections.presets import PRESETS, Preset
 from moediag.corrections.terms import are_float32, on_bounds
 from moediag.errors import MoediagError
 from moediag.statistics.intervals import mean_interval
+
+
+def band_name(alpha: float, beta: float) -> str:
+    """How frame ``corrections`` and summary.json call an IcePop band."""
+    return f"icepop_{alpha}_{beta}"
+
+
+declare_metrics(
+    Metric("masked_share", "1", LOWER, "masked by IcePop {:g} to {:g}".format(*ICEPOP_BAND), is_share=True,
+           path=("corrections", band_name(*ICEPOP_BAND), "masked_share"), floor="larger"),
+)  # fmt: skip
 
 RUN_PRESETS: Final = (PRESETS["ring-1t"], PRESETS["glm-5"], PRESETS["prime-rl-icepop"])
 """The bands that an analysis tries; ``moediag simulate`` has all corrections."""
@@ -47,7 +60,7 @@ def masked_shares(tokens: pd.DataFrame, presets: tuple[Preset, ...] = RUN_PRESET
         masked = mean_interval(below_T | above_T, prompt_T, "rate")
         records.append(
             {
-                "method": f"icepop_{alpha}_{beta}",
+                "method": band_name(alpha, beta),
                 "source": _users(preset),
                 "n_tokens": len(rows),
                 "masked_share": masked.value,

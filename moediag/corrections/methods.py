@@ -25,6 +25,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moediag.analysis.measures import ICEPOP_BAND
 from moediag.corrections.exact_sums import sums_by_sequence
 from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms, clamped_exp, on_bounds
 from moediag.errors import MoediagError
@@ -170,13 +171,13 @@ def none(x: Terms) -> Float64:
     "weight", _RATIO, "r if alpha <= r <= beta else 0", "IcePop post; Ring-1T, arXiv 2510.18855",
     between=("alpha", "beta"),
 )  # fmt: skip
-def icepop(x: Terms, alpha: float = 0.5, beta: float = 5.0) -> Float64:
+def icepop(x: Terms, alpha: float = ICEPOP_BAND[0], beta: float = ICEPOP_BAND[1]) -> Float64:
     """Ratio inside [alpha, beta], else 0; the defaults are Ring-1T's."""
     return _masked(x, icepop_hard(x, alpha, beta))
 
 
 @_method("mask", _RATIO, "1 if alpha <= r <= beta else 0", "Online IcePop variants", between=("alpha", "beta"))
-def icepop_hard(x: Terms, alpha: float = 0.5, beta: float = 5.0) -> Kept:
+def icepop_hard(x: Terms, alpha: float = ICEPOP_BAND[0], beta: float = ICEPOP_BAND[1]) -> Kept:
     """Ratio inside [alpha, beta]."""
     return _is_inside(x.diff_T, x.is_float32_T, alpha, beta)
 

@@ -11,38 +11,41 @@ from matplotlib.figure import Figure
 
 from moediag.corrections.correction import parse_correction
 from moediag.figures.heat import draw_cells, rate_bar, rate_norm
-from moediag.figures.numbers import count, percent
+from moediag.figures.registry import SIMULATION_FIGURES, Frames, Panel, figure
 from moediag.figures.style import (
     DENSE_COLOURS,
-    FULL_WIDTH,
     GREY,
     HALO,
     INK,
     MOE_COLOURS,
     add_words,
     figure_text,
-    house_style,
     legend_below,
     new_figure,
     state,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, percent
 
 _ROW: float = 0.17
 """Height of a correction's row [inch]: 7-point names stand clear of each other."""
 
 
-@house_style
-def plot_masked_shares(statistics: pd.DataFrame, *, caption: str = "", width: float = FULL_WIDTH) -> Figure:
+@figure(
+    "masked_shares", "correction_statistics",
+    title="Share of tokens that every correction masks",
+    caption="All corrections on the same logged tokens; masked = weight 0, no update. Figure-10-style.",
+    section="first",
+    into=SIMULATION_FIGURES,
+)  # fmt: skip
+def plot_masked_shares(statistics: pd.DataFrame, *, panel: Panel) -> Figure:
     """Draw the share of tokens that every correction masks, with its interval, least first.
 
     Args:
         statistics: frame ``correction_statistics``.
-        caption: counts, drawn under the axes.
-        width: of the figure [inch].
     """
     rows = statistics.sort_values("masked_share", ascending=False, kind="stable").reset_index(drop=True)
-    figure = new_figure(width, 1.1 + _ROW * max(len(rows), 6))
+    figure = new_figure(panel.width, 1.1 + _ROW * max(len(rows), 6))
     ax = figure.subplots()
     n = int(rows["n_tokens"].max()) if len(rows) else 0
     low = 0.4 / max(n, 1)
@@ -69,7 +72,7 @@ def plot_masked_shares(statistics: pd.DataFrame, *, caption: str = "", width: fl
     ax.set_xlabel(f"share of scored tokens masked (weight 0), log axis; one token is {percent(1 / max(n, 1))}")
     legend_below(ax, *ax.get_legend_handles_labels())
     note = "Bars: 95 %, clustered by prompt. For scale: the IcePop post saw 1 to 2 per mille of tokens at first."
-    add_words(figure, share_title(rows), caption, note)
+    add_words(figure, share_title(rows), panel.caption, note)
     return figure
 
 
@@ -100,26 +103,36 @@ def _is_by_sequence(rows: pd.DataFrame) -> pd.Series:
     )
 
 
-@house_style
-def plot_mask_overlap(overlap: pd.DataFrame, *, caption: str = "", width: float = FULL_WIDTH) -> Figure:
+def _too_few_masks(frames: Frames) -> str:
+    rows = frames["overlap"]
+    return "" if rows.loc[rows["n_masked"] > 0, "correction"].nunique() > 1 else "fewer than two corrections mask"
+
+
+@figure(
+    "mask_overlap", "overlap",
+    title="Overlap of the masks",
+    caption="Row by row: of the tokens that this correction masks, the share that another one masks, too.",
+    section="overlap",
+    absent=_too_few_masks,
+    into=SIMULATION_FIGURES,
+)  # fmt: skip
+def plot_mask_overlap(overlap: pd.DataFrame, *, panel: Panel) -> Figure:
     """Draw which part of the tokens masked by one correction (row) another one masks, too (column).
 
     Args:
         overlap: frame ``overlap``.
-        caption: counts, drawn under the axes.
-        width: of the figure [inch].
     """
     some = overlap[overlap["n_masked"] > 0].sort_values("n_masked", kind="stable")
     names = list(dict.fromkeys(some["correction"]))
     if len(names) < 2:
-        figure = new_figure(width, 2.0)
+        figure = new_figure(panel.width, 2.0)
         state(figure.subplots(), "Fewer than two corrections mask a token.")
-        add_words(figure, "No two masks to compare", caption)
+        add_words(figure, "No two masks to compare", panel.caption)
         return figure
     table = overlap.pivot(index="correction", columns="other", values="share_masked_by_other").reindex(
         names, columns=names
     )
-    figure = new_figure(width, 1.9 + _ROW * len(names))
+    figure = new_figure(panel.width, 1.9 + _ROW * len(names))
     ax = figure.subplots()
     edges = np.asarray(np.arange(len(names) + 1) - 0.5, np.float64)
     values = table.to_numpy(np.float64)
@@ -134,7 +147,7 @@ def plot_mask_overlap(overlap: pd.DataFrame, *, caption: str = "", width: float 
     add_words(
         figure,
         overlap_title(overlap, names),
-        caption,
+        panel.caption,
         "From the smallest mask to the largest; corrections that mask nothing are left out.",
     )
     return figure

@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from moediag.figures.numbers import count, percent, sig
+from moediag.figures.corrections_tokens import Band, ratio_bands
+from moediag.figures.registry import SIMULATION_FIGURES, Frames, Panel, figure
 from moediag.figures.style import (
     DENSE_COLOURS,
-    FULL_WIDTH,
     GREY,
     HALO,
     INK,
@@ -23,14 +23,12 @@ from moediag.figures.style import (
     MOE_COLOURS,
     NO_FLOOR,
     add_words,
-    house_style,
     legend_below,
     new_figure,
     state,
 )
 from moediag.figures.ticks import log_axis
-
-Band = tuple[float, float]
+from moediag.numbers import count, percent, sig
 
 _NEAR: Final = 1.2
 """Points nearer than this factor's log would have their labels on each other."""
@@ -48,14 +46,25 @@ def band_name(alpha: float, beta: float) -> str:
     return f"{alpha:.3g} to {beta:.3g}"
 
 
-@house_style
+def _inputs(frames: Frames) -> tuple[object, ...]:
+    in_use = {words: band for words, band in ratio_bands(frames).items() if words.startswith("icepop:")}
+    return frames["sweep_by_band"], frames.get("recommended_band"), in_use
+
+
+@figure(
+    "band_frontier", "sweep_by_band",
+    title="Masked share against the k3 that is left, band by band",
+    caption="Every point is a band of the ratio. Left and low is good; on the frontier one is paid for with the other.",
+    section="sweep",
+    inputs=_inputs,
+    into=SIMULATION_FIGURES,
+)  # fmt: skip
 def plot_band_frontier(
     sweep: pd.DataFrame,
     recommended: pd.DataFrame | None = None,
     presets: Mapping[str, Band] | None = None,
     *,
-    caption: str = "",
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw every band of a sweep by masked share and remaining k3, the frontier, the recommended band and presets.
 
@@ -63,15 +72,13 @@ def plot_band_frontier(
         sweep: frame ``sweep_by_band``.
         recommended: frame ``recommended_band``.
         presets: name -> band in use; those in the sweep are marked.
-        caption: counts, drawn under the axes.
-        width: of the figure [inch].
     """
-    figure = new_figure(width, 3.9)
+    figure = new_figure(panel.width, 3.9)
     ax = figure.subplots()
     rows = sweep[sweep["kept_k3"] > 0]
     if rows.empty or not (rows["masked_share"] > 0).any():
         state(ax, "No band of the sweep masks a token." if len(sweep) else "No band was swept.")
-        add_words(figure, "No band of the sweep masks a token", caption)
+        add_words(figure, "No band of the sweep masks a token", panel.caption)
         return figure
     zero = 0.5 / int(rows["n_tokens"].max())
     _draw_bands(ax, rows, zero)
@@ -82,7 +89,7 @@ def plot_band_frontier(
     handles, names = ax.get_legend_handles_labels()
     legend_below(ax, handles, names, columns=2)
     note = "Bars: 95 %, clustered by prompt, of bands on the frontier. Bands are not portable between stacks."
-    add_words(figure, frontier_title(rows, recommended), caption, _no_floor_words(recommended), note)
+    add_words(figure, frontier_title(rows, recommended), panel.caption, _no_floor_words(recommended), note)
     return figure
 
 

@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from moediag.figures.numbers import count, percent, sig
+from moediag.corrections.correction import Step, parse_correction
+from moediag.figures.registry import SIMULATION_FIGURES, Frames, Panel, figure
 from moediag.figures.style import (
     DENSE_COLOURS,
-    FULL_WIDTH,
     GREY,
     HALO,
     INK,
@@ -24,12 +24,12 @@ from moediag.figures.style import (
     MOE_COLOURS,
     add_words,
     figure_text,
-    house_style,
     legend_below,
     new_figure,
     state,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, percent, sig
 
 Band = tuple[float, float]
 FloatArray = npt.NDArray[np.float64]
@@ -40,19 +40,40 @@ _ROOM: Final = 0.35
 _RATIOS: Final = (1 / 128, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 128)
 
 
-@house_style
-def plot_ratio_bands(
-    counts: pd.DataFrame, bands: Mapping[str, Band], *, caption: str = "", width: float = FULL_WIDTH
-) -> Figure:
+def ratio_bands(frames: Frames) -> dict[str, Band]:
+    """The bands on the token ratio among the corrections, and the recommended one first where there is one."""
+    bands: dict[str, Band] = {}
+    recommended = frames.get("recommended_band")
+    if recommended is not None and len(recommended) and math.isfinite(recommended.iloc[0]["alpha"]):
+        row = recommended.iloc[0]
+        bands[f"recommended: {row['alpha']:.3g} to {row['beta']:.3g}"] = (float(row["alpha"]), float(row["beta"]))
+    for words in frames["correction_statistics"]["words"]:
+        steps = parse_correction(words).steps
+        if len(steps) == 1 and (band := _band(steps[0])):
+            bands[words] = band
+    return bands
+
+
+def _band(step: Step) -> Band | None:
+    return step.bounds if step.declared.masks == "token" and step.declared.bounded.ratio else None
+
+
+@figure(
+    "ratio_bands", "ratio_counts",
+    title="Ratio pi_train / pi_infer and the bands on it",
+    caption="Tokens by ratio, both axes logarithmic; tokens beyond the axis are counted at its edge.",
+    section="ratios",
+    inputs=lambda frames: (frames["ratio_counts"], ratio_bands(frames)),
+    into=SIMULATION_FIGURES,
+)  # fmt: skip
+def plot_ratio_bands(counts: pd.DataFrame, bands: Mapping[str, Band], *, panel: Panel) -> Figure:
     """Draw tokens by ratio, both axes logarithmic, and above them the bands on the token ratio.
 
     Args:
         counts: frame ``ratio_counts``.
         bands: name -> (lower, upper) bound of the ratio; 0 and inf = open. The first one is that of the title.
-        caption: counts, drawn under the axes.
-        width: of the figure [inch].
     """
-    figure = new_figure(width, 2.6 + 0.17 * len(bands))
+    figure = new_figure(panel.width, 2.6 + 0.17 * len(bands))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[max(0.17 * len(bands), 0.3), 2.2])
     rows = counts[counts["n_tokens"] > 0]
     low, high = _limits(rows, bands)
@@ -61,7 +82,7 @@ def plot_ratio_bands(
         _draw_band(upper, len(bands) - 1 - nth, name, band, (low, high))
     _dress_bands(upper, lower, len(bands), low, high)
     note = f"Bins of {sig(_step(counts), 2)} nat. A band that runs off the axis is open on that side."
-    add_words(figure, ratio_title(counts, bands), caption, note)
+    add_words(figure, ratio_title(counts, bands), panel.caption, note)
     return figure
 
 
@@ -144,26 +165,29 @@ def _ticks(low: float, high: float) -> list[float]:
     return [ratio for ratio in some if low - 1e-9 <= math.log(ratio) <= high + 1e-9]
 
 
-@house_style
-def plot_masked_entropy(
-    counts: pd.DataFrame, statistics: pd.DataFrame, *, caption: str = "", width: float = FULL_WIDTH
-) -> Figure:
+@figure(
+    "masked_entropy", "masked_entropy", "correction_statistics",
+    title="Entropy of masked tokens",
+    caption="Left: one correction's masked tokens against all tokens, Figure-11-style. Right: means of every "
+    "correction.",
+    section="entropy",
+    into=SIMULATION_FIGURES,
+)  # fmt: skip
+def plot_masked_entropy(counts: pd.DataFrame, statistics: pd.DataFrame, *, panel: Panel) -> Figure:
     """Draw the entropy of the tokens that one correction masks against that of all tokens, and means of every one.
 
     Args:
         counts: frame ``masked_entropy``; its first correction is drawn on the left.
         statistics: frame ``correction_statistics``.
-        caption: counts, drawn under the axes.
-        width: of the figure [inch].
     """
     rows = statistics[statistics["masked_share"] > 0].sort_values("entropy_masked", na_position="first")
-    figure = new_figure(width, max(3.0, 1.1 + 0.17 * len(rows)))
+    figure = new_figure(panel.width, max(3.0, 1.1 + 0.17 * len(rows)))
     left, right = figure.subplots(1, 2, width_ratios=[1.0, 1.0])
     name = str(counts["correction"].iloc[0]) if len(counts) else ""
     _draw_densities(left, counts[counts["correction"] == name], name)
     _draw_means(right, rows)
     note = "Bars: 95 %, clustered by prompt. Masked = weight 0; entropy of the infer side."
-    add_words(figure, entropy_title(statistics, name), caption, note)
+    add_words(figure, entropy_title(statistics, name), panel.caption, note)
     return figure
 
 

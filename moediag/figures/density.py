@@ -19,23 +19,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from moediag.analysis.tokens import logp_diff, scored_tokens
-from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words
+from moediag.figures.floors import draw_floor
 from moediag.figures.heat import count_bar, count_norm, draw_cells
-from moediag.figures.numbers import sig
+from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     INK,
-    RunStyle,
     add_words,
     figure_text,
     figure_width,
-    house_style,
     panel_grid,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import power, tick_decades
+from moediag.numbers import sig
 
 METRIC: Final = "abs_logp_diff.mean"
 MIN_TOKENS: Final = 100
@@ -49,30 +46,38 @@ _CERTAINTY: Final = ((1e-4, "10⁻⁴"), (0.01, "0.01"), (0.1, "0.1"), (0.5, "0.
 FloatArray = npt.NDArray[np.float64]
 
 
-@house_style
+def _no_difference(frames: Frames) -> str:
+    tokens = scored_tokens(frames["tokens"])
+    if tokens.empty:
+        return NOT_SCORED
+    return "" if bool(np.any(logp_diff(tokens))) else NO_DIFFERENCE
+
+
+@figure(
+    "logp_diff_by_p_infer", "tokens", "metrics_by_stratum",
+    title="Size of the difference against the probability that infer gave the token",
+    caption="Density of tokens; the line is the mean per stratum of p_infer. Rounding to bf16 shows as regular "
+    "stripes.",
+    section="tail",
+    floor_of="abs_logp_diff.mean",
+    absent=_no_difference,
+)  # fmt: skip
 def plot_logp_diff_by_p_infer(
     tokens: Mapping[str, pd.DataFrame],
     strata: Mapping[str, pd.DataFrame] | None = None,
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw the density of tokens over p_infer and abs(logp_diff), with the mean per stratum of p_infer.
 
     Args:
         tokens: label -> ``tokens`` frame.
         strata: label -> ``metrics_by_stratum`` frame; means are read from it.
-        styles: how runs are drawn.
-        caption: counts, drawn under the axes.
-        floor: of the mean abs(logp_diff) [nat].
-        width: of the figure [inch].
+        panel: floor of the mean abs(logp_diff) [nat].
     """
-    styles = styles or styles_of(tokens)
     points = {label: _points(frame) for label, frame in tokens.items()}
     means = {label: p_strata((strata or {}).get(label)) for label in tokens}
-    figure, panels = panel_grid(len(points), width, 3.0, sharex=True, sharey=True)
+    figure, panels = panel_grid(len(points), panel.width, 3.0, sharex=True, sharey=True)
     limits = y_limits([y for _, y in points.values()])
     if limits is None:
         state(panels[0], "No scored token differs.")
@@ -81,8 +86,8 @@ def plot_logp_diff_by_p_infer(
     for ax, label in zip(panels, tokens, strict=False):
         ax.set_title(figure_text(label))
         if limits is not None:
-            draw_floor(ax, floor_value(floor, label))
-    notes = [caption, floor_words(floor, "the mean", tokens), _notes(points, limits)]
+            draw_floor(ax, panel.floor_value(label))
+    notes = [panel.caption, panel.floor_words("the mean", tokens), _notes(points, limits)]
     add_words(figure, p_finding(means), *notes)
     return figure
 

@@ -12,21 +12,19 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words
-from moediag.figures.numbers import count, sig
+from moediag.figures.floors import draw_floor
+from moediag.figures.registry import NO_DIFFERENCE, NO_FLIP, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     legend_below,
     panel_grid,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import layer_ticks, log_axis
+from moediag.numbers import count, sig
 
 _NOTE: Final = (
     "Not controlled: difficulty that these do not show. An association, only forced routes show a cause. "
@@ -34,35 +32,47 @@ _NOTE: Final = (
 )
 
 
-@house_style
+def _no_excess(frames: Frames) -> str:
+    rows = frames["flip_excess"]
+    if rows.empty:
+        return f"{NO_FLIP} on a scored token"
+    if not rows["excess"].notna().any():
+        return "no unflipped token stands in the strata of the flipped ones"
+    return "" if rows["flipped_mean"].max() > 0 or rows["unflipped_mean"].max() > 0 else NO_DIFFERENCE
+
+
+@figure(
+    "flip_excess", "flip_excess",
+    title="How much more flipped tokens differ than unflipped ones like them",
+    caption="Mean difference of tokens by number of flipped layers, with unflipped tokens of the same p_infer, entropy "
+    "and position, and the excess by first flipped layer. Difficulty that these do not show is not controlled: an "
+    "association, only forcing the routes shows a cause.",
+    section="excess",
+    floor_of="abs_logp_diff.mean",
+    is_routing=True,
+    absent=_no_excess,
+)  # fmt: skip
 def plot_flip_excess(
     frames: Mapping[str, pd.DataFrame],
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw abs(logp_diff) of flipped tokens against matched ones, by flipped layers; the excess by first flipped layer.
 
     Args:
         frames: label -> ``flip_excess`` frame.
-        styles: how runs are drawn; by default every run is a MoE.
-        caption: counts, drawn under the axes.
-        floor: of the mean abs(logp_diff) [nat]; drawn on the left.
-        width: of the figure [inch].
+        panel: floor of the mean abs(logp_diff) [nat]; drawn on the left.
     """
-    styles = styles or styles_of(frames)
-    figure, panels = panel_grid(2 * len(frames), width, 3.3)
+    figure, panels = panel_grid(2 * len(frames), panel.width, 3.3)
     for nth, (label, frame) in enumerate(frames.items()):
         left, right = panels[2 * nth], panels[2 * nth + 1]
         left.set_title(f"{figure_text(label, 16)}: by flipped layers")
         right.set_title("Excess by first flipped layer")
-        _draw_pairs(left, _group(frame, "n_flipped_layers"), styles[label])
-        draw_floor(left, floor_value(floor, label))
-        _draw_excess(right, _group(frame, "first_flipped_layer"), styles[label])
-    floored = floor_words(floor, "the mean", frames)
-    notes = [caption, floored, _matched(frames), _NOTE, _unmatched(frames)]
+        _draw_pairs(left, _group(frame, "n_flipped_layers"), panel.styles[label])
+        draw_floor(left, panel.floor_value(label))
+        _draw_excess(right, _group(frame, "first_flipped_layer"), panel.styles[label])
+    floored = panel.floor_words("the mean", frames)
+    notes = [panel.caption, floored, _matched(frames), _NOTE, _unmatched(frames)]
     add_words(figure, excess_finding(frames), *notes)
     return figure
 

@@ -16,14 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from moediag.analysis.flips.explained import best_method
-from moediag.figures.catalogue import MIN_CHOICES
-from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words, share
-from moediag.figures.numbers import count, percent
+from moediag.analysis.flips.explained import METHOD_WORDS, best_method, source_words
+from moediag.analysis.margins import MIN_CHOICES
+from moediag.figures.floors import draw_floor, share
+from moediag.figures.registry import NO_FLIP, Frames, Panel, figure
 from moediag.figures.style import (
     DENSE_COLOURS,
     DENSE_LINES,
-    FULL_WIDTH,
     GREY,
     INK,
     MARKERS,
@@ -31,37 +30,44 @@ from moediag.figures.style import (
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     legend_below,
     panel_grid,
-    styles_of,
 )
 from moediag.figures.ticks import layer_ticks, log_axis, power
 from moediag.notation import POOLED
+from moediag.numbers import count, percent
 
 LEAST: Final = 1e-4
 """Predictions below it share the lowest bin of the frame; the axes end there."""
 
-_METHOD_WORDS: Final = {
-    "all_pairs": "every pair of experts",
-    "border_pair": "the border pair",
-    "simulated": "simulated choices",
-    "margin_change": "margins alone",
-}
 _COLOURS: Final = (*DENSE_COLOURS, *MOE_COLOURS[1:])
 _NOTE: Final = "Bars: 95 %, clustered by prompt. Predictions have none: the noise they take is an estimate, too."
 
 
-@house_style
+def _no_explanation(frames: Frames) -> str:
+    rows = frames["explained_flips"]
+    if not rows["explained"].notna().any():
+        return "no flip could be explained (neither margins nor router logits of both arms)"
+    return "" if rows["observed"].max() > 0 else f"{NO_FLIP} in {count(rows['n_choices'].max(), 'choice')}"
+
+
+@figure(
+    "explained_flips", "explained_flips", "flip_calibration", "forecast_flips",
+    title="Flips observed, explained by noise at near ties, and forecast for the noise of other pairs",
+    caption="Left: flip rate by layer; explained from one side's scores and the noise of other prompts of this pair, "
+    "forecast for this pair if it had the noise of another. Right: predicted against observed shares; on the "
+    "diagonal the explanation is right.",
+    section="margins",
+    floor_of="flip_rate",
+    is_routing=True,
+    absent=_no_explanation,
+)  # fmt: skip
 def plot_explained_flips(
     explained: Mapping[str, pd.DataFrame],
     calibration: Mapping[str, pd.DataFrame],
     forecasts: Mapping[str, pd.DataFrame] | None = None,
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw observed, explained and forecast flip rates by layer, and the calibration of the explanation.
 
@@ -69,31 +75,27 @@ def plot_explained_flips(
         explained: label -> ``explained_flips`` frame; of its methods the best with a prediction is drawn.
         calibration: label -> ``flip_calibration`` frame.
         forecasts: label -> ``forecast_flips`` frame.
-        styles: how runs are drawn; by default every run is a MoE.
-        caption: counts, drawn under the axes.
-        floor: of the flip rate over all layers [1]; drawn on the left.
-        width: of the figure [inch].
+        panel: floor of the flip rate over all layers [1]; drawn on the left.
     """
-    styles = styles or styles_of(explained)
-    figure, panels = panel_grid(2 * len(explained), width, 3.6)
+    figure, panels = panel_grid(2 * len(explained), panel.width, 3.6)
     silent: set[str] = set()
     for nth, (label, frame) in enumerate(explained.items()):
         left, right = panels[2 * nth], panels[2 * nth + 1]
         method = best_method(frame)
         rows = frame[frame["method"] == method]
         left.set_title(f"{figure_text(label, 20)}: flip rate by layer")
-        draw_rates(left, rows[rows["layer"] != POOLED], styles[label])
+        draw_rates(left, rows[rows["layer"] != POOLED], panel.styles[label])
         silent |= draw_forecasts(left, (forecasts or {}).get(label))
-        _dress_rates(left, rows, floor_value(floor, label))
+        _dress_rates(left, rows, panel.floor_value(label))
         right.set_title("Is the explanation right, choice by choice?")
         curve = calibration[label]
-        draw_calibration(right, curve[(curve["method"] == method) & (curve["layer"] == POOLED)], styles[label])
+        draw_calibration(right, curve[(curve["method"] == method) & (curve["layer"] == POOLED)], panel.styles[label])
         _say_errors(right, rows[rows["layer"] == POOLED].iloc[0])
     add_words(
         figure,
         explained_finding(explained),
-        caption,
-        floor_words(floor, "the flip rate", explained, share),
+        panel.caption,
+        panel.floor_words("the flip rate", explained, share),
         _method_note(explained),
         _NOTE,
         f"No flip forecast, not drawn: {', '.join(sorted(silent))}." if silent else "",
@@ -117,18 +119,12 @@ def _best_pooled(frame: pd.DataFrame) -> pd.Series[Any]:
     return frame[(frame["method"] == best_method(frame)) & (frame["layer"] == POOLED)].iloc[0]
 
 
-def source_words(noise_from: object) -> str:
-    """A source of noise as a reader says it: the arm of an A/A pair that is not the engine's main one."""
-    first, _, second = str(noise_from).partition("~")
-    return f"noise of {figure_text(first if len(first) > len(second) else second)}"
-
-
 def _method_note(explained: Mapping[str, pd.DataFrame]) -> str:
     """What was explained from, how much, and what that leaves out."""
     if not explained:
         return ""
     rows = [_best_pooled(frame) for frame in explained.values()]
-    said = sorted({_METHOD_WORDS.get(str(row["method"]), str(row["method"])) for row in rows})
+    said = sorted({METHOD_WORDS.get(str(row["method"]), str(row["method"])) for row in rows})
     notes = sorted({str(row["note"]) for row in rows} - {""})
     choices = max(int(frame["n_choices"].max()) for frame in explained.values())
     parts = [f"Explained from {' or '.join(said)}, up to {count(choices, 'choice')}", *notes]
@@ -156,12 +152,12 @@ def draw_forecasts(ax: Axes, forecasts: pd.DataFrame | None) -> set[str]:
     nth = 0
     for source, of_source in rows.groupby("noise_from", sort=False) if len(rows) else ():
         if not (of_source["forecast"] > 0).any():
-            silent.add(source_words(source))
+            silent.add(figure_text(source_words(source)))
             continue
         ax.plot(of_source["layer"], of_source["forecast"], color=_COLOURS[nth % len(_COLOURS)],
                 linestyle=DENSE_LINES[nth % len(DENSE_LINES)], linewidth=1.2, markersize=3.5,
                 marker=MARKERS[1 + nth % (len(MARKERS) - 1)],
-                label=f"forecast: if it had the {source_words(source)}")  # fmt: skip
+                label=f"forecast: if it had the {figure_text(source_words(source))}")  # fmt: skip
         nth += 1
     return silent
 

@@ -14,48 +14,54 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moediag.figures.floors import FloorArgument, floor_words, share
-from moediag.figures.numbers import count, percent, times
+from moediag.figures.floors import share
+from moediag.figures.registry import NO_FLIP, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     INK,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     panel_grid,
-    styles_of,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, percent, times
 
 
-@house_style
+def _no_flipped_token(frames: Frames) -> str:
+    rows = frames["flips_per_token"]
+    flipped = rows.loc[rows["n_flipped_layers"] > 0, "n_tokens"].sum()
+    return "" if flipped else f"{NO_FLIP} in {count(rows['n_tokens'].sum(), 'routed token')}"
+
+
+@figure(
+    "flips_per_token", "flips_per_token",
+    title="Flipped layers per token against independence",
+    caption="Share of tokens with that many flipped layers; open: what independent layers of the same rates would "
+    "give.",
+    section="depth",
+    floor_of="any_layer_share",
+    is_routing=True,
+    absent=_no_flipped_token,
+)  # fmt: skip
 def plot_flips_per_token(
     frames: Mapping[str, pd.DataFrame],
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw the share of tokens by number of flipped layers, and what independent layers would give.
 
     Args:
         frames: label -> ``flips_per_token`` frame.
-        styles: how runs are drawn; by default every run is a MoE.
-        caption: counts, drawn under the axes.
-        floor: of the share of tokens with a flip [1]; said in the caption.
-        width: of the figure [inch].
+        panel: floor of the share of tokens with a flip [1]; said in the caption.
     """
-    styles = styles or styles_of(frames)
-    figure, panels = panel_grid(len(frames), width, 2.7)
+    figure, panels = panel_grid(len(frames), panel.width, 2.7)
     for ax, (label, frame) in zip(panels, frames.items(), strict=False):
         ax.set_title(f"{figure_text(label)}: {count(frame['n_tokens'].sum(), 'routed token')}")
-        _draw_shares(ax, frame, styles[label])
-    floored = floor_words(floor, "the share of tokens with a flip", frames, share)
+        _draw_shares(ax, frame, panel.styles[label])
+    floored = panel.floor_words("the share of tokens with a flip", frames, share)
     note = "Independence: layers that flip at the same rates, each on its own."
-    add_words(figure, flips_finding(frames), caption, floored, note)
+    add_words(figure, flips_finding(frames), panel.caption, floored, note)
     return figure
 
 

@@ -16,53 +16,61 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moediag.figures.catalogue import MIN_CHOICES
-from moediag.figures.floors import FloorArgument, floor_value, floor_words, share
+from moediag.analysis.margins import MIN_CHOICES
+from moediag.figures.floors import share
 from moediag.figures.heat import draw_cells, hatch_thin, layer_axis, rate_bar, rate_norm
-from moediag.figures.margins import SPACE_LABEL, Space, bin_edges, tie_place
-from moediag.figures.numbers import count, percent, sig, times
+from moediag.figures.margins import SPACE_LABEL, Space, bin_edges, no_margins, tie_place
+from moediag.figures.registry import NO_FLIP, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     INK,
-    RunStyle,
     add_words,
     figure_text,
-    house_style,
     panel_grid,
 )
 from moediag.figures.ticks import tick_decades
+from moediag.notation import POOLED
+from moediag.numbers import count, percent, sig, times
 
 FloatArray = npt.NDArray[np.float64]
 
+_TOO_FEW: Final = f"no cell of the map holds {MIN_CHOICES} choices"
 _THIN: Final = f"Hatched: fewer than {MIN_CHOICES} choices, no rate. White: none."
 
 
-@house_style
+def _no_flip_in_map(frames: Frames) -> str:
+    rows = frames["flips_by_layer_position"]
+    if not rows["n_flipped"].sum():
+        return f"{NO_FLIP} in {count(rows['n_choices'].sum(), 'choice')}"
+    return "" if (rows["n_choices"] >= MIN_CHOICES).any() else _TOO_FEW
+
+
+@figure(
+    "flip_map", "flips_by_layer_position",
+    title="Flip rate by layer and position",
+    caption="Share of expert sets that differ, per MoE layer and bin of positions in the response.",
+    section="depth",
+    floor_of="flip_rate",
+    is_routing=True,
+    absent=_no_flip_in_map,
+)  # fmt: skip
 def plot_flip_map(
     frames: Mapping[str, pd.DataFrame],
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw the flip rate over layer and position in the response.
 
     Args:
         frames: label -> ``flips_by_layer_position`` frame.
-        styles: not used: colour means rate here.
-        caption: counts, drawn under the axes.
-        floor: of the flip rate over all layers [1]; marked on the colour bar.
-        width: of the figure [inch].
+        panel: floor of the flip rate over all layers [1]; marked on the colour bar.
     """
-    del styles
-    figure, panels = panel_grid(len(frames), width, 3.2)
+    figure, panels = panel_grid(len(frames), panel.width, 3.2)
     for ax, (label, frame) in zip(panels, frames.items(), strict=False):
         ax.set_title(f"{figure_text(label)}: {count(frame['n_choices'].sum(), 'choice')}")
         mesh = _draw_positions(ax, frame)
-        rate_bar(mesh, ax, "flip rate", floor_value(floor, label))
-    floored = floor_words(floor, "the flip rate", frames, share)
-    add_words(figure, map_finding(frames), caption, floored, _thin_note(frames))
+        rate_bar(mesh, ax, "flip rate", panel.floor_value(label))
+    floored = panel.floor_words("the flip rate", frames, share)
+    add_words(figure, map_finding(frames), panel.caption, floored, _thin_note(frames))
     return figure
 
 
@@ -114,16 +122,36 @@ def _thin_note(frames: Mapping[str, pd.DataFrame]) -> str:
     return _THIN if any((frame["n_choices"] < MIN_CHOICES).any() for frame in frames.values()) else ""
 
 
-@house_style
+def _no_margins_by_layer(frames: Frames) -> str:
+    rows = frames["margin_curve"]
+    if reason := no_margins(frames):
+        return reason
+    if not ((rows["layer"] >= 0) & (rows["bin_high"] > 0) & (rows["n_choices"] >= MIN_CHOICES)).any():
+        return _TOO_FEW
+    return "" if rows["n_flipped"].sum() else f"{NO_FLIP} in {count(_pooled_choices(rows), 'choice')}"
+
+
+def _pooled_choices(rows: pd.DataFrame) -> int:
+    first = next(iter(rows["space"]))
+    return int(rows.loc[(rows["layer"] == POOLED) & (rows["space"] == first), "n_choices"].sum())
+
+
+@figure(
+    "margins_by_layer", "margin_curve", "margin_noise",
+    title="Margins and flips layer by layer",
+    caption="Left: where the margins of a layer lie. Right: P(flip | margin) of each layer; the mark is its noise "
+    "sigma.",
+    section="margins",
+    floor_of="flip_rate",
+    is_routing=True,
+    absent=_no_margins_by_layer,
+)  # fmt: skip
 def plot_margins_by_layer(
     curves: Mapping[str, pd.DataFrame],
     noise: Mapping[str, pd.DataFrame] | None = None,
     *,
     space: Space = "choice",
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw, layer by layer, where margins lie and how often a choice flips at each; one row per run.
 
@@ -131,25 +159,21 @@ def plot_margins_by_layer(
         curves: label -> ``margin_curve`` frame.
         noise: label -> ``margin_noise`` frame; sigma is marked on the map of flips.
         space: ``choice`` (the score TopK compares) or ``logit`` (raw router logits).
-        styles: not used: colour means rate here.
-        caption: counts, drawn under the axes.
-        floor: of the flip rate over all layers [1]; said in the caption.
-        width: of the figure [inch].
+        panel: floor of the flip rate over all layers [1]; said in the caption.
     """
-    del styles
     sigmas = {label: _sigmas((noise or {}).get(label), space) for label in curves}
-    figure, panels = panel_grid(2 * len(curves), width, 3.2)
+    figure, panels = panel_grid(2 * len(curves), panel.width, 3.2)
     for nth, (label, frame) in enumerate(curves.items()):
         rows = frame[(frame["space"] == space) & (frame["layer"] >= 0)]
         left, right = panels[2 * nth], panels[2 * nth + 1]
         left.set_title(f"{figure_text(label, 24)}: where margins lie")
         right.set_title("How often a choice flips")
         _draw_margin_maps(left, right, rows, sigmas[label], space)
-    floored = floor_words(floor, "the flip rate", curves, share)
+    floored = panel.floor_words("the flip rate", curves, share)
     note = f"{_THIN} First column: exact ties."
     if any(len(rows) for rows in sigmas.values()):
         note += " Marks: sigma, the noise of the score difference that would make as many flips."
-    add_words(figure, noise_finding(curves, sigmas), caption, floored, note)
+    add_words(figure, noise_finding(curves, sigmas), panel.caption, floored, note)
     return figure
 
 

@@ -12,9 +12,9 @@ from typing import Any, Final, Literal
 
 from matplotlib.axes import Axes
 
-from moediag.figures.numbers import percent, sig
 from moediag.figures.style import GREY, HALO, NO_FLOOR, figure_text
 from moediag.notation import INFER, TRAIN
+from moediag.numbers import percent, sig
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moediag.analysis.gradients import FARTHER, NEARER
-from moediag.figures.numbers import count
+from moediag.figures.registry import SIMULATION_FIGURES, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     INK,
     LIGHT,
     add_words,
     figure_text,
-    house_style,
     is_column,
     new_figure,
     state,
 )
+from moediag.numbers import count
 
 _REFERENCES: Final = {
     "sequence_is": ("sequence IS", "#0072B2", "o"),
@@ -36,18 +35,22 @@ _ROW: Final = 0.185
 """Height [inch] of one method."""
 
 
-@house_style
-def plot_gradient_cosines(audit: pd.DataFrame, *, caption: str = "", width: float = FULL_WIDTH) -> Figure:
+@figure(
+    "gradient_cosines", "gradient_audit",
+    title="Direction of the update under every correction",
+    caption="Cosine between a correction's gradient and the reference, a panel per group of parameters.",
+    section="gradients",
+    into=SIMULATION_FIGURES,
+)  # fmt: skip
+def plot_gradient_cosines(audit: pd.DataFrame, *, panel: Panel) -> Figure:
     """Draw the cosine between every correction's gradient and the references, a panel per parameter group.
 
     Args:
         audit: frame ``gradient_audit``.
-        caption: said before how to read it: model, counts.
-        width: of the figure [inch].
     """
     parts, methods = _by_reference(audit), _methods(audit)
-    columns = 1 if is_column(width) else min(2, max(len(parts), 1))
-    figure, panels = _grid(max(len(parts), 1), columns, len(methods), width)
+    columns = 1 if is_column(panel.width) else min(2, max(len(parts), 1))
+    figure, panels = _grid(max(len(parts), 1), columns, len(methods), panel.width)
     for ax, ((group, reference), rows) in zip(panels, parts, strict=False):
         _draw_batch(ax, rows, methods, reference)
         _draw(ax, rows, methods, "cosine", reference)
@@ -61,22 +64,26 @@ def plot_gradient_cosines(audit: pd.DataFrame, *, caption: str = "", width: floa
         "One-token, exact: expected one-token gradient over infer's prefixes, summed; corrections of whole sequences "
         "have none."
     )
-    add_words(figure, cosine_finding(audit), caption, _counts(audit), note)
+    add_words(figure, cosine_finding(audit), panel.caption, _counts(audit), note)
     return figure
 
 
-@house_style
-def plot_gradient_bias_variance(audit: pd.DataFrame, *, caption: str = "", width: float = FULL_WIDTH) -> Figure:
+@figure(
+    "gradient_bias_variance", "gradient_audit",
+    title="Bias and variance of the update under every correction",
+    caption="Left: difference from the reference beside what chance gives. Right: variance over prompts.",
+    section="gradients",
+    into=SIMULATION_FIGURES,
+)  # fmt: skip
+def plot_gradient_bias_variance(audit: pd.DataFrame, *, panel: Panel) -> Figure:
     """Draw bias beside its floor, and variance beside the reference's, of every correction; a row per group.
 
     Args:
         audit: frame ``gradient_audit``.
-        caption: said before how to read it.
-        width: of the figure [inch].
     """
     parts, methods = _by_reference(audit), _methods(audit)
-    columns = 1 if is_column(width) else 2
-    figure, panels = _grid(max(2 * len(parts), 1), columns, len(methods), width)
+    columns = 1 if is_column(panel.width) else 2
+    figure, panels = _grid(max(2 * len(parts), 1), columns, len(methods), panel.width)
     for nth, ((group, reference), rows) in enumerate(parts):
         left, right = panels[2 * nth : 2 * nth + 2]
         _draw_floors(left, rows, methods)
@@ -94,7 +101,7 @@ def plot_gradient_bias_variance(audit: pd.DataFrame, *, caption: str = "", width
         "Inside the grey bar a bias is no larger than chance (95 %) makes it for a "
         "method without any. Variance: the reference's = 1 (dotted), bars: 95 % over prompts."
     )
-    add_words(figure, bias_finding(audit), caption, _counts(audit), note)
+    add_words(figure, bias_finding(audit), panel.caption, _counts(audit), note)
     return figure
 
 

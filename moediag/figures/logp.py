@@ -19,10 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from moediag.analysis.tokens import logp_diff, scored_tokens
-from moediag.figures.floors import FloorArgument, floor_value, floor_words
-from moediag.figures.numbers import percent, sig, times
+from moediag.figures.floors import FloorArgument, floor_value
+from moediag.figures.registry import Panel, figure, token_counts
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     INK,
     RunStyle,
@@ -31,13 +30,12 @@ from moediag.figures.style import (
     figure_text,
     figure_width,
     first_of_each_kind,
-    house_style,
     is_column,
     new_figure,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import log_axis, power
+from moediag.numbers import percent, sig, times
 
 FLOAT_EDGE: Final = 1e-6
 """Differences below this [nat] share one bar with the exact zeros: float32 log-probs resolve no finer."""
@@ -59,21 +57,19 @@ def abs_logp_diff(tokens: pd.DataFrame) -> npt.NDArray[np.float64]:
     return absolute
 
 
-def token_counts(tokens: Mapping[str, pd.DataFrame]) -> dict[str, tuple[int, int]]:
-    """label -> (tokens scored by both arms, prompts), for captions."""
-    return {label: (len(abs_logp_diff(frame)), int(frame["prompt_id"].nunique())) for label, frame in tokens.items()}
-
-
-@house_style
+@figure(
+    "figure1", "tokens", "tail_curve", "logp_metrics",
+    title="How far apart the log-probabilities are: body and tail",
+    caption="Left: tokens by size of abs(logp_train − logp_infer), differences of 0 apart. Right: share of tokens "
+    "beyond.",
+    floor_of="abs_logp_diff.mean",
+)  # fmt: skip
 def plot_figure1(
     tokens: Mapping[str, pd.DataFrame],
     tail_curves: Mapping[str, pd.DataFrame],
     metrics: Mapping[str, pd.DataFrame],
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str | None = None,
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw abs(logp_diff) of one or several runs: the body per run on the left, the tails on the right.
 
@@ -81,24 +77,20 @@ def plot_figure1(
         tokens: label -> ``tokens`` frame.
         tail_curves: label -> ``tail_curve`` frame.
         metrics: label -> ``logp_metrics`` frame; mean, p99 and max are read from it.
-        styles: how runs are drawn; by default from the frames.
-        caption: replaces the counts.
-        floor: of the mean abs(logp_diff) [nat].
-        width: of the figure [inch]; in a column the tail stands under the body.
+        panel: floor of the mean abs(logp_diff) [nat].
     """
-    styles = styles or styles_of(tokens)
     rows = max(len(tokens), 1)
-    if is_column(width):
-        figure = new_figure(width, 4.0 + 0.8 * rows)
+    if is_column(panel.width):
+        figure = new_figure(panel.width, 4.0 + 0.8 * rows)
         body, tail = figure.subplots(2, 1, height_ratios=(1 + 0.8 * rows, 2.6))
     else:
-        figure = new_figure(width, 2.3 + 0.7 * rows)
+        figure = new_figure(panel.width, 2.3 + 0.7 * rows)
         body, tail = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    draw_body(body, tokens, metrics, styles, floor)
-    draw_tail(tail, tail_curves, styles)
-    note = caption_text(token_counts(tokens)) if caption is None else caption
-    floored = floor_words(floor, "the mean", tokens)
-    add_words(figure, figure1_finding(metrics, styles), note, floored, _READING, FIGURE1_NOTE)
+    draw_body(body, tokens, metrics, panel.styles, panel.floor)
+    draw_tail(tail, tail_curves, panel.styles)
+    note = panel.caption or caption_text(token_counts(tokens))
+    floored = panel.floor_words("the mean", tokens)
+    add_words(figure, figure1_finding(metrics, panel.styles), note, floored, _READING, FIGURE1_NOTE)
     return figure
 
 

@@ -18,23 +18,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from moediag.figures.floors import FloorArgument, floor_words, share
-from moediag.figures.numbers import count, percent, sig
+from moediag.analysis.margins import MIN_CHOICES
+from moediag.figures.floors import share
+from moediag.figures.registry import Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     INK,
     LIGHT,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     legend_below,
     panel_grid,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import tick_decades
+from moediag.numbers import count, percent, sig
 
 Space = Literal["choice", "logit"]
 
@@ -43,48 +42,53 @@ SPACE_LABEL: Final[dict[str, str]] = {
     "logit": "margin of the {side} arm [raw router logits]",
 }
 
-MIN_LAYER_CHOICES: Final = 20
-"""A single layer's P(flip) is drawn from that many choices on; one choice would be drawn as 0 or 100 %."""
+NO_MARGINS: Final = "no margins were captured (expert ids only)"
 
 
-@house_style
+def no_margins(frames: Frames) -> str:
+    """Why no margin can be drawn; empty where one can."""
+    return "" if frames["margin_curve"]["n_choices"].sum() > 0 else NO_MARGINS
+
+
+@figure(
+    "margins", "margin_curve",
+    title="Margins of flipped and of kept choices, and how often a choice flips",
+    caption="Left: margins of the choices that flipped and that did not. Right: P(flip | margin).",
+    section="margins",
+    floor_of="flip_rate",
+    is_routing=True,
+    absent=no_margins,
+)  # fmt: skip
 def plot_margins(
     frames: Mapping[str, pd.DataFrame],
     *,
     space: Space = "choice",
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw the margins of flipped and kept choices, and P(flip | margin), one row per MoE run.
 
     Args:
         frames: label -> ``margin_curve`` frame; runs without choices (dense) are left out.
         space: ``choice`` (the score TopK compares) or ``logit`` (raw router logits).
-        styles: how runs are drawn; by default every run with rows is a MoE.
-        caption: counts, drawn under the axes.
-        floor: of the flip rate over all layers [1]; said in the caption.
-        width: of the figure [inch].
+        panel: floor of the flip rate over all layers [1]; said in the caption.
     """
     curves = {label: frame[frame["space"] == space].sort_values("bin_low") for label, frame in frames.items()}
     curves = {label: frame for label, frame in curves.items() if frame["n_choices"].sum() > 0}
-    styles = styles or styles_of(curves)
-    figure, panels = panel_grid(2 * max(len(curves), 1), width, 3.5)
+    figure, panels = panel_grid(2 * max(len(curves), 1), panel.width, 3.5)
     rows = [(panels[i], panels[i + 1]) for i in range(0, len(panels), 2)]
     for (left, right), (label, frame) in zip(rows, curves.items(), strict=False):
-        draw_margin_groups(left, _pooled(frame), label, styles[label])
-        draw_flip_curve(right, frame, styles[label])
+        draw_margin_groups(left, _pooled(frame), label, panel.styles[label])
+        draw_flip_curve(right, frame, panel.styles[label])
         for ax in (left, right):
             _dress(ax, _pooled(frame), space)
     if not curves:
         for ax in rows[0]:
             state(ax, "No routed choice in this score space: nothing to draw.")
     banded = any(frame["flip_rate_ci_low"].notna().any() for frame in curves.values())
-    note = f"Thin lines: single layers, bins of at least {MIN_LAYER_CHOICES} choices. "
+    note = f"Thin lines: single layers, bins of at least {MIN_CHOICES} choices. "
     note += "Bars: 95 %, clustered by prompt." if banded else "No interval could be given."
-    floored = floor_words(floor, "the flip rate", curves, share)
-    add_words(figure, margin_finding(curves), caption, floored, note if curves else "")
+    floored = panel.floor_words("the flip rate", curves, share)
+    add_words(figure, margin_finding(curves), panel.caption, floored, note if curves else "")
     return figure
 
 
@@ -133,9 +137,9 @@ def _wide_bins(bins: pd.DataFrame) -> pd.DataFrame:
     """The first and the last bin, each widened inwards until it holds enough choices for a rate."""
     ends = []
     for rows in (bins, bins[::-1]):
-        enough = rows[: int((rows["n_choices"].cumsum() < MIN_LAYER_CHOICES).sum()) + 1]
+        enough = rows[: int((rows["n_choices"].cumsum() < MIN_CHOICES).sum()) + 1]
         n = enough["n_choices"].sum()
-        if n < MIN_LAYER_CHOICES:
+        if n < MIN_CHOICES:
             return bins[:0]
         rate = enough["n_flipped"].sum() / n
         ends.append({"bin_low": enough["bin_low"].min(), "bin_high": enough["bin_high"].max(), "flip_rate": rate})
@@ -197,13 +201,13 @@ def draw_flip_curve(ax: Axes, curve: pd.DataFrame, style: RunStyle) -> None:
     edges = bin_edges(bins) if len(bins) else np.array([1e-3, 1.0])
     centre = dict(zip(bins["bin_low"], np.sqrt(edges[:-1] * edges[1:]), strict=False))
     _draw_layers(ax, curve, centre)
-    held = bins["n_choices"] >= MIN_LAYER_CHOICES
+    held = bins["n_choices"] >= MIN_CHOICES
     thin = ~held & (bins["n_choices"] > 0)
     places = bins["bin_low"].map(centre)
     # A line through bins of one or two choices would zigzag between 0 and 100 %: those are dots of their own.
     for place, rows, kind, name in (
         (places[held], bins[held], "-o", "all layers"),
-        (places[thin], bins[thin], "o", f"fewer than {MIN_LAYER_CHOICES} choices"),
+        (places[thin], bins[thin], "o", f"fewer than {MIN_CHOICES} choices"),
         (tie_place(edges), ties, "D", "exact ties"),
     ):
         if rows["n_choices"].sum() > 0:
@@ -217,7 +221,7 @@ def draw_flip_curve(ax: Axes, curve: pd.DataFrame, style: RunStyle) -> None:
 
 def _draw_layers(ax: Axes, curve: pd.DataFrame, centre: dict[float, float]) -> None:
     """One thin line per layer, light to dark with depth."""
-    enough = curve[(curve["bin_high"] > 0) & (curve["n_choices"] >= MIN_LAYER_CHOICES) & (curve["layer"] >= 0)]
+    enough = curve[(curve["bin_high"] > 0) & (curve["n_choices"] >= MIN_CHOICES) & (curve["layer"] >= 0)]
     layers = sorted(set(enough["layer"]))
     for layer in layers:
         rows = enough[enough["layer"] == layer]

@@ -16,21 +16,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words
-from moediag.figures.numbers import count, sig, times
+from moediag.figures.floors import draw_floor
+from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     is_column,
     new_figure,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, sig, times
 
 DECADES: Final = 5
 """The log axis shows at most this many; a median of 1e-9 nat would press the rest into a line."""
@@ -38,16 +36,28 @@ DECADES: Final = 5
 _LINES: Final = (("p50", (0, (1, 1.2))), ("p90", (0, (4, 1.5))), ("p99", (0, (7, 1.5, 1, 1.5))))
 
 
-@house_style
+def _no_drift(frames: Frames) -> str:
+    mean = frames["drift_by_position"]["abs_logp_diff_mean"]
+    if not mean.notna().any():
+        return NOT_SCORED
+    return "" if mean.max() > 0 else NO_DIFFERENCE
+
+
+@figure(
+    "position_drift", "drift_by_position",
+    title="Difference by position in the response",
+    caption="Mean with its 95 % interval, median, p90 and p99 per bin of positions; below, the tokens behind every "
+    "bin.",
+    section="drift",
+    floor_of="abs_logp_diff.mean",
+    absent=_no_drift,
+)  # fmt: skip
 def plot_position_drift(
     frames: Mapping[str, pd.DataFrame],
     *,
     training_window: int | None = None,
     prompt_length: int | None = None,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw abs(logp_diff) by position in the response: mean with interval, p50, p90, p99, and n.
 
@@ -56,26 +66,22 @@ def plot_position_drift(
         training_window: context length the model was trained on [token, prompt + response]; drawn as a
             line at the response position where it ends.
         prompt_length: longest prompt [token], taken off the window; 0 if not known.
-        styles: how runs are drawn; by default from the frames (no flip rate = dense).
-        caption: counts, drawn under the axes.
-        floor: of the mean abs(logp_diff) [nat].
-        width: of the figure [inch]; in a column the runs stand one under the other.
+        panel: floor of the mean abs(logp_diff) [nat].
     """
-    styles = styles or styles_of(frames)
-    figure, panels = _panel_pairs(max(len(frames), 1), width)
-    limits = drift_limits(frames, [value for label in frames if (value := floor_value(floor, label)) is not None])
+    figure, panels = _panel_pairs(max(len(frames), 1), panel.width)
+    limits = drift_limits(frames, [value for label in frames if (value := panel.floor_value(label)) is not None])
     for (top, bottom), (label, frame) in zip(panels, frames.items(), strict=False):
-        draw_drift(top, frame, styles[label], limits)
+        draw_drift(top, frame, panel.styles[label], limits)
         top.set_title(figure_text(label))
-        draw_bin_counts(bottom, frame, styles[label])
+        draw_bin_counts(bottom, frame, panel.styles[label])
         if training_window is not None:
             _mark_window(top, frame, training_window - (prompt_length or 0))
     _dress(panels, frames, limits)
     banded = any(frame["abs_logp_diff_mean_ci_low"].notna().any() for frame in frames.values())
     band = "Band: 95 % interval of the mean, clustered by prompt." if banded else "No interval could be given."
     for (top, _), label in zip(panels, frames, strict=False):
-        draw_floor(top, floor_value(floor, label))
-    notes = [caption, floor_words(floor, "the mean", frames), band, _clip_note(frames, limits)]
+        draw_floor(top, panel.floor_value(label))
+    notes = [panel.caption, panel.floor_words("the mean", frames), band, _clip_note(frames, limits)]
     notes.append(_thin_note(frames))
     notes.append(_window_note(frames, training_window, prompt_length))
     add_words(figure, drift_finding(frames), *notes)

@@ -14,57 +14,60 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from moediag.analysis.measures import ICEPOP_BAND
 from moediag.analysis.tokens import logp_diff, scored_tokens
-from moediag.figures.floors import FloorArgument, floor_words, share
-from moediag.figures.numbers import count, percent
+from moediag.figures.floors import share
+from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     INK,
     LIGHT,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     panel_grid,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import log_axis
-
-BAND: Final = (0.5, 5.0)
-"""alpha and beta of Ring-1T; the band is closed."""
+from moediag.numbers import count, percent
 
 _BINS_IN_BAND: Final = 80
 _MAX_BINS: Final = 400
 _RATIOS: Final = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100, 1e3, 1e4, 1e5, 1e6)
 
 
-@house_style
+def _no_difference(frames: Frames) -> str:
+    tokens = scored_tokens(frames["tokens"])
+    if tokens.empty:
+        return NOT_SCORED
+    return "" if bool(np.any(logp_diff(tokens))) else NO_DIFFERENCE
+
+
+@figure(
+    "ratio_histogram", "tokens", "corrections",
+    title="Ratio pi_train / pi_infer and the IcePop band",
+    caption="Tokens outside the closed band 0.5 to 5 would get no update.",
+    section="tail",
+    floor_of="masked_share",
+    absent=_no_difference,
+)  # fmt: skip
 def plot_ratio_histogram(
     tokens: Mapping[str, pd.DataFrame],
     corrections: Mapping[str, pd.DataFrame] | None = None,
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw tokens by ratio on a log axis, with the IcePop band 0.5 to 5 and what lies outside it.
 
     Args:
         tokens: label -> ``tokens`` frame.
         corrections: label -> ``corrections`` frame; shares outside the band are read from it.
-        styles: how runs are drawn.
-        caption: counts, drawn under the axes.
-        floor: of the share outside the band [1]; said in the caption.
-        width: of the figure [inch].
+        panel: floor of the share outside the band [1]; said in the caption.
     """
-    styles = styles or styles_of(tokens)
     ratios = {label: logp_diff(scored_tokens(frame)) for label, frame in tokens.items()}
-    figure, panels = panel_grid(len(ratios), width, 2.5, sharex=True, sharey=True)
+    figure, panels = panel_grid(len(ratios), panel.width, 2.5, sharex=True, sharey=True)
     edges = band_edges(np.concatenate([*ratios.values(), np.zeros(1)]))
     for ax, (label, values) in zip(panels, ratios.items(), strict=False):
-        _draw_histogram(ax, values, edges, styles[label])
+        _draw_histogram(ax, values, edges, panel.styles[label])
         _mark_shares(ax, icepop_row((corrections or {}).get(label)))
         ax.set_title(figure_text(label))
         ax.set_xlabel("ratio = pi_train / pi_infer, log axis")
@@ -73,9 +76,9 @@ def plot_ratio_histogram(
         state(panels[0], "No token was scored by both arms.")
     else:
         _dress(panels, ratios, edges)
-    floored = floor_words(floor, "the share outside", tokens, share)
+    floored = panel.floor_words("the share outside", tokens, share)
     note = f"Bins of {edges[1] - edges[0]:.2g} nat. Outside the closed band (grey) the mask sets the weight to 0."
-    add_words(figure, ratio_finding(tokens, corrections or {}), caption, floored, note)
+    add_words(figure, ratio_finding(tokens, corrections or {}), panel.caption, floored, note)
     return figure
 
 
@@ -85,7 +88,7 @@ def icepop_row(corrections: pd.DataFrame | None) -> pd.Series | None:
         return None
     for _, row in corrections.iterrows():
         numbers = tuple(float(n) for n in re.findall(r"\d+(?:\.\d+)?", str(row["method"])))
-        if "icepop" in str(row["method"]).lower() and numbers == BAND:
+        if "icepop" in str(row["method"]).lower() and numbers == ICEPOP_BAND:
             return row
     return None
 
@@ -116,7 +119,7 @@ def ratio_finding(tokens: Mapping[str, pd.DataFrame], corrections: Mapping[str, 
 
 def band_edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Edges [nat] of equal bins that hold every value; both ends of the band are edges, so no bin straddles one."""
-    low, high = (math.log(end) for end in BAND)
+    low, high = (math.log(end) for end in ICEPOP_BAND)
     step = (high - low) / _BINS_IN_BAND
     # Ratios of e^50 happen in faulty pairs: their bins are wider, not more.
     while (max(values.max(), high) - min(values.min(), low)) / step > _MAX_BINS:
@@ -130,7 +133,7 @@ def band_edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _draw_histogram(ax: Axes, values: npt.NDArray[np.float64], edges: npt.NDArray[np.float64], style: RunStyle) -> None:
     counts = np.histogram(values, edges)[0].astype(np.float64)
-    low, high = (math.log(end) for end in BAND)
+    low, high = (math.log(end) for end in ICEPOP_BAND)
     ax.axvspan(low, high, color=LIGHT, alpha=0.45, linewidth=0)
     ax.stairs(counts, edges, baseline=0.5, fill=True, color=style.colour, alpha=0.75)
     for end in (low, high):
@@ -140,7 +143,7 @@ def _draw_histogram(ax: Axes, values: npt.NDArray[np.float64], edges: npt.NDArra
 def _mark_shares(ax: Axes, row: pd.Series | None) -> None:
     if row is None:
         return
-    low, high = (math.log(end) for end in BAND)
+    low, high = (math.log(end) for end in ICEPOP_BAND)
     for place, side, words in (
         (low, "right", f"{percent(row['below_share'])}\nbelow 0.5"),
         (high, "left", f"{percent(row['above_share'])}\nabove 5"),
@@ -152,8 +155,11 @@ def _mark_shares(ax: Axes, row: pd.Series | None) -> None:
 def _dress(panels: list[Axes], ratios: Mapping[str, npt.NDArray[np.float64]], edges: npt.NDArray[np.float64]) -> None:
     most = max(float(np.histogram(values, edges)[0].max()) for values in ratios.values())
     # Room for the words beside both ends of the band.
-    room = 0.42 * math.log(BAND[1] / BAND[0])
-    low, high = min(float(edges[0]), math.log(BAND[0]) - room), max(float(edges[-1]), math.log(BAND[1]) + room)
+    room = 0.42 * math.log(ICEPOP_BAND[1] / ICEPOP_BAND[0])
+    low, high = (
+        min(float(edges[0]), math.log(ICEPOP_BAND[0]) - room),
+        max(float(edges[-1]), math.log(ICEPOP_BAND[1]) + room),
+    )
     places = [math.log(ratio) for ratio in _RATIOS if low <= math.log(ratio) <= high]
     for ax in panels:
         log_axis(ax, "y", 0.6, most * 4)

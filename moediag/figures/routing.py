@@ -15,50 +15,53 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words, share
-from moediag.figures.numbers import count, percent
+from moediag.figures.floors import draw_floor, share
+from moediag.figures.registry import Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     panel_grid,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import layer_ticks
+from moediag.numbers import count, percent
 
 
-@house_style
+def _no_layers(frames: Frames) -> str:
+    return "" if frames["agreement_by_layer"]["same_set_rate"].notna().any() else "no routing row was compared"
+
+
+@figure(
+    "agreement_by_depth", "agreement_by_layer",
+    title="Same experts by depth, per layer and cumulative",
+    caption="Share of tokens whose expert set is the same in both arms: in each layer, and in all layers up to it.",
+    section="depth",
+    floor_of="flip_rate",
+    is_routing=True,
+    absent=_no_layers,
+)  # fmt: skip
 def plot_agreement_by_depth(
     frames: Mapping[str, pd.DataFrame],
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw per-layer and cumulative same-set rates over the MoE layers, with 95 % intervals.
 
     Args:
         frames: label -> ``agreement_by_layer`` frame; runs without rows (dense) are left out.
-        styles: how runs are drawn; by default every run with rows is a MoE.
-        caption: counts, drawn under the axes.
-        floor: of the flip rate over all layers [1]; drawn as agreement, 1 - floor, for single layers.
-        width: of the figure [inch].
+        panel: floor of the flip rate over all layers [1]; drawn as agreement, 1 - floor, for single layers.
     """
     routed = {label: frame for label, frame in frames.items() if frame["same_set_rate"].notna().any()}
-    styles = styles or styles_of(routed)
-    figure, panels = panel_grid(2, width, 3.0)
+    figure, panels = panel_grid(2, panel.width, 3.0)
     columns = (("same_set_rate", "Each layer on its own"), ("cumulative_same_set_rate", "All layers up to this one"))
     for ax, (column, title) in zip(panels, columns, strict=True):
         ax.set_title(title)
-        draw_agreement(ax, routed, column, styles)
-    for value in {floor_value(floor, label) for label in routed}:
+        draw_agreement(ax, routed, column, panel.styles)
+    for value in {panel.floor_value(label) for label in routed}:
         draw_floor(panels[0], None if value is None else 1 - value, beyond=1.0)
-    floored = floor_words(floor, "the flip rate", routed, share)
-    add_words(figure, agreement_finding(routed), caption, floored, _interval_note(routed))
+    floored = panel.floor_words("the flip rate", routed, share)
+    add_words(figure, agreement_finding(routed), panel.caption, floored, _interval_note(routed))
     return figure
 
 

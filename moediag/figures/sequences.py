@@ -12,22 +12,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moediag.figures.floors import FloorArgument, floor_value, floor_words
-from moediag.figures.numbers import count, sig
+from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     HALO,
     INK,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     legend_below,
     panel_grid,
     state,
-    styles_of,
 )
+from moediag.numbers import count, sig
 
 MIN_SEQUENCES: Final = 5
 """A mean is drawn, and compared in the title, for bins of at least that many responses."""
@@ -35,41 +32,49 @@ MIN_SEQUENCES: Final = 5
 _MANY: Final = 2000
 
 
-@house_style
+def _no_sequences(frames: Frames) -> str:
+    rows = frames["sequences"]
+    drawn = rows.loc[rows["n_tokens"] > 0, "log_ratio_sum"]
+    if not drawn.notna().any():
+        return NOT_SCORED
+    return "" if (drawn != 0).any() else NO_DIFFERENCE
+
+
+@figure(
+    "sequence_drift", "sequences", "drift_by_length",
+    title="Log-ratio of whole responses against their length",
+    caption="One point per response: log(pi_train / pi_infer) of the product over its tokens; bars are means per bin.",
+    section="drift",
+    floor_of="abs_log_ratio_mean",
+    absent=_no_sequences,
+)  # fmt: skip
 def plot_sequence_drift(
     sequences: Mapping[str, pd.DataFrame],
     by_length: Mapping[str, pd.DataFrame] | None = None,
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw the log-ratio of every response over its length, with means per bin of lengths.
 
     Args:
         sequences: label -> ``sequences`` frame.
         by_length: label -> ``drift_by_length`` frame; means and intervals are read from it.
-        styles: how runs are drawn.
-        caption: counts, drawn under the axes.
-        floor: of the mean abs(log-ratio) of a response [nat]; drawn on both sides of 0.
-        width: of the figure [inch].
+        panel: floor of the mean abs(log-ratio) of a response [nat]; drawn on both sides of 0.
     """
-    styles = styles or styles_of(sequences)
     bins = {label: (by_length or {}).get(label, pd.DataFrame()) for label in sequences}
-    figure, panels = panel_grid(len(sequences), width, 3.0, sharex=True, sharey=True)
+    figure, panels = panel_grid(len(sequences), panel.width, 3.0, sharex=True, sharey=True)
     for ax, (label, frame) in zip(panels, sequences.items(), strict=False):
         rows = frame[np.isfinite(frame["log_ratio_sum"]) & (frame["n_tokens"] > 0)]
         ax.set_title(f"{figure_text(label)}: {count(len(rows), 'response')}")
         if rows.empty:
             state(ax, "No token was scored by both arms.")
             continue
-        _draw_sequences(ax, rows, bins[label], styles[label])
-        _draw_floor_band(ax, floor_value(floor, label))
+        _draw_sequences(ax, rows, bins[label], panel.styles[label])
+        _draw_floor_band(ax, panel.floor_value(label))
     _dress(panels, sequences)
-    floored = floor_words(floor, "the mean abs(log-ratio)", sequences)
+    floored = panel.floor_words("the mean abs(log-ratio)", sequences)
     note = f"Means of bins of at least {MIN_SEQUENCES} responses; grey: 95 %, clustered by prompt, where there is one."
-    add_words(figure, sequence_finding(sequences, bins), caption, floored, note)
+    add_words(figure, sequence_finding(sequences, bins), panel.caption, floored, note)
     return figure
 
 

@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moediag.analysis.series import MARKS, UNITS, Mark, metric_rows
-from moediag.figures.numbers import count, sig, times
+from moediag.analysis.series import KNOWN, MARKS, Mark, metric_rows
 from moediag.figures.style import (
     FULL_WIDTH,
     GREY,
@@ -27,6 +26,7 @@ from moediag.figures.style import (
     state,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, sig, times
 from moediag.statistics.intervals import Interval
 from moediag.statistics.recurrence import Recurrence
 
@@ -39,17 +39,6 @@ MARK_REACH: Final = 30.0
 
 LOG_FROM: Final = 5.0
 """A column that is no metric of ours gets a log axis from this ratio of largest to smallest on."""
-
-TITLES: Final = {
-    "abs_logp_diff.mean": "mean abs logp diff",
-    "abs_logp_diff.p99": "p99 of abs logp diff",
-    "extreme_share_2": "F(2), share beyond a factor of 2",
-    "kl_infer_train_k1": "k1 of KL(infer || train)",
-    "kl_infer_train_k3": "k3 of KL(infer || train)",
-    "kl_infer_train_exact": "KL(infer || train), exact",
-    "icepop_masked_share": "masked by IcePop 0.5 to 5",
-    "masked_share": "masked share, as the table has it",
-}
 
 Float64 = npt.NDArray[np.float64]
 
@@ -118,7 +107,7 @@ def title_of(metric: str, is_kl: bool = True) -> str:
     """
     if not is_kl and metric in ("kl_infer_train_k1", "kl_infer_train_k3"):
         return f"{metric[-2:]} statistic (no KL)"
-    return TITLES.get(metric) or figure_text(metric, 40)
+    return KNOWN[metric].label if metric in KNOWN else figure_text(metric, 40)
 
 
 def trend_finding(trend: pd.DataFrame, recurrence: Recurrence | None, delta: str | None, is_kl: bool = True) -> str:
@@ -191,7 +180,7 @@ def _draw_metric(ax: Axes, rows: pd.DataFrame, fit: Recurrence | None, marks: Se
 def _asks_for_log(metric: str, value_N: Float64) -> bool:
     """Growth is exponential, so mismatch stands on a log axis; a table's other columns only where they span much."""
     known = value_N[np.isfinite(value_N)]
-    return bool(len(known) and (known > 0).all()) and (metric in UNITS or known.max() > LOG_FROM * known.min())
+    return bool(len(known) and (known > 0).all()) and (metric in KNOWN or known.max() > LOG_FROM * known.min())
 
 
 def _is_none(rows: pd.DataFrame) -> npt.NDArray[np.bool_]:

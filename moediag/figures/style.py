@@ -28,7 +28,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import ScaledTranslation
 
-from moediag.figures.numbers import count
+from moediag.numbers import count
 from moediag.run.files import write_atomic
 
 INK: Final = "#222222"

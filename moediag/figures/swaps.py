@@ -15,49 +15,53 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpecBase
 from matplotlib.ticker import MaxNLocator
 
-from moediag.figures.floors import FloorArgument, floor_words, share
+from moediag.figures.floors import share
 from moediag.figures.heat import count_bar, count_norm
-from moediag.figures.numbers import count, percent
+from moediag.figures.registry import Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     HEAT,
     INK,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     is_column,
     legend_below,
     new_figure,
-    styles_of,
 )
+from moediag.numbers import count, percent
 
 TOP_PAIRS: Final = 12
 TOP_LAYERS: Final = 4
 _MAP_INCHES: Final = 1.25
 
 
-@house_style
+def _no_swaps(frames: Frames) -> str:
+    return "no flip exchanged exactly one expert" if frames["expert_swaps"].empty else ""
+
+
+@figure(
+    "expert_swaps", "expert_swaps",
+    title="Which experts stand in for each other",
+    caption="Flips that exchange exactly one expert. Near ties swap both ways about equally often; one direction only "
+    "points at a shifted score in one of the engines.",
+    section="depth",
+    floor_of="flip_rate",
+    is_routing=True,
+    absent=_no_swaps,
+)  # fmt: skip
 def plot_expert_swaps(
     frames: Mapping[str, pd.DataFrame],
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw the most frequent pairs of experts, both ways, and the maps of the layers with most swaps.
 
     Args:
         frames: label -> ``expert_swaps`` frame.
-        styles: how runs are drawn; by default every run is a MoE.
-        caption: counts, drawn under the axes.
-        floor: of the flip rate over all layers [1]; said in the caption.
-        width: of the figure [inch]; in a column the maps stand under the pairs.
+        panel: floor of the flip rate over all layers [1]; said in the caption.
     """
-    styles = styles or styles_of(frames)
-    narrow = is_column(width)
-    figure = new_figure(width, (6.2 if narrow else 3.6) * max(len(frames), 1))
+    narrow = is_column(panel.width)
+    figure = new_figure(panel.width, (6.2 if narrow else 3.6) * max(len(frames), 1))
     outer = figure.add_gridspec(max(len(frames), 1), 1)
     for nth, (label, frame) in enumerate(frames.items()):
         rows, columns = (2, 1) if narrow else (1, 2)
@@ -65,10 +69,10 @@ def plot_expert_swaps(
         inner = outer[nth].subgridspec(rows, columns, **ratios)
         bars = figure.add_subplot(inner[0])
         bars.set_title(f"{figure_text(label, 24)}: most frequent pairs")
-        _draw_pairs(bars, frame, styles[label])
+        _draw_pairs(bars, frame, panel.styles[label])
         _draw_maps(figure, inner[1].subgridspec(2, 2), frame)
-    floored = floor_words(floor, "the flip rate", frames, share)
-    add_words(figure, swap_finding(frames), caption, floored, _coverage(frames))
+    floored = panel.floor_words("the flip rate", frames, share)
+    add_words(figure, swap_finding(frames), panel.caption, floored, _coverage(frames))
     return figure
 
 

@@ -12,63 +12,68 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from moediag.figures.floors import FloorArgument, floor_value, floor_words, share
-from moediag.figures.numbers import count, percent
+from moediag.figures.floors import share
+from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     INK,
     RunStyle,
     add_words,
     figure_text,
-    house_style,
     panel_grid,
     state,
-    styles_of,
 )
 from moediag.figures.ticks import log_axis
+from moediag.numbers import count, percent
 
 HEADLINE: Final = "extreme_share_2"
 _TAUS: Final = (1.001, 1.01, 1.1, 1.5, 2, 5, 20, 100)
 _FIRST: Final = 1e-3  # below it nearly every token differs
 
 
-@house_style
+def _no_tail(frames: Frames) -> str:
+    curve = frames["tail_curve"]
+    if not (curve["n_tokens"] > 0).any():
+        return NOT_SCORED
+    return "" if (curve["n_above"] > 0).any() else NO_DIFFERENCE
+
+
+@figure(
+    "tail_curve", "tail_curve", "logp_metrics",
+    title="Extreme tokens: F(tau), the share whose ratio leaves [1/tau, tau]",
+    caption="The band is the 95 % interval, clustered by prompt; below 1/n the data end, not the tail.",
+    section="tail",
+    floor_of="extreme_share_2",
+    absent=_no_tail,
+)  # fmt: skip
 def plot_tail_curve(
     curves: Mapping[str, pd.DataFrame],
     metrics: Mapping[str, pd.DataFrame] | None = None,
     *,
-    styles: Mapping[str, RunStyle] | None = None,
-    caption: str = "",
-    floor: FloorArgument = None,
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw F(tau) of one or several runs with interval bounds.
 
     Args:
         curves: label -> ``tail_curve`` frame.
         metrics: label -> ``logp_metrics`` frame; F(2) of the title is read from it.
-        styles: how runs are drawn.
-        caption: counts, drawn under the axes.
-        floor: of F(2) [1], drawn at tau = 2.
-        width: of the figure [inch].
+        panel: floor of F(2) [1], drawn at tau = 2.
     """
-    styles = styles or styles_of(curves)
     shown = {label: frame for label, frame in curves.items() if (frame["n_above"] > 0).any()}
-    figure, (ax,) = panel_grid(1, width, 3.3)
+    figure, (ax,) = panel_grid(1, panel.width, 3.3)
     if shown:
         _dress(ax, shown)
     else:
         state(ax, "No token differs: every tail is empty.")
     for label, frame in shown.items():
-        _draw_curve(ax, label, frame, styles[label])
-        _mark_floor(ax, floor_value(floor, label))
+        _draw_curve(ax, label, frame, panel.styles[label])
+        _mark_floor(ax, panel.floor_value(label))
     if shown:
         ax.plot([], [], color=GREY, linestyle=(0, (1, 2)), linewidth=1.0, label="1/n: one token")
         ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.06))
     note = "Bands: 95 %, clustered by prompt." if _is_banded(shown) else "No interval could be given."
-    floored = floor_words(floor, "F(2)", curves, share)
-    add_words(figure, tail_finding(curves, metrics or {}), caption, floored, note)
+    floored = panel.floor_words("F(2)", curves, share)
+    add_words(figure, tail_finding(curves, metrics or {}), panel.caption, floored, note)
     return figure
 
 

@@ -8,9 +8,9 @@ from typing import Any, Final
 import pandas as pd
 
 from moediag.analysis.gradients import CANNOT_TELL, EXACT, HEADLINE, IS_ROUNDING, NO_INTERVAL, ROUNDING, SAME
-from moediag.figures.numbers import count, is_number, sig
+from moediag.numbers import count, is_number, sig
 from moediag.report.blocks import Block, Picture, Section, section
-from moediag.report.tables import declared_table, records
+from moediag.report.tables import frame_table, records
 
 Row = Mapping[str, Any]
 
@@ -25,8 +25,8 @@ def audit_section(frames: Mapping[str, pd.DataFrame], pictures: Mapping[str, Pic
     if "gradient_audit" not in frames:
         return None
     shown: list[Block] = [picture for name, picture in pictures.items() if name.startswith("gradient")]
-    shown.append(declared_table("gradient_audit", frames["gradient_audit"][list(HEADLINE)]))
-    shown.append(declared_table("gradient_references", frames["gradient_references"]))
+    shown.append(frame_table("gradient_audit", frames["gradient_audit"][list(HEADLINE)]))
+    shown.append(frame_table("gradient_references", frames["gradient_references"]))
     return section("gradients", "Which correction points the update the right way?", *shown)
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from moediag.figures import FIGURES
-from moediag.figures.numbers import NONE, is_number, near_one, percent, sig
+from moediag.figures import FIGURES, SIMULATION_FIGURES
+from moediag.numbers import NONE, in_unit, is_number
 from moediag.report.text import Markdown, fence_for, plain, whole_line
 
-_NEAR_ONE: Final = 0.1
+_FIGURES: Final = FIGURES | SIMULATION_FIGURES
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,20 @@ class Picture:
 
     @property
     def name(self) -> str:
-        """Key of the catalogue of figures."""
+        """Name of the figure."""
         return self.path.stem
 
     @property
     def title(self) -> str:
         """What it shows: the alternative text."""
-        return FIGURES[self.name].title if self.name in FIGURES else self.name
+        kind = _FIGURES.get(self.name)
+        return kind.title if kind else self.name
 
     @property
     def caption(self) -> str:
-        """How to read it; empty for a figure that the catalogue does not know."""
-        return FIGURES[self.name].caption if self.name in FIGURES else ""
+        """How to read it; empty for a figure that is not declared."""
+        kind = _FIGURES.get(self.name)
+        return kind.caption if kind else ""
 
     def __str__(self) -> str:
         target = self.path.relative_to(self.path.parent.parent)
@@ -178,12 +180,7 @@ def section(anchor: str, title: str, *blocks: Block | None) -> Section | None:
 
 def number(value: Any, unit: str = "nat") -> Markdown:
     """A value in its unit's habit: shares as per cent, else three significant digits, more for a ratio near 1."""
-    if not is_number(value):
-        return Markdown(NONE)
-    if unit == "share":
-        return Markdown(percent(value))
-    is_near_one = unit == "1" and abs(value - 1) < _NEAR_ONE
-    return Markdown(near_one(value) if is_near_one else sig(value))  # three digits would say 1.00
+    return Markdown(in_unit(value, unit))
 
 
 def interval(low: Any, high: Any, unit: str = "nat", note: str = "") -> Markdown:

@@ -10,29 +10,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from moediag.analysis.metrics import METRICS, Metric
 from moediag.errors import MoediagError
-from moediag.figures.numbers import NONE, count, times
+from moediag.figures import KEY_FIGURE
 from moediag.figures.style import first_of_each_kind
-from moediag.report import definitions, tables
+from moediag.numbers import NONE, count, times
+from moediag.report import definitions
 from moediag.report.blocks import Block, Bullets, Page, Picture, Section, Shell, Table, section, table
-from moediag.report.facts import model_facts, provenance_table
-from moediag.report.floors import RULE_WORDS, floor_words, has_floor
 from moediag.report.headline import sampling_words, verdict_of
-from moediag.report.measures import (
-    ANY_LAYER,
-    FLIP_RATE,
-    LOGP_ROWS,
-    MEASURED_HEADER,
-    Frames,
-    Measured,
-    Summary,
-    logp_measures,
-    routing_measures,
-    text_origin,
-)
-from moediag.report.run_page import KEY_FIGURE, check_version, main_pair
+from moediag.report.measures import MEASURED_HEADER, Frames, Measured, Summary, label_of, measure, text_origin
+from moediag.report.run_page import SECTIONS, check_version, main_pair
+from moediag.report.sections import RULE_WORDS, floor_words, has_floor, model_facts, provenance_table
+from moediag.report.tables import facts_table, frame_table
 from moediag.report.text import Markdown, code, one_line, plain
 from moediag.run.environment import ArmComparison
+
+Measures = Sequence[tuple[Metric, Mapping[str, Measured]]]
+"""Metrics with their numbers by run."""
 
 DENSE: Final = "dense"
 """Why a run has no routing numbers."""
@@ -40,17 +34,8 @@ DENSE: Final = "dense"
 Environments = Mapping[str, Sequence[ArmComparison]]
 """``A against B`` -> what :func:`moediag.run.environment.compare_runs` found."""
 
-_HEADLINE: Final = ("abs_logp_diff.mean", "abs_logp_diff.p99", "kl_infer_train_k3", "extreme_share_2")
-_NO_RATIO: Final = ("kl_infer_train_k1", "mean_ratio")  # signed, or 1 at best: a ratio says nothing
 _N_DIFFERENCES: Final = 300
 _N_MARKDOWN: Final = 30
-_PLACES: Final = (
-    ("tail", "The tail", ("tail_curve", "ratio_histogram", "logp_diff_by_p_infer")),
-    ("depth", "Expert agreement by layer", ("agreement_by_depth", "flips_per_token", "flip_map", "expert_swaps")),
-    ("margins", "Near ties: margins and flips", ("margins", "margins_by_layer", "explained_flips")),
-    ("excess", "How much more flipped tokens differ", ("flip_excess",)),
-    ("drift", "Drift by position and by length", ("position_drift", "sequence_drift")),
-)
 
 
 def comparison_page(
@@ -79,11 +64,32 @@ def comparison_page(
         raise MoediagError("a comparison wants a summary with at least one entry under runs, found none")
     pairs = {label: main_pair(run) for label, run in runs.items()}
     origin = _joint_origin(text_origin(run) for run in runs.values())
-    measures = {label: _measures(runs[label], pair, frames.get(label, {}), origin) for label, pair in pairs.items()}
+    measures = [
+        (
+            metric,
+            {
+                label: _measure(metric, runs[label], pair, frames.get(label, {}), origin)
+                for label, pair in pairs.items()
+            },
+        )
+        for metric in METRICS.values()
+        if metric.section == "numbers" or metric.is_headline
+    ]
+    headlines = [(metric, row) for metric, row in measures if metric.is_headline]
     pictures = {path.stem: Picture(path) for path in figures if path.suffix == ".png"}
-    first = [*_cautions(summary, runs), _headline(pairs, measures), _ratio_words(pairs, measures), _floor_words(runs)]
+    first = [
+        *_cautions(summary, runs),
+        _long_table(headlines, f"Headline numbers of {len(pairs)} runs, each with its interval and floor"),
+        _ratio_words(pairs, headlines),
+        _floor_words(runs),
+    ]
     sections = [
-        section("numbers", "All numbers side by side", _side_by_side(pairs, measures), _all_numbers(measures)),
+        section(
+            "numbers",
+            "All numbers side by side",
+            _side_by_side(pairs, measures),
+            _long_table(measures, "Every number of every run, with interval and floor"),
+        ),
         *_picture_sections(pairs, frames, pictures),
         *_closing_sections(runs, environments or {}, regenerate),
     ]
@@ -99,7 +105,7 @@ def comparison_page(
 def _closing_sections(
     runs: Mapping[str, Summary], environments: Environments, regenerate: Sequence[str]
 ) -> list[Section | None]:
-    models = tables.facts_table({label: model_facts(run) for label, run in runs.items()}, "Models")
+    models = facts_table({label: model_facts(run) for label, run in runs.items()}, "Models")
     return [
         section("environments", "What ran differently", *_environment_blocks(environments)),
         section("definitions", "What these numbers mean", definitions.definition_table(), definitions.DASH_WORDS),
@@ -124,11 +130,12 @@ def _cautions(summary: Summary, runs: Mapping[str, Summary]) -> list[Block]:
     return [Bullets(tuple(said))] if said else []
 
 
-def _measures(summary: Summary, pair: Summary, frames: Frames, origin: str) -> list[Measured]:
-    """Rows of :data:`LOGP_ROWS`, then flip rate and any-layer share."""
-    routing = routing_measures(summary, pair, frames)
-    missing = [Measured(words, None, None, None, "", "share", note=DENSE) for words in (FLIP_RATE, ANY_LAYER)]
-    return logp_measures(summary, pair, frames, origin) + (routing[:2] or missing)
+def _measure(metric: Metric, summary: Summary, pair: Summary, frames: Frames, origin: str) -> Measured:
+    """A number of one run; without one where it is of routing and the run has none."""
+    if metric.path[:1] == ("routing",) and not pair.get("routing"):
+        name = label_of(metric, origin)
+        return Measured(name, None, None, None, "", metric.shown_unit, metric.direction, DENSE)
+    return measure(metric, pair, origin=origin, floors=summary, frames=frames)
 
 
 def _joint_origin(origins: Iterable[str]) -> str:
@@ -138,25 +145,13 @@ def _joint_origin(origins: Iterable[str]) -> str:
     return f"{named} in some runs" if named and len(found) > 1 else named
 
 
-def _headline(pairs: Mapping[str, Summary], measures: Mapping[str, list[Measured]]) -> Table:
-    """Headline numbers, one row per number and run."""
-    chosen = [nth for nth, (metric, _, _) in enumerate(LOGP_ROWS) if metric in _HEADLINE]
-    chosen += [len(LOGP_ROWS), len(LOGP_ROWS) + 1]
-    return _long_table(measures, chosen, f"Headline numbers of {len(pairs)} runs, each with its interval and floor")
-
-
-def _all_numbers(measures: Mapping[str, list[Measured]]) -> Table:
-    n_rows = len(LOGP_ROWS) + 2
-    return _long_table(measures, range(n_rows), "Every number of every run, with interval and floor")
-
-
-def _long_table(measures: Mapping[str, list[Measured]], chosen: Iterable[int], caption: str) -> Table:
+def _long_table(measures: Measures, caption: str) -> Table:
+    """One row per number and run."""
     rows = []
-    for nth in chosen:
-        for label, column in measures.items():
-            row = column[nth]
-            if row.note != DENSE:
-                name, *cells = row.cells()
+    for _, row in measures:
+        for label, one in row.items():
+            if one.note != DENSE:
+                name, *cells = one.cells()
                 rows.append([name, plain(label), *cells])
     header = [MEASURED_HEADER[0], "run", *MEASURED_HEADER[1:]]
     return table(header, rows, (2, 3, 4, 5, 7), caption, is_list=len(rows) > 12)
@@ -166,21 +161,21 @@ def _kinds(pairs: Mapping[str, Summary]) -> tuple[str | None, str | None]:
     return first_of_each_kind({label: bool(pair.get("routing")) for label, pair in pairs.items()})
 
 
-def _ratio_words(pairs: Mapping[str, Summary], measures: Mapping[str, list[Measured]]) -> Markdown:
+def _ratio_words(pairs: Mapping[str, Summary], measures: Measures) -> Markdown:
     """The first MoE run over the first dense one, in a sentence."""
     moe, dense = _kinds(pairs)
     if moe is None or dense is None:
         return Markdown("")
-    said = []
-    for nth, (metric, _, _) in enumerate(LOGP_ROWS):
-        above, below = measures[moe][nth], measures[dense][nth]
-        ratio = times(above.value, below.value)
-        if metric in _HEADLINE and ratio != NONE:
-            said.append(f"{plain(above.name)} {ratio}")
+    ratios = ((row[moe].name, _ratio(metric, row[moe], row[dense])) for metric, row in measures)
+    said = [f"{plain(name)} {ratio}" for name, ratio in ratios if ratio != NONE]
     if not said:
         return Markdown("")
     words = "a ratio of two pairs of engines on their own tokens, without an interval"
     return Markdown(f"**{plain(moe)} over {plain(dense)}**: {'; '.join(said)} ({words}).")
+
+
+def _ratio(metric: Metric, above: Measured, below: Measured) -> str:
+    return times(above.value, below.value) if metric.is_scale else NONE
 
 
 def _floor_words(runs: Mapping[str, Summary]) -> Block:
@@ -190,19 +185,17 @@ def _floor_words(runs: Mapping[str, Summary]) -> Block:
     return Bullets((*(Markdown(f"{plain(label)}: {floor_words(run)}") for label, run in runs.items()), RULE_WORDS))
 
 
-def _side_by_side(pairs: Mapping[str, Summary], measures: Mapping[str, list[Measured]]) -> Table:
+def _side_by_side(pairs: Mapping[str, Summary], measures: Measures) -> Table:
     """Metrics as rows, runs as columns, and the first MoE run over the first dense one."""
     moe, dense = _kinds(pairs)
     header = ["number", "unit", *pairs, *([f"{moe} / {dense}"] if moe and dense else [])]
-    skip = [nth for nth, (metric, _, _) in enumerate(LOGP_ROWS) if metric in _NO_RATIO]
     rows: list[list[object]] = []
-    for nth, row in enumerate(zip(*measures.values(), strict=True)):
-        cells: list[object] = [row[0].name, "share of n" if row[0].unit == "share" else row[0].unit]
-        cells += [Markdown(f"{NONE} ({DENSE})") if m.note == DENSE else m.shown for m in row]
+    for metric, row in measures:
+        first = next(iter(row.values()))
+        cells: list[object] = [first.name, "share of n" if metric.is_share else metric.unit]
+        cells += [Markdown(f"{NONE} ({DENSE})") if one.note == DENSE else one.shown for one in row.values()]
         if moe and dense:
-            by_label = dict(zip(measures, row, strict=True))
-            above, below = by_label[moe].value, by_label[dense].value
-            cells.append(Markdown(NONE if nth in skip else times(above, below)))
+            cells.append(Markdown(_ratio(metric, row[moe], row[dense])))
         rows.append(cells)
     rows.append(["tokens scored by both arms", "token", *[count(pair.get("n_tokens")) for pair in pairs.values()]])
     rows.append(["prompts (unit of resampling)", "prompt", *[count(pair.get("n_prompts")) for pair in pairs.values()]])
@@ -213,15 +206,13 @@ def _side_by_side(pairs: Mapping[str, Summary], measures: Mapping[str, list[Meas
 def _picture_sections(
     pairs: Mapping[str, Summary], frames: Mapping[str, Frames], pictures: Mapping[str, Picture]
 ) -> list[Section | None]:
-    sections = []
-    placed = {KEY_FIGURE}
-    for anchor, title, names in _PLACES:
-        placed.update(names)
-        blocks: list[Block] = [pictures[name] for name in names if name in pictures]
-        blocks = [*_agreement_blocks(pairs, frames), *blocks] if anchor == "depth" else blocks
-        sections.append(section(anchor, title, *blocks))
-    rest = [picture for name, picture in pictures.items() if name not in placed]
-    return [*sections, section("further-figures", "Further figures", *rest)]
+    shown: list[Section | None] = []
+    left = {name: picture for name, picture in pictures.items() if name != KEY_FIGURE}
+    for place in SECTIONS:
+        blocks: list[Block] = [left.pop(name) for name in place.figures if name in left]
+        blocks = [*_agreement_blocks(pairs, frames), *blocks] if place.anchor == "depth" else blocks
+        shown.append(section(place.anchor, place.title, *blocks))
+    return [*shown, section("further-figures", "Further figures", *left.values())]
 
 
 def _agreement_blocks(pairs: Mapping[str, Summary], frames: Mapping[str, Frames]) -> list[Block]:
@@ -231,7 +222,7 @@ def _agreement_blocks(pairs: Mapping[str, Summary], frames: Mapping[str, Frames]
         if not pair.get("routing"):
             blocks.append(Markdown(f"{plain(label)} is a dense model: it has no routing to compare."))
         elif frame is not None and len(frame):
-            blocks += [Markdown(f"**{plain(label)}**"), tables.agreement_table(frame)]
+            blocks += [Markdown(f"**{plain(label)}**"), frame_table("agreement_by_layer", frame)]
     is_any_moe = any(pair.get("routing") for pair in pairs.values())
     return [*blocks, definitions.REORDER_WORDS] if is_any_moe else blocks
 

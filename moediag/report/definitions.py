@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
+from moediag.analysis.aliases import aliases_of
+from moediag.analysis.metrics import METRICS, Definition, Metric
 from moediag.report.blocks import Bullets, Table, table
 from moediag.report.text import Markdown
 from moediag.statistics.intervals import LARGE_SHARE
@@ -18,28 +21,9 @@ REORDER_WORDS: Final = Markdown(
     "only says that one engine does not sort its experts by score (vLLM's CPU router does not)."
 )
 
-_ROWS: Final = (
-    ("abs logp diff", "abs(logp_train − logp_infer) of the sampled token", "nat", "lower is better",
-     "the mean tells the body, p99 and F(2) the tail; reports of collapse point at the tail"),
-    ("k1, k2, k3", "mean of −logp_diff; of logp_diff² / 2; of ratio − 1 − logp_diff", "nat", "0 is best",
-     "estimates of KL(infer ‖ train) from tokens sampled by infer: at temperature 1 without top-p, top-k or min-p, k1 "
-     "and k3 are unbiased, k2 is biased; on forced or truncated sampling none is a KL"),
-    ("mean ratio", "mean of pi_train / pi_infer", "1", "1 is best",
-     "1 in expectation under honest sampling: the cheapest check that both arms mean the same thing"),
-    ("F(tau)", "share of tokens whose ratio or its inverse exceeds tau", "share of n", "lower is better",
-     "F(2) is what R3 plots; a tail, so few tokens carry it"),
-    ("abs prob diff", "abs(p_train − p_infer)", "1", "lower is better", "blind to unlikely tokens"),
-    ("prob mult error", "mean of exp(abs(logp_diff))", "1", "1 is best", "NeMo-RL's token_mult_prob_error"),
-    ("effective sample size", "(sum w)² / (n sum w²), w = ratio", "share of n", "1 is best",
-     "what importance weights leave of the sample"),
-    ("chi2", "mean of ratio² − 1", "1", "0 is best", "dominated by the largest ratios"),
-    ("log perplexity gap", "log ppl_train − log ppl_infer of a response", "nat", "0 is best", "as verl prints it"),
-    ("flip", "the top-K expert set differs between the arms", "share of n", "lower is better",
-     "the same set in another order is a reorder, which is harmless; the routing behind a token's log-probability is "
-     "that of the token before it"),
+_FURTHER: Final = (
     ("margin", "K-th minus (K+1)-th choice score", "score", "larger is safer",
      "a choice can flip only where the margin is smaller than the perturbation"),
-    ("overlap", "mean share of the K experts that both arms chose", "share of n", "higher is better", ""),
     ("excess of flipped tokens",
      "mean abs(logp_diff) of flipped tokens − that of unflipped tokens of the same p_infer, entropy and position",
      "nat", "lower is better",
@@ -57,11 +41,28 @@ _ROWS: Final = (
     ("rounding scale", "the same number with one unit in the last place added to every router input (dense model: to "
      "every block's input)", "the number's", "-", "says what harmless arithmetic does to this very model"),
 )  # fmt: skip
+"""What no metric of the summary is: terms of the tables and of the floors."""
 
 
 def definition_table() -> Table:
     """Every number: formula, unit, direction, what it tells."""
-    return table(["number", "formula", "unit", "good end", "what to know"], _ROWS, caption="Definitions")
+    of: dict[Definition, list[Metric]] = {}
+    for metric in METRICS.values():
+        if metric.definition is not None:
+            of.setdefault(metric.definition, []).append(metric)
+    rows = [
+        (one.term, one.formula, "share of n" if first.is_share else first.unit, first.direction,
+         "; ".join(filter(None, [one.about, _elsewhere([first, *others])])))
+        for one, (first, *others) in of.items()
+    ]  # fmt: skip
+    return table(["number", "formula", "unit", "good end", "what to know"], [*rows, *_FURTHER], caption="Definitions")
+
+
+def _elsewhere(metrics: Sequence[Metric]) -> str:
+    """Under which names other frameworks log these."""
+    aliases = [alias for metric in metrics for alias in aliases_of(metric.name) if alias.is_metric_name]
+    words = ", ".join(f"{alias.name} ({alias.framework})" for alias in aliases)
+    return f"elsewhere: {words}" if words else ""
 
 
 DASH_WORDS: Final = Markdown(

@@ -6,26 +6,20 @@ about the mismatch of this pair and blame neither engine.
 
 from __future__ import annotations
 
-from typing import Final
-
 import pandas as pd
 
-from moediag.figures.numbers import NONE, count, is_number, percent, sig, times
+from moediag.analysis.floors import CANNOT_TELL
+from moediag.analysis.metrics import METRICS
+from moediag.numbers import NONE, count, is_number, percent, sig, times
 from moediag.report.blocks import Verdict, interval, number
 from moediag.report.measures import (
     FORCED,
     Frames,
     Summary,
     bent_parameters,
-    logp_measure,
-    routing_measures,
     text_origin,
 )
 from moediag.report.text import Markdown, one_line, plain
-
-__all__ = ["length_words", "margin_words", "sampling_words", "seen_words", "slope_words", "text_origin", "verdict_of"]
-
-CANNOT_TELL: Final = "cannot tell"
 
 
 def verdict_of(summary: Summary, pair: Summary, frames: Frames, label: str = "") -> Verdict:
@@ -53,14 +47,13 @@ def seen_words(pair: Summary, frames: Frames, origin: str = "") -> Markdown:
 
     Only tokens honestly sampled from infer (``origin`` empty) make a mean ratio of 1 a thing to ask for.
     """
-    sentences = [_mismatch_words(pair, frames), _routing_words(pair, frames), _ratio_words(pair, frames, origin)]
+    sentences = [_mismatch_words(pair), _routing_words(pair, frames), _ratio_words(pair, origin)]
     return Markdown(" ".join(filter(None, sentences)))
 
 
-def _mismatch_words(pair: Summary, frames: Frames) -> str:
+def _mismatch_words(pair: Summary) -> str:
     mean, p99, share = (
-        logp_measure(metric, "", "nat", pair, frames).value
-        for metric in ("abs_logp_diff.mean", "abs_logp_diff.p99", "extreme_share_2")
+        METRICS[name].value(pair) for name in ("abs_logp_diff.mean", "abs_logp_diff.p99", "extreme_share_2")
     )
     base = f"{count(pair.get('n_tokens'), 'response token')} of {count(pair.get('n_prompts'), 'prompt')}"
     if not is_number(mean):
@@ -74,13 +67,12 @@ def _mismatch_words(pair: Summary, frames: Frames) -> str:
 
 
 def _routing_words(pair: Summary, frames: Frames) -> str:
-    measures = routing_measures({}, pair, frames)
-    if not measures:
+    if not pair.get("routing"):
         reason = (pair.get("left_out") or {}).get("routing")
         if reason:
             return f"Nothing is said of routing: {reason}."
         return "The model is dense (no expert routing was captured), so routing plays no part in the mismatch."
-    flip, anywhere = (measure.value for measure in measures[:2])
+    flip, anywhere = (METRICS[name].value(pair) for name in ("flip_rate", "any_layer_share"))
     if not is_number(flip):
         return "No (token, layer) was routed in both arms, so nothing can be said about routing."
     if flip == 0:
@@ -155,18 +147,18 @@ def sampling_words(summary: Summary) -> Markdown:
     return Markdown(f"{plain(how)}: {rest}")
 
 
-def _ratio_words(pair: Summary, frames: Frames, origin: str) -> str:
-    ratio = logp_measure("mean_ratio", "", "1", pair, frames)
-    bit_exact = logp_measure("abs_logp_diff.mean", "", "nat", pair, frames).value == 0
-    if not is_number(ratio.value) or bit_exact:
+def _ratio_words(pair: Summary, origin: str) -> str:
+    metric = METRICS["mean_ratio"]
+    ratio, (low, high) = metric.value(pair), metric.bounds(pair) or (None, None)
+    if not is_number(ratio) or METRICS["abs_logp_diff.mean"].value(pair) == 0:
         return ""
-    value, where = number(ratio.value, "1"), interval(ratio.low, ratio.high, "1")
+    value, where = number(ratio, "1"), interval(low, high, "1")
     if origin:
         bounds = "no interval could be given" if where == NONE else where
         return f"The mean ratio is {value} ({bounds}); it need not be 1 here ({origin})."
-    if not (is_number(ratio.low) and is_number(ratio.high)):
+    if not (is_number(low) and is_number(high)):
         return f"The mean ratio is {value} (1 is expected under honest sampling; no interval could be given)."
-    if ratio.low <= 1 <= ratio.high:
+    if low <= 1 <= high:
         return f"The mean ratio is {value} ({where}), which contains 1, as honest sampling asks."
     return (
         f"**The mean ratio is {value} ({where}), which does not hold 1: check the semantics first** (temperature, "

@@ -1,43 +1,40 @@
 """The page of one run, as blocks: what was found first, then everything an engineer asks next.
 
+A section shows what is declared for it: the metrics, the frames and the figures that name its anchor; :data:`SECTIONS`
+has the order, the titles, and what is said in words.
+
 Invariant: the same summary, frames and figures give the same page; there is no date in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import pandas as pd
-
 from moediag.errors import MoediagError
-from moediag.figures.numbers import count, is_number, sig, times
+from moediag.figures import FIGURES, KEY_FIGURE
+from moediag.frames import frames_of
 from moediag.notation import SCHEMA_VERSION
-from moediag.report import definitions, tables, token_tables
-from moediag.report import prediction_tables as predictions
+from moediag.numbers import count, is_number, sig, times
+from moediag.report import definitions, sections
 from moediag.report.blocks import Block, Page, Picture, Section, Shell, interval, number, section
 from moediag.report.decode import TokenTexts
-from moediag.report.facts import compared_blocks, model_name, provenance_table
-from moediag.report.floors import floor_blocks, floor_words, has_floor
 from moediag.report.headline import length_words, margin_words, sampling_words, slope_words, verdict_of
 from moediag.report.measures import (
     Frames,
     Summary,
-    further_measures,
-    headline,
-    logp_measures,
+    headlines,
+    measure,
     measured_table,
-    routing_measures,
+    section_measures,
     text_origin,
 )
-from moediag.report.pairs import main_pair_name, observed_pair_name
-from moediag.report.replay import replay_blocks
+from moediag.report.tables import VIEWS, frame_table, worst_token_view
 from moediag.report.text import Markdown, code, plain
 
 REGENERATE: Final = ("moediag analyze RUN", "moediag report RUN")
-KEY_FIGURE: Final = "figure1"
 _EXCESS_WORDS: Final = (
     "It is an association and no cost of a flip: difficulty that these do not show is not controlled, and it makes "
     "hard tokens flip more and differ more at once. Only forcing the routes (replay) shows a cause."
@@ -68,6 +65,126 @@ _DENSE_WORDS: Final = Markdown(
 )
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a section is made from.
+
+    Args:
+        pictures: figures by name; what a section shows is taken out, so that none is shown twice.
+    """
+
+    summary: Summary
+    pair: Summary
+    frames: Frames
+    pictures: dict[str, Picture]
+    texts: TokenTexts
+    regenerate: Sequence[str] = ()
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether there is routing to show."""
+        return bool(self.pair.get("routing"))
+
+    def take(self, names: Sequence[str]) -> list[Block]:
+        """The pictures of that name that are left."""
+        return [self.pictures.pop(name) for name in names if name in self.pictures]
+
+
+Words = Callable[[Context], Sequence[Block | None]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A section: anchor, title, and the words before and after what is declared for it.
+
+    Args:
+        is_routing: left out where there is no routing.
+        is_for_frames: left out where none of its frames, figures and metrics is there.
+        caption: of the table of its metrics.
+    """
+
+    anchor: str
+    title: str
+    before: Words = lambda _: ()
+    after: Words = lambda _: ()
+    is_routing: bool = False
+    is_for_frames: bool = False
+    caption: str = ""
+
+    def section(self, context: Context) -> Section | None:
+        """The section of a run; None where there is nothing to show."""
+        if self.is_routing and not context.is_routed:
+            return None
+        before, shown, after = self.before(context), self._declared(context), self.after(context)
+        if self.is_for_frames and not shown:
+            return None
+        return section(self.anchor, self.title, *before, *shown, *after)
+
+    @property
+    def figures(self) -> list[str]:
+        """The figures that are declared for it."""
+        return [kind.name for kind in FIGURES.values() if kind.section == self.anchor]
+
+    def _declared(self, context: Context) -> list[Block]:
+        """The metrics, frames and figures that are declared for it; a figure stands before the frame it draws."""
+        summary, pair, frames = context.summary, context.pair, context.frames
+        rows = section_measures(self.anchor, summary, pair, frames, text_origin(summary))
+        blocks: list[Block] = [measured_table(rows, self.caption or self.title)] if rows else []
+        for spec in frames_of(self.anchor):
+            blocks += context.take([name for name in self.figures if spec.name in FIGURES[name].frames])
+            if (frame := frames.get(spec.name)) is not None and len(frame):
+                view = worst_token_view(context.texts) if spec.name == "worst_tokens" else VIEWS.get(spec.name)
+                blocks.append(frame_table(spec.name, frame, view))
+        return blocks + context.take(self.figures)
+
+
+SECTIONS: Final = (
+    Place("compared", "What was compared", lambda c: sections.compared_blocks(c.summary)),
+    Place("numbers", "Log-probability mismatch", caption="Mismatch of infer and train, every number"),
+    Place("further", "Numbers that other frameworks print"),
+    Place("floors", "Noise floors and rounding scale", lambda c: sections.floor_blocks(c.summary)),
+    Place("tail", "The tail"),
+    Place(
+        "depth", "Expert agreement by layer",
+        lambda c: [_left_out_words(c), definitions.REORDER_WORDS if c.is_routed else None],
+        caption="Flips over all layers",
+    ),
+    Place(
+        "margins", "Near ties: margins and flips",
+        lambda c: [Markdown(f"{_TIE_WORDS} {margin_words(c.frames)}".strip()), *_prediction_words(c)],
+        lambda c: [sections.router_table(c.summary)],
+        is_routing=True,
+    ),
+    Place("excess", "How much more flipped tokens differ", lambda c: [_excess_words(c.pair)], is_routing=True),
+    Place(
+        "replay", "Routing replay", lambda c: sections.replay_blocks(c.summary, text_origin(c.summary)),
+        is_routing=True,
+    ),
+    Place(
+        "drift", "Drift by position and by length",
+        lambda c: [Markdown(f"{slope_words(c.pair)} {_LATE_WORDS}".strip()), Markdown(length_words(c.pair))],
+        is_for_frames=True,
+    ),
+    Place("kinds", "By kind of token"),
+    Place("worst-tokens", "Worst tokens", after=lambda c: [plain(c.texts.note)], is_for_frames=True),
+    Place("worst-sequences", "Worst responses"),
+    Place("corrections", "IcePop mask", lambda _: [_MASK_WORDS], is_for_frames=True),
+    Place("further-figures", "Further figures", lambda c: c.take(list(c.pictures))),
+    Place(
+        "definitions", "What these numbers mean", lambda _: [definitions.definition_table(), definitions.DASH_WORDS]
+    ),
+    Place(
+        "limits", "What these numbers cannot show", lambda c: [definitions.limits(sections.has_floor(c.summary))]
+    ),
+    Place(
+        "published", "Published elsewhere; other stacks; not thresholds", lambda _: [definitions.reference_table()]
+    ),
+    Place("provenance", "Provenance", lambda c: [sections.provenance_table(c.summary)]),
+    Place("regenerate", "How to make this page again", lambda c: [Shell(tuple(c.regenerate))]),
+)  # fmt: skip
+"""The sections of a run's page, in order."""
+
+
 def run_page(
     summary: Summary,
     frames: Frames,
@@ -91,20 +208,13 @@ def run_page(
     pair = main_pair(summary)
     pictures = {path.stem: Picture(path) for path in figures if path.suffix == ".png"}
     key = pictures.pop(KEY_FIGURE, None)
-    show = _Pictures(pictures)
-    sections = [
-        section("compared", "What was compared", *compared_blocks(summary)),
-        *_mismatch_sections(summary, pair, frames, show),
-        *_routing_sections(summary, pair, frames, show),
-        *_token_sections(pair, frames, show, texts or TokenTexts()),
-        *_closing_sections(summary, show, regenerate),
-    ]
+    context = Context(summary, pair, frames, pictures, texts or TokenTexts(), regenerate)
     return Page(
-        f"Routing mismatch: {model_name(summary)}",
+        f"Routing mismatch: {sections.model_name(summary)}",
         (verdict_of(summary, pair, frames),),
         key,
-        _first_blocks(summary, pair, frames),
-        tuple(part for part in sections if part is not None),
+        _first_blocks(context),
+        tuple(part for place in SECTIONS if (part := place.section(context)) is not None),
     )
 
 
@@ -129,7 +239,7 @@ def main_pair(summary: Summary) -> Summary:
     """
     check_version(summary)
     pairs: Mapping[str, Summary] = summary.get("pairs") or {}
-    name = main_pair_name(summary)
+    name = summary["main_pair"]
     if name not in pairs:
         raise MoediagError(
             f"the report wants a summary with the pair {name}, found {', '.join(pairs) or 'none'}: "
@@ -138,135 +248,43 @@ def main_pair(summary: Summary) -> Summary:
     return pairs[name]
 
 
-class _Pictures:
-    """Hands out every picture once; what no section asked for is shown at the end."""
-
-    def __init__(self, pictures: Mapping[str, Picture]) -> None:
-        self._left = dict(pictures)
-
-    def __call__(self, *names: str) -> list[Block]:
-        return [self._left.pop(name) for name in names if name in self._left]
-
-    def rest(self) -> list[Block]:
-        """The pictures that are left."""
-        return [self._left.pop(name) for name in list(self._left)]
-
-
-def made(frames: Frames, name: str, make: Callable[[pd.DataFrame], Block]) -> Block:
-    """A frame's table; empty text where the frame is missing or has no rows."""
-    frame = frames.get(name)
-    return make(frame) if frame is not None and len(frame) else Markdown("")
-
-
-def _first_blocks(summary: Summary, pair: Summary, frames: Frames) -> tuple[Block, ...]:
-    measures = headline(summary, pair, frames, text_origin(summary))
+def _first_blocks(context: Context) -> tuple[Block, ...]:
+    summary, pair = context.summary, context.pair
+    origin = text_origin(summary)
+    rows = [measure(one, pair, origin=origin, floors=summary, frames=context.frames) for one in headlines(pair)]
     blocks: list[Block] = [
-        measured_table(measures, "The five numbers to look at first"),
-        floor_words(summary),
+        measured_table(rows, "The numbers to look at first"),
+        sections.floor_words(summary),
         _pair_words(summary, pair),
         sampling_words(summary),
     ]
     return tuple(block for block in blocks if block)
 
 
-def _closing_sections(summary: Summary, show: _Pictures, regenerate: Sequence[str]) -> list[Section | None]:
-    return [
-        section("further-figures", "Further figures", *show.rest()),
-        section("definitions", "What these numbers mean", definitions.definition_table(), definitions.DASH_WORDS),
-        section("limits", "What these numbers cannot show", definitions.limits(has_floor(summary))),
-        section("published", "Published elsewhere; other stacks; not thresholds", definitions.reference_table()),
-        section("provenance", "Provenance", provenance_table(summary)),
-        section("regenerate", "How to make this page again", Shell(tuple(regenerate))),
-    ]
-
-
 def _pair_words(summary: Summary, pair: Summary) -> Markdown:
-    name = main_pair_name(summary)
+    name = summary["main_pair"]
     counts = [count(pair.get("n_tokens"), "token"), count(pair.get("n_unscored"), "token")]
     wholes = [count(pair.get("n_sequences"), "sequence"), count(pair.get("n_prompts"), "prompt")]
     impossible = f" ({count(pair['n_impossible'])} with a logp of -inf: a defect)" if pair.get("n_impossible") else ""
     return Markdown(
         f"Pair {code(name)}: {counts[0]} of {', '.join(wholes)} scored by both arms, {counts[1]} not scored"
-        f"{impossible}. {'' if name == observed_pair_name(summary) else _UNOBSERVED_WORDS}{definitions.SIGN_WORDS}"
+        f"{impossible}. {'' if name == summary.get('observed_pair') else _UNOBSERVED_WORDS}{definitions.SIGN_WORDS}"
     )
 
 
-def _mismatch_sections(summary: Summary, pair: Summary, frames: Frames, show: _Pictures) -> list[Section | None]:
-    origin = text_origin(summary)
-    further = further_measures(summary, pair, frames)
-    return [
-        section(
-            "numbers",
-            "Log-probability mismatch",
-            measured_table(logp_measures(summary, pair, frames, origin), "Mismatch of infer and train, every number"),
-            made(frames, "exact_divergences", tables.exact_table),
-            measured_table(further, "Numbers that other frameworks print") if further else None,
-        ),
-        section("floors", "Noise floors and rounding scale", *floor_blocks(summary)),
-        section(
-            "tail",
-            "The tail",
-            *show("tail_curve"),
-            made(frames, "tail_curve", tables.tail_table),
-            *show("ratio_histogram", "logp_diff_by_p_infer"),
-            made(frames, "ratio_quantiles", tables.quantile_table),
-        ),
-    ]
+def _left_out_words(context: Context) -> Markdown | None:
+    reason = (context.pair.get("left_out") or {}).get("routing")
+    if reason:
+        return Markdown(f"**Left out:** {plain(reason)}.")
+    return None if context.is_routed else _DENSE_WORDS
 
 
-def _routing_sections(summary: Summary, pair: Summary, frames: Frames, show: _Pictures) -> list[Section | None]:
-    reason = (pair.get("left_out") or {}).get("routing")
-    left_out = Markdown(f"**Left out:** {plain(reason)}.") if reason else None
-    if not pair.get("routing"):
-        return [section("depth", "Expert agreement by layer", left_out or _DENSE_WORDS)]
-    flips = measured_table(routing_measures(summary, pair, frames), "Flips over all layers")
-    return [
-        section(
-            "depth",
-            "Expert agreement by layer",
-            left_out,
-            flips,
-            *show("agreement_by_depth"),
-            made(frames, "agreement_by_layer", tables.agreement_table),
-            definitions.REORDER_WORDS,
-            *show("flips_per_token"),
-            made(frames, "flips_per_token", tables.flips_per_token_table),
-            *show("flip_map", "expert_swaps"),
-            made(frames, "expert_swaps", tables.swap_table),
-        ),
-        section(
-            "margins",
-            "Near ties: margins and flips",
-            Markdown(f"{_TIE_WORDS} {margin_words(frames)}".strip()),
-            *show("margins"),
-            made(frames, "margin_quantiles", tables.margin_quantile_table),
-            made(frames, "margin_curve", tables.flip_bin_table),
-            *show("margins_by_layer"),
-            made(frames, "margin_noise", tables.noise_table),
-            *_prediction_blocks(summary, frames, show),
-        ),
-        section(
-            "excess",
-            "How much more flipped tokens differ",
-            _excess_words(pair),
-            *show("flip_excess"),
-            made(frames, "flip_excess", token_tables.excess_table),
-        ),
-        section("replay", "Routing replay", *replay_blocks(summary, text_origin(summary))),
-    ]
-
-
-def _prediction_blocks(summary: Summary, frames: Frames, show: _Pictures) -> list[Block]:
-    """Flips explained from the pair's own noise, forecast from noise taken elsewhere, and that noise."""
-    tables_made = [
-        *show("explained_flips"),
-        made(frames, "explained_flips", predictions.explained_table),
-        made(frames, "flip_calibration", predictions.calibration_table),
-        made(frames, "forecast_flips", predictions.forecast_table),
-        predictions.router_table(summary),
-        made(frames, "score_noise", partial(tables.declared_table, "score_noise")),
-    ]
-    return [_MODEL_WORDS, predictions.prediction_words(summary), *tables_made] if any(tables_made) else []
+def _prediction_words(context: Context) -> list[Markdown]:
+    """How flips are explained and forecast, where they are."""
+    predicted = ("explained_flips", "forecast_flips", "score_noise")
+    if not any(name in context.frames for name in predicted) and not sections.router_table(context.summary):
+        return []
+    return [_MODEL_WORDS, sections.prediction_words(context.summary)]
 
 
 def _excess_words(pair: Summary) -> Markdown:
@@ -286,36 +304,3 @@ def _excess_words(pair: Summary) -> Markdown:
 
 def _ratio_words(bounds: Sequence[float] | None) -> str:
     return f", 95 %: {sig(bounds[0], 2)}× to {sig(bounds[1], 2)}×" if bounds else ""
-
-
-def _token_sections(pair: Summary, frames: Frames, show: _Pictures, texts: TokenTexts) -> list[Section | None]:
-    corrections = made(frames, "corrections", tables.correction_table)
-    return [
-        section(
-            "drift",
-            "Drift by position and by length",
-            *show("position_drift"),
-            made(frames, "drift_by_position", token_tables.drift_table),
-            Markdown(f"{slope_words(pair)} {_LATE_WORDS}".strip()),
-            *show("sequence_drift"),
-            made(frames, "drift_by_length", token_tables.length_table),
-            Markdown(length_words(pair)),
-        ),
-        section("kinds", "By kind of token", made(frames, "metrics_by_stratum", token_tables.strata_table)),
-        section(
-            "worst-tokens",
-            "Worst tokens",
-            *_noted(made(frames, "worst_tokens", lambda frame: token_tables.worst_token_table(frame, texts)), texts),
-        ),
-        section("worst-sequences", "Worst responses", made(frames, "sequences", token_tables.worst_sequence_table)),
-        section(
-            "corrections",
-            "IcePop mask",
-            *([_MASK_WORDS, corrections] if corrections else []),
-            made(frames, "entropy_quantiles", tables.entropy_table),
-        ),
-    ]
-
-
-def _noted(body: Block, texts: TokenTexts) -> list[Block]:
-    return [body, plain(texts.note)] if body else []

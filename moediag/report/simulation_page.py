@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
 
-from moediag.figures.corrections import SIMULATION_FIGURES
-from moediag.figures.numbers import NONE, count, is_number, percent
-from moediag.report import blocks
+from moediag.numbers import NONE, count, is_number, percent
 from moediag.report.audit_section import audit_section, audit_words
-from moediag.report.blocks import Block, Bullets, Page, Shell, Table, interval, number, section, table
+from moediag.report.blocks import Block, Bullets, Page, Picture, Shell, Table, interval, number, section, table
 from moediag.report.definitions import SIGN_WORDS
-from moediag.report.tables import declared_table, records
+from moediag.report.tables import View, frame_table, records
 from moediag.report.text import Markdown, code, plain
 
 Frames = Mapping[str, pd.DataFrame]
@@ -49,21 +46,6 @@ _LIMITS: Final = (
 )
 
 
-@dataclass(frozen=True)
-class Picture(blocks.Picture):
-    """A figure of the simulation's own catalogue; the name of the class is what the templates go by."""
-
-    @property
-    def title(self) -> str:
-        """What it shows: the alternative text."""
-        return SIMULATION_FIGURES[self.name].title if self.name in SIMULATION_FIGURES else super().title
-
-    @property
-    def caption(self) -> str:
-        """How to read it."""
-        return SIMULATION_FIGURES[self.name].caption if self.name in SIMULATION_FIGURES else super().caption
-
-
 def simulation_page(
     summary: Mapping[str, Any], frames: Frames, figures: Sequence[Path], regenerate: Sequence[str] = ()
 ) -> Page:
@@ -77,7 +59,7 @@ def simulation_page(
     """
     pictures = {path.stem: Picture(path) for path in figures if path.suffix == ".png"}
 
-    def show(name: str) -> blocks.Picture | None:
+    def show(name: str) -> Picture | None:
         return pictures.get(name)
 
     statistics = frames["correction_statistics"]
@@ -296,7 +278,7 @@ def _left_out(summary: Mapping[str, Any]) -> Markdown | None:
     return Markdown(f"Left out: {plain(names)}: {_whole(next(iter(summary['left_out'].values())))}.")
 
 
-def _sweep_blocks(frames: Frames, picture: blocks.Picture | None) -> list[Block | None]:
+def _sweep_blocks(frames: Frames, picture: Picture | None) -> list[Block | None]:
     sweep = frames.get("sweep_by_band")
     if sweep is None or sweep.empty:
         return []
@@ -339,11 +321,11 @@ def _strata_blocks(frames: Frames) -> list[Block]:
     rows = strata[strata["correction"].isin(masking)]
     if rows.empty:
         return []
-    return [declared_table("masked_by_stratum", rows, n_markdown=_STRATA_ROWS)]
+    return [frame_table("masked_by_stratum", rows, View(n_markdown=_STRATA_ROWS, is_list=len(rows) > _STRATA_ROWS))]
 
 
 def _all_blocks(statistics: pd.DataFrame) -> list[Block]:
     notes = [note for note in dict.fromkeys(statistics["note"]) if note]
     said: list[Block] = [Markdown(f"Not computed: {_whole('; '.join(notes))}.")] if notes else []
     shown = statistics.drop(columns=["words", "note"]).dropna(axis=1, how="all")
-    return [*said, declared_table("correction_statistics", shown)]
+    return [*said, frame_table("correction_statistics", shown)]

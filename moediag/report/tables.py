@@ -1,124 +1,106 @@
-"""Frames of routing and of log-probabilities as tables; every row with its n and its interval."""
+"""Frames as tables of a page: captions, headers and cells follow from the declarations of the frames' columns.
+
+A frame whose declaration names a section is shown there with all its columns; :data:`VIEWS` says of which frames a
+page shows some rows or columns only. An interval joins the value it is of.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pandas as pd
 
-from moediag.figures.catalogue import MIN_CHOICES
-from moediag.figures.numbers import count, sig
-from moediag.frames import declared_frames
+from moediag.analysis.flips.explained import METHOD_WORDS, best_method, source_words
+from moediag.analysis.margins import MIN_CHOICES
+from moediag.frames import Column, FrameSpec, declared
+from moediag.notation import POOLED
+from moediag.numbers import NONE, count, in_unit, percent, sig
 from moediag.report.blocks import Table, interval, number, table
-from moediag.report.text import Markdown, code
+from moediag.report.decode import TokenTexts
+from moediag.report.text import Markdown, code, visible
 
-_HIGHEST_TAUS: Final = (1.01, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+Row = Mapping[str, Any]
+
+N_WORST: Final = 100
+_TAUS: Final = (1.01, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 """Ratios at which the tail is read off the curve, as far as its thresholds allow."""
+_LONGEST_TOKEN: Final = 40
+_LONGEST_CONTEXT: Final = 80
 
 
-def agreement_table(frame: pd.DataFrame) -> Table:
-    """Per layer: same-set rate, cumulative rate, overlap, reorder rate, each with its interval."""
-    rows = [
-        [
-            f"{row['layer']:.0f} ({row['decoder_layer']:.0f})",
-            *rate(row, "same_set_rate"),
-            *rate(row, "cumulative_same_set_rate"),
-            number(row["overlap"], "share"),
-            number(row["reorder_rate"], "share"),
-            count(row["n_tokens"]),
-        ]
-        for row in records(frame)
-    ]
-    header = [
-        "layer (decoder)",
-        "same set",
-        "95 %",
-        "same in all so far",
-        "95 %",
-        "overlap",
-        "reordered (harmless)",
-        "n rows",
-    ]
-    caption = "Agreement of expert sets by MoE layer [share of n]; higher is better"
-    return table(header, rows, range(1, len(header)), caption)
+@dataclass(frozen=True)
+class Cell:
+    """A cell that is no declared column: its header, and what it shows of a row."""
+
+    header: str
+    of: Callable[[Row], object]
+    is_text: bool = False
 
 
-def rate(row: Mapping[str, Any], name: str, unit: str = "share") -> list[Markdown]:
-    """A value and its interval, from the columns of that name."""
-    return [number(row[name], unit), interval(row[f"{name}_ci_low"], row[f"{name}_ci_high"], unit)]
+@dataclass(frozen=True)
+class View:
+    """What a page shows of a frame.
+
+    Args:
+        cells: declared columns by name, or cells of their own; empty = every column.
+        rows: which rows.
+        note: said after the caption, from the whole frame.
+        n_markdown: rows shown in markdown; None = all.
+        is_list: a long list that readers sort and filter.
+    """
+
+    cells: tuple[str | Cell, ...] = ()
+    rows: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame
+    note: Callable[[pd.DataFrame], str] = lambda _: ""
+    n_markdown: int | None = None
+    is_list: bool = False
 
 
-def flips_per_token_table(frame: pd.DataFrame) -> Table:
-    """Tokens by number of flipped layers, beside what independent layers would give, and their mismatch."""
-    rows = [
-        [
-            f"{row['n_flipped_layers']:.0f}",
-            number(row["share"], "share"),
-            number(row["independent_share"], "share"),
-            number(row["abs_logp_diff_mean"]),
-            number(row["abs_logp_diff_p99"]),
-            count(row["n_tokens"]),
-        ]
-        for row in records(frame[frame["n_tokens"] > 0])
-    ]
-    header = ["flipped layers", "tokens", "if independent", "mean [nat]", "p99 [nat]", "n tokens"]
-    return table(header, rows, range(1, 6), "Tokens by flipped layers [share], and their abs(logp_diff); no interval")
+def frame_table(name: str, frame: pd.DataFrame, view: View | None = None, caption: str = "") -> Table:
+    """A declared frame as a table.
+
+    Args:
+        name: the frame's, which its declaration is found by.
+        view: what to show; by default as :data:`VIEWS` has it, else every column that ``frame`` has.
+        caption: by default the declaration's.
+    """
+    spec = declared(name)
+    view = view or VIEWS.get(name) or View(n_markdown=12, is_list=len(frame) > 12)
+    shown = view.cells or [c for c in map(str, frame.columns) if not c.endswith(("_ci_low", "_ci_high"))]
+    cells = [cell for one in shown for cell in _cells(spec, one, frame)]
+    rows = [[cell.of(row) for cell in cells] for row in records(view.rows(frame))]
+    right = [nth for nth, cell in enumerate(cells) if not cell.is_text]
+    caption = (caption or spec.caption or f"one row per {spec.one_row_per}") + view.note(frame)
+    headers = [cell.header for cell in cells]
+    return table(headers, rows, right, caption, is_list=view.is_list, n_markdown=view.n_markdown)
 
 
-def swap_table(frame: pd.DataFrame, n_rows: int = 12) -> Table:
-    """The most frequent exchanges of exactly one expert for another."""
-    rows = [
-        [
-            f"{row['layer']:.0f} ({row['decoder_layer']:.0f})",
-            f"{row['expert_infer']:.0f} → {row['expert_train']:.0f}",
-            count(row["n_swaps"]),
-            count(row["n_reverse"]),
-            number(row["share_of_flips"], "share"),
-            count(row["n_flips"]),
-        ]
-        for row in records(frame.head(n_rows))
-    ]
-    header = ["layer (decoder)", "infer's → train's", "swaps", "the other way", "of the layer's flips", "n flips"]
-    return table(header, rows, range(2, 6), f"Experts that stand in for each other, the {len(rows)} most frequent")
+def _cells(spec: FrameSpec, shown: str | Cell, frame: pd.DataFrame) -> list[Cell]:
+    """A cell of its own, or a declared column with its interval."""
+    if isinstance(shown, Cell):
+        return [shown]
+    column = spec[shown]
+    value = Cell(column.header, lambda row: _text(column, row[shown]), column.kind == "text")
+    if f"{shown}_ci_low" not in frame.columns:
+        return [value]
+    return [value, Cell("95 %", lambda row: _bounds(column, row))]
 
 
-def margin_quantile_table(frame: pd.DataFrame) -> Table:
-    """Margins of all, flipped and kept choices, in both score spaces."""
-    rows = [
-        [row["space"], row["group"], count(row["n_choices"]), count(row["n_exact_ties"])]
-        + [number(row[q]) for q in ("p01", "p10", "p50", "p90", "p99")]
-        for row in records(frame)
-    ]
-    header = ["score", "choices", "n", "exact ties", "p1", "p10", "median", "p90", "p99"]
-    return table(header, rows, range(2, 9), "Margins by score space and group of choices; larger is safer")
+def _text(column: Column, value: Any) -> str | Markdown:
+    return str(value) if column.kind == "text" else Markdown(column.text(value))
 
 
-def noise_table(frame: pd.DataFrame) -> Table:
-    """Noise of the score difference per layer, as the flips imply it."""
-    rows = [
-        [row["space"], "all" if row["layer"] < 0 else f"{row['layer']:.0f}", number(row["sigma"])]
-        + [count(row[name]) for name in ("n_flipped", "n_exact_ties", "n_choices")]
-        for row in records(frame)
-    ]
-    header = ["score", "MoE layer", "sigma", "flipped", "exact ties", "n choices"]
-    caption = "Noise sigma [score] that P(flip | margin) = Phi(−margin / sigma) needs; lower is better; no interval"
-    return table(header, rows, range(2, 6), caption)
+def _bounds(column: Column, row: Row) -> Markdown:
+    low, high = (column.text(row[f"{column.name}_ci_{end}"]) for end in ("low", "high"))
+    return Markdown(NONE if NONE in (low, high) else f"{low} to {high}")
 
 
-def flip_bin_table(curve: pd.DataFrame, n_rows: int = 9) -> Table:
-    """P(flip) of exact ties and of an even choice of the margin bins that hold enough choices for a rate, pooled."""
-    pooled = curve[(curve["layer"] == -1) & (curve["space"] == "choice")].sort_values(["bin_low", "bin_high"])
-    held = pooled[pooled["n_choices"] >= MIN_CHOICES]
-    n_left = int(pooled.loc[pooled["n_choices"] < MIN_CHOICES, "n_choices"].sum())
-    rows = [
-        [_margin_words(row), *rate(row, "flip_rate"), count(row["n_flipped"]), count(row["n_choices"])]
-        for row in records(even_choice(held, n_rows))
-    ]
-    header = ["margin (choice score)", "P(flip)", "95 %", "flipped", "n choices"]
-    left = f"; bins of fewer than {MIN_CHOICES} are left out ({count(n_left, 'choice')})" if n_left else ""
-    return table(header, rows, range(1, 5), f"P(flip) by margin, all layers [share of n], an even choice of bins{left}")
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain dictionaries."""
+    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
 def even_choice(frame: pd.DataFrame, n_rows: int) -> pd.DataFrame:
@@ -128,7 +110,44 @@ def even_choice(frame: pd.DataFrame, n_rows: int) -> pd.DataFrame:
     return frame.iloc[[round(i * (len(frame) - 1) / (n_rows - 1)) for i in range(n_rows)]]
 
 
-def _margin_words(row: Mapping[str, Any]) -> str:
+def _layer(header: str = "layer (decoder)") -> Cell:
+    return Cell(header, lambda row: _layer_words(row), is_text=True)
+
+
+def _layer_words(row: Row) -> str:
+    return "all" if row["layer"] == POOLED else f"{row['layer']:.0f} ({row['decoder_layer']:.0f})"
+
+
+def _nearest_taus(curve: pd.DataFrame) -> pd.DataFrame:
+    """Thresholds of the curve nearest to ratios that are easy to read."""
+    nearest = {int((curve["threshold"] - math.log(tau)).abs().argmin()) for tau in _TAUS}
+    return curve.iloc[sorted(nearest)]
+
+
+def _pooled(frame: pd.DataFrame) -> pd.DataFrame:
+    rows: pd.DataFrame = frame[frame["layer"] == POOLED]
+    return rows
+
+
+def _pooled_bins(curve: pd.DataFrame) -> pd.DataFrame:
+    rows = _pooled(curve)
+    return rows[rows["space"] == "choice"].sort_values(["bin_low", "bin_high"])
+
+
+def _held_bins(curve: pd.DataFrame) -> pd.DataFrame:
+    """Exact ties and an even choice of the margin bins that hold enough choices for a rate."""
+    pooled = _pooled_bins(curve)
+    return even_choice(pooled[pooled["n_choices"] >= MIN_CHOICES], 9)
+
+
+def _thin_bins(curve: pd.DataFrame) -> str:
+    pooled = _pooled_bins(curve)
+    n_left = int(pooled.loc[pooled["n_choices"] < MIN_CHOICES, "n_choices"].sum())
+    left = f"; bins of fewer than {MIN_CHOICES} are left out ({count(n_left, 'choice')})" if n_left else ""
+    return f", an even choice of bins{left}"
+
+
+def _margin_words(row: Row) -> str:
     if row["bin_high"] == 0:
         return "exactly 0 (tie)"
     if row["bin_low"] < 0:
@@ -138,45 +157,83 @@ def _margin_words(row: Mapping[str, Any]) -> str:
     return f"{sig(row['bin_low'], 2)} to {sig(row['bin_high'], 2)}"
 
 
-def tail_table(frame: pd.DataFrame) -> Table:
-    """F(tau) at the thresholds of the curve nearest to ratios that are easy to read."""
-    wanted = [math.log(tau) for tau in _HIGHEST_TAUS]
-    nearest = sorted({int((frame["threshold"] - threshold).abs().argmin()) for threshold in wanted})
-    rows = [
-        [
-            sig(row["threshold"]),
-            sig(math.exp(row["threshold"])),
-            *rate(row, "share_above"),
-            count(row["n_above"]),
-            count(row["n_tokens"]),
-        ]
-        for row in records(frame.iloc[nearest])
-    ]
-    header = ["abs(logp_diff) above [nat]", "tau", "F(tau)", "95 %", "tokens above", "n tokens"]
-    caption = "Tail: share of tokens whose ratio or its inverse exceeds tau; lower is better"
-    return table(header, rows, range(6), caption)
+def _all_methods_then_best(frame: pd.DataFrame) -> pd.DataFrame:
+    """All layers by every method, best first, then the best layer by layer."""
+    return pd.concat([_pooled(frame), frame[(frame["method"] == best_method(frame)) & (frame["layer"] != POOLED)]])
 
 
-def quantile_table(frame: pd.DataFrame) -> Table:
-    """Quantiles of the log-ratio of tokens and of whole responses."""
-    rows = [
-        [
-            str(row["level"]).replace("_", " "),
-            f"{100 * row['q']:g} %",
-            *rate(row, "log_ratio", "nat"),
-            sig(_exp(row["log_ratio"]), 4),
-            count(row["n"]),
-        ]
-        for row in records(frame)
-    ]
-    header = ["ratio of", "quantile", "log-ratio [nat]", "95 %", "ratio", "n"]
-    return table(header, rows, range(1, 6), "Quantiles of pi_train / pi_infer; 0 nat is best", n_markdown=9)
+def _method_words(row: Row) -> str:
+    """The method and, once for all layers, why it could not predict or what it leaves out."""
+    words = METHOD_WORDS.get(str(row["method"]), str(row["method"]))
+    return f"{words}: {row['note']}" if row["note"] and row["layer"] == POOLED else words
 
 
-def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))  # a longer response may leave the range of a float
+def _first_method(frame: pd.DataFrame) -> pd.DataFrame:
+    pooled = _pooled(frame)
+    return pooled[pooled["method"] == pooled["method"].iloc[0]] if len(pooled) else pooled
 
 
+def _span(name: str, header: str) -> Cell:
+    return Cell(header, lambda row: f"{row[f'{name}_low']:.0f}–{row[f'{name}_high']:.0f}", is_text=True)
+
+
+def _range(low: str, high: str, header: str) -> Cell:
+    def words(row: Row) -> str:
+        ends = [f"{row[end]:g}".replace("-inf", "−∞").replace("inf", "∞") for end in (low, high)]
+        return " – ".join(dict.fromkeys(ends))
+
+    return Cell(header, words)
+
+
+def _of_row(header: str = "95 %") -> Cell:
+    """The interval of a row whose unit is its own."""
+    return Cell(header, lambda row: interval(row["ci_low"], row["ci_high"], str(row["unit"]), str(row.get("note", ""))))
+
+
+def _ratio(log_ratio: float) -> Markdown:
+    return Markdown(sig(math.exp(max(min(log_ratio, 700.0), -700.0)), 4))  # a long response may leave a float's range
+
+
+def worst_token_view(texts: TokenTexts) -> View:
+    """The tokens that differ most, with some text before them where it is at hand and wanted."""
+    shown: tuple[str | Cell, ...] = (
+        Cell("rank", lambda row: f"{row['rank'] + 1:.0f}"),
+        "logp_diff",
+        Cell("ratio", lambda row: _ratio(row["logp_diff"])),
+        Cell("p infer", lambda row: Markdown(percent(math.exp(row["logp_infer"])))),
+        Cell("p train", lambda row: Markdown(percent(math.exp(row["logp_train"])))),
+        Cell("flips", lambda row: Markdown(NONE if row["n_flipped_layers"] < 0 else f"{row['n_flipped_layers']:.0f}")),
+        *("first_flipped_layer", "seq_id", "position", "prompt_id"),
+    )
+    if not texts.is_withheld:
+        before = Cell("before it", lambda row: _before(row, texts), is_text=True)
+        shown = (*shown, before, Cell("token", lambda row: _token(row, texts), is_text=True))
+    return View(
+        shown,
+        lambda frame: frame.head(N_WORST),
+        lambda frame: f"; the first {min(len(frame), N_WORST)}",
+        n_markdown=10,
+        is_list=True,
+    )
+
+
+def _before(row: Row, texts: TokenTexts) -> Markdown:
+    found = texts.of(int(row["seq_id"]), int(row["position"]))
+    return Markdown(NONE) if found is None else code(visible(found.before, _LONGEST_CONTEXT, keep_end=True))
+
+
+def _token(row: Row, texts: TokenTexts) -> Markdown:
+    found = texts.of(int(row["seq_id"]), int(row["position"]))
+    return code(f"id {row['token_id']}" if found is None else visible(found.token, _LONGEST_TOKEN))
+
+
+def _worst_sequences(frame: pd.DataFrame) -> pd.DataFrame:
+    scored = frame[frame["n_tokens"] > 0]
+    order = ["abs_logp_diff_mean", "seq_id"]
+    return scored.sort_values(order, ascending=[False, True], kind="stable").head(20)
+
+
+_GROUPING_WORDS: Final = {"any_flip": "any flip"}
 _EXACT_WORDS: Final = {
     "kl_infer_train_exact": "KL(infer‖train), exact",
     "kl_train_infer_exact": "KL(train‖infer), exact",
@@ -185,93 +242,105 @@ _EXACT_WORDS: Final = {
     "kl_infer_train_k3": "k3 of the same tokens",
 }
 
-
-def exact_table(frame: pd.DataFrame) -> Table:
-    """Divergences over the whole vocabulary, beside k1 and k3 from the sampled tokens alone."""
-    rows = [
-        [
-            _EXACT_WORDS.get(str(row["measure"]), str(row["measure"])),
-            number(row["value"], str(row["unit"])),
-            interval(row["ci_low"], row["ci_high"], str(row["unit"]), str(row["note"])),
-            row["unit"],
-            count(row["n_tokens"], "token"),
-            row["direction"],
-        ]
-        for row in records(frame)
-    ]
-    caption = f"Over all {count(frame['n_vocabulary'].iloc[0])} tokens of the vocabulary, where both arms kept them"
-    return table(["number", "value", "95 %", "unit", "n", "good end"], rows, (1, 2, 4), caption)
-
-
-def correction_table(frame: pd.DataFrame) -> Table:
-    """What each band would mask, below and above, with the source of its preset."""
-    rows = [
-        [
-            code(row["method"]),
-            *rate(row, "masked_share"),
-            number(row["below_share"], "share"),
-            number(row["above_share"], "share"),
-            count(row["n_tokens"]),
-            row["source"],
-        ]
-        for row in records(frame)
-    ]
-    header = ["correction", "masked", "95 %", "below the band", "above the band", "n tokens", "preset from"]
-    caption = "Tokens that a correction would mask [share of n]; fewer masked tokens lose less data"
-    return table(header, rows, range(1, 6), caption)
-
-
-def entropy_table(frame: pd.DataFrame) -> Table:
-    """Entropy of masked and of kept tokens."""
-    rows = [
-        [
-            row["side"],
-            row["group"],
-            *rate(row, "mean", "nat"),
-            *(number(row[q]) for q in ("p10", "p50", "p90")),
-            count(row["n_tokens"]),
-        ]
-        for row in records(frame)
-    ]
-    header = ["side", "tokens", "mean [nat]", "95 %", "p10", "median", "p90", "n tokens"]
-    band = " and ".join(f"{sig(frame[end].iloc[0], 2)}" for end in ("alpha", "beta"))
-    return table(header, rows, range(2, 8), f"Entropy of kept and masked tokens; band of the ratio {band}")
-
-
-_SHARES: Final = ("share", "rate", "observed", "explained", "forecast", "predicted")
-_LAYERS: Final = ("layer", "decoder_layer")
-
-
-def declared_table(name: str, frame: pd.DataFrame, n_markdown: int = 12) -> Table:
-    """Any declared frame as it is: columns with their units; bounds of intervals join their value."""
-    spec = next((spec for spec in declared_frames() if spec.name == name), None)
-    unit_of = {column.name: column.unit for column in spec.columns} if spec else {}
-    shown = [c for c in map(str, frame.columns) if not c.endswith(("_ci_low", "_ci_high"))]
-    header: list[str] = []
-    for column in shown:
-        unit = unit_of.get(column, "1")
-        words = column.replace("_", " ")
-        header += [words if unit == "1" else f"{words} [{unit}]"]
-        header += ["95 %"] if f"{column}_ci_low" in frame.columns else []
-    rows = [[cell for column in shown for cell in _declared_cells(row, column)] for row in records(frame)]
-    numeric = [i for i in range(len(header)) if any(isinstance(row[i], Markdown) for row in rows)]
-    what = f"one row per {spec.one_row_per}" if spec else name
-    return table(header, rows, numeric, what, is_list=len(rows) > n_markdown, n_markdown=n_markdown)
-
-
-def _declared_cells(row: Mapping[str, Any], column: str) -> list[Markdown | str]:
-    value = row[column]
-    if isinstance(value, str):
-        return [value]
-    if column in _LAYERS:
-        return [Markdown("all" if value < 0 else f"{value:.0f}")]
-    is_share = column.endswith(("_rate", "_share")) or column in _SHARES
-    is_count = isinstance(value, int) and not isinstance(value, bool)
-    unit = "share" if is_share else "nat"
-    cell: Markdown = Markdown(count(value) if is_count else number(value, unit))
-    if f"{column}_ci_low" not in row:
-        return [cell]
-    return [cell, interval(row[f"{column}_ci_low"], row[f"{column}_ci_high"], unit)]
+VIEWS: Final[dict[str, View]] = {
+    "exact_divergences": View(
+        (
+            Cell("number", lambda row: _EXACT_WORDS.get(str(row["measure"]), str(row["measure"])), is_text=True),
+            Cell("value", lambda row: number(row["value"], str(row["unit"]))),
+            _of_row(),
+            *("unit", "n_tokens", "direction"),
+        ),
+        note=lambda frame: f" ({count(frame['n_vocabulary'].iloc[0])} tokens)",
+    ),
+    "tail_curve": View(
+        ("threshold", Cell("tau", lambda row: Markdown(sig(math.exp(row["threshold"])))), "share_above", "n_above",
+         "n_tokens"),
+        _nearest_taus,
+    ),
+    "ratio_quantiles": View(
+        (Cell("ratio of", lambda row: str(row["level"]).replace("_", " "), is_text=True),
+         Cell("quantile", lambda row: f"{100 * row['q']:g} %"), "log_ratio",
+         Cell("ratio", lambda row: _ratio(row["log_ratio"]) if math.isfinite(row["log_ratio"]) else Markdown(NONE)),
+         "n"),
+        n_markdown=9,
+    ),
+    "agreement_by_layer": View(
+        (_layer(), "same_set_rate", "cumulative_same_set_rate",
+         Cell("overlap", lambda row: number(row["overlap"], "share")), "reorder_rate", "n_tokens"),
+    ),
+    "flips_per_token": View(
+        ("n_flipped_layers", "share", "independent_share", "abs_logp_diff_mean", "abs_logp_diff_p99", "n_tokens"),
+        lambda frame: frame[frame["n_tokens"] > 0],
+    ),
+    "expert_swaps": View(
+        (_layer(), Cell("infer's → train's", lambda row: f"{row['expert_infer']:.0f} → {row['expert_train']:.0f}"),
+         "n_swaps", "n_reverse", "share_of_flips", "n_flips"),
+        lambda frame: frame.head(12),
+    ),
+    "margin_curve": View(
+        (Cell("margin (choice score)", _margin_words, is_text=True), "flip_rate", "n_flipped", "n_choices"),
+        _held_bins,
+        _thin_bins,
+    ),
+    "margin_quantiles": View(("space", "group", "n_choices", "n_exact_ties", "p01", "p10", "p50", "p90", "p99")),
+    "margin_noise": View(("space", "layer", "sigma", "n_flipped", "n_exact_ties", "n_choices")),
+    "explained_flips": View(
+        (_layer(), Cell("from", _method_words, is_text=True), "observed",
+         Cell("explained", lambda row: number(row["explained"], "share")), "gap", "calibration_error",
+         "calibration_error_expected", "n_choices"),
+        _all_methods_then_best,
+        n_markdown=30,
+    ),
+    "flip_calibration": View(
+        (Cell("P(flip)", lambda row: f"{sig(row['bin_low'], 2)} to {sig(row['bin_high'], 2)}", is_text=True),
+         "predicted", "observed", "n_choices"),
+        _first_method,
+    ),
+    "forecast_flips": View(
+        ("pair", Cell("if it had the", lambda row: source_words(row["noise_from"]), is_text=True), "forecast",
+         "observed", "noise_observed", "n_choices", "assumption"),
+        _pooled,
+    ),
+    "flip_excess": View(
+        (
+            Cell("flipped tokens by", lambda row: row["grouping"].replace("_", " "), is_text=True),
+            _range("group_low", "group_high", "group"),
+            *("flipped_mean", "unflipped_mean", "excess", "ratio", "raw_ratio", "n_tokens", "n_unmatched"),
+        )
+    ),
+    "drift_by_position": View(
+        (_span("position", "position"), "abs_logp_diff_mean", "abs_logp_diff_p50", "abs_logp_diff_p90",
+         "abs_logp_diff_p99", "flip_rate", "n_tokens", "n_sequences"),
+        lambda frame: even_choice(frame, 12),
+    ),
+    "drift_by_length": View(
+        (_span("length", "tokens"), "log_ratio_mean", "abs_log_ratio_mean", "abs_log_ratio_p50", "abs_log_ratio_p90",
+         "n_sequences"),
+    ),
+    "metrics_by_stratum": View(
+        ("stratifier", _range("stratum_low", "stratum_high", "from – to"),
+         Cell("mean [nat]", lambda row: Markdown(in_unit(row["value"], row["unit"]))), _of_row(), "n_tokens",
+         "n_prompts", "direction"),
+        lambda frame: frame[(frame["metric"] == "abs_logp_diff.mean") & (frame["n_tokens"] > 0)],
+        n_markdown=24,
+    ),
+    "sequences": View(
+        ("seq_id", "prompt_id", "sample_index", "abs_logp_diff_mean", "abs_logp_diff_max", "k3", "log_ratio_sum",
+         "extreme_share_2", "flip_rate", "worst_position", "first_flip_position", "n_tokens"),
+        _worst_sequences,
+        n_markdown=10,
+        is_list=True,
+    ),
+    "corrections": View(
+        (Cell("correction", lambda row: code(row["method"]), is_text=True), "masked_share", "below_share",
+         "above_share", "n_tokens", "source"),
+    ),
+    "entropy_quantiles": View(
+        ("side", "group", "mean", "p10", "p50", "p90", "n_tokens"),
+        note=lambda frame: "; band of the ratio " + " and ".join(sig(frame[e].iloc[0], 2) for e in ("alpha", "beta")),
+    ),
+}  # fmt: skip
+"""Frame -> what a page shows of it."""
 
 
 def facts_table(facts: Mapping[str, Any], caption: str, n_markdown: int | None = None) -> Table:
@@ -286,8 +355,3 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, obj
             yield from _flat(value, f"{prefix}{key}.")
         elif value not in (None, "", [], ()):
             yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-
-
-def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain dictionaries."""
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]

@@ -15,7 +15,7 @@ from typing import Final
 
 from markupsafe import Markup, escape
 
-from moediag.figures.numbers import NONE
+from moediag.numbers import NONE
 
 MAX_TEXT: Final = 300
 """User text longer than this is cut: a report is no place for a pasted prompt."""

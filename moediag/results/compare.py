@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from moediag.errors import RunError
-from moediag.figures import draw_comparison_figures, first_of_each_kind
+from moediag.figures import draw_comparison_figures
 from moediag.figures.floors import summary_floors
-from moediag.figures.style import formats
+from moediag.figures.style import first_of_each_kind, formats
 from moediag.folder import SUMMARY, refuse_other, result_folder
 from moediag.notation import SCHEMA_VERSION
-from moediag.report import comparison_page, main_pair_name
+from moediag.report import comparison_page
 from moediag.report.measures import lookup
 from moediag.results.load import load_summary, main_frames, shell_command
 from moediag.results.report import label_of, longest_prompt, pdf_option, window_option, write_pages
@@ -74,7 +74,7 @@ def compare_runs(
 
 def _ratios(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """First MoE run over first dense run, metric by metric; empty without one of each."""
-    pairs = {label: summary["pairs"][main_pair_name(summary)] for label, summary in summaries.items()}
+    pairs = {label: summary["pairs"][summary["main_pair"]] for label, summary in summaries.items()}
     moe, dense = first_of_each_kind({label: bool(pair["routing"]) for label, pair in pairs.items()})
     if moe is None or dense is None:
         return {}

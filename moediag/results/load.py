@@ -11,7 +11,6 @@ import moediag.analysis  # noqa: F401 - declares the frames
 from moediag.errors import CorruptRunError, IncompleteRunError
 from moediag.folder import SUMMARY, read_frames
 from moediag.notation import SCHEMA_VERSION
-from moediag.report import main_pair_name
 from moediag.run.derived import ANALYSIS, captures_digest, settle_derived
 from moediag.run.files import read_sealed
 from moediag.run.reader import Run
@@ -63,7 +62,7 @@ def load_frames(run: Run) -> dict[str, pd.DataFrame]:
 
 def main_frames(run: Run, summary: dict[str, Any]) -> dict[str, pd.DataFrame]:
     """The frames of the main pair that a summary names; raises like :func:`load_frames`."""
-    folder = run.path / ANALYSIS / main_pair_name(summary)
+    folder = run.path / ANALYSIS / summary["main_pair"]
     return read_frames(folder, _frame_digests(summary), analyze_again(run))
 
 
@@ -78,4 +77,4 @@ def shell_command(*words: object) -> str:
 
 
 def _frame_digests(summary: dict[str, Any]) -> dict[str, str]:
-    return dict(summary["provenance"]["frames"][main_pair_name(summary)])
+    return dict(summary["provenance"]["frames"][summary["main_pair"]])

@@ -21,13 +21,12 @@ from moediag.corrections.sources import Source
 from moediag.corrections.statistics import EPS_CLIP, compare_corrections
 from moediag.corrections.sweep import DEFAULT_ALPHAS, DEFAULT_BETAS, sweep_by_band
 from moediag.errors import CorruptRunError, IncompleteRunError
-from moediag.figures.corrections import draw_simulation_figures
+from moediag.figures import draw_simulation_figures
 from moediag.figures.style import formats
 from moediag.folder import SUMMARY, records, result_folder, write_frames
 from moediag.hygiene.findings import headline
 from moediag.importers.tables import OnProgress
 from moediag.notation import SCHEMA_VERSION
-from moediag.report.pairs import main_pair_name
 from moediag.report.simulation_page import simulation_page
 from moediag.results.load import load_summary
 from moediag.results.report import write_pages
@@ -150,7 +149,7 @@ def run_floor_k3(run: Run, pair: str) -> float | None:
         summary = load_summary(run)
     except (CorruptRunError, IncompleteRunError):
         return None
-    if pair != main_pair_name(summary):
+    if pair != summary["main_pair"]:
         return None
     floor = (summary["floors"] or {}).get("metrics", {}).get("kl_infer_train_k3", {}).get("floor")
     return None if floor is None else float(floor)

@@ -16,12 +16,12 @@ from typing import Any, Final
 import pandas as pd
 
 from moediag.analysis.series import KL_METRICS, MARKS, delta_metric, trend_recurrence, warnings_of
-from moediag.figures.numbers import sig
 from moediag.figures.series import plot_trend, title_of
 from moediag.figures.style import formats, save_figure
 from moediag.folder import SUMMARY, records, result_folder, write_frames
 from moediag.hygiene.findings import headline
 from moediag.notation import SCHEMA_VERSION
+from moediag.numbers import sig
 from moediag.report.blocks import Bullets, interval, number, table
 from moediag.report.text import Markdown, plain
 from moediag.results.trend_sources import TrendSource, read_trend

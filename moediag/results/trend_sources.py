@@ -24,8 +24,8 @@ import pyarrow as pa
 from moediag.analysis.aliases import ALIASES
 from moediag.analysis.series import (
     KL_METRICS,
+    KNOWN,
     TREND_BY_STEP,
-    UNITS,
     Z95,
     range_of,
     standard_error_of,
@@ -299,7 +299,8 @@ def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) ->
     implied = np.array([standard_error_of(*bounds) for bounds in zip(low, high, strict=True)])
     has_no_bounds = np.isnan(low) | np.isnan(high)
     se = np.where(np.isfinite(frame[theirs]), se, np.nan)  # of what is infinite there is no error
-    unit, direction = UNITS.get(ours, ("as given", "not known"))
+    known = KNOWN.get(ours)
+    unit, direction = (known.unit, known.direction) if known else ("as given", "not known")
     rows: dict[str, Any] = {
         "step": frame["step"],
         "source": path.name,

@@ -31,7 +31,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.choice_scores import RoutingRule
-from moediag.analysis.flip_declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS, SCORE_NOISE
+from moediag.analysis.declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS, SCORE_NOISE
 from moediag.analysis.flips.calibration import PredictionTotals, curve_records, rate_records
 from moediag.analysis.flips.noise import (
     MEASURE_OF,
@@ -66,6 +66,13 @@ _NOISE: Final = ("repeat", "path", "perturbation")
 """Changes that are a repetition of an engine, or rounding. Not other precisions: what one changes against its own
 engine is no forecast of infer~train *with* it and reads as one. On the demo 1.77 % by the noise of train-router-fp32
 (infer~train 2.60 %); infer~train-router-fp32 shows 2.66 %."""
+METHOD_WORDS: Final = {
+    "all_pairs": "every pair of experts",
+    "border_pair": "the border pair",
+    "simulated": "simulated choices",
+    "margin_change": "margins alone",
+}
+"""The methods of frame ``explained_flips`` in words, best first."""
 _CALIBRATION: Final = ("calibration_error", "calibration_error_expected", "calibration_slope")
 
 
@@ -227,6 +234,17 @@ def _note(noise: PairNoise, method: Method, has_bias: bool) -> str:
 def _frame(spec: FrameSpec, records: list[dict[str, Any]]) -> pd.DataFrame:
     """Records as a validated frame, also when there is none; keys that the frame does not declare are left out."""
     return spec.validate(pd.DataFrame.from_records(records, columns=[column.name for column in spec.columns]))
+
+
+def source_words(noise_from: object) -> str:
+    """A source of noise in words: the arm of an A/A pair that is not the engine's main one.
+
+    Example:
+        >>> source_words("train~train-repeat")
+        'noise of train-repeat'
+    """
+    first, _, second = str(noise_from).partition("~")
+    return f"noise of {first if len(first) > len(second) else second}"
 
 
 def best_method(explained: pd.DataFrame) -> str | None:

@@ -1,4 +1,6 @@
-"""Numbers as a reader wants them: significant digits, shares in per cent, an en dash for none.
+"""Numbers as a reader wants them, on pages, in figures and on the terminal.
+
+Significant digits, shares in per cent, an en dash for none.
 
 Invariant: a value that is absent or NaN is never printed as 0; it is the en dash, and whoever prints
 it says why.
@@ -80,6 +82,24 @@ def near_one(value: float, digits: int = 5) -> str:
     if not 0 < beyond < 10.0 ** (1 - digits) / 2:
         return sig(value, digits)
     return f"1 {'+' if value > 1 else MINUS} {sig(beyond, 2)}"
+
+
+_NEAR_ONE: Final = 0.1
+"""Within this of 1, three significant digits would say 1.00."""
+
+
+def in_unit(value: object, unit: str) -> str:
+    """A value in its unit's habit: shares as per cent, else three significant digits, more for a ratio near 1.
+
+    Example:
+        >>> in_unit(0.0312, "share"), in_unit(0.99931, "1"), in_unit(0.0148, "nat"), in_unit(None, "nat")
+        ('3.12 %', '0.99931', '0.0148', '–')
+    """
+    if not is_number(value):
+        return NONE
+    if unit == "share":
+        return percent(value)
+    return near_one(value) if unit == "1" and abs(value - 1) < _NEAR_ONE else sig(value)
 
 
 def times(numerator: float | None, denominator: float | None) -> str:
