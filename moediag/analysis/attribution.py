@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moediag.analysis.declarations import FLIP_EXCESS
 from moediag.analysis.strata import CONFIDENCE_EDGES, Strata, doubling_strata, edge_strata, position_strata
-from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.analysis.tokens import AnyTokens, Tokens
 from moediag.statistics.intervals import MIN_CLUSTERS, Interval, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
@@ -38,7 +38,7 @@ _MIN_UNFLIPPED: Final = 2
 """Unflipped tokens that a stratum needs: one alone has no spread, and an interval would take its value for exact."""
 
 
-def flip_excess(tokens: pd.DataFrame) -> pd.DataFrame:
+def flip_excess(tokens: AnyTokens) -> pd.DataFrame:
     """Excess of abs(logp_diff) of flipped tokens, by how many layers flipped, by the first of them, by misrouted mass.
 
     Direct standardisation with the group's own weights: for every stratum s of p_infer, entropy (infer's, else train's;
@@ -57,25 +57,25 @@ def flip_excess(tokens: pd.DataFrame) -> pd.DataFrame:
 
     Source: direct standardisation, e.g. Rothman, Greenland and Lash (2008) chapter 15; linearised interval.
     """
-    rows = scored_tokens(tokens)
-    rows = rows[rows["n_flipped_layers"].to_numpy() >= 0]
+    x = Tokens.of(tokens)
+    x = Tokens(x.rows[x.column("n_flipped_layers") >= 0])
     names = [column.name for column in FLIP_EXCESS.columns]
     records: list[tuple[Any, ...]] = []
-    if len(rows):
-        matched = _Matched(rows)
-        records = [(*label, matched.names, *matched.excess(inside_T)) for *label, inside_T in _groups(rows)]
+    if len(x):
+        matched = _Matched(x)
+        records = [(*label, matched.names, *matched.excess(inside_T)) for *label, inside_T in _groups(x)]
     return FLIP_EXCESS.validate(pd.DataFrame.from_records(records, columns=names))
 
 
-def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, float, float, Bool]]:
+def _groups(x: Tokens) -> Iterator[tuple[str, float, float, Bool]]:
     """(grouping, low, high, tokens) of every group of flipped tokens that has one."""
-    n_flipped_T = rows["n_flipped_layers"].to_numpy().astype(np.int64)
-    first_T = rows["first_flipped_layer"].to_numpy().astype(np.int64)
+    n_flipped_T = x.column("n_flipped_layers").astype(np.int64)
+    first_T = x.column("first_flipped_layer").astype(np.int64)
     flipped_T = n_flipped_T > 0
     if flipped_T.any():
         yield "any_flip", 1.0, float(n_flipped_T.max()), flipped_T
     counts = doubling_strata("n_flipped_layers", n_flipped_T)
-    masses = edge_strata("misrouted_mass", rows["misrouted_mass"].to_numpy().astype(np.float64), MASS_EDGES)
+    masses = edge_strata("misrouted_mass", x.column("misrouted_mass").astype(np.float64), MASS_EDGES)
     for b in np.unique(counts.index_T[flipped_T]).tolist():
         yield counts.name, counts.low_B[b], counts.high_B[b], counts.index_T == b
     for layer in np.unique(first_T[flipped_T]).tolist():
@@ -84,14 +84,14 @@ def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, float, float, Bool]]:
         yield masses.name, masses.low_B[b], masses.high_B[b], flipped_T & (masses.index_T == b)
 
 
-def matched_strata(rows: pd.DataFrame) -> list[Strata]:
+def matched_strata(x: Tokens) -> list[Strata]:
     """What tokens are matched on: p_infer, position, and the entropy of infer or else of train where one is known."""
     strata = [
-        edge_strata("p_infer", np.exp(rows["logp_infer"].to_numpy().astype(np.float64)), CONFIDENCE_EDGES),
-        position_strata(rows["position"].to_numpy().astype(np.int64), _MATCHED_POSITION_BINS),
+        edge_strata("p_infer", np.exp(x.logp_infer_T), CONFIDENCE_EDGES),
+        position_strata(x.column("position").astype(np.int64), _MATCHED_POSITION_BINS),
     ]
     for side in ("infer", "train"):
-        entropy_T = rows[f"entropy_{side}"].to_numpy().astype(np.float64)
+        entropy_T = x.column(f"entropy_{side}").astype(np.float64)
         if np.isfinite(entropy_T).any():
             # an engine's entropy of a sure token may be -1e-8
             return [*strata, edge_strata(f"entropy_{side}", np.maximum(entropy_T, 0.0), MATCHED_ENTROPY_EDGES)]
@@ -101,18 +101,17 @@ def matched_strata(rows: pd.DataFrame) -> list[Strata]:
 class _Matched:
     """abs(logp_diff) of every token beside the mean of the unflipped tokens of its stratum."""
 
-    def __init__(self, rows: pd.DataFrame) -> None:
-        strata = matched_strata(rows)
+    def __init__(self, x: Tokens) -> None:
+        strata = matched_strata(x)
         self.names = ", ".join(each.name for each in strata)
         # a token whose entropy is not known stands in a stratum of those: index -1 becomes 0
-        joint_T = np.zeros(len(rows), dtype=np.int64)
+        joint_T = np.zeros(len(x), dtype=np.int64)
         for each in strata:
             joint_T = joint_T * (len(each) + 1) + each.index_T + 1
         joint, self.stratum_T = np.unique(joint_T, return_inverse=True)
-        prompts, self.prompt_T = np.unique(rows["prompt_id"].to_numpy(), return_inverse=True)
-        self.n_strata, self.n_prompts = len(joint), len(prompts)
-        self.size_T = np.abs(logp_diff(rows))
-        self.unflipped_T = rows["n_flipped_layers"].to_numpy() == 0
+        self.prompt_T, self.n_strata, self.n_prompts = x.prompt_row_T, len(joint), x.n_prompts
+        self.size_T = x.abs_diff_T
+        self.unflipped_T = x.column("n_flipped_layers") == 0
         self.n0_S = self._count(self.unflipped_T)
         sum0_S = np.bincount(self.stratum_T[self.unflipped_T], self.size_T[self.unflipped_T], self.n_strata)
         self.has_reference_S = self.n0_S >= _MIN_UNFLIPPED
