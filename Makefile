@@ -1,4 +1,4 @@
-# make demo   set up, then the whole story on a tiny MoE and a dense model; ends by printing where the report is
+# make demo   set up, then everything on a tiny MoE and a dense model; ends by printing where the report is
 # make test   set up, then every test
 # make check  format, lint and types
 # make tables every router family and every awkward way of running vLLM: the tables of reports/ that tests sample

@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from moediag.cli.story import cache_folder
+from moediag.cli.demo import cache_folder
 from moediag.demo.corpus import demo_prompts
 from moediag.demo.pair import build_pair
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.launch import FORCED, INFER_ENVIRONMENT
 from moediag.engines.plan import Sampling, make_plan
 from moediag.engines.routers import ModelRouting
-from moediag.run.codec import bytes_per_token
+from moediag.engines.vllm.options import FORCED, INFER_ENVIRONMENT
+from moediag.run.capture import bytes_per_token
 from moediag.run.reader import Run, open_run
 
 N_PROMPTS, MAX_TOKENS, N_ROUNDS = 32, 128, 7

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from moediag.engines.launch import INFER_ENVIRONMENT
+from moediag.engines.vllm.options import INFER_ENVIRONMENT
 
 # Fixed, so that the suite fails for what was changed and not for its luck; ``make hunt`` draws others, and more cases.
 SEED = int(os.environ.get("MOEDIAG_SEED", "0"))

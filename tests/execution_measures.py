@@ -17,10 +17,10 @@ from execution_settings import MAX_MODEL_LEN, SETTINGS, Setting
 from probes import TESTS, engines_under
 
 from moediag.engines.arms import ArmRequest
-from moediag.engines.channel import Engines
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
-from moediag.engines.launch import fill_arm, infer_options
+from moediag.engines.launch import Engines, fill_arm
 from moediag.engines.plan import SamplingOptions, make_plan
+from moediag.engines.vllm.options import infer_options
 from moediag.errors import MoediagError
 from moediag.hygiene import check_run
 from moediag.run.capture import Capture, TokenRows

@@ -15,10 +15,9 @@ import pandas as pd
 from records import arm_of, checkpoint_of, new_run
 
 from moediag.hygiene import Finding, check_capture, check_pair
-from moediag.run.capture import Capture, TokenRows
+from moediag.run.capture import Capture, TokenRows, split_into_shards
 from moediag.run.reader import Run, open_run
 from moediag.run.records import RouterSpec
-from moediag.run.shards import split_into_shards
 from moediag.run.writer import RunWriter
 
 SHAPES = [  # (E, K, L)

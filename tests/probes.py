@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from moediag.engines.arms import ArmRequest
-from moediag.engines.channel import Engines, Job, Reporter
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.fill import Held, fill_missing_shards
-from moediag.engines.launch import INFER_ENVIRONMENT, arm_options
+from moediag.engines.launch import Engines, Job, arm_options
+from moediag.engines.process import Held, Reporter, fill_missing_shards
+from moediag.engines.vllm.options import INFER_ENVIRONMENT
+from moediag.run.capture import WHOLE
 from moediag.run.reader import Run
-from moediag.run.shards import WHOLE
 from moediag.run.writer import RunWriter
 
 TESTS = Path(__file__).parent

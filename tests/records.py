@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moediag.run.capture import arrays_of
+from moediag.run.capture import arrays_of, split_into_shards
 from moediag.run.create import create_run
 from moediag.run.files import digest_of, sha256_bytes
 from moediag.run.reader import Run
@@ -22,7 +22,6 @@ from moediag.run.records import (
     Sampling,
     TokensFrom,
 )
-from moediag.run.shards import split_into_shards
 
 
 def checkpoint_of(

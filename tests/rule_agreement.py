@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from moediag.engines.hf.taps import Block, find_blocks, route_recorded
-from moediag.engines.routers import ModelRouting, apply_rule, plain_topk
+from moediag.engines.routers import ModelRouting, apply_rule
 from moediag.errors import IncompleteRunError
 from moediag.run.reader import Run
 
@@ -87,6 +87,11 @@ def _layer_agreement(
         spec_rule_rate=rate(apply_rule(logits, spec, None if bias is None else bias.cpu())),
         plain_topk_rate=rate(plain_topk(logits, spec)),
     )
+
+
+def plain_topk(logits: torch.Tensor, spec: ModelRouting) -> torch.Tensor:
+    """TopK of the raw logits, (..., K): the contrast, wrong for every router with a bias or groups."""
+    return torch.topk(logits.float(), spec.top_k, dim=-1).indices
 
 
 def _device(block: Block) -> torch.device:

@@ -23,14 +23,11 @@ from typing import Any
 import numpy as np
 from records import arm_of, checkpoint_of, new_run
 
-from moediag.engines.channel import Reporter
-from moediag.engines.fill import fill_missing_shards
-from moediag.run.capture import Capture, TokenRows
-from moediag.run.codec import encode_prompts
+from moediag.engines.process import Reporter, fill_missing_shards
+from moediag.run.capture import WHOLE, Capture, Shard, Slice, TokenRows, encode_prompts
 from moediag.run.files import rows_prefix
 from moediag.run.reader import Run, open_run
 from moediag.run.records import Sampling
-from moediag.run.shards import WHOLE, Shard, Slice
 from moediag.run.writer import RunWriter
 
 VOCABULARY = 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,7 @@ from synthetic import make_block, make_pair, self_block
 
 from moediag.analysis.floors import (
     FAR,
-    LARGER,
     OWN_CHANGES,
-    SUMMED,
     Variant,
     floors,
     metric_value,
@@ -26,12 +25,18 @@ from moediag.analysis.floors import (
 )
 from moediag.analysis.pair_analysis import analyze_pair
 from moediag.analysis.summary import pair_summary
-from moediag.run.codec import encode_prompts
-from moediag.run.recipes import ENGINE_WORDS, RECIPES, change_of
+from moediag.run.capture import encode_prompts
+from moediag.run.recipes import ENGINE_WORDS, RECIPES, TRANSFORMERS, VLLM, change_of
+from moediag.run.records import TokensFrom
 from moediag.run.writer import RunWriter
 
 MAIN, TRAIN_FLOOR, INFER_FLOOR = "infer~train", "train-repeat~train", "infer-repeat~infer"
 ROUNDED = "train-perturbed~train"
+SUMMED = {"abs_logp_diff.mean", "abs_prob_diff.mean", "flip_rate", "any_layer_share", "abs_log_ratio_mean"}
+LARGER = {
+    "abs_logp_diff.p50", "abs_logp_diff.p90", "abs_logp_diff.p99", "abs_logp_diff.max", "kl_infer_train_k2",
+    "kl_infer_train_k3", "extreme_share_2", "prob_mult_error", "masked_share",
+}  # fmt: skip
 
 
 def summary_of(scale: float, noise: float, dense: bool = False) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def test_means_are_summed_and_tails_take_the_larger_side(pairs: dict[str, Any]) 
     assert not found["train"]["is_bit_exact"]
     assert found["decode_vs_prefill"]["pair"] == "infer-rescore~infer"
     assert [line["arm"] for line in found["noise"]] == ["train-perturbed"]
-    assert set(found["metrics"]) == {*SUMMED, *LARGER}
+    assert set(found["metrics"]) == SUMMED | LARGER
 
 
 def test_a_floor_of_zero_is_bit_exact_and_gives_no_ratio(pairs: dict[str, Any]) -> None:
@@ -191,6 +196,31 @@ def test_every_further_arm_is_paired_with_its_own_engine(
     wanted = {arm: arm.split("-")[0] for arm in arms - {"infer", "train", "train-replay"}}
     # another routing is not the engine against itself, and a variant of an arm that is not there is one of nothing
     assert found == {arm: of for arm, of in wanted.items() if of in arms}
+
+
+def test_a_repetition_of_another_engine_is_no_floor_of_the_main_pair(tmp_path: Path, pairs: dict[str, Any]) -> None:
+    """vLLM joined to a run that generate had sampled, and vLLM's repetition gave the floor of generate's side."""
+    run = new_run(
+        tmp_path / "run", encode_prompts([[1]], None), 1, 1, checkpoint_of((0,)),
+        tokens=TokensFrom(origin="sampled", arm="infer-generate"),
+    )  # fmt: skip
+    for arm, changes in {
+        "infer-generate": {"engine": TRANSFORMERS},
+        "train": {"engine": TRANSFORMERS},
+        "train-repeat": {"engine": TRANSFORMERS},
+        "infer": {"engine": VLLM, "variant_of": "infer-generate", "change": "engine"},
+        "infer-repeat": {"engine": VLLM},
+    }.items():
+        RunWriter(run).begin_arm(arm_of(run, arm, **changes))
+    own = variants(run, run.arms())
+    assert {variant.arm: variant.is_beside_main for variant in own} == {
+        "infer": False, "infer-repeat": False, "train-repeat": True,
+    }  # fmt: skip
+    found = floors({**pairs, "infer-generate~train": pairs[MAIN]}, "infer-generate~train", own)
+    assert found is not None
+    assert found["train"]["arm"] == "train-repeat"
+    assert found["infer"] is None
+    assert {line["note"] for line in found["metrics"].values()} == {"infer side not measured"}
 
 
 def own_of(is_prefilled: bool = False) -> list[Variant]:

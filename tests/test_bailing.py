@@ -216,8 +216,8 @@ def test_rotary_dim_alone_is_enough_and_may_not_contradict(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"score_function": "softmax"}, "score_function = 'softmax' (wanted 'sigmoid')"),
-        ({"norm_head": True}, "norm_head = True (wanted False)"),
+        ({"score_function": "softmax"}, "score_function = 'softmax' (expected 'sigmoid')"),
+        ({"norm_head": True}, "norm_head = True (expected False)"),
         ({"router_dtype": "fp16"}, "router_dtype = 'fp16'"),
         ({"architectures": ["BailingMoeForCausalLM"], "score_function": None}, "score_function = None"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
@@ -268,8 +268,8 @@ def test_vllms_own_model_gives_the_same_logprobs_and_experts(expected: dict[str,
 
 def run_vllm(output: str) -> None:
     """Score the expected input with vLLM's model, taps on, and save log-probabilities and routing."""
-    from moediag.engines.launch import FORCED, INFER_ENVIRONMENT
     from moediag.engines.routers import router_spec
+    from moediag.engines.vllm.options import FORCED, INFER_ENVIRONMENT
 
     os.environ.update({name: value for name, value in INFER_ENVIRONMENT.items() if name not in os.environ})
     import torch

@@ -77,13 +77,28 @@ def test_the_estimate_counts_distributions_of_the_main_pair_only(prompts: Path) 
         assert some.max_bytes(requests, "auto") - without.max_bytes(requests, "auto") == n_keeping * chosen
 
 
+def test_routers_that_score_in_float32_are_counted_so_whatever_their_family(prompts: Path) -> None:
+    """The family's name granitemoe decided about the bytes of router logits."""
+    plan = replace(planned(prompts, 0), router_logits="full")
+    routing = plan.checkpoint.routing
+    assert routing is not None
+    requests = [arm_request("infer", {}, given=False)]
+    sizes = [
+        replace(
+            plan, checkpoint=replace(plan.checkpoint, routing=replace(routing, family="other", scores_in_float32=found))
+        ).max_bytes(requests, "bfloat16")
+        for found in (False, True)
+    ]
+    assert sizes[1] - sizes[0] == 2 * routing.n_layers * routing.n_experts * plan.max_token_rows
+
+
 def test_whole_distributions_need_hooks(capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path) -> None:
     assert o.parse_full_vocab(None, o.Observer.hooks) is None
     assert o.parse_full_vocab("0", o.Observer.native) == 0
     for text, observer, words in (
         ("all", o.Observer.native, "needs --observer hooks"),
-        ("some", o.Observer.hooks, "wanted a number of sequences, or all"),
-        ("-1", o.Observer.hooks, "wanted a number of sequences, or all"),
+        ("some", o.Observer.hooks, "expected a number of sequences, or all"),
+        ("-1", o.Observer.hooks, "expected a number of sequences, or all"),
     ):
         with pytest.raises(EngineError, match=words):
             o.parse_full_vocab(text, observer)
@@ -98,5 +113,5 @@ def test_whole_distributions_need_hooks(capsys: pytest.CaptureFixture[str], prom
         "x",
     ]
     assert main(arguments) == 1
-    assert "--full-vocab x: wanted a number of sequences, or all" in capsys.readouterr().err
+    assert "--full-vocab x: expected a number of sequences, or all" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -13,9 +13,9 @@ from moediag.cli.main import main
 from moediag.engines.arms import arm_request
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
 from moediag.errors import IncompleteRunError, RunConflictError
+from moediag.run.capture import WHOLE, Slice
 from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run, open_run
-from moediag.run.shards import WHOLE, Slice
 from moediag.run.writer import RunWriter
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "ring-tiny"

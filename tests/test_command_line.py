@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +17,13 @@ import pytest
 from conftest import MOEDIAG, REPOSITORY, run_moediag, write_jsonl
 from scripted_engine import make_scripted_run
 
+from moediag.cli import main as entry
 from moediag.cli.main import main
+from moediag.cli.options import NOT_SO
 from moediag.engines import versions
-from moediag.errors import DependencyError
+from moediag.engines.checkpoint import open_checkpoint
+from moediag.errors import CheckpointError, DependencyError
+from moediag.run.files import TOKENIZER_FILES
 
 
 @pytest.fixture
@@ -82,9 +88,9 @@ def _edit_config(folder: Path, **changes: object) -> None:
         ),
         (lambda c: _edit_config(c, model_type="jamba"), "MoE family jamba is not known to this version"),
         (lambda c: _edit_config(c, num_experts_per_tok=99), "num_experts_per_tok = 99 with 8 experts"),
-        (lambda c: _edit_config(c, architectures=5), "of another kind than wanted"),
-        (lambda c: _edit_config(c, num_local_experts="x"), "of another kind than wanted"),
-        (lambda c: _edit_config(c, mlp_only_layers=3), "of another kind than wanted"),
+        (lambda c: _edit_config(c, architectures=5), "of another kind than expected"),
+        (lambda c: _edit_config(c, num_local_experts="x"), "of another kind than expected"),
+        (lambda c: _edit_config(c, mlp_only_layers=3), "of another kind than expected"),
         (lambda c: (c / "model.safetensors").rename(c / "weights.safetensors"), "has no weights"),
         (lambda c: _edit_config(c, model_type="mine", num_local_experts=0, auto_map={}), "--trust-remote-code"),
         (shutil.rmtree, "does not exist"),
@@ -106,7 +112,7 @@ def test_an_unusable_checkpoint_is_refused(
         ("pipeline-parallel-size=2", "each stage sees only its own layers"),
         ("enable_eplb=true", "physical"),
         ("speculative_config={}", "drafted tokens"),
-        ("nonsense", "wanted KEY=VALUE"),
+        ("nonsense", "expected KEY=VALUE"),
     ],
 )
 def test_engine_options_that_would_spoil_the_capture_are_refused_with_the_reason(
@@ -120,7 +126,7 @@ def test_engine_options_that_would_spoil_the_capture_are_refused_with_the_reason
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [
-        ("--top-p=0", "top_p = 0.0: wanted in (0, 1]"),
+        ("--top-p=0", "top_p = 0.0: expected in (0, 1]"),
         ("--top-k=-7", "top_k = -7"),
         ("--temperature=inf", "temperature = inf"),
         ("--seed=-1", "seed = -1"),
@@ -228,10 +234,30 @@ def test_a_missing_engine_is_named_with_what_to_install() -> None:
         versions.require(absent)
 
 
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+def test_every_kind_of_tokenizer_file_is_found_and_digested(checkpoint: Path, name: str) -> None:
+    """Two lists of tokenizer files: a checkpoint with one that the other lacked opened, and its digest saw no file."""
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        open_checkpoint(str(checkpoint))
+    digests = set()
+    for content in ("one", "other"):
+        (checkpoint / name).write_text(content)
+        digests.add(open_checkpoint(str(checkpoint)).digests["tokenizer_sha256"])
+    assert len(digests) == 2
+
+
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile"]) == 2
     assert main(["nonsense"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_every_exit_code_is_listed_where_the_command_line_begins() -> None:
+    """``diff-env --fail-on-difference`` and ``--strict`` ended with 3, which the list left out."""
+    listed = (entry.__doc__ or "").partition("Exit codes:")[2]
+    used = {0, 1, 2, NOT_SO, *(128 + number for number in (signal.SIGINT, signal.SIGTERM))}
+    assert {int(number) for number in re.findall(r"\b\d+\b", listed)} == used
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -289,14 +315,23 @@ def test_imports_only_point_downwards() -> None:
             assert target == room or level[target] <= level[room], f"{path} imports moediag.{target}"
 
 
+def test_a_module_named_in_a_string_counts_as_imported(tmp_path: Path) -> None:
+    """engines/child.py named a function of moediag.audit, two rooms above it, and the test above did not see it."""
+    module = tmp_path / "child.py"
+    module.write_text('"""Not moediag.report: prose."""\nTASKS = {"audit": "moediag.audit.gradients:audit"}\n')
+    assert list(_imported_rooms(module)) == ["audit"]
+
+
 def _imported_rooms(path: Path) -> Iterator[str]:
     import ast
 
     for node in ast.walk(ast.parse(path.read_text())):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.Constant) and re.fullmatch(r"moediag(\.\w+)+(:\w+)?", str(node.value)):
+            names.append(node.value)  # imported by name: the task of an engine process
         for name in names:
-            parts = name.split(".")
+            parts = re.split("[.:]", name)
             if parts[0] == "moediag" and len(parts) > 1:
                 yield parts[1]
 

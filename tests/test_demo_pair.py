@@ -90,7 +90,7 @@ def test_prompts_are_held_out_in_any_wrapping() -> None:
 
 
 def test_too_many_prompts_are_refused() -> None:
-    with pytest.raises(ValueError, match="wanted 0 to"):
+    with pytest.raises(ValueError, match="expected 0 to"):
         demo_prompts(100_000)
 
 

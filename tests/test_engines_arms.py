@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted_engine import make_scripted_run
 
 from moediag.engines.arms import HOOKS, UNOBSERVED, Reference, arm_request
-from moediag.engines.channel import Reporter
-from moediag.engines.fill import Held
 from moediag.engines.hf.engine import Replay, capture_train
-from moediag.engines.launch import infer_environment, infer_options, observable
+from moediag.engines.process import Held, Reporter
+from moediag.engines.vllm.options import infer_environment, infer_options, observable
 from moediag.errors import EngineError
 from moediag.run.capture import Capture
 from moediag.run.files import read_sealed, write_sealed
@@ -76,8 +76,8 @@ def test_unobserved_rollouts_may_have_what_hooks_may_not() -> None:
 def test_one_ulp_noise_moves_every_value_to_a_neighbour_and_the_same_seed_moves_it_alike() -> None:
     import torch
 
-    from moediag.engines.fill import seed_of
     from moediag.engines.hf.perturbation import neighbour, rounded_to_fp8
+    from moediag.engines.process import seed_of
 
     values = torch.randn(200, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     moved, again = (neighbour(values, torch.Generator().manual_seed(seed_of("a"))) for _ in range(2))
@@ -135,9 +135,12 @@ def _replayed(run: Run) -> str:
 
 
 class Silent(Reporter):
-    def __init__(self) -> None: ...
+    """The reporter of a process without a parent."""
 
-    def stage(self, text: str) -> None: ...
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def _send(self, event: dict[str, Any]) -> None: ...
 
 
 def test_gate_weights_that_are_no_coefficients_are_not_forced(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from test_engines_resume import captured, kill_when, wait_until_engines_are_gone
 from moediag.cli.main import main
 from moediag.engines.arms import arm_request
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.fill import Held
 from moediag.engines.launch import arm_options
 from moediag.engines.plan import SamplingOptions, make_plan
+from moediag.engines.process import Held
 from moediag.hygiene import check_run
 from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
@@ -81,10 +81,13 @@ def test_the_run_is_analysed_and_its_pages_name_the_engine(run: Run, capsys: pyt
     pair = summary["pairs"]["infer-generate~train"]
     assert pair["logp"]["abs_logp_diff"]["max"] < 2e-5
     assert pair["routing"]["flip_rate"] == 0
-    assert pair["logp"]["kl_exact_infer_train"] < 1e-6
+    assert pair["logp"]["kl_infer_train_exact"] < 1e-6
     page = (run.path / "report.md").read_text()
-    assert "transformers' generate" in page
-    assert "vLLM" not in page.split("## ")[0]
+    words = "transformers (generate) against transformers (teacher-forced)"
+    assert f"Pair `infer-generate~train`, {words}" in page
+    assert f"run: {words}" in capsys.readouterr().out
+    own = page.split("Published elsewhere")[0].replace("vLLM's CPU router", "")
+    assert "vLLM" not in own
     assert check_run(run) == []
 
 

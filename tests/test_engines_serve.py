@@ -10,9 +10,8 @@ import pytest
 from conftest import write_jsonl
 
 from moediag.engines.arms import arm_request
-from moediag.engines.channel import Engines
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.launch import fill_arm
+from moediag.engines.launch import Engines, fill_arm
 from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.errors import EngineError
 from moediag.run.reader import Run

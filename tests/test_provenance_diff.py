@@ -230,7 +230,7 @@ def test_two_arms_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "status", "complaint"),
     [
-        (["--arms", "infer"], 1, "wanted two names of arms"),
+        (["--arms", "infer"], 1, "expected two names of arms"),
         (["--arms", "infer,absent"], 1, "has no arm absent"),
         (["absent"], 1, "is not a moediag run directory"),
         (["again", "--arms", "infer,train"], 2, "--arms compares two arms of one run"),

@@ -14,15 +14,16 @@ import torch
 from conftest import REPOSITORY
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rule_agreement import plain_topk
 
 from moediag.cli.main import main
+from moediag.engines.hf.taps import RoutingTaps
 from moediag.engines.routers import (
     ModelRouting,
     apply_rule,
     choice_scores,
     group_scores,
     margins,
-    plain_topk,
     router_spec,
     supported_families,
 )
@@ -50,6 +51,47 @@ def spec_of(score_function: str = "softmax", top_k: int = 2, n_experts: int = 4,
 
 
 LOG = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).log()
+
+
+class _Gate(torch.nn.Module):
+    """A router that hands its experts ids and sigmoid weights, whatever its family."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = torch.nn.functional.linear(hidden, self.weight)
+        best = logits.topk(2, dim=-1)
+        return logits, best.values.sigmoid(), best.indices
+
+
+class _Experts(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return hidden * weights.sum(-1, keepdim=True)
+
+
+class _Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = _Gate(), _Experts()
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        _, weights, ids = self.gate(hidden)
+        return self.experts(hidden, ids, weights)
+
+
+def test_a_sigmoid_gate_is_not_taken_for_llama4() -> None:
+    """``gate == "sigmoid"`` stood for the family whose gate weight scales the experts' inputs: another family with
+    such a gate would have had its weights read off the logits."""
+    model = torch.nn.Sequential(_Block())
+    hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(), RoutingTaps(model, spec_of("logit", gate="sigmoid"), "margins") as taps:
+        model(hidden)
+        rows = taps.take(torch.arange(5))
+        _, weights, ids = model[0].gate(hidden)
+    assert torch.equal(rows["gate_weights_TLK"][:, 0], weights)
+    assert torch.equal(rows["expert_ids_TLK"][:, 0].long(), ids)
 
 
 def test_softmax_router_by_hand() -> None:

@@ -14,7 +14,7 @@ from moediag.cli.main import main
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.errors import RunConflictError
-from moediag.run.codec import encode_prompts
+from moediag.run.capture import encode_prompts
 from moediag.run.create import create_run
 from moediag.run.reader import Run, open_run
 from moediag.run.records import Sampling
@@ -139,5 +139,5 @@ def test_a_name_that_no_arm_can_have_is_one_line(tmp_path: Path, capsys: pytest.
     assert main(["capture", "train", str(CHECKPOINT), "-o", str(run.path), f"--name={name}"]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert f"--name {name}: wanted letters, digits" in err
+    assert f"--name {name}: expected letters, digits" in err
     assert contents(run.path) == before

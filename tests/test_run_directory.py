@@ -22,8 +22,7 @@ from moediag.errors import (
     SchemaVersionError,
 )
 from moediag.hygiene import check_run
-from moediag.run import codec
-from moediag.run.capture import Capture, TokenRows
+from moediag.run.capture import Capture, TokenRows, bytes_per_token, decode_capture, encode_capture, encode_prompts
 from moediag.run.create import bring_back, drop_replaced, replaced
 from moediag.run.files import (
     canonical_json,
@@ -37,7 +36,7 @@ from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
 
 N_EXPERTS, TOP_K, LAYERS = 8, 2, (1, 3)
-PROMPTS = codec.encode_prompts([[1, 2, 3], [4], [5, 6]], None)
+PROMPTS = encode_prompts([[1, 2, 3], [4], [5, 6]], None)
 LENGTHS = [(3, 4), (1, 2), (2, 5)]  # (prompt, response) tokens of each sequence
 
 
@@ -120,7 +119,7 @@ def test_a_healthy_run_has_no_findings(run: Run) -> None:
 def test_scores_round_trip_exactly_in_the_engines_dtype(array: np.ndarray, dtype: str) -> None:
     n = len(array)
     capture = Capture(np.zeros(n, np.float32), np.zeros(n, np.float32), gate_weights_TLK=array)
-    back = codec.decode_capture(codec.encode_capture(capture, 0, {"gate_weights_TLK": dtype}), "here")
+    back = decode_capture(encode_capture(capture, 0, {"gate_weights_TLK": dtype}), "here")
     np.testing.assert_array_equal(back.gate_weights_TLK, array)
 
 
@@ -128,20 +127,20 @@ def test_narrowing_that_would_lose_bits_is_refused() -> None:
     capture = Capture(np.zeros(1, np.float32), np.zeros(1, np.float32), gate_weights_TLK=np.full((1, 1, 1), 0.1, "f4"))
     for dtype in ("bfloat16", "float16"):
         with pytest.raises(ValueError, match="not exact"):
-            codec.encode_capture(capture, 0, {"gate_weights_TLK": dtype})
+            encode_capture(capture, 0, {"gate_weights_TLK": dtype})
 
 
 @pytest.mark.parametrize(("n_experts", "width"), [(8, 1), (255, 1), (256, 2), (512, 2)])
 def test_expert_ids_take_one_byte_up_to_255_experts(n_experts: int, width: int) -> None:
     ids = np.array([[[0, n_experts - 1]], [[-1, -1]]], np.int16)
     capture = Capture(np.zeros(2, np.float32), np.zeros(2, np.float32), expert_ids_TLK=ids)
-    data = codec.encode_capture(capture, n_experts, {})
-    np.testing.assert_array_equal(codec.decode_capture(data, "here").expert_ids_TLK, ids)
-    assert codec.bytes_per_token(1, 2, n_experts)["expert_ids_TLK"] == 2 * width
+    data = encode_capture(capture, n_experts, {})
+    np.testing.assert_array_equal(decode_capture(data, "here").expert_ids_TLK, ids)
+    assert bytes_per_token(1, 2, n_experts)["expert_ids_TLK"] == 2 * width
 
 
 def test_bytes_per_token_of_qwen3_30b_a3b_are_those_of_the_design() -> None:
-    sizes = codec.bytes_per_token(n_layers=48, top_k=8, n_experts=128, weight_bytes=2, logits_bytes=2)
+    sizes = bytes_per_token(n_layers=48, top_k=8, n_experts=128, weight_bytes=2, logits_bytes=2)
     assert sizes["expert_ids_TLK"] == 384
     assert sizes["margin_TL"] == 192
     assert sizes["gate_weights_TLK"] == 768

@@ -178,7 +178,7 @@ def spoil_arrays(rng: random.Random, data: bytes) -> bytes:
 
 def _without_bfloat16(data: bytes) -> bytes:
     """numpy has no bfloat16: the gate weights as float16-sized integers of another name are as good a start."""
-    from moediag.run.codec import decode_capture
+    from moediag.run.capture import decode_capture
 
     return bytes(safetensors.numpy.save(_as_stored(decode_capture(data, "here").arrays())))
 

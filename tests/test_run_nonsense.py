@@ -14,8 +14,7 @@ from scripted_engine import create_scripted_run, make_scripted_run
 
 from moediag.errors import AlignmentError, CorruptRunError, DiskFullError, IncompleteRunError, RunError
 from moediag.hygiene import check_run
-from moediag.run import codec
-from moediag.run.capture import Capture
+from moediag.run.capture import TOKEN_COLUMNS, Capture, decode_capture, decode_tokens, encode_capture
 from moediag.run.files import read_sealed, sha256_bytes, write_sealed
 from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
@@ -42,7 +41,7 @@ def test_arrays_of_other_layers_or_experts_are_never_paired(run: Run, name: str,
     arrays = run.capture("train", shard).arrays()
     capture = Capture(**{**arrays, name: change(arrays[name])})  # type: ignore[operator]
     path = run.path / "arms/train/shard-00000.safetensors"
-    data = codec.encode_capture(capture, 255, {})
+    data = encode_capture(capture, 255, {})
     path.write_bytes(data)
     sidecar = path.with_suffix(".json")
     write_sealed(sidecar, {**read_sealed(sidecar), "data_sha256": sha256_bytes(data)})
@@ -143,12 +142,12 @@ def test_a_token_table_of_other_columns_is_refused(name: str, values: list[objec
     """Columns of other types used to be cast without a word: 1.5 became token 1, text became numbers."""
     columns = {"seq_id": [0, 0], "prompt_id": [0, 0], "sample_index": [0, 0], "position": [0, 1], "token_id": [1, 2],
                "is_response": [False, True]}  # fmt: skip
-    arrays = {key: pa.array(column, codec.TOKEN_COLUMNS[key]) for key, column in columns.items()}
+    arrays = {key: pa.array(column, TOKEN_COLUMNS[key]) for key, column in columns.items()}
     del arrays[name]
     sink = io.BytesIO()
     pq.write_table(pa.table({**arrays, **({} if values is None else {name: pa.array(values)})}), sink)
     with pytest.raises(CorruptRunError, match=complaint):
-        codec.decode_tokens(sink.getvalue(), "here")
+        decode_tokens(sink.getvalue(), "here")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("expert_ids_TLK", "F32"), ("logp_T", "U8"), ("margin_TL", "F64")])
@@ -160,7 +159,7 @@ def test_arrays_of_other_dtypes_are_refused(name: str, dtype: str) -> None:
               "expert_ids_TLK": np.zeros((2, 1, 1), "u1")}  # fmt: skip
     arrays[name] = arrays[name].astype({"F32": "f4", "U8": "u1", "F64": "f8"}[dtype])
     with pytest.raises(CorruptRunError, match=f"array {name} has dtype {dtype}"):
-        codec.decode_capture(safetensors.numpy.save(arrays), "here")
+        decode_capture(safetensors.numpy.save(arrays), "here")
 
 
 def test_an_arm_whose_record_is_lost_says_what_to_do(run: Run) -> None:

@@ -19,13 +19,20 @@ from moediag.errors import IncompleteRunError, RunConflictError, RunError
 from moediag.hygiene import check_run
 from moediag.results import analyze_run, report_run
 from moediag.results.trend import measure_trend
-from moediag.run import codec
-from moediag.run.capture import Capture, TokenRows, arrays_of
+from moediag.run.capture import (
+    Capture,
+    TokenRows,
+    _is_absent,
+    arrays_of,
+    decode_tokens,
+    encode_prompts,
+    encode_tokens,
+    split_into_shards,
+)
 from moediag.run.create import create_run
 from moediag.run.reader import Run, open_run
 from moediag.run.records import ArmRecord, Imported, Router, RunRecord, TokensFrom
 from moediag.run.series import create_series, open_series
-from moediag.run.shards import split_into_shards
 from moediag.run.writer import RunWriter
 
 N_PROMPTS, LENGTH = 10, 12
@@ -342,7 +349,7 @@ def token_tables(draw: st.DrawFn) -> TokenRows:
 
 @given(token_tables())
 def test_a_token_table_comes_back_bit_for_bit_whatever_is_not_known(tokens: TokenRows) -> None:
-    back = codec.decode_tokens(codec.encode_tokens(tokens), "here")
+    back = decode_tokens(encode_tokens(tokens), "here")
     for name, array in vars(tokens).items():
         found = getattr(back, name)
         if name == "is_trained_T":
@@ -350,7 +357,7 @@ def test_a_token_table_comes_back_bit_for_bit_whatever_is_not_known(tokens: Toke
         elif array is None:
             assert found is None
         elif found is None:  # known of no token: as good as not known
-            assert codec._is_absent(name.removesuffix("_T"), array).all()
+            assert _is_absent(name.removesuffix("_T"), array).all()
         else:
             np.testing.assert_array_equal(found, array)
             assert found.dtype == array.dtype
@@ -358,7 +365,7 @@ def test_a_token_table_comes_back_bit_for_bit_whatever_is_not_known(tokens: Toke
 
 def test_new_options_are_taken_while_nothing_is_captured_and_then_refused_by_name(tmp_path: Path) -> None:
     """Bug: a typo in --max-tokens before anything was captured needed --force, whose warning then sounded like loss."""
-    prompts, checkpoint = codec.encode_prompts([[1], [2]], None), checkpoint_of((0,))
+    prompts, checkpoint = encode_prompts([[1], [2]], None), checkpoint_of((0,))
     run = new_run(tmp_path / "run", prompts, 2, 1, checkpoint, configuration={"max_tokens": 5})
     writer = RunWriter(run)
     writer.begin_arm(arm_of(run, "infer"))

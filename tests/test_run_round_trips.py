@@ -17,11 +17,10 @@ from moediag.corrections.sources import run_source
 from moediag.errors import DumpError
 from moediag.hygiene import check_run
 from moediag.results import analyze_run, load_frames, report_run
-from moediag.run.capture import Capture, TokenRows
+from moediag.run.capture import Capture, TokenRows, split_into_shards
 from moediag.run.create import create_run
 from moediag.run.reader import Run, open_run
 from moediag.run.records import ArmRecord, Imported, Router, RunRecord, TokensFrom
-from moediag.run.shards import split_into_shards
 from moediag.run.writer import RunWriter
 
 N_PROMPTS = 12

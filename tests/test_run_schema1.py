@@ -17,7 +17,7 @@ from test_run_directory import contents
 from moediag.analysis.flips.explained import predict_flips
 from moediag.cli.main import main
 from moediag.engines.hf.engine import _refuse_other_weights
-from moediag.errors import IncompleteRunError, RunError, SchemaVersionError
+from moediag.errors import CorruptRunError, IncompleteRunError, RunError, SchemaVersionError
 from moediag.hygiene import check_run
 from moediag.results import analyze_run, load_frames, report_run
 from moediag.run.files import read_sealed, write_sealed
@@ -69,6 +69,20 @@ def test_its_arms_are_what_their_names_said(run: Run) -> None:
     assert {arm.checkpoint for arm in found.values()} == {run.record.checkpoint}
     for name, arm in found.items():
         assert {*run.capture(name, run.shards[0]).arrays()} == {*arm.arrays} - {"distributions"}
+
+
+def test_a_mistyped_arm_is_no_train_arm(run: Run) -> None:
+    """Every arm whose name did not begin with infer was taken for one of transformers, silently."""
+    record = read_sealed(run.arm_folder("infer") / "arm.json")
+    for name, role in (("infer-other", "infer"), ("train-mine", "train"), ("infre", None), ("sglang", None)):
+        folder = run.arm_folder(name)
+        folder.mkdir()
+        write_sealed(folder / "arm.json", {**record, "arm": name})
+        if role:
+            assert run.arm(name).role == role
+        else:
+            with pytest.raises(CorruptRunError, match="expected a name that begins with infer or train"):
+                run.arm(name)
 
 
 def test_it_is_analysed_as_it_was_then(run: Run) -> None:

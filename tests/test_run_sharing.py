@@ -29,10 +29,10 @@ from scripted_engine import (
 from moediag.errors import RunConflictError
 from moediag.hygiene import check_run
 from moediag.run import claims
+from moediag.run.capture import Shard, Slice
 from moediag.run.create import replaced
 from moediag.run.derived import derived_damage
 from moediag.run.reader import open_run
-from moediag.run.shards import Shard, Slice
 from moediag.run.writer import RunWriter
 
 LAYOUT: dict[str, Any] = {"n_prompts": 12, "shard_size": 2}
@@ -134,7 +134,7 @@ def test_a_worker_looks_again_once_it_holds_a_shard(tmp_path: Path) -> None:
             for other in run.shards[1:3]:
                 write_scripted_shard(writer, "infer", other)
 
-    from moediag.engines.fill import fill_missing_shards
+    from moediag.engines.process import fill_missing_shards
 
     class Silent:
         def progress(self, done: float, total: int, unit: str) -> None:

@@ -18,9 +18,8 @@ from scripted_engine import scripted_tokens as tokens_of
 
 from moediag.errors import CaptureError, CorruptRunError, IncompleteRunError, MoediagError
 from moediag.hygiene import check_run
-from moediag.run.capture import TokenRows
+from moediag.run.capture import Shard, TokenRows, split_into_shards
 from moediag.run.reader import Run, open_run
-from moediag.run.shards import Shard, split_into_shards
 from moediag.run.vocabulary import VocabLogps, VocabRows, chosen_in, decode_vocab, encode_vocab, response_rows
 from moediag.run.writer import RunWriter
 

@@ -53,6 +53,7 @@ class Variant:
         role, change: as in :class:`~moediag.run.records.ArmRecord`.
         engine: as words say it.
         words: what is different.
+        is_beside_main: it is of the engine of the main pair's arm of its role, whose floor it can be.
     """
 
     arm: str
@@ -61,6 +62,7 @@ class Variant:
     change: str
     engine: str
     words: str
+    is_beside_main: bool = True
 
     @property
     def pair(self) -> str:
@@ -71,6 +73,7 @@ class Variant:
 def variants(run: Run, arms: Sequence[str]) -> list[Variant]:
     """The variants among the arms whose own arm is among them, in the order of the recipes, then by name."""
     listed, found = list(RECIPES), []
+    compared = {run.arm(arm).role: run.arm(arm).engine for arm in run.main_arms if arm in arms}
     for arm in arms:
         record = run.arm(arm)
         if record.variant_of in arms and record.change in OWN_CHANGES:
@@ -83,9 +86,11 @@ def variants(run: Run, arms: Sequence[str]) -> list[Variant]:
                 words = f"{engine} with other weights ({source.source if source else 'not recorded'})"
             elif recipe in RECIPES:
                 words = RECIPES[recipe].words
-            found.append(
-                ((rank, arm), Variant(arm, str(record.variant_of), record.role, str(record.change), engine, words))
+            is_beside_main = compared.get(record.role, record.engine) == record.engine
+            variant = Variant(
+                arm, str(record.variant_of), record.role, str(record.change), engine, words, is_beside_main
             )
+            found.append(((rank, arm), variant))
     return [variant for _, variant in sorted(found, key=lambda entry: entry[0])]
 
 
@@ -105,7 +110,8 @@ def floors(pairs: Mapping[str, Summary], main: str, own: Sequence[Variant]) -> d
     """
 
     def lines(role: str, *changes: str) -> list[dict[str, Any]]:
-        some = (variant for change in changes for variant in own if (variant.role, variant.change) == (role, change))
+        near = [variant for variant in own if variant.role == role and variant.is_beside_main]
+        some = (variant for change in changes for variant in near if variant.change == change)
         return [line for variant in some if (line := _line(pairs, variant))]
 
     sides = {side: next(iter(lines(side, "repeat")), None) for side in (TRAIN, INFER)}

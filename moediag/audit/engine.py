@@ -16,9 +16,8 @@ from moediag.audit.batch import AuditTokens, SequenceBasis, audit_tokens, is_tok
 from moediag.audit.gradients import RECORD, WORDS, GradientRequest, train_arm_options
 from moediag.audit.groups import AUTOGRAD_GROUPS, affordable, autograd_grams, parameters_of, pieces
 from moediag.audit.head import Head, Prefixes, expected_gram, head_of, is_plain, sampled_gram
-from moediag.engines.channel import Reporter
-from moediag.engines.fill import Held
 from moediag.engines.hf.engine import held_model
+from moediag.engines.process import Held, Reporter
 from moediag.engines.versions import numeric_versions
 from moediag.run.derived import GRAMS
 from moediag.run.files import sha256_bytes, write_atomic, write_sealed

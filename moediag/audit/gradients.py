@@ -27,20 +27,19 @@ import safetensors.numpy
 
 from moediag.analysis.gradients import LM_HEAD, SPECS, audit_frames
 from moediag.corrections.rewards import ADVANTAGE_WORDS, REWARD_WORDS
-from moediag.engines import channel
 from moediag.engines.arms import ArmRequest
 from moediag.engines.checkpoint import Checkpoint
-from moediag.engines.fill import Held
-from moediag.engines.launch import TRAIN_ENVIRONMENT
+from moediag.engines.launch import TRAIN_ENVIRONMENT, Engines, Job, OnEvent
+from moediag.engines.process import Held, Reporter
 from moediag.engines.versions import require_train_engine
 from moediag.errors import CheckpointError, CorruptRunError, EngineError, IncompleteRunError, RunConflictError
 from moediag.folder import SUMMARY, made_whole, read_frames, write_frames
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.run import claims
+from moediag.run.capture import WHOLE
 from moediag.run.derived import GRADIENTS, GRAMS, captures_digest, settle_derived
 from moediag.run.files import digest_of, read_checked, read_sealed, write_sealed
 from moediag.run.reader import Run
-from moediag.run.shards import WHOLE
 from moediag.run.writer import CLAIMS, RunWriter
 
 GROUPS: Final = (LM_HEAD, "routers", "experts", "attention")
@@ -79,8 +78,6 @@ WORDS: Final = {
 KIND: Final = "moediag gradient audit"
 RECORD: Final = "record.json"
 """What the engine process leaves for the parent: what it audited and how."""
-
-OnEvent = channel.OnEvent
 
 
 @dataclass(frozen=True)
@@ -159,8 +156,8 @@ def run_gradient_audit(run: Run, checkpoint: Checkpoint, request: GradientReques
             options = {"request": asdict(request), "checkpoint": str(checkpoint.path), "folder": str(folder)}
             log = run.path / "logs" / "gradients.log"
             task = "moediag.audit.gradients:audit"
-            job = channel.Job("gradients", task, str(run.path), asdict(WHOLE), options, str(log))
-            with channel.Engines() as engines:
+            job = Job("gradients", task, str(run.path), asdict(WHOLE), options, str(log))
+            with Engines() as engines:
                 engines.do(job, TRAIN_ENVIRONMENT, on_event)
             seal_audit(folder, captures)
 
@@ -225,7 +222,7 @@ def _again(run: Run) -> str:
     return f"run: moediag simulate {run.path} --gradient-audit"
 
 
-def audit(writer: RunWriter, options: dict[str, Any], reporter: channel.Reporter, held: Held) -> None:
+def audit(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
     """The engine process: inner products of gradients of every group, and what was done, to the folder given."""
     from moediag.audit.engine import GradientEngine
 

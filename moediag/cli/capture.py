@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from moediag.cli import options as o
 from moediag.cli.settings import Settings, with_settings
 from moediag.notation import INFER
 from moediag.run.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from moediag.engines.arms import ArmRequest
 
 NAME = "capture"
 
@@ -48,7 +51,8 @@ def command(
     and --num-shards they also share the work across machines; merging is then a plain copy (cp -rn B/. A/).
     """
     from moediag.cli import jobs
-    from moediag.run.recipes import VLLM
+    from moediag.cli.console import wrote
+    from moediag.engines.plan import needed_length
     from moediag.run.recipes import recipe as recipe_of
     from moediag.run.writer import RunWriter
 
@@ -56,49 +60,34 @@ def command(
     worker, layers = o.parse_slice(shard_index, num_shards), o.parse_layers(replay_layers)
     jobs.require(recipe.value)
 
-    def request(given: bool, sampler: str, needed_length: int, seed: int, **more: Any) -> jobs.ArmRequest:
-        if made.engine == VLLM:
-            observer = settings.observer.value if made.is_observed else jobs.UNOBSERVED
-            options = settings.infer_options(settings.vllm_options, observer, needed_length, seed)
-        else:
-            options = settings.train_options()
-        routes = more.pop("routes", INFER)
-        return jobs.arm_request(
-            recipe.value,
-            options,
-            given,
-            arm=arm,
-            sampler=sampler,
-            observer=settings.observer.value,
-            scoring=settings.scoring.value,
-            batching=settings.train_batching,
-            replay={"source": routes, "weights": replay_weights, **layers},
-            **more,
-        )
+    def request(given: bool, max_model_len: int, seed: int, routes: str = INFER, **more: Any) -> ArmRequest:
+        replay = {"source": routes, "weights": replay_weights, **layers}
+        return settings.request(recipe.value, given, max_model_len, seed, arm=arm, replay=replay, **more)
 
     if prompts is not None:
         plan = settings.plan(ckpt, prompts, sampled_by=arm if made.samples else INFER)
-        # Before the run: what cannot be asked for must not begin one, nor replace the one that is there.
-        asked = request(plan.completion_ids is not None, plan.sampled_by, plan.max_model_len, plan.sampling.seed)
-        jobs.announce(plan, output, [asked], settings.dtype.value, is_anew=force)
-        run, checkpoint, needed_length = plan.create(output, force), plan.checkpoint, plan.max_model_len
+        longest, is_given = plan.max_model_len, plan.completion_ids is not None
+        # Before the run: what cannot be captured must not begin one, nor replace the one that is there.
+        planned = request(is_given, longest, settings.seed, sampler=plan.sampled_by)
+        jobs.announce(plan, output, [planned], settings.dtype.value, is_anew=force)
+        run, checkpoint = plan.create(output, force), plan.checkpoint
     else:
         _refuse_without_effect(context)
         given = ckpt, settings.revision, settings.trust_remote_code
         run, checkpoint = jobs.join(output, *given, is_other_checkpoint=other_checkpoint)
-        needed_length = settings.max_model_len or jobs.needed_length(run, checkpoint)
+        longest = settings.max_model_len or needed_length(run, checkpoint)
     reference, has_other_weights = jobs.reference_for(run, recipe.value, arm, checkpoint)
-    asked = request(
+    made_as = request(
         run.record.tokens.origin != "sampled",
-        run.sampler,
-        needed_length,
+        longest,
         int((run.record.sampling and run.record.sampling.seed) or 0),
+        run.reference(INFER),
+        sampler=run.sampler,
         reference=reference,
         is_other_checkpoint=has_other_weights,
-        routes=run.reference(INFER),
     )
-    jobs.capture(jobs.Arms(RunWriter(run, worker), [asked], {made.role: checkpoint}), is_shared=True)
-    jobs.wrote(run.arm_folder(arm))
+    jobs.capture(jobs.Arms(RunWriter(run, worker), [made_as], {made.role: checkpoint}), is_shared=True)
+    wrote(run.arm_folder(arm))
 
 
 def _refuse_without_effect(context: typer.Context) -> None:

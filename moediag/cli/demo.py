@@ -1,15 +1,24 @@
-"""``moediag demo``: the whole story on a pair made on the spot."""
+"""``moediag demo``: a MoE and a dense checkpoint made on the spot, profiled by both engines, compared."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moediag.cli import options as o
 
+if TYPE_CHECKING:
+    from moediag.cli.jobs import Arms
+
 NAME = "demo"
+N_PROMPTS = 64
+MAX_TOKENS = 320  # prompt (about 120 bytes) + response stay inside the training window of 512
 
 
 def command(
@@ -20,6 +29,96 @@ def command(
     force: o.Force = False,
 ) -> None:
     """Train a tiny MoE and a dense model, profile both in both engines, compare: no download, no GPU."""
-    from moediag.cli.story import tell
+    from moediag.cli import jobs
+    from moediag.cli.console import note, wrote
+    from moediag.cli.table import show_table
+    from moediag.demo.corpus import demo_prompts
+    from moediag.demo.train import MOE
+    from moediag.notation import INFER, TRAIN
+    from moediag.results import compare_runs
+    from moediag.run.files import make_folder, write_atomic, write_error
 
-    tell(output, force, no_text)
+    jobs.require(INFER, TRAIN)
+    make_folder(output)
+    try:
+        checkpoints = _checkpoints(output)
+    except OSError as error:
+        raise write_error(error, Path(error.filename or output)) from error
+    prompts = output / "prompts.jsonl"
+    lines = [json.dumps({"prompt": text}) + "\n" for text in demo_prompts(N_PROMPTS)]
+    write_atomic(prompts, "".join(lines).encode())
+    note(f"\n== {' and '.join(checkpoints)}: sampled by vLLM, scored by transformers ==")
+    captures = [_begin(checkpoint, prompts, output / name, force) for name, checkpoint in checkpoints.items()]
+    jobs.capture(*captures)
+    for one in captures:
+        note(f"\n== {one.writer.run.path.name}: what the engines disagree about ==")
+        jobs.finish(one.writer.run, MOE.window, no_text)
+    note("\n== moe: what IcePop and its rivals would mask ==")
+    _simulate(output / "moe", force)
+    note("\n== moe against dense ==")
+    summary = compare_runs([output / name for name in checkpoints], output / "compare", MOE.window, force)
+    show_table(summary["runs"])
+    wrote(output / "compare" / "figures" / "figure1.png")
+    wrote(output / "compare" / "report.html")
+    wrote(output / "compare" / "report.md")
+
+
+def _simulate(path: Path, force: bool) -> None:
+    from moediag.cli.console import wrote
+    from moediag.cli.simulate import Asked
+    from moediag.cli.table import show_sentences
+    from moediag.corrections.chosen import choose
+    from moediag.results.load import shell_command
+    from moediag.results.simulation import Grid
+    from moediag.run.reader import open_run
+
+    request, run = Asked(path, choose(), Grid()), open_run(path)
+    folder = request.folder(run, None, force)
+    simulation = request.simulate(run)
+    pages = [] if folder is None else request.write(simulation, folder, shell_command("simulate", path), force)
+    show_sentences(simulation)
+    for page in pages:
+        wrote(page)
+
+
+def cache_folder() -> Path:
+    """Where trained demo pairs are kept: ``MOEDIAG_CACHE``, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MOEDIAG_CACHE") or Path(base) / "moediag") / "demo"
+
+
+def _checkpoints(output: Path) -> dict[str, Path]:
+    from moediag.cli.console import bar
+    from moediag.demo.pair import build_pair
+
+    with bar("training the demo pair") as progress:
+        steps: dict[str, int] = {}
+
+        def on_step(name: str, step: int, n_steps: int, loss: float) -> None:
+            steps[name] = step
+            progress.show(sum(steps.values()) / 2, n_steps, f"steps, {name} at {loss:.2f} nat per byte")
+
+        trained = build_pair(cache_folder(), on_step)
+    folders = {}
+    for name, folder in zip(("moe", "dense"), trained, strict=True):
+        folders[name] = output / "checkpoints" / name
+        shutil.copytree(folder, folders[name], dirs_exist_ok=True)
+    return folders
+
+
+def _begin(checkpoint: Path, prompts: Path, output: Path, force: bool) -> Arms:
+    from moediag.cli import jobs
+    from moediag.cli.settings import Settings
+    from moediag.notation import INFER, TRAIN
+    from moediag.run.writer import RunWriter
+
+    settings = Settings(
+        dtype=o.ModelDtype.bfloat16, max_tokens=MAX_TOKENS, router_logits=o.RouterLogits.full, full_vocab=None
+    )
+    plan = settings.plan(str(checkpoint), prompts, INFER)
+    # The replay arm says how much of the mismatch is routing.
+    recipes = jobs.profile_recipes(replay=plan.checkpoint.routing is not None, floors=True)
+    request = partial(settings.request, max_model_len=plan.max_model_len, seed=settings.seed)
+    requests = jobs.requests_of(recipes, plan, request)
+    jobs.announce(plan, output, requests, settings.dtype.value, is_anew=force)
+    return jobs.Arms(RunWriter(plan.create(output, force)), requests, dict.fromkeys((INFER, TRAIN), plan.checkpoint))

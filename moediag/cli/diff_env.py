@@ -25,7 +25,7 @@ _MARK = "..."
 
 OtherRun = Annotated[Path | None, typer.Argument(metavar="[RUN_B]", help="Run to compare with; none: arms of one run.")]
 Arms = Annotated[
-    str | None, typer.Option(metavar="A,B", help="Two arms of one run; default: what stands for infer and for train.")
+    str | None, typer.Option(metavar="A,B", help="Two arms of one run; default: the reference infer and train arms.")
 ]
 Fail = Annotated[bool, typer.Option("--fail-on-difference", help="Exit code 3 when anything differs.")]
 
@@ -56,7 +56,7 @@ def command(
 def _two_arms(text: str) -> tuple[str, str]:
     names = text.split(",")
     if len(names) != 2 or not all(names):
-        raise RunError(f"--arms {text}: wanted two names of arms, e.g. --arms infer,train")
+        raise RunError(f"--arms {text}: expected two names of arms, e.g. --arms infer,train")
     return names[0], names[1]
 
 
@@ -103,7 +103,7 @@ def _record(
 def _show_arm(comparison: ArmComparison) -> None:
     from moediag.cli.console import say
 
-    what = "what was asked for" if comparison.arm == "run" else f"arm {comparison.arm}"
+    what = "what was requested" if comparison.arm == "run" else f"arm {comparison.arm}"
     left_out = f"; {comparison.n_one_sided} that one engine alone has are left out" if comparison.n_one_sided else ""
     if comparison.missing_in:
         say(f"{what}: {comparison.missing_in} has no such arm")

@@ -1,54 +1,33 @@
-"""What the capturing commands share: say what will happen, run the engines, show the result."""
+"""What the capturing commands share: announce what will happen, run the engines, show the result."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
-from moediag.engines.arms import HOOKS, UNOBSERVED, ArmRequest, Reference, arm_request
-from moediag.engines.channel import Engines
+from moediag.engines.arms import UNOBSERVED, ArmRequest, Reference
 from moediag.engines.checkpoint import Checkpoint, compare_checkpoints, compare_records, open_checkpoint
-from moediag.engines.launch import ENGINES, fill_arm, infer_options, observable, train_options
-from moediag.engines.plan import Plan, SamplingOptions, check_loadable, known_sampling, make_plan, needed_length
+from moediag.engines.launch import ENGINES, Engines, fill_arm
+from moediag.engines.plan import Plan, check_loadable, known_sampling
 from moediag.engines.tokenised import refuse_other_tokenizer
 from moediag.errors import CheckpointError, DiskFullError, IncompleteRunError, RunConflictError
 from moediag.notation import INFER, TRAIN
 from moediag.results import analyze_run, report_run
 from moediag.run.create import bring_back, drop_replaced, replaced
 from moediag.run.reader import Run, open_run
-from moediag.run.recipes import ENGINE_WORDS, PREFILL, TRANSFORMERS, VLLM, recipe
+from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM, recipe
 from moediag.run.records import CheckpointRecord, Tokenizer
 from moediag.run.writer import RunWriter
 
-__all__ = [
-    "UNOBSERVED",
-    "ArmRequest",
-    "Arms",
-    "Plan",
-    "SamplingOptions",
-    "announce",
-    "arm_request",
-    "capture",
-    "finish",
-    "infer_options",
-    "join",
-    "make_plan",
-    "needed_length",
-    "observable",
-    "open_checkpoint",
-    "profile_requests",
-    "require",
-    "train_options",
-    "wrote",
-]
-
 INFER_PRODUCTION = "infer-production"
+
+Requesting = Callable[..., ArmRequest]
+"""Gives the request of a recipe's arm: recipe, whether completions are given, and what ``arm_request`` takes."""
 
 
 def require(*recipes: str) -> None:
@@ -61,42 +40,25 @@ def require(*recipes: str) -> None:
         ENGINES[recipe(name).engine].require()
 
 
-def profile_requests(
-    plan: Plan,
-    infer: dict[str, Any],
-    train: dict[str, Any],
-    replay: bool,
-    with_floors: bool,
-    observer: str = HOOKS,
-    scoring: str = PREFILL,
-    batching: dict[str, Any] | None = None,
-    production: dict[str, Any] | None = None,
-) -> list[ArmRequest]:
+def profile_recipes(replay: bool, floors: bool, production: bool = False) -> list[str]:
     """The arms of the main job, in the order in which they are captured.
 
     Args:
-        with_floors: each engine against itself as well, and the scale of one-ulp noise.
-        production: vLLM's options where unobserved rollouts sample the tokens.
+        floors: each engine against itself as well, and the scale of one-ulp noise.
+        production: unobserved rollouts sample the tokens.
     """
-    given = plan.completion_ids is not None
-    first = [INFER_PRODUCTION] if production is not None else []
-    floors = ["infer-repeat", "train-repeat", "train-perturbed"] if with_floors else []
+    first = [INFER_PRODUCTION] if production else []
+    own = ["infer-repeat", "train-repeat", "train-perturbed"] if floors else []
+    return [*first, INFER, TRAIN, *(["train-replay"] if replay else []), *own]
+
+
+def requests_of(recipes: Sequence[str], plan: Plan, request_of: Requesting) -> list[ArmRequest]:
+    """The requests of a planned run's arms, each beside the reference arm of its role among those before it."""
     requests: list[ArmRequest] = []
-    for name in [*first, INFER, TRAIN, *(["train-replay"] if replay else []), *floors]:
-        options = production if name == INFER_PRODUCTION else infer if recipe(name).engine == VLLM else train
-        there = {request.arm: request.path for request in requests}
-        requests.append(
-            arm_request(
-                name,
-                options or {},
-                given,
-                sampler=plan.sampled_by,
-                reference=Reference(recipe(name).role, there.get(recipe(name).role)),
-                observer=observer,
-                scoring=scoring,
-                batching=batching,
-            )
-        )
+    for name in recipes:
+        role, paths = recipe(name).role, {request.arm: request.path for request in requests}
+        reference = Reference(role, paths.get(role))
+        requests.append(request_of(name, plan.completion_ids is not None, sampler=plan.sampled_by, reference=reference))
     return requests
 
 
@@ -118,8 +80,11 @@ def announce(plan: Plan, output: Path, requests: Sequence[ArmRequest], dtype: st
     n_bytes = plan.max_bytes(requests, dtype)
     note(f"Model    {plan.checkpoint.name} ({model}; {layers})")
     note(f"Tokens   {len(plan.prompt_ids)} prompts, {plan.n_sequences} sequences, {how}")
-    arms = ", ".join(request.arm for request in requests)
-    note(f"Arms     {arms}; hooks force eager execution and no prefix cache in vLLM")
+    forced = {request.observer for request in requests if request.engine == VLLM} - {UNOBSERVED}
+    note(
+        f"Arms     {', '.join(request.arm for request in requests)}"
+        f"{'; hooks force eager execution and no prefix cache in vLLM' if forced else ''}"
+    )
     if plan.full_vocab:
         n_vocab = plan.vocabulary_bytes(plan.full_vocab)
         note(
@@ -154,7 +119,7 @@ def join(
     trust_remote_code: bool,
     is_other_checkpoint: bool,
 ) -> tuple[Run, Checkpoint]:
-    """An arm for a run that exists: the run's checkpoint, wherever it lies on this machine, or another one if said so.
+    """An arm for a run that exists: the run's checkpoint, wherever it lies on this machine, or another one.
 
     Raises:
         RunConflictError: the checkpoint is not the one the run was made with, or it is and was called another.
@@ -170,7 +135,7 @@ def join(
     if is_other and not is_other_checkpoint:
         words = "none" if there is None else there.words
         raise RunConflictError(
-            f"{output} was made with another checkpoint: {words} there, {checkpoint.record.words} asked; use "
+            f"{output} was made with another checkpoint: {words} there, {checkpoint.record.words} given; use "
             "another -o, or --other-checkpoint to compare the two"
         )
     if run.record.tokenizer is not None:
@@ -240,7 +205,7 @@ class Arms:
         """Refuse what cannot be captured, before any engine is started.
 
         Raises:
-            CheckpointError: replay is asked of a dense model, which has no routes.
+            CheckpointError: replay of a dense model, which has no routes.
             RunConflictError: an arm is there that was made another way.
             IncompleteRunError: an arm has every shard, but nothing says how they were made.
         """
@@ -298,7 +263,7 @@ class Arms:
 
 
 def capture(*captures: Arms, is_shared: bool = False) -> None:
-    """Fill the worker's slice of the arms asked for, with as few engine processes and loads as there can be.
+    """Fill the worker's slice of the requested arms, with as few engine processes and loads as there can be.
 
     Args:
         is_shared: shards may be left to other workers; else every arm must be complete before the next begins.
@@ -323,7 +288,7 @@ def capture(*captures: Arms, is_shared: bool = False) -> None:
             else:
                 slice_ = "" if run.is_complete(request.arm) else f"slice {writer.worker} is "
                 note(f"{named}: {slice_}complete, nothing to capture")
-            _tell_what_remains(writer, request.arm, named, is_shared)
+            _note_what_remains(writer, request.arm, named, is_shared)
     for one in captures:
         if all(one.writer.run.is_complete(request.arm) for request in one.requests):
             drop_replaced(one.writer.run.path)
@@ -337,7 +302,7 @@ def _by_engine(captures: Sequence[Arms]) -> list[tuple[Arms, ArmRequest]]:
 
 @contextmanager
 def _replacing(run: Run) -> Iterator[None]:
-    """The run that --force set aside comes back when the new one ends before its first shard; say what is where."""
+    """The run that --force set aside comes back when the new one ends before its first shard, with a note."""
     kept = replaced(run.path)
     where = f"the run that was in {run.path} is kept in {kept}"
     if kept.exists():
@@ -360,7 +325,7 @@ def title(request: ArmRequest) -> str:
     return f"{ENGINE_WORDS[request.engine]} ({request.arm})"
 
 
-def _tell_what_remains(writer: RunWriter, arm: str, named: str, is_shared: bool) -> None:
+def _note_what_remains(writer: RunWriter, arm: str, named: str, is_shared: bool) -> None:
     """Shards of other workers: a remark where the arm is shared, else the end of the command."""
     run = writer.run
     missing = run.missing_shards(arm)

@@ -1,6 +1,6 @@
 """Entry point ``moediag``: maps errors to one line and an exit code.
 
-Exit codes: 0 done, 1 a moediag error (one line on stderr), 2 usage, 3 what was asked about is not so (findings of error
+Exit codes: 0 done, 1 a moediag error (one line on stderr), 2 usage, 3 the answer is no (findings of error
 grade in ``validate``, ``--strict``, ``diff-env --fail-on-difference``), 130 interrupted, 143 ended by SIGTERM.
 Nothing heavy is imported until a command runs.
 """

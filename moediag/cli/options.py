@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from moediag.errors import EngineError, RunError
-from moediag.run.shards import Slice
 
 if TYPE_CHECKING:
     from moediag.hygiene import Finding
+    from moediag.run.capture import Slice
 
 _ALL_SEQUENCES = 2**31
 
@@ -191,7 +191,7 @@ Strict = Annotated[
     bool, typer.Option("--strict", help="Exit code 3 when the rules of validate find an error in the tokens.")
 ]
 NOT_SO: Final = 3
-"""Exit code: what was asked about is not so."""
+"""Exit code: the answer is no."""
 
 
 def refuse_errors(findings: Iterable[Finding]) -> None:
@@ -207,7 +207,7 @@ def check_arm_name(name: str | None) -> str | None:
         RunError: it cannot be one.
     """
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise RunError(f"--name {name}: wanted letters, digits, '.', '_' and '-', beginning with a letter or digit")
+        raise RunError(f"--name {name}: expected letters, digits, '.', '_' and '-', beginning with a letter or digit")
     return name
 
 
@@ -224,7 +224,7 @@ def parse_full_vocab(text: str | None, observer: Observer) -> int | None:
     if text is None:
         return None if observer == Observer.hooks else 0
     if text != "all" and not text.isdecimal():
-        raise EngineError(f"--full-vocab {text}: wanted a number of sequences, or all")
+        raise EngineError(f"--full-vocab {text}: expected a number of sequences, or all")
     n_chosen = _ALL_SEQUENCES if text == "all" else int(text)
     if n_chosen and observer != Observer.hooks:
         raise EngineError(f"--full-vocab {text} needs --observer hooks: vLLM's own record holds expert ids only")
@@ -247,7 +247,7 @@ def parse_layers(text: str | None) -> dict[str, int | None]:
     numbers = [int(part) if part.isdigit() else None for part in (first, last)]
     is_wrong = any(number is None and part for number, part in zip(numbers, (first, last), strict=True))
     if not colon or is_wrong or (None not in numbers and numbers[0] > numbers[1]):  # type: ignore[operator]
-        raise EngineError(f"--replay-layers {text}: wanted FIRST:LAST, e.g. --replay-layers 0:11")
+        raise EngineError(f"--replay-layers {text}: expected FIRST:LAST, e.g. --replay-layers 0:11")
     return {"first_layer": numbers[0], "last_layer": numbers[1]}
 
 
@@ -271,6 +271,8 @@ def parse_slice(shard_index: int | None, num_shards: int | None) -> Slice:
         >>> str(parse_slice(1, 4))
         '1/4'
     """
+    from moediag.run.capture import Slice
+
     if (shard_index is None) != (num_shards is None):
         given, lacking = "--shard-index", "--num-shards"
         if shard_index is None:
@@ -295,7 +297,7 @@ def parse_vllm_options(pairs: list[str] | None) -> dict[str, Any]:
     for pair in pairs or []:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise EngineError(f"--vllm-option {pair}: wanted KEY=VALUE, e.g. --vllm-option block_size=16")
+            raise EngineError(f"--vllm-option {pair}: expected KEY=VALUE, e.g. --vllm-option block_size=16")
         try:
             value = json.loads(text)
         except json.JSONDecodeError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from moediag.cli import options as o
 from moediag.cli.settings import Settings, with_settings
 
@@ -32,21 +34,14 @@ def command(
     checkpoints = {TRAIN: plan.checkpoint, INFER: plan.checkpoint}
     if infer_checkpoint is not None:
         checkpoints[INFER] = jobs.open_other(infer_checkpoint, plan, settings.trust_remote_code)
-    needed, extra = (plan.max_model_len, settings.seed), settings.vllm_options
-    production = settings.infer_options(extra, jobs.UNOBSERVED, *needed) if production_rollouts else None
-    # What only rollouts may do is left out where the same tokens are decoded again, observed.
-    observable = jobs.observable(extra) if production_rollouts else extra
-    requests = jobs.profile_requests(
-        plan,
-        settings.infer_options(observable, settings.observer.value, *needed),
-        settings.train_options(),
-        replay,
-        floors,
-        settings.observer.value,
-        settings.scoring.value,
-        settings.train_batching,
-        production,
+    request = partial(
+        settings.request,
+        max_model_len=plan.max_model_len,
+        seed=settings.seed,
+        # what only rollouts may do is left out where the same tokens are decoded again, observed
+        is_beside_rollouts=production_rollouts,
     )
+    requests = jobs.requests_of(jobs.profile_recipes(replay, floors, production_rollouts), plan, request)
     jobs.announce(plan, output, requests, settings.dtype.value, is_anew=force)
     run = plan.create(output, force)
     jobs.capture(jobs.Arms(RunWriter(run), requests, checkpoints))

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from moediag.cli import options as o
+from moediag.run.recipes import VLLM, recipe
 
 if TYPE_CHECKING:
+    from moediag.engines.arms import ArmRequest
     from moediag.engines.plan import Plan
 
 
@@ -80,50 +82,57 @@ class Settings:
             full_vocab=o.parse_full_vocab(self.full_vocab, self.observer),
         )
 
-    @property
-    def vllm_options(self) -> dict[str, Any]:
-        """What was given with ``--vllm-option``."""
-        return o.parse_vllm_options(self.vllm_option)
-
-    def infer_options(self, extra: dict[str, Any], observer: str, max_model_len: int, seed: int) -> dict[str, Any]:
-        """vLLM's options, by its own names.
+    def request(
+        self, name: str, given: bool, max_model_len: int, seed: int, is_beside_rollouts: bool = False, **more: Any
+    ) -> ArmRequest:
+        """An arm of a recipe, captured as the options say.
 
         Args:
-            extra: further ones, from ``--vllm-option``.
+            name: of the recipe.
+            given: the run's completions were given with its prompts.
             max_model_len: longest sequence that the run needs [tokens].
             seed: the run's, which an arm that joins one takes over.
+            is_beside_rollouts: unobserved rollouts sample the tokens, with the options that only they may have; this
+                arm decodes them again.
+            more: as for :func:`~moediag.engines.arms.arm_request`.
+
+        Raises:
+            EngineError: an option that would make the capture wrong, with the reason.
         """
-        from moediag.engines.launch import infer_options
-
-        return infer_options(
-            extra,
-            observer,
-            dtype=self.dtype.value,
-            trust_remote_code=self.trust_remote_code or None,
-            max_model_len=max_model_len,
-            seed=seed,
-            tensor_parallel_size=self.tensor_parallel_size,
-            gpu_memory_utilization=self.gpu_memory_utilization,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-        )
-
-    def train_options(self) -> dict[str, Any]:
-        """transformers' options, by its own names."""
+        from moediag.engines.arms import UNOBSERVED, arm_request
         from moediag.engines.launch import train_options
+        from moediag.engines.vllm.options import infer_options, observable
 
-        return train_options(
-            dtype=self.dtype.value,
-            trust_remote_code=self.trust_remote_code or None,
-            attn_implementation=self.attn_implementation,
-            experts_implementation=self.experts_implementation,
-            device_map=self.device_map,
+        made, shared = recipe(name), {"dtype": self.dtype.value, "trust_remote_code": self.trust_remote_code or None}
+        if made.engine == VLLM:
+            extra = o.parse_vllm_options(self.vllm_option)
+            options = infer_options(
+                observable(extra) if is_beside_rollouts and made.is_observed else extra,
+                self.observer.value if made.is_observed else UNOBSERVED,
+                **shared,
+                max_model_len=max_model_len,
+                seed=seed,
+                tensor_parallel_size=self.tensor_parallel_size,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+            )
+        else:
+            options = train_options(
+                **shared,
+                attn_implementation=self.attn_implementation,
+                experts_implementation=self.experts_implementation,
+                device_map=self.device_map,
+            )
+        return arm_request(
+            name,
+            options,
+            given,
+            observer=self.observer.value,
+            scoring=self.scoring.value,
+            batching=o.parse_batching(self.batch_size, self.batching),
+            **more,
         )
-
-    @property
-    def train_batching(self) -> dict[str, Any] | None:
-        """The train arms' batching; None for the reference."""
-        return o.parse_batching(self.batch_size, self.batching)
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

@@ -25,7 +25,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 class Interrupted(BaseException):
-    """A signal asked the command to end; not a KeyboardInterrupt, which typer would turn into silence."""
+    """A signal that ends the command; not a KeyboardInterrupt, which typer would turn into silence."""
 
     def __init__(self, signum: int, resumes: bool = False) -> None:
         super().__init__(signum)

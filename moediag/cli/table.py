@@ -13,6 +13,7 @@ from moediag.analysis.metrics import METRICS, Metric
 from moediag.cli.console import say
 from moediag.numbers import NONE, count, in_unit, is_number
 from moediag.report.measures import carried_words, label_of, text_origin
+from moediag.report.sections import engines_compared
 
 if TYPE_CHECKING:
     from moediag.results.simulation import Simulation
@@ -82,7 +83,8 @@ def _columns(label: str, summary: dict[str, Any]) -> Iterator[tuple[str, Cell]]:
 
 
 def _words(summary: dict[str, Any]) -> Iterator[str]:
-    """Verdict, means that hang on one prompt, and what the further A/A pairs say."""
+    """Engines, verdict, means that hang on one prompt, and what the further A/A pairs say."""
+    yield engines_compared(summary)
     verdict = summary.get("verdict")
     if verdict:
         yield f"{verdict['word']}: {verdict['reason']}"
@@ -94,11 +96,12 @@ def _words(summary: dict[str, Any]) -> Iterator[str]:
     prefilled = floors.get("decode_vs_prefill")
     if prefilled:
         far = "bit-exact" if prefilled["is_bit_exact"] else f"mean abs logp diff {prefilled['mean']:.3g} nat"
-        yield f"decode against prefill inside vLLM: {far} (n = {prefilled['n_tokens']:,} tokens)"
+        yield f"decode against prefill inside {prefilled['engine']}: {far} (n = {prefilled['n_tokens']:,} tokens)"
     forced = floors.get("forced_settings")
     if forced:
         far = "nothing" if forced["is_bit_exact"] else f"mean abs logp diff {forced['mean']:.3g} nat"
-        yield f"what the settings that capture forces on vLLM changed: {far} (n = {forced['n_tokens']:,} tokens)"
+        what = f"what the settings that capture forces on {forced['engine']} changed"
+        yield f"{what}: {far} (n = {forced['n_tokens']:,} tokens)"
     for line in floors.get("noise") or []:
         if line == floors["rounding"]:
             continue

@@ -2,8 +2,10 @@
 
 Invariants: no prompt's paragraph occurs in the training text, in any wrapping or indentation (the
 topics quote each other, so the split is by content, not by place); both are pure functions of the
-interpreter's `pydoc_data.topics`.
+interpreter's ``pydoc_data.topics``.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
@@ -11,7 +13,7 @@ from hashlib import sha256
 from pydoc_data.topics import topics
 
 END_OF_TEXT = "<|endoftext|>"
-"""Stands between topics in the training text, so that the model learns to end a response."""
+"""Separates topics in the training text, so that the model learns to end a response."""
 
 PROMPT_BYTES = (100, 128)
 """Fewest and most UTF-8 bytes of a prompt."""
@@ -21,7 +23,7 @@ _HELD_OUT_ONE_IN = 5
 
 
 def training_text() -> str:
-    """All topics but the held-out paragraphs, `END_OF_TEXT` after each topic.
+    """All topics but the held-out paragraphs, ``END_OF_TEXT`` after each topic.
 
     Returns:
         About 0.4 MB of prose, grammar and code.
@@ -34,14 +36,14 @@ def demo_prompts(n: int) -> list[str]:
     """Openings of held-out paragraphs, as prompts that the pair was not trained on.
 
     Args:
-        n: How many; at least 64 can be had.
+        n: number of prompts; at least 64 are there.
 
     Returns:
         n distinct prompts of 100 to 128 UTF-8 bytes, the same ones in the same order every time,
-        and the first m of n are what `demo_prompts(m)` gives.
+        and the first m of n are what ``demo_prompts(m)`` returns.
 
     Raises:
-        ValueError: If the topics hold fewer than n such openings.
+        ValueError: the topics hold fewer than n such openings.
 
     Example:
         >>> demo_prompts(8) == demo_prompts(64)[:8]
@@ -49,7 +51,7 @@ def demo_prompts(n: int) -> list[str]:
     """
     prompts = _all_prompts()
     if not 0 <= n <= len(prompts):
-        raise ValueError(f"n: wanted 0 to {len(prompts)} prompts (all that the help topics hold out), found {n}")
+        raise ValueError(f"n: expected 0 to {len(prompts)} prompts (all that the help topics hold out), found {n}")
     return list(prompts[:n])
 
 

@@ -6,6 +6,8 @@ torch ships a Muon, but for two-dimensional parameters only; transformers keeps 
 in one three-dimensional parameter, and that is where most of the weights are.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -24,17 +26,17 @@ class Muon:
     Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
 
     Args:
-        parameters: Weights of two dimensions, or of three: a stack of matrices.
-        momentum: Share of the old average that each step keeps.
+        parameters: weights of two dimensions, or of three: a stack of matrices.
+        momentum: share of the old average that each step keeps.
     """
 
-    def __init__(self, parameters: "Iterable[Tensor]", momentum: float = 0.95) -> None:
+    def __init__(self, parameters: Iterable[Tensor], momentum: float = 0.95) -> None:
         self._parameters = list(parameters)
         self._averages = [p.new_zeros(p.shape) for p in self._parameters]
         self._momentum = momentum
 
     def step(self, lr: float) -> None:
-        """Moves every matrix by `lr` times its orthogonalized, Nesterov-averaged gradient."""
+        """Move every matrix by ``lr`` times its orthogonalized, Nesterov-averaged gradient."""
         groups = defaultdict(list)
         for parameter, average in zip(self._parameters, self._averages, strict=True):
             gradient = _gradient(parameter)
@@ -48,11 +50,11 @@ class Muon:
                 parameter.data.add_(update.reshape(parameter.shape), alpha=-lr * scale)
 
 
-def orthogonalized(stacks: "list[Tensor]") -> "list[Tensor]":
+def orthogonalized(stacks: list[Tensor]) -> list[Tensor]:
     """The nearest half-orthogonal matrix of each, roughly, by Newton-Schulz iteration.
 
     Args:
-        stacks: Stacks (count, rows, columns) of matrices of one shape.
+        stacks: stacks (count, rows, columns) of matrices of one shape.
 
     Returns:
         Stacks of the same shapes; singular values are about 1, singular vectors unchanged.
@@ -71,7 +73,7 @@ def orthogonalized(stacks: "list[Tensor]") -> "list[Tensor]":
     return list(x.split([len(stack) for stack in stacks]))
 
 
-def _gradient(parameter: "Tensor") -> "Tensor":
+def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
-        raise ValueError(f"wanted a gradient for every matrix, found none for one of shape {tuple(parameter.shape)}")
+        raise ValueError(f"expected a gradient for every matrix, found none for one of shape {tuple(parameter.shape)}")
     return parameter.grad

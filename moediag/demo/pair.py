@@ -1,8 +1,10 @@
-"""Builds the demo pair: a MoE and a dense checkpoint, cached by everything that decides them.
+"""The demo pair: a MoE and a dense checkpoint, cached by everything that decides them.
 
-Invariants: what stands under CACHE/<digest>/ is complete (built under another name, then renamed);
+Invariants: what lies under CACHE/<digest>/ is complete (built under another name, then renamed);
 another recipe, corpus, training code, torch or transformers means another digest.
 """
+
+from __future__ import annotations
 
 import json
 import threading
@@ -31,27 +33,27 @@ def build_pair(
     moe: Recipe = MOE,
     dense: Recipe = DENSE,
 ) -> tuple[Path, Path]:
-    """Trains the demo pair, or finds it in the cache.
+    """Train the demo pair, or find it in the cache.
 
     Both models train at the same time, one thread each, on the same text with the same tokenizer,
     window and schedule, so that what differs between their mismatches is the routing.
 
     Args:
-        cache_dir: Folder for finished pairs; made if missing.
-        on_progress: Called with (model name, steps done, steps in all, cross-entropy in nats per
+        cache_dir: folder for finished pairs; made if missing.
+        on_progress: called with (model name, steps done, steps in all, cross-entropy in nats per
             byte) after each step, one call at a time but from the training threads; never called
             when the pair is in the cache.
-        moe: Recipe of the MoE model.
-        dense: Recipe of the dense model.
+        moe: recipe of the MoE model.
+        dense: recipe of the dense model.
 
     Returns:
         Checkpoint folders (MoE, dense) that transformers and vLLM load.
 
     Raises:
-        ValueError: If both recipes have one name.
+        ValueError: both recipes have one name.
     """
     if moe.name == dense.name:
-        raise ValueError(f"recipe names: wanted two different folder names, found {moe.name!r} twice")
+        raise ValueError(f"recipe names: expected two different folder names, found {moe.name!r} twice")
     corpus = training_text()
     final = cache_dir / pair_digest((moe, dense), corpus)
     if not final.exists():
@@ -64,7 +66,7 @@ def build_pair(
 
 
 def pair_digest(recipes: tuple[Recipe, ...], corpus: str) -> str:
-    """Names a pair by its recipes, corpus, the demo's own source text and the library versions.
+    """Name of a pair by its recipes, corpus, the demo's own source text and the library versions.
 
     Returns:
         16 hexadecimal digits.

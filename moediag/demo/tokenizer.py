@@ -5,6 +5,8 @@ comes back unchanged; a text's ids never depend on its neighbours, so prompt ids
 the ids of the whole.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING
 
 from moediag.demo.corpus import END_OF_TEXT
@@ -23,17 +25,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer(max_length: int) -> "PreTrainedTokenizerFast":
-    """Builds the byte-level tokenizer: byte-level BPE with the 256 byte tokens and no merges.
+def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer: byte-level BPE with the 256 byte tokens and no merges.
 
-    BPE without merges rather than a tokenizer class of our own: `AutoTokenizer` and vLLM load it
+    BPE without merges rather than a tokenizer class of our own: ``AutoTokenizer`` and vLLM load it
     from the checkpoint folder without any code of moediag.
 
     Args:
-        max_length: The longest text that the models take, in tokens.
+        max_length: longest text that the models take [tokens].
 
     Returns:
-        A fast tokenizer with `END_OF_TEXT` as end-of-text and padding token and a chat template.
+        A fast tokenizer with ``END_OF_TEXT`` as end-of-text and padding token and a chat template.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -11,6 +11,8 @@ Numeric facts, on a two-core machine without AMX: fp32 beats bf16 here (0.3 agai
 2,048 tokens), and a second thread saves 10 to 35 %, so the two models train beside each other, a thread each.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 MAX_LENGTH = 2048
 
 # Two hazards of training in threads: initial weights come from torch's one global generator, and
-# transformers' lazy imports fail when two threads ask at once.
+# transformers' lazy imports fail when two threads import at once.
 _setup = threading.Lock()
 
 
@@ -34,22 +36,22 @@ _setup = threading.Lock()
 class Recipe:
     """Everything that decides a demo model but the corpus and the library versions.
 
-    Attributes:
-        name: Folder name of the checkpoint.
-        n_experts: Experts per MoE layer; 0 for a dense model.
-        n_active_experts: Experts per token (K).
-        mlp_size: Width of one expert, or of the dense MLP.
-        aux_loss: Weight of the load-balancing loss.
-        z_loss: Weight of the squared log-partition of the output: it keeps logits near 0, where bf16
+    Args:
+        name: folder name of the checkpoint.
+        n_experts: experts per MoE layer; 0 for a dense model.
+        n_active_experts: experts per token (K).
+        mlp_size: width of one expert, or of the dense MLP.
+        aux_loss: weight of the load-balancing loss.
+        z_loss: weight of the squared log-partition of the output: it keeps logits near 0, where bf16
             is fine. Without it they sit near 8, and rounding of the output alone (both models) is 0.005.
-        init_std: Standard deviation of the initial weights.
-        window: Training sequence length, in bytes.
-        batch: Sequences per step.
-        muon_lr: Peak learning rate of the matrices inside the layers (attention, MLP, experts).
-        adam_lr: Peak learning rate of embeddings and norms.
-        router_lr: Peak learning rate of routers. Low: at the embeddings' rate the first expert soon
+        init_std: standard deviation of the initial weights.
+        window: length of a training sequence [bytes].
+        batch: sequences per step.
+        muon_lr: peak learning rate of the matrices inside the layers (attention, MLP, experts).
+        adam_lr: peak learning rate of embeddings and norms.
+        router_lr: peak learning rate of routers. Low: at the embeddings' rate the first expert soon
             takes 0.7 of the weight and the last 0.03, and a flip of the last moves nothing. All
-            rates rise linearly over `n_warmup` steps, then fall linearly to 0.
+            rates rise linearly over ``n_warmup`` steps, then fall linearly to 0.
     """
 
     name: str
@@ -79,16 +81,16 @@ MOE = Recipe(name="moe", n_experts=16, n_active_experts=4, mlp_size=64)
 DENSE = Recipe(name="dense", n_experts=0, n_active_experts=0, mlp_size=256)
 
 
-def train(recipe: Recipe, corpus: str, on_step: Callable[[int, int, float], None]) -> "PreTrainedModel":
-    """Trains one model from scratch.
+def train(recipe: Recipe, corpus: str, on_step: Callable[[int, int, float], None]) -> PreTrainedModel:
+    """Train one model from scratch.
 
-    Runs on however many threads torch is set to; `build_pair` sets one, for speed and for weights
+    Runs on however many threads torch is set to; ``build_pair`` sets one, for speed and for weights
     that do not depend on the machine's core count.
 
     Args:
-        recipe: What to train and how.
-        corpus: Training text.
-        on_step: Called after each step with (steps done, steps in all, cross-entropy in nats per byte).
+        recipe: what to train and how.
+        corpus: training text.
+        on_step: called after each step with (steps done, steps in all, cross-entropy in nats per byte).
 
     Returns:
         The model, in bfloat16 (the training itself is in fp32).
@@ -108,7 +110,7 @@ def train(recipe: Recipe, corpus: str, on_step: Callable[[int, int, float], None
     return model.eval().to(torch.bfloat16)
 
 
-def _optimizer(model: "PreTrainedModel", recipe: Recipe) -> Callable[[float], None]:
+def _optimizer(model: PreTrainedModel, recipe: Recipe) -> Callable[[float], None]:
     """Muon for the matrices inside the layers, AdamW for embeddings, routers and norms.
 
     Returns:
@@ -139,7 +141,7 @@ def _optimizer(model: "PreTrainedModel", recipe: Recipe) -> Callable[[float], No
     return step_with
 
 
-def _backward(model: "PreTrainedModel", recipe: Recipe, ids_BT: "torch.Tensor") -> float:
+def _backward(model: PreTrainedModel, recipe: Recipe, ids_BT: torch.Tensor) -> float:
     """Leaves the gradients in place and returns the cross-entropy without the auxiliary losses."""
     options = {"output_router_logits": True} if recipe.n_experts else {}
     out = model(input_ids=ids_BT, labels=ids_BT, use_cache=False, **options)
@@ -148,7 +150,7 @@ def _backward(model: "PreTrainedModel", recipe: Recipe, ids_BT: "torch.Tensor") 
     return float(out.loss.item()) - balance
 
 
-def _batch(ids_N: "torch.Tensor", recipe: Recipe, windows: "torch.Generator") -> "torch.Tensor":
+def _batch(ids_N: torch.Tensor, recipe: Recipe, windows: torch.Generator) -> torch.Tensor:
     import torch
 
     starts_B = torch.randint(len(ids_N) - recipe.window + 1, (recipe.batch, 1), generator=windows)
@@ -162,7 +164,7 @@ def _schedule(step: int, recipe: Recipe) -> float:
     return min(1.0, warm_up, decay)
 
 
-def _fresh_model(recipe: Recipe) -> "PreTrainedModel":
+def _fresh_model(recipe: Recipe) -> PreTrainedModel:
     import torch
     from transformers import GenerationConfig, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
@@ -177,7 +179,7 @@ def _fresh_model(recipe: Recipe) -> "PreTrainedModel":
     return model.train()
 
 
-def _config(recipe: Recipe) -> "PreTrainedConfig":
+def _config(recipe: Recipe) -> PreTrainedConfig:
     from transformers import Qwen3Config, Qwen3MoeConfig
 
     shared = {

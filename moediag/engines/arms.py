@@ -1,6 +1,6 @@
-"""What an arm is asked to be: the engine's options, the path its scores take, how it is observed or perturbed.
+"""The request of an arm: the engine's options, the path its scores take, how it is observed or perturbed.
 
-Imports no engine. A request is all that makes two captures of an arm the same, and all that an engine process is told.
+Imports no engine. A request is all that makes two captures of an arm the same, and all that an engine process receives.
 """
 
 from __future__ import annotations
@@ -91,18 +91,18 @@ class ArmRequest:
 
         Args:
             checkpoint: digest of what its engine loaded.
-            configuration: what was asked (:meth:`configuration` before ``auto`` was replaced).
-            facts: what the engine says of itself, by section.
+            configuration: what was requested (:meth:`configuration` before ``auto`` was replaced).
+            facts: what the engine reports of itself, by section.
             more: the record's further fields.
         """
-        told = dict(redact(facts))
-        environment = told.pop("environment", {})
+        known = dict(redact(facts))
+        environment = known.pop("environment", {})
         origin = Captured(
             recipe=self.recipe,
             configuration=configuration,
             versions=versions,
             environment=environment,
-            facts={name: value for name, value in told.items() if value is not None},
+            facts={name: value for name, value in known.items() if value is not None},
         )
         return ArmRecord(
             name=self.arm,
@@ -150,7 +150,7 @@ def arm_request(
 
     Raises:
         RunError: no such recipe.
-        EngineError: rollouts are asked of a run that has its tokens.
+        EngineError: the recipe samples, and the run has its tokens.
     """
     made, arm = recipe(name), arm or name
     reference = reference or Reference(made.role)

@@ -125,17 +125,17 @@ def check_supported(config: BailingMoeV2Config) -> None:
     Not done by the configuration itself: vLLM's own model may run what ours does not.
 
     Raises:
-        ValueError: names every entry, what it is and what was wanted.
+        ValueError: names every entry, what it is and what was expected.
     """
     rope_type = config.rope_parameters["rope_type"]
     wrong = [
-        f"{name} = {getattr(config, name)!r} (wanted {wanted!r})"
-        for name, wanted in _REQUIRED.items()
-        if getattr(config, name) != wanted
+        f"{name} = {getattr(config, name)!r} (expected {expected!r})"
+        for name, expected in _REQUIRED.items()
+        if getattr(config, name) != expected
     ]
     if config.router_dtype not in _ROUTER_DTYPES:
-        wrong.append(f"router_dtype = {config.router_dtype!r} (wanted one of {_ROUTER_DTYPES})")
+        wrong.append(f"router_dtype = {config.router_dtype!r} (expected one of {_ROUTER_DTYPES})")
     if rope_type not in _ROPE_TYPES:
-        wrong.append(f"rope_type = {rope_type!r} (wanted one of {_ROPE_TYPES})")
+        wrong.append(f"rope_type = {rope_type!r} (expected one of {_ROPE_TYPES})")
     if wrong:
         raise ValueError(f"this is not a BailingMoeV2 that moediag can run: {'; '.join(wrong)}")

@@ -151,11 +151,11 @@ def open_checkpoint(
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"{path / 'config.json'} lacks a value or holds one of another kind than wanted "
+            f"{path / 'config.json'} lacks a value or holds one of another kind than expected "
             f"({type(error).__name__}: {error}); it is not a causal language model's"
         ) from None
     if not any((path / file).exists() for file in TOKENIZER_FILES):
-        raise CheckpointError(f"{path} has no tokenizer (wanted one of {', '.join(TOKENIZER_FILES)}); save it there")
+        raise CheckpointError(f"{path} has no tokenizer (expected one of {', '.join(TOKENIZER_FILES)}); save it there")
     return checkpoint
 
 
@@ -205,7 +205,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     single = path / "model.safetensors"
     if not single.exists():
         pickles = [*path.glob("*.bin"), *path.glob("*.pt")]
-        advice = "only pickled weights were found, convert them to safetensors" if pickles else "wanted it or its index"
+        advice = "only pickled weights were found, convert them to safetensors" if pickles else "need it or its index"
         raise CheckpointError(f"{path} has no weights (model.safetensors): {advice}")
     return (single,)
 

@@ -1,4 +1,4 @@
-"""The static rung (R0): what can be said of a checkpoint's routing before anything runs.
+"""The static rung (R0): what a checkpoint's files show of its routing before anything runs.
 
 Router tensors are read from the safetensors files one by one; the dtypes of the router's four stages come from
 running transformers' router module alone on a few made-up rows, with the checkpoint's dtype.
@@ -40,7 +40,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
     routing = checkpoint.routing.record() if checkpoint.routing else None
     generation = _generation_config(checkpoint.path)
     if generation.get("temperature") not in (None, 1, 1.0) or generation.get("top_p") not in (None, 1, 1.0):
-        warnings.append("generation_config.json changes sampling; moediag tells vLLM to leave it alone")
+        warnings.append("generation_config.json changes sampling; moediag makes vLLM ignore it")
     return {
         "model": checkpoint.described(),
         "routing": routing,

@@ -1,119 +1,168 @@
-"""The parent's side: which options and environment an engine process gets, and what is refused.
+"""Engine processes, from outside: which engine captures an arm, how its process is started, given jobs and followed.
 
-Imports no engine. Option names are vLLM's and transformers' own.
+Imports no engine. The engine's own output goes to the log of the job.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
-from moediag.engines import channel
-from moediag.engines.arms import BOTH, HOOKS, NATIVE, UNOBSERVED, ArmRequest
+from moediag import errors
+from moediag.engines.arms import ArmRequest
 from moediag.engines.checkpoint import Checkpoint
+from moediag.engines.process import CHANNEL
 from moediag.engines.versions import require_infer_engine, require_train_engine
+from moediag.engines.vllm.options import infer_environment
 from moediag.errors import EngineError
+from moediag.run.capture import WHOLE
+from moediag.run.files import make_folder, write_error
 from moediag.run.recipes import DECODE, ENGINE_WORDS, PREFILL, SAMPLED, TEACHER_FORCED, TRANSFORMERS, VLLM
-from moediag.run.shards import WHOLE
 from moediag.run.writer import RunWriter
 
-# Set for the engine's process where the user has not set them; recorded in arm.json.
-INFER_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: requests are scheduled in submission order
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # until the taps have passed a run of the V2 runner on a device
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads collapse beside any other load
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # one token more than the model's own limit, to prefill a full sequence
-    "TORCHDYNAMO_DISABLE": "1",  # eager anyway; saves compiling the logprob kernel
-    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
-    "HF_HUB_OFFLINE": "1",  # the checkpoint is a local folder by now
-}
 TRAIN_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-# What observation forces, and what vLLM would otherwise default to another way.
-FORCED = {
-    "enforce_eager": True,  # taps do not fire inside CUDA graphs or compiled code
-    "enable_prefix_caching": False,  # cached prefixes have no rows
-    "async_scheduling": False,  # keeps the sampler's rows those of the step before it
-    "generation_config": "vllm",  # the checkpoint's generation_config.json must not change sampling
-    "logprobs_mode": "raw_logprobs",  # before temperature and penalties: what HF's log_softmax gives
-}
-
-# The native observer leaves graphs and scheduling alone; it wants prefix caching on (no request reads the cache).
-_NATIVE = {
-    "enable_return_routed_experts": True,
-    "enable_prefix_caching": True,
-    "generation_config": FORCED["generation_config"],
-    "logprobs_mode": FORCED["logprobs_mode"],
-}
-_UNOBSERVED = {name: FORCED[name] for name in ("generation_config", "logprobs_mode")}
-OBSERVER_FORCES: dict[str, dict[str, Any]] = {
-    HOOKS: FORCED,
-    NATIVE: _NATIVE,
-    BOTH: {**FORCED, **_NATIVE},
-    UNOBSERVED: _UNOBSERVED,
-}
-# What harms the hooks only: vLLM's own record works in graphs and between overlapping steps, and where nothing is
-# observed the user's own way of running vLLM is the very thing to be measured.
-_HARMLESS = {
-    NATIVE: {"enforce_eager", "async_scheduling"},
-    UNOBSERVED: {"enforce_eager", "async_scheduling", "enable_prefix_caching", "speculative_config", "enable_dbo",
-                 "enable_expert_parallel", "enable_eplb", "pipeline_parallel_size"},
-}  # fmt: skip
-
-_REFUSED = {
-    "enforce_eager": "taps do not fire inside CUDA graphs or compiled code, capture needs eager execution",
-    "enable_prefix_caching": "positions read from the prefix cache are never routed again, so their rows would lack",
-    "async_scheduling": "entropies could not be told apart between overlapping steps",
-    "generation_config": "sampling must be what was asked for, not what the checkpoint's file says",
-    "logprobs_mode": "log-probabilities must be comparable with log_softmax of the raw logits",
-    "worker_extension_cls": "the taps are this option's user",
-    "speculative_config": "drafted tokens give routing rows that belong to no sampled token",
-    "spec_method": "drafted tokens give routing rows that belong to no sampled token",
-    "pipeline_parallel_size": "each stage sees only its own layers; not implemented in this version",
-    "data_parallel_size": "ranks would sample different sequences; not implemented in this version",
-    "enable_expert_parallel": "ranks would see different tokens; not implemented in this version",
-    "enable_eplb": "expert ids would be physical, not the model's own",
-    "enable_return_routed_experts": "give --observer native or both",
-    "enable_dbo": "two half batches are in flight at once, rows could not be told apart",
-    "trust_remote_code": "give --trust-remote-code, which asks for a pinned revision",
-    "model": "give the checkpoint as the command's argument",
-    "dtype": "give --dtype",
-    "seed": "give --seed",
-}
+OnEvent = Callable[[dict[str, Any]], None]
 
 
-def infer_options(extra: dict[str, Any], observer: str = HOOKS, **named: Any) -> dict[str, Any]:
-    """vLLM options, by their own names; None means vLLM's own default.
+@dataclass(frozen=True)
+class Job:
+    """One thing for an engine process to do, JSON-ready.
+
+    Args:
+        engine: what messages call the engine.
+        task: ``module:function`` to call, see :data:`moediag.engines.process.Task`.
+        run: folder of the run, ``worker`` the slice of its shards.
+        options: arguments of the task.
+        log: file that receives the engine's output.
+    """
+
+    engine: str
+    task: str
+    run: str
+    worker: dict[str, int]
+    options: dict[str, Any]
+    log: str
+
+
+class Child:
+    """An engine process that does one job after the other.
+
+    Args:
+        environment: all of its environment variables.
+        output: receives what it prints before its first job.
+    """
+
+    def __init__(self, environment: dict[str, str], output: IO[bytes]) -> None:
+        read_fd, write_fd = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from moediag.engines.process import main; main()"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[write_fd],
+            env={**environment, CHANNEL: str(write_fd)},
+            start_new_session=True,  # Ctrl-C reaches the parent only, which then cuts the lifeline
+        )
+        os.close(write_fd)
+        self._events = os.fdopen(read_fd)
+
+    def do(self, job: Job, on_event: OnEvent) -> None:
+        """Give the process a job and wait for it; after an error the process is of no more use.
+
+        Raises:
+            MoediagError: what the child raised, by its own type.
+            EngineError: the child died without a word.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # an early death, seen as the end of its events
+            self._process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
+            self._process.stdin.flush()
+        for line in self._events:
+            event = json.loads(line)
+            if "error" in event:
+                raise getattr(errors, event["error"], EngineError)(event["message"])
+            if "end" in event:
+                return
+            on_event(event)
+        status = self._process.wait()
+        raise EngineError(
+            f"the {job.engine} engine died (exit status {status}) without a word; its output is in {job.log}"
+        )
+
+    def close(self) -> None:
+        """End the engine and the processes it started, vLLM's workers too: the child leads a group of its own."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._events.close()
+        with contextlib.suppress(OSError):  # a child that died early leaves nobody to flush to
+            if self._process.stdin:
+                self._process.stdin.close()
+
+
+class Engines:
+    """The engine process of a command: at most one at a time, kept for the jobs whose environment it has."""
+
+    def __init__(self) -> None:
+        self._child: Child | None = None
+        self._environment: dict[str, str] = {}
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def do(self, job: Job, env: dict[str, str], on_event: OnEvent) -> None:
+        """Have a job done, by the process that is there or by a new one.
+
+        Args:
+            env: environment variables set for the process only, where the user has not set them.
+            on_event: called with every progress event, ``{"done": n, "total": n, "unit": ...}`` or ``{"stage": ...}``.
+
+        Raises:
+            MoediagError: what the job raised, by its own type.
+            EngineError: the process died without a word.
+        """
+        environment = {**env, **os.environ}
+        if environment != self._environment:
+            self.close()
+        with _appended(Path(job.log)) as log:
+            if self._child is None:
+                self._child, self._environment = Child(environment, log), environment
+            try:
+                self._child.do(job, on_event)
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.close()
+
+
+def _appended(log: Path) -> IO[bytes]:
+    """A log opened for appending: workers and repeated runs of one command do not destroy each other's.
 
     Raises:
-        EngineError: an option that would make the capture wrong, with the reason.
+        RunError: it cannot be written.
     """
-    forced, harmless = OBSERVER_FORCES[observer], _HARMLESS.get(observer, set())
-    for name, value in extra.items():
-        if name in _REFUSED and name not in harmless and not (name in forced and value == forced[name]):
-            raise EngineError(f"vLLM option {name}={value!r} is refused: {_REFUSED[name]}; leave it out")
-    return {**{name: value for name, value in named.items() if value is not None}, **extra}
-
-
-def observable(extra: dict[str, Any]) -> dict[str, Any]:
-    """The vLLM options without those that only unobserved rollouts may have."""
-    return {name: value for name, value in extra.items() if name not in _HARMLESS[UNOBSERVED]}
-
-
-def infer_environment(observer: str = HOOKS) -> dict[str, str]:
-    """Variables set for vLLM's process where the user has not set them."""
-    environment = dict(INFER_ENVIRONMENT)
-    if observer in (NATIVE, BOTH):
-        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    if observer in (NATIVE, UNOBSERVED):  # compiled code and graphs are welcome
-        del environment["TORCHDYNAMO_DISABLE"]
-    if observer == UNOBSERVED:
-        del environment["VLLM_USE_V2_MODEL_RUNNER"]
-    return environment
+    make_folder(log.parent)
+    try:
+        return log.open("ab")
+    except OSError as error:
+        raise write_error(error, log) from error
 
 
 @dataclass(frozen=True)
@@ -154,11 +203,11 @@ def train_options(**named: Any) -> dict[str, Any]:
 
 
 def fill_arm(
-    engines: channel.Engines,
+    engines: Engines,
     writer: RunWriter,
     checkpoint: Checkpoint,
     request: ArmRequest,
-    on_event: channel.OnEvent,
+    on_event: OnEvent,
 ) -> None:
     """Fill the worker's slice of an arm; a model that the engine process has loaded already is used again.
 
@@ -171,7 +220,7 @@ def fill_arm(
     writer.add_checkpoint(checkpoint.record)
     worker = "" if writer.worker == WHOLE else f"-{writer.worker.index}-of-{writer.worker.count}"
     log = run.path / "logs" / f"{request.arm}{worker}.log"
-    job = channel.Job(
+    job = Job(
         engine=ENGINE_WORDS[request.engine],
         task=engine.tasks[request.path],
         run=str(run.path),
@@ -183,7 +232,7 @@ def fill_arm(
 
 
 def arm_options(checkpoint: Checkpoint, request: ArmRequest) -> dict[str, Any]:
-    """What an engine process is told of an arm."""
+    """What an engine process receives of an arm."""
     # "auto" means another dtype to each engine where a checkpoint is stored in float32: say it in words.
     options = dict(request.options)
     if options.get("dtype") == "auto":

@@ -23,12 +23,11 @@ from moediag.engines.tokenised import check_lengths, map_digest, token_map, toke
 from moediag.errors import CheckpointError, CorruptRunError, EngineError
 from moediag.notation import INFER
 from moediag.prompts import read_prompts
-from moediag.run.codec import bytes_per_token, encode_prompts
+from moediag.run.capture import Shard, bytes_per_token, encode_prompts, split_into_shards
 from moediag.run.create import bring_back, create_run
 from moediag.run.files import digest_of, sha256_bytes
 from moediag.run.reader import Run
 from moediag.run.records import MANIFEST, Prompts, RunRecord, Sampling, Tokenizer, TokensFrom
-from moediag.run.shards import Shard, split_into_shards
 from moediag.run.vocabulary import chosen_in
 from moediag.run.writer import RunWriter
 
@@ -39,7 +38,7 @@ VOCABULARY_BYTES_BY_DEFAULT = 64e6
 
 Reading and reducing both arms' then takes seconds (2 x 20 MB: 1.6 s on a busy core), and they are no larger than the
 routing of 40,000 tokens of a 48-layer, top-8 model. Byte vocabularies pass with up to 62,000 response tokens; a
-vocabulary of 152k would fill the room with 105, so that real models keep distributions only when asked.
+vocabulary of 152k would fill the room with 105, so that real models keep distributions only on request.
 """
 
 SequenceTokens = tuple[int, int, list[int], list[int] | None]
@@ -74,9 +73,9 @@ class SamplingOptions:
             "seed": ("in [0, 2^63)", 0 <= self.seed < 2**63),
             "stop_token_ids": ("token ids >= 0", all(token >= 0 for token in self.stop_token_ids)),
         }
-        for name, (wanted, is_allowed) in allowed.items():
+        for name, (expected, is_allowed) in allowed.items():
             if not is_allowed:
-                raise EngineError(f"sampling parameter {name} = {getattr(self, name)}: wanted {wanted}")
+                raise EngineError(f"sampling parameter {name} = {getattr(self, name)}: expected {expected}")
         return self
 
     def record(self) -> Sampling:
@@ -142,7 +141,7 @@ class Plan:
 
         Args:
             arms: only reference arms keep whole distributions.
-            dtype: model dtype as asked for; routers that score in float32 whatever it is are counted so.
+            dtype: model dtype as requested; routers that score in float32 whatever it is are counted so.
         """
         routing = self.checkpoint.routing
         used = self.checkpoint.stored_dtype if dtype == "auto" else dtype
@@ -228,7 +227,7 @@ def make_plan(
 
     Raises:
         PromptsError: unusable file, or a prompt that the model has no room for.
-        CheckpointError: the tokenizer does not load, or distributions are wanted of a vocabulary of unknown size.
+        CheckpointError: the tokenizer does not load, or distributions of a vocabulary of unknown size are requested.
     """
     sampling.check()
     if ids_only and router_logits == "full":
@@ -240,10 +239,10 @@ def make_plan(
     completions = [list(p.completion_token_ids or ()) for p in prompts] if has_completions else None
     room = min(filter(None, (max_model_len, checkpoint.max_length)), default=None)
     check_lengths(prompts, prompt_ids, completions, room, prompts_path)
-    wanted = max(len(p) for p in prompt_ids) + sampling.max_tokens
+    needed = max(len(p) for p in prompt_ids) + sampling.max_tokens
     if completions:
-        wanted = max(len(p) + len(c) for p, c in zip(prompt_ids, completions, strict=True)) + 1
-    length = max_model_len or _room(checkpoint, wanted)
+        needed = max(len(p) + len(c) for p, c in zip(prompt_ids, completions, strict=True)) + 1
+    length = max_model_len or _room(checkpoint, needed)
     # Of the prompts as written, so that runs of models with different tokenizers can be recognised as comparable.
     source = digest_of([[p.text, p.messages, p.token_ids, p.completion_token_ids] for p in prompts])
     plan = Plan(
@@ -264,15 +263,15 @@ def make_plan(
     return replace(plan, full_vocab=_sequences_with_vocabulary(plan, full_vocab))
 
 
-def _sequences_with_vocabulary(plan: Plan, asked: int | None) -> int:
-    if asked is None:
+def _sequences_with_vocabulary(plan: Plan, n_chosen: int | None) -> int:
+    if n_chosen is None:
         n_bytes = plan.vocabulary_bytes(plan.n_sequences)
         return plan.n_sequences if 0 < n_bytes <= VOCABULARY_BYTES_BY_DEFAULT else 0
-    if asked and not plan.n_vocabulary:
+    if n_chosen and not plan.n_vocabulary:
         raise CheckpointError(
             f"{plan.checkpoint.path}/config.json does not say vocab_size; capture with --full-vocab 0"
         )
-    return min(asked, plan.n_sequences)
+    return min(n_chosen, plan.n_sequences)
 
 
 def needed_length(run: Run, checkpoint: Checkpoint) -> int:
@@ -310,8 +309,8 @@ def load_prompt_tokens(run: Run) -> list[SequenceTokens]:
     return [(i, sample, p, c) for i, (p, c) in enumerate(pairs) for sample in range(n_samples)]
 
 
-def _room(checkpoint: Checkpoint, wanted: int) -> int:
-    return min(wanted, checkpoint.max_length or wanted)
+def _room(checkpoint: Checkpoint, needed: int) -> int:
+    return min(needed, checkpoint.max_length or needed)
 
 
 def _write_given_tokens(run: Run) -> None:

@@ -1,6 +1,6 @@
 """What this process computes with: machine, threads, determinism switches, environment.
 
-Asked of the process that holds the model (a vLLM worker, the transformers process): a parent's environment and
+Read in the process that holds the model (a vLLM worker, the transformers process): a parent's environment and
 thread count are not its children's. Everything is plain data, so it crosses to other processes and into arm.json.
 """
 
@@ -104,7 +104,7 @@ def hardware() -> dict[str, Any]:
     import torch
 
     facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    facts["has_amx"] = _told(lambda: torch.cpu._is_amx_tile_supported())
+    facts["has_amx"] = _value(lambda: torch.cpu._is_amx_tile_supported())
     return facts | (_cuda() if torch.cuda.is_available() else {"accelerator": None})
 
 
@@ -128,7 +128,7 @@ def _cuda() -> dict[str, Any]:
 def _nccl_version() -> str | None:
     from torch.cuda import nccl
 
-    version = _told(lambda: tuple(nccl.version()))  # type: ignore[no-untyped-call]
+    version = _value(lambda: tuple(nccl.version()))  # type: ignore[no-untyped-call]
     return ".".join(map(str, version)) if version else None
 
 
@@ -200,7 +200,7 @@ def determinism() -> dict[str, Any]:
     }
     with warnings.catch_warnings():  # torch warns when its older TF32 switches are only read
         warnings.simplefilter("ignore")
-        return {name: _told(switch) for name, switch in switches.items()}
+        return {name: _value(switch) for name, switch in switches.items()}
 
 
 def _sdp_backends() -> list[str]:
@@ -215,10 +215,10 @@ def _sdp_backends() -> list[str]:
     return [name for name, is_enabled in enabled.items() if is_enabled]
 
 
-def _told(question: Callable[[], Any]) -> Any:
-    """An answer, or None where this torch has no such switch or was set through a newer one that hides it."""
+def _value(read: Callable[[], Any]) -> Any:
+    """A switch's value, or None where this torch has no such switch or was set through a newer one that hides it."""
     try:
-        return question()
+        return read()
     except (AttributeError, RuntimeError):
         return None
 
@@ -241,7 +241,7 @@ def _cpu_model() -> str | None:
 
 
 def _driver_version() -> str | None:
-    """Version of the NVIDIA kernel driver, which the CUDA runtime does not tell."""
+    """Version of the NVIDIA kernel driver, which the CUDA runtime does not know."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(errors="replace")
     except OSError:

@@ -74,7 +74,7 @@ class ModelRouting:
         rules = {(router.n_experts, router.top_k, router.spec) for router in routers}
         n_experts, top_k, spec = next(iter(rules), (0, 0, None))
         if len(rules) != 1 or spec is None or spec.family not in _FAMILIES:
-            raise CheckpointError(f"{len(rules)} rules of {len(routers)} routers, wanted one known rule for all")
+            raise CheckpointError(f"{len(rules)} rules of {len(routers)} routers, expected one known rule for all")
         layers, family = tuple(router.decoder_layer for router in routers), _FAMILIES[spec.family]
         return cls(
             **spec.content(),
@@ -86,7 +86,7 @@ class ModelRouting:
         )
 
     def record(self) -> dict[str, Any]:
-        """In plain types, as an engine process is told it."""
+        """In plain types, as an engine process receives it."""
         return {**asdict(self), "decoder_layers": list(self.decoder_layers)}
 
     @classmethod
@@ -338,10 +338,3 @@ def apply_rule(logits: torch.Tensor, spec: ModelRouting, bias: torch.Tensor | No
     import torch
 
     return torch.topk(choice_scores(logits, spec, bias), spec.top_k, dim=-1).indices
-
-
-def plain_topk(logits: torch.Tensor, spec: ModelRouting) -> torch.Tensor:
-    """TopK of the raw logits, (..., K): the contrast, wrong for every router with a bias or groups."""
-    import torch
-
-    return torch.topk(logits.float(), spec.top_k, dim=-1).indices

@@ -113,7 +113,7 @@ def check_lengths(
     room: int | None,
     path: Path,
 ) -> None:
-    """Hold every prompt's length against the room there is: vLLM wants some for at least one token more.
+    """Check every prompt's length against the room there is: vLLM needs some for at least one token more.
 
     Args:
         room: longest sequence that the model, or the user, allows [tokens]; None = no limit.

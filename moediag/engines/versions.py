@@ -20,7 +20,7 @@ class Supported:
     extra: str
 
     @property
-    def wanted(self) -> str:
+    def pip_range(self) -> str:
         """The range as pip would write it."""
         return f">={_dotted(self.at_least)},<{_dotted(self.below)}"
 
@@ -69,8 +69,8 @@ def require(*alternatives: Supported) -> str:
             continue
         if not supported.at_least <= _major_minor(version) < supported.below:
             raise DependencyError(
-                f"{supported.package} {version} is installed, moediag supports {supported.wanted}; "
-                f"install a supported version, e.g. pip install '{supported.package}{supported.wanted}'"
+                f"{supported.package} {version} is installed, moediag supports {supported.pip_range}; "
+                f"install a supported version, e.g. pip install '{supported.package}{supported.pip_range}'"
             )
         return version
     names = " or ".join(supported.package for supported in alternatives)

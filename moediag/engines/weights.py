@@ -77,7 +77,7 @@ GROUPS: dict[str, re.Pattern[str]] = {
 _SCALES = ("_scale_inv", "_scale")  # after the name of what they scale, mostly `weight`
 # Scales of activations and of the key-value cache say nothing about weights.
 _ACTIVATION_SCALE = re.compile(r"(^|[._])(input|output|activation|[qkv])_(scale|scale_inv|zero_point|global_scale)$")
-# suffix of what is packed -> (suffix of the name it stands for, suffixes of what belongs to it, format)
+# suffix of what is packed -> (suffix of the name it replaces, suffixes of what belongs to it, format)
 _PACKED = {
     ".qweight": (".weight", (".qzeros", ".scales", ".g_idx"), "AWQ or GPTQ"),
     ".weight_packed": (
@@ -199,7 +199,7 @@ def compare_facts(a_facts: Iterable[Facts], b_facts: Iterable[Facts]) -> Weights
 
 
 def scale_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, if config.json tells (block FP8); for ``compare_weights``."""
+    """Rows and columns that share a scale, if config.json has them (block FP8); for ``compare_weights``."""
     for holder in (config, config.get("text_config") or {}):
         quantization = holder.get("quantization_config") or holder.get("compression_config") or {}
         blocks = [quantization.get("weight_block_size")] + [
@@ -217,7 +217,7 @@ def read_header(path: Path) -> list[StoredTensor]:
     """Tensors of a safetensors file in the order of their bytes.
 
     Raises:
-        CheckpointError: the header is not one, or does not describe the file that it stands in.
+        CheckpointError: the header is not one, or does not describe its file.
     """
     try:
         with path.open("rb") as file:
@@ -263,7 +263,7 @@ def _checked_layout(tensors: list[StoredTensor], start: int, size: int) -> list[
     ordered = sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end))
     for tensor in ordered:
         if tensor.begin != position:
-            raise ValueError(f"tensor {tensor.name} begins at byte {tensor.begin}, wanted {position}")
+            raise ValueError(f"tensor {tensor.name} begins at byte {tensor.begin}, expected {position}")
         position = max(position, tensor.end)
     if position != size:
         raise ValueError(f"its tensors end at byte {position:,}, the file at {size:,}")
@@ -273,7 +273,7 @@ def _checked_layout(tensors: list[StoredTensor], start: int, size: int) -> list[
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("it has a name twice")
     return dict(pairs)
 
 
@@ -282,7 +282,7 @@ def _broken(path: Path, reason: str) -> CheckpointError:
 
 
 class _Done:
-    """Bytes done of a total, told to ``progress`` under a lock."""
+    """Bytes done of a total, reported to ``progress`` under a lock."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._done, self._total, self._progress, self._lock = 0, total, progress, threading.Lock()
@@ -303,22 +303,22 @@ def _chunks(tensor: StoredTensor, n_bytes: int) -> Iterator[memoryview]:
         with tensor.path.open("rb", buffering=0) as file:
             file.seek(tensor.begin)
             while left:
-                wanted = min(left, n_bytes)
+                n_next = min(left, n_bytes)
                 n_read = 0
-                while n_read < wanted:
-                    n_new = file.readinto(buffer[n_read:wanted]) or 0
+                while n_read < n_next:
+                    n_new = file.readinto(buffer[n_read:n_next]) or 0
                     if not n_new:
                         raise CheckpointError(f"{tensor.path} ends inside tensor {tensor.name}; copy it again")
                     n_read += n_new
-                yield buffer[:wanted]
-                left -= wanted
+                yield buffer[:n_next]
+                left -= n_next
     except OSError as error:
         raise CheckpointError(f"{tensor.path} cannot be read ({error.strerror})") from None
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight as a model has it, under the name it has there, and everything that tells its values.
+    """A weight as a model has it, under the name it has there, and everything that its values depend on.
 
     Args:
         stored: its elements, plain, quantised or packed.
@@ -335,7 +335,7 @@ class _Weight:
 
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
-        """All tensors that tell its values."""
+        """All tensors that its values depend on."""
         scales = () if self.scales is None else self.scales.parts
         return (self.stored, *scales, *self.others)
 
@@ -401,7 +401,7 @@ def _stored_facts(facts: Iterable[Facts]) -> tuple[dict[str, StoredTensor], dict
 
 
 def _weights(tensors: dict[str, StoredTensor], block: tuple[int, int] | None) -> tuple[dict[str, _Weight], int]:
-    """Weights by the name a model has for them, and the number of tensors that only tell how others are stored."""
+    """Weights by the name a model has for them, and the number of tensors that only describe how others are stored."""
     for tensor in tensors.values():
         if tensor.dtype not in _BITS:
             raise CheckpointError(f"tensor {tensor.name} has dtype {tensor.dtype}, which moediag does not know")
@@ -480,7 +480,7 @@ def _fitted(
 
 
 def _block(n: int, n_scales: int, block: int) -> int:
-    """Elements that share a scale where ``n_scales`` are for ``n``; 0 if that cannot be said."""
+    """Elements that share a scale where ``n_scales`` are for ``n``; 0 where that is not known."""
     if n_scales == 1:
         return max(n, 1)
     if block and n_scales == -(-n // block):
@@ -540,7 +540,7 @@ class _Measured:
         return self.kind not in (NOT_COMPARABLE, NOT_MEASURED)
 
     def add(self, a: npt.NDArray[Any], b: npt.NDArray[Any], differs: npt.NDArray[np.bool_]) -> None:
-        """Add a chunk of values; ``differs`` says which elements are not the same."""
+        """Add a chunk of values; ``differs`` marks which elements are not the same."""
         self.n_differing += int(np.count_nonzero(differs))
         a, b = a.astype(np.float64), b.astype(np.float64)
         with np.errstate(all="ignore"):
@@ -555,7 +555,7 @@ class _Measured:
         self.square_difference += square_difference
         self.largest = max(self.largest, float(np.max(np.abs(difference), initial=0.0)))
 
-    def told(self) -> TensorDifference:
+    def record(self) -> TensorDifference:
         """As it is reported."""
         return TensorDifference(
             name=self.weight.name,
@@ -768,7 +768,7 @@ def _comparison(tensors: list[_Measured], n_scales: tuple[int, int]) -> WeightsC
         )
         for reason, some in by_reason.items()
     ]
-    differing = [tensor.told() for tensor in tensors if tensor.n_differing]
+    differing = [tensor.record() for tensor in tensors if tensor.n_differing]
     overall, groups = _together("all", tensors), [_together(group, some) for group, some in by_group.items() if some]
     reasons.sort(key=lambda reason: (-reason.n_tensors, reason.reason))
     return WeightsComparison(

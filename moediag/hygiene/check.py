@@ -39,10 +39,9 @@ from moediag.hygiene.rules import (
     left_out,
 )
 from moediag.notation import INFER
-from moediag.run.capture import Capture, TokenRows
+from moediag.run.capture import Capture, Shard, TokenRows
 from moediag.run.derived import derived_damage
 from moediag.run.reader import Run
-from moediag.run.shards import Shard
 
 _DENSE = Shape(0, 0, 0)
 

@@ -262,12 +262,12 @@ def _first_blocks(context: Context) -> tuple[Block, ...]:
 
 
 def _pair_words(summary: Summary, pair: Summary) -> Markdown:
-    name = summary["main_pair"]
+    name, engines = summary["main_pair"], plain(sections.engines_compared(summary))
     counts = [count(pair.get("n_tokens"), "token"), count(pair.get("n_unscored"), "token")]
     wholes = [count(pair.get("n_sequences"), "sequence"), count(pair.get("n_prompts"), "prompt")]
     impossible = f" ({count(pair['n_impossible'])} with a logp of -inf: a defect)" if pair.get("n_impossible") else ""
     return Markdown(
-        f"Pair {code(name)}: {counts[0]} of {', '.join(wholes)} scored by both arms, {counts[1]} not scored"
+        f"Pair {code(name)}, {engines}: {counts[0]} of {', '.join(wholes)} scored by both arms, {counts[1]} not scored"
         f"{impossible}. {'' if name == summary.get('observed_pair') else _UNOBSERVED_WORDS}{definitions.SIGN_WORDS}"
     )
 

@@ -21,7 +21,7 @@ from moediag.report.blocks import Block, Table, interval, number, table
 from moediag.report.measures import BIT_EXACT, FORCED, NOT_MEASURED, Summary, lookup, measure
 from moediag.report.tables import facts_table
 from moediag.report.text import Markdown, code, one_line, plain
-from moediag.run.recipes import RECIPES
+from moediag.run.recipes import RECIPES, engine_words
 
 _ARM_FACTS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("dtype", ("dtype",)),
@@ -56,8 +56,43 @@ def model_facts(summary: Summary) -> dict[str, Any]:
     return {key: model.get(key) for key in ("path", "architecture", "n_moe_layers", "n_experts", "top_k")}
 
 
+def engines_compared(summary: Summary) -> str:
+    """The engines of the main pair and how each computed its scores, the infer arm's first."""
+    arms: Mapping[str, Any] = summary.get("arms") or {}
+    return " against ".join(_engine_words(arms.get(arm) or {}) for arm in summary["main_pair"].split("~"))
+
+
+def pairs_table(summary: Summary) -> Block:
+    """Every pair of arms with its mismatch, the main pair first; empty where the run has that pair only."""
+    pairs, arms = summary["pairs"], summary.get("arms") or {}
+    if len(pairs) == 1:
+        return Markdown("")
+    rows: list[list[object]] = []
+    for name in sorted(pairs, key=lambda name: name != summary["main_pair"]):
+        pair, both = pairs[name], [arms.get(arm) or {} for arm in name.split("~")]
+        changes = [f", {arm['change']}" if arm.get("change") and arm["change"] != "engine" else "" for arm in both]
+        distance, routing = (pair.get("logp") or {}).get("abs_logp_diff") or {}, pair.get("routing") or {}
+        rows.append(
+            [
+                code(name),
+                " against ".join(_engine_words(arm) + change for arm, change in zip(both, changes, strict=True)),
+                count(pair.get("n_tokens")),
+                number(distance.get("mean")),
+                interval(*(distance.get("mean_ci") or (None, None))),
+                number(distance.get("p99")),
+                number(routing.get("flip_rate"), "share"),
+            ]
+        )
+    header = ["pair", "engines", "tokens", "mean abs logp diff [nat]", "95 %", "p99 [nat]", "flip rate"]
+    return table(header, rows, range(2, 7), "Every pair of arms; after a comma what an arm changes of its reference")
+
+
+def _engine_words(arm: Mapping[str, Any]) -> str:
+    return engine_words(str(arm.get("engine") or "engine not recorded"), str(arm.get("path") or ""))
+
+
 def compared_blocks(summary: Summary) -> list[Block]:
-    """Both arms side by side, then model and sampling."""
+    """Both arms side by side, then model and sampling, then every other pair."""
     arms: Mapping[str, Any] = summary.get("arms") or {}
     names = summary["main_pair"].split("~")
     both = [arms.get(arm) or {} for arm in names]
@@ -65,7 +100,7 @@ def compared_blocks(summary: Summary) -> list[Block]:
     rows += [[words, *(_fact(arm, keys) for arm in both)] for words, keys in _ARM_FACTS]
     rows = [row for row in rows if any(cell != NONE for cell in row[1:])]
     blocks: list[Block] = [table(["", *names], rows, caption="The two arms")]
-    return [*blocks, _model_words(summary), *weights_blocks(summary), _sampling_words(summary)]
+    return [*blocks, _model_words(summary), *weights_blocks(summary), _sampling_words(summary), pairs_table(summary)]
 
 
 def weights_blocks(summary: Summary) -> list[Block]:

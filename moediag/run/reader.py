@@ -36,9 +36,9 @@ from numpy.typing import NDArray
 
 from moediag.errors import AlignmentError, CorruptRunError, IncompleteRunError, RunError
 from moediag.notation import INFER, TRAIN
-from moediag.run import codec, schema1
+from moediag.run import schema1
 from moediag.run.align import Pair, PairBlock, align
-from moediag.run.capture import Capture, TokenRows
+from moediag.run.capture import Capture, Shard, TokenRows, decode_capture, decode_prompts, decode_tokens
 from moediag.run.files import digest_of, read_checked, read_sealed, sha256_bytes
 from moediag.run.records import (
     KIND,
@@ -55,7 +55,6 @@ from moediag.run.records import (
     read_record,
     short,
 )
-from moediag.run.shards import Shard
 from moediag.run.vocabulary import VocabLogps, chosen_in, decode_vocab
 
 BIAS = "correction-bias.json"
@@ -239,7 +238,7 @@ class Run:
         Raises:
             CorruptRunError: missing, changed, or not a table of prompts.
         """
-        return codec.decode_prompts(self.prompts(), str(self.path / PROMPTS))
+        return decode_prompts(self.prompts(), str(self.path / PROMPTS))
 
     def tokens(self, shard: Shard) -> TokenRows:
         """The shard's token table, checked.
@@ -249,7 +248,7 @@ class Run:
             CorruptRunError: damaged, or other sequences than the shard table says.
         """
         data, sidecar, path = self._read("tokens", shard, ".parquet", self.sampler)
-        tokens = codec.decode_tokens(data, str(path))
+        tokens = decode_tokens(data, str(path))
         # length first: a shard table may claim more sequences than any memory holds
         found = np.unique(tokens.seq_id_T)
         is_whole = len(found) == shard.n_sequences and np.array_equal(found, np.array(shard.seq_ids))
@@ -265,7 +264,7 @@ class Run:
             CorruptRunError: damaged.
         """
         data, _, path = self._read(f"arms/{arm}", shard, ".safetensors", arm)
-        return codec.decode_capture(data, str(path))
+        return decode_capture(data, str(path))
 
     def vocab_sequences(self, arm: str, shard: Shard) -> NDArray[np.int64]:
         """Sequences of the shard whose whole next-token distributions the arm keeps; most arms keep none."""

@@ -53,7 +53,7 @@ RECIPES: Final = {
         "train", TRANSFORMERS, "transformers: scores the same tokens, teacher-forced", path=TEACHER_FORCED
     ),
     "train-replay": Recipe(
-        "train", TRANSFORMERS, "transformers with vLLM's experts forced", "replay", TEACHER_FORCED
+        "train", TRANSFORMERS, "transformers with the infer arm's experts forced", "replay", TEACHER_FORCED
     ),
     "infer-production": Recipe(
         "infer", VLLM, "vLLM as rollouts run it (graphs, prefix cache, own options); log-probabilities only",
@@ -113,6 +113,20 @@ def recipe(name: str) -> Recipe:
 def is_decoded(path: str) -> bool:
     """Token by token, as a rollout is, whether sampled or forced."""
     return path in (SAMPLED, DECODE)
+
+
+def engine_words(engine: str, path: str) -> str:
+    """An arm's engine and how it computed the scores; a format that was imported is called by its name.
+
+    Example:
+        >>> engine_words("transformers", "sampled"), engine_words("vllm", "sampled")
+        ('transformers (generate)', 'vLLM (decode)')
+    """
+    how = path
+    if is_decoded(path):
+        how = "generate" if engine == TRANSFORMERS else DECODE
+    name = ENGINE_WORDS.get(engine, engine)
+    return f"{name} ({how})" if how in (DECODE, PREFILL, TEACHER_FORCED, "generate") else name
 
 
 def change_of(name: str, path: str, reference_path: str | None, reference_engine: str | None = None) -> Change | None:

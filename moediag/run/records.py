@@ -18,8 +18,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from moediag.errors import CorruptRunError, SchemaVersionError
 from moediag.notation import SCHEMA_VERSION
+from moediag.run.capture import Shard
 from moediag.run.files import digest_of, read_sealed, write_sealed
-from moediag.run.shards import Shard
 
 MANIFEST: Final = "run.json"
 PROMPTS: Final = "prompts.parquet"

@@ -78,7 +78,7 @@ def arm(of: Run, name: str, content: dict[str, Any]) -> ArmRecord:
     where = str(of.arm_folder(name) / "arm.json")
     try:
         manifest, configuration = of.manifest, dict(content["configuration"])
-        recipe = RECIPES.get(content["arm"], _by_first_word(content["arm"]))
+        recipe = _recipe(content["arm"], where)
         routers = _routers(manifest["model"]["routing"])
         is_routed = bool(routers) and content.get("is_routed", True)
         path = next((key for key, words in PATH_WORDS.items() if words == content.get("path")), None)
@@ -127,8 +127,12 @@ def _path_of_infer(of: Run) -> str | None:
     return next((key for key, one in PATH_WORDS.items() if one == words), None)
 
 
-def _by_first_word(name: str) -> Recipe:
-    return RECIPES["infer" if name.split("-", 1)[0] == "infer" else "train"]
+def _recipe(name: str, where: str) -> Recipe:
+    """What an arm was, which schema 1 says by its name's first word."""
+    found = RECIPES.get(name) or RECIPES.get(name.partition("-")[0])
+    if found is None:
+        raise CorruptRunError(f"{where} is of arm {name!r}: expected a name that begins with infer or train")
+    return found
 
 
 def _routers(routing: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -17,8 +17,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from moediag.errors import CaptureError, CorruptRunError
-from moediag.run.capture import Float32, Int64, TokenRows
-from moediag.run.shards import Shard
+from moediag.run.capture import Float32, Int64, Shard, TokenRows
 
 ROUNDING: Final = 1e-4
 """How far [nat] a float32 log-softmax may be from normalised: over 2^18 tokens its own rounding is about 2e-5."""

@@ -17,8 +17,8 @@ from typing import Any
 
 from moediag.errors import CorruptRunError, RunConflictError, SchemaVersionError
 from moediag.notation import SCHEMA_VERSION
-from moediag.run import claims, codec
-from moediag.run.capture import Capture, TokenRows
+from moediag.run import claims
+from moediag.run.capture import WHOLE, Capture, Shard, Slice, TokenRows, encode_capture, encode_tokens
 from moediag.run.files import (
     digest_of,
     host_tag,
@@ -39,7 +39,6 @@ from moediag.run.records import (
     read_record,
     write_record,
 )
-from moediag.run.shards import WHOLE, Shard, Slice
 from moediag.run.vocabulary import VocabLogps, encode_vocab
 
 CLAIMS = ".claims"
@@ -227,7 +226,7 @@ class RunWriter:
 
     def write_tokens(self, shard: Shard, tokens: TokenRows) -> None:
         """Commit the shard's token table; the same table again changes nothing, so that readers are not disturbed."""
-        data = codec.encode_tokens(tokens.check(shard.stem))
+        data = encode_tokens(tokens.check(shard.stem))
         facts = {"n_rows": len(tokens), "tokens_sha256": tokens_sha256(tokens)}
         with claims.claim(self._claim_file("tokens", shard.stem), wait=True):
             if not self._holds("tokens", shard, ".parquet", data):
@@ -261,7 +260,7 @@ class RunWriter:
         wanted = {*record.arrays} - {DISTRIBUTIONS}
         if {*capture.arrays()} != wanted:
             raise ValueError(f"arm {arm} has {sorted(capture.arrays())}, arm.json says {sorted(wanted)}")
-        data = codec.encode_capture(capture, record.n_experts, dtypes)
+        data = encode_capture(capture, record.n_experts, dtypes)
         facts = {**facts, "n_rows": len(tokens), "tokens_sha256": tokens_sha256(tokens)}
         made = {"made_as": record.made_as(), "worker": str(self.worker), "host": host_tag()}
         if vocab is not None:

@@ -43,7 +43,7 @@ class Batching:
             EngineError: it is not.
         """
         if self.layout not in (PADDED, PACKED) or self.batch_size < 1:
-            raise EngineError(f"batching {self.batch_size} x {self.layout!r}: wanted padded or packed, 1 or more")
+            raise EngineError(f"batching {self.batch_size} x {self.layout!r}: expected padded or packed, 1 or more")
         return self
 
     def split(self, bounds: list[tuple[int, int]]) -> list[Batch]:

@@ -20,19 +20,17 @@ from numpy.typing import NDArray
 
 from moediag.engines.arms import ArmRequest
 from moediag.engines.assemble import capture_of, gate_weights_words
-from moediag.engines.channel import Reporter
-from moediag.engines.fill import Held, OnDone, fill_missing_shards, seed_of
 from moediag.engines.hf.batching import PACKED, Batch, Batching, alone, refuse_leak
 from moediag.engines.hf.perturbation import Perturbed
 from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps, find_blocks, stage_dtypes
+from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, seed_of
 from moediag.engines.provenance import arm_sections, plain, process_facts, stored_dtypes
 from moediag.engines.routers import ModelRouting
 from moediag.engines.versions import numeric_versions, require_train_engine
 from moediag.errors import CheckpointError, IncompleteRunError
-from moediag.run.capture import Capture, TokenRows, arrays_of
+from moediag.run.capture import Capture, Shard, TokenRows, arrays_of
 from moediag.run.reader import Run
 from moediag.run.records import ArmRecord
-from moediag.run.shards import Shard
 from moediag.run.vocabulary import VocabRows
 from moediag.run.writer import RunWriter
 
@@ -243,7 +241,7 @@ class TrainEngine:
 
         Args:
             forced: routes of the batch's token rows; padding routes as the model likes.
-            vocab: takes the distributions that it wants.
+            vocab: takes the distributions that it keeps.
         """
         start, end = batch.bounds[0][0], batch.bounds[-1][1]
         token_id_T = torch.from_numpy(tokens.token_id_T[start:end].copy())
@@ -296,7 +294,7 @@ def engine_config(model: Any, has_cache: bool) -> dict[str, Any]:
 
 
 def held_model(held: Held, checkpoint: str, options: dict[str, Any], reporter: Reporter) -> Any:
-    """The model that the process holds, or the one that is wanted in its place."""
+    """The model that the process holds, or the requested one in its place."""
 
     def load() -> Any:
         reporter.stage("loading transformers")
@@ -323,7 +321,7 @@ def decoder_layers(model: Any) -> list[torch.nn.Module]:
     """The decoder layers, in order: the module list of as many entries as config.json says.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no such list.
     """
     n_layers = model.config.get_text_config().num_hidden_layers
     lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
@@ -343,11 +341,11 @@ def score_sequence(
 
 
 def _keep(vocab: VocabRows, first: int, row_M: torch.Tensor, log_probs_MV: torch.Tensor) -> None:
-    """Hand over the rows that are wanted; ``first`` is the batch's first row in the token table."""
-    wanted_M = vocab.wants(first + row_M.numpy())
-    if wanted_M.any():
-        rows = log_probs_MV[torch.from_numpy(wanted_M).to(log_probs_MV.device)]
-        vocab.add(first + row_M.numpy()[wanted_M], rows.cpu().numpy())
+    """Hand over the rows to keep; ``first`` is the batch's first row in the token table."""
+    kept_M = vocab.wants(first + row_M.numpy())
+    if kept_M.any():
+        rows = log_probs_MV[torch.from_numpy(kept_M).to(log_probs_MV.device)]
+        vocab.add(first + row_M.numpy()[kept_M], rows.cpu().numpy())
 
 
 def score_batch(
@@ -393,7 +391,7 @@ def _check_loaded(model: Any, spec: ModelRouting) -> None:
             f"transformers' model has MoE blocks in decoder layers {found}, "
             f"config.json says {list(spec.decoder_layers)}"
         )
-    wanted = {
+    expected = {
         "top_k": spec.top_k,
         "num_experts": spec.n_experts,
         "norm_topk_prob": spec.renormalize,
@@ -402,7 +400,7 @@ def _check_loaded(model: Any, spec: ModelRouting) -> None:
         "routed_scaling_factor": spec.scaling_factor,
     }
     for block in blocks:
-        for name, value in wanted.items():
+        for name, value in expected.items():
             built = getattr(block.gate, name, value)
             if built != value:
                 raise CheckpointError(

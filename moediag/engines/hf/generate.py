@@ -25,14 +25,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from moediag.engines.arms import ArmRequest
 from moediag.engines.assemble import capture_of, order_rows, token_rows
-from moediag.engines.channel import Reporter
-from moediag.engines.fill import Held, OnDone, seed_of
 from moediag.engines.hf.engine import TrainEngine, fill_arm, float_dtypes, refuse_missing_input, to_numpy
 from moediag.engines.hf.taps import RoutingTaps
 from moediag.engines.plan import load_prompt_tokens
-from moediag.run.capture import TokenRows
+from moediag.engines.process import Held, OnDone, Reporter, seed_of
+from moediag.run.capture import Shard, TokenRows
 from moediag.run.recipes import SAMPLED
-from moediag.run.shards import Shard
 from moediag.run.vocabulary import VocabRows
 from moediag.run.writer import RunWriter
 
@@ -124,20 +122,20 @@ class GenerateEngine(TrainEngine):
     def _config(self, n_prompt: int, response: list[int] | None) -> GenerationConfig:
         if response is not None:
             return GenerationConfig(do_sample=False, max_new_tokens=len(response), use_cache=True)
-        asked = self.sampling
-        ends = [] if asked["ignore_eos"] else _listed(self.model.generation_config.eos_token_id)
-        ends = sorted({*ends, *asked.get("stop_token_ids", ())})
+        sampling = self.sampling
+        ends = [] if sampling["ignore_eos"] else _listed(self.model.generation_config.eos_token_id)
+        ends = sorted({*ends, *sampling.get("stop_token_ids", ())})
         longest = self.model.config.get_text_config().max_position_embeddings
-        max_new_tokens = min(asked["max_tokens"], longest - n_prompt)
+        max_new_tokens = min(sampling["max_tokens"], longest - n_prompt)
         common = {"max_new_tokens": max_new_tokens, "use_cache": True, "eos_token_id": ends or None}
-        if not asked["temperature"]:
+        if not sampling["temperature"]:
             return GenerationConfig(do_sample=False, **common)
         return GenerationConfig(
             do_sample=True,
-            temperature=asked["temperature"],
-            top_p=asked["top_p"],
-            top_k=max(asked["top_k"], 0),
-            min_p=asked["min_p"] or None,
+            temperature=sampling["temperature"],
+            top_p=sampling["top_p"],
+            top_k=max(sampling["top_k"], 0),
+            min_p=sampling["min_p"] or None,
             **common,
         )
 
@@ -241,7 +239,7 @@ class _Forced(LogitsProcessor):  # type: ignore[misc]
 
 @contextmanager
 def _no_other_defaults(model: Any) -> Iterator[None]:
-    """Without the checkpoint's generation_config: ``generate`` fills up from it what it is not told."""
+    """Without the checkpoint's generation_config: ``generate`` fills up from it what it is not given."""
     kept = model.generation_config
     model.generation_config = GenerationConfig()
     try:

@@ -37,7 +37,7 @@ class Perturbed:
 
     def __init__(self, modules: list[torch.nn.Module], kind: str, seed: int) -> None:
         if kind not in PERTURBATIONS:
-            raise EngineError(f"unknown perturbation {kind!r}; wanted one of {', '.join(PERTURBATIONS)}")
+            raise EngineError(f"unknown perturbation {kind!r}; expected one of {', '.join(PERTURBATIONS)}")
         self.modules, self.kind = modules, kind
         self.generator = torch.Generator().manual_seed(seed)
         self._wrapped: list[tuple[torch.nn.Module, Any]] = []

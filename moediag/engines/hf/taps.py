@@ -97,7 +97,7 @@ class RoutingTaps:
         """The forward's rows on the host, (T, L, ...), and forget them.
 
         Args:
-            row_T: rows of the forward to keep, in the order wanted: padding is left out here.
+            row_T: rows of the forward to keep, in the order of the result: padding is left out here.
 
         Raises:
             CaptureError: a layer did not fire, or gave too few rows.
@@ -132,7 +132,7 @@ class RoutingTaps:
                 output = original(*args, **kwargs)
             if mode.n_hits != 1:
                 raise CaptureError(
-                    f"MoE layer {layer}: the forced routes were used {mode.n_hits} times, wanted once; "
+                    f"MoE layer {layer}: the forced routes were used {mode.n_hits} times, expected once; "
                     "nothing was stored"
                 )
             return output if weights is None else (_scores_of(ids_TK, weights[:, layer], output[0]), *output[1:])
@@ -178,7 +178,7 @@ class RoutingTaps:
         if not logits.is_floating_point() or logits.shape[-1] != self.spec.n_experts:
             raise CaptureError(
                 f"MoE layer {layer}: the router's output {self._logits_index} is {logits.dtype} of width "
-                f"{logits.shape[-1]}, wanted logits over E = {self.spec.n_experts}"
+                f"{logits.shape[-1]}, expected logits over E = {self.spec.n_experts}"
             )
         if looks_like_probabilities(logits):
             raise CaptureError(f"MoE layer {layer}: the router gives probabilities under the name of logits")
@@ -192,7 +192,7 @@ def _scores_of(ids_TK: torch.Tensor, weights_TK: torch.Tensor, scores_TE: torch.
 
 
 def _stacked(layers: list[torch.Tensor], row_T: torch.Tensor) -> torch.Tensor:
-    """(L, T, width) of the rows wanted; on the host where the layers lie on several devices."""
+    """(L, T, width) of the chosen rows; on the host where the layers lie on several devices."""
     is_spread = len({layer.device for layer in layers}) > 1
     rows = [layer.cpu() if is_spread else layer for layer in layers]
     stacked = torch.stack(rows)

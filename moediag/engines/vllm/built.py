@@ -1,4 +1,4 @@
-"""What vLLM really built and selected: kernels, dtypes, sizes, sampling; not what it was asked for.
+"""What vLLM really built and selected: kernels, dtypes, sizes, sampling; not what was requested.
 
 Read from the built objects by what they are called there, duck-typed: an attribute that this version of an engine
 lacks is left out of the record, never guessed. Plain data, so that workers can send it.
@@ -75,8 +75,8 @@ def vllm_sampling(engine: Any, params: Any, prompt_token_ids: list[int]) -> dict
     Processes a request the way ``add_request`` does, without submitting it: ``params`` themselves stay as they are.
     """
     process = engine.input_processor.process_inputs
-    wanted = inspect.signature(process).parameters
-    tasks = {"supported_tasks": engine.get_supported_tasks()} if "supported_tasks" in wanted else {}
+    parameters = inspect.signature(process).parameters
+    tasks = {"supported_tasks": engine.get_supported_tasks()} if "supported_tasks" in parameters else {}
     request = process("moediag-provenance", {"prompt_token_ids": list(prompt_token_ids)}, params, **tasks)
     effective = request.sampling_params
     facts = {name.lstrip("_"): plain(getattr(effective, name)) for name in effective.__struct_fields__}

@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 
 from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, UNOBSERVED, ArmRequest
 from moediag.engines.assemble import IDS, capture_of, gate_weights_words, order_rows, recomputed_rows, token_rows
-from moediag.engines.channel import Reporter
-from moediag.engines.fill import Held, OnDone, fill_missing_shards, seed_of
-from moediag.engines.launch import OBSERVER_FORCES
 from moediag.engines.plan import load_prompt_tokens
+from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, seed_of
 from moediag.engines.provenance import arm_sections
 from moediag.engines.routers import ModelRouting
 from moediag.engines.versions import numeric_versions, require_infer_engine
 from moediag.engines.vllm.built import vllm_engine_config, vllm_sampling
+from moediag.engines.vllm.options import OBSERVER_FORCES
 from moediag.engines.vllm.paths import (
     DISTRIBUTIONS,
     Response,
@@ -39,11 +38,10 @@ from moediag.engines.vllm.paths import (
     sampling_parameters,
 )
 from moediag.errors import CaptureError, CheckpointError, EngineError, IncompleteRunError
-from moediag.run.capture import TokenRows, arrays_of
+from moediag.run.capture import Shard, TokenRows, arrays_of
 from moediag.run.files import rows_prefix
 from moediag.run.recipes import PREFILL, SAMPLED
 from moediag.run.records import ArmRecord
-from moediag.run.shards import Shard
 from moediag.run.writer import RunWriter
 
 _WORKER = "moediag.engines.vllm.worker.MoediagWorkerExtension"
@@ -79,7 +77,7 @@ def capture_infer(writer: RunWriter, options: dict[str, Any], reporter: Reporter
 
 
 def held_llm(held: Held, checkpoint: str, request: ArmRequest, reporter: Reporter) -> Any:
-    """The vLLM engine that the process holds, or the one that is wanted in its place; one does for all paths.
+    """The vLLM engine that the process holds, or the requested one in its place; one does for all paths.
 
     Raises:
         EngineError: the observer is not to be had here.
@@ -116,7 +114,7 @@ def _let_go(llm: Any) -> None:
 
 
 class InferEngine:
-    """One arm on a vLLM engine, observed as asked: by hooks, by vLLM's own record of experts, both, or not at all."""
+    """One arm on a vLLM engine, observed by hooks, by vLLM's own record of experts, by both, or not at all."""
 
     def __init__(self, writer: RunWriter, llm: Any, request: ArmRequest, routing: dict[str, Any] | None) -> None:
         self.writer, self.run = writer, writer.run
@@ -156,7 +154,7 @@ class InferEngine:
         return self.request.observer in (HOOKS, BOTH)
 
     def _install(self) -> list[dict[str, Any]]:
-        """Set the taps where they are asked for; what every rank has loaded."""
+        """Set the taps where they are needed; what every rank has loaded."""
         if not self.has_taps:
             return list(self.llm.collective_rpc("moediag_describe"))
         return list(self.llm.collective_rpc("moediag_install", args=(self.routing, self.level)))
@@ -213,8 +211,8 @@ class InferEngine:
         started = time.monotonic()
         sequences = self._sequences(shard)
         chosen = self.run.vocab_sequences(self.request.arm, shard)
-        wanted = {str(seq_id): len(self.prompts[seq_id][2]) - 1 for seq_id in chosen.tolist()}
-        self.llm.collective_rpc("moediag_begin", args=(self._shard_seed(shard), wanted))
+        kept = {str(seq_id): len(self.prompts[seq_id][2]) - 1 for seq_id in chosen.tolist()}
+        self.llm.collective_rpc("moediag_begin", args=(self._shard_seed(shard), kept))
         responses = self._generate(shard, sequences, on_done)
         tokens = self._tokens(shard, responses)
         seen = self._observed(tokens, shard, responses)
@@ -295,8 +293,8 @@ class InferEngine:
     def _observed(self, tokens: TokenRows, shard: Shard, responses: list[Response]) -> _Observed:
         if not self.has_taps:
             return _Observed({}, self._native_routing(tokens, shard, responses), {}, None, {}, [])
-        told, rows = self._rows(shard)
-        request_seq_ids = [int(request) for request in told["requests"]]
+        observed, rows = self._rows(shard)
+        request_seq_ids = [int(request) for request in observed["requests"]]
         apart = {name: rows.pop(name) for name in (*DISTRIBUTIONS, "entropy") if name in rows}
         numpy_rows = {name: _to_numpy(tensor) for name, tensor in rows.items()}
         routing = order_rows(tokens, numpy_rows, request_seq_ids, needs_last_row=self.path == PREFILL)
@@ -306,9 +304,9 @@ class InferEngine:
         entropy_T = entropies(tokens, apart.pop("entropy").numpy(), request_seq_ids)
         dtypes = {n: _DTYPE_NAMES[str(t.dtype)] for n, t in rows.items() if str(t.dtype) in _DTYPE_NAMES}
         facts = recomputed_rows(tokens, numpy_rows, request_seq_ids)
-        facts_told = {"router_dtypes": told["router_dtypes"], **facts}
+        shard_facts = {"router_dtypes": observed["router_dtypes"], **facts}
         distribution_rows = {name: tensor.numpy() for name, tensor in apart.items()}
-        return _Observed(facts_told, routing, dtypes, entropy_T, distribution_rows, request_seq_ids)
+        return _Observed(shard_facts, routing, dtypes, entropy_T, distribution_rows, request_seq_ids)
 
     def _native_routing(self, tokens: TokenRows, shard: Shard, responses: list[Response]) -> dict[str, NDArray[Any]]:
         if not self.is_routed or self.routing is None:
@@ -366,17 +364,17 @@ def refuse_unseen_routing(facts: dict[str, Any], routing: dict[str, Any] | None,
     """Refuse what the taps cannot see, and a model that is not the one config.json describes.
 
     Args:
-        facts: what the worker says of itself.
+        facts: what the worker reports of itself.
         routing: the run's ModelRouting as a record; None for a dense model.
 
     Raises:
         CheckpointError: layers, E, K or bias differ from config.json.
         CaptureError: a kernel or mode that hides which experts were used.
     """
-    wanted = list(routing["decoder_layers"]) if routing else []
-    if facts["decoder_layers"] != wanted:
+    expected = list(routing["decoder_layers"]) if routing else []
+    if facts["decoder_layers"] != expected:
         raise CheckpointError(
-            f"vLLM's model has MoE routers in decoder layers {facts['decoder_layers']}, config.json says {wanted}"
+            f"vLLM's model has MoE routers in decoder layers {facts['decoder_layers']}, config.json says {expected}"
         )
     if not routing:
         return
@@ -405,49 +403,49 @@ def disagreements(facts: dict[str, Any], routing: dict[str, Any] | None) -> list
     rule = facts["router_rule"]
     if not routing or routing["gate"] != "scores":
         return []
-    wanted = {"renormalize": routing["renormalize"], "scoring_func": routing["score_function"]}
+    expected = {"renormalize": routing["renormalize"], "scoring_func": routing["score_function"]}
     if routing["n_group"] > 1:
-        wanted |= {"num_expert_group": routing["n_group"], "topk_group": routing["topk_group"]}
-    told = [
+        expected |= {"num_expert_group": routing["n_group"], "topk_group": routing["topk_group"]}
+    differences = [
         f"vLLM's routers have {name} = {rule[name]!r}, config.json says {value!r}"
-        for name, value in wanted.items()
+        for name, value in expected.items()
         if name in rule and rule[name] != value
     ]
     factors = [rule.get("routed_scaling_factor", 1.0) * scale for scale in facts["scale_after_experts"]]
     if factors != [routing["scaling_factor"]]:
-        told.append(f"vLLM scales gate weights by {factors}, config.json says {routing['scaling_factor']!r}")
-    return told
+        differences.append(f"vLLM scales gate weights by {factors}, config.json says {routing['scaling_factor']!r}")
+    return differences
 
 
 def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What rank 0 told, once every rank is known to have routed the same rows the same way.
+    """What rank 0 returned, once every rank is known to have routed the same rows the same way.
 
     Raises:
         CaptureError: a step was irregular, or ranks saw different experts.
     """
-    told: dict[str, Any] = next(rank for rank in ranks if rank["rank"] == 0)
+    first: dict[str, Any] = next(rank for rank in ranks if rank["rank"] == 0)
     for rank in ranks:
         if rank["n_problems"]:
             raise CaptureError(
                 f"the taps saw {rank['n_problems']} irregular steps, first: {rank['problems'][0]}; nothing was stored"
             )
-        if rank["rows_sha256"] != told["rows_sha256"]:
+        if rank["rows_sha256"] != first["rows_sha256"]:
             raise CaptureError(
                 f"tensor-parallel rank {rank['rank']} routed other rows, or to other experts, than rank 0; "
                 "nothing was stored"
             )
-    return told
+    return first
 
 
 # vLLM's own record of routed experts (enable_return_routed_experts): ids only, without hooks, also inside CUDA graphs.
-# It needs the V2 model runner, hence Triton, and wants prefix caching on: each request is told not to read the cache.
+# It needs the V2 model runner, hence Triton, and needs prefix caching on: each request skips reading the cache.
 
 
 def require_native_observer() -> None:
     """Refuse where vLLM has no V2 model runner to record the experts.
 
     Raises:
-        EngineError: says why.
+        EngineError: with the reason.
     """
     from vllm.triton_utils import HAS_TRITON
 

@@ -116,7 +116,7 @@ class StepRecorder:
         self.request_T: list[torch.Tensor] = []
         self.parts: dict[str, list[torch.Tensor]] = {}
         self.entropies: list[tuple[list[int], torch.Tensor]] = []
-        self.wanted: dict[str, int] = {}
+        self.first_kept: dict[str, int] = {}
         self.vocab: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.step_position_T: torch.Tensor | None = None
         self.step_first_row = 0
@@ -125,13 +125,13 @@ class StepRecorder:
             if buffers is not None:
                 buffers.n_rows = 0
 
-    def want_distributions(self, wanted: dict[str, int]) -> None:
+    def keep_distributions(self, first_kept: dict[str, int]) -> None:
         """Keep whole next-token distributions until the next :meth:`begin`.
 
         Args:
-            wanted: request, as it was submitted: first position whose distribution is kept.
+            first_kept: request, as it was submitted: first position whose distribution is kept.
         """
-        self.wanted = dict(wanted)
+        self.first_kept = dict(first_kept)
 
     def on_forward(
         self, names: Sequence[str], counts: Sequence[int], positions: torch.Tensor, input_ids: torch.Tensor
@@ -159,7 +159,7 @@ class StepRecorder:
         self.inputs.store("position_T", 0, positions, n_rows)
         self.inputs.store("token_id_T", 0, input_ids, n_rows)
         # the runner's own buffer is overwritten by the next step; waiting for it is little beside whole distributions
-        self.step_position_T = positions[:n_rows].to("cpu", torch.int64, copy=True) if self.wanted else None
+        self.step_position_T = positions[:n_rows].to("cpu", torch.int64, copy=True) if self.first_kept else None
         self.step_first_row = self.n_rows
 
     def on_route(self, layer: int, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
@@ -191,14 +191,14 @@ class StepRecorder:
         self._keep_distributions(torch.arange(first, first + len(logits)), logits)
 
     def _keep_distributions(self, row_M: torch.Tensor, logits_MV: torch.Tensor) -> None:
-        """Keep the wanted rows as they are: vLLM's own ``logprobs=-1`` makes Python numbers of them.
+        """Keep the chosen rows as they are: vLLM's own ``logprobs=-1`` makes Python numbers of them.
 
         At V = 152k that is 19 MB per token, flat (34 MB as dicts), held until the request ends; here it is 0.6 MB.
         """
         if self.step_position_T is None or not len(row_M):
             return
         request_M, position_M = self.request_T[-1][row_M], self.step_position_T[row_M]
-        first = torch.tensor([self.wanted.get(name, _NEVER) for name in self.requests])
+        first = torch.tensor([self.first_kept.get(name, _NEVER) for name in self.requests])
         is_kept_M = position_M >= first[request_M]
         if is_kept_M.any():
             logps_MV = logits_MV.log_softmax(dim=-1, dtype=torch.float32)  # as vLLM's Sampler.compute_logprobs
@@ -206,7 +206,7 @@ class StepRecorder:
             self.vocab.append((request_M[is_kept_M], position_M[is_kept_M], kept_NV))
 
     def end_step(self) -> None:
-        """After the model ran: the step's rows are complete, or the step is told as a problem."""
+        """After the model ran: the step's rows are complete, or the step is reported as a problem."""
         if not self.n_step_rows:
             return
         if self.spec is not None and sorted(self.fired) != list(range(self.spec.n_layers)):
@@ -223,7 +223,7 @@ class StepRecorder:
             return
         for name, rows in self.inputs.held().items():
             self._append(name, rows[0].to("cpu", torch.int64, copy=True))
-        # A layer that never fired has no rows to give; the problem is told and nothing of the shard is stored.
+        # A layer that never fired has no rows to give; the problem is reported and nothing of the shard is stored.
         if self.routing is not None and self.spec is not None and not self.problems:
             kept = self.routing.held()
             if "weights" in kept and (self.scale_L != 1).any():
@@ -232,7 +232,7 @@ class StepRecorder:
                 self._append(name, rows)
 
     def flush(self, path: Path | None) -> dict[str, Any]:
-        """Write all rows to ``path`` (None: only tell what they are) and forget them.
+        """Write all rows to ``path`` (None: only describe them) and forget them.
 
         Returns:
             ``requests`` in the order of their numbers, ``problems``, ``router_dtypes``, and ``rows_sha256``, a digest
@@ -242,7 +242,7 @@ class StepRecorder:
         tensors = {name: torch.cat(parts) for name, parts in self.parts.items()}
         if tensors:
             tensors["request_T"] = torch.cat(self.request_T)
-        told = {
+        facts = {
             "requests": list(self.requests),
             "problems": self.problems[:5],
             "n_problems": len(self.problems),
@@ -252,7 +252,7 @@ class StepRecorder:
         if path is not None:
             save_file({**tensors, "entropy": self._entropy_table(tensors), **self._distributions()}, path)
         self.begin()
-        return told
+        return facts
 
     def _entropy_table(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """(request, position, entropy) of every sampled row."""
@@ -263,7 +263,7 @@ class StepRecorder:
         return torch.stack([tensors["request_T"][row].double(), tensors["position_T"][row].double(), entropy], dim=1)
 
     def _distributions(self) -> dict[str, torch.Tensor]:
-        """Request, position and log-probabilities of every kept row; empty where none is wanted."""
+        """Request, position and log-probabilities of every kept row; empty where none is kept."""
         if not self.vocab:
             return {}
         names = ("vocab_request_N", "vocab_position_N", "vocab_logps_NV")

@@ -75,17 +75,17 @@ class MoediagWorkerExtension:
             undo()
         self._moediag_undo = []
 
-    def moediag_begin(self, seed: int | None, wanted: dict[str, int] | None = None) -> None:
+    def moediag_begin(self, seed: int | None, kept: dict[str, int] | None = None) -> None:
         """Start a shard: forget rows; with a seed, reseed this worker's default generator.
 
         Args:
-            wanted: requests whose whole next-token distributions rank 0 keeps, each from a position on.
+            kept: requests whose whole next-token distributions rank 0 keeps, each from a position on.
         """
         if seed is not None:
             torch.manual_seed(seed)
         if hasattr(self, "_moediag_recorder"):
             self._moediag_recorder.begin()
-            self._moediag_recorder.want_distributions((wanted or {}) if self.rank == 0 else {})
+            self._moediag_recorder.keep_distributions((kept or {}) if self.rank == 0 else {})
 
     def moediag_bias(self) -> list[list[float]] | None:
         """The routers' correction bias by MoE layer and expert; None where the rule has none."""
@@ -93,7 +93,7 @@ class MoediagWorkerExtension:
         return None if bias_LE is None else [[float(bias) for bias in row] for row in bias_LE.tolist()]
 
     def moediag_flush(self, path: str) -> dict[str, Any]:
-        """Rank 0 writes its rows to ``path``; every rank tells what it saw."""
+        """Rank 0 writes its rows to ``path``; every rank returns what it saw."""
         return {"rank": self.rank, **self._moediag_recorder.flush(Path(path) if self.rank == 0 else None)}
 
 
@@ -127,7 +127,7 @@ def scales_after_experts(routers: list[tuple[int, torch.nn.Module, Any]]) -> lis
 
     vLLM hands ``routed_scaling_factor`` to one of two: to the router, whose weights then contain it, or to the module
     that holds the router and runs the experts, which scales their sum (``apply_routed_scale_to_output``). Which of the
-    two depends on model, kernel and platform; the other one is told 1. Same in vLLM 0.30 to 0.32.
+    two depends on model, kernel and platform; the other one gets 1. Same in vLLM 0.30 to 0.32.
     """
     return [float(getattr(module, "routed_scaling_factor", 1.0)) for _, module, _ in routers]
 
@@ -287,7 +287,7 @@ class _V2Runner:
         return self.input_batch.req_ids, self.input_batch.num_scheduled_tokens.tolist()
 
     def tap_sampler(self, on_sample: Callable[[torch.Tensor], None]) -> Undo:
-        """The V2 sampler is no module: a stand-in that is called in its place and is it in every other respect."""
+        """The V2 sampler is no module: an object that is called in its place and is it in every other respect."""
         runner, original = self.runner, self.runner.sampler
 
         class TappedSampler:
