@@ -96,6 +96,7 @@ class FrameSpec:
     Args:
         section: anchor of the section of a run's page that shows it; empty = none.
         caption: what its table shows there, and which end is good.
+        is_metrics: a row is a declared metric of the whole pair, which the pair's summary holds, too.
     """
 
     name: str
@@ -103,6 +104,7 @@ class FrameSpec:
     columns: tuple[Column, ...]
     section: str = ""
     caption: str = ""
+    is_metrics: bool = False
 
     def __getitem__(self, name: str) -> Column:
         return next(column for column in self.columns if column.name == name)
@@ -129,11 +131,13 @@ class FrameSpec:
         return frame.reset_index(drop=True)
 
 
-def declare(name: str, one_row_per: str, *columns: Column, section: str = "", caption: str = "") -> FrameSpec:
+def declare(
+    name: str, one_row_per: str, *columns: Column, section: str = "", caption: str = "", is_metrics: bool = False
+) -> FrameSpec:
     """Register a frame's declaration; names are unique."""
     if name in _REGISTRY:
         raise FrameError(f"frame {name} is declared twice")
-    spec = FrameSpec(name, one_row_per, columns, section, caption)
+    spec = FrameSpec(name, one_row_per, columns, section, caption, is_metrics)
     _REGISTRY[name] = spec
     return spec
 

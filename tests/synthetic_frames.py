@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis import declarations as declared
-from moediag.analysis.attribution import flip_excess
+from moediag.analysis.attribution import flip_excess, flip_shares
 from moediag.analysis.declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, FORECAST_FLIPS
+from moediag.analysis.metrics import METRICS
 from moediag.analysis.routing import independent_flips
 from moediag.analysis.sequences import drift_by_length, sequence_frame
 from moediag.analysis.strata import metrics_by_stratum
@@ -47,6 +48,7 @@ def make_run(
         "expert_swaps": declared.EXPERT_SWAPS.validate(_swaps(rng, flips, n_experts)),
         **_predicted(flips, first_decoder_layer),
         "flip_excess": flip_excess(tokens),
+        "flip_shares": flip_shares(tokens),
         "sequences": sequence_frame(tokens, n_layers),
         "drift_by_length": drift_by_length(sequence_frame(tokens, n_layers)),
         "metrics_by_stratum": metrics_by_stratum(tokens, n_layers),
@@ -319,6 +321,16 @@ def _corrections(diff):
     )  # fmt: skip
 
 
+def _flip_shares(frames):
+    if not len(frames["agreement_by_layer"]):
+        return {}
+    metrics = ((METRICS[row["metric"]], row) for row in frames["flip_shares"].to_dict("records"))
+    group = {"n_tokens": len(frames["tokens"])}
+    for metric, row in metrics:
+        group |= metric.entry(row["value"], row["ci_low"], row["ci_high"])
+    return {"flip_shares": group}
+
+
 def make_summary(frames, path="models/tiny-moe", **model):
     """A run summary in the shape of summary.json, with the numbers of ``frames``."""
     metrics = frames["logp_metrics"].set_index("metric")
@@ -338,7 +350,8 @@ def make_summary(frames, path="models/tiny-moe", **model):
                    "any_layer_share_ci": [0.95 * any_share, 1.05 * any_share], "by_layer": [],
                    "n_choices": len(layers) * len(tokens), "n_tokens": len(tokens)}  # fmt: skip
     pair = {"n_sequences": 64, "n_prompts": 64, "n_tokens": len(tokens), "n_unscored": 0, "logp": logp,
-            "routing": routing, "margins": None, "position": None, "corrections": None}  # fmt: skip
+            "routing": routing, "margins": None, "position": None, "corrections": None,
+            **_flip_shares(frames)}  # fmt: skip
     return {
         "schema_version": 2,
         "main_pair": "infer~train",

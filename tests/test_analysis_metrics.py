@@ -28,7 +28,7 @@ from moediag.analysis import (
     token_frame,
     worst_tokens,
 )
-from moediag.analysis.attribution import MATCHED_ENTROPY_EDGES
+from moediag.analysis.attribution import MATCHED_ENTROPY_EDGES, flip_shares
 from moediag.analysis.strata import CONFIDENCE_EDGES, ENTROPY_EDGES, doubling_strata, edge_strata
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -322,6 +322,52 @@ def test_flip_excess_equals_a_loop_over_strata() -> None:
     assert row["excess"] == pytest.approx((flipped - reference) / n)
     assert row["ratio"] == pytest.approx(flipped / reference)
     assert flip_excess(_tokens(dense=True)).empty
+
+
+def _shares(tokens: pd.DataFrame) -> pd.DataFrame:
+    return flip_shares(tokens).set_index("metric")
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.5])
+def test_flips_explain_what_they_add_and_not_what_they_accompany(effect: float) -> None:
+    """Hard tokens flip more: without any effect they hold 1.5 times their share of the mismatch and explain none."""
+    tokens = [_hard_tokens(seed, effect) for seed in range(20)]
+    shares = [_shares(each) for each in tokens]
+    held = [_held(each) for each in tokens]
+    truth = np.mean(held) * effect / (1 + effect)
+    rows = [found.loc["flip_explained_share"] for found in shares]
+    assert sum(row["ci_low"] < truth < row["ci_high"] for row in rows) >= 18
+    assert np.mean([row["value"] for row in rows]) == pytest.approx(truth, abs=0.01)
+    for found, share in zip(shares, held, strict=True):
+        mass = found.loc["flip_mass_share"]
+        assert mass["value"] == pytest.approx(share)
+        assert mass["value"] > 1.3 * found.loc["flip_token_share", "value"]
+        assert 0 <= mass["ci_low"] < share < mass["ci_high"] <= 1
+
+
+def _held(tokens: pd.DataFrame) -> float:
+    size = np.abs(_diff(tokens))
+    return float(size[tokens["n_flipped_layers"].to_numpy() > 0].sum() / size.sum())
+
+
+def test_explained_share_is_the_excess_of_the_matched_tokens_over_all_flipped_ones() -> None:
+    tokens = _tokens(n_prompts=40, flip_noise=0.4)
+    row, found = flip_excess(tokens).iloc[0], _shares(tokens)["value"]
+    assert row["n_unmatched"] > 0
+    assert found["flip_token_share"] == (tokens["n_flipped_layers"] > 0).mean()
+    assert found["flip_explained_share"] == pytest.approx(row["excess"] / row["flipped_mean"] * _held(tokens))
+
+
+def test_shares_of_flips_where_there_is_nothing_to_share() -> None:
+    dense = _shares(_tokens(dense=True))
+    assert dense["value"].isna().all()
+    assert (dense["n_tokens"] == 0).all()
+    no_flip = _shares(_tokens().assign(n_flipped_layers=np.int16(0)))
+    assert (no_flip["value"] == 0).all()
+    assert no_flip.loc["flip_explained_share", "note"] == "no variation between prompts"
+    same = _tokens()
+    same = _shares(same.assign(logp_train=same["logp_infer"]))
+    assert same["value"].isna().tolist() == [False, True, True]
 
 
 def test_entropies_of_masked_and_kept_tokens() -> None:

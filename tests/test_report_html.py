@@ -214,8 +214,11 @@ def test_numbers_are_the_same_in_markdown_html_and_summary(moe: dict[str, pd.Dat
     logp, routing = pair["logp"], pair["routing"]
     wanted = [*(logp["abs_logp_diff"][name] for name in ("mean", "p99"))]
     wanted += [logp["kl_infer_train_k3"], logp["extreme_share_2"]]
-    wanted += [routing["flip_rate"], routing["any_layer_share"]]
-    found = [float(row[1].removesuffix(" %")) / (100 if row[1].endswith("%") else 1) for row in shown[0][1:]]
+    wanted += [routing["flip_rate"], routing["any_layer_share"], pair["flip_shares"]["explained_share"]]
+    found = [
+        float(row[1].removesuffix(" %").replace("−", "-")) / (100 if row[1].endswith("%") else 1)
+        for row in shown[0][1:]
+    ]
     assert found == pytest.approx(wanted, rel=0.01)
 
 

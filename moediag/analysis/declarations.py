@@ -34,7 +34,7 @@ TOKENS = declare(
 LOGP_METRICS = declare(
     "logp_metrics",
     "metric of the log-probability mismatch",
-    Column("metric", "str", "1", "dotted name, as in summary.json under pairs[...].logp"),
+    Column("metric", "str", "1", "name, as declared; dotted as in summary.json"),
     measured("value", "see unit", "the metric over all scored response tokens"),
     measured("ci_low", "see unit", "lower bound of the 95 % interval"),
     measured("ci_high", "see unit", "upper bound of the 95 % interval"),
@@ -47,6 +47,7 @@ LOGP_METRICS = declare(
     Column("unit", "str", "1", "unit of value"),
     Column("direction", "str", "1", "which end is good"),
     Column("note", "str", "1", "why there is no interval or no value; empty otherwise"),
+    is_metrics=True,
 )
 
 _ABOVE = with_ci(share("share_above", "F(tau) = P(max(ratio, 1/ratio) > tau)", "F(tau)"))

@@ -69,7 +69,7 @@ class ExpertComparison:
     @cached_property
     def n_swapped_N(self) -> Int64:  # noqa: N802 - the legend suffix
         """Experts exchanged by every flip, K minus those in both sets: 1 .. K."""
-        # the larger side: with a duplicated id (a defect, rule D03) the two sides miss different numbers
+        # the larger side: with a duplicated id (a defect) the two sides miss different numbers
         return np.maximum(self.n_only_train_N, self.n_only_infer_N)
 
     @property

@@ -243,7 +243,7 @@ def margin_quantiles(totals: dict[str, MarginTotals]) -> pd.DataFrame:
     Returns:
         Frame ``margin_quantiles``: order statistics to a relative 2^-12; a small margin means an easy flip.
 
-    Source: ours; ties counted apart because bf16 router logits make many (rule D16).
+    Source: ours; ties counted apart because bf16 router logits make many.
     """
     records = []
     for space, total in totals.items():

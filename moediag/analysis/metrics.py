@@ -95,6 +95,10 @@ class Metric:
         found: float | None = self._beside(pair, "_largest_prompt_share")
         return found
 
+    def is_measured(self, pair: Summary) -> bool:
+        """Whether the pair has what it is of: routing, for most; a value may be missing nevertheless."""
+        return self._group(pair) is not None
+
     def n(self, pair: Summary) -> int | None:
         """Tokens, sequences or choices behind it: those of its own group, else the pair's."""
         name = f"n_{self.counts}s"
@@ -121,6 +125,9 @@ class Metric:
 
 _M = TypeVar("_M", bound=Metric)
 
+_GROUPS: Final = {"logp": 0, "routing": 1}
+"""The groups of a pair's summary that tables begin with, whichever module was imported first."""
+
 METRICS: Final[dict[str, Metric]] = {}
 """Every metric by name, in the order of the tables; importing ``moediag.analysis`` declares them all."""
 
@@ -131,9 +138,7 @@ def declare_metrics(*metrics: _M) -> tuple[_M, ...]:
         if metric.name in METRICS:
             raise FrameError(f"metric {metric.name} is declared twice")
         METRICS[metric.name] = metric
+    in_order = sorted(METRICS.items(), key=lambda item: _GROUPS.get(item[1].path[0], len(_GROUPS)))
+    METRICS.clear()
+    METRICS.update(in_order)
     return metrics
-
-
-def metrics_of(group: str) -> list[Metric]:
-    """The metrics of one group of a pair's summary, in the order of their declarations."""
-    return [metric for metric in METRICS.values() if metric.path[0] == group]

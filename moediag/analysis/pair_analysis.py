@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from moediag.analysis.attribution import flip_excess
+from moediag.analysis.attribution import flip_excess, flip_shares
 from moediag.analysis.entropies import entropy_quantiles
 from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
 from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
@@ -76,6 +76,7 @@ class PairAnalysis:
     expert_swaps: pd.DataFrame | None = None
     first_divergence: pd.DataFrame | None = None
     flip_excess: pd.DataFrame | None = None
+    flip_shares: pd.DataFrame | None = None
     margin_curve: pd.DataFrame | None = None
     margin_quantiles: pd.DataFrame | None = None
     margin_noise: pd.DataFrame | None = None
@@ -135,6 +136,7 @@ def _routing_parts(pair: Pair, tokens: Tokens, routing: RoutingPass, sequences: 
         "expert_swaps": expert_swaps(swaps, layers),
         "first_divergence": first_divergence(sequences),
         "flip_excess": flip_excess(tokens),
+        "flip_shares": flip_shares(tokens),
     }
     if margins := routing.known_margins:
         parts["margin_curve"] = margin_curve(margins)

@@ -58,7 +58,7 @@ def sequence_frame(tokens: AnyTokens, n_layers: int = 0) -> pd.DataFrame:
         n_layers: L, to turn flipped layers into a rate; 0 = dense.
 
     Returns:
-        Frame ``sequences``, ascending by ``seq_id``; sort by what is asked (rule D21: a few sequences 100 x worse).
+        Frame ``sequences``, ascending by ``seq_id``; sort by what is looked for (a few sequences 100 x worse).
 
     Source: verl for perplexities; GSPO and Geo-RS for the two sequence ratios.
     """

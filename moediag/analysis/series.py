@@ -307,12 +307,12 @@ def _beyond_rounding(rows: pd.DataFrame) -> str:
     if first == 0:
         return (
             f"{value}, from the first on: {cause}, and no drift either. Check that both sides hold the same weights "
-            "(fingerprints; unsharded against sharded), score the same tokens (D32, D01) and sample as they score (D10)"
+            "(fingerprints; unsharded against sharded), score the same tokens and sample as they score"
         )
     return (
         f"{value}, after {value_N[first - 1]:.3g} at step {step_N[first - 1]}: {cause}. It came with an update: "
-        "compare fingerprints of both sides' weights before and after the weight sync (D25: transfer dtype, sharding), "
-        "and repeat the steps with lr = 0 (D27): if it comes back, the sync or the engine's state is at fault, not the "
+        "compare fingerprints of both sides' weights before and after the weight sync (transfer dtype, sharding), "
+        "and repeat the steps with lr = 0: if it comes back, the sync or the engine's state is at fault, not the "
         "learning"
     )
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from moediag.analysis.metrics import METRICS
 from moediag.analysis.pair_analysis import PairAnalysis
 from moediag.analysis.routing import RATES
 from moediag.analysis.sequences import abs_log_ratio_mean
+from moediag.frames import declared
 from moediag.statistics.intervals import Interval
 
 
@@ -29,14 +30,13 @@ def pair_summary(analysis: PairAnalysis) -> dict[str, Any]:
         the frames'.
     """
     slope = analysis.position_slope
-    return {
+    summary = {
         "n_sequences": int(analysis.n_sequences),
         "n_prompts": int(analysis.n_prompts),
         "n_tokens": int(analysis.n_tokens),
         "n_unscored": int(analysis.n_unscored),
         "n_impossible": int(analysis.n_impossible),
         "left_out": dict(analysis.left_out),
-        "logp": _logp_summary(analysis.logp_metrics),
         "routing": _routing_summary(analysis),
         "margins": _margin_summary(analysis.margin_quantiles),
         "position": {
@@ -54,6 +54,10 @@ def pair_summary(analysis: PairAnalysis) -> dict[str, Any]:
         "flip_excess": _flip_excess_summary(analysis.flip_excess),
         "corrections": {str(row["method"]): _correction_summary(row) for _, row in analysis.corrections.iterrows()},
     }
+    for name, frame in analysis.frames().items():
+        if declared(name).is_metrics:
+            _add_metrics(summary, frame)
+    return summary
 
 
 def _number(value: Any) -> float | None:
@@ -69,20 +73,18 @@ def _entry(name: str, interval: Interval) -> dict[str, Any]:
     return {name: _number(interval.value), f"{name}_ci": _bounds(interval.low, interval.high)}
 
 
-def _logp_summary(metrics: pd.DataFrame) -> dict[str, Any]:
-    """The contract's metrics, dotted names nested one level."""
-    by_name = metrics.set_index("metric")
-    summary: dict[str, Any] = {}
-    for name in by_name.index:
-        value, low, high, largest = by_name.loc[name, ["value", "ci_low", "ci_high", "largest_prompt_share"]].to_numpy(
-            dtype=np.float64
-        )
-        group, _, leaf = name.rpartition(".")
-        into = summary.setdefault(group, {}) if group else summary
-        into.update({leaf: _number(value), f"{leaf}_ci": _bounds(low, high)})
-        if math.isfinite(largest):
-            into[f"{leaf}_largest_prompt_share"] = _number(largest)
-    return summary
+def _add_metrics(summary: dict[str, Any], frame: pd.DataFrame) -> None:
+    """Every metric of a frame where its declaration places it; those outside ``logp`` with their own n beside them."""
+    for row in frame.to_dict("records"):
+        metric, group = METRICS[row["metric"]], summary
+        *parents, leaf = metric.path
+        for key in parents:
+            group = group.setdefault(key, {})
+        group |= metric.entry(row["value"], row["ci_low"], row["ci_high"])
+        if math.isfinite(row["largest_prompt_share"]):
+            group[f"{leaf}_largest_prompt_share"] = float(row["largest_prompt_share"])
+        if parents[0] != "logp":
+            group["n_tokens"] = int(row["n_tokens"])
 
 
 def _routing_summary(analysis: PairAnalysis) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Final
 
@@ -16,6 +15,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from moediag.analysis.measures import ICEPOP_BAND
 from moediag.analysis.tokens import Tokens
+from moediag.corrections.masked_shares import band_name
 from moediag.figures.floors import share
 from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
 from moediag.figures.style import (
@@ -84,13 +84,8 @@ def plot_ratio_histogram(
 
 def icepop_row(corrections: pd.DataFrame | None) -> pd.Series | None:
     """The row of IcePop with the band 0.5 to 5, whatever other presets there are."""
-    if corrections is None:
-        return None
-    for _, row in corrections.iterrows():
-        numbers = tuple(float(n) for n in re.findall(r"\d+(?:\.\d+)?", str(row["method"])))
-        if "icepop" in str(row["method"]).lower() and numbers == ICEPOP_BAND:
-            return row
-    return None
+    rows = () if corrections is None else (row for _, row in corrections.iterrows())
+    return next((row for row in rows if row["method"] == band_name(*ICEPOP_BAND)), None)
 
 
 def ratio_finding(tokens: Mapping[str, pd.DataFrame], corrections: Mapping[str, pd.DataFrame]) -> str:

@@ -73,7 +73,7 @@ def comparison_page(
             },
         )
         for metric in METRICS.values()
-        if metric.section == "numbers" or metric.is_headline
+        if metric.section not in ("", "further") and any(map(metric.is_measured, pairs.values()))
     ]
     headlines = [(metric, row) for metric, row in measures if metric.is_headline]
     pictures = {path.stem: Picture(path) for path in figures if path.suffix == ".png"}
@@ -132,7 +132,7 @@ def _cautions(summary: Summary, runs: Mapping[str, Summary]) -> list[Block]:
 
 def _measure(metric: Metric, summary: Summary, pair: Summary, frames: Frames, origin: str) -> Measured:
     """A number of one run; without one where it is of routing and the run has none."""
-    if metric.path[:1] == ("routing",) and not pair.get("routing"):
+    if not (metric.is_measured(pair) or pair.get("routing")):
         name = label_of(metric, origin)
         return Measured(name, None, None, None, "", metric.shown_unit, metric.direction, DENSE)
     return measure(metric, pair, origin=origin, floors=summary, frames=frames)

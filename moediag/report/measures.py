@@ -12,6 +12,7 @@ from typing import Any, Final
 import pandas as pd
 
 from moediag.analysis.metrics import METRICS, Metric
+from moediag.frames import declared
 from moediag.numbers import NONE, count, is_number, percent, sig
 from moediag.report.blocks import Table, interval, number, table
 from moediag.report.text import Markdown, plain
@@ -159,9 +160,9 @@ def measure(
 
 
 def _note(metric: Metric, frames: Frames) -> str:
-    frame = frames.get("logp_metrics")
-    notes = frame.loc[frame["metric"] == metric.name, "note"] if frame is not None else ()
-    return next(iter(map(str, notes)), metric.note)
+    tables = [frame for name, frame in frames.items() if declared(name).is_metrics]
+    notes = (note for frame in tables for note in frame.loc[frame["metric"] == metric.name, "note"])
+    return next(map(str, notes), metric.note)
 
 
 def label_of(metric: Metric, origin: str = "") -> str:
@@ -215,5 +216,4 @@ def _independent(pair: Summary) -> Measured:
 
 def headlines(pair: Summary) -> list[Metric]:
     """The metrics of the first screen that the pair has; those of routing are left out of a dense run."""
-    metrics = (metric for metric in METRICS.values() if metric.is_headline)
-    return [metric for metric in metrics if metric.path[:1] != ("routing",) or pair.get("routing")]
+    return [metric for metric in METRICS.values() if metric.is_headline and metric.is_measured(pair)]

@@ -233,7 +233,6 @@ def _worst_sequences(frame: pd.DataFrame) -> pd.DataFrame:
     return scored.sort_values(order, ascending=[False, True], kind="stable").head(20)
 
 
-_GROUPING_WORDS: Final = {"any_flip": "any flip"}
 _EXACT_WORDS: Final = {
     "kl_infer_train_exact": "KL(infer‖train), exact",
     "kl_train_infer_exact": "KL(train‖infer), exact",
