@@ -1,4 +1,4 @@
-"""Analyses: aligned arms in, declared frames out. Pure: no engine, no file, no figure.
+"""Analyses: aligned arms in, declared frames out. No engine, no figure; no file is written.
 
 Importing this package imports every module of it, and with them its frames are declared. Every analysis takes any
 pair, so the floors of an engine against itself are the same functions on the same frames. What one pair gives is put
