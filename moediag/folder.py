@@ -69,7 +69,7 @@ def refuse_other(path: Path, kind: str, request: Mapping[str, Any], force: bool 
 
     Args:
         kind: entry ``kind`` of its summary.json, e.g. ``moediag trend``.
-        request: entry ``request``, in plain types: what makes two results the same; ``of`` says it in words.
+        request: entry ``request``, in plain types: what makes two results the same; entry ``of`` names it in messages.
         force: replace the result of another request, too.
 
     Raises:
@@ -143,7 +143,7 @@ def made_together(root: Path, name: str) -> Iterator[Path]:
 
 
 def settle(root: Path, name: str) -> None:
-    """Move what is ready into its place, which a killed process may have left to do; nothing happens where nothing is.
+    """Move what is ready into its place, which a killed process may have left to do.
 
     Raises:
         OSError: it cannot be moved.
@@ -248,7 +248,7 @@ def _ready(root: Path, name: str) -> Path:
 
 
 def _summary_in(path: Path) -> dict[str, Any]:
-    """What an earlier result says of itself, damaged or not; empty = there is none."""
+    """Content of an earlier result's summary.json, sealed or not; empty = none."""
     try:
         content = json.loads((path / SUMMARY).read_text())
         return content if isinstance(content, dict) else {}
@@ -257,7 +257,7 @@ def _summary_in(path: Path) -> dict[str, Any]:
 
 
 def _strange(path: Path, kind: str, summary: Mapping[str, Any]) -> str:
-    """What at the path is not of such a result, in words; empty = nothing."""
+    """What at the path belongs to no such result, for a message; empty = nothing."""
     if not path.is_dir():
         return "a file"
     if summary.get("kind") != kind:

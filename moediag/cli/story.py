@@ -9,7 +9,6 @@ from pathlib import Path
 
 from moediag.cli import jobs
 from moediag.cli.console import bar, note, wrote
-from moediag.cli.simulate import Asked
 from moediag.cli.simulation_table import show_sentences
 from moediag.cli.table import show_table
 from moediag.corrections.chosen import choose
@@ -19,7 +18,7 @@ from moediag.demo.train import MOE
 from moediag.notation import INFER, TRAIN
 from moediag.results import compare_runs
 from moediag.results.load import shell_command
-from moediag.results.simulation import Grid
+from moediag.results.simulation import Request, write_simulation
 from moediag.run.files import make_folder, write_atomic, write_error
 from moediag.run.reader import open_run
 from moediag.run.writer import RunWriter
@@ -64,10 +63,11 @@ def tell(output: Path, force: bool = False, no_text: bool = False) -> None:
 
 
 def _simulate(path: Path, force: bool) -> None:
-    asked, run = Asked(path, choose(), Grid()), open_run(path)
-    folder = asked.folder(run, None, force)
-    simulation = asked.simulate(run)
-    pages = [] if folder is None else asked.write(simulation, folder, shell_command("simulate", path), force)
+    run, request = open_run(path), Request(path, choose())
+    with bar("simulating") as progress:
+        simulation = request.simulate(run, progress.show)
+    folder, again = request.folder(run), [shell_command("simulate", path)]
+    pages = write_simulation(simulation, folder, again, request.content(folder), force)
     show_sentences(simulation)
     for page in pages:
         wrote(page)
