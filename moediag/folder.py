@@ -31,7 +31,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.errors import CorruptRunError, IncompleteRunError, MoediagError, RunError
+from moediag.errors import CorruptRunError, DiskFullError, IncompleteRunError, MoediagError, RunError
 from moediag.frames import declared_frames
 from moediag.run.files import (
     host_tag,
@@ -131,7 +131,7 @@ def made_together(root: Path, name: str) -> Iterator[Path]:
     try:
         if (root / name).exists() and not (root / name).is_dir():
             raise RunError(f"cannot write {root / name}: wanted a folder, found a file; move it elsewhere")
-        make_folder(made)
+        made.mkdir(parents=True, exist_ok=True)
         yield made
         settle(root, name)  # what another process made meanwhile
         made.rename(_ready(root, name))
@@ -269,6 +269,10 @@ def _strange(path: Path, kind: str, summary: Mapping[str, Any]) -> str:
 
 
 def _as_error(error: OSError, path: Path) -> MoediagError:
+    if isinstance(error, DiskFullError):  # of a file in the folder being made, whose name no user knows
+        return DiskFullError(
+            f"no space to write {path}; what was there is unchanged: free some space and run the same command again"
+        )
     return error if isinstance(error, MoediagError) else write_error(error, path)
 
 

@@ -156,14 +156,14 @@ def _open_same(path: Path, wanted: RunRecord, checkpoint: CheckpointRecord | Non
         return run
     differences = []
     if there.checkpoint is not None and checkpoint is not None and there.checkpoint != checkpoint.digest:
-        differences.append(f"checkpoint: {run.checkpoint(there.checkpoint).words} there, {checkpoint.words} asked")
+        differences.append(f"checkpoint: {run.checkpoint(there.checkpoint).words} there, {checkpoint.words} given")
     named = _OF_CHECKPOINTS if differences else ()
     before, now = (
         {key: value for key, value in record.configuration.items() if key not in named} for record in (there, wanted)
     )
     differences += differing(before, now)
     if there.schema_version != wanted.schema_version:
-        differences = [f"schema_version: {there.schema_version} there, {wanted.schema_version} asked"]
+        differences = [f"schema_version: {there.schema_version} there, {wanted.schema_version} given"]
     raise RunConflictError(
         f"{path} was made with another configuration ({'; '.join(differences)}); use another -o or --force"
     )
