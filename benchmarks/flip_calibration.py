@@ -27,11 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from synthetic_flips import RULES, Truth, make_flips, pair_of
 
 from moediag.analysis.choice_scores import RoutingRule
-from moediag.analysis.explain import explain_pair
-from moediag.analysis.flip_probability import border_flip_probability, set_flip_probability
-from moediag.analysis.forecast import forecast_flips
-from moediag.analysis.noise import noise_of_logits, view_block
-from moediag.analysis.prediction import predict_flips
+from moediag.analysis.flips.explained import explain_flips, forecast_flips, predict_flips
+from moediag.analysis.flips.noise import measure_noise, noise_of_logits, view_block
+from moediag.analysis.flips.predictor import border_flip_probability, set_flip_probability
 from moediag.run.reader import Run, open_run
 
 Array = NDArray[np.float64]
@@ -48,11 +46,12 @@ CASES = {
 def synthetic_rows(name: str, truth: Truth) -> list[dict[str, object]]:
     """Explained by every method, then forecast by the best one, pooled over layers."""
     pair = make_flips(truth, seed=1)
-    frame = explain_pair(pair, truth.rule, bias_LE=truth.bias_LE).explained_flips
+    measured = measure_noise(pair, truth.rule)
+    frame = explain_flips(measured, truth.bias_LE)["explained_flips"]
     rows = [_row(name, record) for record in frame[frame["layer"] == -1].to_dict("records")]
     other = make_flips(truth, seed=2, first_prompt=1)
     noise = pair_of(*other.blocks(), rule=truth.rule, name="train~train-perturbed")
-    forecast = forecast_flips(pair, noise, truth.rule, bias_LE=truth.bias_LE)
+    forecast = forecast_flips(measured, measure_noise(noise, truth.rule), truth.bias_LE)
     record = forecast[forecast["layer"] == -1].iloc[0]
     rows.append(
         {

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.analysis.gradient_statistics import PromptGradients, compare
+from moediag.statistics.gradients import PromptGradients, compare
 
 Array = NDArray[np.float64]
 N_NUMBERS = 200

@@ -31,12 +31,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.analysis.intervals import Interval, ratio_mean_interval
 from moediag.analysis.logprobs import pearson_interval, std_interval
 from moediag.analysis.measures import TOKEN_MEASURES, Scored, abs_diff
 from moediag.analysis.positions import within_sequence
-from moediag.analysis.quantiles import quantile_of_rows
 from moediag.analysis.routing import clustering_ratio_interval, flip_dispersion_interval
+from moediag.statistics.intervals import Interval, ratio_mean_interval
+from moediag.statistics.quantiles import quantile_of_rows
 
 Array = NDArray[np.float64]
 N_LAYERS = 4

@@ -31,12 +31,10 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.analysis.intervals import ratio_mean_interval
-from moediag.analysis.recurrence import MIN_STEPS, fit_recurrence, why_not_fitted
-from moediag.analysis.recurrence_filter import Series
-from moediag.analysis.recurrence_intervals import Likelihood
-from moediag.analysis.recurrence_shapes import STRONG, other_shapes
 from moediag.analysis.series import standard_error_of
+from moediag.statistics.intervals import ratio_mean_interval
+from moediag.statistics.recurrence import MIN_STEPS, fit_recurrence, why_not_fitted
+from moediag.statistics.recurrence_likelihood import STRONG, Likelihood, Series, other_shapes
 
 Array = NDArray[np.float64]
 START: Final = 1e-3

@@ -1,6 +1,13 @@
 """moediag: routing-mismatch diagnostics for mixture-of-experts models across RL engines.
 
-``import moediag`` loads neither torch, transformers nor vllm; only ``moediag.engines`` does.
+::
+
+    import moediag
+
+    run = moediag.open_run("runs/moe")
+
+:mod:`moediag.library` says what can be done with it. ``import moediag`` loads neither torch, transformers nor vllm,
+nor pandas: names and sub-packages are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -8,24 +15,44 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Pair", "PairBlock", "Run", "__version__", "open_run"]
+__all__ = [
+    "Comparison",
+    "MoediagError",
+    "Pair",
+    "PairBlock",
+    "Run",
+    "Series",
+    "Simulation",
+    "__version__",
+    "compare",
+    "open_run",
+    "open_series",
+    "simulate",
+]
 
 if TYPE_CHECKING:
+    from moediag.errors import MoediagError
+    from moediag.library import Comparison, Run, Series, Simulation, compare, open_run, open_series, simulate
     from moediag.run.align import Pair, PairBlock
-    from moediag.run.reader import Run, open_run
 
-_HOME = {
-    "Pair": "moediag.run.align",
-    "PairBlock": "moediag.run.align",
-    "Run": "moediag.run.reader",
-    "open_run": "moediag.run.reader",
-}
+_HOME = {"MoediagError": "errors", "Pair": "run.align", "PairBlock": "run.align"}
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `moediag --help` does not pay for pandas and pyarrow.
-    if name in _HOME:
-        from importlib import import_module
+    from importlib import import_module
 
-        return getattr(import_module(_HOME[name]), name)
+    if name in __all__:
+        return getattr(import_module(f"moediag.{_HOME.get(name, 'library')}"), name)
+    if not name.startswith("_"):
+        try:
+            return import_module(f"moediag.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"moediag.{name}":  # a room that is there, and lacks a package
+                raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from pkgutil import iter_modules
+
+    return sorted([*__all__, *(module.name for module in iter_modules(__path__))])

@@ -13,6 +13,10 @@ class MoediagError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback: the one line, as on the command line."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class PromptsError(MoediagError, ValueError):
     """A prompts file cannot be used; names the file and the line."""

@@ -36,6 +36,9 @@ SCHEMA_VERSION: Final = 2
 NOT_ROUTED: Final = -1
 """Expert id in memory of a (token, layer) that has no routing row."""
 
+POOLED: Final = -1
+"""MoE layer of a frame's row that is of all layers together."""
+
 NO_TOKEN: Final = -1
 """Token id in memory of a token whose id is not known (a dump without ids)."""
 

@@ -19,8 +19,7 @@ from families import ENGINE_OPTIONS, FAMILIES, make_checkpoint
 from probes import TESTS, engines_under, run_probe
 from rule_agreement import rule_agreement_by_layer
 
-from moediag.analysis.calibration import POOLED
-from moediag.analysis.prediction import predict_flips
+from moediag.analysis.flips.explained import predict_flips
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.engines.arms import ArmRequest, arm_request
 from moediag.engines.assemble import FULL
@@ -32,6 +31,7 @@ from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.engines.routers import ModelRouting
 from moediag.errors import MoediagError
 from moediag.hygiene import check_run
+from moediag.notation import POOLED
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run, open_run

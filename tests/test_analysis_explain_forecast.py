@@ -15,10 +15,9 @@ from test_results import make_run
 from test_run_directory import capture_of, tokens_of
 
 from moediag.analysis.choice_scores import RoutingRule
-from moediag.analysis.explain import BORDER_ONLY, explained_flips
 from moediag.analysis.flip_declarations import EXPLAINED_FLIPS, FORECAST_FLIPS
-from moediag.analysis.forecast import forecast_flips
-from moediag.analysis.prediction import noise_arms, predict_flips
+from moediag.analysis.flips.explained import BORDER_ONLY, explain_flips, forecast_flips, noise_arms, predict_flips
+from moediag.analysis.flips.noise import measure_noise
 from moediag.run.capture import arrays_of
 from moediag.run.reader import Run, open_run
 from moediag.run.records import RouterSpec
@@ -32,12 +31,20 @@ def arm_pair(seed: int = 9, truth: Truth = TRUTH):
     return pair_of(block_of(make_flips(truth, seed=seed)), rule=truth.rule, name="train~train-perturbed")
 
 
+def forecast(target, noise, rule: RoutingRule) -> pd.DataFrame:
+    return forecast_flips(measure_noise(target, rule), measure_noise(noise, rule))
+
+
+def explained(pair, rule: RoutingRule) -> pd.DataFrame:
+    return explain_flips(measure_noise(pair, rule))["explained_flips"]
+
+
 @pytest.mark.parametrize("after_flip", [1.0, 6.0])
 def test_noise_from_elsewhere_forecasts_the_flips_of_the_pair(after_flip: float) -> None:
     """Also where flips make the noise below them louder: that noise was measured with its amplification in it."""
     truth = replace(TRUTH, after_flip=after_flip, n_layers=4)
     target = make_flips(truth, seed=1)
-    frame = forecast_flips(target, arm_pair(truth=truth), truth.rule).set_index("layer")
+    frame = forecast(target, arm_pair(truth=truth), truth.rule).set_index("layer")
     assert set(frame["method"]) == {"all_pairs"}
     assert set(zip(frame["pair"], frame["noise_from"], strict=True)) == {("infer~train", "train~train-perturbed")}
     np.testing.assert_allclose(frame["forecast"], frame["observed"], rtol=0.2)
@@ -52,7 +59,7 @@ def test_a_forecast_is_of_the_noise_and_not_of_the_pair_s_own() -> None:
     """
     quiet = replace(TRUTH, scale=TRUTH.scale / 4)
     target, noise = make_flips(TRUTH, seed=1), arm_pair(truth=quiet)
-    row = forecast_flips(target, noise, TRUTH.rule).iloc[0]
+    row = forecast(target, noise, TRUTH.rule).iloc[0]
     ids_TLK = [np.sort(getattr(block_of(noise), f"expert_ids_{side}_TLK")) for side in ("infer", "train")]
     assert row["layer"] == -1
     assert row["noise_observed"] == pytest.approx((ids_TLK[0] != ids_TLK[1]).any(axis=-1).mean())
@@ -63,14 +70,14 @@ def test_a_forecast_is_of_the_noise_and_not_of_the_pair_s_own() -> None:
 
 def test_forecasts_give_no_interval() -> None:
     """Prompts resampled under a noise taken as known gave "95 %" that held the rate found .06 to .69 of the time."""
-    frame = forecast_flips(make_flips(TRUTH, seed=1), arm_pair(), TRUTH.rule)
+    frame = forecast(make_flips(TRUTH, seed=1), arm_pair(), TRUTH.rule)
     assert not [name for name in frame if name.startswith(("forecast_", "explained_"))]
     assert "no interval" in next(c.meaning for c in FORECAST_FLIPS.columns if c.name == "forecast")
     assert not [c.name for c in EXPLAINED_FLIPS.columns if c.name.startswith("explained_")]
 
 
 def test_an_arm_explains_its_own_flips_calibrated() -> None:
-    row = explained_flips(arm_pair(), TRUTH.rule).iloc[0]
+    row = explained(arm_pair(), TRUTH.rule).iloc[0]
     assert row["layer"] == -1
     assert row["explained"] == pytest.approx(row["observed"], rel=0.1)
     assert row["calibration_error"] < 2 * row["calibration_error_expected"]
@@ -79,10 +86,10 @@ def test_an_arm_explains_its_own_flips_calibrated() -> None:
 def test_margins_alone_forecast_too() -> None:
     quiet = replace(TRUTH, scale=0.003, loud=4.0, n_prompts=32)
     target = pair_of(without_logits(block_of(make_flips(quiet, seed=1))), rule=quiet.rule)
-    frame = forecast_flips(target, arm_pair(truth=quiet), quiet.rule)
+    frame = forecast(target, arm_pair(truth=quiet), quiet.rule)
     assert set(frame["method"]) == {"margin_change"}
     assert frame["assumption"].str.startswith(BORDER_ONLY).all()
-    flips = explained_flips(target, quiet.rule).iloc[0]["observed"]
+    flips = explained(target, quiet.rule).iloc[0]["observed"]
     assert frame.iloc[0]["forecast"] == pytest.approx(flips, rel=0.25)
 
 
@@ -131,10 +138,10 @@ def test_a_run_is_predicted_by_every_arm_that_it_has(tmp_path: Path) -> None:
     assert frames.keys() == {"score_noise", "explained_flips", "flip_calibration", "forecast_flips"}
     assert set(frames["explained_flips"]["layer"]) == {-1, 0, 1}
     assert set(frames["explained_flips"]["decoder_layer"]) == {-1, 1, 3}
-    forecast = frames["forecast_flips"]
-    assert set(forecast["noise_from"]) == {"train~train-perturbed", "infer~infer-repeat"}
-    assert set(zip(forecast["pair"], forecast["side"], strict=True)) == {("infer~train", "infer")}
-    assert (forecast["assumption"] != "").all()
+    forecasts = frames["forecast_flips"]
+    assert set(forecasts["noise_from"]) == {"train~train-perturbed", "infer~infer-repeat"}
+    assert set(zip(forecasts["pair"], forecasts["side"], strict=True)) == {("infer~train", "infer")}
+    assert (forecasts["assumption"] != "").all()
 
 
 def test_ordinary_analysis_does_not_copy_router_logits(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from synthetic_flips import RULES
 from test_routers import spec_of
 
 from moediag.analysis.choice_scores import RoutingRule, border_gap, choice_scores, chosen_experts
-from moediag.analysis.flip_probability import (
+from moediag.analysis.flips.predictor import (
     border_flip_probability,
     set_flip_probability,
     simulated_flip_probability,

@@ -10,15 +10,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from moediag.analysis.intervals import (
+from moediag.statistics.intervals import (
     MIN_CLUSTERS,
     Interval,
     cluster_sums,
+    jackknife_interval,
     mean_interval,
     ratio_mean_interval,
 )
-from moediag.analysis.jackknife import jackknife_interval
-from moediag.analysis.quantiles import FAR_MIN_CLUSTERS, quantile_interval
+from moediag.statistics.quantiles import FAR_MIN_CLUSTERS, quantile_interval
 
 
 def _clustered(rng: np.random.Generator, n_clusters: int) -> tuple[np.ndarray, np.ndarray]:
@@ -216,7 +216,7 @@ def test_chunked_draws_do_not_change_with_many_clusters(monkeypatch: pytest.Monk
     rng = np.random.default_rng(5)
     sums, n = rng.exponential(size=50), rng.integers(1, 9, 50)
     whole = ratio_mean_interval(sums, n, "positive").one()
-    monkeypatch.setattr("moediag.analysis.resampling._CELLS_PER_CHUNK", 5_000)
+    monkeypatch.setattr("moediag.statistics.resampling._CELLS_PER_CHUNK", 5_000)
     chunked = ratio_mean_interval(sums, n, "positive").one()
     assert (whole.low, whole.high) == pytest.approx((chunked.low, chunked.high), rel=1e-12)
 

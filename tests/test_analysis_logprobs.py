@@ -11,7 +11,7 @@ import pytest
 from synthetic import make_block, make_pair
 
 from moediag.analysis import logp_metrics, scored_tokens, tail_curve, token_frame
-from moediag.analysis.intervals import LARGE_SHARE
+from moediag.statistics.intervals import LARGE_SHARE
 
 
 def _value(metrics: pd.DataFrame, name: str) -> float:

@@ -9,7 +9,7 @@ import pytest
 from synthetic import make_block, make_pair, take
 
 from moediag.analysis import MarginTotals, margin_curve, margin_noise, margin_quantiles, margin_totals
-from moediag.analysis.margin_counts import BIN_HIGH, BIN_LOW
+from moediag.analysis.margins import BIN_HIGH, BIN_LOW
 from moediag.errors import MoediagError
 from moediag.run.align import PairBlock
 
@@ -100,7 +100,7 @@ def test_margins_of_two_sides_do_not_add_up() -> None:
     one = margin_totals(make_pair(block))["choice"]
     other = margin_totals(make_pair(replace(block, margin_infer_TL=None)))["choice"]
     assert (one.side, other.side) == ("infer", "train")
-    with pytest.raises(MoediagError, match="two sides"):
+    with pytest.raises(MoediagError, match="counts of different side do not add up: infer and train"):
         MarginTotals.merge([one, other])
 
 
@@ -123,7 +123,7 @@ def test_noise_is_that_of_the_score_difference() -> None:
 def test_chunks_do_not_change_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     block = make_block(flip_noise=0.4)
     whole = margin_curve(margin_totals(make_pair(block)))
-    monkeypatch.setattr("moediag.analysis.margin_counts._CHOICES_PER_CHUNK", 50)
+    monkeypatch.setattr("moediag.analysis.margins._CHOICES_PER_CHUNK", 50)
     assert margin_curve(margin_totals(make_pair(block))).equals(whole)
 
 

@@ -121,7 +121,7 @@ def test_merge_of_parts_equals_the_whole_even_inside_a_prompt() -> None:
 
 
 def test_merge_of_nothing_is_an_error() -> None:
-    with pytest.raises(MoediagError, match="empty"):
+    with pytest.raises(MoediagError, match="pass at least one RoutingTotals"):
         RoutingTotals.merge([])
 
 

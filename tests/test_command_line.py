@@ -265,16 +265,17 @@ def test_analysis_and_figures_import_no_engine() -> None:
 _LAYERS = (
     ("notation", "errors", "frames", "prompts"),
     ("run", "folder"),
+    ("importers", "statistics"),
     ("analysis", "corrections", "hygiene"),
     ("figures", "audit"),
     ("report",),
-    ("results",),
+    ("results", "headlines", "shown", "library"),
     ("cli",),
 )
 
 
 def test_imports_only_point_downwards() -> None:
-    """notation, errors <- run <- analysis, corrections, hygiene <- figures <- report <- results <- cli.
+    """notation, errors <- run <- importers <- analysis, corrections, hygiene <- figures <- report <- results <- cli.
 
     Engines see notation, errors and run only; the gradient audit sees engines, analysis and corrections.
     """

@@ -7,8 +7,7 @@ import pytest
 from matplotlib.text import Text
 from synthetic_frames import make_run
 
-from moediag.analysis.explain import BORDER_ONLY
-from moediag.analysis.predicted import best_method, predicted_flips
+from moediag.analysis.flips.explained import BORDER_ONLY, best_method, flip_headlines
 from moediag.figures import Floor, draw_figure, figures_left_out, plot_explained_flips, plot_flip_excess
 from moediag.figures.explained import source_words
 
@@ -89,7 +88,7 @@ def test_a_bin_without_a_flip_is_drawn_as_such(moe):
 @pytest.mark.parametrize("forecasts", [True, False])
 def test_the_headline_is_the_pooled_row(moe, forecasts):
     frames = {name: frame for name, frame in moe.items() if forecasts or name != "forecast_flips"}
-    found = predicted_flips(frames)
+    found = flip_headlines(frames)
     pooled = moe["explained_flips"].iloc[0]
     assert found["explained"]["explained"] == pooled["explained"]
     assert found["explained"]["gap_ci"] == [pooled["gap_ci_low"], pooled["gap_ci_high"]]
@@ -100,8 +99,8 @@ def test_the_headline_is_the_pooled_row(moe, forecasts):
     assert all(row["observed"] == pooled["observed"] for row in found["forecast"])
     assert not any("forecast_ci" in row for row in found["forecast"]), "an interval that misses what is found"
     assert "explained_ci" not in found["explained"]
-    assert predicted_flips({}) is None
-    assert predicted_flips(make_run(n_tokens=64, n_layers=0)) is None
+    assert flip_headlines({}) is None
+    assert flip_headlines(make_run(n_tokens=64, n_layers=0)) is None
 
 
 def test_margins_alone_say_what_they_leave_out(moe):
@@ -109,7 +108,7 @@ def test_margins_alone_say_what_they_leave_out(moe):
     rows = moe["explained_flips"]
     margins = rows[rows["method"] == "margin_change"].assign(note=BORDER_ONLY)
     assert f"{BORDER_ONLY}." in words(drawn({**moe, "explained_flips": margins}))
-    assert predicted_flips({"explained_flips": margins})["explained"]["note"] == BORDER_ONLY
+    assert flip_headlines({"explained_flips": margins})["explained"]["note"] == BORDER_ONLY
 
 
 @pytest.mark.parametrize(

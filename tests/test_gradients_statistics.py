@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moediag.analysis.gradient_statistics import PromptGradients, bias_floor, compare, norm_interval
+from moediag.statistics.gradients import PromptGradients, bias_floor, compare, norm_interval
 
 N_PROMPTS, N_NUMBERS = 24, 6
 RNG = np.random.default_rng(5)

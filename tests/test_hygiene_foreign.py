@@ -13,8 +13,9 @@ from hygiene_captures import FAULTS, Healthy, make, plant, write_run
 
 from moediag.cli.main import main
 from moediag.errors import DumpError
-from moediag.hygiene.foreign import check_dump, read_dump
+from moediag.hygiene.foreign import check_file
 from moediag.hygiene.rules import RULES
+from moediag.importers.sequences import read_sequences
 from moediag.run.capture import Capture, TokenRows
 
 SHAPE = (16, 4, 6)
@@ -51,7 +52,7 @@ def write_dump(path: Path, records: list[dict[str, Any]]) -> Path:
 def test_a_dump_comes_back_as_the_arrays_it_was_made_of(tmp_path: Path, suffix: str, first_row: int) -> None:
     tokens, train, infer = make(Healthy(shape=SHAPE, n_prompts=4, samples=2, prompt_length=6))
     path = write_dump(tmp_path / f"dump{suffix}", records_of(tokens, train, infer, first_row))
-    dump = read_dump(path, 16, first_row)
+    dump = read_sequences(path, 16, first_row)
     for name, array in vars(tokens).items():
         np.testing.assert_array_equal(getattr(dump.tokens, name), array)
     np.testing.assert_array_equal(dump.captures["infer"].logp_T, infer.logp_T)
@@ -62,7 +63,7 @@ def test_a_dump_comes_back_as_the_arrays_it_was_made_of(tmp_path: Path, suffix: 
 
 def test_a_healthy_dump_is_quiet(tmp_path: Path) -> None:
     path = write_dump(tmp_path / "dump.jsonl", records_of(*make(Healthy(shape=SHAPE, certain_share=0))))
-    inspection = check_dump(path, 16)
+    inspection = check_file(path, 16)
     assert [(f.level, f.rule) for f in inspection.findings] == [("note", "D06-last-row")]
     assert main(["validate", str(path)]) == 0
 
@@ -75,7 +76,7 @@ def test_a_fault_in_a_dump_is_named(fault: str, tmp_path: Path) -> None:
     h = Healthy(shape=SHAPE, certain_share=0, has_scores=False, n_prompts=40)
     path = write_dump(tmp_path / "dump.jsonl", records_of(*plant(fault, h, *make(h))))
     rule = RULES[fault.split()[0]]
-    errors = {f.rule for f in check_dump(path, 16).findings if f.level == "error"}
+    errors = {f.rule for f in check_file(path, 16).findings if f.level == "error"}
     assert rule.name in errors
     assert errors <= {rule.name, *rule.companions}
     assert main(["validate", str(path), "--num-experts", "16"]) == 3
@@ -102,7 +103,7 @@ def test_ids_alone_or_logprobs_alone_are_enough(tmp_path: Path) -> None:
     records = records_of(*make(Healthy(shape=SHAPE)))
     for names in (("routed_experts",), ("logprobs",), ("train_logprobs",), ("train_routed_experts", "logprobs")):
         kept = [{k: v for k, v in r.items() if k in ("prompt_token_ids", "token_ids", *names)} for r in records]
-        inspection = check_dump(write_dump(tmp_path / "dump.jsonl", kept), 16)
+        inspection = check_file(write_dump(tmp_path / "dump.jsonl", kept), 16)
         assert inspection.n_errors == 0
 
 
@@ -140,7 +141,7 @@ def test_other_files_are_one_line(tmp_path: Path) -> None:
     for name, data in (("dump.parquet", b"no parquet"), ("dump.jsonl", b"\xff\xfe"), ("run.json", b'{"a": 1}')):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DumpError):
-            check_dump(tmp_path / name)
+            check_file(tmp_path / name)
 
 
 def test_validate_prints_errors_first_with_places_cause_and_a_summary(
@@ -174,7 +175,7 @@ def test_validate_without_anything_to_check_is_a_usage_error() -> None:
 
 def errors_of(path: Path, n_experts: int | None = 16) -> dict[str, str]:
     """Rule -> message of what is above a note."""
-    return {f.rule: f.message for f in check_dump(path, n_experts).findings if f.level != "note"}
+    return {f.rule: f.message for f in check_file(path, n_experts).findings if f.level != "note"}
 
 
 def in_infer(records: list[dict[str, Any]], change: Any) -> list[dict[str, Any]]:
@@ -200,7 +201,7 @@ def test_a_bug_found_logprobs_are_compared_although_one_side_alone_has_routing(
         "at lag +1" in out
     )
     summary = out.splitlines()[-1]
-    left_out = check_dump(tmp_path / "dump.jsonl").left_out
+    left_out = check_file(tmp_path / "dump.jsonl").left_out
     assert f"{len(RULES) - sum(map(len, left_out.values()))} of {len(RULES)} rules applied" in summary
     assert "D01-row-lag, D02-layer-lag, D02-layer-at-chance because no expert ids of both sides" in summary
 
@@ -235,7 +236,7 @@ def test_a_bug_found_slots_of_dense_layers_are_no_error(
                 record[name] = with_zero_layers(np.array(record[name]), layers).tolist()
         path = write_dump(tmp_path / "dump.jsonl", records)
         assert set(errors_of(path)) == ({fault} if fault else set())
-        notes = [f for f in check_dump(path, 16).findings if f.rule == "D03-dense-slot"]
+        notes = [f for f in check_file(path, 16).findings if f.rule == "D03-dense-slot"]
         assert [f.where for f in notes] == ["infer", "train"][: 1 + is_on_both]
         assert f"layers {layers} of {6 + len(layers)} are expert 0 in every row" in notes[0].message
         assert main(["validate", str(path), "--strict"]) == (3 if fault else 0)
@@ -334,7 +335,7 @@ def test_not_routed_in_an_unsigned_byte_and_ids_in_a_signed_one_are_named(tmp_pa
 def test_zero_experts_are_offered_as_a_cause(tmp_path: Path) -> None:
     records = records_of(*make(Healthy(shape=SHAPE, certain_share=0)))
     path = write_dump(tmp_path / "dump.jsonl", in_infer(records, lambda ids: ids + 4))
-    (found,) = [f for f in check_dump(path, 16).findings if f.level == "error"]
+    (found,) = [f for f in check_file(path, 16).findings if f.level == "error"]
     assert (found.rule, "zero experts" in found.message, "zero_expert_num" in found.cause) == (
         "D03-id-range",
         True,
@@ -390,5 +391,5 @@ def test_logprobs_of_another_sequence_are_named_by_sequence(tmp_path: Path) -> N
     n = len(records[11]["token_ids"])
     records[11]["train_logprobs"] = np.resize(records[12]["train_logprobs"], n).tolist()
     path = write_dump(tmp_path / "dump.jsonl", records)
-    (found,) = [f for f in check_dump(path, 16).findings if f.level == "error"]
+    (found,) = [f for f in check_file(path, 16).findings if f.level == "error"]
     assert (found.rule, found.n, found.n_of, found.places[0].seq_id) == ("D01-other-sequence", 1, 30, 11)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from moediag.cli.main import main
 from moediag.hygiene.findings import Finding
 from moediag.hygiene.logged import check_steps, check_tokens
+from moediag.hygiene.logps import FAR, OtherSequence
 from moediag.hygiene.rows import Rows, Shape
-from moediag.hygiene.streams import FAR, OtherSequence
 from moediag.run.capture import Capture, TokenRows
 
 Streams = tuple[np.ndarray, np.ndarray]

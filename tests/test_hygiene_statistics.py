@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from moediag.hygiene import check_capture, check_pair
+from moediag.hygiene.buffers import MAX_LAG, Stale, count_prefixes
 from moediag.hygiene.chance import (
     ALPHA,
     GROUP_POSITIONS,
@@ -25,10 +26,9 @@ from moediag.hygiene.chance import (
     joint_rate,
     mean_is_positive,
 )
-from moediag.hygiene.completeness import count_prefixes
-from moediag.hygiene.lags import TOKEN_LAGS, LayerLag, RowLag, TokenLag
+from moediag.hygiene.expert_ids import LayerLag, RowLag
+from moediag.hygiene.logps import TOKEN_LAGS, TokenLag
 from moediag.hygiene.rows import Rows, Shape, bit_sets, n_members, prefix_hashes
-from moediag.hygiene.stale import MAX_LAG, Stale
 from moediag.run.capture import TokenRows
 
 

@@ -13,9 +13,9 @@ from test_simulate_sources import write
 
 from moediag.cli.main import main
 from moediag.corrections import compare_corrections, parse_correction
-from moediag.corrections.loss_masks import FACTORS, TOKEN_MASKS
-from moediag.corrections.sources import Source, frame_source, table_source
+from moediag.corrections.sources import Source, table_source
 from moediag.errors import DumpError
+from moediag.importers.columns import FACTORS, TOKEN_MASKS
 from moediag.results.trend_sources import read_trend
 
 N_SEQUENCES, N_EACH = 8, 64
@@ -41,7 +41,7 @@ def n_and_k3(source: Source) -> tuple[int, float]:
 
 def bare() -> Source:
     frame = padded()
-    return frame_source(frame[frame["position"] >= N_EACH])
+    return table_source(frame[frame["position"] >= N_EACH])
 
 
 @pytest.mark.parametrize("dtype", [int, bool, float])
@@ -56,7 +56,7 @@ def test_the_mask_of_every_framework_is_used_and_named(tmp_path: Path, mask: str
     """Bug: only is_response and response_mask were known; the rows that other masks rule out counted as 512 tokens in
     perfect agreement, and k3 came out half as large."""
     table = table_source(write(padded(mask), tmp_path / "t.parquet"))
-    assert n_and_k3(table) == n_and_k3(frame_source(padded(mask))) == n_and_k3(bare())
+    assert n_and_k3(table) == n_and_k3(table_source(padded(mask))) == n_and_k3(bare())
     assert n_and_k3(bare())[0] == 512
     assert (f"loss mask: {mask}" in table.notes) == (mask != "is_response")
     assert not table.findings
@@ -109,7 +109,7 @@ def test_a_mask_of_another_name_can_be_given_and_every_column_left_over_is_named
 def test_what_is_no_flag_is_no_mask(tmp_path: Path, value: float) -> None:
     frame = padded("loss_mask", float)
     frame.loc[3, "loss_mask"] = value
-    for read in (lambda: table_source(write(frame, tmp_path / "t.parquet")), lambda: frame_source(frame)):
+    for read in (lambda: table_source(write(frame, tmp_path / "t.parquet")), lambda: table_source(frame)):
         with pytest.raises(DumpError, match="loss_mask"):
             read()
 
@@ -151,7 +151,7 @@ def test_rounding_above_0_is_not_taken_for_padding() -> None:
 
 def serious(frame: pd.DataFrame) -> list[str]:
     """Findings above a note."""
-    return [found.rule for found in frame_source(frame).findings if found.level != "note"]
+    return [found.rule for found in table_source(frame).findings if found.level != "note"]
 
 
 @pytest.mark.parametrize("mask", ["completion_mask", "sample_mask", None])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from moediag.analysis.recurrence import (
+from moediag.errors import FrameError
+from moediag.statistics.recurrence import (
     ASSUMPTIONS,
     MIN_STEPS,
     MOST_STEPS,
@@ -19,10 +20,7 @@ from moediag.analysis.recurrence import (
     thinned,
     why_not_fitted,
 )
-from moediag.analysis.recurrence_filter import Noises, Series, filter_series, powers
-from moediag.analysis.recurrence_intervals import Likelihood
-from moediag.analysis.recurrence_shapes import log_likelihood
-from moediag.errors import FrameError
+from moediag.statistics.recurrence_likelihood import Likelihood, Noises, Series, filter_series, log_likelihood, powers
 
 A, B, START = 0.03, 0.03 * 5e-4, 1e-3  # delta_c = 1e-3
 

@@ -18,8 +18,7 @@ from markdown_it import MarkdownIt
 from synthetic_frames import empty_frame, make_run, make_summary
 
 from moediag.analysis import declarations as declared
-from moediag.analysis.explain import BORDER_ONLY
-from moediag.analysis.predicted import predicted_flips
+from moediag.analysis.flips.explained import BORDER_ONLY, flip_headlines
 from moediag.figures.numbers import percent
 from moediag.frames import declared_frames
 from moediag.report import TokenTexts, comparison_page, html_page, markdown_page, run_page
@@ -378,7 +377,7 @@ def test_degenerate_runs_make_a_page(kind: str) -> None:
 
 
 def test_explained_and_forecast_flips_are_the_frames_by_the_best_method(moe: dict[str, pd.DataFrame]) -> None:
-    summary = {**summary_of(moe), "predicted_flips": predicted_flips(moe)}
+    summary = {**summary_of(moe), "predicted_flips": flip_headlines(moe)}
     text = markdown_page(run_page(summary, moe, []))
     assert "the noise comes from" in text
     pooled = moe["explained_flips"].iloc[0]
@@ -402,7 +401,7 @@ def test_explained_and_forecast_flips_are_the_frames_by_the_best_method(moe: dic
 
 def test_what_another_router_precision_does_is_measured_and_not_forecast(moe: dict[str, pd.DataFrame]) -> None:
     """Rounded recorded logits stood as forecasts beside infer~train and were of infer against its own logits."""
-    summary = {**summary_of(moe), "predicted_flips": predicted_flips(moe)}
+    summary = {**summary_of(moe), "predicted_flips": flip_headlines(moe)}
     assert "with another router arithmetic" not in markdown_page(run_page(summary, moe, []))
     routing = {"flip_rate": 0.0216, "flip_rate_ci": [0.020, 0.023], "n_choices": 114756}
     summary["arms"]["train-router-fp32"] = {
@@ -418,7 +417,7 @@ def test_margins_alone_say_beside_the_gap_what_they_leave_out(moe: dict[str, pd.
     """Margins alone fall short of the flips as these grow (x.87 at 4 %, x.62 at 31 %), and no reason stood there."""
     explained = moe["explained_flips"][lambda frame: frame["method"] == "margin_change"].assign(note=BORDER_ONLY)
     frames = {**moe, "explained_flips": explained}
-    text = markdown_page(run_page({**summary_of(moe), "predicted_flips": predicted_flips(frames)}, frames, []))
+    text = markdown_page(run_page({**summary_of(moe), "predicted_flips": flip_headlines(frames)}, frames, []))
     assert "Flips by any pair of experts but the border's are missing" in text
     (row, *layers) = {tuple(table[0][:2]): table[1:] for table in markdown_tables(text)}["layer (decoder)", "from"]
     assert row[1] == f"margins: {BORDER_ONLY}"

@@ -10,8 +10,8 @@ import pytest
 from test_analysis_explain_forecast import ruled_run
 
 from moediag.analysis.choice_scores import RoutingRule
-from moediag.analysis.explain import explain_pair
-from moediag.analysis.prediction import predict_flips
+from moediag.analysis.flips.explained import explain_flips, predict_flips
+from moediag.analysis.flips.noise import measure_noise
 from moediag.errors import CorruptRunError
 from moediag.hygiene import check_run
 from moediag.run.files import write_sealed
@@ -75,10 +75,11 @@ def test_flips_are_predicted_from_logits_with_the_stored_bias(tmp_path: Path, ru
     explained = frames["explained_flips"]
     assert methods <= set(explained["method"])
     assert explained.loc[explained["method"].isin(methods), "explained"].between(0, 1).all()
-    given = explain_pair(run.pair("train", "infer", with_logits=True), rule, bias_LE=BIAS.astype(float))
-    assert explained.equals(given.explained_flips)
-    zero = explain_pair(run.pair("train", "infer", with_logits=True), rule, bias_LE=0 * BIAS)
-    assert not explained.equals(zero.explained_flips)
+    noise = measure_noise(run.pair("train", "infer", with_logits=True), rule)
+    given = explain_flips(noise, BIAS.astype(float))
+    assert explained.equals(given["explained_flips"])
+    zero = explain_flips(noise, 0.0 * BIAS)
+    assert not explained.equals(zero["explained_flips"])
     forecast = frames["forecast_flips"]
     assert set(forecast["noise_from"]) == {"train~train-perturbed", "infer~infer-repeat"}
     assert set(forecast["pair"]) == {"infer~train"}
@@ -104,5 +105,5 @@ def test_scores_are_read_with_the_bias_of_their_own_engine(tmp_path: Path) -> No
         assert found["explained_flips"].equals(plain["explained_flips"]) != is_read
     train_bias = same.correction_bias("train").astype(float)
     pair = same.pair("train-perturbed", "train", with_logits=True)
-    own, other = (explain_pair(pair, BIASED, bias_LE=b) for b in (train_bias, train_bias[:, ::-1]))
-    assert not own.explained_flips.equals(other.explained_flips)
+    own, other = (explain_flips(measure_noise(pair, BIASED), b) for b in (train_bias, train_bias[:, ::-1]))
+    assert not own["explained_flips"].equals(other["explained_flips"])

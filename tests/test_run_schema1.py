@@ -14,7 +14,7 @@ import pytest
 from conftest import write_jsonl
 from test_run_directory import contents
 
-from moediag.analysis.prediction import predict_flips
+from moediag.analysis.flips.explained import predict_flips
 from moediag.cli.main import main
 from moediag.engines.hf.engine import _refuse_other_weights
 from moediag.errors import IncompleteRunError, RunError, SchemaVersionError

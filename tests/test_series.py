@@ -110,7 +110,7 @@ def test_the_kind_of_file_changes_no_number(tmp_path, kind):
     expected = trend_of(step_metrics(step, path.name, make_tokens(step)) for step in (0, 10, 20))
     pd.testing.assert_frame_equal(source.trend, expected, rtol=1e-12)
     assert source.step_origin == "column step"
-    assert any("does not say" in note for note in source.notes)
+    assert any("are a KL only if infer sampled" in note for note in source.notes)
 
 
 def write(table, path):

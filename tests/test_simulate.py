@@ -18,7 +18,7 @@ from test_simulate_sources import logged, write
 from moediag.cli.main import main
 from moediag.corrections import METHODS, PRESETS, weights
 from moediag.corrections.chosen import choose
-from moediag.corrections.sources import frame_source
+from moediag.corrections.sources import table_source
 from moediag.frames import declared_frames
 from moediag.report.simulation_page import STABILITY
 from moediag.results.simulation import add_sweep, as_json, simulate, write_simulation
@@ -193,7 +193,7 @@ def test_no_interval_of_a_mean_weight_goes_beyond_what_weights_can_be() -> None:
     most 2."""
     frame = logged(60).assign(logp_train=lambda f: f["logp_infer"], prompt_id=lambda f: f["seq_id"])
     frame.loc[frame["is_response"].idxmax(), ["logp_train", "logp_infer"]] = [-0.1, -9.0]
-    found = simulate(frame_source(frame), choose(["mis_token:cap=inf", "tis_token"]), "t").frames[
+    found = simulate(table_source(frame), choose(["mis_token:cap=inf", "tis_token"]), "t").frames[
         "correction_statistics"
     ]
     known = found[found["weight_mean_ci_low"].notna()]
@@ -204,7 +204,7 @@ def test_no_interval_of_a_mean_weight_goes_beyond_what_weights_can_be() -> None:
 
 
 def test_everything_on_disk_is_declared_named_and_made_anew(tmp_path: Path) -> None:
-    simulation = simulate(frame_source(logged(40)), choose(), "t")
+    simulation = simulate(table_source(logged(40)), choose(), "t")
     add_sweep(simulation)
     folder = tmp_path / "out"
     write_simulation(simulation, folder, ["moediag simulate t"])
@@ -219,7 +219,7 @@ def test_everything_on_disk_is_declared_named_and_made_anew(tmp_path: Path) -> N
         pd.testing.assert_frame_equal(specs[name].validate(pd.read_parquet(folder / f"{name}.parquet")), frame)
     figures = {"masked_shares", "masked_entropy", "ratio_bands", "band_frontier", "mask_overlap"}
     assert {path.stem for path in (folder / "figures").iterdir()} == figures
-    small = simulate(frame_source(logged(40)), choose(["none"]), "t")
+    small = simulate(table_source(logged(40)), choose(["none"]), "t")
     write_simulation(small, folder, [])  # what the first one left does not stay
     assert not (folder / "sweep_by_band.parquet").exists()
     assert not (folder / "figures" / "band_frontier.png").exists()
@@ -227,7 +227,7 @@ def test_everything_on_disk_is_declared_named_and_made_anew(tmp_path: Path) -> N
 
 def test_both_pages_hold_the_sentences_and_the_limits(tmp_path: Path) -> None:
     frame = logged(40).assign(seq_id=lambda f: [f"<script>{i}" for i in f["seq_id"]])
-    simulation = simulate(frame_source(frame), choose(), "<b>mine</b>")
+    simulation = simulate(table_source(frame), choose(), "<b>mine</b>")
     add_sweep(simulation)
     write_simulation(simulation, tmp_path / "out", ["moediag simulate t"])
     for name in ("report.md", "report.html"):
@@ -239,14 +239,14 @@ def test_both_pages_hold_the_sentences_and_the_limits(tmp_path: Path) -> None:
 
 
 def test_json_holds_no_nan() -> None:
-    content = as_json(simulate(frame_source(logged(3)), choose(), "t"))
+    content = as_json(simulate(table_source(logged(3)), choose(), "t"))
     json.dumps(content, allow_nan=False)
 
 
 @pytest.mark.parametrize("n_sequences", [1, 2])
 def test_few_and_equal_tokens_make_a_page(tmp_path: Path, n_sequences: int) -> None:
     frame = logged(n_sequences).assign(logp_train=lambda f: f["logp_infer"])
-    simulation = simulate(frame_source(frame), choose(), "t")
+    simulation = simulate(table_source(frame), choose(), "t")
     add_sweep(simulation)
     write_simulation(simulation, tmp_path / "out", [])
     row: Any = simulation.frames["correction_statistics"].set_index("correction").loc["icepop:alpha=0.5,beta=5"]

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from moediag.corrections import compare_corrections, parse_correction, sweep_by_band, weights
 from moediag.corrections.histograms import masked_entropy, ratio_counts
 from moediag.corrections.rewards import grpo_advantages, sequence_rewards
-from moediag.corrections.sources import LOGP_ALIASES, Source, frame_source, table_source
+from moediag.corrections.sources import Source, table_source
 from moediag.corrections.weight_files import batch_weights, refuse_weights_path, write_weights
 from moediag.errors import DumpError
+from moediag.importers.columns import LOGP_PAIRS
 
 METHODS = (
     "icepop",
@@ -84,7 +85,7 @@ def test_every_kind_of_file_in_any_order_gives_the_same_weights_bit_for_bit(
     tmp_path: Path, ending: str, words: bool
 ) -> None:
     frame = logged(words=words)
-    expected = weights_by_key(frame_source(frame))
+    expected = weights_by_key(table_source(frame))
     shuffled = frame.sample(frac=1, random_state=3)
     found = weights_by_key(table_source(write(shuffled, tmp_path / f"t.{ending}")))
     assert found == expected
@@ -95,7 +96,7 @@ def test_every_kind_of_file_in_any_order_gives_the_same_weights_bit_for_bit(
 def test_weights_of_a_table_are_those_of_the_python_call() -> None:
     frame = logged(40)
     response = frame[frame["is_response"]]
-    source = frame_source(frame)
+    source = table_source(frame)
     reward_S = response.groupby("seq_id")["reward"].first()
     advantage_S = pd.Series(grpo_advantages(reward_S, response.groupby("seq_id")["prompt_id"].first()), reward_S.index)
     advantage_T = response["seq_id"].map(advantage_S).to_numpy()
@@ -111,13 +112,13 @@ def test_weights_of_a_table_are_those_of_the_python_call() -> None:
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_order_of_rows_changes_nothing_of_the_batch(seed: int) -> None:
     frame = logged(7)
-    one, other = frame_source(frame), frame_source(frame.sample(frac=1, random_state=seed))
+    one, other = table_source(frame), table_source(frame.sample(frac=1, random_state=seed))
     for name in ("logp_train_T", "row_T", "seq_id_S", "prompt_row_S", "position_T", "advantage_T", "reward_S"):
         np.testing.assert_array_equal(getattr(one.batch, name), getattr(other.batch, name), err_msg=name)
 
 
 def test_positions_count_from_the_first_response_token() -> None:
-    batch = frame_source(logged()).batch
+    batch = table_source(logged()).batch
     starts = np.flatnonzero(np.r_[True, np.diff(batch.row_T) != 0])
     assert (batch.position_T[starts] == 0).all()
     assert batch.position_T.max() == np.bincount(batch.row_T).max() - 1
@@ -125,31 +126,31 @@ def test_positions_count_from_the_first_response_token() -> None:
 
 def test_rewards_of_the_data_come_before_the_synthetic_one() -> None:
     frame = logged()
-    assert frame_source(frame).reward.startswith("rewards as the table has them")
-    hashed = frame_source(frame.drop(columns="reward"))
+    assert table_source(frame).reward.startswith("rewards as the table has them")
+    hashed = table_source(frame.drop(columns="reward"))
     assert hashed.reward.startswith("synthetic")
     response = frame[frame["is_response"]]
     expected = sequence_rewards(response["token_id"], response["seq_id"] // 7, 12)
     np.testing.assert_array_equal(hashed.batch.reward_S, expected)
-    bare = frame_source(frame.drop(columns=["reward", "token_id"]))
+    bare = table_source(frame.drop(columns=["reward", "token_id"]))
     assert not bare.has_advantages
     assert "left out" in bare.reward
-    assert not frame_source(frame, "none").has_advantages
+    assert not table_source(frame, "none").has_advantages
 
 
 def test_a_given_advantage_is_taken_as_it_is() -> None:
     frame = logged().assign(advantage=np.arange(float(len(logged()))))
     response = frame[frame["is_response"]]
-    np.testing.assert_array_equal(frame_source(frame).batch.advantage_T, response["advantage"])
+    np.testing.assert_array_equal(table_source(frame).batch.advantage_T, response["advantage"])
 
 
-@pytest.mark.parametrize("framework", LOGP_ALIASES)
+@pytest.mark.parametrize("framework", LOGP_PAIRS)
 def test_a_frameworks_pair_of_names_is_taken_and_said(tmp_path: Path, framework: str) -> None:
-    train, infer = LOGP_ALIASES[framework]
+    train, infer = LOGP_PAIRS[framework]
     frame = logged().rename(columns={"logp_train": train, "logp_infer": infer})
     source = table_source(write(frame, tmp_path / "t.parquet"))
     assert any(train in note and "logp_train" in note for note in source.notes)
-    assert weights_by_key(source) == weights_by_key(frame_source(logged()))
+    assert weights_by_key(source) == weights_by_key(table_source(logged()))
 
 
 def test_half_a_pair_of_names_is_ambiguous(tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_words_among_numbers_name_the_column(tmp_path: Path, ending: str) -> Non
 
 def test_words_among_numbers_of_a_frame_name_the_column() -> None:
     with pytest.raises(DumpError, match="column logp_train wants numbers"):
-        frame_source(put("logp_train", 4, "abc")(logged()))
+        table_source(put("logp_train", 4, "abc")(logged()))
 
 
 def test_files_that_are_no_table(tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_lists_in_a_cell_are_told_to_be_exploded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
 def test_weights_come_back_with_the_keys_in_the_order_of_the_rows(tmp_path: Path, ending: str, words: bool) -> None:
     frame = logged(words=words).sample(frac=1, random_state=5).reset_index(drop=True)
-    source = frame_source(frame)
+    source = table_source(frame)
     corrections = {"mine": parse_correction("icepop"), "veto": parse_correction("veto")}
     write_weights(source, corrections, tmp_path / f"w.{ending}")
     path = tmp_path / f"w.{ending}"
@@ -269,20 +270,20 @@ def test_weights_are_not_written_over_a_file(tmp_path: Path) -> None:
 
 def test_ratio_counts_hold_every_scored_token() -> None:
     frame = logged(60)
-    counts = ratio_counts(frame_source(frame).batch)
+    counts = ratio_counts(table_source(frame).batch)
     diff_T = (frame["logp_train"] - frame["logp_infer"])[frame["is_response"]]
     diff_T = diff_T[np.isfinite(diff_T)]
     assert counts["n_tokens"].sum() == len(diff_T)
     for row in counts[counts["n_tokens"] > 0].itertuples():
         assert row.n_tokens == ((diff_T >= row.bin_low) & (diff_T < row.bin_high)).sum()
     far = frame.assign(logp_train=lambda f: np.where(f.index % 7 == 1, -1000.0, f["logp_infer"]))
-    counts = ratio_counts(frame_source(far).batch)  # beyond the outermost edges stand the open bins
+    counts = ratio_counts(table_source(far).batch)  # beyond the outermost edges stand the open bins
     assert counts["n_tokens"].iloc[0] == (far.loc[far["is_response"], "logp_train"] == -1000).sum() > 0
 
 
 def test_masked_entropy_counts_the_masked_tokens_of_a_plain_loop() -> None:
     frame = logged(60)
-    source = frame_source(frame)
+    source = table_source(frame)
     counts = masked_entropy(source.batch, {"icepop": parse_correction("icepop")})
     response = frame[frame["is_response"]]
     response = response[np.isfinite(response["logp_train"])]
@@ -316,7 +317,7 @@ def test_a_log_probability_above_0_by_rounding_is_0_and_counted(tmp_path: Path, 
     source = table_source(write(frame, tmp_path / f"t.{ending}"))
     np.testing.assert_array_equal(source.batch.logp_infer_T[[5, 9]], 0)
     assert any("2 of 400 logp_infer are above 0 by rounding, at most 9e-05 nat" in note for note in source.notes)
-    rounded = frame_source(frame.assign(logp_infer=frame["logp_infer"].clip(upper=0)))
+    rounded = table_source(frame.assign(logp_infer=frame["logp_infer"].clip(upper=0)))
     assert statistics(source, "tis_token").equals(statistics(rounded, "tis_token"))
     frame.loc[5, "logp_infer"] = 2e-4
     with pytest.raises(DumpError, match=r"logp_infer is above 0 in 1 rows, first seq_id 0 position 5 \(0.0002\)"):
@@ -328,8 +329,8 @@ def test_an_impossible_log_probability_is_left_out_counted_and_said(side: str) -
     """Bug: one -inf on the infer side made k3 242,583, and the analysis of runs left such a token out: two rules."""
     frame = scored_frame()
     frame.loc[[3, 77], side] = -np.inf
-    source = frame_source(frame)
-    left = statistics(frame_source(frame.drop(index=[3, 77])), "mis_token:cap=inf")
+    source = table_source(frame)
+    left = statistics(table_source(frame.drop(index=[3, 77])), "mis_token:cap=inf")
     found = statistics(source, "mis_token:cap=inf")
     for name in ("n_tokens", "kept_k3", "weight_mean", "ess_token"):
         assert found[name] == pytest.approx(left[name], rel=1e-12), name
@@ -373,4 +374,4 @@ def test_log_probabilities_in_half_precision_get_a_note_with_their_step(
         notes = table_source(write(half, tmp_path / f"t.{ending}")).notes
         (note,) = [note for note in notes if "was stored in" in note]
         assert note.startswith(f"logp_train was stored in {name}: a step is {steps}")
-    assert not any("was stored in" in note for note in frame_source(frame.astype({"logp_train": np.float32})).notes)
+    assert not any("was stored in" in note for note in table_source(frame.astype({"logp_train": np.float32})).notes)

@@ -13,12 +13,12 @@ from matplotlib.text import Text
 from scipy import special
 from scripted_engine import make_scripted_run
 
-from moediag.analysis.intervals import Interval
-from moediag.analysis.recurrence import Recurrence
 from moediag.cli.main import main
 from moediag.figures.series import plot_trend
 from moediag.results.trend_sources import read_trend
 from moediag.run.files import read_sealed, sha256_bytes
+from moediag.statistics.intervals import Interval
+from moediag.statistics.recurrence import Recurrence
 
 FILES = ["figures/trend.png", "figures/trend.svg", "report.md", "summary.json", "trend_by_step.parquet"]
 

@@ -8,22 +8,16 @@ from moediag.analysis.aliases import ALIASES, Alias, aliases_of
 from moediag.analysis.attribution import flip_excess
 from moediag.analysis.choice_scores import RoutingRule, choice_scores
 from moediag.analysis.entropies import entropy_quantiles
-from moediag.analysis.explain import Explanation, explain_pair, explained_flips
 from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
-from moediag.analysis.flip_probability import border_flip_probability, set_flip_probability
-from moediag.analysis.forecast import forecast_flips
+from moediag.analysis.flips.explained import explain_flips, forecast_flips, predict_flips
+from moediag.analysis.flips.noise import measure_noise
+from moediag.analysis.flips.predictor import border_flip_probability, set_flip_probability
 from moediag.analysis.gradients import audit_frames
-from moediag.analysis.intervals import Interval, Intervals, mean_interval, ratio_mean_interval
-from moediag.analysis.jackknife import jackknife_interval
 from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
-from moediag.analysis.margin_counts import MarginTotals, margin_totals
-from moediag.analysis.margins import margin_curve, margin_noise, margin_quantiles
+from moediag.analysis.margins import MarginTotals, margin_curve, margin_noise, margin_quantiles, margin_totals
 from moediag.analysis.measures import binary_kl
 from moediag.analysis.pair_analysis import PairAnalysis, analyze_pair
 from moediag.analysis.positions import PositionSlope, drift_by_position, position_slope
-from moediag.analysis.prediction import predict_flips
-from moediag.analysis.quantiles import quantile_interval
-from moediag.analysis.recurrence import Recurrence, fit_recurrence
 from moediag.analysis.routing import RoutingRates, agreement_by_layer, flips_per_token, routing_rates
 from moediag.analysis.routing_counts import RoutingTotals, routing_totals
 from moediag.analysis.sequences import (
@@ -40,12 +34,14 @@ from moediag.analysis.streaming import RoutingPass, read_pair
 from moediag.analysis.summary import pair_summary
 from moediag.analysis.tokens import logp_diff, scored_tokens, token_frame
 from moediag.analysis.vocabulary import ExactDivergences, divergences, exact_divergences
+from moediag.statistics.intervals import Interval, Intervals, jackknife_interval, mean_interval, ratio_mean_interval
+from moediag.statistics.quantiles import quantile_interval
+from moediag.statistics.recurrence import Recurrence, fit_recurrence
 
 __all__ = [
     "ALIASES",
     "Alias",
     "ExactDivergences",
-    "Explanation",
     "FlipMap",
     "Interval",
     "Intervals",
@@ -72,8 +68,7 @@ __all__ = [
     "entropy_quantiles",
     "exact_divergences",
     "expert_swaps",
-    "explain_pair",
-    "explained_flips",
+    "explain_flips",
     "first_divergence",
     "fit_recurrence",
     "flip_excess",
@@ -89,6 +84,7 @@ __all__ = [
     "margin_quantiles",
     "margin_totals",
     "mean_interval",
+    "measure_noise",
     "metrics_by_stratum",
     "pair_summary",
     "position_slope",

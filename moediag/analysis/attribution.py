@@ -20,9 +20,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import FLIP_EXCESS
-from moediag.analysis.intervals import MIN_CLUSTERS, Interval, ratio_mean_interval
 from moediag.analysis.strata import CONFIDENCE_EDGES, Strata, doubling_strata, edge_strata, position_strata
 from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.statistics.intervals import MIN_CLUSTERS, Interval, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]

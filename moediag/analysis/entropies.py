@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis.declarations import ENTROPY_QUANTILES
-from moediag.analysis.intervals import mean_interval
 from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.statistics.intervals import mean_interval
 
 
 def entropy_quantiles(tokens: pd.DataFrame, alpha: float = 0.5, beta: float = 5.0) -> pd.DataFrame:

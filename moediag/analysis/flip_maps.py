@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from moediag.analysis.declarations import EXPERT_SWAPS, FLIPS_BY_LAYER_POSITION
 from moediag.analysis.expert_sets import ExpertComparison
+from moediag.analysis.totals import Totals
 from moediag.run.align import PairBlock
 
 Int64 = NDArray[np.int64]
@@ -81,8 +82,8 @@ class FlipMap:
         return FlipMap(width, np.add.reduceat(self.n_BL, group, axis=0), np.add.reduceat(self.flips_BL, group, axis=0))
 
 
-@dataclass(frozen=True)
-class SwapTotals:
+@dataclass
+class SwapTotals(Totals):
     """Which expert replaced which, by MoE layer.
 
     Args:
@@ -100,15 +101,15 @@ class SwapTotals:
         none_L = np.zeros(n_layers, np.int64)
         return SwapTotals(none_L, none_L.copy(), np.zeros((n_layers, n_experts, n_experts), np.int32))
 
-    def add_block(self, block: PairBlock, seen: ExpertComparison) -> SwapTotals:
-        """These totals with one block's added *in place*; returns itself."""
+    def add_block(self, block: PairBlock, seen: ExpertComparison) -> None:
+        """Count one block, in place, given its expert comparison."""
         n_layers, n_experts = self.n_swaps_LEE.shape[:2]
         layer_N = seen.flip_N % max(1, n_layers)
         single = np.flatnonzero((seen.n_only_train_N == 1) & (seen.n_only_infer_N == 1))
-        self.n_flips_L.__iadd__(np.bincount(layer_N, minlength=n_layers))
-        self.n_single_L.__iadd__(np.bincount(layer_N[single], minlength=n_layers))
+        self.n_flips_L += np.bincount(layer_N, minlength=n_layers)
+        self.n_single_L += np.bincount(layer_N[single], minlength=n_layers)
         if not len(single) or block.expert_ids_train_TLK is None or block.expert_ids_infer_TLK is None:
-            return self
+            return
         # one True per row: its flat position, less the rows before it, is its place among the K ids
         first_id_N = (seen.flip_N[single] - np.arange(len(single))) * seen.top_k
         train_N, infer_N = (
@@ -119,17 +120,6 @@ class SwapTotals:
             )
         )
         np.add.at(self.n_swaps_LEE.reshape(-1), (layer_N[single] * n_experts + train_N) * n_experts + infer_N, 1)
-        return self
-
-    @staticmethod
-    def merge(parts: Iterable[SwapTotals]) -> SwapTotals:
-        """Totals of all parts together (at least one)."""
-        some = list(parts)
-        return SwapTotals(
-            np.sum([part.n_flips_L for part in some], axis=0),
-            np.sum([part.n_single_L for part in some], axis=0),
-            np.sum([part.n_swaps_LEE for part in some], axis=0, dtype=np.int32),
-        )
 
 
 def flips_by_layer_position(flips: FlipMap, decoder_layer_L: tuple[int, ...]) -> pd.DataFrame:

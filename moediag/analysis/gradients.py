@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moediag.analysis.gradient_statistics import (
+from moediag.frames import Column, ci_columns, declare
+from moediag.statistics.gradients import (
     NO_VARIATION,
     STATISTICS,
     Comparison,
@@ -21,8 +22,7 @@ from moediag.analysis.gradient_statistics import (
     compare,
     norm_interval,
 )
-from moediag.analysis.intervals import Interval
-from moediag.frames import Column, ci_columns, declare
+from moediag.statistics.intervals import Interval
 
 EXACT: Final = "exact"
 SEQUENCE_IS: Final = "sequence_is"

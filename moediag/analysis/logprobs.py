@@ -18,8 +18,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import LOGP_METRICS, RATIO_QUANTILES, TAIL_CURVE
-from moediag.analysis.intervals import Interval, Kind, mean_interval, ratio_mean_interval
-from moediag.analysis.jackknife import jackknife_interval
 from moediag.analysis.measures import (
     BIT_EXACT,
     EXTREME_TAU,
@@ -34,8 +32,9 @@ from moediag.analysis.measures import (
     prob_diff,
     scored_arrays,
 )
-from moediag.analysis.quantiles import quantile_of_rows
 from moediag.analysis.tokens import scored_tokens
+from moediag.statistics.intervals import Interval, Kind, jackknife_interval, mean_interval, ratio_mean_interval
+from moediag.statistics.quantiles import quantile_of_rows
 
 Float64 = NDArray[np.float64]
 

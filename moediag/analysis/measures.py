@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from moediag.analysis.intervals import Intervals, Kind, ratio_mean_interval
 from moediag.analysis.tokens import scored_tokens
+from moediag.statistics.intervals import Intervals, Kind, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
 

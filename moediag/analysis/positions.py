@@ -17,9 +17,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import DRIFT_BY_POSITION
-from moediag.analysis.intervals import cluster_sums, ratio_mean_interval
 from moediag.analysis.measures import EXTREME_TAU
 from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.statistics.intervals import cluster_sums, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
 

@@ -19,10 +19,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import AGREEMENT_BY_LAYER, FLIPS_PER_TOKEN
-from moediag.analysis.intervals import Interval, Intervals, ratio_mean_interval
-from moediag.analysis.jackknife import jackknife_interval
 from moediag.analysis.routing_counts import RoutingTotals
 from moediag.analysis.tokens import logp_diff
+from moediag.statistics.intervals import Interval, Intervals, jackknife_interval, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
 

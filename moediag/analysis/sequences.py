@@ -17,9 +17,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import DRIFT_BY_LENGTH, FIRST_DIVERGENCE, SEQUENCES, WORST_TOKENS
-from moediag.analysis.intervals import Interval, cluster_sums, mean_interval, ratio_mean_interval
 from moediag.analysis.measures import is_extreme
 from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.statistics.intervals import Interval, cluster_sums, mean_interval, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
 

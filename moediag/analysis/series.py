@@ -20,13 +20,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special
 
-from moediag.analysis.intervals import Interval, mean_interval
 from moediag.analysis.measures import LOWER, TOKEN_MEASURES, ZERO, Scored, abs_diff, scored_arrays
-from moediag.analysis.quantiles import quantile_of_rows
-from moediag.analysis.recurrence import Recurrence, fit_recurrence
-from moediag.analysis.resampling import TAIL
 from moediag.errors import DumpError
 from moediag.frames import Column, ci_columns, declare
+from moediag.statistics.intervals import Interval, mean_interval
+from moediag.statistics.quantiles import quantile_of_rows
+from moediag.statistics.recurrence import Recurrence, fit_recurrence
+from moediag.statistics.resampling import TAIL
 
 TREND_BY_STEP = declare(
     "trend_by_step",

@@ -19,10 +19,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import METRICS_BY_STRATUM
-from moediag.analysis.intervals import Intervals, ratio_mean_interval
 from moediag.analysis.measures import LOWER, QUANTILE_MEASURES, TOKEN_MEASURES, Scored, scored_arrays
-from moediag.analysis.quantiles import quantile_of_rows
 from moediag.analysis.tokens import scored_tokens
+from moediag.statistics.intervals import Intervals, ratio_mean_interval
+from moediag.statistics.quantiles import quantile_of_rows
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from moediag.analysis.expert_sets import compare_block
 from moediag.analysis.flip_maps import FlipMap, SwapTotals
-from moediag.analysis.margin_counts import SPACES, MarginTotals
-from moediag.analysis.misrouting import misrouted_mass
-from moediag.analysis.routing_counts import RoutingTotals
+from moediag.analysis.margins import SPACES, MarginTotals
+from moediag.analysis.routing_counts import RoutingTotals, misrouted_mass
 from moediag.analysis.tokens import concatenate_tokens, token_columns
 from moediag.run.align import Pair, PairBlock
 
@@ -57,10 +56,10 @@ class RoutingPass:
         if len(self.parts) > 64:  # merged now and then: shards are many, prompts are what should count
             self.parts = [RoutingTotals.merge(self.parts)]
         for space in SPACES:
-            totals = self.margins.get(space) or MarginTotals.empty(self.n_layers)
-            self.margins[space] = totals.add_block(block, seen, space)
+            self.margins.setdefault(space, MarginTotals.empty(self.n_layers)).add_block(block, seen, space)
         self.flips = FlipMap.merge([self.flips or FlipMap.empty(self.n_layers), FlipMap.of_block(block, seen)])
-        self.swaps = (self.swaps or SwapTotals.empty(self.n_layers, self.n_experts)).add_block(block, seen)
+        self.swaps = self.swaps or SwapTotals.empty(self.n_layers, self.n_experts)
+        self.swaps.add_block(block, seen)
         return token_columns(block, seen, mass)
 
     @property

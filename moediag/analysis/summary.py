@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moediag.analysis.intervals import Interval
 from moediag.analysis.pair_analysis import PairAnalysis
 from moediag.analysis.sequences import (
     abs_log_ratio_mean,
 )
+from moediag.statistics.intervals import Interval
 
 _SUMMARISED = (
     "abs_logp_diff.mean",

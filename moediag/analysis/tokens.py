@@ -3,8 +3,8 @@
 Invariants:
     - routing arrays are read block by block and dropped; what stays is 56 bytes per token (``BYTES_PER_TOKEN``);
     - a token counts as *scored* when both arms gave a finite log-probability, here, in corrections and in series
-      (:func:`is_scored`). NaN is "not scored"; an infinity is a defect to report, not a number (rule
-      D31-impossible-logp): both are left out of every statistic and counted, never averaged.
+      (:func:`~moediag.run.capture.is_scored`). NaN is "not scored"; an infinity is a defect to report, not a number
+      (rule D31-impossible-logp): both are left out of every statistic and counted, never averaged.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from moediag.analysis.declarations import TOKENS
 from moediag.analysis.expert_sets import NOT_COMPARED, ExpertComparison, compare_block
-from moediag.analysis.misrouting import MisroutedMass, misrouted_mass
+from moediag.analysis.routing_counts import MisroutedMass, misrouted_mass
 from moediag.run.align import Pair, PairBlock
+from moediag.run.capture import is_scored
 
 Float64 = NDArray[np.float64]
 
@@ -54,16 +55,6 @@ def scored_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
     """The rows of a token frame that both arms scored (finite log-probabilities)."""
     scored: pd.DataFrame = tokens.loc[is_scored(tokens["logp_train"].to_numpy(), tokens["logp_infer"].to_numpy())]
     return scored
-
-
-def is_scored(logp_train_T: NDArray[Any], logp_infer_T: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which tokens have two finite log-probabilities."""
-    return np.asarray(np.isfinite(logp_train_T) & np.isfinite(logp_infer_T))
-
-
-def is_impossible(logp_train_T: NDArray[Any], logp_infer_T: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which tokens have an infinite log-probability on a side: a probability of 0, which was yet sampled."""
-    return np.asarray(np.isinf(logp_train_T) | np.isinf(logp_infer_T))
 
 
 def logp_diff(tokens: pd.DataFrame) -> Float64:

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moediag.analysis.intervals import Kind, mean_interval
 from moediag.analysis.measures import LOWER, ZERO
 from moediag.errors import AlignmentError
 from moediag.frames import Column, declare
@@ -28,6 +27,7 @@ from moediag.run.capture import TokenRows
 from moediag.run.reader import Run
 from moediag.run.records import MANIFEST
 from moediag.run.vocabulary import VocabLogps, response_rows
+from moediag.statistics.intervals import Kind, mean_interval
 
 Float64 = NDArray[np.float64]
 

@@ -16,7 +16,7 @@ NAME = "validate"
 
 Target = Annotated[
     Path | None,
-    typer.Argument(metavar="RUN|FILE", help="Run directory, or a dump (JSON lines or .parquet) with vLLM's own names."),
+    typer.Argument(metavar="RUN|FILE", help="Run directory, a table of tokens, or a dump with vLLM's own names."),
 ]
 NumExperts = Annotated[
     int | None, typer.Option("--num-experts", min=1, help="FILE: experts per layer; default: largest id + 1.")
@@ -36,18 +36,19 @@ def command(
     list_rules: ListRules = False,
     as_json: o.Json = False,
 ) -> None:
-    """Check every file and every row of a run, or a dump of another tool; exit code 3 when something is wrong.
+    """Check every file and every row of a run, or a file of another tool; exit code 3 when something is wrong.
 
     Exit code 1 is kept for what cannot be read.
 
-    A dump has one row per sequence: prompt_token_ids, token_ids, and of logprobs, routed_experts ([rows][layers][K]),
-    train_logprobs, train_routed_experts what is there.
+    A table (.parquet, .csv, .jsonl) has one row per token: seq_id, position, logp_train, logp_infer, as simulate and
+    trend read it. A dump (JSON lines or .parquet) has one row per sequence: prompt_token_ids, token_ids, and of
+    logprobs, routed_experts ([rows][layers][K]), train_logprobs, train_routed_experts what is there.
     """
     if list_rules:
         _show_rules(as_json)
         return
     if target is None:
-        raise typer.BadParameter("give a run directory or a dump, or --list-rules", param_hint="RUN|FILE")
+        raise typer.BadParameter("give a run directory or a file, or --list-rules", param_hint="RUN|FILE")
     inspection = _inspect(target, num_experts, first_row)
     _show(target, inspection, as_json)
     if inspection.n_errors or (strict and inspection.n_warnings):
@@ -56,11 +57,11 @@ def command(
 
 def _inspect(target: Path, num_experts: int | None, first_row: int) -> Inspection:
     from moediag.hygiene import inspect_run
-    from moediag.hygiene.foreign import check_dump
+    from moediag.hygiene.foreign import check_file
     from moediag.run.reader import open_run
 
     if target.is_file():
-        return check_dump(target, num_experts, first_row)
+        return check_file(target, num_experts, first_row)
     return inspect_run(open_run(target))
 
 

@@ -16,9 +16,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.analysis.tokens import is_scored
 from moediag.corrections.terms import Float64, Terms
 from moediag.errors import MoediagError
+from moediag.run.capture import is_scored
 
 CHUNK_TOKENS: Final = 65_536
 """Half a megabyte per float64 array: a chunk's dozen arrays stay in the second-level cache."""

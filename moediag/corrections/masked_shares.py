@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis.declarations import CORRECTIONS
-from moediag.analysis.intervals import mean_interval
 from moediag.analysis.tokens import logp_diff, scored_tokens
 from moediag.corrections.methods import log_bound
 from moediag.corrections.presets import PRESETS, Preset
 from moediag.corrections.terms import are_float32, on_bounds
 from moediag.errors import MoediagError
+from moediag.statistics.intervals import mean_interval
 
 RUN_PRESETS: Final = (PRESETS["ring-1t"], PRESETS["glm-5"], PRESETS["prime-rl-icepop"])
 """The bands that an analysis tries; ``moediag simulate`` has all corrections."""

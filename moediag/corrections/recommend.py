@@ -17,11 +17,11 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from moediag.analysis.quantiles import TAIL_MIN_CLUSTERS, TAIL_MIN_EXCEEDANCES
 from moediag.corrections.batch import Batch
 from moediag.corrections.declarations import RECOMMENDED_BAND
 from moediag.corrections.sweep import sweep_by_band
 from moediag.errors import MoediagError
+from moediag.statistics.quantiles import TAIL_MIN_CLUSTERS, TAIL_MIN_EXCEEDANCES
 
 BUDGET: Final = 0.002
 """IcePop post and Ring-1T: 1-2 per mille of tokens are masked at first, and the share rises when training degrades."""
@@ -72,7 +72,7 @@ def recommend_band(
     Raises:
         MoediagError: a budget outside [0, 1], or a floor below 0.
 
-    Source: ours; budget from the IcePop post; least number of masked tokens from :mod:`moediag.analysis.quantiles`.
+    Source: ours; budget from the IcePop post; least number of masked tokens from :mod:`moediag.statistics.quantiles`.
     """
     if not 0 <= budget <= 1:
         raise MoediagError(f"the budget of masked tokens is a share in [0, 1], found {budget}")

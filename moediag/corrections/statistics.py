@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from moediag.analysis.intervals import Kind, ratio_mean_interval
 from moediag.corrections.batch import CHUNK_TOKENS, Batch
 from moediag.corrections.correction import Correction
 from moediag.corrections.declarations import CORRECTION_STATISTICS, MASKED_BY_STRATUM, OVERLAP
 from moediag.corrections.strata import Stratifier, stratifiers
 from moediag.corrections.sums import MAX_CLUSTERS, Chunk, Sums, add_all, add_correction, add_strata, cells
 from moediag.errors import MoediagError
+from moediag.statistics.intervals import Kind, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
 OnProgress = Callable[[int, int, str], None]

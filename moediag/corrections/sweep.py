@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moediag.analysis.intervals import divide, ratio_mean_interval
 from moediag.corrections.batch import CHUNK_TOKENS, Batch
 from moediag.corrections.declarations import SWEEP_BY_BAND
 from moediag.corrections.methods import log_bound
@@ -28,6 +27,7 @@ from moediag.corrections.moments import Moments
 from moediag.corrections.sums import MAX_CLUSTERS
 from moediag.corrections.terms import on_bounds
 from moediag.errors import MoediagError
+from moediag.statistics.intervals import divide, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
 OnProgress = Callable[[int, int, str], None]

@@ -1,7 +1,7 @@
 """The logged tokens that every correction looks at, with what several of them need computed once.
 
 Invariants:
-    - a token is scored when both its log-probabilities are finite (:func:`~moediag.analysis.tokens.is_scored`);
+    - a token is scored when both its log-probabilities are finite (:func:`~moediag.run.capture.is_scored`);
     - comparisons are made between log-ratios, never between their exponentials; log-ratios are clamped to +-20
       before ``exp``, so nothing overflows, and a kept ratio is never smaller than exp(-20): 0 always means no update;
     - what float32 log-probabilities give is held against a bound in float32 (:func:`on_bounds`): the float32 nearest to
@@ -21,9 +21,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from moediag.analysis.measures import binary_kl
-from moediag.analysis.tokens import is_scored
 from moediag.corrections.exact_sums import sums_by_sequence
 from moediag.errors import MoediagError
+from moediag.run.capture import is_scored
 
 Float64 = NDArray[np.float64]
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from moediag.corrections.correction import Correction, spread
 from moediag.corrections.sources import Source
-from moediag.corrections.table_files import KINDS, OnProgress
 from moediag.errors import DumpError
+from moediag.importers.tables import KINDS, OnProgress
 from moediag.run.files import process_tag, write_error
 
 Float64 = NDArray[np.float64]

@@ -94,17 +94,22 @@ def draw_simulation_figures(
     Returns:
         The files written, PNG first, in the order of :data:`SIMULATION_FIGURES`.
     """
-    statistics = frames["correction_statistics"]
-    caption = ""
-    if len(statistics):
-        row = statistics.iloc[0]
-        caption = caption_text({label: (int(row["n_tokens"]), int(row["n_prompts"]))})
     written = []
-    for name, kind in SIMULATION_FIGURES.items():
-        if _can_be_drawn(name, kind, frames):
-            figure = _plot(name, frames, caption, width)
-            written += save_figure(figure, folder, name, kinds)
+    for name in simulation_figures_of(frames):
+        written += save_figure(draw_simulation_figure(name, frames, label, width=width), folder, name, kinds)
     return written
+
+
+def simulation_figures_of(frames: Frames) -> list[str]:
+    """Names of the figures that a simulation's frames fill, in the order of :data:`SIMULATION_FIGURES`."""
+    return [name for name, kind in SIMULATION_FIGURES.items() if _can_be_drawn(name, kind, frames)]
+
+
+def draw_simulation_figure(name: str, frames: Frames, label: str, *, width: float = FULL_WIDTH) -> Figure:
+    """One figure of a simulation that its frames fill; see :func:`draw_simulation_figures`."""
+    statistics = frames["correction_statistics"]
+    counts = statistics.iloc[0][["n_tokens", "n_prompts"]].astype(int) if len(statistics) else None
+    return _plot(name, frames, "" if counts is None else caption_text({label: (counts.iloc[0], counts.iloc[1])}), width)
 
 
 def _can_be_drawn(name: str, kind: FigureKind, frames: Frames) -> bool:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from moediag.analysis.predicted import POOLED, best_method
+from moediag.analysis.flips.explained import best_method
 from moediag.figures.catalogue import MIN_CHOICES
 from moediag.figures.floors import FloorArgument, draw_floor, floor_value, floor_words, share
 from moediag.figures.numbers import count, percent
@@ -37,6 +37,7 @@ from moediag.figures.style import (
     styles_of,
 )
 from moediag.figures.ticks import layer_ticks, log_axis, power
+from moediag.notation import POOLED
 
 LEAST: Final = 1e-4
 """Predictions below it share the lowest bin of the frame; the axes end there."""

@@ -14,8 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moediag.analysis.intervals import Interval
-from moediag.analysis.recurrence import Recurrence
 from moediag.analysis.series import MARKS, UNITS, Mark, metric_rows
 from moediag.figures.numbers import count, sig, times
 from moediag.figures.style import (
@@ -29,6 +27,8 @@ from moediag.figures.style import (
     state,
 )
 from moediag.figures.ticks import log_axis
+from moediag.statistics.intervals import Interval
+from moediag.statistics.recurrence import Recurrence
 
 COLOUR: Final = "#D55E00"
 BOUNDARY_COLOUR: Final = "#0072B2"

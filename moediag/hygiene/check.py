@@ -14,14 +14,11 @@ from typing import Protocol
 import numpy as np
 
 from moediag.errors import RunError
-from moediag.hygiene.completeness import Completeness, count_prefixes
-from moediag.hygiene.filler import Filler
+from moediag.hygiene.buffers import Completeness, Filler, Stale, count_prefixes
+from moediag.hygiene.expert_ids import Identifiers, LayerAtChance, LayerLag, RowLag, TwinLayers
 from moediag.hygiene.findings import Finding, by_level, finding
-from moediag.hygiene.identifiers import Identifiers
-from moediag.hygiene.lags import LayerLag, RowLag, TokenLag
-from moediag.hygiene.layers import LayerAtChance, TwinLayers
-from moediag.hygiene.logps import Logps
-from moediag.hygiene.router_scores import RouterScores
+from moediag.hygiene.logps import ContradictedZeros, Logps, MeanRatio, OtherSequence, SameBits, Temperature, TokenLag
+from moediag.hygiene.router_scores import GateFactor, RouterScores
 from moediag.hygiene.rows import Rows, Shape
 from moediag.hygiene.rules import (
     BOTH_GATES,
@@ -41,9 +38,6 @@ from moediag.hygiene.rules import (
     WARNING,
     left_out,
 )
-from moediag.hygiene.sides import ContradictedZeros, GateFactor
-from moediag.hygiene.stale import Stale
-from moediag.hygiene.streams import MeanRatio, OtherSequence, SameBits, Temperature
 from moediag.notation import INFER
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.derived import derived_damage

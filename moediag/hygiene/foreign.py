@@ -1,311 +1,82 @@
-"""Dumps that moediag did not make, in vLLM's own words, as token rows and captures for the same rules.
-
-One row (or JSON line) per sequence: ``prompt_token_ids``, ``token_ids`` (the response), optionally ``logprobs`` (one
-float per response token) and ``routed_experts`` ([n_rows][L][K], vLLM's ``CompletionOutput.routed_experts``: rows =
-prompt + response - 1), and the same of the other side as ``train_logprobs``, ``train_routed_experts``,
-``train_prompt_token_ids``, ``train_token_ids``; ``prompt_id`` where several rows are samples of one prompt.
-"""
+"""Files that moediag did not make, held against the rules of runs: dumps of sequences and tables of tokens."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from moediag.errors import DumpError
 from moediag.hygiene.check import Inspection, both_have, check_capture, check_pair, what_is_there
 from moediag.hygiene.findings import Finding, Place, by_level, finding
+from moediag.hygiene.logged import inspect_tokens
 from moediag.hygiene.rules import BOTH_TOKENS, FOREIGN, LOGPS, N_EXPERTS
-from moediag.notation import INFER, NOT_ROUTED, TRAIN
-from moediag.run.capture import Capture, TokenRows
+from moediag.importers.columns import is_token_table
+from moediag.importers.sequences import Dump, is_sequence_table, read_sequences
+from moediag.importers.tables import KINDS, open_table
+from moediag.importers.tokens import TokenTable
+from moediag.notation import INFER, TRAIN
 
-_SIDES = {INFER: ("logprobs", "routed_experts"), TRAIN: ("train_logprobs", "train_routed_experts")}
-_TRAIN_TOKENS = ("train_token_ids", "train_prompt_token_ids")
 _CONTEXT = 3
-_MOST_DENSE = 4
-"""Dense layers in a row: published models have up to 3 in front (DeepSeek-V3, GLM-4.5) or 4 (Step-3), or one between
-two MoE layers. A longer block of zeros is another pipeline rank's."""
-
-_LEAST_SEGMENT = 4
-_LEAST_REPEATED = 0.5
-"""Share of a segment's rows that must come again for it to be called repeated: a row computed anew may flip."""
 
 
-@dataclass(frozen=True)
-class Dump:
-    """A foreign capture: token rows, and a capture per side that is there, without slots of dense layers.
+def check_file(path: Path, n_experts: int | None = None, first_row: int = 0) -> Inspection:
+    """Apply the rules to a dump of sequences or a table of tokens, whichever the file's columns make it.
 
     Args:
-        n_experts: E; differing: what tells the sides' tokens apart; slots: what was left out of the layers.
-        has_both_tokens: whether the train side has token ids of its own.
-    """
-
-    tokens: TokenRows
-    captures: dict[str, Capture]
-    n_experts: int
-    differing: list[Finding]
-    slots: list[Finding]
-    has_both_tokens: bool
-
-
-def check_dump(path: Path, n_experts: int | None = None, first_row: int = 0) -> Inspection:
-    """Apply the rules to a dump; see the module's docstring for its columns.
-
-    Args:
-        path: ``.parquet``, or JSON lines.
-        n_experts: E; None = the largest id + 1, which keeps ids >= E from being seen.
-        first_row: position of the first routing row in its sequence (1 where a begin-of-text row was left out).
+        path: ``.parquet``, ``.csv`` (tables of tokens only), or JSON lines.
+        n_experts, first_row: of a dump, see :func:`~moediag.importers.sequences.read_sequences`.
 
     Raises:
-        DumpError: not such a dump; names the row and the column.
+        DumpError: neither, or what no log holds; names the row and the column.
     """
-    dump = read_dump(path, n_experts, first_row)
-    found = [*dump.differing, *dump.slots]
+    table = open_table(path) if path.suffix in KINDS else None
+    if table is None or not (path.suffix == ".csv" or is_token_table(table.types)) or is_sequence_table(table.types):
+        return check_dump(read_sequences(path, n_experts, first_row), is_sized=n_experts is not None)
+    return inspect_tokens(TokenTable.of(table).read())
+
+
+def check_dump(dump: Dump, *, is_sized: bool = False) -> Inspection:
+    """Apply the rules to a dump.
+
+    Args:
+        is_sized: whether the number of experts was given, not taken from the largest id.
+    """
+    differing = _differing_tokens(dump)
+    found = [*differing, *_dense_slots(dump)]
     sides = {arm: what_is_there(capture) for arm, capture in dump.captures.items()}
     has = {FOREIGN}.union(*sides.values())
     for arm, capture in dump.captures.items():
         alone = check_capture(dump.tokens, capture, n_experts=dump.n_experts, arm=arm, is_sampled=arm == INFER)
         # a side without any logprobs was dumped without them
         found += [item for item in alone if LOGPS in sides[arm] or item.rule != "D31-nan-logp"]
-    if set(sides) == set(_SIDES) and not dump.differing:
+    if set(sides) == {INFER, TRAIN} and not differing:
         train, infer = dump.captures[TRAIN], dump.captures[INFER]
         found += check_pair(dump.tokens, train, infer, n_experts=dump.n_experts, is_foreign=True)
         has |= both_have(sides[TRAIN], sides[INFER])
-    has |= {N_EXPERTS} if n_experts is not None else set()
-    has |= {BOTH_TOKENS} if dump.has_both_tokens else set()
+    has |= {N_EXPERTS} if is_sized else set()
+    has |= {BOTH_TOKENS} if dump.train_token_ids else set()
     return Inspection(by_level(found), frozenset(has), len(dump.tokens) * len(dump.captures))
 
 
-def read_dump(path: Path, n_experts: int | None = None, first_row: int = 0) -> Dump:
-    """Read a dump into token rows and captures.
-
-    Raises:
-        DumpError: not such a dump; names the row and the column.
-    """
-    records = list(_records(path))
-    if not records:
-        raise DumpError(f"{path} holds no sequence; wanted one row per sequence")
-    prompts, responses = (_token_lists(path, records, name) for name in ("prompt_token_ids", "token_ids"))
-    tokens = _token_rows(path, records, prompts, responses)
-    captures = {}
-    for arm, (logprobs, routed) in _SIDES.items():
-        if any(record.get(name) is not None for record in records for name in (logprobs, routed)):
-            captures[arm] = Capture(
-                logp_T=_logps(path, records, tokens, logprobs),
-                expert_ids_TLK=_expert_ids(path, records, tokens, routed, first_row),
-            )
-    if not captures:
-        raise DumpError(f"{path} has neither logprobs nor routed_experts; nothing to check")
-    slots = _take_dense_slots(captures)
-    ids = [capture.expert_ids_TLK for capture in captures.values() if capture.expert_ids_TLK is not None]
-    largest = max((int(array.max(initial=NOT_ROUTED)) for array in ids), default=NOT_ROUTED)
-    top_k = max((array.shape[2] for array in ids), default=0)
-    n_experts = (max(largest + 1, top_k) if n_experts is None else n_experts) if ids else 0
-    differing = _differing_tokens(path, records, prompts, responses)
-    has_both_tokens = any(record.get(name) is not None for record in records for name in _TRAIN_TOKENS)
-    return Dump(tokens, captures, n_experts, differing, slots, has_both_tokens)
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        if path.suffix == ".parquet":
-            yield from pq.read_table(path).to_pylist()
-            return
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise DumpError(f"{path} line {number}: wanted a JSON object, found {type(record).__name__}")
-                yield record
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise DumpError(f"{path} cannot be read as a dump: {error}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DumpError):
-            raise
-        raise DumpError(f"{path} line {number}: no JSON ({error}); wanted JSON lines or .parquet") from None
-
-
-def _token_lists(path: Path, records: list[dict[str, Any]], name: str) -> list[NDArray[np.int64]]:
-    lists = []
-    for i, record in enumerate(records):
-        value = record.get(name)
-        if not isinstance(value, list) or not value or not all(type(token) is int for token in value):
-            raise DumpError(f"{path} sequence {i}: {name} should be a list of token ids, found {_short(value)}")
-        lists.append(_array(path, i, name, value, np.int64))
-    return lists
-
-
-def _token_rows(
-    path: Path, records: list[dict[str, Any]], prompts: list[NDArray[np.int64]], responses: list[NDArray[np.int64]]
-) -> TokenRows:
-    prompt_ids, samples = [], []
-    numbers: dict[Any, int] = {}
-    for i, (record, prompt) in enumerate(zip(records, prompts, strict=True)):
-        key = record.get("prompt_id", prompt.tobytes())  # rows with the same prompt are samples of it
-        if isinstance(key, list | dict):
-            raise DumpError(f"{path} sequence {i}: prompt_id should be a number or text, found {_short(key)}")
-        prompt_ids.append(numbers.setdefault(key, len(numbers)))
-        samples.append(prompt_ids[:-1].count(prompt_ids[-1]))
-    length_S = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    return TokenRows(
-        seq_id_T=np.repeat(np.arange(len(records)), length_S).astype(np.int64),
-        prompt_id_T=np.repeat(prompt_ids, length_S).astype(np.int64),
-        sample_index_T=np.repeat(samples, length_S).astype(np.int32),
-        position_T=np.concatenate([np.arange(n) for n in length_S]).astype(np.int32),
-        token_id_T=np.concatenate([np.r_[p, r] for p, r in zip(prompts, responses, strict=True)]),
-        is_response_T=np.concatenate([np.arange(n) >= len(p) for n, p in zip(length_S, prompts, strict=True)]),
-    )
-
-
-def _logps(path: Path, records: list[dict[str, Any]], tokens: TokenRows, name: str) -> NDArray[np.float32]:
-    logp_T = np.full(len(tokens), np.nan, np.float32)
-    for i, (start, end) in enumerate(tokens.sequence_bounds()):
-        value = records[i].get(name)
-        if value is None:
-            continue
-        n_response = int(tokens.is_response_T[start:end].sum())
-        if not isinstance(value, list) or len(value) != n_response:
-            raise DumpError(
-                f"{path} sequence {i}: {name} should hold one number per response token ({n_response}), "
-                f"found {_short(value)}"
-            )
-        logp_T[end - n_response : end] = _array(path, i, name, value, np.float64)
-    return logp_T
-
-
-def _expert_ids(
-    path: Path, records: list[dict[str, Any]], tokens: TokenRows, name: str, first_row: int
-) -> NDArray[np.int16] | None:
-    ids_TLK: NDArray[np.int16] | None = None
-    for i, (start, end) in enumerate(tokens.sequence_bounds()):
-        value = records[i].get(name)
-        if value is None:
-            continue
-        rows = _array(path, i, name, value, np.int64)
-        if rows.ndim != 3 or not rows.size:
-            raise DumpError(f"{path} sequence {i}: {name} should be [rows][layers][K], found shape {rows.shape}")
-        if ids_TLK is None:
-            ids_TLK = np.full((len(tokens), *rows.shape[1:]), NOT_ROUTED, np.int16)
-        if rows.shape[1:] != ids_TLK.shape[1:]:
-            raise DumpError(
-                f"{path} sequence {i}: {name} has (L, K) = {rows.shape[1:]}, the first one {ids_TLK.shape[1:]}"
-            )
-        if start + first_row + len(rows) > end:
-            raise DumpError(
-                f"{path} sequence {i}: {name} has {len(rows)} rows from row {first_row} for {end - start} tokens; "
-                f"{_repeated_segment(rows, end - start - 1 - first_row)}"
-            )
-        if np.abs(rows).max() > np.iinfo(np.int16).max:
-            raise DumpError(f"{path} sequence {i}: {name} holds {_no_id(int(rows.flat[np.abs(rows).argmax()]))}")
-        ids_TLK[start + first_row : start + first_row + len(rows)] = rows
-    return ids_TLK
-
-
-def _take_dense_slots(captures: dict[str, Capture]) -> list[Finding]:
-    """Take slots of dense layers out of the captures: layers that are expert 0 in every row, where K > 1.
-
-    A layer that only one of two equally deep sides lacks is no dense one, nor is a long block of them, nor all layers:
-    those stay, for D03 to name.
-    """
-    zeros = {arm: _zero_layers(capture.expert_ids_TLK) for arm, capture in captures.items()
-             if capture.expert_ids_TLK is not None}  # fmt: skip
-    if len({len(zero_L) for zero_L in zeros.values()}) == 1 and len(zeros) > 1:
-        both_L = np.logical_and(*zeros.values())
-        zeros = dict.fromkeys(zeros, both_L)
-    notes = []
-    for arm, zero_L in zeros.items():
-        if not zero_L.any() or zero_L.all() or _longest(zero_L) > _MOST_DENSE:
-            continue
-        layers = np.flatnonzero(zero_L).tolist()
-        ids_TLK = captures[arm].expert_ids_TLK
-        assert ids_TLK is not None
-        captures[arm] = replace(captures[arm], expert_ids_TLK=ids_TLK[:, ~zero_L])
+def _dense_slots(dump: Dump) -> list[Finding]:
+    """D03: layers that were left out as slots of dense layers."""
+    found = []
+    for arm, dense_L in dump.is_dense_L.items():
+        layers = np.flatnonzero(dense_L).tolist()
         message = (
-            f"layers {layers} of {len(zero_L)} are expert 0 in every row: slots of dense layers, left out (layer 0 "
-            f"elsewhere is layer {int(np.argmin(zero_L))} of the dump)"
+            f"layers {layers} of {len(dense_L)} are expert 0 in every row: slots of dense layers, left out (layer 0 "
+            f"elsewhere is layer {int(np.argmin(dense_L))} of the dump)"
         )
-        notes.append(finding("D03-dense-slot", arm, message, n=len(layers), n_of=len(zero_L)))
-    return notes
+        found.append(finding("D03-dense-slot", arm, message, n=len(layers), n_of=len(dense_L)))
+    return found
 
 
-def _zero_layers(ids_TLK: NDArray[np.int16]) -> NDArray[np.bool_]:
-    """(L,) Layers that hold nothing but expert 0 in every row that is there; none where K = 1."""
-    present_T = (ids_TLK != NOT_ROUTED).any(axis=(1, 2))
-    if ids_TLK.shape[2] == 1 or not present_T.any():
-        return np.zeros(ids_TLK.shape[1], dtype=np.bool_)
-    return np.asarray((ids_TLK[present_T] == 0).all(axis=(0, 2)))
-
-
-def _longest(hit_L: NDArray[np.bool_]) -> int:
-    """Longest run of hits."""
-    return int(np.diff(np.flatnonzero(np.r_[True, ~hit_L, True])).max() - 1)
-
-
-def _repeated_segment(rows: NDArray[np.int64], wanted: int) -> str:
-    """What is wrong with more rows than tokens: a generation that was interrupted and stored once per segment?"""
-    seam = len(rows) - wanted
-    n = min(seam, wanted)
-    same = (rows[:n] == rows[seam : seam + n]).all(axis=(1, 2)) if n > 0 else np.zeros(0, dtype=bool)
-    if n < _LEAST_SEGMENT or same.mean() < _LEAST_REPEATED:
-        return "wanted prompt + response - 1 (see --first-row)"
-    return (
-        f"rows {seam}..{seam + n - 1} repeat rows 0..{n - 1}: segments of a generation that was interrupted and "
-        f"resumed were joined, each with the whole sequence so far; keep the last {wanted} rows"
-    )
-
-
-def _no_id(value: int) -> str:
-    """A value beyond any expert id, and what its bytes look like."""
-    if value in (2**16 - 1, 2**32 - 1):
-        return f"{value}, which is -1 (not routed) in an unsigned type; store -1, or leave the row out"
-    if not 0 <= value < 2**63:
-        return f"{value}, which is no expert id"
-    size = 4 if value < 2**31 else 8
-    held = value.to_bytes(size, "little")
-    if size == 8 and value % 2**32 < 2**15:
-        read, width, ids = "int64", "int32", [value % 2**32, value >> 32]
-    elif not any(held[1::2]):
-        read, width, ids = f"int{8 * size}", "uint16", [int(byte) for byte in held[::2]]
-    else:
-        read, width, ids = f"int{8 * size}", "uint8", list(held)
-    return (
-        f"{value}, which is no expert id: bytes {list(held)}, as {len(ids)} {width} ids read as one {read}; read the "
-        "payload in the width that its sender declares (SGLang: routed_experts_dtype)"
-    )
-
-
-def _array(path: Path, sequence: int, name: str, value: Any, dtype: Any) -> NDArray[Any]:
-    try:
-        return np.array(value, dtype=dtype)
-    except (ValueError, TypeError, OverflowError):
-        message = f"{path} sequence {sequence}: {name} is no regular list of numbers: {_short(value)}"
-        raise DumpError(message) from None
-
-
-def _differing_tokens(
-    path: Path, records: list[dict[str, Any]], prompts: list[NDArray[np.int64]], responses: list[NDArray[np.int64]]
-) -> list[Finding]:
+def _differing_tokens(dump: Dump) -> list[Finding]:
     """D32: the first token id that differs, with its neighbours on both sides."""
     places, first = [], ""
-    n_compared = 0
-    for i, record in enumerate(records):
-        if all(record.get(name) is None for name in _TRAIN_TOKENS):
-            continue
-        n_compared += 1
-        ours = np.r_[prompts[i], responses[i]]
-        prompt = record.get("train_prompt_token_ids") or prompts[i].tolist()
-        other = _array(
-            path, i, "train_token_ids", [*prompt, *(record.get("train_token_ids") or responses[i])], np.int64
-        )
+    bounds = list(dump.tokens.sequence_bounds())
+    for i, other in dump.train_token_ids.items():
+        ours = dump.tokens.token_id_T[slice(*bounds[i])]
         shared = min(len(ours), len(other))
         differ = np.flatnonzero(ours[:shared] != other[:shared])
         if not len(differ) and len(ours) == len(other):
@@ -316,12 +87,8 @@ def _differing_tokens(
         first = first or f"infer ... {ours[around].tolist()}, train ... {other[around].tolist()}"
     if not places:
         return []
+    n_compared = len(dump.train_token_ids)
     message = f"{len(places):,} of {n_compared:,} sequences have other token ids on the train side: {first}"
     return [
         finding("D32-token-ids", f"{INFER}~{TRAIN}", message, n=len(places), n_of=n_compared, places=tuple(places[:5]))
     ]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

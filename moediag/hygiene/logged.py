@@ -7,16 +7,98 @@ that follow each other in a sequence count as neighbours.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moediag.hygiene.check import check_capture, check_pair
-from moediag.hygiene.findings import Finding, Place, by_level
+from moediag.hygiene.chance import ALPHA
+from moediag.hygiene.check import Inspection, check_capture, check_pair
+from moediag.hygiene.findings import Finding, Place, by_level, finding
+from moediag.hygiene.rules import BOTH_LOGPS, ENTROPIES, FOREIGN, LOGPS, TEMPERATURES, WARNING
+from moediag.importers.tokens import LoggedTokens
 from moediag.notation import INFER, TRAIN
 from moediag.run.capture import Capture, TokenRows
+
+
+def inspect_tokens(tokens: LoggedTokens) -> Inspection:
+    """Apply the rules to the response tokens of a table."""
+    has = {FOREIGN, LOGPS, BOTH_LOGPS}
+    has |= {ENTROPIES} if "entropy" in tokens.columns else set()
+    has |= {TEMPERATURES} if "temperature" in tokens.columns else set()
+    return Inspection(check_logged(tokens), frozenset(has), 2 * len(tokens))
+
+
+def check_logged(tokens: LoggedTokens, *, is_foreign: bool = True) -> list[Finding]:
+    """Findings on the response tokens of a table, or of a pair of a run, errors first.
+
+    Args:
+        is_foreign: whether another tool made the data (:class:`~moediag.hygiene.check.PairHygiene`).
+    """
+    columns = (
+        tokens.number("logp_train"),
+        tokens.number("logp_infer"),
+        tokens.row_T,
+        tokens.columns["position"][tokens.input_row_T],
+    )
+    facts: dict[str, Any] = {
+        "sequence_names_S": tokens.seq_id_S,
+        "prompt_T": tokens.prompt_row_S[tokens.row_T],
+        "entropy_T": tokens.get("entropy"),
+        "is_foreign": is_foreign,
+    }
+    step_T = tokens.get("step")
+    temperature_T = tokens.get("temperature")
+    found = check_tokens(*columns, **facts) if step_T is None else check_steps(step_T, *columns, **facts)
+    if not tokens.is_masked:
+        is_zero_T = (columns[0] == 0) & (columns[1] == 0)
+        padding = unmasked_padding(is_zero_T, tokens.start_S, tokens.where)
+        known = {one.rule for one in padding}
+        found = [*padding, *(one for one in found if one.rule not in known)]
+    if temperature_T is not None:
+        found += _check_temperatures(tokens, np.asarray(temperature_T, np.float64), found, columns, facts)
+    return by_level(found)
+
+
+def _check_temperatures(
+    tokens: LoggedTokens, temperature_T: NDArray[np.float64], found: list[Finding], columns: Any, facts: dict[str, Any]
+) -> list[Finding]:
+    """D10 of tokens that were sampled at another temperature than 1: that there are any, and whether one side's
+    log-probabilities were taken after it and the other's before; the other tokens may hide that in the whole.
+
+    Raises:
+        DumpError: a temperature below 0, or infinite.
+    """
+    tokens.refuse(
+        (temperature_T < 0) | np.isinf(temperature_T),
+        "temperature wants a number of at least 0, found another in {n} rows, first {place}",
+    )
+    is_known_T, is_other_T = ~np.isnan(temperature_T), ~np.isnan(temperature_T) & (temperature_T != 1)
+    if not is_other_T.any():
+        return []
+    n_other, n = int(is_other_T.sum()), len(temperature_T)
+    low, high = (f"{end:g}" for end in (temperature_T[is_other_T].min(), temperature_T[is_other_T].max()))
+    n_unknown = n - int(is_known_T.sum())
+    message = (
+        f"{n_other:,} of {n:,} tokens were sampled at temperature {low if low == high else f'{low} to {high}'}"
+        f"{f', {n - n_other - n_unknown:,} at 1' if n > n_other + n_unknown else ''}"
+        f"{f', {n_unknown:,} at one that is not known' if n_unknown else ''}: if one side's log-probabilities were "
+        "taken after the temperature and the other's before, differences and ratios hold the temperature and no "
+        "mismatch; if both were taken before it, no ratio is one of the distribution sampled from"
+    )
+    where = f"{INFER}~{TRAIN}"
+    more = [finding("D10-sampling-temperature", where, message, n=n_other, n_of=n)]
+    if any(one.rule == "D10-temperature" for one in found):
+        return more
+    for words, is_here_T in (("below", is_other_T & (temperature_T < 1)), ("above", is_other_T & (temperature_T > 1))):
+        parts = {name: facts[name][is_here_T] for name in ("prompt_T", "entropy_T") if facts[name] is not None}
+        alone = check_tokens(*(column[is_here_T] for column in columns), **{**facts, **parts})
+        for one in alone:
+            if one.rule == "D10-temperature":
+                more.append(replace(one, where=f"{where}, tokens of a temperature {words} 1"))
+    return more
 
 
 def check_tokens(
@@ -79,12 +161,14 @@ def check_tokens(
     return by_level([replace(item, places=tuple(map(in_table, item.places))) for item in found])
 
 
-def check_steps(step_T: NDArray[Any], *columns: Any, **facts: Any) -> list[Finding]:
+def check_steps(
+    step_T: NDArray[Any], *columns: Any, sequence_names_S: NDArray[Any] | None = None, **facts: Any
+) -> list[Finding]:
     """Findings on the tokens of a training: of all steps together, then of single steps what the whole does not show.
 
     Args:
         step_T: training step of every token.
-        columns, facts: as :func:`check_tokens` takes them; a sequence is known by its step and name.
+        columns, sequence_names_S, facts: as :func:`check_tokens` takes them; a sequence is known by its step and name.
     """
     train_T, infer_T, sequence_T, position_T = columns
     steps, number_T = np.unique(step_T, return_inverse=True)
@@ -92,9 +176,10 @@ def check_steps(step_T: NDArray[Any], *columns: Any, **facts: Any) -> list[Findi
     arrays = {name: np.asarray(value) for name, value in facts.items() if isinstance(value, np.ndarray)}
     plain = {name: value for name, value in facts.items() if name not in arrays}
 
-    def check(some_T: Any, sequence_T: NDArray[Any]) -> list[Finding]:
+    def check(some_T: Any, sequence_T: NDArray[Any], names_S: NDArray[Any] | None = None) -> list[Finding]:
         parts = {name: values_T[some_T] for name, values_T in arrays.items()}
-        return check_tokens(train_T[some_T], infer_T[some_T], sequence_T[some_T], position_T[some_T], **parts, **plain)
+        parts |= {"sequence_names_S": names_S, **plain}
+        return check_tokens(train_T[some_T], infer_T[some_T], sequence_T[some_T], position_T[some_T], **parts)
 
     found = check(slice(None), number_T * len(sequences) + row_T)
     found = [replace(item, places=()) for item in found]  # sequences of all steps have no names of their own
@@ -102,7 +187,7 @@ def check_steps(step_T: NDArray[Any], *columns: Any, **facts: Any) -> list[Findi
     order_T = np.argsort(number_T, kind="stable")
     ends = np.cumsum(np.bincount(number_T))
     for step, start, end in zip(steps.tolist(), [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-        alone = check(order_T[start:end], sequence_T) if len(steps) > 1 else []
+        alone = check(order_T[start:end], sequence_T, sequence_names_S) if len(steps) > 1 else []
         found += [replace(item, where=f"step {step} {item.where}") for item in alone if item.rule not in known]
     return by_level(found)
 
@@ -116,3 +201,35 @@ def _sample_index(prompt_N: NDArray[Any], start_S: NDArray[Any]) -> NDArray[np.i
     index_S = np.empty(len(order_S), dtype=np.int32)
     index_S[order_S] = here_S - np.maximum.accumulate(np.where(first_S, here_S, 0))
     return index_S
+
+
+def unmasked_padding(is_zero_T: NDArray[np.bool_], start_S: NDArray[np.intp], where: str) -> list[Finding]:
+    """Blocks of rows of exactly 0 on both sides at the ends of sequences, in a table that names no mask.
+
+    Certain tokens are exactly 0 on both sides, too: a block counts when it is longer than such tokens, as often as they
+    are elsewhere in these sequences, would make one in a million tables.
+
+    Args:
+        is_zero_T: whether both log-probabilities are exactly 0, as they were read; sequence by sequence, in order.
+        start_S: first row of every sequence.
+        where: the table.
+
+    Source: ours; the million is that of every other rule (:data:`~moediag.hygiene.chance.ALPHA`).
+    """
+    here_T = np.arange(len(is_zero_T))
+    end_S = np.append(start_S[1:], len(is_zero_T))
+    first_S = np.minimum(np.minimum.reduceat(np.where(is_zero_T, len(here_T), here_T), start_S), end_S)
+    last_S = np.maximum.reduceat(np.where(is_zero_T, -1, here_T), start_S)
+    head_S, tail_S = first_S - start_S, np.where(first_S < end_S, end_S - 1 - last_S, 0)
+    n_ends = int((head_S + tail_S).sum())
+    rate = (is_zero_T.sum() - n_ends + 1) / (len(is_zero_T) - n_ends + 2)  # Laplace's: none seen is not never
+    longest = int(max(head_S.max(), tail_S.max()))
+    if longest < math.log(ALPHA / (2 * len(end_S))) / math.log(rate):
+        return []
+    message = (
+        f"{n_ends:,} of {len(is_zero_T):,} rows are exactly 0 on both sides, in blocks of up to {longest:,} at the "
+        "ends of sequences, and the table names no loss mask: prompt or padding counts as tokens in perfect agreement, "
+        "and makes every mean and share too small; leave these rows out, or give their mask (is_response, or "
+        "--mask COLUMN)"
+    )
+    return [Finding(WARNING, "D31-zero-logp", where, message, n=n_ends, n_of=len(is_zero_T))]

@@ -1,4 +1,7 @@
-"""Gate weights, margins and router logits: finite, possible, and of the rows they stand beside. D16 as well."""
+"""Gate weights, margins and router logits: finite, possible, and of the rows they stand beside. D16 as well.
+
+Beside each other (D14), :class:`GateFactor`: sums of gate weights where both sides chose the same experts.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.hygiene.findings import Count, Finding, counted
+from moediag.hygiene.findings import Count, Finding, counted, finding
 from moediag.hygiene.rows import MIN_ROWS, Rows, Shape, over_slots
 
 _BF16 = 2.0**-8
@@ -18,6 +21,9 @@ _MANY_TIES = 0.02
 that computes in bf16 0.3-1.0 % per layer on the trained demo pair."""
 
 _CHUNK = 2048
+
+_SUM_ROUNDING = 2.0**-6
+"""Weight sums of one row in bf16 agree to 2^-8 relative on each side; twice that each, both sides."""
 
 
 class RouterScores:
@@ -139,3 +145,57 @@ def _logit_margins(
     np.put_along_axis(others_TLE, ids, -np.inf, axis=2)
     with np.errstate(invalid="ignore"):
         return np.asarray(chosen_TL - others_TLE.max(axis=2))
+
+
+class GateFactor:
+    """Sums of gate weights of the two sides, where both chose the same experts."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        self._n = 0
+        self._ratio = np.zeros(2)  # sum and square sum of log(train / infer)
+        self._sums = np.zeros((2, 2))  # per side the same of the row sum
+
+    def add(self, train: Rows, infer: Rows) -> None:
+        """Add a shard of both sides, same tokens."""
+        train_TL, infer_TL = train.gate_totals, infer.gate_totals
+        if train_TL is None or infer_TL is None:
+            return
+        same_TL = train.routed & infer.routed & over_slots(np.logical_and, train.sets == infer.sets)
+        train_N, infer_N = (totals_TL[same_TL].astype(np.float64) for totals_TL in (train_TL, infer_TL))
+        good_N = np.isfinite(train_N) & np.isfinite(infer_N) & (train_N > 0) & (infer_N > 0)
+        train_N, infer_N = train_N[good_N], infer_N[good_N]
+        self._n += len(train_N)
+        self._ratio += _moments(np.log(train_N / infer_N))
+        self._sums += np.array([_moments(train_N), _moments(infer_N)])
+
+    def findings(self, where: str) -> list[Finding]:
+        """A constant factor, or one side normalised and the other not."""
+        if self._n < MIN_ROWS:
+            return []
+        mean, spread = _mean_and_spread(self._ratio, self._n)
+        (train, train_spread), (infer, infer_spread) = (_mean_and_spread(sums, self._n) for sums in self._sums)
+        if abs(mean) > _SUM_ROUNDING and spread < abs(mean) / 4:
+            message = f"train's weights sum to {math.exp(mean):.4g} times infer's (spread {spread:.1g})"
+        elif abs(mean) > _SUM_ROUNDING and _one_is_normalised((train_spread / train, infer_spread / infer)):
+            message = (
+                f"weights sum to {train:.3g} +- {train_spread:.2g} in train, {infer:.3g} +- {infer_spread:.2g} in infer"
+            )
+        else:
+            return []
+        text = f"{message}, {self._n:,} (token, layer) with the same experts"
+        return [finding("D14-gate-factor", where, text, n_of=self._n)]
+
+
+def _one_is_normalised(spreads: tuple[float, float]) -> bool:
+    """One side's sums are constant to bf16 rounding (2^-8), the other's are far from it."""
+    return min(spreads) < _SUM_ROUNDING / 4 and max(spreads) > 2 * _SUM_ROUNDING
+
+
+def _moments(values_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.array([values_N.sum(), (values_N**2).sum()])
+
+
+def _mean_and_spread(moments: NDArray[np.float64], n: int) -> tuple[float, float]:
+    mean = float(moments[0]) / n
+    return mean, math.sqrt(max(float(moments[1]) / n - mean**2, 0.0))

@@ -22,6 +22,9 @@ Bits = NDArray[np.uint64]
 MIN_ROWS = 20
 """Rows below which no pattern of a whole layer is named: 2^-20 = 1e-6 even where each row shows it half the time."""
 
+TOKEN_LAGS = (-3, -2, -1, 1, 2, 3)
+"""Offsets of rows and tokens at which the two sides are held against each other."""
+
 _CHUNK = 512
 
 
@@ -216,6 +219,11 @@ def prefix_hashes(tokens: TokenRows) -> NDArray[np.uint64]:
     before_T = np.r_[np.uint64(0), sum_T[:-1]]
     start_T = np.maximum.accumulate(np.where(tokens.position_T == 0, np.arange(len(tokens)), 0))
     return np.asarray(sum_T - before_T[start_T], dtype=np.uint64)
+
+
+def aligned(n: int, lag: int) -> tuple[slice, slice]:
+    """Slices of t and t + lag among n."""
+    return (slice(0, n - lag), slice(lag, n)) if lag >= 0 else (slice(-lag, n), slice(0, n + lag))
 
 
 def _booleans(values: Any) -> Bool:

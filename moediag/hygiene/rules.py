@@ -20,6 +20,7 @@ GATES, BOTH_GATES = "gate weights", "gate weights of both sides"
 MARGINS, LOGITS = "margins", "router logits"
 BOTH_TOKENS = "token ids of both sides"
 FOREIGN = "data of another tool"
+TEMPERATURES = "sampling temperatures"
 """What a rule may need, in words that follow "no"."""
 
 
@@ -127,6 +128,11 @@ _TABLE = (
     Rule("D10-temperature", "one side's logps are spread wider than the other's, beyond what noise between them gives",
          "a temperature on one side only", ERROR,
          "sweep a temperature on that side for the least difference; raw or processed logprobs?", BOTH_LOGPS),
+    Rule("D10-sampling-temperature", "tokens that were sampled at a temperature other than 1",
+         "normal where it was asked for; but log-probabilities may be taken before the temperature on one side (raw) "
+         "and after it on the other (processed)", WARNING,
+         "take both sides' log-probabilities after the temperature; raw on both sides, k1 and k3 are no KL",
+         TEMPERATURES),
     Rule("D14-other-rule", "an engine's routing rule is not the checkpoint's", "the engine ignores an option of the "
          "router", NOTE, "ratio of weight sums; another engine version", FILES),
     Rule("D14-gate-factor", "same experts on both sides, gate weights off by a constant or not normalised on one side",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from moediag.analysis.intervals import LARGE_SHARE
 from moediag.report.blocks import Bullets, Table, table
 from moediag.report.text import Markdown
+from moediag.statistics.intervals import LARGE_SHARE
 
 SIGN_WORDS: Final = Markdown(
     "Sign: **logp_diff = logp_train − logp_infer** [nat], ratio = exp(logp\\_diff) = π_train / π_infer. "

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.analysis.intervals import LARGE_SHARE
 from moediag.figures.numbers import NONE, count, is_number, percent, sig
 from moediag.report.blocks import Table, interval, number, table
 from moediag.report.text import Markdown, plain
+from moediag.statistics.intervals import LARGE_SHARE
 
 Summary = Mapping[str, Any]
 Frames = Mapping[str, pd.DataFrame]

@@ -7,9 +7,10 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.analysis.predicted import POOLED, best_method
+from moediag.analysis.flips.explained import best_method
 from moediag.figures.explained import source_words
 from moediag.figures.numbers import count, is_number, percent, sig
+from moediag.notation import POOLED
 from moediag.report.blocks import Block, Table, interval, number, table
 from moediag.report.measures import Summary
 from moediag.report.pairs import observed_pair_name

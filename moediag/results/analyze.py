@@ -6,10 +6,9 @@ from typing import Any, Final
 
 import pandas as pd
 
+from moediag.analysis.flips.explained import flip_headlines, predict_flips
 from moediag.analysis.floors import variants
 from moediag.analysis.pair_analysis import analyze_pair
-from moediag.analysis.predicted import predicted_flips
-from moediag.analysis.prediction import predict_flips
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.errors import RunError
 from moediag.folder import SUMMARY, made_together, write_frames
@@ -66,7 +65,7 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
     with made_together(run.path, ANALYSIS) as made:
         digests = {pair: write_frames(made / ANALYSIS / pair, some) for pair, some in frames.items()}
         provenance = {"frames": digests, "validation_errors": len(errors), "no_text": no_text}
-        summary = summarize(run, analyses, own, provenance) | {"predicted_flips": predicted_flips(predictions)}
+        summary = summarize(run, analyses, own, provenance) | {"predicted_flips": flip_headlines(predictions)}
         if exact is not None:
             summary["pairs"][observed]["logp"] |= exact.summary()
         write_sealed(made / SUMMARY, summary)

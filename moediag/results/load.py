@@ -10,6 +10,7 @@ import pandas as pd
 import moediag.analysis  # noqa: F401 - declares the frames
 from moediag.errors import CorruptRunError, IncompleteRunError
 from moediag.folder import SUMMARY, read_frames
+from moediag.notation import SCHEMA_VERSION
 from moediag.report import main_pair_name
 from moediag.run.derived import ANALYSIS, captures_digest, settle_derived
 from moediag.run.files import read_sealed
@@ -30,6 +31,11 @@ def load_summary(run: Run) -> dict[str, Any]:
         raise IncompleteRunError(f"{run.path} has not been analysed; {analyze_again(run)}")
     try:
         summary = read_sealed(path)
+        if (version := summary.get("schema_version")) in range(1, SCHEMA_VERSION):
+            raise IncompleteRunError(
+                f"{path} was written by an older moediag (schema {version}, this one writes {SCHEMA_VERSION}); "
+                f"{analyze_again(run)}"
+            )
         check_schema_version(summary, path)
         captures, _, _ = (
             summary["provenance"]["captures"],

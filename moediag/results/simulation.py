@@ -21,12 +21,12 @@ from moediag.corrections.recommend import recommend_band
 from moediag.corrections.sources import Source, run_source, table_source
 from moediag.corrections.statistics import EPS_CLIP, compare_corrections
 from moediag.corrections.sweep import DEFAULT_ALPHAS, DEFAULT_BETAS, sweep_by_band
-from moediag.corrections.table_files import OnProgress
 from moediag.errors import CorruptRunError, IncompleteRunError
 from moediag.figures.corrections import draw_simulation_figures
 from moediag.figures.style import formats
 from moediag.folder import SUMMARY, records, result_folder, write_frames
 from moediag.hygiene.findings import headline
+from moediag.importers.tables import OnProgress
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.report.pairs import main_pair_name
 from moediag.report.simulation_page import simulation_page

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis.floors import Variant, floors, verdict
-from moediag.analysis.intervals import cluster_sums, ratio_mean_interval
 from moediag.analysis.pair_analysis import PairAnalysis
 from moediag.analysis.summary import pair_summary
 from moediag.analysis.tokens import logp_diff
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.run.derived import captures_digest
 from moediag.run.reader import Run
+from moediag.statistics.intervals import cluster_sums, ratio_mean_interval
 
 BROKEN_REPLAY: Final = -9.0
 """Share of the mean removed below which it is the replay that is broken: more than ten times as large as without.

@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.analysis.recurrence import ASSUMPTIONS, Recurrence
 from moediag.analysis.series import KL_METRICS, MARKS, delta_metric, trend_recurrence, warnings_of
 from moediag.figures.numbers import sig
 from moediag.figures.series import plot_trend, title_of
@@ -27,6 +26,7 @@ from moediag.report.blocks import Bullets, interval, number, table
 from moediag.report.text import Markdown, plain
 from moediag.results.trend_sources import TrendSource, read_trend
 from moediag.run.files import write_atomic, write_sealed
+from moediag.statistics.recurrence import ASSUMPTIONS, Recurrence
 
 KIND: Final = "moediag trend"
 

@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -34,22 +34,16 @@ from moediag.analysis.series import (
 )
 from moediag.analysis.tokens import concatenate_tokens, token_columns
 from moediag.analysis.vocabulary import exact_divergences
-from moediag.corrections.logged_tokens import LOGPS, checked_logps
-from moediag.corrections.loss_masks import LossMasks, unmasked_padding
-from moediag.corrections.table_files import KINDS, Kind, TableFile, open_table
 from moediag.errors import DumpError
-from moediag.hygiene.findings import Finding, by_level
-from moediag.hygiene.logged import check_steps
+from moediag.hygiene.findings import Finding
+from moediag.hygiene.logged import check_logged
+from moediag.importers.columns import is_token_table
+from moediag.importers.tables import KINDS, OnProgress, TableFile, open_table
+from moediag.importers.tokens import LOGPS, LoggedTokens, TokenTable
 from moediag.report.measures import text_origin
 from moediag.run.reader import Run, open_run
 from moediag.run.series import Series, is_series, open_series
 
-OnProgress = Callable[[int, int, str], None]
-
-TOKEN_COLUMNS: Final[dict[str, Kind]] = {
-    "step": "whole", "seq_id": "id", "position": "whole", "logp_train": "number", "logp_infer": "number",
-}  # fmt: skip
-OPTIONAL_COLUMNS: Final[dict[str, Kind]] = {"prompt_id": "id"}
 SYNONYMS: Final = {
     "mean_abs_logp_diff": "abs_logp_diff.mean",
     "p99_abs_logp_diff": "abs_logp_diff.p99",
@@ -181,54 +175,31 @@ def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: On
 def _read_table(table: TableFile, on_progress: OnProgress) -> TrendSource:
     if "step" not in table.types:
         raise DumpError(f"{table.path} has no column step; found {', '.join(table.types)}")
-    sides = [name for name in ("logp_train", "logp_infer") if name in table.types]
-    if not sides:
+    if not is_token_table(table.types):
         return _read_steps(table, on_progress)
-    missing = [name for name in TOKEN_COLUMNS if name not in table.types]
-    if missing:
-        raise DumpError(f"{table.path} has {sides[0]}, so it is a table of tokens, but lacks {', '.join(missing)}")
-    return _read_tokens(table, on_progress)
-
-
-def _read_tokens(table: TableFile, on_progress: OnProgress) -> TrendSource:
-    masks = LossMasks.among(table.types, str(table.path))
-    kinds = {**TOKEN_COLUMNS, **{name: kind for name, kind in OPTIONAL_COLUMNS.items() if name in table.types}}
-    columns = table.read({**kinds, **dict.fromkeys(masks.columns, "flag")}, on_progress)
-    is_response_T, masked = masks.response(columns)
-    cluster = "prompt_id" if "prompt_id" in columns else "seq_id"
-    frame = pd.DataFrame({name: columns[name] for name in ("step", "position", "logp_train", "logp_infer")})
-    frame["seq_id"], frame["prompt_id"] = columns["seq_id"].row_T, columns[cluster].row_T
-    if is_response_T is not None:
-        frame = frame[is_response_T]
-    _refuse_tokens(table.path, frame)
-    found = [] if masks.columns else unmasked_padding(*_in_order(frame), str(table.path))
-    logps = {name: frame[name].to_numpy(np.float64) for name in LOGPS[:2]}
-    checked, said = checked_logps(logps, str(table.path), lambda is_T: _place(frame, is_T))
-    frame = frame.assign(**checked)
-    notes = [*masked, *said,
-             "how the tokens were sampled the table does not say: k1 and k3 are a KL only if infer sampled them at "
-             "temperature 1 without truncation"]  # fmt: skip
-    if cluster == "seq_id":
-        notes.append("no column prompt_id: every sequence counts as a prompt of its own, so intervals may be too short")
-    infinite, thinned = _Infinite(), _thinned_steps(frame)
-    names = ("step", *LOGPS[:2], "seq_id", "position")
-    as_read = thinned.assign(**{name: pd.Series(logps[name], frame.index)[thinned.index] for name in logps})
-    found += check_steps(*(as_read[name].to_numpy() for name in names), prompt_T=as_read["prompt_id"].to_numpy())
-    trend = trend_of(_steps_of_tokens(table, thinned, infinite, on_progress))
-    n_steps, n_kept = frame["step"].nunique(), thinned["step"].nunique()
+    known = TokenTable.of(table).without(("advantage", "reward", "token_id", "logp_train_new", "n_flipped_layers"))
+    tokens = known.read(on_progress)
+    thinned, infinite = _thinned(tokens), _Infinite()
+    frame = pd.DataFrame({"step": thinned.get("step"), **{name: thinned.logps[name] for name in LOGPS[:2]},
+                          "prompt_id": thinned.prompt_row_S[thinned.row_T]})  # fmt: skip
+    trend = trend_of(_steps_of_tokens(table, frame, infinite, on_progress))
+    n_steps, n_kept = (len(np.unique(some.columns["step"][some.input_row_T])) for some in (tokens, thinned))
+    notes = [*infinite.notes(), *tokens.notes(),
+             "k1 and k3 are a KL only if infer sampled the tokens from the distribution whose log-probabilities were "
+             "logged: at temperature 1 without truncation, or both sides' taken after them"]  # fmt: skip
     if n_kept < n_steps:
-        notes.insert(0, f"{n_kept:,} of {n_steps:,} steps are measured, evenly spaced, for the time it takes")
-    return TrendSource(trend, "column step", True, (*infinite.notes(), *notes), tuple(by_level(found)))
+        notes.append(f"{n_kept:,} of {n_steps:,} steps are measured, evenly spaced, for the time it takes")
+    return TrendSource(trend, "column step", True, tuple(notes), tuple(check_logged(thinned)))
 
 
-def _thinned_steps(frame: pd.DataFrame) -> pd.DataFrame:
+def _thinned(tokens: LoggedTokens) -> LoggedTokens:
     """The tokens of at most :data:`MOST_TOKEN_STEPS` steps, first and last among them."""
-    steps = np.unique(frame["step"].to_numpy())
+    step_T = tokens.columns["step"][tokens.input_row_T]
+    steps = np.unique(step_T)
     if len(steps) <= MOST_TOKEN_STEPS:
-        return frame
+        return tokens
     kept = steps[np.linspace(0, len(steps) - 1, MOST_TOKEN_STEPS).round().astype(int)]
-    thinned: pd.DataFrame = frame[frame["step"].isin(kept)]
-    return thinned
+    return tokens.some(np.isin(step_T, kept))
 
 
 def _steps_of_tokens(
@@ -264,32 +235,6 @@ class _Infinite:
             f"of -inf (at {len(self._by_step)} of {self._n_steps} steps, first {min(self._by_step)}); no metric holds "
             "them, k3 and F(2) least of all"
         ]
-
-
-def _refuse_tokens(path: Path, frame: pd.DataFrame) -> None:
-    """Rows that no log of tokens has."""
-    if frame.empty:
-        raise DumpError(f"{path} holds no response token; check the loss mask")
-    twice = frame[frame.duplicated(["step", "seq_id", "position"])]
-    if len(twice):
-        raise DumpError(
-            f"{path}: {len(twice):,} rows stand at a (step, seq_id, position) of another, first step "
-            f"{twice['step'].iloc[0]} position {twice['position'].iloc[0]}; every token wants one row"
-        )
-
-
-def _place(frame: pd.DataFrame, is_T: Any) -> str:
-    """The first of some tokens, in words."""
-    row = frame[is_T].iloc[0]
-    return f"step {row['step']:g} position {row['position']:g}"
-
-
-def _in_order(frame: pd.DataFrame) -> tuple[Any, Any]:
-    """Whether tokens are exactly 0 on both sides, sequence by sequence, and the first token of every sequence."""
-    ordered = frame.sort_values(["step", "seq_id", "position"])
-    is_zero_T = ((ordered["logp_train"] == 0) & (ordered["logp_infer"] == 0)).to_numpy()
-    is_first_T = (ordered[["step", "seq_id"]].diff() != 0).any(axis=1).to_numpy()
-    return is_zero_T, np.flatnonzero(is_first_T)
 
 
 def _read_steps(table: TableFile, on_progress: OnProgress) -> TrendSource:

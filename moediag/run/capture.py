@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,20 @@ Int16 = NDArray[np.int16]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
+
+LARGEST_ROUNDED_LOGP: Final = 1e-4
+"""Log-probability [nat] up to which a value above 0 is rounding and counts as 0: a float32 logit less its logsumexp is
+off by half a unit in the last place, 6.1e-5 for logits of 1,024 to 2,048. Beyond it, it is no log-probability."""
+
+
+def is_scored(logp_train_T: NDArray[Any], logp_infer_T: NDArray[Any]) -> Bool:
+    """Which tokens have two finite log-probabilities."""
+    return np.asarray(np.isfinite(logp_train_T) & np.isfinite(logp_infer_T))
+
+
+def is_impossible(logp_train_T: NDArray[Any], logp_infer_T: NDArray[Any]) -> Bool:
+    """Which tokens have an infinite log-probability on a side: a probability of 0, which was yet sampled."""
+    return np.asarray(np.isinf(logp_train_T) | np.isinf(logp_infer_T))
 
 
 @dataclass(frozen=True)

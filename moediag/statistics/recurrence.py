@@ -9,7 +9,7 @@ Invariants:
     - a series that cannot tell is refused in a sentence with its numbers: an infinite value, too few steps, errors not
       known, no change beyond the errors, an interval of a that holds 0, or another shape that fits better;
     - growth faster than a straight line is never called compounding: the recurrence is one explanation of it, and
-      others that fit as well are named (:mod:`moediag.analysis.recurrence_shapes`);
+      others that fit as well are named (:mod:`moediag.statistics.recurrence_likelihood`);
     - intervals are those values that a likelihood ratio does not reject, with its own distribution simulated at each
       value tried (grid bootstrap): a ratio has no symmetric interval, near a = 0 no ratio is chi-squared, and 30 steps
       do not tell process noise from none. They may be unbounded, and then say so;
@@ -29,12 +29,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from moediag.analysis.intervals import Interval
-from moediag.analysis.recurrence_filter import Series
-from moediag.analysis.recurrence_intervals import Likelihood
-from moediag.analysis.recurrence_shapes import STRONG, Shape, other_shapes
-from moediag.analysis.resampling import LEVEL
 from moediag.errors import FrameError
+from moediag.statistics.intervals import Interval
+from moediag.statistics.recurrence_likelihood import STRONG, Likelihood, Series, Shape, other_shapes
+from moediag.statistics.resampling import LEVEL
 
 Float64 = NDArray[np.float64]
 Outcome = Literal["grows", "cannot tell", "does not grow"]

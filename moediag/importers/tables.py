@@ -1,4 +1,4 @@
-"""Tables of tokens on disk: parquet, csv and JSON lines, one row per token, read into columns.
+"""Tables on disk and in memory, read into columns: parquet, csv, JSON lines, frames.
 
 Invariants:
     - numbers arrive correctly rounded: a float64 that was written with 17 digits (or by Python's repr) is the same
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -26,11 +26,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from moediag.errors import DumpError
+from moediag.importers.columns import Kind
 
 KINDS: Final = (".parquet", ".csv", ".jsonl")
-Kind = Literal["id", "whole", "number", "flag"]
-"""id: whole numbers or words; whole: whole numbers; number: float64, empty = NaN; flag: true/false or 1/0 (1.0/0.0)."""
-
 OnProgress = Callable[[int, int, str], None]
 """Called with what is done, of how much, and its unit."""
 
@@ -83,7 +81,7 @@ class TableFile:
         """
         for name, kind in kinds.items():
             _refuse_type(self.path, name, kind, self.types[name])
-        with _readable(self.path):
+        with readable(self.path):
             batches = list(_READERS[self.path.suffix](self, kinds, on_progress or _silent))
             table = pa.Table.from_batches(batches) if batches else None
             if table is None or not len(table):
@@ -100,8 +98,8 @@ def open_table(path: Path) -> TableFile:
     if not path.is_file():
         raise DumpError(f"{path} is {'not a file' if path.exists() else 'missing'}; give a run directory or a table")
     if path.suffix not in KINDS:
-        raise DumpError(f"{path} is no table that simulate reads: give a run directory, or {', '.join(KINDS)}")
-    with _readable(path):
+        raise DumpError(f"{path} is no table by its name; wanted a run directory, or {', '.join(KINDS)}")
+    with readable(path):
         names, types = _SCHEMAS[path.suffix](path)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -110,14 +108,19 @@ def open_table(path: Path) -> TableFile:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """What the body cannot read of a file is one line that names it.
+
+    Raises:
+        DumpError: as the body raises it, or for what the file's format, the disk or the encoding gives.
+    """
     try:
         yield
     except DumpError:
         raise
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         reason = str(error).split(". Detail:")[0]
-        raise DumpError(f"{path} cannot be read as {path.suffix[1:]}: {reason}; write it again") from None
+        raise DumpError(f"{path} cannot be read as {path.suffix[1:] or 'a table'}: {reason}; write it again") from None
 
 
 def _parquet_schema(path: Path) -> tuple[list[str], dict[str, pa.DataType]]:
@@ -135,18 +138,31 @@ def _csv_schema(path: Path) -> tuple[list[str], dict[str, pa.DataType]]:
 def _jsonl_schema(path: Path) -> tuple[list[str], dict[str, pa.DataType]]:
     """Columns of the first lines; a column's type is that of its first value."""
     first: dict[str, Any] = {}
-    with path.open(encoding="utf-8") as file:
-        for nth, line in enumerate(islice(file, _N_PEEKED), 1):
-            if not line.strip():
-                continue
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise DumpError(f"{path} line {nth} is no JSON object")
-            for name, value in record.items():
-                if first.get(name) is None:
-                    first[name] = value
+    for record in islice(json_records(path), _N_PEEKED):
+        for name, value in record.items():
+            if first.get(name) is None:
+                first[name] = value
     types = {name: pa.null() if value is None else pa.infer_type([value]) for name, value in first.items()}
     return list(types), types
+
+
+def json_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of JSON lines, empty lines left out.
+
+    Raises:
+        DumpError: a line that is no JSON object; names it.
+    """
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DumpError(f"{path} line {number}: no JSON ({error})") from None
+            if not isinstance(record, dict):
+                raise DumpError(f"{path} line {number}: wanted a JSON object, found {type(record).__name__}")
+            yield record
 
 
 def _read_parquet(table: TableFile, kinds: Mapping[str, Kind], on_progress: OnProgress) -> Iterator[pa.RecordBatch]:
@@ -257,6 +273,23 @@ def _words(column: pa.ChunkedArray) -> Ids:
     rank_N = np.empty(len(order_N), np.intp)
     rank_N[order_N] = np.arange(len(order_N))
     return Ids(rank_N[encoded.indices.to_numpy()], words_N[order_N])
+
+
+def frame_column(frame: pd.DataFrame, name: str, kind: Kind) -> Any:
+    """A column of a frame, as :meth:`TableFile.read` gives a file's.
+
+    Raises:
+        DumpError: it is of another kind.
+    """
+    values_T = frame[name].to_numpy()
+    try:
+        if kind == "id":
+            return Ids.of(values_T)
+        if kind == "flag":
+            return as_flags(values_T, f"column {name}")
+        return frame[name].to_numpy(np.float64 if kind == "number" else np.int64)
+    except (TypeError, ValueError):
+        raise DumpError(f"column {name} wants {_ACCEPTED[kind][0]}, found {frame[name].dtype}") from None
 
 
 def as_flags(values_T: NDArray[Any], where: str) -> NDArray[np.bool_]:

@@ -13,8 +13,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moediag.analysis.intervals import MIN_CLUSTERS, Interval, effective_freedom, rate_bounds, too_few
-from moediag.analysis.resampling import positive_bounds, standard_error
+from moediag.statistics.intervals import MIN_CLUSTERS, Interval, effective_freedom, rate_bounds, too_few
+from moediag.statistics.resampling import positive_bounds, standard_error
 
 Float64 = NDArray[np.float64]
 
@@ -33,7 +33,7 @@ def quantile_interval(values_T: ArrayLike, cluster_T: NDArray[Any], q: float) ->
     Below p90 the interval of the CDF at the estimate is inverted (Woodruff). From p90 on the share above is small and
     skewed between prompts, and Woodruff's bound ends too low (p99 at 64 prompts: 0.89): there the bounds are those
     shares that an estimate as large as this one would not contradict, on a ratio scale and with the tail of
-    :func:`~moediag.analysis.resampling.positive_bounds`. Quantiles beyond p99 are not estimated (NaN) unless at
+    :func:`~moediag.statistics.resampling.positive_bounds`. Quantiles beyond p99 are not estimated (NaN) unless at
     least 20 tokens from at least 10 prompts lie above: fewer make them a report of a handful of tokens.
 
     Args:

@@ -18,7 +18,6 @@ Two ways to measure, by what a capture kept:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
@@ -28,13 +27,24 @@ from scipy import special
 
 from moediag.analysis.choice_scores import RoutingRule, border_gap, compared_scores
 from moediag.analysis.expert_sets import compare_block
-from moediag.analysis.margin_counts import Side
-from moediag.run.align import PairBlock
+from moediag.analysis.margins import Side
+from moediag.analysis.totals import Totals, counted
+from moediag.run.align import Pair, PairBlock
+from moediag.statistics.intervals import divide
 
 Bool = NDArray[np.bool_]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 Measure = Literal["logits", "margins"]
+Method = Literal["all_pairs", "border_pair", "simulated", "margin_change"]
+
+MEASURE_OF: Final[dict[Method, Measure]] = {
+    "all_pairs": "logits",
+    "border_pair": "logits",
+    "simulated": "logits",
+    "margin_change": "margins",
+}
+"""What each method reads the noise from."""
 
 N_FOLDS: Final = 8
 """Prompts go to folds by ``prompt_id % 8``: the same fold in every block, shard and arm of a run."""
@@ -52,6 +62,7 @@ _SMALLEST_SIZE: Final = -8
 MIN_IN_STRATUM: Final = 200
 """With fewer scales than this a stratum says less than its layer does."""
 _MIN_IN_SIZE: Final = 500
+_QUANTILES: Final = {"sigma_p10": 0.1, "sigma_p50": 0.5, "sigma_p90": 0.9, "sigma_p99": 0.99}
 
 
 @dataclass(frozen=True)
@@ -108,8 +119,8 @@ class BlockView:
         return is_usable_T
 
 
-@dataclass(frozen=True)
-class NoiseCounts:
+@dataclass
+class NoiseCounts(Totals):
     """Counts of noise scales; F folds, L layers, R strata, H cells of the scale, Z sizes of logit.
 
     Args:
@@ -134,12 +145,6 @@ class NoiseCounts:
             np.zeros((*shape, N_SIZES)),
         )
 
-    @staticmethod
-    def merge(parts: Iterable[NoiseCounts]) -> NoiseCounts:
-        """Counts of all parts together (at least one)."""
-        some = list(parts)
-        return NoiseCounts(*(np.sum([getattr(part, f.name) for part in some], axis=0) for f in fields(NoiseCounts)))
-
     def add_block(self, view: BlockView, rule: RoutingRule, measure: Measure) -> None:
         """Count one block, in place."""
         for layer in range(view.gap_TL.shape[1]):
@@ -151,8 +156,8 @@ class NoiseCounts:
             fold_N, stratum_N, cell_N = view.fold_T[rows], view.stratum_TL[rows, layer], cell_of(scale_T[rows])
             is_zero_N = scale_T[rows] == 0
             some = np.flatnonzero(~is_zero_N)
-            self.zero_FLR[:, layer] += _count((N_FOLDS, N_STRATA), fold_N[is_zero_N], stratum_N[is_zero_N])
-            self.n_FLRH[:, layer] += _count((N_FOLDS, N_STRATA, N_CELLS), fold_N[some], stratum_N[some], cell_N[some])
+            self.zero_FLR[:, layer] += counted((N_FOLDS, N_STRATA), fold_N[is_zero_N], stratum_N[is_zero_N])
+            self.n_FLRH[:, layer] += counted((N_FOLDS, N_STRATA, N_CELLS), fold_N[some], stratum_N[some], cell_N[some])
 
     def _add_profile(self, view: BlockView, rule: RoutingRule, layer: int) -> Float64:
         """Scales of one layer from both sides' logits; counts how noise goes with the size of the logit."""
@@ -166,8 +171,8 @@ class NoiseCounts:
         square_NE = np.square(noise_NE[some_N] / scale_N[some_N, None]) / freedom
         fold_NE = np.broadcast_to(view.fold_T[rows][some_N, None], square_NE.shape)
         cell = fold_NE.ravel(), size_of(ours_NE[some_N]).ravel()
-        self.square_FLZ[:, layer] += _count((N_FOLDS, N_SIZES), *cell, weights=square_NE.ravel())
-        self.n_FLZ[:, layer] += _count((N_FOLDS, N_SIZES), *cell)
+        self.square_FLZ[:, layer] += counted((N_FOLDS, N_SIZES), *cell, weights_N=square_NE.ravel())
+        self.n_FLZ[:, layer] += counted((N_FOLDS, N_SIZES), *cell)
         return scale_T
 
     @property
@@ -215,6 +220,90 @@ def view_block(block: PairBlock, rule: RoutingRule, side: Side = "infer") -> Blo
     logits, others = (getattr(block, f"router_logits_{s}_TLE") for s in (side, other))
     is_known_TL = seen.is_compared_TL & ~np.isnan(gap_TL)
     return BlockView(block.prompt_id_T, gap_TL, logits, others, is_known_TL, is_flip_TL, change_TL)
+
+
+@dataclass(frozen=True)
+class PairNoise:
+    """The noise of one pair, measured in every way that its arms allow.
+
+    Args:
+        counts: by way to measure.
+        tie_L, gap_L: exact ties and gaps of the reference side, by layer.
+        has_target_logits: the reference side kept its router logits.
+    """
+
+    pair: Pair
+    rule: RoutingRule
+    side: Side
+    counts: dict[Measure, NoiseCounts]
+    tie_L: Float64
+    gap_L: Float64
+    has_target_logits: bool
+
+    def methods(self, has_bias: bool) -> list[Method]:
+        """Methods that can be tried, best first."""
+        by_logits: list[Method] = ["all_pairs", "border_pair"]
+        if self.rule.is_grouped:
+            by_logits = ["simulated"]
+        if "logits" not in self.counts or (self.rule.has_correction_bias and not has_bias):
+            by_logits = []
+        by_margins: list[Method] = ["margin_change"] if "margins" in self.counts else []
+        return by_logits + by_margins
+
+
+def measure_noise(pair: Pair, rule: RoutingRule, side: Side = "infer") -> PairNoise:
+    """The noise between the two arms of a pair, in one pass over its blocks."""
+    counts: dict[Measure, NoiseCounts] = {}
+    tie_L, gap_L, has_logits = np.zeros(pair.n_layers), np.zeros(pair.n_layers), False
+    for block in pair.blocks():
+        view = view_block(block, rule, side)
+        if view is None:
+            continue
+        tie_L += (view.is_known_TL & (view.gap_TL == 0)).sum(axis=0)
+        gap_L += view.is_known_TL.sum(axis=0)
+        has_logits |= view.logits_TLE is not None
+        for measure in _measures(view):
+            counts.setdefault(measure, NoiseCounts.empty(pair.n_layers)).add_block(view, rule, measure)
+    return PairNoise(pair, rule, side, counts, tie_L, gap_L, has_logits)
+
+
+def _measures(view: BlockView) -> list[Measure]:
+    measures: list[Measure] = ["logits"] if view.has_logits else []
+    return [*measures, "margins"] if np.isfinite(view.change_TL).any() else measures
+
+
+def noise_records(noise: PairNoise, measure: Measure) -> list[dict[str, Any]]:
+    """Distribution of the noise by layer, its growth with depth, and the ties it meets."""
+    counts = noise.counts[measure]
+    n_LH, zero_L = counts.n_FLRH.sum(axis=(0, 2)), counts.zero_FLR.sum(axis=(0, 2))
+    n_L = n_LH.sum(axis=1) + zero_L
+    # a difference of two scores, each with the token's scale; a margin's change is such a difference already
+    sigma_H = CELL_SCALE * (np.sqrt(2) if measure == "logits" else 1.0)
+    quantile_L = {name: _quantile(n_LH, zero_L, sigma_H, q) for name, q in _QUANTILES.items()}
+    columns = {
+        **quantile_L,
+        "sigma_mean": divide((n_LH * sigma_H).sum(axis=1), n_L),
+        "sigma_rms": np.sqrt(divide((n_LH * np.square(sigma_H)).sum(axis=1), n_L)),
+        "growth": divide(quantile_L["sigma_p50"], np.broadcast_to(quantile_L["sigma_p50"][:1], n_L.shape)),
+        "no_noise_share": divide(zero_L, n_L),
+        "tie_share": divide(noise.tie_L, noise.gap_L),
+    }
+    return [
+        {
+            "layer": layer, "decoder_layer": decoder, "measure": measure, "space": noise.rule.space,
+            "n_choices": int(n_L[layer]), **{name: column[layer] for name, column in columns.items()},
+        }
+        for layer, decoder in enumerate(noise.pair.decoder_layer_L)
+    ]  # fmt: skip
+
+
+def _quantile(n_LH: Float64, zero_L: Float64, sigma_H: Float64, q: float) -> Float64:
+    """Quantile of a distribution given by cells and exact zeros; NaN of nothing."""
+    upto_LH = np.concatenate([zero_L[:, None], n_LH], axis=1).cumsum(axis=1)
+    total_L = upto_LH[:, -1]
+    cell_L = (upto_LH < q * total_L[:, None]).sum(axis=1)
+    value_L = np.r_[0.0, sigma_H][np.minimum(cell_L, len(sigma_H))]
+    return np.where(total_L > 0, value_L, np.nan)
 
 
 def noise_of_logits(ours_NE: NDArray[Any], theirs_NE: NDArray[Any], rule: RoutingRule) -> tuple[Float64, Float64]:
@@ -279,11 +368,6 @@ def spread_on_grid(share_XH: Float64, position_XH: Float64, n_cells: int) -> Flo
     flat = [(share_XH * part).ravel() for part in (1 - upper_XH, upper_XH)]
     spread = np.bincount(index, flat[0], size) + np.bincount(index + 1, flat[1], size)
     return np.asarray(spread.reshape(*share_XH.shape[:-1], n_cells), dtype=np.float64)
-
-
-def _count(shape: tuple[int, ...], *index_N: Int64, weights: Float64 | None = None) -> Float64:
-    flat_N = np.ravel_multi_index(index_N, shape)
-    return np.bincount(flat_N, weights, minlength=int(np.prod(shape))).astype(np.float64).reshape(shape)
 
 
 def _gaps(block: PairBlock, rule: RoutingRule, side: Side) -> Float64 | None:

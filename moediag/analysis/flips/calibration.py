@@ -9,26 +9,26 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.analysis.intervals import Intervals, divide, ratio_mean_interval
+from moediag.analysis.totals import Totals, counted
+from moediag.notation import POOLED
+from moediag.statistics.intervals import Intervals, divide, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
 
-POOLED: Final = -1
 BIN_EDGES: Final = np.array([0.0, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0])
 N_BINS: Final = len(BIN_EDGES) - 1
 
 
 @dataclass(frozen=True)
-class PredictionTotals:
+class PredictionTotals(Totals):
     """Sums of choices, predictions and flips; C prompts, L layers, B bins of the prediction.
 
     Args:
@@ -44,6 +44,12 @@ class PredictionTotals:
     moments_L4: Float64
 
     @staticmethod
+    def empty(n_layers: int) -> PredictionTotals:
+        """Sums of nothing."""
+        none_TL = np.zeros((0, n_layers))
+        return PredictionTotals.of_block(np.zeros(0, np.int64), none_TL, none_TL.astype(bool))
+
+    @staticmethod
     def of_block(prompt_id_T: Int64, predicted_TL: Float64, is_flip_TL: Bool) -> PredictionTotals:
         """Sums of one block; NaN predictions are left out."""
         prompts, row_T = np.unique(prompt_id_T, return_inverse=True)
@@ -52,29 +58,14 @@ class PredictionTotals:
         predicted_N, flip_N = predicted_TL[token_N, layer_N], is_flip_TL[token_N, layer_N].astype(np.float64)
         bin_N = np.clip(np.searchsorted(BIN_EDGES, predicted_N, side="right") - 1, 0, N_BINS - 1)
         shape = (len(prompts), n_layers, N_BINS)
-        cell_N = np.ravel_multi_index((row_T[token_N], layer_N, bin_N), shape)
+        ones_N = np.ones(len(bin_N))
         n, predicted, flips = (
-            np.bincount(cell_N, weights, minlength=int(np.prod(shape))).astype(np.float64).reshape(shape)
-            for weights in (np.ones(len(cell_N)), predicted_N, flip_N)
+            counted(shape, row_T[token_N], layer_N, bin_N, weights_N=weights_N)
+            for weights_N in (ones_N, predicted_N, flip_N)
         )
-        columns = np.ones(len(cell_N)), predicted_N, np.square(predicted_N), predicted_N * flip_N
-        moments = [np.bincount(layer_N, column, minlength=n_layers) for column in columns]
+        columns = ones_N, predicted_N, np.square(predicted_N), predicted_N * flip_N
+        moments = [counted((n_layers,), layer_N, weights_N=column) for column in columns]
         return PredictionTotals(prompts.astype(np.int64), n, predicted, flips, np.stack(moments, axis=1))
-
-    @staticmethod
-    def merge(parts: Iterable[PredictionTotals]) -> PredictionTotals:
-        """Sums of all parts together (at least one); a prompt may appear in several."""
-        some = list(parts)
-        prompts, row_P = np.unique(np.concatenate([part.prompt_id_C for part in some]), return_inverse=True)
-
-        def merged(name: str) -> Float64:
-            stacked = np.concatenate([getattr(part, name) for part in some])
-            total = np.zeros((len(prompts), *stacked.shape[1:]))
-            np.add.at(total, row_P, stacked)
-            return total
-
-        sums = merged("n_CLB"), merged("predicted_CLB"), merged("flips_CLB")
-        return PredictionTotals(prompts, *sums, np.sum([part.moments_L4 for part in some], axis=0))
 
 
 @dataclass(frozen=True)
@@ -122,7 +113,30 @@ def calibration_errors(totals: PredictionTotals) -> dict[str, Float64]:
     }
 
 
-def curve_rows(totals: PredictionTotals) -> list[dict[str, Any]]:
+def rate_records(totals: PredictionTotals, decoder_layer_L: tuple[int, ...], name: str) -> list[dict[str, Any]]:
+    """Observed and predicted rates and their gap, one record per layer and, first, all layers pooled.
+
+    Args:
+        name: what the predicted rate is called.
+    """
+    rates, errors = rate_intervals(totals), calibration_errors(totals)
+    n_L = totals.n_CLB.sum(axis=(0, 2))
+    records = []
+    for layer in (POOLED, *range(len(decoder_layer_L))):
+        record: dict[str, Any] = {
+            "layer": layer,
+            "decoder_layer": POOLED if layer == POOLED else decoder_layer_L[layer],
+            "n_choices": int(n_L.sum() if layer == POOLED else n_L[layer]),
+        }
+        for column, intervals in (("observed", rates.observed), ("gap", rates.gap)):
+            one = intervals.one(layer)
+            record |= {column: one.value, f"{column}_ci_low": one.low, f"{column}_ci_high": one.high}
+        record[name] = float(rates.predicted_M[layer])
+        records.append({**record, **{error: values[layer] for error, values in errors.items()}})
+    return records
+
+
+def curve_records(totals: PredictionTotals) -> list[dict[str, Any]]:
     """One record per layer (-1 = pooled) and bin that holds a choice: n, predicted, observed and its interval."""
     sums = [
         np.concatenate([array, array.sum(axis=1, keepdims=True)], axis=1)

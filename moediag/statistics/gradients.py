@@ -59,8 +59,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from moediag.analysis.intervals import MIN_CLUSTERS, Interval, effective_freedom, student_t, too_few
-from moediag.analysis.resampling import N_DRAWS, SEED, TAIL
+from moediag.statistics.intervals import MIN_CLUSTERS, Interval, effective_freedom, student_t, too_few
+from moediag.statistics.resampling import N_DRAWS, SEED, TAIL
 
 Float64 = NDArray[np.float64]
 

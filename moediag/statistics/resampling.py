@@ -9,7 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -29,7 +29,7 @@ _MIN_TAIL_INDEX: Final = 1.4
 
 
 def signed_bounds(
-    residual_CM: Float64, n_CM: Float64, value_M: Float64, se_M: Float64, freedom_M: Float64, n_draws: int = N_DRAWS
+    residual_CM: Float64, n_CM: Float64, value_M: Float64, se_M: Float64, n_draws: int = N_DRAWS
 ) -> tuple[Float64, Float64]:
     """Bounds of a signed mean: the outer of bootstrap-t and Student's t.
 
@@ -38,7 +38,6 @@ def signed_bounds(
     Args:
         residual_CM: per-cluster sum minus value times denominator; n_CM: the denominators.
         value_M, se_M: estimate and its standard error.
-        freedom_M: degrees of freedom of the standard error; unused, the usual C - 1 covers here.
         n_draws: bootstrap draws.
     """
     t_low_M, t_high_M = _quantiles(_plain_draws(residual_CM, n_CM, value_M, False, n_draws))
@@ -56,7 +55,8 @@ def positive_bounds(
     of a square of t(3) tails rests on events that most samples do not hold, so resampling the sample cannot show
     how far too low it is (k3 at 64 prompts: 0.87 to 0.89 without, 0.92 to 0.97 with).
 
-    Args: as :func:`signed_bounds`.
+    Args: as :func:`signed_bounds`, and
+        freedom_M: degrees of freedom of the standard error.
 
     Source: Hall (1992) for the log scale; Cowell and Flachaire, J. Econometrics 141 (2007), and Davidson (2012)
     for the semi-parametric tail; Hill (1975).
@@ -93,19 +93,20 @@ def _plain_draws(residual_CM: Float64, n_CM: Float64, value_M: Float64, is_log: 
     rr, rn, nn = np.square(residual_CM), residual_CM * n_CM, np.square(n_CM)
     draws = []
     for weights_BC in _weights(n_clusters, n_draws):
-        r, n, drr, drn, dnn = (weights_BC @ array for array in (residual_CM, n_CM, rr, rn, nn))
-        draws.append(_studentised(r, n, drr, drn, dnn, value_M, value_M, n_clusters, is_log))
+        drawn = [weights_BC @ array for array in (residual_CM, n_CM, rr, rn, nn)]
+        draws.append(_studentised(drawn, value_M, value_M, n_clusters, is_log))
     return np.concatenate(draws)
 
 
 def _studentised(
-    r: Float64, n: Float64, rr: Float64, rn: Float64, nn: Float64,
-    value: Float64 | float, truth: Float64 | float, n_clusters: int, is_log: bool,
-) -> Float64:  # fmt: skip
+    drawn_sums: Sequence[Float64], value: Float64 | float, truth: Float64 | float, n_clusters: int, is_log: bool
+) -> Float64:
     """Deviations of drawn ratios from ``truth`` over their standard errors.
 
-    ``r`` and ``n`` are drawn sums of residuals about ``value`` and of denominators, ``rr``, ``rn``, ``nn`` of products.
+    Args:
+        drawn_sums: of residuals about ``value`` (r), of denominators (n), and of the products r r, r n and n n.
     """
+    r, n, rr, rn, nn = drawn_sums
     with np.errstate(divide="ignore", invalid="ignore"):
         shift = r / n
         square = np.maximum(rr - 2 * shift * rn + np.square(shift) * nn, 0.0)
@@ -147,7 +148,7 @@ def _tail_low_t(residual_C: Float64, n_C: Float64, value: float, n_draws: int) -
             total + np.bincount(row, weights=part, minlength=len(weights_BC))
             for total, part in ((r, drawn), (rr, np.square(drawn)), (rn, drawn * n_drawn))
         )
-        draws.append(_studentised(r, n, rr, rn, nn, value, truth, n_clusters, True))
+        draws.append(_studentised((r, n, rr, rn, nn), value, truth, n_clusters, True))
     return float(_quantiles(np.concatenate(draws)[:, None])[0][0])
 
 
