@@ -29,12 +29,14 @@ from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.logprobs import pearson_interval, std_interval
-from moediag.analysis.measures import TOKEN_MEASURES, Scored, abs_diff
+from moediag.analysis.measures import TOKEN_MEASURES, abs_diff
 from moediag.analysis.positions import within_sequence
 from moediag.analysis.routing import clustering_ratio_interval, flip_dispersion_interval
+from moediag.analysis.tokens import Tokens
 from moediag.statistics.intervals import Interval, ratio_mean_interval
 from moediag.statistics.quantiles import quantile_of_rows
 
@@ -42,7 +44,7 @@ Array = NDArray[np.float64]
 N_LAYERS = 4
 
 
-class Tokens:
+class DataSet:
     """One synthetic data set: token rows with the prompt each belongs to."""
 
     def __init__(self, rng: np.random.Generator, n_clusters: int, truth: str) -> None:
@@ -56,7 +58,8 @@ class Tokens:
         self.rare_T = rng.random(len(row_T)) < rng.beta(1.0, 499.0, n_clusters)[row_T]
         d_T = np.clip(diff(rng, row_T, flips_TL[:, 0]), -3, 3)
         infer_T = np.minimum(-rng.exponential(0.7, len(row_T)), -np.maximum(d_T, 0))  # both sides stay at p <= 1
-        self.scored = Scored(infer_T + d_T, infer_T, row_T, n_clusters)
+        frame = pd.DataFrame({"logp_train": infer_T + d_T, "logp_infer": infer_T, "prompt_id": row_T})
+        self.scored = Tokens(frame)
         self.position_T = np.concatenate([np.arange(n, dtype=float) for n in length_C])
 
     def mean(self, values_T: Array, kind: str) -> Interval:
@@ -107,7 +110,7 @@ def _carried(rng: np.random.Generator, n: int) -> tuple[Array, Callable[..., Arr
 _TRUTHS = {"t3": _t3, "mixture": _mixture, "uneven": _uneven, "carried": _carried}
 
 
-def _slope(x: Tokens) -> Interval:
+def _slope(x: DataSet) -> Interval:
     """Within-sequence slope of abs(d), one sequence per prompt; the truth is 0."""
     row_T = x.scored.prompt_row_T
     position_T, size_T = within_sequence(x.position_T, row_T), within_sequence(abs_diff(x.scored), row_T)
@@ -115,16 +118,16 @@ def _slope(x: Tokens) -> Interval:
     return ratio_mean_interval(*sums, "signed").one()
 
 
-def _measure(name: str) -> Callable[[Tokens], Interval]:
+def _measure(name: str) -> Callable[[DataSet], Interval]:
     measure = next(m for m in TOKEN_MEASURES if m.name == name)
     return lambda x: measure.intervals(x.scored, x.scored.by_prompt, x.scored.n_by_prompt).one()
 
 
-def _quantile(q: float) -> Callable[[Tokens], Interval]:
+def _quantile(q: float) -> Callable[[DataSet], Interval]:
     return lambda x: quantile_of_rows(abs_diff(x.scored), x.scored.prompt_row_T, x.scored.n_prompts, q)
 
 
-STATISTICS: dict[str, Callable[[Tokens], Interval]] = {
+STATISTICS: dict[str, Callable[[DataSet], Interval]] = {
     "mean abs diff": _measure("abs_logp_diff.mean"),
     "mean abs prob diff": _measure("abs_prob_diff.mean"),
     "k1": _measure("kl_infer_train_k1"),
@@ -150,7 +153,7 @@ STATISTICS: dict[str, Callable[[Tokens], Interval]] = {
 
 def population(truth: str, names: list[str], n_prompts: int = 100_000) -> dict[str, float]:
     """The value of every statistic in a sample so large that it stands for the truth."""
-    data = Tokens(np.random.default_rng(999), n_prompts, truth)
+    data = DataSet(np.random.default_rng(999), n_prompts, truth)
     return {name: 0.0 if name == "position slope" else STATISTICS[name](data).value for name in names}
 
 
@@ -159,7 +162,7 @@ def measure(truth: str, n_clusters: int, n_sets: int, seed: int, true: dict[str,
     rng = np.random.default_rng(seed)
     hit, given = dict.fromkeys(true, 0), dict.fromkeys(true, 0)
     for _ in range(n_sets):
-        data = Tokens(rng, n_clusters, truth)
+        data = DataSet(rng, n_clusters, truth)
         for name in true:
             interval = STATISTICS[name](data)
             if np.isfinite(interval.low) and np.isfinite(interval.high):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from synthetic import make_block, make_pair
 
-from moediag.analysis import logp_metrics, scored_tokens, tail_curve, token_frame
+from moediag.analysis import Tokens, logp_metrics, tail_curve, token_frame
 from moediag.statistics.intervals import LARGE_SHARE
 
 
@@ -88,7 +88,7 @@ def test_unscored_tokens_are_excluded_and_counted(absent: float) -> None:
     block.logp_train_T[::3] = absent
     block.logp_infer_T[1] = np.nan
     tokens = token_frame(make_pair(block))
-    kept = scored_tokens(tokens)
+    kept = Tokens(tokens).rows
     metrics = logp_metrics(tokens)
     assert (metrics["n_tokens"] == len(kept)).all()
     assert _value(metrics, "abs_logp_diff.mean") == pytest.approx(
@@ -148,7 +148,7 @@ def test_the_largest_prompts_share_is_that_of_a_plain_loop() -> None:
     }
     for metric, value in of.items():
         sums: dict[int, float] = {}
-        for row in scored_tokens(tokens).itertuples():
+        for row in Tokens(tokens).rows.itertuples():
             d = float(row.logp_train) - float(row.logp_infer)
             sums[row.prompt_id] = sums.get(row.prompt_id, 0.0) + value(d)
         sizes = [abs(one) for one in sums.values()]

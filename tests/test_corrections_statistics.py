@@ -10,7 +10,7 @@ import pytest
 from plain_corrections import clamped_exp, k3, plain_weights
 from synthetic import make_block, make_pair
 
-from moediag.analysis import scored_tokens, token_frame
+from moediag.analysis import Tokens, token_frame
 from moediag.corrections import (
     METHODS,
     PRESETS,
@@ -282,7 +282,7 @@ def test_the_run_table_holds_the_bands_in_use() -> None:
     block = make_block(diff_scale=1.0)
     block.logp_infer_T[::11] = np.nan
     tokens = token_frame(make_pair(block))
-    scored = scored_tokens(tokens)
+    scored = Tokens(tokens).rows
     frame = masked_shares(tokens)
     assert frame["method"].tolist() == ["icepop_0.5_5.0", "icepop_0.5_2.0", "icepop_0.2_5.0"]
     for band, (_, row) in zip(((0.5, 5), (0.5, 2), (0.2, 5)), frame.iterrows(), strict=True):

@@ -32,7 +32,7 @@ from moediag.analysis.series import step_metrics, trend_of, trend_recurrence
 from moediag.analysis.strata import metrics_by_stratum
 from moediag.analysis.streaming import RoutingPass, read_pair
 from moediag.analysis.summary import pair_summary
-from moediag.analysis.tokens import logp_diff, scored_tokens, token_frame
+from moediag.analysis.tokens import Tokens, token_frame
 from moediag.analysis.vocabulary import ExactDivergences, divergences, exact_divergences
 from moediag.statistics.intervals import Interval, Intervals, jackknife_interval, mean_interval, ratio_mean_interval
 from moediag.statistics.quantiles import quantile_interval
@@ -55,6 +55,7 @@ __all__ = [
     "RoutingRule",
     "RoutingTotals",
     "SwapTotals",
+    "Tokens",
     "agreement_by_layer",
     "aliases_of",
     "analyze_pair",
@@ -77,7 +78,6 @@ __all__ = [
     "forecast_flips",
     "jackknife_interval",
     "length_slope",
-    "logp_diff",
     "logp_metrics",
     "margin_curve",
     "margin_noise",
@@ -95,7 +95,6 @@ __all__ = [
     "read_pair",
     "routing_rates",
     "routing_totals",
-    "scored_tokens",
     "sequence_frame",
     "set_flip_probability",
     "step_metrics",

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from moediag.analysis.declarations import FLIP_EXCESS, LOGP_METRICS
 from moediag.analysis.metrics import LOWER, Definition, Metric, declare_metrics
 from moediag.analysis.strata import CONFIDENCE_EDGES, Strata, doubling_strata, edge_strata, position_strata
-from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.analysis.tokens import AnyTokens, Tokens
 from moediag.frames import declare
 from moediag.statistics.intervals import MIN_CLUSTERS, Interval, jackknife_interval, ratio_mean_interval
 
@@ -69,7 +69,7 @@ FLIP_SHARES = declare(
 )
 
 
-def flip_shares(tokens: pd.DataFrame) -> pd.DataFrame:
+def flip_shares(tokens: AnyTokens) -> pd.DataFrame:
     """How many tokens flip, how much of the mismatch they hold, and how much of it is beyond tokens like them.
 
     The last is the excess of :func:`flip_excess`, summed over all flipped tokens, as a share of the whole sum: negative
@@ -87,10 +87,9 @@ def flip_shares(tokens: pd.DataFrame) -> pd.DataFrame:
 
     Source: ours, from the standardisation of :func:`flip_excess`.
     """
-    rows = scored_tokens(tokens)
-    rows = rows[rows["n_flipped_layers"].to_numpy() >= 0]
-    matched = _Matched(rows)
-    flipped_T = rows["n_flipped_layers"].to_numpy() > 0
+    routed = _routed(tokens)
+    matched = _Matched(routed)
+    flipped_T = routed.column("n_flipped_layers") > 0
     matched_T = flipped_T & matched.has_reference_S[matched.stratum_T]
     excess_T, _ = matched.parts(matched_T)
     held_T, compared_T = (np.where(some_T, matched.size_T, 0.0) for some_T in (flipped_T, matched_T))
@@ -106,12 +105,18 @@ def flip_shares(tokens: pd.DataFrame) -> pd.DataFrame:
             np.stack([sum_C, held_C, compared_C, excess_C], axis=1), _explained, "linear"
         ),
     }
-    n = len(rows), matched.n_prompts
+    n = len(routed), matched.n_prompts
     records = [
         (metric.name, x.value, x.low, x.high, np.nan, *n, metric.unit, metric.direction, x.note)
         for metric, x in found.items()
     ]  # fmt: skip
     return FLIP_SHARES.validate(pd.DataFrame.from_records(records, columns=FLIP_SHARES.names))
+
+
+def _routed(tokens: AnyTokens) -> Tokens:
+    """The scored tokens whose routing is known in every layer."""
+    x = Tokens.of(tokens)
+    return Tokens(x.rows[x.column("n_flipped_layers") >= 0])
 
 
 def _explained(sums: Float64) -> Float64:
@@ -120,7 +125,7 @@ def _explained(sums: Float64) -> Float64:
     return np.asarray(np.where(held > 0, excess / compared, 0.0) * held / whole)
 
 
-def flip_excess(tokens: pd.DataFrame) -> pd.DataFrame:
+def flip_excess(tokens: AnyTokens) -> pd.DataFrame:
     """Excess of abs(logp_diff) of flipped tokens, by how many layers flipped, by the first of them, by misrouted mass.
 
     Direct standardisation with the group's own weights: for every stratum s of p_infer, entropy (infer's, else train's;
@@ -139,25 +144,24 @@ def flip_excess(tokens: pd.DataFrame) -> pd.DataFrame:
 
     Source: direct standardisation, e.g. Rothman, Greenland and Lash (2008) chapter 15; linearised interval.
     """
-    rows = scored_tokens(tokens)
-    rows = rows[rows["n_flipped_layers"].to_numpy() >= 0]
+    x = _routed(tokens)
     names = [column.name for column in FLIP_EXCESS.columns]
     records: list[tuple[Any, ...]] = []
-    if len(rows):
-        matched = _Matched(rows)
-        records = [(*label, matched.names, *matched.excess(inside_T)) for *label, inside_T in _groups(rows)]
+    if len(x):
+        matched = _Matched(x)
+        records = [(*label, matched.names, *matched.excess(inside_T)) for *label, inside_T in _groups(x)]
     return FLIP_EXCESS.validate(pd.DataFrame.from_records(records, columns=names))
 
 
-def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, float, float, Bool]]:
+def _groups(x: Tokens) -> Iterator[tuple[str, float, float, Bool]]:
     """(grouping, low, high, tokens) of every group of flipped tokens that has one."""
-    n_flipped_T = rows["n_flipped_layers"].to_numpy().astype(np.int64)
-    first_T = rows["first_flipped_layer"].to_numpy().astype(np.int64)
+    n_flipped_T = x.column("n_flipped_layers").astype(np.int64)
+    first_T = x.column("first_flipped_layer").astype(np.int64)
     flipped_T = n_flipped_T > 0
     if flipped_T.any():
         yield "any_flip", 1.0, float(n_flipped_T.max()), flipped_T
     counts = doubling_strata("n_flipped_layers", n_flipped_T)
-    masses = edge_strata("misrouted_mass", rows["misrouted_mass"].to_numpy().astype(np.float64), MASS_EDGES)
+    masses = edge_strata("misrouted_mass", x.column("misrouted_mass").astype(np.float64), MASS_EDGES)
     for b in np.unique(counts.index_T[flipped_T]).tolist():
         yield counts.name, counts.low_B[b], counts.high_B[b], counts.index_T == b
     for layer in np.unique(first_T[flipped_T]).tolist():
@@ -166,14 +170,14 @@ def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, float, float, Bool]]:
         yield masses.name, masses.low_B[b], masses.high_B[b], flipped_T & (masses.index_T == b)
 
 
-def matched_strata(rows: pd.DataFrame) -> list[Strata]:
+def matched_strata(x: Tokens) -> list[Strata]:
     """What tokens are matched on: p_infer, position, and the entropy of infer or else of train where one is known."""
     strata = [
-        edge_strata("p_infer", np.exp(rows["logp_infer"].to_numpy().astype(np.float64)), CONFIDENCE_EDGES),
-        position_strata(rows["position"].to_numpy().astype(np.int64), _MATCHED_POSITION_BINS),
+        edge_strata("p_infer", np.exp(x.logp_infer_T), CONFIDENCE_EDGES),
+        position_strata(x.column("position").astype(np.int64), _MATCHED_POSITION_BINS),
     ]
     for side in ("infer", "train"):
-        entropy_T = rows[f"entropy_{side}"].to_numpy().astype(np.float64)
+        entropy_T = x.column(f"entropy_{side}").astype(np.float64)
         if np.isfinite(entropy_T).any():
             # an engine's entropy of a sure token may be -1e-8
             return [*strata, edge_strata(f"entropy_{side}", np.maximum(entropy_T, 0.0), MATCHED_ENTROPY_EDGES)]
@@ -183,18 +187,17 @@ def matched_strata(rows: pd.DataFrame) -> list[Strata]:
 class _Matched:
     """abs(logp_diff) of every token beside the mean of the unflipped tokens of its stratum."""
 
-    def __init__(self, rows: pd.DataFrame) -> None:
-        strata = matched_strata(rows)
+    def __init__(self, x: Tokens) -> None:
+        strata = matched_strata(x)
         self.names = ", ".join(each.name for each in strata)
         # a token whose entropy is not known stands in a stratum of those: index -1 becomes 0
-        joint_T = np.zeros(len(rows), dtype=np.int64)
+        joint_T = np.zeros(len(x), dtype=np.int64)
         for each in strata:
             joint_T = joint_T * (len(each) + 1) + each.index_T + 1
         joint, self.stratum_T = np.unique(joint_T, return_inverse=True)
-        prompts, self.prompt_T = np.unique(rows["prompt_id"].to_numpy(), return_inverse=True)
-        self.n_strata, self.n_prompts = len(joint), len(prompts)
-        self.size_T = np.abs(logp_diff(rows))
-        self.unflipped_T = rows["n_flipped_layers"].to_numpy() == 0
+        self.prompt_T, self.n_strata, self.n_prompts = x.prompt_row_T, len(joint), x.n_prompts
+        self.size_T = x.abs_diff_T
+        self.unflipped_T = x.column("n_flipped_layers") == 0
         self.n0_S = self._count(self.unflipped_T)
         sum0_S = np.bincount(self.stratum_T[self.unflipped_T], self.size_T[self.unflipped_T], self.n_strata)
         self.has_reference_S = self.n0_S >= _MIN_UNFLIPPED

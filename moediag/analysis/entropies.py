@@ -10,13 +10,11 @@ import pandas as pd
 
 from moediag.analysis.declarations import ENTROPY_QUANTILES
 from moediag.analysis.measures import ICEPOP_BAND
-from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.analysis.tokens import AnyTokens, Tokens
 from moediag.statistics.intervals import mean_interval
 
 
-def entropy_quantiles(
-    tokens: pd.DataFrame, alpha: float = ICEPOP_BAND[0], beta: float = ICEPOP_BAND[1]
-) -> pd.DataFrame:
+def entropy_quantiles(tokens: AnyTokens, alpha: float = ICEPOP_BAND[0], beta: float = ICEPOP_BAND[1]) -> pd.DataFrame:
     """Next-token entropy of masked and of kept tokens, on each side.
 
     Masked tokens with high entropy are noise at forks of the text; with low entropy they are places where the two
@@ -32,16 +30,15 @@ def entropy_quantiles(
 
     Source: IcePop Fig. 11; the default band is Ring-1T's (arXiv 2510.18855).
     """
-    rows = scored_tokens(tokens)
-    diff_T, prompt_T = logp_diff(rows), rows["prompt_id"].to_numpy()
-    kept_T = (diff_T >= np.log(alpha)) & (diff_T <= np.log(beta))
+    x = Tokens.of(tokens)
+    kept_T = (x.diff_T >= np.log(alpha)) & (x.diff_T <= np.log(beta))
     records = []
     for side in ("train", "infer"):
-        entropy_T = rows[f"entropy_{side}"].to_numpy().astype(np.float64)
+        entropy_T = x.column(f"entropy_{side}").astype(np.float64)
         known_T = np.isfinite(entropy_T)
         for group, inside_T in (("all", known_T), ("kept", known_T & kept_T), ("masked", known_T & ~kept_T)):
             values = entropy_T[inside_T]
-            mean = mean_interval(values, prompt_T[inside_T], "positive")
+            mean = mean_interval(values, x.prompt_row_T[inside_T], "positive")
             points = np.quantile(values, [0.1, 0.5, 0.9]) if len(values) else [np.nan] * 3
             records.append((side, group, alpha, beta, len(values), mean.value, mean.low, mean.high, *points))
     names = [column.name for column in ENTROPY_QUANTILES.columns]

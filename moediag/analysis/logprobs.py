@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -23,14 +22,12 @@ from moediag.analysis.measures import (
     EXTREME_TAU,
     QUANTILE_MEASURES,
     TOKEN_MEASURES,
-    Scored,
     TokenMeasure,
     abs_diff,
     prob_diff,
-    scored_arrays,
 )
 from moediag.analysis.metrics import LOWER, ONE, ZERO, Definition, Metric, declare_metrics
-from moediag.analysis.tokens import scored_tokens
+from moediag.analysis.tokens import AnyTokens, Tokens
 from moediag.statistics.intervals import Interval, Kind, jackknife_interval, mean_interval, ratio_mean_interval
 from moediag.statistics.quantiles import quantile_of_rows
 
@@ -46,22 +43,10 @@ _SPREAD_CLUSTERS: Final = 256
 _UNCOVERED: Final = "no interval: none that was tried covers for this statistic"
 
 
-@dataclass(frozen=True)
-class _Data:
-    """Scored tokens, and per sequence: n, sums of diff, of logp_train and of logp_infer, and the prompt."""
-
-    tokens: Scored
-    n_S: Float64
-    diff_S: Float64
-    train_S: Float64
-    infer_S: Float64
-    prompt_S: NDArray[Any]
+_Measure = Callable[[Tokens], Interval]
 
 
-_Measure = Callable[[_Data], Interval]
-
-
-def logp_metrics(tokens: pd.DataFrame) -> pd.DataFrame:
+def logp_metrics(tokens: AnyTokens) -> pd.DataFrame:
     """Every headline metric of the mismatch, with n and an interval clustered by prompt beside it.
 
     Args:
@@ -73,18 +58,18 @@ def logp_metrics(tokens: pd.DataFrame) -> pd.DataFrame:
     Source: IcePop Fig. 1 for ``abs_logp_diff``, R3 (arXiv 2510.11370) for ``extreme_share_2``, verl for prob diffs,
     ppl, ESS, chi2; who uses which under what name stands in :data:`~moediag.analysis.aliases.ALIASES`.
     """
-    data = _data(tokens)
+    x = Tokens.of(tokens)
     with np.errstate(over="ignore", invalid="ignore"):  # exp of an absurd diff is inf, and inf is what the table shows
-        records = [_record(metric, measure(data)) for metric, measure in _METRICS]
+        records = [_record(metric, measure(x)) for metric, measure in _METRICS]
     frame = pd.DataFrame.from_records(records)
-    frame["n_tokens"] = len(data.tokens)
-    frame["n_prompts"] = data.tokens.n_prompts
-    if not len(data.tokens):
+    frame["n_tokens"] = len(x)
+    frame["n_prompts"] = x.n_prompts
+    if not len(x):
         frame["note"] = "no token was scored by both arms"
     return LOGP_METRICS.validate(frame)
 
 
-def tail_curve(tokens: pd.DataFrame, thresholds: Float64 = TAIL_THRESHOLDS) -> pd.DataFrame:
+def tail_curve(tokens: AnyTokens, thresholds: Float64 = TAIL_THRESHOLDS) -> pd.DataFrame:
     """How many tokens differ by more than a threshold: the tail separates runs where the mean does not.
 
     Args:
@@ -93,26 +78,26 @@ def tail_curve(tokens: pd.DataFrame, thresholds: Float64 = TAIL_THRESHOLDS) -> p
 
     Returns:
         Frame ``tail_curve``: exact counts strictly above, with intervals of the shares; lower is better; NaN shares
-        when nothing is scored.
+        when nothing is x.
 
     Source: R3 (arXiv 2510.11370), F(tau) with tau = exp(threshold).
     """
-    scored = scored_arrays(tokens)
+    x = Tokens.of(tokens)
     thresholds = np.sort(thresholds)
     size = len(thresholds) + 1
     # a token lies above the first `rank` thresholds: counting ranks by prompt gives every threshold at once
-    rank_T = np.searchsorted(thresholds, abs_diff(scored), side="left")
-    count = np.bincount(scored.prompt_row_T * size + rank_T, minlength=scored.n_prompts * size)
-    above_CM = count.reshape(scored.n_prompts, size)[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
-    interval = ratio_mean_interval(above_CM, scored.n_by_prompt[:, None], "rate")
+    rank_T = np.searchsorted(thresholds, x.abs_diff_T, side="left")
+    count = np.bincount(x.prompt_row_T * size + rank_T, minlength=x.n_prompts * size)
+    above_CM = count.reshape(x.n_prompts, size)[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+    interval = ratio_mean_interval(above_CM, x.n_by_prompt[:, None], "rate")
     frame = pd.DataFrame({"threshold": thresholds, "n_above": above_CM.sum(axis=0)})
-    frame["share_above"] = frame["n_above"] / len(scored) if len(scored) else np.nan
+    frame["share_above"] = frame["n_above"] / len(x) if len(x) else np.nan
     frame["share_above_ci_low"], frame["share_above_ci_high"] = interval.low_M, interval.high_M
-    frame["n_tokens"] = len(scored)
+    frame["n_tokens"] = len(x)
     return TAIL_CURVE.validate(frame)
 
 
-def ratio_quantiles(tokens: pd.DataFrame) -> pd.DataFrame:
+def ratio_quantiles(tokens: AnyTokens) -> pd.DataFrame:
     """How the ratios spread: of tokens, and of whole sequences as product and as geometric mean.
 
     What sequence-level corrections cut is decided by these: a product over a thousand tokens spreads about thirty
@@ -127,13 +112,12 @@ def ratio_quantiles(tokens: pd.DataFrame) -> pd.DataFrame:
 
     Source: GSPO, Geo-RS and Seq-MIS for the two sequence ratios.
     """
-    data = _data(tokens)
-    prompts, row_S = np.unique(data.prompt_S, return_inverse=True)
+    x = Tokens.of(tokens)
     with np.errstate(invalid="ignore"):
         levels = (
-            ("token", data.tokens.diff_T, data.tokens.prompt_row_T, data.tokens.n_prompts),
-            ("sequence_product", data.diff_S, row_S, len(prompts)),
-            ("sequence_geometric", data.diff_S / data.n_S, row_S, len(prompts)),
+            ("token", x.diff_T, x.prompt_row_T, x.n_prompts),
+            ("sequence_product", x.diff_S, x.prompt_row_S, x.n_prompts),
+            ("sequence_geometric", x.diff_S / x.n_S, x.prompt_row_S, x.n_prompts),
         )
     records = []
     for level, values, row, n_rows in levels:
@@ -145,17 +129,6 @@ def ratio_quantiles(tokens: pd.DataFrame) -> pd.DataFrame:
             records.append((level, q, sign * interval.value, *bounds, len(values)))
     names = [column.name for column in RATIO_QUANTILES.columns]
     return RATIO_QUANTILES.validate(pd.DataFrame.from_records(records, columns=names))
-
-
-def _data(tokens: pd.DataFrame) -> _Data:
-    scored = scored_arrays(tokens)
-    rows = scored_tokens(tokens)
-    _, first_S, seq_T = np.unique(rows["seq_id"].to_numpy(), return_index=True, return_inverse=True)
-    n_S, diff_S, train_S, infer_S = (
-        np.bincount(seq_T, weights=values_T, minlength=len(first_S)).astype(np.float64)
-        for values_T in (None, scored.diff_T, scored.logp_train_T, scored.logp_infer_T)
-    )
-    return _Data(scored, n_S, diff_S, train_S, infer_S, rows["prompt_id"].to_numpy()[first_S])
 
 
 def _record(metric: Metric, interval: Interval) -> dict[str, Any]:
@@ -172,26 +145,26 @@ def _record(metric: Metric, interval: Interval) -> dict[str, Any]:
 
 
 def _token_mean(measure: TokenMeasure) -> _Measure:
-    return lambda x: measure.intervals(x.tokens, x.tokens.by_prompt, x.tokens.n_by_prompt).one()
+    return lambda x: measure.intervals(x, x.by_prompt, x.n_by_prompt).one()
 
 
-def _sequence_mean(kind: Kind, of: Callable[[_Data], Float64]) -> _Measure:
-    return lambda x: mean_interval(of(x), x.prompt_S, kind)
+def _sequence_mean(kind: Kind, of: Callable[[Tokens], Float64]) -> _Measure:
+    return lambda x: mean_interval(of(x), x.prompt_row_S, kind)
 
 
-def _quantile(q: float, of: Callable[[Scored], Float64]) -> _Measure:
-    return lambda x: quantile_of_rows(of(x.tokens), x.tokens.prompt_row_T, x.tokens.n_prompts, q)
+def _quantile(q: float, of: Callable[[Tokens], Float64]) -> _Measure:
+    return lambda x: quantile_of_rows(of(x), x.prompt_row_T, x.n_prompts, q)
 
 
-def _point(of: Callable[[_Data], float], note: str) -> _Measure:
-    def measure(x: _Data) -> Interval:
-        value = of(x) if len(x.tokens) else np.nan
-        return Interval(float(value), np.nan, np.nan, x.tokens.n_prompts, note)
+def _point(of: Callable[[Tokens], float], note: str) -> _Measure:
+    def measure(x: Tokens) -> Interval:
+        value = of(x) if len(x) else np.nan
+        return Interval(float(value), np.nan, np.nan, x.n_prompts, note)
 
     return measure
 
 
-def std_interval(x: Scored) -> Interval:
+def std_interval(x: Tokens) -> Interval:
     """Standard deviation of abs(p_train - p_infer), ddof = 1 as in verl, with its interval."""
     size_T = prob_diff(x)
     columns = (np.ones(len(x)), size_T, np.square(size_T))
@@ -200,7 +173,7 @@ def std_interval(x: Scored) -> Interval:
     )
 
 
-def pearson_interval(x: Scored) -> Interval:
+def pearson_interval(x: Tokens) -> Interval:
     """Correlation of p_train and p_infer with its interval; 1 is best."""
     # centred at 1/2: products then keep their digits
     train_T, infer_T = np.exp(x.logp_train_T) - 0.5, np.exp(x.logp_infer_T) - 0.5
@@ -251,21 +224,21 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
     (
         Metric("abs_logp_diff.max", "nat", LOWER, "abs logp diff, max", section="numbers", floor="larger",
                on_terminal=True, note=_NO_MAX),
-        _point(lambda x: float(abs_diff(x.tokens).max()), _NO_MAX),
+        _point(lambda x: float(abs_diff(x).max()), _NO_MAX),
     ),
     *_tokens(*TOKEN_MEASURES[1:2]),
     (Metric("abs_prob_diff.p99", "1", LOWER), _quantile(0.99, prob_diff)),
     (
         Metric("abs_prob_diff.max", "1", LOWER, "abs prob diff, max", section="numbers", note=_NO_MAX),
-        _point(lambda x: float(prob_diff(x.tokens).max()), _NO_MAX),
+        _point(lambda x: float(prob_diff(x).max()), _NO_MAX),
     ),
-    (Metric("abs_prob_diff.std", "1", LOWER), lambda x: std_interval(x.tokens)),
+    (Metric("abs_prob_diff.std", "1", LOWER), lambda x: std_interval(x)),
     *_tokens(*TOKEN_MEASURES[2:], BIT_EXACT),
-    (_further("pearson_p", "1", ONE, "Pearson r of the two probabilities"), lambda x: pearson_interval(x.tokens)),
+    (_further("pearson_p", "1", ONE, "Pearson r of the two probabilities"), lambda x: pearson_interval(x)),
     (
         _further("ess_token", "1", ONE, "effective sample size, token weights", is_share=True, note=_UNCOVERED,
                  definition=_ESS),
-        _point(lambda x: _effective_share(x.tokens.diff_T), _UNCOVERED),
+        _point(lambda x: _effective_share(x.diff_T), _UNCOVERED),
     ),
     (
         _further("ess_sequence", "1", ONE, "effective sample size, sequence weights", is_share=True, note=_UNCOVERED,
@@ -274,7 +247,7 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
     ),
     (
         _further("chi2_token", "1", ZERO, "chi2, token ratios", note=_UNCOVERED, definition=_CHI2),
-        _point(lambda x: float(np.expm1(2 * x.tokens.diff_T).mean()), _UNCOVERED),
+        _point(lambda x: float(np.expm1(2 * x.diff_T).mean()), _UNCOVERED),
     ),
     (
         _further("chi2_sequence", "1", ZERO, "chi2, sequence ratios", note=_UNCOVERED, counts="sequence"),
@@ -282,11 +255,11 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
     ),
     (
         _further("ppl_train", "1", LOWER, "perplexity under train", counts="sequence"),
-        _sequence_mean("positive", lambda x: np.exp(-x.train_S / x.n_S)),
+        _sequence_mean("positive", lambda x: np.exp(-x.by_sequence(x.logp_train_T) / x.n_S)),
     ),
     (
         _further("ppl_infer", "1", LOWER, "perplexity under infer", counts="sequence"),
-        _sequence_mean("positive", lambda x: np.exp(-x.infer_S / x.n_S)),
+        _sequence_mean("positive", lambda x: np.exp(-x.by_sequence(x.logp_infer_T) / x.n_S)),
     ),
     (
         _further("log_ppl_gap", "nat", ZERO, "log perplexity gap per sequence, mean", counts="sequence",

@@ -11,15 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from moediag.analysis.metrics import LOWER, ONE, ZERO, Definition, Metric
-from moediag.analysis.tokens import scored_tokens
+from moediag.analysis.tokens import Tokens
 from moediag.statistics.intervals import Intervals, Kind, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
@@ -32,39 +30,6 @@ ICEPOP_BAND: Final = (0.5, 5.0)
 
 _LEAST_COMPLEMENT: Final = 2.0**-25
 """1 - p is never taken below half a unit in the last place of float32 at 1: a stored logp of 0 means no more."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scored tokens as float64 arrays; made once, shared by every measure.
-
-    Args:
-        logp_train_T, logp_infer_T: [nat].
-        prompt_row_T: 0 .. C-1, the prompt of every token among ``n_prompts``, ascending by prompt id.
-    """
-
-    logp_train_T: Float64
-    logp_infer_T: Float64
-    prompt_row_T: NDArray[np.intp]
-    n_prompts: int
-
-    def __len__(self) -> int:
-        return len(self.logp_train_T)
-
-    @cached_property
-    def diff_T(self) -> Float64:  # noqa: N802 - the legend suffix
-        """logp_train - logp_infer [nat]."""
-        return self.logp_train_T - self.logp_infer_T
-
-    def by_prompt(self, values_T: ArrayLike) -> Float64:
-        """(C,) sums over the tokens of each prompt."""
-        sums_C = np.bincount(self.prompt_row_T, weights=np.asarray(values_T, np.float64), minlength=self.n_prompts)
-        return np.asarray(sums_C, dtype=np.float64)
-
-    @cached_property
-    def n_by_prompt(self) -> Float64:
-        """(C,) tokens of each prompt."""
-        return np.bincount(self.prompt_row_T, minlength=self.n_prompts).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -82,12 +47,12 @@ class TokenMeasure(Metric):
 
     _: KW_ONLY
     kind: Kind
-    of: Callable[[Scored], Float64]
+    of: Callable[[Tokens], Float64]
     offset: float = 0.0
-    tail: Callable[[Scored], Float64] | None = None
+    tail: Callable[[Tokens], Float64] | None = None
     least: float = -math.inf
 
-    def intervals(self, x: Scored, sums: Callable[[Float64], Float64], n_CM: Float64) -> Intervals:
+    def intervals(self, x: Tokens, sums: Callable[[Float64], Float64], n_CM: Float64) -> Intervals:
         """Mean and interval of every column that ``sums`` makes of token values, ``n_CM`` tokens behind each."""
         found = ratio_mean_interval(sums(self.of(x)), n_CM, self.kind)
         high_M = found.high_M
@@ -99,14 +64,6 @@ class TokenMeasure(Metric):
         value_M, low_M, high_M = (array + self.offset for array in (found.value_M, found.low_M, high_M))
         low_M = np.maximum(low_M, self.least)
         return replace(found, value_M=value_M, low_M=low_M, high_M=high_M)
-
-
-def scored_arrays(tokens: pd.DataFrame) -> Scored:
-    """The tokens of a token frame that both arms scored, as arrays."""
-    rows = scored_tokens(tokens)
-    prompts, row_T = np.unique(rows["prompt_id"].to_numpy(), return_inverse=True)
-    train_T, infer_T = (rows[f"logp_{side}"].to_numpy().astype(np.float64) for side in ("train", "infer"))
-    return Scored(train_T, infer_T, row_T, len(prompts))
 
 
 def binary_kl(logp_p: ArrayLike, logp_q: ArrayLike) -> Float64:
@@ -138,17 +95,17 @@ def binary_kl(logp_p: ArrayLike, logp_q: ArrayLike) -> Float64:
     return np.asarray(np.maximum(gain + not_p * (np.log(not_p) - np.log(not_q)), 0.0), dtype=np.float64)
 
 
-def abs_diff(x: Scored) -> Float64:
+def abs_diff(x: Tokens) -> Float64:
     """abs(logp_diff) [nat]."""
-    return np.asarray(np.abs(x.diff_T))
+    return x.abs_diff_T
 
 
-def prob_diff(x: Scored) -> Float64:
+def prob_diff(x: Tokens) -> Float64:
     """abs(p_train - p_infer) [1]: the binary total variation."""
     return np.asarray(np.abs(np.exp(x.logp_train_T) - np.exp(x.logp_infer_T)))
 
 
-def k3(x: Scored) -> Float64:
+def k3(x: Tokens) -> Float64:
     """ratio - 1 - logp_diff [nat]."""
     return np.asarray(np.expm1(x.diff_T) - x.diff_T)
 
@@ -241,8 +198,3 @@ QUANTILE_MEASURES: Final = tuple(
     for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
 )  # fmt: skip
 """Quantiles over tokens that every stratum gets, too."""
-
-
-def subset(x: Scored, keep_T: NDArray[Any]) -> Scored:
-    """Some of the scored tokens; prompts without one stay, with no tokens."""
-    return Scored(x.logp_train_T[keep_T], x.logp_infer_T[keep_T], x.prompt_row_T[keep_T], x.n_prompts)

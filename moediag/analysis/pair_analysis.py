@@ -27,7 +27,7 @@ from moediag.analysis.sequences import (
 )
 from moediag.analysis.strata import metrics_by_stratum
 from moediag.analysis.streaming import RoutingPass, read_pair
-from moediag.analysis.tokens import scored_tokens
+from moediag.analysis.tokens import Tokens
 from moediag.corrections.masked_shares import masked_shares
 from moediag.run.align import Pair
 from moediag.run.capture import is_impossible
@@ -95,20 +95,20 @@ def analyze_pair(pair: Pair) -> PairAnalysis:
     Returns:
         Declared frames and scalars; a pair without tokens gives NaN values with n = 0.
     """
-    tokens, routing = read_pair(pair)
-    scored = scored_tokens(tokens)
+    frame, routing = read_pair(pair)
+    tokens = Tokens(frame)
     sequences = sequence_frame(tokens, pair.n_layers)
     return PairAnalysis(
         pair_name=pair.name,
         minuend=pair.minuend,
         subtrahend=pair.subtrahend,
-        n_sequences=scored["seq_id"].nunique(),
-        n_prompts=scored["prompt_id"].nunique(),
-        n_tokens=len(scored),
-        n_unscored=len(tokens) - len(scored),
-        n_impossible=int(is_impossible(tokens["logp_train"].to_numpy(), tokens["logp_infer"].to_numpy()).sum()),
+        n_sequences=tokens.n_sequences,
+        n_prompts=tokens.n_prompts,
+        n_tokens=len(tokens),
+        n_unscored=len(frame) - len(tokens),
+        n_impossible=int(is_impossible(frame["logp_train"].to_numpy(), frame["logp_infer"].to_numpy()).sum()),
         left_out=pair.left_out,
-        tokens=tokens,
+        tokens=frame,
         logp_metrics=logp_metrics(tokens),
         tail_curve=tail_curve(tokens),
         ratio_quantiles=ratio_quantiles(tokens),
@@ -125,7 +125,7 @@ def analyze_pair(pair: Pair) -> PairAnalysis:
     )
 
 
-def _routing_parts(pair: Pair, tokens: pd.DataFrame, routing: RoutingPass, sequences: pd.DataFrame) -> dict[str, Any]:
+def _routing_parts(pair: Pair, tokens: Tokens, routing: RoutingPass, sequences: pd.DataFrame) -> dict[str, Any]:
     totals, layers = routing.totals, pair.decoder_layer_L
     swaps = routing.swaps or SwapTotals.empty(pair.n_layers, pair.n_experts)
     parts: dict[str, Any] = {

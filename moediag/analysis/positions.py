@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from moediag.analysis.declarations import DRIFT_BY_POSITION
 from moediag.analysis.measures import EXTREME_TAU
-from moediag.analysis.tokens import logp_diff, scored_tokens
-from moediag.statistics.intervals import cluster_sums, ratio_mean_interval
+from moediag.analysis.tokens import AnyTokens, Tokens
+from moediag.statistics.intervals import ratio_mean_interval
 
 Float64 = NDArray[np.float64]
 
@@ -46,7 +46,7 @@ class PositionSlope:
     note: str
 
 
-def drift_by_position(tokens: pd.DataFrame, n_layers: int = 0, bin_width: int | None = None) -> pd.DataFrame:
+def drift_by_position(tokens: AnyTokens, n_layers: int = 0, bin_width: int | None = None) -> pd.DataFrame:
     """abs(logp_diff) and flips by position in the response.
 
     Args:
@@ -59,32 +59,31 @@ def drift_by_position(tokens: pd.DataFrame, n_layers: int = 0, bin_width: int | 
 
     Source: IcePop Figs. 2-3, whose bins are not stated; ours are.
     """
-    rows = scored_tokens(tokens)
-    if not len(rows):
+    x = Tokens.of(tokens)
+    if not len(x):
         return DRIFT_BY_POSITION.validate(pd.DataFrame({c.name: np.zeros(0) for c in DRIFT_BY_POSITION.columns}))
-    position_T = rows["position"].to_numpy().astype(np.int64)
+    position_T = x.column("position").astype(np.int64)
     width = bin_width or _default_width(int(position_T.max()) + 1)
     bins, bin_T = np.unique(position_T // width, return_inverse=True)
-    abs_diff_T = np.abs(logp_diff(rows))
-    mean = ratio_mean_interval(*_prompt_by_bin(abs_diff_T, rows["prompt_id"].to_numpy(), bin_T, len(bins)), "positive")
+    mean = ratio_mean_interval(*_prompt_by_bin(x.abs_diff_T, x.prompt_row_T, bin_T, len(bins)), "positive")
     frame = pd.DataFrame(
         {
             "position_low": bins * width,
             "position_high": (bins + 1) * width - 1,
             "n_tokens": np.bincount(bin_T, minlength=len(bins)),
-            "n_sequences": rows.groupby(bin_T)["seq_id"].nunique().to_numpy(),
+            "n_sequences": x.rows.groupby(bin_T)["seq_id"].nunique().to_numpy(),
             "abs_logp_diff_mean": mean.value_M,
             "abs_logp_diff_mean_ci_low": mean.low_M,
             "abs_logp_diff_mean_ci_high": mean.high_M,
-            **_quantiles_by_bin(abs_diff_T, bin_T, len(bins)),
-            "extreme_share_2": _mean_by_bin(abs_diff_T > math.log(EXTREME_TAU), bin_T, len(bins)),
-            "flip_rate": _flip_rate_by_bin(rows["n_flipped_layers"].to_numpy(), bin_T, len(bins), n_layers),
+            **_quantiles_by_bin(x.abs_diff_T, bin_T, len(bins)),
+            "extreme_share_2": _mean_by_bin(x.abs_diff_T > math.log(EXTREME_TAU), bin_T, len(bins)),
+            "flip_rate": _flip_rate_by_bin(x.column("n_flipped_layers"), bin_T, len(bins), n_layers),
         }
     )
     return DRIFT_BY_POSITION.validate(frame)
 
 
-def position_slope(tokens: pd.DataFrame) -> PositionSlope:
+def position_slope(tokens: AnyTokens) -> PositionSlope:
     """Slope of abs(logp_diff) against position within sequences, per 1000 tokens.
 
     Least squares with one intercept per sequence, so only change *inside* a response counts; a slope
@@ -98,16 +97,12 @@ def position_slope(tokens: pd.DataFrame) -> PositionSlope:
 
     Source: fixed-effects (within) estimator, e.g. Wooldridge (2010) section 10.5.
     """
-    rows = scored_tokens(tokens)
-    seq_T = rows["seq_id"].to_numpy()
-    position_T = within_sequence(rows["position"].to_numpy().astype(np.float64), seq_T)
-    abs_diff_T = within_sequence(np.abs(logp_diff(rows)), seq_T)
-    prompt_T = rows["prompt_id"].to_numpy()
-    cross_C = cluster_sums(position_T * abs_diff_T, prompt_T)
-    spread_C = cluster_sums(np.square(position_T), prompt_T)
+    x = Tokens.of(tokens)
+    position_T = within_sequence(x.column("position").astype(np.float64), x.row_T)
+    abs_diff_T = within_sequence(x.abs_diff_T, x.row_T)
+    cross_C, spread_C = x.by_prompt(position_T * abs_diff_T), x.by_prompt(np.square(position_T))
     slope = ratio_mean_interval(1000 * cross_C, spread_C, "signed").one()
-    length_S = np.unique(seq_T, return_counts=True)[1]
-    used_S = length_S[length_S > 1]  # a single token has no slope
+    used_S = x.n_S[x.n_S > 1]  # a single token has no slope
     n_tokens, n_sequences = int(used_S.sum()), len(used_S)
     return PositionSlope(slope.value, slope.low, slope.high, n_tokens, n_sequences, slope.n_clusters, slope.note)
 

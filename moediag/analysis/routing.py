@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from moediag.analysis.declarations import AGREEMENT_BY_LAYER, FLIPS_PER_TOKEN
 from moediag.analysis.metrics import HARMLESS, LOWER, ONE, Definition, Metric, declare_metrics
 from moediag.analysis.routing_counts import RoutingTotals
-from moediag.analysis.tokens import logp_diff
+from moediag.analysis.tokens import AnyTokens, Tokens
 from moediag.statistics.intervals import Interval, Intervals, jackknife_interval, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
@@ -164,7 +164,7 @@ def layer_flip_rates(totals: RoutingTotals) -> Float64:
     return np.asarray(1 - totals.n_same_CL.sum(axis=0) / np.where(n_L == 0, np.nan, n_L), dtype=np.float64)
 
 
-def flips_per_token(tokens: pd.DataFrame, totals: RoutingTotals) -> pd.DataFrame:
+def flips_per_token(tokens: AnyTokens, totals: RoutingTotals) -> pd.DataFrame:
     """How many layers flip per token, against what independent layers would give, and how much such tokens differ.
 
     Its differences are bare means, which mix in that hard tokens flip more; :mod:`moediag.analysis.attribution`
@@ -180,12 +180,12 @@ def flips_per_token(tokens: pd.DataFrame, totals: RoutingTotals) -> pd.DataFrame
 
     Source: R3 (arXiv 2510.11370) for the distribution; the Poisson-binomial reference is ours.
     """
-    n_flipped_T = tokens["n_flipped_layers"].to_numpy()
+    x = Tokens.of(tokens)
+    n_flipped_T = x.frame["n_flipped_layers"].to_numpy()
     known_T = n_flipped_T >= 0
     n_rows = int(n_flipped_T.max(initial=-1)) + 1
     count_N = np.bincount(n_flipped_T[known_T], minlength=n_rows)
-    abs_diff_T = np.abs(logp_diff(tokens))
-    groups = [abs_diff_T[(n_flipped_T == n) & np.isfinite(abs_diff_T)] for n in range(n_rows)]
+    groups = [np.abs(x.diff_N[(n_flipped_T == n) & x.is_scored_N]) for n in range(n_rows)]
     frame = pd.DataFrame(
         {
             "n_flipped_layers": np.arange(n_rows),

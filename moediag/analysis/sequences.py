@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moediag.analysis.declarations import DRIFT_BY_LENGTH, FIRST_DIVERGENCE, SEQUENCES, WORST_TOKENS
 from moediag.analysis.measures import is_extreme
 from moediag.analysis.metrics import LOWER, Metric, declare_metrics
-from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.analysis.tokens import AnyTokens, Tokens
 from moediag.statistics.intervals import Interval, cluster_sums, mean_interval, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
@@ -50,7 +50,7 @@ class LengthSlope:
     note: str
 
 
-def sequence_frame(tokens: pd.DataFrame, n_layers: int = 0) -> pd.DataFrame:
+def sequence_frame(tokens: AnyTokens, n_layers: int = 0) -> pd.DataFrame:
     """One row per sequence: its mismatch, its ratios, its perplexities, its flips, its worst token.
 
     Args:
@@ -62,23 +62,22 @@ def sequence_frame(tokens: pd.DataFrame, n_layers: int = 0) -> pd.DataFrame:
 
     Source: verl for perplexities; GSPO and Geo-RS for the two sequence ratios.
     """
-    seq_T = tokens["seq_id"].to_numpy()
-    ids, first_S, row_T = np.unique(seq_T, return_index=True, return_inverse=True)
-    diff_T = logp_diff(tokens)
-    scored_T = np.isfinite(diff_T)
-    sums = _Sums(row_T[scored_T], len(ids), diff_T[scored_T])
-    max_S, position_S = _worst(row_T, len(ids), np.abs(diff_T), tokens["position"].to_numpy(), scored_T)
-    flip_position_S, flip_layer_S = _first_flips(tokens, row_T, len(ids))
-    n_flipped_T = tokens["n_flipped_layers"].to_numpy()
+    x = Tokens.of(tokens)
+    # unscored tokens, too: a sequence without a scored token has a row, and flips are known without log-probabilities
+    frame, scored_T = x.frame, x.is_scored_N
+    ids, first_S, row_T = np.unique(frame["seq_id"].to_numpy(), return_index=True, return_inverse=True)
+    sums = _Sums(row_T[scored_T], len(ids), x.diff_T)
+    max_S, position_S = _worst(row_T, len(ids), np.abs(x.diff_N), frame["position"].to_numpy(), scored_T)
+    flip_position_S, flip_layer_S = _first_flips(frame, row_T, len(ids))
+    n_flipped_T = frame["n_flipped_layers"].to_numpy()
     routed_T = n_flipped_T >= 0
     flips = _Sums(row_T[routed_T], len(ids), n_flipped_T[routed_T] / max(n_layers, 1))
-    train_T, infer_T = (tokens[f"logp_{side}"].to_numpy()[scored_T].astype(np.float64) for side in ("train", "infer"))
     with np.errstate(over="ignore"):
-        frame = pd.DataFrame(
+        sequences = pd.DataFrame(
             {
                 "seq_id": ids,
-                "prompt_id": tokens["prompt_id"].to_numpy()[first_S],
-                "sample_index": tokens["sample_index"].to_numpy()[first_S],
+                "prompt_id": frame["prompt_id"].to_numpy()[first_S],
+                "sample_index": frame["sample_index"].to_numpy()[first_S],
                 "n_tokens": sums.n_S,
                 "n_unscored": np.bincount(row_T, minlength=len(ids)) - sums.n_S,
                 "abs_logp_diff_mean": sums.mean(np.abs(sums.diff_T)),
@@ -87,18 +86,18 @@ def sequence_frame(tokens: pd.DataFrame, n_layers: int = 0) -> pd.DataFrame:
                 "k3": sums.mean(np.expm1(sums.diff_T) - sums.diff_T),
                 "log_ratio_sum": sums.mean(sums.diff_T) * sums.n_S,
                 "log_ratio_mean": sums.mean(sums.diff_T),
-                "ppl_train": np.exp(-sums.mean(train_T)),
-                "ppl_infer": np.exp(-sums.mean(infer_T)),
+                "ppl_train": np.exp(-sums.mean(x.logp_train_T)),
+                "ppl_infer": np.exp(-sums.mean(x.logp_infer_T)),
                 "extreme_share_2": sums.mean(is_extreme(sums.diff_T)),
                 "flip_rate": flips.mean(flips.diff_T) if n_layers else np.nan,
                 "first_flip_position": flip_position_S,
                 "first_flip_layer": flip_layer_S,
             }
         )
-    return SEQUENCES.validate(frame)
+    return SEQUENCES.validate(sequences)
 
 
-def worst_tokens(tokens: pd.DataFrame, top: int = N_WORST) -> pd.DataFrame:
+def worst_tokens(tokens: AnyTokens, top: int = N_WORST) -> pd.DataFrame:
     """The scored tokens that differ most, at most ``top`` of them, with where they stand.
 
     Args:
@@ -108,14 +107,13 @@ def worst_tokens(tokens: pd.DataFrame, top: int = N_WORST) -> pd.DataFrame:
     Returns:
         Frame ``worst_tokens``, largest abs(logp_diff) first.
     """
-    rows = scored_tokens(tokens)
-    size_T = np.abs(logp_diff(rows))
-    kept = np.arange(len(rows))
-    if len(rows) > top > 0:
-        kept = np.flatnonzero(size_T >= np.partition(size_T, len(rows) - top)[len(rows) - top])
-    few = rows.iloc[kept]
+    x = Tokens.of(tokens)
+    size_T, kept = x.abs_diff_T, np.arange(len(x))
+    if len(x) > top > 0:
+        kept = np.flatnonzero(size_T >= np.partition(size_T, len(x) - top)[len(x) - top])
+    few = x.rows.iloc[kept]
     order = np.lexsort((few["position"], few["seq_id"], -size_T[kept]))[:top]
-    few = few.iloc[order].assign(rank=np.arange(len(order)), logp_diff=logp_diff(few.iloc[order]))
+    few = few.iloc[order].assign(rank=np.arange(len(order)), logp_diff=x.diff_T[kept[order]])
     return WORST_TOKENS.validate(few[[column.name for column in WORST_TOKENS.columns]])
 
 

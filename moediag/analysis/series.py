@@ -20,8 +20,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special
 
-from moediag.analysis.measures import ICEPOP_BAND, QUANTILE_MEASURES, TOKEN_MEASURES, Scored, abs_diff, scored_arrays
+from moediag.analysis.measures import ICEPOP_BAND, QUANTILE_MEASURES, TOKEN_MEASURES
 from moediag.analysis.metrics import LOWER, Metric
+from moediag.analysis.tokens import AnyTokens, Tokens
 from moediag.analysis.vocabulary import EXACT_METRICS
 from moediag.errors import DumpError
 from moediag.frames import Column, declare, measured, with_ci
@@ -130,7 +131,7 @@ def standard_error_of(low: float, high: float) -> float:
     return width / (2 * Z95) if math.isfinite(width) and width > 0 else math.nan
 
 
-def step_metrics(step: int, source: str, tokens: pd.DataFrame, exact: Iterable[Mapping[Any, Any]] = ()) -> pd.DataFrame:
+def step_metrics(step: int, source: str, tokens: AnyTokens, exact: Iterable[Mapping[Any, Any]] = ()) -> pd.DataFrame:
     """The metrics of one step, from its response tokens.
 
     Args:
@@ -142,7 +143,7 @@ def step_metrics(step: int, source: str, tokens: pd.DataFrame, exact: Iterable[M
     Returns:
         Rows of frame ``trend_by_step``.
     """
-    scored = scored_arrays(tokens)
+    scored = Tokens.of(tokens)
     found = [(name, unit, good, interval, len(scored), scored.n_prompts) for name, unit, good, interval in _all(scored)]
     for row in exact:
         if row["measure"] == KL_METRICS[0]:
@@ -163,13 +164,13 @@ def step_metrics(step: int, source: str, tokens: pd.DataFrame, exact: Iterable[M
     )  # fmt: skip
 
 
-def _all(scored: Scored) -> Iterable[tuple[str, str, str, Interval]]:
+def _all(scored: Tokens) -> Iterable[tuple[str, str, str, Interval]]:
     """(name, unit, good end, interval) of every metric of a step."""
     for measure in TOKEN_MEASURES:
         if measure.name in _MEANS:
             interval = measure.intervals(scored, scored.by_prompt, scored.n_by_prompt).one()
             yield measure.name, measure.unit, measure.direction, interval
-    p99 = quantile_of_rows(abs_diff(scored), scored.prompt_row_T, scored.n_prompts, 0.99)
+    p99 = quantile_of_rows(scored.abs_diff_T, scored.prompt_row_T, scored.n_prompts, 0.99)
     yield "abs_logp_diff.p99", "nat", LOWER, p99
     low, high = np.log(ICEPOP_BAND)
     is_masked_T = (scored.diff_T < low) | (scored.diff_T > high)

@@ -19,9 +19,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import METRICS_BY_STRATUM
-from moediag.analysis.measures import QUANTILE_MEASURES, TOKEN_MEASURES, Scored, scored_arrays
+from moediag.analysis.measures import QUANTILE_MEASURES, TOKEN_MEASURES
 from moediag.analysis.metrics import LOWER
-from moediag.analysis.tokens import scored_tokens
+from moediag.analysis.tokens import AnyTokens, Tokens
 from moediag.statistics.intervals import Intervals, ratio_mean_interval
 from moediag.statistics.quantiles import quantile_of_rows
 
@@ -48,7 +48,7 @@ class Strata:
         return len(self.low_B)
 
 
-def metrics_by_stratum(tokens: pd.DataFrame, n_layers: int = 0) -> pd.DataFrame:
+def metrics_by_stratum(tokens: AnyTokens, n_layers: int = 0) -> pd.DataFrame:
     """Headline metrics within strata of position, p_infer, entropy and number of flipped layers.
 
     A mean over all tokens mixes the sure with the unsure: most tokens have p near 1 and hardly differ, so a shift of
@@ -63,29 +63,27 @@ def metrics_by_stratum(tokens: pd.DataFrame, n_layers: int = 0) -> pd.DataFrame:
 
     Source: "When Speed Kills Stability" for confidence strata; edges are ours.
     """
-    rows = scored_tokens(tokens)
-    scored = scored_arrays(rows)
-    n_flipped_T = rows["n_flipped_layers"].to_numpy()
+    x = Tokens.of(tokens)
+    n_flipped_T = x.column("n_flipped_layers")
     records = [
         record
-        for strata in token_strata(rows)
-        for record in _records(scored, strata, n_flipped_T / n_layers if n_layers else None, n_flipped_T >= 0)
+        for strata in token_strata(x)
+        for record in _records(x, strata, n_flipped_T / n_layers if n_layers else None, n_flipped_T >= 0)
     ]
     names = [column.name for column in METRICS_BY_STRATUM.columns]
     return METRICS_BY_STRATUM.validate(pd.DataFrame.from_records(records, columns=names))
 
 
-def token_strata(rows: pd.DataFrame) -> list[Strata]:
-    """The stratifiers that these scored tokens have; one whose value no token knows is left out."""
-    position_T = rows["position"].to_numpy().astype(np.int64)
-    infer_T = np.exp(rows["logp_infer"].to_numpy().astype(np.float64))
-    strata = [position_strata(position_T), edge_strata("p_infer", infer_T, CONFIDENCE_EDGES)]
+def token_strata(x: Tokens) -> list[Strata]:
+    """The stratifiers that tokens have; one whose value no token knows is left out."""
+    position_T = x.column("position").astype(np.int64)
+    strata = [position_strata(position_T), edge_strata("p_infer", np.exp(x.logp_infer_T), CONFIDENCE_EDGES)]
     for side in ("infer", "train"):
-        entropy_T = rows[f"entropy_{side}"].to_numpy().astype(np.float64)
+        entropy_T = x.column(f"entropy_{side}").astype(np.float64)
         if np.isfinite(entropy_T).any():
             strata.append(edge_strata(f"entropy_{side}", entropy_T, ENTROPY_EDGES))
             break
-    n_flipped_T = rows["n_flipped_layers"].to_numpy().astype(np.int64)
+    n_flipped_T = x.column("n_flipped_layers").astype(np.int64)
     if (n_flipped_T >= 0).any():
         strata.append(doubling_strata("n_flipped_layers", n_flipped_T))
     return strata
@@ -116,23 +114,23 @@ def doubling_strata(name: str, count_T: Int64) -> Strata:
     return Strata(name, index_T.astype(np.int64), low_B[keep], high_B[keep])
 
 
-def grid_sums(scored: Scored, strata: Strata, values_T: Float64 | None) -> Float64:
+def grid_sums(x: Tokens, strata: Strata, values_T: Float64 | None) -> Float64:
     """(C, B) sums of the values by prompt and stratum; counts without values."""
     inside_T = strata.index_T >= 0
-    cell_T = scored.prompt_row_T[inside_T] * len(strata) + strata.index_T[inside_T]
+    cell_T = x.prompt_row_T[inside_T] * len(strata) + strata.index_T[inside_T]
     weights = None if values_T is None else values_T[inside_T]
-    size = scored.n_prompts * len(strata)
+    size = x.n_prompts * len(strata)
     sums = np.bincount(cell_T, weights=weights, minlength=size).astype(np.float64)
-    return sums.reshape(scored.n_prompts, len(strata))
+    return sums.reshape(x.n_prompts, len(strata))
 
 
 def _records(
-    scored: Scored, strata: Strata, flip_rate_T: Float64 | None, is_routed_T: NDArray[np.bool_]
+    x: Tokens, strata: Strata, flip_rate_T: Float64 | None, is_routed_T: NDArray[np.bool_]
 ) -> Iterator[tuple[Any, ...]]:
-    n_CB = grid_sums(scored, strata, None)
+    n_CB = grid_sums(x, strata, None)
     n_B, prompts_B = n_CB.sum(axis=0).astype(np.int64), (n_CB > 0).sum(axis=0)
     held = np.flatnonzero(n_B)
-    for name, unit, direction, found in _found(scored, strata, n_CB, flip_rate_T, is_routed_T):
+    for name, unit, direction, found in _found(x, strata, n_CB, flip_rate_T, is_routed_T):
         for b in held.tolist():
             value, low, high = (array[b] for array in (found.value_M, found.low_M, found.high_M))
             ends = (strata.name, strata.low_B[b], strata.high_B[b])
@@ -140,21 +138,21 @@ def _records(
 
 
 def _found(
-    scored: Scored, strata: Strata, n_CB: Float64, flip_rate_T: Float64 | None, is_routed_T: NDArray[np.bool_]
+    x: Tokens, strata: Strata, n_CB: Float64, flip_rate_T: Float64 | None, is_routed_T: NDArray[np.bool_]
 ) -> Iterator[tuple[str, str, str, Intervals]]:
     """(name, unit, direction, intervals by stratum) of every metric."""
     with np.errstate(over="ignore", invalid="ignore"):
         for measure in TOKEN_MEASURES:
-            found = measure.intervals(scored, lambda values_T: grid_sums(scored, strata, values_T), n_CB)
+            found = measure.intervals(x, lambda values_T: grid_sums(x, strata, values_T), n_CB)
             yield measure.name, measure.unit, measure.direction, found
     if flip_rate_T is not None:
         routed = Strata(strata.name, np.where(is_routed_T, strata.index_T, -1), strata.low_B, strata.high_B)
-        sums_CB, n_routed_CB = (grid_sums(scored, routed, values) for values in (flip_rate_T, None))
+        sums_CB, n_routed_CB = (grid_sums(x, routed, values) for values in (flip_rate_T, None))
         yield "flip_rate", "1", LOWER, ratio_mean_interval(sums_CB, n_routed_CB, "rate")
     order = np.argsort(strata.index_T, kind="stable")
     ends = np.searchsorted(strata.index_T[order], np.arange(len(strata) + 1))
     for metric, q, of in QUANTILE_MEASURES:
-        values_T = of(scored)
+        values_T = of(x)
         groups = [order[low:high] for low, high in pairwise(ends.tolist())]
-        each = [quantile_of_rows(values_T[part], scored.prompt_row_T[part], scored.n_prompts, q) for part in groups]
+        each = [quantile_of_rows(values_T[part], x.prompt_row_T[part], x.n_prompts, q) for part in groups]
         yield metric.name, metric.unit, metric.direction, Intervals.of(each)

@@ -9,11 +9,13 @@ Invariants:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from moediag.analysis.declarations import TOKENS
 from moediag.analysis.expert_sets import NOT_COMPARED, ExpertComparison, compare_block
@@ -51,17 +53,133 @@ def concatenate_tokens(parts: list[dict[str, NDArray[Any]]]) -> pd.DataFrame:
     return TOKENS.validate(pd.DataFrame(columns, copy=False))
 
 
-def scored_tokens(tokens: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a token frame that both arms scored (finite log-probabilities)."""
-    scored: pd.DataFrame = tokens.loc[is_scored(tokens["logp_train"].to_numpy(), tokens["logp_infer"].to_numpy())]
-    return scored
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a frame that both arms scored: filter, differences, prompts and sequences, each computed once.
+
+    T rows are scored tokens in the order of the frame, in float64 where they are log-probabilities; N rows are the
+    frame's own.
+
+    Args:
+        frame: N response tokens: columns of frame ``tokens``, of which logp_train, logp_infer [nat] and prompt_id are
+            always there.
+    """
+
+    frame: pd.DataFrame
+
+    @classmethod
+    def of(cls, tokens: AnyTokens) -> Tokens:
+        """The view of a frame; a view is its own."""
+        return tokens if isinstance(tokens, Tokens) else cls(tokens)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def is_scored_N(self) -> NDArray[np.bool_]:  # noqa: N802 - the legend suffix
+        """Which rows both arms scored."""
+        return is_scored(self.frame["logp_train"].to_numpy(), self.frame["logp_infer"].to_numpy())
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """The frame's rows of scored tokens."""
+        scored: pd.DataFrame = self.frame if self.is_scored_N.all() else self.frame.loc[self.is_scored_N]
+        return scored
+
+    def column(self, name: str) -> NDArray[Any]:
+        """(T,) values of a column, in its own dtype."""
+        return self.rows[name].to_numpy()
+
+    @cached_property
+    def logp_train_T(self) -> Float64:  # noqa: N802
+        """Train's log-probabilities [nat]."""
+        return self.column("logp_train").astype(np.float64)
+
+    @cached_property
+    def logp_infer_T(self) -> Float64:  # noqa: N802
+        """Infer's log-probabilities [nat]."""
+        return self.column("logp_infer").astype(np.float64)
+
+    @cached_property
+    def diff_T(self) -> Float64:  # noqa: N802
+        """logp_train - logp_infer [nat]; 0 is perfect agreement."""
+        return self.logp_train_T - self.logp_infer_T
+
+    @cached_property
+    def abs_diff_T(self) -> Float64:  # noqa: N802
+        """abs(logp_diff) [nat]."""
+        return np.abs(self.diff_T)
+
+    @cached_property
+    def diff_N(self) -> Float64:  # noqa: N802
+        """logp_train - logp_infer of every row of the frame [nat]; NaN = not scored."""
+        diff_N = np.full(len(self.frame), np.nan)
+        diff_N[self.is_scored_N] = self.diff_T
+        return diff_N
+
+    @cached_property
+    def _prompts(self) -> tuple[NDArray[Any], NDArray[np.intp]]:
+        ids_C, row_T = np.unique(self.column("prompt_id"), return_inverse=True)
+        return ids_C, row_T
+
+    @property
+    def prompt_row_T(self) -> NDArray[np.intp]:  # noqa: N802
+        """0 .. C-1, the prompt of every token, ascending by prompt id."""
+        return self._prompts[1]
+
+    @property
+    def n_prompts(self) -> int:
+        """C: prompts with a scored token."""
+        return len(self._prompts[0])
+
+    def by_prompt(self, values_T: ArrayLike) -> Float64:
+        """(C,) sums over the tokens of each prompt."""
+        sums_C = np.bincount(self.prompt_row_T, weights=np.asarray(values_T, np.float64), minlength=self.n_prompts)
+        return np.asarray(sums_C, dtype=np.float64)
+
+    @cached_property
+    def n_by_prompt(self) -> Float64:
+        """(C,) tokens of each prompt."""
+        return np.bincount(self.prompt_row_T, minlength=self.n_prompts).astype(np.float64)
+
+    @cached_property
+    def _sequences(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        _, first_S, row_T = np.unique(self.column("seq_id"), return_index=True, return_inverse=True)
+        return first_S, row_T
+
+    @property
+    def row_T(self) -> NDArray[np.intp]:  # noqa: N802
+        """0 .. S-1, the sequence of every token, ascending by sequence id."""
+        return self._sequences[1]
+
+    @property
+    def n_sequences(self) -> int:
+        """S: sequences with a scored token."""
+        return len(self._sequences[0])
+
+    def by_sequence(self, values_T: ArrayLike) -> Float64:
+        """(S,) sums over the tokens of each sequence."""
+        sums_S = np.bincount(self.row_T, weights=np.asarray(values_T, np.float64), minlength=self.n_sequences)
+        return np.asarray(sums_S, dtype=np.float64)
+
+    @cached_property
+    def n_S(self) -> Float64:  # noqa: N802
+        """Tokens of each sequence."""
+        return np.bincount(self.row_T, minlength=self.n_sequences).astype(np.float64)
+
+    @cached_property
+    def diff_S(self) -> Float64:  # noqa: N802
+        """Log of each sequence's product ratio: the sum of its differences [nat]."""
+        return self.by_sequence(self.diff_T)
+
+    @cached_property
+    def prompt_row_S(self) -> NDArray[np.intp]:  # noqa: N802
+        """0 .. C-1, the prompt of each sequence."""
+        return self.prompt_row_T[self._sequences[0]]
 
 
-def logp_diff(tokens: pd.DataFrame) -> Float64:
-    """logp_train - logp_infer of every row in float64 [nat]; 0 is perfect agreement."""
-    train_T = tokens["logp_train"].to_numpy().astype(np.float64)
-    with np.errstate(invalid="ignore"):  # -inf on both sides is no number, and not scored
-        return np.asarray(train_T - tokens["logp_infer"].to_numpy().astype(np.float64))
+AnyTokens = pd.DataFrame | Tokens
+"""A token frame, or its view where several statistics share it."""
 
 
 def token_columns(

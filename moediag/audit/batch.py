@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moediag.analysis.gradients import SEQUENCE_IS
+from moediag.analysis.tokens import Tokens, concatenate_tokens, token_columns
 from moediag.corrections import parse_correction, weights
 from moediag.corrections.rewards import grpo_advantages, sequence_rewards
 from moediag.errors import EngineError
@@ -40,7 +41,7 @@ class AuditTokens:
         bounds_S: [start, end) of every sequence's tokens.
         token_id_T: the token scored.
         position_T: its position in the response.
-        logp_train_T, logp_infer_T: log-probabilities at theta_old [nat].
+        logp_train_T: log-probabilities at theta_old on the train side [nat].
         reward_S, advantage_S: of every sequence.
         weights_MT: weight of every method, rows as in ``names``.
         names: methods in words, then :data:`SEQUENCE_IS`.
@@ -52,7 +53,6 @@ class AuditTokens:
     token_id_T: NDArray[np.int64]
     position_T: NDArray[np.int64]
     logp_train_T: Float64
-    logp_infer_T: Float64
     reward_S: Float64
     advantage_S: Float64
     weights_MT: Float64
@@ -108,47 +108,32 @@ def audit_tokens(run: Run, arms: tuple[str, str], methods: Sequence[str], n_sequ
     Raises:
         EngineError: no token was scored by both arms.
     """
-    seq_T, prompt_T, *rest = _columns(run, arms)
-    seq_id_S, first_S, row_T = np.unique(seq_T, return_index=True, return_inverse=True)
+    frame = concatenate_tokens([token_columns(block, None) for block in run.pair(*arms).blocks()])
+    x = Tokens(frame.sort_values(["seq_id", "position"], kind="stable"))
     if n_sequences is not None:
-        seq_id_S, first_S = seq_id_S[:n_sequences], first_S[:n_sequences]
-        is_taken_T = row_T < n_sequences
-        row_T, rest = row_T[is_taken_T], [column[is_taken_T] for column in rest]
-    if not len(row_T):
+        x = Tokens(x.rows[x.row_T < n_sequences])
+    if not len(x):
         raise EngineError(f"{run.path}: no response token was scored by both {arms[0]} and {arms[1]}; nothing to audit")
-    token_T, position_T, train_T, infer_T = rest
-    logps = train_T.astype(np.float64), infer_T.astype(np.float64)
-    prompt_id_S = prompt_T[first_S].astype(np.int64)
-    reward_S = sequence_rewards(token_T, row_T, len(seq_id_S))
+    ends_S = np.cumsum(x.n_S.astype(np.int64))
+    starts_S = np.append(0, ends_S[:-1])
+    seq_id_S, prompt_id_S = (x.column(name)[starts_S].astype(np.int64) for name in ("seq_id", "prompt_id"))
+    reward_S = sequence_rewards(x.column("token_id"), x.row_T, x.n_sequences)
     advantage_S = grpo_advantages(reward_S, prompt_id_S)
-    product_T = weights("mis_sequence", *logps, row_T, cap=math.inf)  # the product ratio itself, clamped
-    rows = [weights(method, *logps, row_T, advantage_T=advantage_S[row_T]) for method in methods]
-    ends = np.searchsorted(row_T, np.arange(len(seq_id_S)), side="right").tolist()
+    logps = x.logp_train_T, x.logp_infer_T
+    product_T = weights("mis_sequence", *logps, x.row_T, cap=math.inf)  # the product ratio itself, clamped
+    rows = [weights(method, *logps, x.row_T, advantage_T=advantage_S[x.row_T]) for method in methods]
     return AuditTokens(
-        seq_id_S=seq_id_S.astype(np.int64),
+        seq_id_S=seq_id_S,
         prompt_id_S=prompt_id_S,
-        bounds_S=tuple(zip([0, *ends[:-1]], ends, strict=True)),
-        token_id_T=token_T.astype(np.int64),
-        position_T=position_T.astype(np.int64),
+        bounds_S=tuple(zip(starts_S.tolist(), ends_S.tolist(), strict=True)),
+        token_id_T=x.column("token_id").astype(np.int64),
+        position_T=x.column("position").astype(np.int64),
         logp_train_T=logps[0],
-        logp_infer_T=logps[1],
         reward_S=reward_S,
         advantage_S=advantage_S,
         weights_MT=np.stack([*rows, product_T]),
         names=(*methods, SEQUENCE_IS),
     )
-
-
-def _columns(run: Run, arms: tuple[str, str]) -> list[NDArray[Any]]:
-    """Columns of the tokens that both arms scored, sorted by sequence and position."""
-    blocks = list(run.pair(*arms).blocks())
-    columns = [np.concatenate([getattr(block, name) for block in blocks]) for name in _COLUMNS]
-    order_T = np.lexsort((columns[_COLUMNS.index("position_T")], columns[0]))
-    is_scored_T = np.isfinite(columns[-1]) & np.isfinite(columns[-2])
-    return [column[order_T[is_scored_T[order_T]]] for column in columns]
-
-
-_COLUMNS: Final = ("seq_id_T", "prompt_id_T", "token_id_T", "position_T", "logp_train_T", "logp_infer_T")
 
 
 def is_token_level(method: str) -> bool:

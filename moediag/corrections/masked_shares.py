@@ -10,7 +10,7 @@ import pandas as pd
 from moediag.analysis.declarations import CORRECTIONS
 from moediag.analysis.measures import ICEPOP_BAND
 from moediag.analysis.metrics import LOWER, Metric, declare_metrics
-from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.analysis.tokens import AnyTokens, Tokens
 from moediag.corrections.methods import log_bound
 from moediag.corrections.presets import PRESETS, Preset
 from moediag.corrections.terms import are_float32, on_bounds
@@ -32,7 +32,7 @@ RUN_PRESETS: Final = (PRESETS["ring-1t"], PRESETS["glm-5"], PRESETS["prime-rl-ic
 """The bands that an analysis tries; ``moediag simulate`` has all corrections."""
 
 
-def masked_shares(tokens: pd.DataFrame, presets: tuple[Preset, ...] = RUN_PRESETS) -> pd.DataFrame:
+def masked_shares(tokens: AnyTokens, presets: tuple[Preset, ...] = RUN_PRESETS) -> pd.DataFrame:
     """How many tokens each IcePop band would mask on the logged tokens.
 
     Args:
@@ -48,26 +48,25 @@ def masked_shares(tokens: pd.DataFrame, presets: tuple[Preset, ...] = RUN_PRESET
 
     Source: IcePop post: 1-2 per mille of tokens at first, rising sharply later.
     """
-    rows = scored_tokens(tokens)
-    prompt_T = rows["prompt_id"].to_numpy()
-    is_float32_T = are_float32(rows["logp_train"].to_numpy(), rows["logp_infer"].to_numpy())
+    x = Tokens.of(tokens)
+    is_float32_T = are_float32(x.logp_train_T, x.logp_infer_T)
     records = []
     for preset in presets:
         alpha, beta = _band(preset)
         low, high = log_bound(alpha), log_bound(beta)
-        diff_T = on_bounds(logp_diff(rows), [low, high], is_float32_T)
+        diff_T = on_bounds(x.diff_T, [low, high], is_float32_T)
         below_T, above_T = diff_T < low, diff_T > high
-        masked = mean_interval(below_T | above_T, prompt_T, "rate")
+        masked = mean_interval(below_T | above_T, x.prompt_row_T, "rate")
         records.append(
             {
                 "method": band_name(alpha, beta),
                 "source": _users(preset),
-                "n_tokens": len(rows),
+                "n_tokens": len(x),
                 "masked_share": masked.value,
                 "masked_share_ci_low": masked.low,
                 "masked_share_ci_high": masked.high,
-                "below_share": float(below_T.mean()) if len(rows) else np.nan,
-                "above_share": float(above_T.mean()) if len(rows) else np.nan,
+                "below_share": float(below_T.mean()) if len(x) else np.nan,
+                "above_share": float(above_T.mean()) if len(x) else np.nan,
             }
         )
     columns = [column.name for column in CORRECTIONS.columns]

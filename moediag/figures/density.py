@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.analysis.tokens import Tokens
 from moediag.figures.floors import draw_floor
 from moediag.figures.heat import count_bar, count_norm, draw_cells
 from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
@@ -47,10 +47,10 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def _no_difference(frames: Frames) -> str:
-    tokens = scored_tokens(frames["tokens"])
-    if tokens.empty:
+    tokens = Tokens(frames["tokens"])
+    if not len(tokens):
         return NOT_SCORED
-    return "" if bool(np.any(logp_diff(tokens))) else NO_DIFFERENCE
+    return "" if bool(np.any(tokens.diff_T)) else NO_DIFFERENCE
 
 
 @figure(
@@ -127,8 +127,8 @@ def certainty(p: FloatArray) -> FloatArray:
 
 
 def _points(frame: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
-    rows = scored_tokens(frame)
-    return certainty(np.exp(rows["logp_infer"].to_numpy(np.float64))), np.abs(logp_diff(rows))
+    tokens = Tokens(frame)
+    return certainty(np.exp(tokens.logp_infer_T)), tokens.abs_diff_T
 
 
 def y_limits(sizes: list[FloatArray]) -> tuple[float, float] | None:

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.analysis.tokens import Tokens
 from moediag.figures.floors import FloorArgument, floor_value
 from moediag.figures.registry import Panel, figure, token_counts
 from moediag.figures.style import (
@@ -53,8 +53,7 @@ FIGURE1_NOTE: Final = "Figure-1-style: the axes of the original (IcePop, Fig. 1)
 
 def abs_logp_diff(tokens: pd.DataFrame) -> npt.NDArray[np.float64]:
     """abs(logp_train - logp_infer) [nat] of the tokens both arms scored."""
-    absolute: npt.NDArray[np.float64] = np.abs(logp_diff(scored_tokens(tokens)))
-    return absolute
+    return Tokens(tokens).abs_diff_T
 
 
 @figure(

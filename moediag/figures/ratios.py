@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from moediag.analysis.measures import ICEPOP_BAND
-from moediag.analysis.tokens import logp_diff, scored_tokens
+from moediag.analysis.tokens import Tokens
 from moediag.corrections.masked_shares import band_name
 from moediag.figures.floors import share
 from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
@@ -36,10 +36,10 @@ _RATIOS: Final = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100,
 
 
 def _no_difference(frames: Frames) -> str:
-    tokens = scored_tokens(frames["tokens"])
-    if tokens.empty:
+    tokens = Tokens(frames["tokens"])
+    if not len(tokens):
         return NOT_SCORED
-    return "" if bool(np.any(logp_diff(tokens))) else NO_DIFFERENCE
+    return "" if bool(np.any(tokens.diff_T)) else NO_DIFFERENCE
 
 
 @figure(
@@ -63,7 +63,7 @@ def plot_ratio_histogram(
         corrections: label -> ``corrections`` frame; shares outside the band are read from it.
         panel: floor of the share outside the band [1]; said in the caption.
     """
-    ratios = {label: logp_diff(scored_tokens(frame)) for label, frame in tokens.items()}
+    ratios = {label: Tokens(frame).diff_T for label, frame in tokens.items()}
     figure, panels = panel_grid(len(ratios), panel.width, 2.5, sharex=True, sharey=True)
     edges = band_edges(np.concatenate([*ratios.values(), np.zeros(1)]))
     for ax, (label, values) in zip(panels, ratios.items(), strict=False):
@@ -94,7 +94,7 @@ def ratio_finding(tokens: Mapping[str, pd.DataFrame], corrections: Mapping[str, 
     for label, frame in tokens.items():
         row, name = icepop_row(corrections.get(label)), figure_text(label)
         if row is None or math.isnan(row["masked_share"]):
-            parts.append(f"{name}: {count(len(scored_tokens(frame)), 'token')} scored by both arms")
+            parts.append(f"{name}: {count(len(Tokens(frame)), 'token')} scored by both arms")
             continue
         bounds = ""
         if not math.isnan(row["masked_share_ci_low"]):

@@ -18,7 +18,7 @@ from typing import Any, Final
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moediag.analysis.tokens import scored_tokens
+from moediag.analysis.tokens import Tokens
 from moediag.figures.floors import AnyFloor, Floor, FloorArgument, floor_of, floor_words, nat
 from moediag.figures.style import (
     FULL_WIDTH,
@@ -260,7 +260,7 @@ def draw_figure(
 
 def token_counts(tokens: Mapping[str, pd.DataFrame]) -> dict[str, tuple[int, int]]:
     """label -> (tokens scored by both arms, prompts), for captions."""
-    return {label: (len(scored_tokens(frame)), int(frame["prompt_id"].nunique())) for label, frame in tokens.items()}
+    return {label: (len(Tokens(frame)), int(frame["prompt_id"].nunique())) for label, frame in tokens.items()}
 
 
 def figures_left_out(runs: Mapping[str, Frames]) -> dict[str, str]:

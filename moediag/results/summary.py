@@ -12,7 +12,7 @@ import pandas as pd
 from moediag.analysis.floors import Variant, floors, verdict
 from moediag.analysis.pair_analysis import PairAnalysis
 from moediag.analysis.summary import pair_summary
-from moediag.analysis.tokens import logp_diff
+from moediag.analysis.tokens import Tokens
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.run.derived import captures_digest
 from moediag.run.reader import Run
@@ -136,7 +136,7 @@ def _replay_summary(run: Run, tokens: dict[str, pd.DataFrame], observed: str) ->
     replayed = next(_replay_pairs(run, tokens), None)
     if replayed is None or observed not in tokens:
         return None
-    diff_T, replay_diff_T = (logp_diff(tokens[pair]) for pair in (observed, replayed))
+    diff_T, replay_diff_T = (Tokens(tokens[pair]).diff_N for pair in (observed, replayed))
     is_scored_T = np.isfinite(diff_T) & np.isfinite(replay_diff_T)
     prompt_T = tokens[observed]["prompt_id"].to_numpy()[is_scored_T]
     both = (replay_diff_T[is_scored_T], diff_T[is_scored_T])
