@@ -31,7 +31,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.errors import CorruptRunError, IncompleteRunError, MoediagError, RunError
+from moediag.errors import CorruptRunError, DiskFullError, IncompleteRunError, MoediagError, RunError
 from moediag.frames import declared_frames
 from moediag.run.files import (
     host_tag,
@@ -69,13 +69,16 @@ def refuse_other(path: Path, kind: str, request: Mapping[str, Any], force: bool 
 
     Args:
         kind: entry ``kind`` of its summary.json, e.g. ``moediag trend``.
-        request: entry ``request``, in plain types: what makes two results the same; ``of`` says it in words.
+        request: entry ``request``, in plain types: what makes two results the same; entry ``of`` names it in messages.
         force: replace the result of another request, too.
 
     Raises:
         RunError: names what is there and what to do.
     """
     refuse_current_folder(path)
+    near = next(parent for parent in path.resolve().parents if parent.exists())
+    if near.is_dir() and not os.access(near, os.W_OK | os.X_OK):  # known now, not after everything is computed
+        raise RunError(f"cannot write {path}: {near} is not writable; choose another folder")
     try:
         settle(path.resolve().parent, path.resolve().name)
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -131,7 +134,7 @@ def made_together(root: Path, name: str) -> Iterator[Path]:
     try:
         if (root / name).exists() and not (root / name).is_dir():
             raise RunError(f"cannot write {root / name}: expected a folder, found a file; move it elsewhere")
-        make_folder(made)
+        made.mkdir(parents=True, exist_ok=True)
         yield made
         settle(root, name)  # what another process made meanwhile
         made.rename(_ready(root, name))
@@ -143,7 +146,7 @@ def made_together(root: Path, name: str) -> Iterator[Path]:
 
 
 def settle(root: Path, name: str) -> None:
-    """Move what is ready into its place, which a killed process may have left to do; nothing happens where nothing is.
+    """Move what is ready into its place, which a killed process may have left to do.
 
     Raises:
         OSError: it cannot be moved.
@@ -248,7 +251,7 @@ def _ready(root: Path, name: str) -> Path:
 
 
 def _summary_in(path: Path) -> dict[str, Any]:
-    """What an earlier result says of itself, damaged or not; empty = there is none."""
+    """Content of an earlier result's summary.json, sealed or not; empty = none."""
     try:
         content = json.loads((path / SUMMARY).read_text())
         return content if isinstance(content, dict) else {}
@@ -257,7 +260,7 @@ def _summary_in(path: Path) -> dict[str, Any]:
 
 
 def _strange(path: Path, kind: str, summary: Mapping[str, Any]) -> str:
-    """What at the path is not of such a result, in words; empty = nothing."""
+    """What at the path belongs to no such result, for a message; empty = nothing."""
     if not path.is_dir():
         return "a file"
     if summary.get("kind") != kind:
@@ -269,6 +272,10 @@ def _strange(path: Path, kind: str, summary: Mapping[str, Any]) -> str:
 
 
 def _as_error(error: OSError, path: Path) -> MoediagError:
+    if isinstance(error, DiskFullError):  # of a file in the folder being made, whose name no user knows
+        return DiskFullError(
+            f"no space to write {path}; what was there is unchanged: free some space and run the same command again"
+        )
     return error if isinstance(error, MoediagError) else write_error(error, path)
 
 

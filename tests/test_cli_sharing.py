@@ -104,13 +104,13 @@ def test_complete_shards_without_an_arm_record_say_what_to_do(tmp_path: Path, ch
 
 def test_another_configuration_of_a_complete_arm_is_refused(tmp_path: Path, checkpoint: Checkpoint) -> None:
     run = of_checkpoint(make_scripted_run(tmp_path / "run"))
-    with pytest.raises(RunConflictError, match="dtype: 'bfloat16' there, 'float32' requested"):
+    with pytest.raises(RunConflictError, match="dtype: 'bfloat16' there, 'float32' given"):
         jobs.capture(asked(run, checkpoint, "infer", dtype="float32"))
 
 
 def test_another_checkpoint_of_a_complete_arm_is_refused_by_name(tmp_path: Path, checkpoint: Checkpoint) -> None:
     run = make_scripted_run(tmp_path / "run")
-    with pytest.raises(RunConflictError, match="checkpoint: models/scripted .* there, .*ring-tiny .* requested"):
+    with pytest.raises(RunConflictError, match="checkpoint: models/scripted .* there, .*ring-tiny .* given"):
         jobs.capture(asked(run, checkpoint, "infer"))
 
 

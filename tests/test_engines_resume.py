@@ -160,7 +160,7 @@ def test_a_complete_run_is_reported_as_complete(random_moe: Path, prompts: Path,
 
 def test_another_configuration_is_refused(random_moe: Path, prompts: Path, undisturbed: Path) -> None:
     before = captured(undisturbed)
-    for option, complaint in (("--max-tokens=13", "max_tokens: 12 there, 13 requested"), ("--dtype=float32", "dtype")):
+    for option, complaint in (("--max-tokens=13", "max_tokens: 12 there, 13 given"), ("--dtype=float32", "dtype")):
         done = run_moediag(
             "profile", random_moe, "--prompts", prompts, "-o", undisturbed, "--no-floors", *OPTIONS, option
         )

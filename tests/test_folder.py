@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import errno
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,19 +20,20 @@ import pandas as pd
 import pytest
 import safetensors.numpy
 from scripted_engine import make_scripted_run
+from test_command_line import full_disk
 from test_gradients_figures import inner_products
 
 import moediag.analysis
 from moediag.audit.gradients import RECORD, GradientRequest, seal_audit
 from moediag.corrections.chosen import choose
 from moediag.corrections.sources import run_source
-from moediag.errors import CorruptRunError, FrameError, IncompleteRunError, RunError
+from moediag.errors import CorruptRunError, DiskFullError, FrameError, IncompleteRunError, RunError
 from moediag.folder import made_together, made_whole, read_frames, refuse_other, result_folder, settle, write_frames
 from moediag.results import analyze_run, compare_runs, load_frames, report_run
 from moediag.results.simulation import simulate, write_simulation
 from moediag.results.trend import measure_trend, trend_request, write_trend
 from moediag.run.derived import GRAMS, captures_digest, derived_damage
-from moediag.run.files import process_tag, sha256_bytes, write_atomic, write_sealed
+from moediag.run.files import process_tag, sha256_bytes, write_atomic, write_error, write_sealed
 from moediag.run.reader import open_run
 
 KIND = "moediag test"
@@ -156,6 +159,28 @@ def test_what_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> No
         fail()
     assert contents(tmp_path / "out") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_reported_by_the_name_that_the_user_gave(tmp_path: Path) -> None:
+    """Bug: the message named a file in the hidden folder where the result was being made, which is gone by then."""
+    make(tmp_path / "out", 1)
+    before = contents(tmp_path / "out")
+    with pytest.raises(DiskFullError) as error, result_folder(tmp_path / "out", KIND, {"of": "the same"}) as folder:
+        raise write_error(OSError(errno.ENOSPC, "No space left on device"), folder / "tokens.parquet", 9)
+    assert str(error.value).startswith(f"no space to write {tmp_path / 'out'}; what was there is unchanged:")
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    """Bug: compare, simulate and trend found it out when everything was computed, and named a hidden folder."""
+    with full_disk(tmp_path, 1 << 20):
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        for path in (tmp_path / "out", tmp_path / "new" / "out"):
+            with pytest.raises(RunError, match=f"^cannot write {path}: {tmp_path} is not writable; choose another"):
+                refuse_other(path, KIND, {})
+        with pytest.raises(RunError, match=f"^cannot write {tmp_path / 'analysis'}: Read-only file system; make it"):
+            make_beside(tmp_path, 1)
 
 
 def test_what_a_dead_process_left_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:

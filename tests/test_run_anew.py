@@ -60,10 +60,9 @@ def test_a_run_that_holds_one_shard_refuses_and_names_models_and_options(tmp_pat
         begun(tmp_path / "run", "models/b", max_tokens=6)
     line = str(error.value)
     assert (
-        "checkpoint: models/a (weights models/a, config c) there, models/b (weights models/b, config c) requested"
-        in line
+        "checkpoint: models/a (weights models/a, config c) there, models/b (weights models/b, config c) given" in line
     )
-    assert "max_tokens: 5 there, 6 requested" in line
+    assert "max_tokens: 5 there, 6 given" in line
     assert "use another -o or --force" in line
     assert "weights_sha256" not in line
     assert "\n" not in line
@@ -84,7 +83,7 @@ def test_data_of_an_arm_without_its_sidecar_is_no_reason_to_lose_it(tmp_path: Pa
 def test_a_run_that_holds_nothing_is_not_taken_from_who_is_about_to_fill_it(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
     with RunWriter(run).in_use():
-        with pytest.raises(RunConflictError, match="max_tokens: 5 there, 6 requested"):
+        with pytest.raises(RunConflictError, match="max_tokens: 5 there, 6 given"):
             begun(tmp_path / "run", max_tokens=6)
         assert open_run(run.path).record == run.record
     assert begun(tmp_path / "run", max_tokens=6).record.configuration["max_tokens"] == 6
@@ -112,11 +111,11 @@ def test_an_arm_that_holds_nothing_is_begun_anew_and_one_with_a_shard_is_not(tmp
     writer = RunWriter(run)
     first, second, third = (made_otherwise(arm_of(run, "infer"), configuration={"dtype": d}) for d in ("a", "b", "c"))
     writer.begin_arm(first)
-    with writer.claim("infer", run.shards[0]), pytest.raises(RunConflictError, match="dtype: 'a' there, 'b' requested"):
+    with writer.claim("infer", run.shards[0]), pytest.raises(RunConflictError, match="dtype: 'a' there, 'b' given"):
         RunWriter(run).begin_arm(second)  # somebody is about to fill it
     assert writer.begin_arm(second) == run.arm("infer") == second
     write_scripted_shard(writer, "infer", run.shards[0])
-    with pytest.raises(RunConflictError, match="dtype: 'b' there, 'c' requested"):
+    with pytest.raises(RunConflictError, match="dtype: 'b' there, 'c' given"):
         writer.begin_arm(third)
     assert run.arm("infer") == second
 

@@ -178,7 +178,7 @@ def test_a_run_of_a_newer_schema_is_refused_in_one_line(run: Run) -> None:
 
 def test_another_configuration_is_refused_and_changes_nothing(run: Run) -> None:
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
-    with pytest.raises(RunConflictError, match="max_tokens: 5 there, 6 requested"):
+    with pytest.raises(RunConflictError, match="max_tokens: 5 there, 6 given"):
         create(run.path, max_tokens=6)
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
 

@@ -378,13 +378,13 @@ def test_new_options_are_taken_while_nothing_is_captured_and_then_refused_by_nam
     writer.begin_arm(arm_of(again, "infer", arrays=arrays_of("ids", is_routed=False, has_entropy=False), routers=()))
     tokens = TokenRows(*(np.array(column) for column in ([0, 0], [0, 0], [0, 0], [0, 1], [1, 2], [False, True])))
     writer.write_capture("infer", again.shards[0], tokens, Capture(np.array([np.nan, -1], np.float32)), {}, {})
-    with pytest.raises(RunConflictError, match="max_tokens: 6 there, 7 requested"):
+    with pytest.raises(RunConflictError, match="max_tokens: 6 there, 7 given"):
         new_run(tmp_path / "run", prompts, 2, 1, checkpoint, configuration={"max_tokens": 7})
-    with pytest.raises(RunConflictError, match="dtype: 'bfloat16' there, 'float32' requested"):
+    with pytest.raises(RunConflictError, match="dtype: 'bfloat16' there, 'float32' given"):
         writer.begin_arm(made_otherwise(again.arm("infer"), configuration={"dtype": "float32"}))
     other = checkpoint_of((0,), 16, source="models/other")
     asked = {"max_tokens": 6, "weights_sha256": other.weights_sha256}
-    with pytest.raises(RunConflictError, match="checkpoint: models/tiny .* there, models/other .* requested"):
+    with pytest.raises(RunConflictError, match="checkpoint: models/tiny .* there, models/other .* given"):
         new_run(tmp_path / "run", prompts, 2, 1, other, configuration=asked)
 
 

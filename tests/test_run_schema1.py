@@ -140,7 +140,7 @@ def test_it_is_not_begun_again_either(run: Run, capsys: pytest.CaptureFixture[st
     before = contents(run.path)
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt_token_ids": [1, 2]}])
     assert main(["capture", "infer", str(CHECKPOINT), "--prompts", str(prompts), "-o", str(run.path)]) == 1
-    assert "schema_version: 1 there, 2 requested" in capsys.readouterr().err.splitlines()[-1]
+    assert "schema_version: 1 there, 2 given" in capsys.readouterr().err.splitlines()[-1]
     assert contents(run.path) == before
 
 

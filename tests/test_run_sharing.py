@@ -214,7 +214,7 @@ def test_a_worker_whose_arm_was_begun_anew_writes_nothing_into_it(tmp_path: Path
         write_scripted_shard(early, "infer", run.shards[0])
     assert run.missing_shards("infer") == list(run.shards)
     write_scripted_shard(late, "infer", run.shards[0])
-    with pytest.raises(RunConflictError, match=r"versions.scripted: '2' there, '1' requested"):
+    with pytest.raises(RunConflictError, match=r"versions.scripted: '2' there, '1' given"):
         early.begin_arm(made_otherwise(arm_of(run, "infer"), versions={"scripted": "1"}))
 
 

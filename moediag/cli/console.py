@@ -71,7 +71,7 @@ class _Lines(Bar):
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._quarter = -1
+        self._quarter, self._unit = -1, ""
 
     def on_event(self, event: dict[str, Any]) -> None:
         if "stage" in event:
@@ -81,6 +81,6 @@ class _Lines(Bar):
 
     def show(self, done: float, total: int, unit: str) -> None:
         quarter = int(4 * done / total) if total else 4
-        if quarter > self._quarter:
-            self._quarter = quarter
+        if quarter > self._quarter or unit != self._unit:
+            self._quarter, self._unit = quarter, unit
             note(f"{self._title}: {int(done)}/{total} {unit}")

@@ -64,18 +64,18 @@ def command(
 
 
 def _simulate(path: Path, force: bool) -> None:
-    from moediag.cli.console import wrote
-    from moediag.cli.simulate import Asked
+    from moediag.cli.console import bar, wrote
     from moediag.cli.table import show_sentences
     from moediag.corrections.chosen import choose
     from moediag.results.load import shell_command
-    from moediag.results.simulation import Grid
+    from moediag.results.simulation import Request, write_simulation
     from moediag.run.reader import open_run
 
-    request, run = Asked(path, choose(), Grid()), open_run(path)
-    folder = request.folder(run, None, force)
-    simulation = request.simulate(run)
-    pages = [] if folder is None else request.write(simulation, folder, shell_command("simulate", path), force)
+    run, request = open_run(path), Request(path, choose())
+    with bar("simulating") as progress:
+        simulation = request.simulate(run, progress.show)
+    folder, again = request.folder(run), [shell_command("simulate", path)]
+    pages = write_simulation(simulation, folder, again, request.content(folder), force)
     show_sentences(simulation)
     for page in pages:
         wrote(page)

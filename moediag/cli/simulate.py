@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moediag.cli import options as o
 from moediag.errors import RunError
-from moediag.notation import INFER, TRAIN
 
 if TYPE_CHECKING:
-    from moediag.corrections.chosen import Chosen
-    from moediag.corrections.correction import Correction
-    from moediag.corrections.sources import Source
-    from moediag.importers.tables import OnProgress
     from moediag.results.simulation import Grid, Simulation
     from moediag.run.reader import Run
 
 NAME = "simulate"
-_N_NAMED: Final = 4
-"""Corrections named in a message."""
 
 Target = Annotated[
     Path,
@@ -117,27 +108,42 @@ def command(
 
     No offline number shows that training will be stable.
     """
-    from moediag.cli.console import say_json, wrote
+    from moediag.cli.console import bar, say_json, wrote
     from moediag.corrections.chosen import choose
-    from moediag.corrections.weight_files import refuse_weights_path
+    from moediag.corrections.weight_files import refuse_weights_path, write_weights
+    from moediag.folder import refuse_other
     from moediag.results.load import shell_command
+    from moediag.results.simulation import SIMULATION, Request, write_simulation
     from moediag.results.simulation import as_json as content_of
 
     everything = everything or not (method or preset)
     chosen = choose(method or [], preset or [], everything)
     if weights_out is not None:
         refuse_weights_path(weights_out, force)
+    if checkpoint and not gradient_audit:
+        raise typer.BadParameter("goes with --gradient-audit", param_hint="--checkpoint")
+    run = _open(target, mask, {"--pair": pair, "--gradient-audit": gradient_audit, "--checkpoint": checkpoint})
+    pairs = {} if run is None else {"pair": _pair_of(run, pair)}
     grid = _grid(sweep or everything, alphas, betas)
-    asked = Asked(target, chosen, grid, pair, reward, eps_clip, mask, gradient_audit, checkpoint)
-    run = asked.open()
-    if run is not None:
-        asked = asked.of(run)
-    folder = asked.folder(run, output, force)
-    columns = {name: one.correction for name, one in chosen.items() if name != "none" or everything}
-    simulation = asked.simulate(run, weights_out, columns)
+    request = Request(
+        target, chosen, grid, reward=reward, eps_clip=eps_clip, mask=mask,
+        gradient_audit=gradient_audit, checkpoint=checkpoint, **pairs,
+    )  # fmt: skip
+    folder = request.folder(run) if output is None and run is not None else output
+    if folder is not None:
+        refuse_other(folder, SIMULATION, request.content(folder), force)
+    with bar("simulating") as progress:
+        simulation = request.simulate(run, progress.show)
+    if weights_out is not None:
+        named = {name: one.correction for name, one in simulation.chosen.items() if name != "none" or everything}
+        with bar("writing weights") as progress:
+            write_weights(simulation.source, named, weights_out, progress.show)
     if run is not None and gradient_audit:
-        _audit(simulation, run, asked.arms, checkpoint, is_named=not everything)
-    pages = [] if folder is None else asked.write(simulation, folder, shell_command(*context.obj), force, pdf)
+        _audit(simulation, run, request.arms, checkpoint, is_named=not everything)
+    pages = []
+    if folder is not None:
+        again = [shell_command(*context.obj)]
+        pages = write_simulation(simulation, folder, again, request.content(folder), force, pdf)
     if as_json:
         say_json(content_of(simulation))
     else:
@@ -150,141 +156,28 @@ def command(
         o.refuse_errors(simulation.source.findings)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is asked of a simulation, by the command line or the demo."""
+def _open(target: Path, mask: str | None, of_run_only: dict[str, Any]) -> Run | None:
+    """The run, or None for a table; refuses options that the other takes."""
+    from moediag.run.reader import open_run
 
-    target: Path
-    chosen: dict[str, Chosen]
-    grid: Grid | None
-    pair: str | None = None
-    reward: str | None = None
-    eps_clip: float = 0.2
-    mask: str | None = None
-    gradient_audit: bool = False
-    checkpoint: str | None = None
+    if target.is_dir():
+        if mask:
+            raise typer.BadParameter(f"{target} is a run, which knows its response tokens", param_hint="--mask")
+        return open_run(target)
+    for name, is_given in of_run_only.items():
+        if is_given:
+            raise typer.BadParameter(f"{target} is no run directory", param_hint=name)
+    return None
 
-    def of(self, run: Run) -> Asked:
-        """The same of a run's pair, named as the run names it; by default the main pair: train and what sampled."""
-        if self.pair is None:
-            return replace(self, pair=run.pair_name(*run.main_arms))
-        first, mark, second = self.pair.partition("~")
-        if not (first and mark and second):
-            raise typer.BadParameter(f"needs two arms as A~B, found {self.pair}", param_hint="--pair")
-        return replace(self, pair=run.pair_name(first, second))
 
-    @property
-    def pair_name(self) -> str:
-        """The pair as the run names it; a table's two sides are called by their roles."""
-        return self.pair or f"{INFER}~{TRAIN}"
-
-    @property
-    def arms(self) -> tuple[str, str]:
-        """Minuend and subtrahend of the pair."""
-        subtrahend, _, minuend = self.pair_name.partition("~")
-        return minuend, subtrahend
-
-    def open(self) -> Run | None:
-        """The run, or None for a table."""
-        from moediag.run.reader import open_run
-
-        if self.checkpoint and not self.gradient_audit:
-            raise typer.BadParameter("goes with --gradient-audit", param_hint="--checkpoint")
-        if self.target.is_dir():
-            if self.mask:
-                raise typer.BadParameter(
-                    f"{self.target} is a run, which knows its response tokens", param_hint="--mask"
-                )
-            return open_run(self.target)
-        for name, is_given in (
-            ("--pair", self.pair),
-            ("--gradient-audit", self.gradient_audit),
-            ("--checkpoint", self.checkpoint),
-        ):
-            if is_given:
-                raise typer.BadParameter(f"{self.target} is no run directory", param_hint=name)
-        return None
-
-    @property
-    def words(self) -> dict[str, Any]:
-        """What is asked of the tokens, in plain types."""
-        bands = None if self.grid is None else [[str(bound) for bound in side] for side in vars(self.grid).values()]
-        named = {name: getattr(self, name) for name in ("reward", "eps_clip", "mask", "gradient_audit", "checkpoint")}
-        corrections = {label: str(one.correction) for label, one in self.chosen.items()}
-        return {"pair": self.pair_name, "corrections": corrections, "bands": bands, **named}
-
-    def request(self, folder: Path) -> dict[str, Any]:
-        """What a simulation in the folder answers, and must have answered to be replaced by this one."""
-        names = [name for name in self.chosen if name != "none"]
-        more = f" and {len(names) - _N_NAMED} more" if len(names) > _N_NAMED else ""
-        target = self.target.resolve()
-        return {
-            "of": f"{target.name} with {', '.join(names[:_N_NAMED]) or 'no correction'}{more}",
-            "target": os.path.relpath(target, folder.resolve()),
-            **self.words,
-        }
-
-    def folder(self, run: Run | None, output: Path | None, force: bool) -> Path | None:
-        """Where the simulation goes, refused before anything is computed: in a run every request has its own folder."""
-        from moediag.corrections.chosen import choose
-        from moediag.folder import refuse_other
-        from moediag.results.simulation import SIMULATION, Grid
-        from moediag.run.derived import SIMULATIONS
-        from moediag.run.files import digest_of
-
-        folder = output
-        if folder is None and run is not None:
-            is_usual = self.words == Asked(self.target, choose(), Grid(), self.pair).words
-            name = str(self.words["pair"]) if is_usual else f"{self.words['pair']}-{digest_of(self.words)[:8]}"
-            folder = run.path / SIMULATIONS / name
-        if folder is not None:
-            refuse_other(folder, SIMULATION, self.request(folder), force)
-        return folder
-
-    def simulate(
-        self, run: Run | None, weights_out: Path | None = None, columns: dict[str, Correction] | None = None
-    ) -> Simulation:
-        """Read the tokens, simulate, and write the weights of ``columns`` where a file for them is given."""
-        from moediag.cli.console import bar
-        from moediag.corrections.weight_files import write_weights
-        from moediag.results.simulation import add_sweep, run_floor_k3, simulate
-
-        with bar("reading") as progress:
-            source = self._source(run, progress.show)
-        with bar("simulating") as progress:
-            simulation = simulate(
-                source, self.chosen, self._label(run), eps_clip=self.eps_clip, on_progress=progress.show
-            )
-        if self.grid is not None:
-            floor_k3 = None if run is None else run_floor_k3(run, self.pair_name)
-            with bar("sweeping") as progress:
-                add_sweep(simulation, self.grid, floor_k3, progress.show)
-        if weights_out is not None:
-            some = {name: one for name, one in (columns or {}).items() if name in simulation.chosen}
-            with bar("writing weights") as progress:
-                write_weights(source, some, weights_out, progress.show)
-        return simulation
-
-    def _source(self, run: Run | None, on_progress: OnProgress) -> Source:
-        from moediag.corrections.sources import run_source, table_source
-
-        if run is None:
-            return table_source(self.target, self.reward, on_progress, self.mask)
-        return run_source(run, self.arms, self.reward)
-
-    def _label(self, run: Run | None) -> str:
-        if run is None:
-            return self.target.name
-        usual = f"{run.reference(INFER)}~{run.reference(TRAIN)}"
-        return run.path.resolve().name + (f" {self.pair_name}" if self.pair_name != usual else "")
-
-    def write(
-        self, simulation: Simulation, folder: Path, command: str, force: bool = False, pdf: bool = False
-    ) -> list[Path]:
-        """Write the simulation; the page names the command that makes it again."""
-        from moediag.results.simulation import write_simulation
-
-        return write_simulation(simulation, folder, [command], self.request(folder), force, pdf)
+def _pair_of(run: Run, text: str | None) -> str:
+    """The pair as the run names it; by default the main pair: train and the arm that sampled."""
+    if text is None:
+        return run.pair_name(*run.main_arms)
+    first, mark, second = text.partition("~")
+    if not (first and mark and second):
+        raise typer.BadParameter(f"takes two arms as A~B, found {text}", param_hint="--pair")
+    return run.pair_name(first, second)
 
 
 def _grid(is_wanted: bool, alphas: str | None, betas: str | None) -> Grid | None:

@@ -152,11 +152,13 @@ def show_simulation(simulation: Simulation) -> None:
         column = CORRECTION_STATISTICS[names[0]]
         return " / ".join(texts) + _ends(ends, "share" if column.kind == "share" else column.unit)
 
-    header = [" / ".join(CORRECTION_STATISTICS[name].header for name in names) for names in _SIMULATED]
-    rows = [
-        [str(row["correction"]), *(cell(row, names) for names in _SIMULATED)]
-        for row in records(simulation.frames["correction_statistics"])
+    frame = simulation.frames["correction_statistics"]
+    header = [
+        " / ".join(CORRECTION_STATISTICS[name].header for name in names)
+        + (" [95 %]" if len(names) == 1 and f"{names[0]}_ci_low" in frame else "")
+        for names in _SIMULATED
     ]
+    rows = [[str(row["correction"]), *(cell(row, names) for names in _SIMULATED)] for row in records(frame)]
     say(table_text(["correction", *header], rows))
     say()
     show_sentences(simulation)

@@ -20,14 +20,14 @@ from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run
 
 _OWN_SIDE_ONLY: Final = ("repeat", "path", "observation", "perturbation", "batching")
-"""Changes that say what an engine does against itself: such an arm says nothing new about the other side."""
+"""Changes that compare an engine with itself: a pair of such an arm with the other side would add nothing."""
 
 
 def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[str, Any]:
     """Analyse the main pair, further complete arms against infer, and each engine against itself; return the summary.
 
     The main pair is train and the arm that sampled the tokens: infer~train, or infer-production~train. What a run lacks
-    is left out, and the summary says why.
+    is left out, with the reason in the summary.
 
     Only the arms analysed are validated: a further arm that is half captured is left for later, it does not
     keep infer~train from being read.
@@ -73,7 +73,7 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
 
 
 def _across(run: Run, arms: list[str], train: str, infer: str) -> list[tuple[str, str]]:
-    """Arms that say something about the other side: other precisions, forced routes, other weights, another engine."""
+    """Further pairs with the other side: other precisions, forced routes, other weights, another engine."""
     across = []
     for arm in arms:
         record = run.arm(arm)
@@ -84,7 +84,7 @@ def _across(run: Run, arms: list[str], train: str, infer: str) -> list[tuple[str
 
 
 def _shared(frames: dict[str, pd.DataFrame], no_text: bool) -> dict[str, pd.DataFrame]:
-    """The frames as they may be passed on: without text, -1 stands for every token id."""
+    """The frames as they may be passed on: without text every token id is -1."""
     if not no_text:
         return frames
     return {name: frame.assign(token_id=-1) if "token_id" in frame else frame for name, frame in frames.items()}

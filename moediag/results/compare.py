@@ -69,7 +69,7 @@ def compare_runs(
             kinds=formats(pdf),
         )
         write_pages(folder, comparison_page(summary, frames, figures, regenerate=(command,), environments=environments))
-    return {**read_sealed(output / SUMMARY), "runs": summaries}  # in the order requested: JSON sorts by label
+    return {**read_sealed(output / SUMMARY), "runs": summaries}  # in the order given: JSON sorts by label
 
 
 def _ratios(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:

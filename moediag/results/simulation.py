@@ -6,6 +6,7 @@ Invariant: a simulation is derived: it can be deleted and made again from the ru
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.corrections.chosen import Chosen
+from moediag.corrections.chosen import Chosen, choose
 from moediag.corrections.histograms import masked_entropy, ratio_counts
 from moediag.corrections.recommend import recommend_band
-from moediag.corrections.sources import Source
+from moediag.corrections.sources import Source, run_source, table_source
 from moediag.corrections.statistics import EPS_CLIP, compare_corrections
 from moediag.corrections.sweep import DEFAULT_ALPHAS, DEFAULT_BETAS, sweep_by_band
 from moediag.errors import CorruptRunError, IncompleteRunError
@@ -26,15 +27,18 @@ from moediag.figures.style import formats
 from moediag.folder import SUMMARY, records, result_folder, write_frames
 from moediag.hygiene.findings import headline
 from moediag.importers.tables import OnProgress
-from moediag.notation import SCHEMA_VERSION
+from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.report.simulation_page import simulation_page
 from moediag.results.load import load_summary
 from moediag.results.report import write_pages
-from moediag.run.files import write_sealed
+from moediag.run.derived import SIMULATIONS
+from moediag.run.files import digest_of, write_sealed
 from moediag.run.reader import Run
 
 SIMULATION: Final = "moediag simulation"
 _LEAD: Final = "icepop:alpha=0.5,beta=5"
+_N_NAMED: Final = 4
+"""Corrections named in a message."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,84 @@ class Grid:
 
     alphas: Sequence[float] = DEFAULT_ALPHAS
     betas: Sequence[float] = DEFAULT_BETAS
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which corrections to simulate on which tokens.
+
+    Args:
+        target: a run directory or a table.
+        chosen: label -> correction.
+        grid: bands of the sweep; None = no sweep.
+        pair: the pair of a run, by its name; of a table it names the two sides.
+        reward, mask: as for :func:`~moediag.corrections.sources.table_source`.
+        eps_clip: PPO's clip.
+        gradient_audit, checkpoint: whether gradients are audited, and of which checkpoint (None = the run's own).
+    """
+
+    target: Path
+    chosen: dict[str, Chosen]
+    grid: Grid | None = Grid()
+    pair: str = f"{INFER}~{TRAIN}"
+    reward: str | None = None
+    eps_clip: float = EPS_CLIP
+    mask: str | None = None
+    gradient_audit: bool = False
+    checkpoint: str | None = None
+
+    @property
+    def arms(self) -> tuple[str, str]:
+        """The pair's arms, train's side first."""
+        infer, _, train = self.pair.partition("~")
+        return train, infer
+
+    def content(self, folder: Path) -> dict[str, Any]:
+        """The request of a simulation in a folder, in plain types, see :func:`~moediag.folder.refuse_other`."""
+        names = [name for name in self.chosen if name != "none"]
+        more = f" and {len(names) - _N_NAMED} more" if len(names) > _N_NAMED else ""
+        target = self.target.resolve()
+        return {
+            "of": f"{target.name} with {', '.join(names[:_N_NAMED]) or 'no correction'}{more}",
+            "target": os.path.relpath(target, folder.resolve()),
+            **self._options,
+        }
+
+    def folder(self, run: Run) -> Path:
+        """Its folder in the run: RUN/simulate/PAIR, with a digest where options are not the default."""
+        is_default = self._options == Request(self.target, choose(), pair=self.pair)._options
+        name = self.pair if is_default else f"{self.pair}-{digest_of(self._options)[:8]}"
+        return run.path / SIMULATIONS / name
+
+    def simulate(self, run: Run | None, on_progress: OnProgress | None = None) -> Simulation:
+        """Read the tokens, of the run or of the table, and simulate.
+
+        Raises:
+            DumpError: the table cannot be used.
+            IncompleteRunError: an arm of the pair is missing.
+        """
+        if run is None:
+            source, label, floor_k3 = (
+                table_source(self.target, self.reward, on_progress, self.mask),
+                self.target.name,
+                None,
+            )
+        else:
+            source = run_source(run, self.arms, self.reward)
+            usual = f"{run.reference(INFER)}~{run.reference(TRAIN)}"
+            label = run.path.resolve().name + (f" {self.pair}" if self.pair != usual else "")
+            floor_k3 = run_floor_k3(run, self.pair)
+        simulation = simulate(source, self.chosen, label, eps_clip=self.eps_clip, on_progress=on_progress)
+        if self.grid is not None:
+            add_sweep(simulation, self.grid, floor_k3, on_progress)
+        return simulation
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        bands = None if self.grid is None else [[str(bound) for bound in side] for side in vars(self.grid).values()]
+        named = {name: getattr(self, name) for name in ("reward", "eps_clip", "mask", "gradient_audit", "checkpoint")}
+        corrections = {label: str(one.correction) for label, one in self.chosen.items()}
+        return {"pair": self.pair, "corrections": corrections, "bands": bands, **named}
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,8 @@ def summarize(
 
 def _weights(run: Run, minuend: str, subtrahend: str) -> dict[str, Any] | None:
     """How the weights that two arms loaded differ, in words and as measured; None where both loaded the same."""
-    said = run.other_weights(minuend, subtrahend)
-    if not said:
+    words = run.other_weights(minuend, subtrahend)
+    if not words:
         return None
     comparison = run.weights_comparison(minuend, subtrahend)
     advice = (
@@ -85,7 +85,7 @@ def _weights(run: Run, minuend: str, subtrahend: str) -> dict[str, Any] | None:
         "part)"
     )
     return {
-        "words": f"{said}; {advice}",
+        "words": f"{words}; {advice}",
         "is_equal": None if comparison is None else comparison.is_equal,
         "comparison": None if comparison is None else comparison.content(),
     }

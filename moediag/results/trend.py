@@ -1,6 +1,6 @@
 """The mismatch over training steps, from sources to results on disk: frame, summary, figure, page.
 
-Invariant: every page says what the fit assumes and what no offline number can show.
+Invariant: every page lists what the fit assumes and what no offline number can show.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ OnStage = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Trend:
-    """A series, what stands for delta in it, how it grows, and what no drift of training explains."""
+    """A series, the metric that is delta in it, how it grows, and what no drift of training explains."""
 
     source: TrendSource
     delta: str | None
@@ -81,7 +81,7 @@ def measure_trend(
     Args:
         targets: run directories, one per step, or one table.
         steps: of the runs, in order; None = from the folders' names.
-        metric: stands for delta; None = the best KL there is.
+        metric: the one that is delta; None = the best KL there is.
         on_stage: called with (done, of how much, unit).
 
     Raises:
@@ -90,7 +90,7 @@ def measure_trend(
     """
     source = read_trend(targets, steps, on_stage)
     trend = source.trend
-    if metric is None and not source.is_kl:  # k1 and k3 of forced text are no KL: only an exact one may stand for it
+    if metric is None and not source.is_kl:  # k1 and k3 of forced text are no KL: only an exact one may be delta
         trend = trend[~trend["metric"].isin(KL_METRICS[1:])]
     delta = delta_metric(trend, metric)
     recurrence = trend_recurrence(trend, delta, lambda done, total: on_stage(done, total, "bounds"))

@@ -25,7 +25,7 @@ from moediag.run.reader import Run, open_run
 from moediag.run.records import MANIFEST, PROMPTS, CheckpointRecord, RunRecord, write_record
 from moediag.run.writer import differing
 
-_SAID_OF_MODELS = ("weights_sha256", "config_sha256")
+_OF_CHECKPOINTS = ("weights_sha256", "config_sha256")
 
 
 def create_run(
@@ -63,7 +63,7 @@ def create_run(
                 drop_replaced(path)
         else:
             fresh.rename(path)  # the folder appears whole: a kill leaves no half-made run behind
-    except MoediagError:  # DiskFullError is an OSError too, and says already what happened
+    except MoediagError:  # DiskFullError is an OSError too, and its message is complete
         raise
     except OSError as error:
         # Renaming onto a folder that is not empty fails: then another worker of the same command was first.
@@ -149,21 +149,21 @@ def _is_empty_of_another(path: Path, record: RunRecord) -> bool:
         return False
 
 
-def _open_same(path: Path, asked: RunRecord, checkpoint: CheckpointRecord | None) -> Run:
+def _open_same(path: Path, wanted: RunRecord, checkpoint: CheckpointRecord | None) -> Run:
     run = open_run(path)
     there = run.record
-    if there.configuration == asked.configuration and there.schema_version == asked.schema_version:
+    if there.configuration == wanted.configuration and there.schema_version == wanted.schema_version:
         return run
     differences = []
     if there.checkpoint is not None and checkpoint is not None and there.checkpoint != checkpoint.digest:
-        differences.append(f"checkpoint: {run.checkpoint(there.checkpoint).words} there, {checkpoint.words} requested")
-    said = _SAID_OF_MODELS if differences else ()
+        differences.append(f"checkpoint: {run.checkpoint(there.checkpoint).words} there, {checkpoint.words} given")
+    named = _OF_CHECKPOINTS if differences else ()
     before, now = (
-        {key: value for key, value in record.configuration.items() if key not in said} for record in (there, asked)
+        {key: value for key, value in record.configuration.items() if key not in named} for record in (there, wanted)
     )
     differences += differing(before, now)
-    if there.schema_version != asked.schema_version:
-        differences = [f"schema_version: {there.schema_version} there, {asked.schema_version} requested"]
+    if there.schema_version != wanted.schema_version:
+        differences = [f"schema_version: {there.schema_version} there, {wanted.schema_version} given"]
     raise RunConflictError(
         f"{path} was made with another configuration ({'; '.join(differences)}); use another -o or --force"
     )
@@ -204,7 +204,7 @@ def _held_alone(path: Path) -> Iterator[None]:
 
 
 def _refuse_foreign_folder(path: Path) -> None:
-    """Only a run, or nothing, may stand where a run is made."""
+    """A run is made where a run is, or nothing."""
     if not path.exists():
         return
     if not path.is_dir():

@@ -7,7 +7,7 @@
 Sealed are the numbers: a summary.json holds the digest of its frames and its own, so a changed byte is found. Figures
 and pages are drawn again from them at any time, and are not checked.
 
-Invariant: a *stale* analysis (arms changed since) is not damage; ``analyze`` and ``report`` tell that.
+Invariant: a *stale* analysis (arms changed since) is not damage; ``analyze`` and ``report`` find that.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def settle_derived(run_path: Path) -> None:
 
 
 def captures_digest(run: Run, arms: Iterable[str] | None = None) -> dict[str, str]:
-    """Digest of the captures of arms, by arm: tells whether a result is of the arms as they are now.
+    """Digest of the captures of arms, by arm: equal while a result is of the arms as they are now.
 
     Args:
         arms: None = every complete arm.
@@ -86,17 +86,17 @@ def derived_damage(run_path: Path) -> list[Damage]:
 
 
 def _prompts(run: Run) -> Iterator[Damage]:
-    """Prompts that are whole, but not those that run.json tells of."""
-    told = run.record.prompts
-    if told is None:
+    """Prompts that are whole, but not those that run.json names."""
+    record = run.record.prompts
+    if record is None:
         return
     try:
         prompts, completions = run.prompt_tokens()
     except RunError as error:
         yield PROMPTS, str(error)
         return
-    if (len(prompts), completions is not None) != (told.n, run.record.tokens.origin == "given"):
-        yield PROMPTS, f"does not hold the prompts and completions that {MANIFEST} tells of; restore it"
+    if (len(prompts), completions is not None) != (record.n, run.record.tokens.origin == "given"):
+        yield PROMPTS, f"does not hold the prompts and completions that {MANIFEST} names; restore it"
 
 
 def _checkpoints(run: Run) -> Iterator[Damage]:

@@ -57,7 +57,7 @@ def write_error(error: OSError, path: Path, n_bytes: int = 0) -> MoediagError:
             f"no space to write {path}{size}: {error.strerror}; what was captured before is kept: "
             "free some space and run the same command again (captures resume, all else starts over)"
         )
-    return RunError(f"cannot write {path}: {error.strerror or error}; choose another folder with -o")
+    return RunError(f"cannot write {path}: {error.strerror or error}; make it writable, or choose another folder")
 
 
 def make_folder(path: Path) -> None:

@@ -159,7 +159,7 @@ class RunWriter:
         differences = []
         if there.checkpoint != asked.checkpoint:
             names = [self._model_words(digest) for digest in (there.checkpoint, asked.checkpoint)]
-            differences.append(f"checkpoint: {names[0]} there, {names[1]} requested")
+            differences.append(f"checkpoint: {names[0]} there, {names[1]} given")
         for part in ("recipe", "configuration", "versions", "loaded"):
             differences += differing(_part(there, part), _part(asked, part), part)
         raise RunConflictError(
@@ -295,7 +295,7 @@ def differing(there: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = 
     """What two plain records hold differently, a phrase each."""
     keys = sorted(key for key in {*there, *asked} if digest_of(there.get(key)) != digest_of(asked.get(key)))
     named = f"{prefix}." if prefix not in ("", "configuration") else ""
-    return [f"{named}{key}: {there.get(key)!r} there, {asked.get(key)!r} requested" for key in keys]
+    return [f"{named}{key}: {there.get(key)!r} there, {asked.get(key)!r} given" for key in keys]
 
 
 def _part(record: ArmRecord, part: str) -> dict[str, Any]:
