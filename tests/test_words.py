@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 
 from moediag.hygiene.rules import RULES
 
-REFERENCE = REPOSITORY / "docs" / "reference.md"
+REFERENCE = REPOSITORY / "reports" / "reference.md"
 PAGES = [REPOSITORY / "README.md", REFERENCE, *(REPOSITORY / "notebooks").glob("*.ipynb")]
 MODULES = sorted((REPOSITORY / "moediag").rglob("*.py"))
 _RULE = re.compile(r"\bD\d\d\b(?:-[a-z0-9]+(?:-[a-z0-9]+)*)?|\bR[0124-9]\b")  # R3 is a paper
