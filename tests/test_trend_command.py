@@ -81,7 +81,7 @@ def test_a_growing_series_is_told_and_written_whole(capsys, table, tmp_path):
 def test_a_refused_series_is_a_result(capsys, short):
     status, captured = run(capsys, short)
     assert status == 0
-    assert "cannot tell (k3 of KL(infer || train)): 3 steps with a known standard error" in captured.out
+    assert "cannot tell (KL(infer‖train), k3): 3 steps with a known standard error" in captured.out
     assert "No offline number" in captured.out
 
 
