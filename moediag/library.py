@@ -451,21 +451,13 @@ def simulate(
         IncompleteRunError: an arm of the pair is missing.
     """
     from moediag.corrections.chosen import choose
-    from moediag.corrections.sources import run_source, table_source
-    from moediag.results.simulation import add_sweep, run_floor_k3
+    from moediag.results.simulation import add_sweep, read_tokens
     from moediag.results.simulation import simulate as simulated
 
     chosen = choose(methods, presets)
-    floor_k3 = None
-    if isinstance(tokens, pd.DataFrame):
-        source, label = table_source(tokens, reward, mask=mask), "frame"
-    elif isinstance(tokens, reader.Run) or Path(tokens).is_dir():
-        run = tokens if isinstance(tokens, reader.Run) else open_run(tokens)
-        arms = pair or run.main_arms
-        source, label = run_source(run, arms, reward), run.path.resolve().name
-        floor_k3 = run_floor_k3(run, run.pair_name(*arms))
-    else:
-        source, label = table_source(Path(tokens), reward, mask=mask), Path(tokens).name
+    if not isinstance(tokens, pd.DataFrame | reader.Run):
+        tokens = open_run(tokens) if Path(tokens).is_dir() else Path(tokens)
+    source, label, floor_k3 = read_tokens(tokens, pair, reward, mask)
     result = simulated(source, chosen, label, eps_clip=eps_clip)
     if sweep:
         add_sweep(result, None if isinstance(sweep, bool) else sweep, floor_k3)

@@ -3,8 +3,8 @@
 Invariants:
     - groups are compared within strata of p_infer, entropy and position, and both sides get the *group's* strata
       weights: hard tokens flip more and differ more anyway, so a bare correlation would charge flips for it;
-    - tokens whose stratum holds fewer than two unflipped tokens are left out and counted, never compared with another
-      stratum;
+    - tokens whose stratum holds fewer than two unflipped tokens are left out of the excess and counted, never compared
+      with another stratum;
     - it stays an association, an *excess* and not a cost: what makes a token hard without showing in its probability
       or entropy (unseen difficulty) is not controlled, infer's own flips move p_infer, and earlier flips act through
       attention. Forcing the routes is the experiment.

@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from moediag.analysis.tokens import Tokens
 from moediag.figures.floors import draw_floor
 from moediag.figures.heat import count_bar, count_norm, draw_cells
-from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
+from moediag.figures.registry import Panel, figure, no_difference
 from moediag.figures.style import (
     GREY,
     INK,
@@ -46,13 +46,6 @@ _CERTAINTY: Final = ((1e-4, "10⁻⁴"), (0.01, "0.01"), (0.1, "0.1"), (0.5, "0.
 FloatArray = npt.NDArray[np.float64]
 
 
-def _no_difference(frames: Frames) -> str:
-    tokens = Tokens(frames["tokens"])
-    if not len(tokens):
-        return NOT_SCORED
-    return "" if bool(np.any(tokens.diff_T)) else NO_DIFFERENCE
-
-
 @figure(
     "logp_diff_by_p_infer", "tokens", "metrics_by_stratum",
     title="Size of the difference against the probability that infer gave the token",
@@ -60,7 +53,7 @@ def _no_difference(frames: Frames) -> str:
     "stripes.",
     section="tail",
     floor_of="abs_logp_diff.mean",
-    absent=_no_difference,
+    absent=no_difference,
 )  # fmt: skip
 def plot_logp_diff_by_p_infer(
     tokens: Mapping[str, pd.DataFrame],

@@ -17,7 +17,7 @@ from moediag.analysis.measures import ICEPOP_BAND
 from moediag.analysis.tokens import Tokens
 from moediag.corrections.masked_shares import band_name
 from moediag.figures.floors import share
-from moediag.figures.registry import NO_DIFFERENCE, NOT_SCORED, Frames, Panel, figure
+from moediag.figures.registry import Panel, figure, no_difference
 from moediag.figures.style import (
     INK,
     LIGHT,
@@ -35,20 +35,13 @@ _MAX_BINS: Final = 400
 _RATIOS: Final = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100, 1e3, 1e4, 1e5, 1e6)
 
 
-def _no_difference(frames: Frames) -> str:
-    tokens = Tokens(frames["tokens"])
-    if not len(tokens):
-        return NOT_SCORED
-    return "" if bool(np.any(tokens.diff_T)) else NO_DIFFERENCE
-
-
 @figure(
     "ratio_histogram", "tokens", "corrections",
     title="Ratio pi_train / pi_infer and the IcePop band",
     caption="Tokens outside the closed band 0.5 to 5 would get no update.",
     section="tail",
     floor_of="masked_share",
-    absent=_no_difference,
+    absent=no_difference,
 )  # fmt: skip
 def plot_ratio_histogram(
     tokens: Mapping[str, pd.DataFrame],

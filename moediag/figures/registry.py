@@ -164,6 +164,14 @@ def is_moe(tokens: pd.DataFrame) -> bool:
     return bool((tokens["n_flipped_layers"] >= 0).any())
 
 
+def no_difference(frames: Frames) -> str:
+    """Why a figure of the tokens' differences is absent: none was scored, or none differs; empty when some do."""
+    tokens = Tokens(frames["tokens"])
+    if not len(tokens):
+        return NOT_SCORED
+    return "" if tokens.diff_T.any() else NO_DIFFERENCE
+
+
 def draw_run_figures(
     frames: Frames,
     folder: Path,

@@ -103,17 +103,9 @@ class Request:
             DumpError: the table cannot be used.
             IncompleteRunError: an arm of the pair is missing.
         """
-        if run is None:
-            source, label, floor_k3 = (
-                table_source(self.target, self.reward, on_progress, self.mask),
-                self.target.name,
-                None,
-            )
-        else:
-            source = run_source(run, self.arms, self.reward)
-            usual = f"{run.reference(INFER)}~{run.reference(TRAIN)}"
-            label = run.path.resolve().name + (f" {self.pair}" if self.pair != usual else "")
-            floor_k3 = run_floor_k3(run, self.pair)
+        source, label, floor_k3 = read_tokens(
+            self.target if run is None else run, self.arms, self.reward, self.mask, on_progress
+        )
         simulation = simulate(source, self.chosen, label, eps_clip=self.eps_clip, on_progress=on_progress)
         if self.grid is not None:
             add_sweep(simulation, self.grid, floor_k3, on_progress)
@@ -204,6 +196,32 @@ def simulate(
     lead = _lead(frames["correction_statistics"])
     frames["masked_entropy"] = masked_entropy(source.batch, {lead: corrections[lead]} if lead else {})
     return Simulation(label, source, some, left_out, frames, eps_clip)
+
+
+def read_tokens(
+    tokens: Run | Path | pd.DataFrame,
+    arms: tuple[str, str] | None = None,
+    reward: str | None = None,
+    mask: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[Source, str, float | None]:
+    """The tokens of a run, a table or a frame, what to call them, and the A/A floor of k3 [nat] (None = not known).
+
+    Args:
+        arms: two arms of a run, train's first; None = its main pair.
+        reward, mask: as for :func:`~moediag.corrections.sources.table_source`.
+
+    Raises:
+        DumpError: the table cannot be used.
+        IncompleteRunError: an arm of the pair is missing.
+    """
+    if isinstance(tokens, Run):
+        arms = arms or tokens.main_arms
+        pair, usual = tokens.pair_name(*arms), f"{tokens.reference(INFER)}~{tokens.reference(TRAIN)}"
+        label = tokens.path.resolve().name + (f" {pair}" if pair != usual else "")
+        return run_source(tokens, arms, reward), label, run_floor_k3(tokens, pair)
+    label = "frame" if isinstance(tokens, pd.DataFrame) else tokens.name
+    return table_source(tokens, reward, on_progress, mask), label, None
 
 
 def add_sweep(
