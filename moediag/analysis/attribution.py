@@ -50,6 +50,9 @@ _SHARES: Final = Definition(
 )
 
 
+_SUM: Final = "sum abs(logp_diff)"
+
+
 def _share(name: str, label: str, **rest: Any) -> Metric:
     path = ("flip_shares", name.removeprefix("flip_"))
     return Metric(name, "1", LOWER, label, path=path, section="excess", is_share=True, **rest)
@@ -57,8 +60,8 @@ def _share(name: str, label: str, **rest: Any) -> Metric:
 
 TOKEN_SHARE, MASS_SHARE, EXPLAINED_SHARE = declare_metrics(
     _share("flip_token_share", "scored tokens with a flip"),
-    _share("flip_mass_share", "mismatch on tokens with a flip", on_terminal=True, definition=_SHARES),
-    _share("flip_explained_share", "mismatch that flips explain", is_headline=True),
+    _share("flip_mass_share", "mismatch on tokens with a flip", share_of=_SUM, on_terminal=True, definition=_SHARES),
+    _share("flip_explained_share", "mismatch that flips explain", share_of=_SUM, is_headline=True),
 )
 
 FLIP_SHARES = declare(

@@ -43,6 +43,7 @@ class Metric:
             beside it under ``<leaf>_ci``.
         section: anchor of the section of a run's page that lists it; empty = none.
         is_share: a share in [0, 1], printed as per cent.
+        share_of: of what.
         counts: what its n is of.
         is_headline: on the first screen of a page, in the first table of a comparison and on the terminal.
         on_terminal: on the terminal, though on no first screen.
@@ -63,6 +64,7 @@ class Metric:
     path: tuple[str, ...] = ()
     section: str = ""
     is_share: bool = False
+    share_of: str = "n"
     counts: Literal["token", "sequence", "choice"] = "token"
     is_headline: bool = False
     on_terminal: bool = False
@@ -79,6 +81,11 @@ class Metric:
     def shown_unit(self) -> str:
         """The unit that its values are printed in."""
         return "share" if self.is_share else self.unit
+
+    @property
+    def unit_words(self) -> str:
+        """The unit as pages name it."""
+        return f"share of {self.share_of}" if self.is_share else self.unit
 
     def value(self, pair: Summary) -> float | None:
         """Its value in the summary of a pair; None where there is none."""

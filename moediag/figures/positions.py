@@ -137,10 +137,10 @@ def drift_limits(frames: Mapping[str, pd.DataFrame], floors: Sequence[float] = (
     drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
     if not len(drawn):
         return None
-    # Head room for the legend.
-    top = 4.5 * drawn.max()
     lowest = min([float(drawn.min()), *(0.8 * floor for floor in floors)])
-    return float(max(10 ** np.floor(np.log10(lowest)), top / 10**DECADES)), float(top)
+    low = max(10 ** np.floor(np.log10(lowest)), 4.5 * drawn.max() / 10**DECADES)
+    # Head room for the legend: it covers a fifth of the axis, however many decades that has.
+    return float(low), float(drawn.max() * max(4.5, (drawn.max() / low) ** 0.3))
 
 
 def _middle(frame: pd.DataFrame) -> npt.NDArray[np.float64]:

@@ -192,7 +192,7 @@ def _side_by_side(pairs: Mapping[str, Summary], measures: Measures) -> Table:
     rows: list[list[object]] = []
     for metric, row in measures:
         first = next(iter(row.values()))
-        cells: list[object] = [first.name, "share of n" if metric.is_share else metric.unit]
+        cells: list[object] = [first.name, metric.unit_words]
         cells += [Markdown(f"{NONE} ({DENSE})") if one.note == DENSE else one.shown for one in row.values()]
         if moe and dense:
             cells.append(Markdown(_ratio(metric, row[moe], row[dense])))

@@ -51,7 +51,7 @@ def definition_table() -> Table:
         if metric.definition is not None:
             of.setdefault(metric.definition, []).append(metric)
     rows = [
-        (one.term, one.formula, "share of n" if first.is_share else first.unit, first.direction,
+        (one.term, one.formula, first.unit_words, first.direction,
          "; ".join(filter(None, [one.about, _elsewhere([first, *others])])))
         for one, (first, *others) in of.items()
     ]  # fmt: skip

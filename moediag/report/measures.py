@@ -81,10 +81,11 @@ class Measured:
     note: str = ""
     floor: Floor = Floor()
     largest_share: float | None = None
+    share_of: str = "n"
 
     def cells(self) -> list[Markdown | str]:
         """name, value, interval, floor, rounding scale, unit, n, direction."""
-        unit = "share of n" if self.unit == "share" else self.unit
+        unit = f"share of {self.share_of}" if self.unit == "share" else self.unit
         bounds = interval(self.low, self.high, self.unit, self.note)
         if words := carried_words(self.largest_share):
             bounds = Markdown(f"{bounds} ({words})")
@@ -156,6 +157,7 @@ def measure(
         _note(metric, frames or {}) if low is None else "",
         Floor() if floors is None else floor_of(floors, metric),
         metric.largest_share(pair),
+        metric.share_of,
     )
 
 
