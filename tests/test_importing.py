@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from dumps import DUMPS, check_tokens, imported, matched, tokens_of, truth
+from dumps import DUMPS, check_routes, check_tokens, imported, matched, tokens_of, truth
 
 from moediag.cli.main import main
 from moediag.errors import DumpError
@@ -26,6 +26,34 @@ def test_every_number_of_a_dump_is_at_its_place(tmp_path: Path, name: str) -> No
     for step, run in enumerate(runs):
         found, true = tokens_of(run), truth(step)
         check_tokens(found, matched(found, true), TEXT[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns", "has"),
+    [
+        ("sglang", ["responses_step?_int32.jsonl", "requests_step?.jsonl"], ["weight_version"]),
+        ("sglang", ["responses_step?_uint8.jsonl", "requests_step?.jsonl"], ["weight_version"]),
+        ("sglang", ["responses_step?_legacy.jsonl", "requests_step?.jsonl"], []),
+        ("sglang", ["r*_step?_int32_startlen.jsonl"], ["weight_version"]),
+        ("vllm", ["completions_step?.jsonl"], []),
+        ("vllm", ["generate_step?.jsonl"], ["weight_version"]),
+    ],
+)
+def test_responses_of_servers_join_their_turns_and_give_tokens_and_routes(
+    tmp_path: Path, name: str, patterns: list[str], has: list[str]
+) -> None:
+    runs = imported(name, [DUMPS / name / pattern for pattern in patterns], tmp_path / "series", n_experts=16)
+    assert [run.record.step for run in runs] == [0, 1]
+    for step, run in enumerate(runs):
+        assert run.arms() == ["rollout"]
+        found, true = tokens_of(run), truth(step)
+        true = matched(found, true)
+        if "legacy" in patterns[0]:  # one version for the whole answer: that of its end
+            assert set(found["weight_version"][found["is_trained"]]) == {str(step), str(step + 1)}
+            found = found.drop(columns="weight_version")
+        check_tokens(found, true, ["logp_infer", *has])
+        check_routes(run, "rollout", found, true)
+        assert set(found.loc[found["is_trained"], "turn"]) == {0, 1, 2} if step == 0 else {0, 1}
 
 
 def lines(path: Path) -> list[dict]:

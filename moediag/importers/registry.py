@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Final
 
 from moediag.errors import DumpError
-from moediag.importers import trainers
+from moediag.importers import responses, trainers
 from moediag.importers.rollouts import Importer
 
-IMPORTERS: Final = {one.name: one for one in (trainers.NEMO_RL, trainers.PRIME_RL)}
+IMPORTERS: Final = {one.name: one for one in (trainers.NEMO_RL, trainers.PRIME_RL, responses.SGLANG, responses.VLLM)}
 
 
 def importer_of(name: str) -> Importer:

@@ -259,8 +259,9 @@ class _Prompts:
         key: Hashable = rollout.prompt
         if key is None:
             ids_T = rollout.token_id_T
-            known = ids_T is not None and not rollout.is_response_T.all()
-            key = ids_T[~rollout.is_response_T].tobytes() if known and ids_T is not None else (len(self._numbers),)
+            prompt = None if ids_T is None else ids_T[~rollout.is_response_T]
+            is_known = prompt is not None and len(prompt) and (prompt != NO_TOKEN).all()
+            key = prompt.tobytes() if is_known and prompt is not None else (len(self._numbers),)
         number = self._numbers.setdefault(key, len(self._numbers))
         self._samples[number] += 1
         return number, self._samples[number] - 1
