@@ -113,7 +113,6 @@ def read_megatron(files: Sequence[Path], options: Options) -> list[Step]:
         folders.setdefault(path.parent, []).append(path)
     traces = [_trace(folder, paths) for folder, paths in folders.items()]
     sides: dict[str, tuple[_Trace, list[_Place | None]]] = {}
-    notes: dict[str, list[str]] = {}
     for trace in traces:
         side, places = _places(trace, rollouts, packing, options.tokens)
         if side in sides:
@@ -122,18 +121,25 @@ def read_megatron(files: Sequence[Path], options: Options) -> list[Step]:
                 "import one of them"
             )
         sides[side] = trace, places
-        n_left = sum(place is None for place in places)
-        notes[side] = [f"{n_left:,} of {len(places):,} sequences have no row in {trace.folder.name}"] if n_left else []
     step_S = [key[0] for key in packing]
-    steps = []
+    steps, left_out = [], []
     for number in dict.fromkeys(step_S):
-        step = Step(number, (*files, options.tokens), (), has_dense_layers=dict.fromkeys(sides, True))
-        step.notes += [note for found in notes.values() for note in found]
         of_step = [i for i, key in enumerate(step_S) if key == number]
-        step.rollouts = _routed(step, [rollouts[i] for i in of_step], {
-            side: (trace, [places[i] for i in of_step]) for side, (trace, places) in sides.items()
-        }, options)  # fmt: skip
+        here = {side: (trace, [places[i] for i in of_step]) for side, (trace, places) in sides.items()}
+        here = {side: (trace, places) for side, (trace, places) in here.items() if any(places)}
+        for trace, places in here.values():
+            if not all(places):
+                lacking = rollouts[of_step[places.index(None)]].where
+                raise DumpError(f"{trace.folder} has no row of {lacking}; is a rank's file missing?")
+        if not here:
+            left_out.append(str(number))
+            continue
+        step = Step(number, (*files, options.tokens), (), has_dense_layers=dict.fromkeys(here, False))
+        step.decoder_layers = {side: trace.layers for side, (trace, _) in here.items()}
+        step.rollouts = _routed(step, [rollouts[i] for i in of_step], here, options)
         steps.append(step)
+    if left_out:
+        steps[0].notes.append(f"steps {', '.join(left_out)} of {options.tokens.name} have no trace and were left out")
     return steps
 
 
@@ -167,15 +173,12 @@ def _routed(
 def _arrays(
     records: Mapping[int, _Record], layers: Sequence[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-    """(T, decoder layers, K) ids, layers without a router all 0, and (T, L, E) logits of a micro-batch."""
+    """(T, L, K) ids and (T, L, E) logits of a micro-batch."""
     found = {layer: records[layer].expert_ids() for layer in layers}
     widths = {ids_TK.shape[1] for ids_TK in found.values()}
     if len(widths) > 1:
         raise DumpError(f"{records[layers[0]].path}: layers with K = {sorted(widths)} in one trace; known is one K")
-    first = found[layers[0]]
-    ids_TLK = np.zeros((len(first), max(layers) + 1, first.shape[1]), np.int64)
-    for layer, ids_TK in found.items():
-        ids_TLK[:, layer] = ids_TK
+    ids_TLK = np.stack(list(found.values()), axis=1)
     logits = [records[layer].router_logits() for layer in layers]
     kept = [logits_TE for logits_TE in logits if logits_TE is not None]
     return ids_TLK, np.stack(kept, axis=1) if len(kept) == len(layers) else None

@@ -12,10 +12,21 @@ from pathlib import Path
 from typing import Final
 
 from moediag.errors import DumpError
-from moediag.importers import trainers
+from moediag.importers import batches, megatron, slime, trainers
 from moediag.importers.rollouts import Importer
 
-IMPORTERS: Final = {one.name: one for one in (trainers.NEMO_RL, trainers.PRIME_RL)}
+IMPORTERS: Final = {
+    one.name: one
+    for one in (
+        slime.SLIME,
+        slime.MILES,
+        trainers.NEMO_RL,
+        trainers.PRIME_RL,
+        batches.SKYRL,
+        batches.VERL,
+        megatron.MEGATRON,
+    )
+}
 
 
 def importer_of(name: str) -> Importer:

@@ -107,12 +107,13 @@ def _joined(
     n_mixed = 0
     for i, (where, sample) in enumerate(samples):
         rollout = _of_columns(where, sample)
-        versions = [str(version) for version in sample.get("weight_versions") or ()]
+        columns = trained[i][1] if i in trained else {}
+        versions = [str(version) for version in sample.get("weight_versions") or columns.get("weight_versions") or ()]
         if is_per_request or len(set(versions)) == 1:
             rollout.weight_version_T = _versions(versions, rollout)
         n_mixed += rollout.weight_version_T is None and len(set(versions)) > 1
         if i in trained:
-            rollout = _with_trainer(rollout, trained[i][1], trained[i][0])
+            rollout = _with_trainer(rollout, columns, trained[i][0])
         yield rollout
         options.on_progress(i + 1, len(samples), "sequences read")
     if n_mixed:
@@ -454,19 +455,20 @@ def _replayed(step: Step, path: Path, rollouts: Sequence[Rollout]) -> Iterator[R
     n = sum(len(rollout) for rollout in rollouts)
     if len(ids_TLK) != n:
         raise DumpError(
-            f"{path} holds routes of {len(ids_TLK):,} tokens, step {step.number} has {n:,}: it is of other sequences, or "
-            "a rank's file is missing"
+            f"{path} holds routes of {len(ids_TLK):,} tokens, step {step.number} has {n:,}: it is of other sequences, "
+            "or a rank's file is missing"
         )
     start = 0
     chance = ids_TLK.shape[2] / (int(ids_TLK.max()) + 1)
     for rollout in rollouts:
         ours_TLK = ids_TLK[start : (start := start + len(rollout))]
         rollout.expert_ids[TRAIN] = placed_routes(len(rollout), 0, ours_TLK, rollout.where, path.name)
-        theirs_TLK = rollout.expert_ids.get(INFER, ours_TLK[:, :0])
+        ours_TLK = ours_TLK[:-1]  # rows that the sampler has, too
+        theirs_TLK = rollout.expert_ids.get(INFER, ids_TLK[:1, :0])[:-1]
         theirs_TLK = theirs_TLK[:, theirs_TLK.any(axis=(0, 2))]  # without slots of dense layers
-        if theirs_TLK.shape != ours_TLK.shape:
+        if theirs_TLK.shape != ours_TLK.shape or not ours_TLK.size:
             continue
-        shared = float((ours_TLK[:-1, :, :, None] == theirs_TLK[:-1, :, None, :]).any(axis=-1).mean())
+        shared = float((ours_TLK[:, :, :, None] == theirs_TLK[:, :, None, :]).any(axis=-1).mean())
         if shared < (1 + chance) / 2:
             raise DumpError(
                 f"{path}: {shared:.0%} of the experts at the place of {rollout.where} are the sampler's; by chance "
