@@ -152,10 +152,11 @@ def _groups(boundaries: Any, n: int) -> NDArray[np.intp] | None:
 
 def read_verl(files: Sequence[Path], options: Options) -> list[Step]:
     """The rollout-skip caches of each global step: what the sampler gave, before the trainer has scored it."""
-    texts = [path for path in files if path.suffix == ".jsonl"]
-    if texts:
+    text = [path for path in files if path.suffix == ".jsonl"]
+    files = [path for path in files if path not in text]
+    if not files:
         raise DumpError(
-            f"{texts[0]} holds text alone; what verl has as numbers is in the rollout-skip caches (gen_batch.dp, "
+            f"{text[0]} holds text alone; what verl has as numbers is in the rollout-skip caches (gen_batch.dp, "
             "tq_batch.pt), or in a plain table exported in the trainer, see reports/reference.md"
         )
     _refuse_untrusted(files, options)
@@ -165,6 +166,8 @@ def read_verl(files: Sequence[Path], options: Options) -> list[Step]:
         if len(names) > 1 or (names == {"gen_batch.dp"} and len(paths) > 1):
             raise DumpError(f"{paths[0]} and {paths[1]} are both of step {number}; import one training at a time")
         step = Step(number, tuple(paths), (), has_dense_layers={INFER: True})
+        if text:
+            step.notes.append(f"{text[0].parent.name}: text alone, left out")
         step.notes.append("verl writes these caches before the trainer scores: they have no old_log_probs")
         step.rollouts = _verl(step, options)
         steps.append(step)
@@ -178,9 +181,9 @@ def _verl_step(path: Path) -> int | None:
 
 
 def _verl(step: Step, options: Options) -> Iterator[Rollout]:
-    n_mixed = done = 0
+    n_mixed = 0
     seen: dict[Any, str] = {}
-    for path in step.files:
+    for done, path in enumerate(step.files, start=1):
         samples = _of_rectangles(path) if path.name == "gen_batch.dp" else _of_rows(path)
         for where, sample in samples:
             key = sample.get("key")
@@ -192,9 +195,8 @@ def _verl(step: Step, options: Options) -> Iterator[Rollout]:
                 rollout.weight_version_T = np.full(len(rollout), None, dtype=object)
                 rollout.weight_version_T[rollout.is_trained_T] = str(first)
             n_mixed += first != last
-            done += 1
             yield rollout
-            options.on_progress(done, 0, "sequences read")
+        options.on_progress(done, len(step.files), "files read")
     if n_mixed:
         step.notes.append(
             f"{n_mixed:,} sequences were sampled by more than one version of the weights (min_global_steps, "
