@@ -200,11 +200,11 @@ def _pair_of(run: Run, text: str | None) -> str:
     return run.pair_name(first, second)
 
 
-def _grid(is_wanted: bool, alphas: str | None, betas: str | None) -> Grid | None:
+def _grid(is_on: bool, alphas: str | None, betas: str | None) -> Grid | None:
     """The bands to sweep; None = no sweep."""
     from moediag.results.simulation import Grid
 
-    if not (is_wanted or alphas or betas):
+    if not (is_on or alphas or betas):
         return None
     given = {name: _bounds(text, f"--{name}") for name, text in (("alphas", alphas), ("betas", betas)) if text}
     return Grid(**given)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from moediag.errors import DumpError
-from moediag.importers import plain, responses, trainers
+from moediag.importers import batches, megatron, plain, responses, slime, trainers
 from moediag.importers.rollouts import Importer
 from moediag.run.records import MANIFEST
 from moediag.run.series import SERIES
@@ -21,8 +21,13 @@ PLAIN: Final = (plain.SEQUENCES.name, plain.TABLE.name)
 IMPORTERS: Final = {
     one.name: one
     for one in (
+        slime.SLIME,
+        slime.MILES,
         trainers.NEMO_RL,
         trainers.PRIME_RL,
+        batches.SKYRL,
+        batches.VERL,
+        megatron.MEGATRON,
         responses.SGLANG,
         responses.VLLM,
         plain.SEQUENCES,

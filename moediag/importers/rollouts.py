@@ -42,6 +42,7 @@ class Rollout:
         logp: side (``infer``, ``train``) -> log-probability of every token [nat], NaN = none.
         entropy: side -> entropy of the distribution that the token was drawn from [nat], NaN = none.
         expert_ids: side -> (T, L, K) experts that consumed the token, best first where the dump orders them, -1 = none.
+        router_logits: side -> (T, L, E) logits of the routers, NaN = none.
         turn_T: turn of a conversation, -1 = not known.
         weight_version_T: text, None = not known.
         advantage_T: NaN = not known.
@@ -56,6 +57,7 @@ class Rollout:
     logp: dict[str, Float64] = field(default_factory=dict)
     entropy: dict[str, Float64] = field(default_factory=dict)
     expert_ids: dict[str, NDArray[Any]] = field(default_factory=dict)
+    router_logits: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     turn_T: NDArray[np.int32] | None = None
     weight_version_T: NDArray[np.object_] | None = None
     advantage_T: Float64 | None = None
@@ -78,7 +80,8 @@ class Step:
         scores: side -> what its log-probabilities are.
         paths: side -> how they came about.
         has_dense_layers: side -> whether the routes have a slot for every decoder layer, dense ones all 0; False = MoE
-            layers alone, whose decoder layers the dump does not say.
+            layers alone.
+        decoder_layers: side -> decoder layers of MoE layers that stand alone, where the dump names them.
     """
 
     number: int | None
@@ -88,6 +91,7 @@ class Step:
     scores: Mapping[str, Score] = field(default_factory=dict)
     paths: Mapping[str, ScorePath] = field(default_factory=dict)
     has_dense_layers: Mapping[str, bool] = field(default_factory=dict)
+    decoder_layers: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class _Side:
     has_anything: bool = False
     has_entropy: bool = False
     n_scored: int = 0
+    n_experts: int | None = None
     largest_id: int = NOT_ROUTED
     shape: tuple[int, int] | None = None
     is_zero_L: NDArray[np.bool_] | None = None
@@ -186,7 +187,7 @@ def _fill(path: Path, importer: Importer, step: Step, options: Options, configur
                     capture = replace(capture, expert_ids_TLK=None)
                 if not sides[side].has_entropy:
                     capture = replace(capture, entropy_T=None)
-                writer.write_capture(ARMS[side], shard, tokens, capture, {}, {})
+                writer.write_capture(ARMS[side], shard, tokens, capture, {}, _narrow(capture))
         shutil.rmtree(path / CLAIMS, ignore_errors=True)
     finally:
         shutil.rmtree(kept, ignore_errors=True)
@@ -205,12 +206,19 @@ def _read(step: Step, sides: dict[str, _Side], kept: Path, options: Options) -> 
         (kept / f"{shard.stem}.parquet").write_bytes(encode_tokens(tokens))
         for side in SIDES:
             capture = _capture(part, side, sides[side], len(tokens), step)
-            (kept / f"{shard.stem}.{side}").write_bytes(encode_capture(capture, _LARGEST_ID + 1, {}))
+            (kept / f"{shard.stem}.{side}").write_bytes(encode_capture(capture, _LARGEST_ID + 1, _narrow(capture)))
         shards.append(shard)
         first += len(part)
     if not shards:
         raise DumpError(f"{step.files[0]} holds no sequence; nothing was imported")
     return tuple(shards)
+
+
+def _narrow(capture: Capture) -> dict[str, str]:
+    """Router logits are stored as bfloat16 where that holds all of them."""
+    logits_TLE = capture.router_logits_TLE
+    is_exact = logits_TLE is not None and not (logits_TLE.view(np.uint32) & 0xFFFF).any()
+    return {"router_logits_TLE": "bfloat16"} if is_exact else {}
 
 
 def _parts(step: Step) -> Iterator[list[Rollout]]:
@@ -240,6 +248,7 @@ def _check(rollout: Rollout) -> None:
         **{f"logp of {side}": array for side, array in rollout.logp.items()},
         **{f"entropy of {side}": array for side, array in rollout.entropy.items()},
         **{f"expert ids of {side}": array for side, array in rollout.expert_ids.items()},
+        **{f"router logits of {side}": array for side, array in rollout.router_logits.items()},
     }
     for name, array in arrays.items():
         if array is not None and len(array) != n:
@@ -343,7 +352,21 @@ def _capture(part: Sequence[Rollout], side: str, known: _Side, n_tokens: int, st
         if (all_TLK != NOT_ROUTED).any():
             is_zero_L = zero_layers(all_TLK)
             known.is_zero_L = is_zero_L if known.is_zero_L is None else known.is_zero_L & is_zero_L
-    return Capture(logp_T, entropy_T, all_TLK)
+    return Capture(logp_T, entropy_T, all_TLK, router_logits_TLE=_logits(part, side, known))
+
+
+def _logits(part: Sequence[Rollout], side: str, known: _Side) -> NDArray[np.float32] | None:
+    """Router logits of a shard; a dump has them of every sequence, or is taken to have none.
+
+    Raises:
+        DumpError: some sequences have them and others do not.
+    """
+    given = [one.router_logits.get(side) for one in part]
+    widths = {None if logits_TLE is None else logits_TLE.shape[2] for logits_TLE in given}
+    if len(widths) > 1 or (known.n_experts and {known.n_experts} != widths):
+        raise DumpError(f"{part[0].where} and others: {side}'s router logits are there of some sequences only")
+    known.n_experts = next(iter(widths))
+    return None if known.n_experts is None else np.concatenate(given)  # type: ignore[arg-type]
 
 
 def _dense(step: Step, sides: Mapping[str, _Side]) -> dict[str, NDArray[np.bool_]]:
@@ -362,7 +385,10 @@ def _routers(step: Step, sides: Mapping[str, _Side], options: Options) -> dict[s
     largest = max(known.largest_id for known in sides.values())
     widest = max(known.shape[1] for known in sides.values() if known.shape)
     n_experts = max(largest + 1, widest)
-    if options.n_experts is None:
+    scored = max((known.n_experts or 0 for known in sides.values()), default=0)
+    if scored and options.n_experts in (None, scored) and n_experts <= scored:
+        n_experts = scored
+    elif options.n_experts is None:
         step.notes.append(f"E is taken as the largest expert id + 1, {n_experts}; --num-experts tells it")
     elif largest >= options.n_experts:
         raise DumpError(
@@ -379,7 +405,9 @@ def _routers(step: Step, sides: Mapping[str, _Side], options: Options) -> dict[s
                 "slots of dense layers, left out"
             )
     for side in layers:
-        if not step.has_dense_layers.get(side, True):
+        if side in step.decoder_layers:
+            layers[side] = np.array(step.decoder_layers[side])
+        elif not step.has_dense_layers.get(side, True):
             other = next((layers[one] for one in layers if step.has_dense_layers.get(one, True)), None)
             if other is not None and len(other) == len(layers[side]):
                 layers[side] = other
@@ -402,6 +430,7 @@ def _arm(
     if score.temperature is None and options.temperature is not None:
         score = score.model_copy(update={"temperature": float(options.temperature)})
     arrays = ("logp_T", *(["entropy_T"] if known.has_entropy else []), *(["expert_ids_TLK"] if routers else []))
+    arrays += ("router_logits_TLE",) if known.n_experts else ()
     return ArmRecord(
         name=ARMS[side],
         role="infer" if side == INFER else "train",

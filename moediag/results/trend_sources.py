@@ -105,8 +105,8 @@ def read_trend(targets: Sequence[Path], steps: Sequence[int] | None, on_progress
     if not tables:
         return _read_runs([open_run(path) for path in targets], steps, on_progress)
     if len(targets) > 1 or steps is not None:
-        wanted = "--steps is for runs" if len(targets) == 1 else f"found {len(targets)} arguments"
-        raise DumpError(f"{tables[0]} is a table, which stands alone and holds its steps; {wanted}")
+        expected = "--steps is for runs" if len(targets) == 1 else f"found {len(targets)} arguments"
+        raise DumpError(f"{tables[0]} is a table, which stands alone and holds its steps; {expected}")
     if tables[0].suffix not in KINDS:
         raise DumpError(f"{tables[0]} is no table by its name; expected a run directory, or {', '.join(KINDS)}")
     return _read_table(open_table(tables[0]), on_progress)
@@ -160,10 +160,10 @@ def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: On
         rows = [] if exact is None else exact.measures.to_dict("records")
         frames.append(step_metrics(step, label, tokens, rows))
         sampling = run.record.sampling.content() if run.record.sampling else {}
-        if said := text_origin({"sampling": {**sampling, "given_completions": run.record.tokens.origin == "given"}}):
-            notes.append(f"{label}: {said}, so k1 and k3 are statistics and no KL")
-        if said := run.other_weights(*run.main_arms):
-            notes.append(f"{label}: {said}")
+        if reason := text_origin({"sampling": {**sampling, "given_completions": run.record.tokens.origin == "given"}}):
+            notes.append(f"{label}: {reason}, so k1 and k3 are statistics and no KL")
+        if reason := run.other_weights(*run.main_arms):
+            notes.append(f"{label}: {reason}")
         on_progress(done, len(runs), "runs")
     checkpoints = (run.checkpoint_of(run.main_arms[0]) for run in runs)
     architectures = sorted({str(one.architecture) for one in checkpoints if one is not None})
@@ -288,11 +288,11 @@ def _refuse_values(path: Path, frame: pd.DataFrame, theirs: str, ours: str) -> l
     if len(wrong):
         row = wrong.iloc[0]
         known_as = "" if theirs == ours else f", read as {ours},"
-        wanted = "at least 0" if high > 1 else "between 0 and 1"
+        expected = "at least 0" if high > 1 else "between 0 and 1"
         advice = "is it k1, the mean of -logp_diff? then name it k1" if ours.endswith("k3") else "check the column"
         raise DumpError(
-            f"{path}: {theirs}{known_as} is {wanted} by definition, found {row[theirs]:.4g} at step {int(row['step'])} "
-            f"({len(wrong):,} of {len(frame):,} steps); {advice}"
+            f"{path}: {theirs}{known_as} is {expected} by definition, found {row[theirs]:.4g} at step "
+            f"{int(row['step'])} ({len(wrong):,} of {len(frame):,} steps); {advice}"
         )
     frame[theirs] = frame[theirs].clip(low, high)
     n = int(is_outside.sum())
@@ -303,8 +303,8 @@ def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) ->
     """One metric of a table of steps, its errors from the table or none."""
     low, high, se = (_column(frame, f"{theirs}{part}") for part in ("_ci_low", "_ci_high", "_se"))
     if (se < 0).any() or (low > high).any():
-        wanted = f"{theirs}_se of at least 0" if (se < 0).any() else f"{theirs}_ci_low below {theirs}_ci_high"
-        raise DumpError(f"{path}: expected {wanted}, found another; check the columns")
+        expected = f"{theirs}_se of at least 0" if (se < 0).any() else f"{theirs}_ci_low below {theirs}_ci_high"
+        raise DumpError(f"{path}: expected {expected}, found another; check the columns")
     implied = np.array([standard_error_of(*bounds) for bounds in zip(low, high, strict=True)])
     has_no_bounds = np.isnan(low) | np.isnan(high)
     se = np.where(np.isfinite(frame[theirs]), se, np.nan)  # of what is infinite there is no error
