@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -58,6 +59,66 @@ def test_responses_of_servers_join_their_turns_and_give_tokens_and_routes(
         check_tokens(found, true, ["logp_infer", *has])
         check_routes(run, "rollout", found, true)
         assert set(found.loc[found["is_trained"], "turn"]) == {0, 1, 2} if step == 0 else {0, 1}
+
+
+def test_trl_is_read_where_lists_were_logged_and_refused_where_there_is_text_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = imported("trl", [DUMPS / "trl" / "with_log_extra"], tmp_path / "series")
+    for step, run in enumerate(runs):
+        found, true = tokens_of(run), truth(step)
+        check_tokens(found, matched(found, true), ("logp_infer", "logp_train", "advantage", "reward"))
+    assert main(["import", "trl", str(DUMPS / "trl" / "completions"), "-o", str(tmp_path / "text")]) == 1
+    error = capsys.readouterr().err
+    assert "holds text and no log-probability" in error
+    assert "moediag profile CKPT --prompts FILE" in error
+    assert not (tmp_path / "text").exists()
+
+
+@pytest.mark.parametrize("change", ["cut", "width", "id", "twice", "tokens", "no requests"])
+def test_damaged_responses_are_refused_by_line_and_cause(tmp_path: Path, change: str) -> None:
+    answers = lines(DUMPS / "sglang" / "responses_step0_int32_startlen.jsonl")
+    requests = lines(DUMPS / "sglang" / "requests_step0_int32_startlen.jsonl")
+    meta = answers[4]["meta_info"]
+    data = base64.b64decode(meta["routed_experts"])
+    message = {
+        "cut": "which are not .* rows of 20 ids",
+        "width": "which are not .* rows of 20 ids",
+        "id": "no expert id",
+        "twice": "stands at .* already",
+        "tokens": "of other tokens than output_ids",
+        "no requests": "which are not",
+    }[change]
+    if change == "cut":
+        meta["routed_experts"] = base64.b64encode(data[:-80]).decode()
+    elif change == "width":
+        meta["routed_experts_dtype"] = "uint8"
+    elif change == "id":
+        meta["routed_experts"] = base64.b64encode(b"\x7f\x7f\x7f\x7f" + data[4:]).decode()
+    elif change == "twice":
+        answers.append(answers[0])
+    elif change == "tokens":
+        answers[4]["output_ids"][0] += 1
+    paths = [tmp_path / "responses.jsonl", tmp_path / "requests.jsonl"]
+    write_lines(paths[0], answers)
+    write_lines(paths[1], requests)
+    with pytest.raises(DumpError, match=message) as caught:
+        imported("sglang", paths[:1] if change == "no requests" else paths, tmp_path / "out", n_experts=16)
+    assert "responses.jsonl line" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_were_not_kept_are_tokens_without_ids(tmp_path: Path) -> None:
+    """The rows of routes still belong to their tokens, and no two prompts are taken for one."""
+    path = DUMPS / "sglang" / "responses_step0_int32.jsonl"
+    run = imported("sglang", [path], tmp_path / "run", n_experts=16)[0]
+    found = tokens_of(run)
+    assert (found.loc[~found["is_response"], "token_id"] == -1).all()
+    assert found["prompt_id"].nunique() == found["seq_id"].nunique() == len(lines(path))
+    routes = np.load(DUMPS / "truth_routes.npz")["infer_0"]
+    ids_TLK = run.capture("rollout", run.shards[0]).expert_ids_TLK
+    np.testing.assert_array_equal(ids_TLK[: len(routes)], routes)
+    assert (ids_TLK[len(routes)] == -1).all()
 
 
 def lines(path: Path) -> list[dict]:
