@@ -290,3 +290,32 @@ def test_a_dump_without_routes_is_not_called_dense(tmp_path: Path) -> None:
     assert "The dump does not name its model." in page
     assert "is **dense**" not in page
     assert "dense model: routing is no cause" not in page
+
+
+@pytest.mark.engines
+def test_our_own_engine_scores_the_tokens_of_a_dump_beside_its_numbers(tmp_path: Path, random_moe: Path) -> None:
+    """Bug: no arm could join an imported run, whose run.json names neither prompts nor sampling."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dump = [DUMPS / "slime" / kind / "0.pt" for kind in ("rollout_data", "train_data")]
+    run = imported("slime", dump, tmp_path / "run")[0]
+    before = tokens_of(run)
+    assert main(["capture", "train", str(random_moe), "-o", str(run.path)]) == 0
+    record = run.arm("train")
+    assert (record.variant_of, record.change) == ("trainer", "engine")
+    assert run.checkpoint(record.checkpoint).source == str(random_moe)
+    np.testing.assert_array_equal(tokens_of(run)["logp_infer"], before["logp_infer"])
+    summary = analyze_run(run)
+    assert {"rollout~trainer", "rollout~train"} <= {*summary["pairs"]}
+    assert summary["main_pair"] == "rollout~trainer"
+    assert report_run(run).exists()
+    ids_T = before.loc[before["seq_id"] == 2, "token_id"].to_numpy()
+    model = AutoModelForCausalLM.from_pretrained(random_moe, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor(ids_T)[None]).logits[0].float()
+    wanted_T = torch.log_softmax(logits_TV, -1)[:-1].gather(1, torch.tensor(ids_T[1:, None]))[:, 0].numpy()
+    found_T = run.capture("train", run.shards[0]).logp_T[(before["seq_id"] == 2).to_numpy()][1:]
+    is_response_T = before.loc[before["seq_id"] == 2, "is_response"].to_numpy()[1:]
+    np.testing.assert_allclose(found_T[is_response_T], wanted_T[is_response_T], atol=0.02)
+    assert np.isnan(found_T[~is_response_T]).all()
