@@ -8,14 +8,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from dumps import DUMPS, check_routes, check_tokens, imported, matched, tokens_of, truth
 
 from moediag.cli.main import main
-from moediag.corrections.sources import run_source
+from moediag.corrections.sources import run_source, table_source
 from moediag.errors import DumpError
 from moediag.results.analyze import analyze_run
 from moediag.results.report import report_run
+from moediag.run.series import open_series
 
 TEXT = {
     "nemo-rl": ("logp_infer", "logp_train_prompt", "advantage", "reward"),
@@ -290,6 +292,25 @@ def test_a_dump_without_routes_is_not_called_dense(tmp_path: Path) -> None:
     assert "The dump does not name its model." in page
     assert "is **dense**" not in page
     assert "dense model: routing is no cause" not in page
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_run_that_is_exported_and_imported_has_the_same_numbers_bit_for_bit(tmp_path: Path, name: str) -> None:
+    series = tmp_path / "series"
+    before = [tokens_of(run) for run in imported(name, [DUMPS / name], series)]
+    table = tmp_path / "table.parquet"
+    assert main(["export", str(series), "-o", str(table)]) == 0
+    assert main(["export", str(series), "-o", str(table)]) == 1  # never over a file in silence
+    again = imported("table", [table], tmp_path / "again")
+    assert [run.record.step for run in again] == [run.record.step for run in open_series(series).runs()]
+    for expected, run in zip(before, again, strict=True):
+        pd.testing.assert_frame_equal(tokens_of(run), expected, check_exact=True)
+    one = tmp_path / "one.parquet"
+    first = next(open_series(series).runs())
+    assert main(["export", str(first.path), "-o", str(one)]) == 0
+    batches = [run_source(first, first.main_arms).batch, table_source(one).batch]
+    for field in ("logp_train_T", "logp_infer_T", "advantage_T", "row_T", "prompt_row_S"):
+        np.testing.assert_array_equal(*(getattr(batch, field) for batch in batches))
 
 
 @pytest.mark.engines
