@@ -6,11 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from dumps import DUMPS, check_tokens, imported, matched, tokens_of, truth
+from dumps import DUMPS, check_routes, check_tokens, imported, matched, tokens_of, truth
 
 from moediag.cli.main import main
+from moediag.corrections.sources import run_source
 from moediag.errors import DumpError
+from moediag.results.analyze import analyze_run
+from moediag.results.report import report_run
 
 TEXT = {
     "nemo-rl": ("logp_infer", "logp_train_prompt", "advantage", "reward"),
@@ -26,6 +30,34 @@ def test_every_number_of_a_dump_is_at_its_place(tmp_path: Path, name: str) -> No
     for step, run in enumerate(runs):
         found, true = tokens_of(run), truth(step)
         check_tokens(found, matched(found, true), TEXT[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns", "has"),
+    [
+        ("sglang", ["responses_step?_int32.jsonl", "requests_step?.jsonl"], ["weight_version"]),
+        ("sglang", ["responses_step?_uint8.jsonl", "requests_step?.jsonl"], ["weight_version"]),
+        ("sglang", ["responses_step?_legacy.jsonl", "requests_step?.jsonl"], []),
+        ("sglang", ["r*_step?_int32_startlen.jsonl"], ["weight_version"]),
+        ("vllm", ["completions_step?.jsonl"], []),
+        ("vllm", ["generate_step?.jsonl"], ["weight_version"]),
+    ],
+)
+def test_responses_of_servers_join_their_turns_and_give_tokens_and_routes(
+    tmp_path: Path, name: str, patterns: list[str], has: list[str]
+) -> None:
+    runs = imported(name, [DUMPS / name / pattern for pattern in patterns], tmp_path / "series", n_experts=16)
+    assert [run.record.step for run in runs] == [0, 1]
+    for step, run in enumerate(runs):
+        assert run.arms() == ["rollout"]
+        found, true = tokens_of(run), truth(step)
+        true = matched(found, true)
+        if "legacy" in patterns[0]:  # one version for the whole answer: that of its end
+            assert set(found["weight_version"][found["is_trained"]]) == {str(step), str(step + 1)}
+            found = found.drop(columns="weight_version")
+        check_tokens(found, true, ["logp_infer", *has])
+        check_routes(run, "rollout", found, true)
+        assert set(found.loc[found["is_trained"], "turn"]) == {0, 1, 2} if step == 0 else {0, 1}
 
 
 def lines(path: Path) -> list[dict]:
@@ -115,3 +147,85 @@ def test_everything_downstream_works_on_an_imported_run(tmp_path: Path, name: st
         ["trend", str(tmp_path / "series"), "-o", str(tmp_path / "trend")],
     ):  # fmt: skip
         assert main(words) == 0, words
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_simulate_uses_the_advantages_and_rewards_of_a_dump(tmp_path: Path, name: str) -> None:
+    """Bug: a run's advantages were a hash of its token ids, whatever its tokens held."""
+    run = imported(name, [DUMPS / name], tmp_path / "series")[0]
+    source = run_source(run, run.main_arms)
+    assert source.reward == "advantages as the run has them"
+    true = matched(tokens_of(run), truth(0))
+    expected = true.loc[true["is_trained"], "advantage"].to_numpy(np.float64)
+    np.testing.assert_array_equal(source.batch.advantage_T, expected)
+    if name == "nemo-rl":
+        rewarded = run_source(run, run.main_arms, "reward")
+        assert rewarded.reward.startswith("rewards as the run has them")
+        np.testing.assert_allclose(rewarded.batch.advantage_T, expected, rtol=1e-5)  # GRPO's, but for its 1e-6
+    else:
+        with pytest.raises(DumpError, match="--reward takes none or hash or advantage for a run"):
+            run_source(run, run.main_arms, "reward")
+
+
+def findings(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[tuple[str, str]]]:
+    """Exit code of validate, and (rule, message) of its findings."""
+    code = main(["validate", *words, "--json"])
+    return code, [(one["rule"], one["message"]) for one in json.loads(capsys.readouterr().out)["findings"]]
+
+
+def shifted(folder: Path) -> Path:
+    """A NeMo-RL dump whose trainer's log-probabilities are those of the token before."""
+    shutil.copytree(DUMPS / "nemo-rl", folder)
+    rng = np.random.default_rng(0)
+    for path in folder.glob("*.jsonl"):
+        records = lines(path)
+        for record in records:
+            n = record["input_lengths"][0]
+            mask = np.array(record["token_loss_mask"][0])
+            logp = -rng.exponential(1.0, len(mask))
+            record["generation_logprobs"] = [np.where(mask, logp, 0.0).tolist()]
+            record["prev_logprobs"] = [
+                [*np.roll(logp + 0.001 * rng.normal(size=len(mask)) - 0.01, 1)[:n], *np.zeros(len(mask) - n)]
+            ]
+        write_lines(path, records)
+    return folder
+
+
+def test_validate_simulate_and_trend_read_a_dump_as_import_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder, a pattern, its files, and the series that import makes: the same findings and the same numbers."""
+    folder = shifted(tmp_path / "dump")
+    assert main(["import", "nemo-rl", str(folder), "-o", str(tmp_path / "series")]) == 0
+    capsys.readouterr()
+    files = sorted(map(str, folder.glob("*.jsonl")))
+    code, found = findings([str(folder)], capsys)
+    assert code == 3
+    assert {rule for rule, _ in found} == {"D01-token-lag"}
+    assert "lag +1" in found[0][1]
+    for words in ([str(tmp_path / "series")], files, [f"{folder}/*.jsonl"]):
+        assert findings(words, capsys) == (code, found)
+    trends = []
+    for target in (folder, tmp_path / "series"):
+        assert main(["trend", str(target), "--json"]) == 0
+        trends.append(json.loads(capsys.readouterr().out))
+    assert trends[0] == trends[1]
+    assert [row["step"] for row in trends[0]["metrics"]["kl_infer_train_k3"]] == [1, 2]
+    simulations = []
+    for target in (files[0], str(tmp_path / "series" / "step-000001")):
+        assert main(["simulate", target, "--method", "icepop", "--json"]) == 0
+        simulations.append(json.loads(capsys.readouterr().out)["frames"]["correction_statistics"])
+    assert simulations[0] == simulations[1]
+    assert main(["simulate", str(folder)]) == 1
+    assert "holds steps 1, 2; give the files of one" in capsys.readouterr().err
+
+
+def test_a_dump_without_routes_is_not_called_dense(tmp_path: Path) -> None:
+    """Bug: where no side kept expert ids, an imported model was said to be dense, and routing no cause."""
+    run = imported("nemo-rl", [DUMPS / "nemo-rl" / "train_data_step1.jsonl"], tmp_path / "run")[0]
+    summary = analyze_run(run)
+    assert summary["pairs"]["rollout~trainer"]["left_out"] == {"routing": "neither trainer nor rollout kept expert ids"}
+    page = report_run(run).read_text()
+    assert "The dump does not name its model." in page
+    assert "is **dense**" not in page
+    assert "dense model: routing is no cause" not in page

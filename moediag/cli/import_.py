@@ -26,6 +26,9 @@ ListFormats = Annotated[bool, typer.Option("--list-formats", help="Print the for
 NumExperts = Annotated[
     int | None, typer.Option("--num-experts", min=1, help="Experts per layer; default: largest id + 1.")
 ]
+NumLayers = Annotated[
+    int | None, typer.Option("--num-layers", min=1, help="Decoder layers; default: as the dump or its ids tell.")
+]
 FirstRow = Annotated[int, typer.Option("--first-row", min=0, help="Position of the first routing row in its sequence.")]
 SampledAt = Annotated[
     float | None, typer.Option("--temperature", min=0.0, help="Temperature that the tokens were sampled at.")
@@ -47,6 +50,7 @@ def command(
     detect: Detect = False,
     list_formats: ListFormats = False,
     num_experts: NumExperts = None,
+    num_layers: NumLayers = None,
     first_row: FirstRow = 0,
     temperature: SampledAt = None,
     mask: Mask = None,
@@ -87,8 +91,8 @@ def command(
     files = files_of(importer, words[1:])
     with bar(f"importing {importer.name}") as progress:
         options = Options(
-            n_experts=num_experts, first_row=first_row, temperature=temperature, mask=mask, tokens=tokens,
-            trust_pickle=trust_pickle, on_progress=progress.show,
+            n_experts=num_experts, n_layers=num_layers, first_row=first_row, temperature=temperature,
+            mask=mask,             tokens=tokens, trust_pickle=trust_pickle, on_progress=progress.show,
         )  # fmt: skip
         runs = import_dump(importer, files, output, options, force)
     facts = [_facts(run) for run in runs]

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Final
 
 from moediag.errors import DumpError
-from moediag.importers import batches, megatron, slime, trainers
+from moediag.importers import batches, megatron, plain, responses, slime, trainers
 from moediag.importers.rollouts import Importer
+from moediag.run.records import MANIFEST
+from moediag.run.series import SERIES
 
+PLAIN: Final = (plain.SEQUENCES.name, plain.TABLE.name)
 IMPORTERS: Final = {
     one.name: one
     for one in (
@@ -25,6 +28,10 @@ IMPORTERS: Final = {
         batches.SKYRL,
         batches.VERL,
         megatron.MEGATRON,
+        responses.SGLANG,
+        responses.VLLM,
+        plain.SEQUENCES,
+        plain.TABLE,
     )
 }
 
@@ -79,8 +86,29 @@ def files_of(importer: Importer, paths: Sequence[Path | str]) -> list[Path]:
 
 
 def detect(path: Path) -> list[str]:
-    """Formats that a file is of, by name."""
-    return [one.name for one in IMPORTERS.values() if one.is_one(path)]
+    """Formats that a file is of, by name; plain tables only where it is of no framework's."""
+    found = [one.name for one in IMPORTERS.values() if one.is_one(path)]
+    return [name for name in found if name not in PLAIN] or found[:1]
+
+
+def foreign_format(paths: Sequence[Path | str]) -> str | None:
+    """The framework whose dump paths are; None where they are runs, series, plain tables, or nothing that is known.
+
+    Raises:
+        DumpError: they are of two formats.
+    """
+    some = [Path(path) for path in paths]
+    if any((path / MANIFEST).exists() or (path / SERIES).exists() for path in some):
+        return None
+    try:
+        every = detect_all(some)
+    except DumpError:  # nothing is there: whoever opens it names what it wanted
+        return None
+    found = {name: files[0] for name, files in every.items() if name not in ("", *PLAIN)}
+    if len(found) > 1:
+        (a, one), (b, other) = list(found.items())[:2]
+        raise DumpError(f"{one} is of {a}, {other} of {b}; take one format at a time (moediag import)")
+    return next(iter(found), None)
 
 
 def detect_all(paths: Sequence[Path | str]) -> dict[str, list[Path]]:

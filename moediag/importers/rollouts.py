@@ -100,6 +100,7 @@ class Options:
 
     Args:
         n_experts: E; None = the largest id + 1.
+        n_layers: decoder layers, dense ones among them; None = learnt from the ids where the dump does not say.
         first_row: position of the first routing row in its sequence (1 where a begin-of-text row was left out).
         temperature: that the tokens were sampled at.
         mask: the column of the loss mask, of plain tables.
@@ -109,6 +110,7 @@ class Options:
     """
 
     n_experts: int | None = None
+    n_layers: int | None = None
     first_row: int = 0
     temperature: float | None = None
     mask: str | None = None
@@ -118,7 +120,7 @@ class Options:
 
     def content(self) -> dict[str, Any]:
         """In plain types: what makes two imports the same, beside their files."""
-        known = {name: getattr(self, name) for name in ("n_experts", "first_row", "temperature", "mask")}
+        known = {name: getattr(self, name) for name in ("n_experts", "n_layers", "first_row", "temperature", "mask")}
         return {**known, "tokens": self.tokens and self.tokens.name}
 
 

@@ -238,6 +238,8 @@ def _wanted(table: TableFile, kinds: Mapping[str, Kind]) -> dict[str, pa.DataTyp
 def _parsed_as(kind: Kind, found: pa.DataType) -> pa.DataType:
     if kind == "number":
         return pa.float64()
+    if kind == "text":
+        return pa.string()
     if kind == "flag":
         return found if pa.types.is_boolean(found) or pa.types.is_floating(found) else pa.int64()
     return pa.int64() if kind == "whole" or pa.types.is_integer(found) else pa.string()
@@ -258,6 +260,7 @@ _ACCEPTED: Final[dict[Kind, tuple[str, Callable[[pa.DataType], bool]]]] = {
     "id": ("whole numbers or words", lambda kind: pa.types.is_integer(kind) or _is_words(kind)),
     "whole": ("whole numbers", pa.types.is_integer),
     "number": ("numbers", lambda kind: _is_number(kind)),
+    "text": ("words", lambda kind: pa.types.is_integer(kind) or _is_words(kind)),
     "flag": ("true/false or 1/0", lambda kind: pa.types.is_boolean(kind) or _is_number(kind)),
 }
 
@@ -280,6 +283,8 @@ def _refuse_type(path: Path, name: str, kind: Kind, found: pa.DataType) -> None:
 
 
 def _column(path: Path, name: str, kind: Kind, column: pa.ChunkedArray) -> Any:
+    if kind == "text":
+        return np.asarray(column.cast(pa.string()).fill_null("").to_numpy(zero_copy_only=False), dtype=object)
     if column.null_count and kind != "number":
         raise DumpError(f"{path}: column {name} is empty in {column.null_count:,} rows; every row needs one")
     if kind == "number":
@@ -316,6 +321,8 @@ def frame_column(frame: pd.DataFrame, name: str, kind: Kind) -> Any:
             return Ids.of(values_T)
         if kind == "flag":
             return as_flags(values_T, f"column {name}")
+        if kind == "text":
+            return frame[name].fillna("").astype(str).to_numpy(object)
         return frame[name].to_numpy(np.float64 if kind == "number" else np.int64)
     except (TypeError, ValueError):
         raise DumpError(f"column {name} needs {_ACCEPTED[kind][0]}, found {frame[name].dtype}") from None

@@ -13,8 +13,10 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from moediag import __version__
 from moediag.errors import DumpError, RunError
 from moediag.folder import made_whole, refuse_current_folder
+from moediag.importers.registry import files_of, foreign_format, importer_of
 from moediag.importers.rollouts import SIDES, Importer, Options, Rollout, Step
 from moediag.importers.sequences import dense_layers, no_id, zero_layers
 from moediag.notation import INFER, NO_TOKEN, NOT_ROUTED, TRAIN
@@ -88,6 +91,20 @@ def import_dump(
             path = made if series is None else series.run_path(int(step.number or 0))
             _fill(path, importer, step, options, {**requested, "files": own})
     return runs_of(output)
+
+
+@contextmanager
+def imported_for_now(paths: Sequence[Path], options: Options) -> Iterator[list[Run]]:
+    """The runs of a framework's dump as long as the body runs; they are called after the dump.
+
+    Raises:
+        DumpError: the dump cannot be used.
+    """
+    name = foreign_format(paths)
+    assert name is not None
+    importer = importer_of(name)
+    with TemporaryDirectory(prefix="moediag-") as folder:
+        yield import_dump(importer, files_of(importer, paths), Path(folder) / (paths[0].name or name), options)
 
 
 def runs_of(path: Path) -> list[Run]:
@@ -268,8 +285,9 @@ class _Prompts:
         key: Hashable = rollout.prompt
         if key is None:
             ids_T = rollout.token_id_T
-            known = ids_T is not None and not rollout.is_response_T.all()
-            key = ids_T[~rollout.is_response_T].tobytes() if known and ids_T is not None else (len(self._numbers),)
+            prompt = None if ids_T is None else ids_T[~rollout.is_response_T]
+            is_known = prompt is not None and len(prompt) and (prompt != NO_TOKEN).all()
+            key = prompt.tobytes() if is_known and prompt is not None else (len(self._numbers),)
         number = self._numbers.setdefault(key, len(self._numbers))
         self._samples[number] += 1
         return number, self._samples[number] - 1

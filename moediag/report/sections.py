@@ -162,6 +162,8 @@ def _model_words(summary: Summary) -> Markdown:
         if layers
         else "dense"
     )
+    if not (model.get("path") or model.get("architecture")):  # imported
+        return Markdown(f"The dump does not name its model{f': {plain(routing)}' if layers else ''}.")
     return Markdown(f"Model {code(model_name(summary))}: {plain(model.get('architecture') or '?')}; {plain(routing)}.")
 
 

@@ -38,8 +38,11 @@ from moediag.errors import DumpError
 from moediag.hygiene.findings import Finding
 from moediag.hygiene.logged import check_logged
 from moediag.importers.columns import is_token_table
+from moediag.importers.registry import foreign_format
+from moediag.importers.rollouts import Options
 from moediag.importers.tables import KINDS, OnProgress, TableFile, open_table
 from moediag.importers.tokens import LOGPS, LoggedTokens, TokenTable
+from moediag.importers.write import imported_for_now
 from moediag.report.measures import text_origin
 from moediag.run.reader import Run, open_run
 from moediag.run.series import Series, is_series, open_series
@@ -93,6 +96,11 @@ def read_trend(targets: Sequence[Path], steps: Sequence[int] | None, on_progress
         if len(targets) > 1 or steps is not None:
             raise DumpError(f"{series[0].path} is a series, which stands alone and knows its steps")
         return _read_series(series[0], on_progress)
+    if (format_name := foreign_format(targets)) is not None:
+        if steps is not None:
+            raise DumpError(f"{targets[0]} is a dump of {format_name}, which knows its steps; --steps is for runs")
+        with imported_for_now(targets, Options(on_progress=on_progress)) as runs:
+            return _read_runs(runs, None, on_progress)
     tables = [path for path in targets if path.suffix in KINDS or path.is_file()]
     if not tables:
         return _read_runs([open_run(path) for path in targets], steps, on_progress)
@@ -164,7 +172,7 @@ def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: On
     sources = {run.record.prompts and (run.record.prompts.source_sha256, run.record.prompts.n) for run in runs}
     if len(sources) > 1:
         notes.append("the runs were made from different prompts: a change of prompts is in the series too")
-    elif len(runs) > 1:
+    elif len(runs) > 1 and None not in sources:
         notes.append(
             "every step has the same prompts: their share of the errors is common to all steps, not independent"
         )
@@ -177,7 +185,8 @@ def _read_table(table: TableFile, on_progress: OnProgress) -> TrendSource:
         raise DumpError(f"{table.path} has no column step; found {', '.join(table.types)}")
     if not is_token_table(table.types):
         return _read_steps(table, on_progress)
-    known = TokenTable.of(table).without(("advantage", "reward", "token_id", "logp_train_new", "n_flipped_layers"))
+    unused = ("advantage", "reward", "token_id", "logp_train_new", "n_flipped_layers", "turn", "weight_version")
+    known = TokenTable.of(table).without(unused)
     tokens = known.read(on_progress)
     thinned, infinite = _thinned(tokens), _Infinite()
     frame = pd.DataFrame({"step": thinned.get("step"), **{name: thinned.logps[name] for name in LOGPS[:2]},

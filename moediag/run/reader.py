@@ -482,8 +482,11 @@ class _CommonRouting:
         """Layers of the same decoder layer, E and K on both sides."""
         unseen = [side.name for side in (ours, theirs) if not side.is_routed]
         if unseen:
-            is_one = len(unseen) == 1
-            return _CommonRouting(left_out={"routing": f"{unseen[0]} kept no expert ids"} if is_one else {})
+            if len(unseen) == 1:
+                return _CommonRouting(left_out={"routing": f"{unseen[0]} kept no expert ids"})
+            if None in (ours.captured, theirs.captured):  # nothing shows that the model is dense
+                return _CommonRouting(left_out={"routing": f"neither {ours.name} nor {theirs.name} kept expert ids"})
+            return _CommonRouting()
         found = [
             {(side.routers[i].decoder_layer, side.routers[i].n_experts, side.routers[i].top_k): i
              for i in side.comparable_layers}
