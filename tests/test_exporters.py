@@ -1,4 +1,4 @@
-"""The exporters of reports/reference.md, run on batches as the trainers hold them: the table that they write is a run."""
+"""The exporters of reports/reference.md, run on batches as trainers hold them: the table that they write is a run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def test_skyrls_batch_becomes_a_table(tmp_path: Path) -> None:
     tensors = {name: None if a is None else torch.from_numpy(a.copy()) for name, a in data.items()}
     reward = {tuple(part["token_id"]): part["reward"].iloc[0] for _, part in true.groupby("seq_id")}
     tensors["rewards"] = torch.zeros(data["loss_mask"].shape)
-    tensors["rewards"][:, -1] = torch.tensor([reward[tuple(ids_T[here])] for ids_T, here in zip(ids, is_there, strict=True)])
+    tensors["rewards"][:, -1] = torch.tensor(
+        [reward[tuple(ids_T[here])] for ids_T, here in zip(ids, is_there, strict=True)]
+    )
     tensors = {name: value if value is None else torch.cat([value, value[:2]]) for name, value in tensors.items()}
     batch = SkyrlBatch(tensors)
     batch.metadata = {"uids": [str(i // 2) for i in range(12)] + ["pad0", "pad1"], "pad_size": 2}
