@@ -226,6 +226,7 @@ def test_a_dump_without_routes_is_not_called_dense(tmp_path: Path) -> None:
     summary = analyze_run(run)
     assert summary["pairs"]["rollout~trainer"]["left_out"] == {"routing": "neither trainer nor rollout kept expert ids"}
     page = report_run(run).read_text()
+    assert page.startswith(f"# Routing mismatch: {run.arm('trainer').engine} dump, step {run.record.step}\n")
     assert "The dump does not name its model." in page
     assert "is **dense**" not in page
     assert "dense model: routing is no cause" not in page

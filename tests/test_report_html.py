@@ -255,7 +255,7 @@ def test_a_bit_exact_floor_is_called_so_and_half_a_floor_names_the_other_half(mo
 def test_without_text_no_token_is_on_any_page(moe: AnalysedRun) -> None:
     marked = {**moe, "worst_tokens": moe["worst_tokens"].assign(token_id=987654321)}
     for texts, is_shown in ((TokenTexts(), True), (WITHHELD, False)):
-        page = run_page(summary_of(marked), marked, [], texts=texts)
+        page = run_page(summary_of(moe), marked, [], texts=texts)
         for text in (html_page(page), markdown_page(page)):
             assert ("987654321" in text) == is_shown
             assert bool(re.search(r">before it</th>|\| before it \| token", text)) == is_shown
@@ -379,20 +379,24 @@ def test_explained_and_forecast_flips_are_the_frames_by_the_best_method(moe: Ana
     pooled = moe["explained_flips"].iloc[0]
     assert f"explain **{percent(pooled['explained'])}** of choices flipping" in text
     tables = {tuple(table[0][:2]): table[1:] for table in markdown_tables(text)}
-    explained = tables["layer (decoder)", "from"]
-    assert [line[0] for line in explained] == ["all", "all", *(f"{i} ({i + 1})" for i in range(6))]
-    assert [line[1] for line in explained] == ["every pair of experts", "margins alone", *["every pair of experts"] * 6]
+    layers = tables["layer (decoder)", "from"]
+    assert [line[0] for line in layers] == ["all", "all", "all", *(f"{i} ({i + 1})" for i in range(6))]
+    methods = ["every pair of experts", "the border pair", "margins alone", *["every pair of experts"] * 6]
+    assert [line[1].partition(":")[0] for line in layers] == methods
+    assert [line[4] for line in layers[:3]] == [
+        percent(value) for value in moe["explained_flips"].query("layer == -1")["explained"]
+    ]
     forecasts = tables["pair", "if it had the"]
+    rows = moe["forecast_flips"].query("layer == -1")
     assert [line[:2] for line in forecasts] == [
         ["infer~train", "noise of infer-repeat"],
         ["infer~train", "noise of train-perturbed"],
     ]
-    assert [line[2] for line in forecasts] == [percent(0.0), percent(1.5 * pooled["observed"])]
+    assert [line[2] for line in forecasts] == [percent(value) for value in rows["forecast"]]
     assert [line[3] for line in forecasts] == [percent(pooled["observed"])] * 2, "the pair that the forecast is of"
-    assert [line[-1] for line in forecasts] == [
-        f"{source} as is" for source in ("infer~infer-repeat", "train~train-perturbed")
-    ]
-    assert len(tables["P(flip)", "predicted"]) == 6
+    assert [line[-1] for line in forecasts] == list(rows["assumption"])
+    bins = moe["flip_calibration"].query("method == 'all_pairs' and layer == -1")
+    assert len(tables["P(flip)", "predicted"]) == len(bins)
 
 
 def test_what_another_router_precision_does_is_measured_and_not_forecast(moe: AnalysedRun) -> None:
@@ -421,9 +425,10 @@ def test_margins_alone_say_beside_the_gap_what_they_leave_out(moe: AnalysedRun) 
 
 
 def test_without_predictions_the_page_says_nothing_of_them(moe: AnalysedRun) -> None:
-    names = ("explained_flips", "flip_calibration", "forecast_flips")
+    names = ("explained_flips", "flip_calibration", "forecast_flips", "score_noise")
     frames = {name: frame for name, frame in moe.items() if name not in names}
-    assert "Explained" not in markdown_page(run_page(summary_of(moe), frames, []))
+    summary = {**summary_of(moe), "predicted_flips": None}
+    assert "Explained" not in markdown_page(run_page(summary, frames, []))
 
 
 def test_exact_divergences_stand_beside_their_estimates(moe: AnalysedRun) -> None:

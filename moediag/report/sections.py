@@ -45,9 +45,12 @@ _SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "n",
 
 
 def model_name(summary: Summary) -> str:
-    """The last part of the model's path, else its architecture."""
-    model = summary.get("model") or {}
-    return one_line(Path(str(model.get("path") or model.get("architecture") or "model")).name) or "model"
+    """The last part of the model's path, else its architecture; of an imported run what it was imported from."""
+    model, arms = summary.get("model") or {}, summary.get("arms") or {}
+    engines = [arm["engine"] for arm in arms.values() if arm.get("origin") == "imported"]
+    step = "" if summary.get("step") is None else f", step {summary['step']}"
+    known = model.get("path") or model.get("architecture") or (f"{engines[0]} dump" if engines else "model")
+    return one_line(Path(str(known)).name + step) or "model"
 
 
 def model_facts(summary: Summary) -> dict[str, Any]:
@@ -157,7 +160,7 @@ def _model_words(summary: Summary) -> Markdown:
     model = summary.get("model") or {}
     layers = model.get("n_moe_layers")
     routing = (
-        f"{layers} MoE layers of {model.get('n_decoder_layers') or '?'}, top-{model.get('top_k')} of "
+        f"{layers} MoE layers{f' of {n}' if (n := model.get('n_decoder_layers')) else ''}, top-{model.get('top_k')} of "
         f"{model.get('n_experts')} experts"
         if layers
         else "dense"
