@@ -16,6 +16,8 @@ from moediag.analysis.tokens import token_frame
 from moediag.cli.main import main
 from moediag.corrections.sources import run_source, table_source
 from moediag.errors import DumpError
+from moediag.importers.registry import importer_of
+from moediag.importers.rollouts import Options
 from moediag.results.analyze import analyze_run
 from moediag.results.report import report_run
 from moediag.run.series import open_series
@@ -359,3 +361,45 @@ def test_our_own_engine_scores_the_tokens_of_a_dump_beside_its_numbers(tmp_path:
     is_response_T = before.loc[before["seq_id"] == 2, "is_response"].to_numpy()[1:]
     np.testing.assert_allclose(found_T[is_response_T], wanted_T[is_response_T], atol=0.02)
     assert np.isnan(found_T[~is_response_T]).all()
+
+
+JUNK = (None, "x", 5, [], {}, [1], -1, True, [None], [[1.0]], "AAAA", {"a": 1}, float("nan"), 2**70)
+
+
+def leaves(value: object, at: tuple = ()) -> list[tuple]:
+    """Places in a record: every key, and the first two entries of every list."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    return [*([at] if at else []), *(place for key, part in inside for place in leaves(part, (*at, key)))]
+
+
+@pytest.mark.parametrize(
+    ("name", "sample"),
+    [
+        ("nemo-rl", "nemo-rl/train_data_step1.jsonl"),
+        ("prime-rl", "prime-rl/token_exports/step_0/rank_0.jsonl"),
+        ("sglang", "sglang/responses_step0_int32.jsonl"),
+        ("vllm", "vllm/generate_step0.jsonl"),
+    ],
+)
+def test_no_edited_record_ends_in_a_traceback(tmp_path: Path, name: str, sample: str) -> None:
+    """Bug: an entry of another kind than the format has (a number for a list, null for a choice) was a traceback."""
+    rng = np.random.default_rng(0)
+    whole = lines(DUMPS / sample)[:3]
+    path = tmp_path / "step_0" / Path(sample).name
+    path.parent.mkdir()
+    places, refused = leaves(whole[1]), []
+    for i in rng.permutation(len(places) * len(JUNK))[:80]:
+        *inside, key = places[i // len(JUNK)]
+        records = json.loads(json.dumps(whole))
+        holder = records[1]
+        for part in inside:
+            holder = holder[part]
+        holder[key] = JUNK[i % len(JUNK)]
+        write_lines(path, records)
+        try:
+            for step in importer_of(name).read([path], Options()):
+                list(step.rollouts)
+        except DumpError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all(path.name in message and "\n" not in message for message in refused)

@@ -31,10 +31,12 @@ from moediag.importers.rollouts import (
     Rollout,
     Step,
     by_step,
+    count,
     floats,
     number_in,
     placed_routes,
     short,
+    understood,
     whole_numbers,
 )
 from moediag.importers.sequences import no_id
@@ -86,7 +88,9 @@ class _Reader:
         for i, response in enumerate(self._responses()):
             turns = [*open_turns.pop(before_of.get(i, -1), []), response]
             if i in last:
-                yield self._rollout(turns)
+                with understood(response.where):
+                    rollout = self._rollout(turns)
+                yield rollout
             else:
                 open_turns[i] = turns
         self._note()
@@ -94,7 +98,9 @@ class _Reader:
     def _responses(self) -> Iterator[_Response]:
         self.n_empty = 0
         for where, record in json_lines(self._files, self._options.on_progress):
-            for response in self._parse(where, record):
+            with understood(where):
+                found = self._parse(where, record)
+            for response in found:
                 if len(response.output):
                     yield response
                 else:
@@ -231,9 +237,10 @@ def read_sglang(files: Sequence[Path], options: Options) -> list[Step]:
         if not answers:
             raise DumpError(f"{paths[0]} holds requests alone; give the responses, too")
         for where, record in json_lines([path for path in paths if path not in answers]):
-            if record.get("rid") in requests:
+            rid = str(record.get("rid"))
+            if rid in requests:
                 raise DumpError(f"{where}: request {record.get('rid')} comes twice; give one file of requests per step")
-            requests[record.get("rid")] = record
+            requests[rid] = record
         step = Step(number, tuple(paths), ())
         sglang = _SGLang(requests, options, step)
         step.rollouts = _Reader(step, answers, options, sglang.parse).rollouts()
@@ -256,7 +263,7 @@ class _SGLang:
         meta = record.get("meta_info")
         if not isinstance(meta, dict):
             raise DumpError(f"{where} has no meta_info; is it a response of /generate?")
-        request = self._requests.get(meta.get("id"), {})
+        request = self._requests.get(str(meta.get("id")), {})
         if self._requests and not request:
             raise DumpError(
                 f"{where}: no request {short(meta.get('id'))}; give the requests that belong to these responses"
@@ -266,16 +273,15 @@ class _SGLang:
         output = whole_numbers(ids, where, "output_ids") if ids else np.zeros(0, np.int64)
         sources = ((record, "prompt_token_ids"), (meta, "prompt_token_ids"), (request, "input_ids"))
         prompt = next((source[name] for source, name in sources if source.get(name)), None)
-        n_prompt = int(meta.get("prompt_tokens", len(prompt or ())))
+        n_prompt = count(meta.get("prompt_tokens", len(prompt or ())), where, "prompt_tokens")
         prompt_T = np.full(n_prompt, NO_TOKEN)
         if prompt is not None:
             prompt_T = whole_numbers(prompt, where, "the prompt's ids", n_prompt)
         n_completion = meta.get("completion_tokens", len(output))
         if n_completion != len(output):
             raise DumpError(f"{where}: completion_tokens is {n_completion}, output_ids hold {len(output)}")
-        first_row = int(
-            meta.get("routed_experts_start_len", request.get("routed_experts_start_len", self._options.first_row))
-        )
+        start = meta.get("routed_experts_start_len", request.get("routed_experts_start_len", self._options.first_row))
+        first_row = count(start, where, "routed_experts_start_len")
         rows = len(prompt_T) + len(output) - 1 - first_row
         flat = meta.get("routed_experts")
         dtype = str(meta.get("routed_experts_dtype", "int32"))
@@ -283,7 +289,7 @@ class _SGLang:
             self._learn(where, flat, dtype, rows)
         return [
             _Response(
-                where, meta.get("id", where), prompt_T, output,
+                where, str(meta.get("id", where)), prompt_T, output,
                 lambda: _sglang_logp(where, listed, output),
                 lambda: None if flat is None else self._routes(where, flat, dtype, rows),
                 first_row, meta.get("weight_versions", meta.get("weight_version")),
@@ -418,7 +424,7 @@ def _vllm_choices(where: str, record: dict[str, Any], options: Options) -> list[
         found.append(
             _Response(
                 here,
-                (record.get("id") or record.get("request_id") or where, choice.get("index", i)),
+                f"{record.get('id') or record.get('request_id') or where} choice {choice.get('index', i)}",
                 prompt_T,
                 output,
                 lambda here=here, choice=choice, output=output: _vllm_logp(here, choice.get("logprobs"), output),  # type: ignore[misc]

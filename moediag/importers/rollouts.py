@@ -10,7 +10,8 @@ Invariants:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -192,6 +193,48 @@ def floats(values: Any, where: str, name: str, n: int | None = None) -> Float64:
     if n is not None and len(array) != n:
         raise DumpError(f"{where}: {name} should hold {n} numbers, one per token, found {len(array)}")
     return array
+
+
+@contextmanager
+def understood(where: str) -> Iterator[None]:
+    """What a record's entries cannot be taken for is one line that names it.
+
+    Raises:
+        DumpError: as the body raises it, or for an entry of a kind that the format never has.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ValueError, OverflowError) as error:
+        if isinstance(error, DumpError):
+            raise
+        raise DumpError(
+            f"{where}: an entry is of another kind than this format has ({error}); cut or edited?"
+        ) from None
+
+
+def one_number(value: Any, where: str, name: str) -> float:
+    """A number; null is NaN.
+
+    Raises:
+        DumpError: something else.
+    """
+    if value is None:
+        return float("nan")
+    if not isinstance(value, int | float):
+        raise DumpError(f"{where}: {name} should be a number, found {short(value)}")
+    return float(value)
+
+
+def count(value: Any, where: str, name: str) -> int:
+    """A whole number of at least 0.
+
+    Raises:
+        DumpError: something else.
+    """
+    found = one_number(value, where, name)
+    if not (found >= 0 and found.is_integer()):
+        raise DumpError(f"{where}: {name} should be a whole number, found {short(value)}")
+    return int(found)
 
 
 def whole_numbers(values: Any, where: str, name: str, n: int | None = None) -> Int64:

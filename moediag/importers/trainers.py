@@ -24,12 +24,15 @@ from moediag.importers.rollouts import (
     Rollout,
     Step,
     by_step,
+    count,
     flags,
     floats,
     from_mask,
     number_in,
+    one_number,
     placed,
     short,
+    understood,
     whole_numbers,
 )
 from moediag.importers.tables import first_record, json_lines, open_table, readable
@@ -62,51 +65,58 @@ def _nemo_rl(step: Step, options: Options) -> Iterator[Rollout]:
     n_skipped = n_dropped = expected = 0
     notes = step.notes
     for where, record in json_lines(step.files, options.on_progress):
-        lacking = [name for name in _NEMO_KEYS if name not in record]
-        if lacking:
-            raise DumpError(
-                f"{where} lacks {', '.join(lacking)}; found {', '.join(record)} (grpo_sync may leave out token_ids)"
+        with understood(where):
+            lacking = [name for name in _NEMO_KEYS if name not in record]
+            if lacking:
+                raise DumpError(
+                    f"{where} lacks {', '.join(lacking)}; found {', '.join(record)} (grpo_sync may leave out token_ids)"
+                )
+            index = record.get("idx", expected)
+            if index != expected:
+                raise DumpError(
+                    f"{where}: idx is {short(index)}, expected {expected}; a line is missing or written twice"
+                )
+            expected += 1
+            one = {name: _only(record[name], where, name) for name in record if name != "idx"}
+            ids_T = whole_numbers(one["token_ids"], where, "token_ids")
+            n_padded, n = len(ids_T), count(one["input_lengths"], where, "input_lengths")
+            if not 0 < n <= n_padded:
+                raise DumpError(f"{where}: input_lengths is {n}, token_ids hold {n_padded}")
+            mask_T = flags(one["token_loss_mask"], where, "token_loss_mask", n_padded)
+            infer_T, train_T = (
+                floats(one[name], where, name, n_padded) for name in ("generation_logprobs", "prev_logprobs")
             )
-        index = record.get("idx", expected)
-        if index != expected:
-            raise DumpError(f"{where}: idx is {short(index)}, expected {expected}; a line is missing or written twice")
-        expected += 1
-        one = {name: _only(record[name], where, name) for name in record if name != "idx"}
-        n_padded, n = len(one["token_ids"]), int(one["input_lengths"])
-        if not 0 < n <= n_padded:
-            raise DumpError(f"{where}: input_lengths is {n}, token_ids hold {n_padded}")
-        mask_T = flags(one["token_loss_mask"], where, "token_loss_mask", n_padded)
-        infer_T, train_T = (
-            floats(one[name], where, name, n_padded) for name in ("generation_logprobs", "prev_logprobs")
-        )
-        if mask_T[n:].any():
-            raise DumpError(
-                f"{where}: token_loss_mask marks padding behind input_lengths {n}; is a row cut or shifted?"
+            if mask_T[n:].any():
+                raise DumpError(
+                    f"{where}: token_loss_mask marks padding behind input_lengths {n}; is a row cut or shifted?"
+                )
+            mask_T, infer_T, train_T = mask_T[:n], infer_T[:n], train_T[:n]
+            if not train_T.any():  # the pass was skipped (force_on_policy_ratio): no trainer gives 0 everywhere
+                train_T[:] = np.nan
+                n_skipped += 1
+            train_T[0] = np.nan
+            infer_T[~mask_T & (infer_T == 0)] = np.nan
+            is_dropped = not bool(one.get("sample_loss_mask", 1))
+            n_dropped += is_dropped
+            advantage_T = None
+            if "advantages" in one:
+                given = one["advantages"]
+                advantage_T = (
+                    floats(given, where, "advantages", n_padded)[:n]
+                    if isinstance(given, list)
+                    else np.full(n, one_number(given, where, "advantages"))
+                )
+                advantage_T[~from_mask(mask_T)] = np.nan
+            rollout = Rollout(
+                where=where,
+                is_response_T=from_mask(mask_T),
+                token_id_T=ids_T[:n],
+                is_trained_T=np.zeros(n, np.bool_) if is_dropped else mask_T,
+                logp={INFER: infer_T, TRAIN: train_T},
+                advantage_T=advantage_T,
+                reward=one_number(one.get("filtered_rewards", one.get("rewards")), where, "rewards"),
             )
-        mask_T, infer_T, train_T = mask_T[:n], infer_T[:n], train_T[:n]
-        if not train_T.any():  # the pass was skipped (force_on_policy_ratio): no trainer gives 0 everywhere
-            train_T[:] = np.nan
-            n_skipped += 1
-        train_T[0] = np.nan
-        infer_T[~mask_T & (infer_T == 0)] = np.nan
-        is_dropped = not bool(one.get("sample_loss_mask", 1))
-        n_dropped += is_dropped
-        advantage_T = None
-        if "advantages" in one:
-            given = one["advantages"]
-            advantage_T = (
-                floats(given, where, "advantages", n_padded)[:n] if isinstance(given, list) else np.full(n, given)
-            )
-            advantage_T[~from_mask(mask_T)] = np.nan
-        yield Rollout(
-            where=where,
-            is_response_T=from_mask(mask_T),
-            token_id_T=whole_numbers(one["token_ids"], where, "token_ids")[:n],
-            is_trained_T=np.zeros(n, np.bool_) if is_dropped else mask_T,
-            logp={INFER: infer_T, TRAIN: train_T},
-            advantage_T=advantage_T,
-            reward=float(one.get("filtered_rewards", one.get("rewards", np.nan))),
-        )
+        yield rollout
     if n_skipped:
         notes.append(
             f"prev_logprobs are 0 throughout in {n_skipped:,} of {expected:,} sequences: the trainer's pass was "
@@ -151,38 +161,42 @@ def read_prime_rl(files: Sequence[Path], options: Options) -> list[Step]:
 def _prime_rl(step: Step, options: Options) -> Iterator[Rollout]:
     expected: dict[Any, int] = defaultdict(int)
     for where, record in json_lines(step.files, options.on_progress):
-        lacking = [name for name in _PRIME_KEYS if name not in record]
-        if lacking:
-            raise DumpError(f"{where} lacks {', '.join(lacking)}; found {', '.join(record)}")
-        if record.get("schema_version", 1) != 1:
-            raise DumpError(f"{where}: schema_version {short(record['schema_version'])} of token exports, known is 1")
-        if step.number is not None and record.get("step", step.number) != step.number:
-            raise DumpError(f"{where}: step {record['step']} in a folder of step {step.number}")
-        rank, index = record.get("rank", 0), record.get("export_sequence_idx")
-        if index is not None and index != expected[rank]:
-            raise DumpError(
-                f"{where}: export_sequence_idx is {short(index)}, expected {expected[rank]}; a line is missing or "
-                "written twice"
+        with understood(where):
+            lacking = [name for name in _PRIME_KEYS if name not in record]
+            if lacking:
+                raise DumpError(f"{where} lacks {', '.join(lacking)}; found {', '.join(record)}")
+            if record.get("schema_version", 1) != 1:
+                raise DumpError(
+                    f"{where}: schema_version {short(record['schema_version'])} of token exports, known is 1"
+                )
+            if step.number is not None and record.get("step", step.number) != step.number:
+                raise DumpError(f"{where}: step {record['step']} in a folder of step {step.number}")
+            rank, index = record.get("rank", 0), record.get("export_sequence_idx")
+            if index is not None and index != expected[rank]:
+                raise DumpError(
+                    f"{where}: export_sequence_idx is {short(index)}, expected {expected[rank]}; a line is missing or "
+                    "written twice"
+                )
+            expected[rank] += 1
+            ids_T = whole_numbers(record["token_ids"], where, "token_ids")
+            n = len(ids_T)
+            mask_T = flags(record["loss_mask"], where, "loss_mask", n)
+            infer_T, train_T = (_stream(record, name, where, n) for name in ("inference_logprobs", "trainer_logprobs"))
+            entropy_T = _stream(record, "entropy", where, n)
+            advantage_T = _stream(record, "advantages", where, n)
+            # position 0 is filler, or scored behind another sequence of the packed row
+            train_T[0] = entropy_T[0] = np.nan
+            infer_T[~mask_T] = advantage_T[~mask_T] = np.nan
+            rollout = Rollout(
+                where=where,
+                is_response_T=from_mask(mask_T),
+                token_id_T=ids_T,
+                is_trained_T=mask_T,
+                logp={INFER: infer_T, TRAIN: train_T},
+                entropy={TRAIN: entropy_T},
+                advantage_T=advantage_T,
             )
-        expected[rank] += 1
-        ids_T = whole_numbers(record["token_ids"], where, "token_ids")
-        n = len(ids_T)
-        mask_T = flags(record["loss_mask"], where, "loss_mask", n)
-        infer_T, train_T = (_stream(record, name, where, n) for name in ("inference_logprobs", "trainer_logprobs"))
-        entropy_T = _stream(record, "entropy", where, n)
-        advantage_T = _stream(record, "advantages", where, n)
-        # position 0 is filler, or scored behind another sequence of the packed row
-        train_T[0] = entropy_T[0] = np.nan
-        infer_T[~mask_T] = advantage_T[~mask_T] = np.nan
-        yield Rollout(
-            where=where,
-            is_response_T=from_mask(mask_T),
-            token_id_T=ids_T,
-            is_trained_T=mask_T,
-            logp={INFER: infer_T, TRAIN: train_T},
-            entropy={TRAIN: entropy_T},
-            advantage_T=advantage_T,
-        )
+        yield rollout
 
 
 def _stream(record: dict[str, Any], name: str, where: str, n: int) -> Any:
@@ -259,8 +273,10 @@ def _trl(step: Step, numbers: Sequence[str], options: Options) -> Iterator[Rollo
                     token_id_T=np.r_[prompt_T, ids_T],
                     is_trained_T=np.r_[np.zeros(n_prompt, np.bool_), is_trained_T],
                     logp=logp,
-                    advantage_T=placed(n, n_prompt, np.full(len(ids_T), float(record["advantage"]))),
-                    reward=float(record[rewards[0]]) if len(rewards) == 1 else float("nan"),
+                    advantage_T=placed(
+                        n, n_prompt, np.full(len(ids_T), one_number(record["advantage"], where, "advantage"))
+                    ),
+                    reward=one_number(record[rewards[0]], where, rewards[0]) if len(rewards) == 1 else np.nan,
                 )
             options.on_progress(row, n_rows, "rows read")
 
