@@ -28,6 +28,7 @@ from moediag.importers.rollouts import (
     Options,
     Rollout,
     Step,
+    as_written,
     by_step,
     number_in,
     placed,
@@ -52,7 +53,7 @@ def read_slime(files: Sequence[Path], options: Options) -> list[Step]:
     for number, paths in by_step(files, lambda path: number_in(path.stem, r"^(\d+)$")).items():
         kinds = _kinds(paths, number, {"rollout": 1, "slime train": 1})
         step = Step(number, tuple(paths), (), has_dense_layers={INFER: True})
-        step.rollouts = _slime(step, kinds, options)
+        step.rollouts = as_written(step, _slime(step, kinds, options))
         steps.append(step)
     return steps
 
@@ -291,7 +292,7 @@ def read_miles(files: Sequence[Path], options: Options) -> list[Step]:
                 "too, with the step's number at the end of the folder's name"
             )
         step = Step(number, tuple(paths), (), has_dense_layers={INFER: True, TRAIN: False})
-        step.rollouts = _miles(step, kinds, options)
+        step.rollouts = as_written(step, _miles(step, kinds, options))
         steps.append(step)
     return steps
 
