@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from moediag.cli.main import main
 from moediag.errors import DumpError
 from moediag.importers.pickles import read_pickle, read_torch
 
@@ -284,3 +285,13 @@ def test_what_is_no_torch_file_is_refused_in_one_line(tmp_path: Path) -> None:
     torch.save(torch.ones(2).to(torch.float8_e4m3fn), tmp_path / "it.pt")
     with pytest.raises(DumpError, match=r"names torch.float8_e4m3fn|Float8"):
         read_torch(tmp_path / "it.pt")
+
+
+def test_a_hostile_dump_is_refused_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trusted or not, it is one line and exit code 1, and nothing was run or made."""
+    canary, dump = tmp_path / "canary", tmp_path / "global_step_1_training_input.pkl"
+    dump.write_bytes(_skyrl(hostile_torch_file(canary)))
+    for trust in ([], ["--trust-pickle"]):
+        assert main(["import", "skyrl", str(dump), "-o", str(tmp_path / "out"), *trust]) == 1
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [dump.name]
