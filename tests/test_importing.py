@@ -157,11 +157,11 @@ def test_simulate_uses_the_advantages_and_rewards_of_a_dump(tmp_path: Path, name
     assert source.reward == "advantages as the run has them"
     true = matched(tokens_of(run), truth(0))
     expected = true.loc[true["is_trained"], "advantage"].to_numpy(np.float64)
-    np.testing.assert_array_equal(source.batch.advantage_T, expected)
+    np.testing.assert_array_equal(source.tokens.advantage_T, expected)
     if name == "nemo-rl":
         rewarded = run_source(run, run.main_arms, "reward")
         assert rewarded.reward.startswith("rewards as the run has them")
-        np.testing.assert_allclose(rewarded.batch.advantage_T, expected, rtol=1e-5)  # GRPO's, but for its 1e-6
+        np.testing.assert_allclose(rewarded.tokens.advantage_T, expected, rtol=1e-5)  # GRPO's, but for its 1e-6
     else:
         with pytest.raises(DumpError, match="--reward takes none or hash or advantage for a run"):
             run_source(run, run.main_arms, "reward")

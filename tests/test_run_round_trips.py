@@ -236,7 +236,7 @@ def test_tokens_without_ids(tmp_path: Path) -> None:
     assert_logps(run, analyze_run(run), tokens, train, infer)
     assert (load_frames(run)["tokens"]["token_id"] == -1).all()
     source = run_source(run, ("infer", "train"))
-    assert not source.has_advantages
+    assert "advantage" not in source.tokens.frame
     assert "no reward and no advantage" in source.reward
     with pytest.raises(DumpError, match="token ids"):
         run_source(run, ("infer", "train"), "hash")
