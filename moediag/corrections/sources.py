@@ -148,7 +148,9 @@ def table_source(
     Raises:
         DumpError: the table cannot be read, lacks a column, or holds what no log has.
     """
-    known = TokenTable.of(table, mask, "choose one with --mask COLUMN").without(("step", "turn", "weight_version"))
+    known = TokenTable.of(table, mask, "choose one with --mask COLUMN").without(
+        ("step", "turn", "weight_version", "entropy_train")
+    )
     return _source(_with_reward(known, reward).read(on_progress), reward)
 
 

@@ -185,7 +185,16 @@ def _read_table(table: TableFile, on_progress: OnProgress) -> TrendSource:
         raise DumpError(f"{table.path} has no column step; found {', '.join(table.types)}")
     if not is_token_table(table.types):
         return _read_steps(table, on_progress)
-    unused = ("advantage", "reward", "token_id", "logp_train_new", "n_flipped_layers", "turn", "weight_version")
+    unused = (
+        "advantage",
+        "reward",
+        "token_id",
+        "logp_train_new",
+        "n_flipped_layers",
+        "turn",
+        "weight_version",
+        "entropy_train",
+    )
     known = TokenTable.of(table).without(unused)
     tokens = known.read(on_progress)
     thinned, infinite = _thinned(tokens), _Infinite()
