@@ -309,9 +309,9 @@ def test_a_run_that_is_exported_and_imported_has_the_same_numbers_bit_for_bit(tm
     one = tmp_path / "one.parquet"
     first = next(open_series(series).runs())
     assert main(["export", str(first.path), "-o", str(one)]) == 0
-    batches = [run_source(first, first.main_arms).batch, table_source(one).batch]
-    for field in ("logp_train_T", "logp_infer_T", "advantage_T", "row_T", "prompt_row_S"):
-        np.testing.assert_array_equal(*(getattr(batch, field) for batch in batches))
+    frames = [source.tokens.frame for source in (run_source(first, first.main_arms), table_source(one))]
+    for column in ("logp_train", "logp_infer", "advantage", "seq_id", "prompt_id"):
+        np.testing.assert_array_equal(*(frame[column] for frame in frames))
 
 
 @pytest.mark.engines
