@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from dumps import DUMPS, check_routes, check_tokens, imported, matched, tokens_of, truth
 
 from moediag.cli.main import main
-from moediag.corrections.sources import run_source
+from moediag.corrections.sources import run_source, table_source
 from moediag.errors import DumpError
 from moediag.results.analyze import analyze_run
 from moediag.results.report import report_run
+from moediag.run.series import open_series
 
 TEXT = {
     "nemo-rl": ("logp_infer", "logp_train_prompt", "advantage", "reward"),
@@ -58,6 +61,66 @@ def test_responses_of_servers_join_their_turns_and_give_tokens_and_routes(
         check_tokens(found, true, ["logp_infer", *has])
         check_routes(run, "rollout", found, true)
         assert set(found.loc[found["is_trained"], "turn"]) == {0, 1, 2} if step == 0 else {0, 1}
+
+
+def test_trl_is_read_where_lists_were_logged_and_refused_where_there_is_text_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = imported("trl", [DUMPS / "trl" / "with_log_extra"], tmp_path / "series")
+    for step, run in enumerate(runs):
+        found, true = tokens_of(run), truth(step)
+        check_tokens(found, matched(found, true), ("logp_infer", "logp_train", "advantage", "reward"))
+    assert main(["import", "trl", str(DUMPS / "trl" / "completions"), "-o", str(tmp_path / "text")]) == 1
+    error = capsys.readouterr().err
+    assert "holds text and no log-probability" in error
+    assert "moediag profile CKPT --prompts FILE" in error
+    assert not (tmp_path / "text").exists()
+
+
+@pytest.mark.parametrize("change", ["cut", "width", "id", "twice", "tokens", "no requests"])
+def test_damaged_responses_are_refused_by_line_and_cause(tmp_path: Path, change: str) -> None:
+    answers = lines(DUMPS / "sglang" / "responses_step0_int32_startlen.jsonl")
+    requests = lines(DUMPS / "sglang" / "requests_step0_int32_startlen.jsonl")
+    meta = answers[4]["meta_info"]
+    data = base64.b64decode(meta["routed_experts"])
+    message = {
+        "cut": "which are not .* rows of 20 ids",
+        "width": "which are not .* rows of 20 ids",
+        "id": "no expert id",
+        "twice": "stands at .* already",
+        "tokens": "of other tokens than output_ids",
+        "no requests": "which are not",
+    }[change]
+    if change == "cut":
+        meta["routed_experts"] = base64.b64encode(data[:-80]).decode()
+    elif change == "width":
+        meta["routed_experts_dtype"] = "uint8"
+    elif change == "id":
+        meta["routed_experts"] = base64.b64encode(b"\x7f\x7f\x7f\x7f" + data[4:]).decode()
+    elif change == "twice":
+        answers.append(answers[0])
+    elif change == "tokens":
+        answers[4]["output_ids"][0] += 1
+    paths = [tmp_path / "responses.jsonl", tmp_path / "requests.jsonl"]
+    write_lines(paths[0], answers)
+    write_lines(paths[1], requests)
+    with pytest.raises(DumpError, match=message) as caught:
+        imported("sglang", paths[:1] if change == "no requests" else paths, tmp_path / "out", n_experts=16)
+    assert "responses.jsonl line" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_were_not_kept_are_tokens_without_ids(tmp_path: Path) -> None:
+    """The rows of routes still belong to their tokens, and no two prompts are taken for one."""
+    path = DUMPS / "sglang" / "responses_step0_int32.jsonl"
+    run = imported("sglang", [path], tmp_path / "run", n_experts=16)[0]
+    found = tokens_of(run)
+    assert (found.loc[~found["is_response"], "token_id"] == -1).all()
+    assert found["prompt_id"].nunique() == found["seq_id"].nunique() == len(lines(path))
+    routes = np.load(DUMPS / "truth_routes.npz")["infer_0"]
+    ids_TLK = run.capture("rollout", run.shards[0]).expert_ids_TLK
+    np.testing.assert_array_equal(ids_TLK[: len(routes)], routes)
+    assert (ids_TLK[len(routes)] == -1).all()
 
 
 def lines(path: Path) -> list[dict]:
@@ -157,11 +220,11 @@ def test_simulate_uses_the_advantages_and_rewards_of_a_dump(tmp_path: Path, name
     assert source.reward == "advantages as the run has them"
     true = matched(tokens_of(run), truth(0))
     expected = true.loc[true["is_trained"], "advantage"].to_numpy(np.float64)
-    np.testing.assert_array_equal(source.batch.advantage_T, expected)
+    np.testing.assert_array_equal(source.tokens.advantage_T, expected)
     if name == "nemo-rl":
         rewarded = run_source(run, run.main_arms, "reward")
         assert rewarded.reward.startswith("rewards as the run has them")
-        np.testing.assert_allclose(rewarded.batch.advantage_T, expected, rtol=1e-5)  # GRPO's, but for its 1e-6
+        np.testing.assert_allclose(rewarded.tokens.advantage_T, expected, rtol=1e-5)  # GRPO's, but for its 1e-6
     else:
         with pytest.raises(DumpError, match="--reward takes none or hash or advantage for a run"):
             run_source(run, run.main_arms, "reward")
@@ -230,3 +293,51 @@ def test_a_dump_without_routes_is_not_called_dense(tmp_path: Path) -> None:
     assert "The dump does not name its model." in page
     assert "is **dense**" not in page
     assert "dense model: routing is no cause" not in page
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_run_that_is_exported_and_imported_has_the_same_numbers_bit_for_bit(tmp_path: Path, name: str) -> None:
+    series = tmp_path / "series"
+    before = [tokens_of(run) for run in imported(name, [DUMPS / name], series)]
+    table = tmp_path / "table.parquet"
+    assert main(["export", str(series), "-o", str(table)]) == 0
+    assert main(["export", str(series), "-o", str(table)]) == 1  # never over a file in silence
+    again = imported("table", [table], tmp_path / "again")
+    assert [run.record.step for run in again] == [run.record.step for run in open_series(series).runs()]
+    for expected, run in zip(before, again, strict=True):
+        pd.testing.assert_frame_equal(tokens_of(run), expected, check_exact=True)
+    one = tmp_path / "one.parquet"
+    first = next(open_series(series).runs())
+    assert main(["export", str(first.path), "-o", str(one)]) == 0
+    frames = [source.tokens.frame for source in (run_source(first, first.main_arms), table_source(one))]
+    for column in ("logp_train", "logp_infer", "advantage", "seq_id", "prompt_id"):
+        np.testing.assert_array_equal(*(frame[column] for frame in frames))
+
+
+@pytest.mark.engines
+def test_our_own_engine_scores_the_tokens_of_a_dump_beside_its_numbers(tmp_path: Path, random_moe: Path) -> None:
+    """Bug: no arm could join an imported run, whose run.json names neither prompts nor sampling."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dump = [DUMPS / "slime" / kind / "0.pt" for kind in ("rollout_data", "train_data")]
+    run = imported("slime", dump, tmp_path / "run")[0]
+    before = tokens_of(run)
+    assert main(["capture", "train", str(random_moe), "-o", str(run.path)]) == 0
+    record = run.arm("train")
+    assert (record.variant_of, record.change) == ("trainer", "engine")
+    assert run.checkpoint(record.checkpoint).source == str(random_moe)
+    np.testing.assert_array_equal(tokens_of(run)["logp_infer"], before["logp_infer"])
+    summary = analyze_run(run)
+    assert {"rollout~trainer", "rollout~train"} <= {*summary["pairs"]}
+    assert summary["main_pair"] == "rollout~trainer"
+    assert report_run(run).exists()
+    ids_T = before.loc[before["seq_id"] == 2, "token_id"].to_numpy()
+    model = AutoModelForCausalLM.from_pretrained(random_moe, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor(ids_T)[None]).logits[0].float()
+    wanted_T = torch.log_softmax(logits_TV, -1)[:-1].gather(1, torch.tensor(ids_T[1:, None]))[:, 0].numpy()
+    found_T = run.capture("train", run.shards[0]).logp_T[(before["seq_id"] == 2).to_numpy()][1:]
+    is_response_T = before.loc[before["seq_id"] == 2, "is_response"].to_numpy()[1:]
+    np.testing.assert_allclose(found_T[is_response_T], wanted_T[is_response_T], atol=0.02)
+    assert np.isnan(found_T[~is_response_T]).all()

@@ -36,6 +36,7 @@ def test_everything_that_is_not_run_is_on_the_list() -> None:
 @pytest.mark.timeout(1800)  # some thirty commands, half of them starting engines
 def test_every_command_of_the_readme_runs(demo: Path, tmp_path: Path) -> None:
     (tmp_path / "moediag-demo").symlink_to(demo)
+    (tmp_path / "tests").symlink_to(REPOSITORY / "tests")  # the sample of a dump
     env = {**os.environ, "PATH": f"{MOEDIAG.parent}{os.pathsep}{os.environ['PATH']}"}
     n_run = 0
     for kind, body, reason in readme_blocks():

@@ -50,6 +50,7 @@ _COLUMNS: Final = (
     KnownColumn("logp_infer", "number", "log-probability on the infer side [nat]; empty = not scored"),
     KnownColumn("logp_train_new", "number", "log-probability under the policy being trained, theta [nat]"),
     KnownColumn("entropy", "number", "next-token entropy on the infer side [nat]", ("entropy_infer",)),
+    KnownColumn("entropy_train", "number", "next-token entropy on the train side [nat]"),
     KnownColumn("temperature", "number", "that the token was sampled at [1]; empty = not known", ("temperatures",)),
     KnownColumn("n_flipped_layers", "whole", "MoE layers whose expert set differs behind the token; -1 = not known"),
     KnownColumn("turn", "number", "turn of a conversation; empty = not known"),

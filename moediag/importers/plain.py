@@ -20,6 +20,7 @@ from moediag.importers.tokens import LOGPS, LoggedTokens, TokenTable, canonical_
 from moediag.notation import INFER, NOT_ROUTED, TRAIN
 
 _NOT_KEPT: Final = ("logp_train_new", "n_flipped_layers", "temperature")
+_ENTROPY_OF: Final = {"entropy": INFER, "entropy_train": TRAIN}
 _SIDE_OF: Final = {"logp_infer": INFER, "logp_train": TRAIN}
 
 
@@ -90,7 +91,7 @@ def _sequences(tokens: LoggedTokens, table: TokenTable, rows: NDArray[np.intp]) 
             token_id_T=columns["token_id"][here] if "token_id" in columns else None,
             is_trained_T=trained_T,
             logp=logp,
-            entropy={INFER: columns["entropy"][here]} if "entropy" in columns else {},
+            entropy={side: columns[name][here] for name, side in _ENTROPY_OF.items() if name in columns},
             turn_T=_turns(columns["turn"][here]) if "turn" in columns else None,
             weight_version_T=None if version_T is None else np.array([one or None for one in version_T], object),
             advantage_T=np.where(is_response_T, columns["advantage"][here], np.nan) if "advantage" in columns else None,

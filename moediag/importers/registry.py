@@ -25,6 +25,7 @@ IMPORTERS: Final = {
         slime.MILES,
         trainers.NEMO_RL,
         trainers.PRIME_RL,
+        trainers.TRL,
         batches.SKYRL,
         batches.VERL,
         megatron.MEGATRON,

@@ -465,9 +465,10 @@ def _vllm_routes(where: str, value: Any, rows: int) -> NDArray[Any] | None:
             f"{where}: routed_experts have {len(ids)} rows, expected {rows} (prompt + response - 1, less "
             "--first-row where routed_experts_prompt_start was set); cut, or of another request?"
         )
-    wide = ids.astype(np.int64)
-    if ids.dtype.kind == "u" and ids.shape[2] > 1:  # -1 in an unsigned type
-        wide[(ids == np.iinfo(ids.dtype).max).all(axis=2)] = NOT_ROUTED
+    wide = ids.astype(np.int16 if ids.dtype.itemsize == 1 else np.int64)
+    largest = np.iinfo(ids.dtype).max
+    if ids.dtype.kind == "u" and ids.shape[2] > 1 and ids.max(initial=0) == largest:  # -1 in an unsigned type
+        wide[(ids == largest).all(axis=2)] = NOT_ROUTED
     return _possible(where, wide)
 
 

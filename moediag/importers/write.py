@@ -159,7 +159,6 @@ def _fill(path: Path, importer: Importer, step: Step, options: Options, configur
                 configuration=configuration,
                 tokens=TokensFrom(origin="imported"),
                 sampling=None if temperature is None else Sampling(temperature=float(temperature)),
-                level="ids",
                 shards=shards,
                 main_pair=(ARMS[TRAIN], ARMS[INFER]) if len(present) == len(SIDES) else None,
                 step=step.number,
