@@ -252,6 +252,8 @@ DAMAGE: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
                               "hold the same samples with other numbers"),
     "a split that is not known": ("miles", "train_data/0_1.pt", lambda content: {**content, "qkv_format": "bshd"},
                                   "qkv_format bshd is split in another way; known is thd"),
+    "no number of ranks": ("miles", "train_data/0_1.pt", lambda content: {**content, "cp_size": 2**70},
+                           "context-parallel rank 1 of 1180591620717411303424 is no rank"),
     "two samples of one index": ("miles", "rollout_data/0.pt", in_sample(4, index=lambda index: 3),
                                  "two samples have the same index"),
     "a sample of another step": ("miles", "rollout_data/0.pt", in_sample(4, index=lambda index: 40),

@@ -41,6 +41,7 @@ from moediag.notation import INFER, TRAIN
 _FORMAT: Final = 2
 """Of slime's train_data."""
 _BYTES_LOOKED_AT: Final = 1 << 16
+_MOST_RANKS: Final = 1 << 16
 _TRAINERS: Final = ("log_probs", "entropy", "advantages")
 """What the trainer adds to a sample, per response token."""
 
@@ -345,6 +346,8 @@ def _gathered(paths: Sequence[Path], step: Step) -> dict[int, tuple[str, Columns
             raise DumpError(f"{path}: rollout_data should be columns with sample_indices, found {short(columns)}")
         ranks = groups.setdefault(tuple(columns["sample_indices"]), {})
         cp_rank, cp_size = content.get("cp_rank", 0), content.get("cp_size", 1)
+        if type(cp_rank) is not int or type(cp_size) is not int or not 0 <= cp_rank < cp_size <= _MOST_RANKS:
+            raise DumpError(f"{path}: context-parallel rank {short(cp_rank)} of {short(cp_size)} is no rank")
         if cp_size > 1 and content.get("qkv_format", "thd") != "thd":
             raise DumpError(f"{path}: qkv_format {content['qkv_format']} is split in another way; known is thd")
         if cp_rank in ranks:  # tensor-parallel peers compute the same
@@ -405,6 +408,8 @@ def _whole_sample(ranks: Mapping[int, Columns], i: int, where: str) -> Columns:
         if name in columns
     }
     n, n_response = len(sample["tokens"]), sample["response_lengths"]
+    if type(n_response) is not int or not 0 <= n_response <= n:
+        raise DumpError(f"{where}: response_lengths is {short(n_response)} for {n} tokens")
     for name in ("rollout_log_probs", *_TRAINERS):
         if name not in columns:
             continue
