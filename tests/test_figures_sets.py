@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import cycle
 
 import pytest
 from synthetic_runs import make_run
@@ -85,12 +86,19 @@ def test_reasons_of_several_runs_are_told_apart(dense):
     )
 
 
-@pytest.mark.parametrize("width", [COLUMN_WIDTH, 7.0])
 @pytest.mark.parametrize(
-    "case", ["one token", "few tokens", "blank", "self", "one layer", "ids only", "deep", "hostile label", "far ratios"]
+    ("case", "width"),
+    zip(
+        ["one token", "few tokens", "blank", "self", "one layer", "ids only", "deep", "hostile label", "far ratios"],
+        cycle([COLUMN_WIDTH, FULL_WIDTH]),
+        strict=False,
+    ),
 )
 def test_odd_runs_are_drawn_or_left_out_without_a_warning(case, width, tmp_path):
-    """Laid out, not saved: a warning or an error of any figure fails the test."""
+    """Laid out, not saved: a warning or an error of any figure fails the test.
+
+    Each case in one width, for both widths are drawn of an ordinary run below.
+    """
     frames = {
         "one token": lambda: make_run(n_tokens=1, n_prompts=1),
         "few tokens": lambda: make_run(n_tokens=8, n_prompts=4),
