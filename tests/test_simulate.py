@@ -16,8 +16,8 @@ from conftest import run_moediag
 from test_simulate_sources import logged, write
 
 from moediag.cli.main import main
-from moediag.corrections import METHODS, PRESETS, weights
-from moediag.corrections.chosen import choose
+from moediag.corrections import METHODS, PRESETS, choose, weights
+from moediag.corrections.presets import presets_of
 from moediag.corrections.sources import table_source
 from moediag.frames import declared_frames
 from moediag.report.simulation_page import STABILITY
@@ -48,10 +48,10 @@ def test_a_table_is_only_printed(table: Path, capsys: pytest.CaptureFixture[str]
 
 def test_every_preset_and_every_method_stands_side_by_side_once() -> None:
     chosen = choose()
-    words = [str(one.correction) for one in chosen.values()]
+    words = list(map(str, chosen.values()))
     assert len(words) == len(set(words))
-    assert {name for one in chosen.values() for name in one.presets} == PRESETS.keys()
-    methods = {step.method for one in chosen.values() for step in one.correction.steps}
+    assert {preset.name for one in chosen.values() for preset in presets_of(one)} == PRESETS.keys()
+    methods = {step.method for one in chosen.values() for step in one.steps}
     assert methods == METHODS.keys()
     assert list(choose(["icepop:beta=2"], ["glm-5", "verl"])) == [
         "none", "icepop:alpha=0.5,beta=2", *(name for name, one in PRESETS.items() if one.group == "verl"),
