@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from moediag.engines.launch import Engines, Job, OnEvent
 from moediag.engines.vllm.options import INFER_ENVIRONMENT
 
 # Fixed, so that the suite fails for what was changed and not for its luck; ``make hunt`` draws others, and more cases.
@@ -61,6 +64,63 @@ def run_moediag(*arguments: object, timeout: float = 600, **env: str) -> subproc
         env={**os.environ, **env},
         check=False,
     )
+
+
+class KeptEngines(contextlib.AbstractContextManager["KeptEngines"]):
+    """Engine processes that outlive the commands that use them: one per environment, as ``Engines`` has for one
+    command. Starting vLLM takes 25 seconds of processor time; loading another tiny model into it takes six.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[tuple[str, str], ...], Engines] = {}
+
+    def do(self, job: Job, env: dict[str, str], on_event: OnEvent) -> None:
+        """As :meth:`Engines.do`; after an error the next job of that environment gets a new process."""
+        self._kept.setdefault(tuple(env.items()), Engines()).do(job, env, on_event)
+
+    def __exit__(self, *_: object) -> None:
+        """The end of a command, after which they are kept."""
+
+    def close(self) -> None:
+        """End the processes."""
+        while self._kept:
+            self._kept.popitem()[1].close()
+
+
+ENGINES = KeptEngines()
+"""What the tests of this process share."""
+
+
+def pytest_sessionfinish() -> None:
+    ENGINES.close()
+
+
+def run_here(*arguments: object, engines: KeptEngines = ENGINES, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command in this process, word for word, on engine processes that are kept.
+
+    For tests of what a command computes, writes and prints; those of a process's own life call :func:`run_moediag`.
+    """
+    from moediag.cli.main import main
+
+    words, out, err = list(map(str, arguments)), io.StringIO(), io.StringIO()
+    with keeping(engines, **env), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(words)
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def keeping(engines: KeptEngines = ENGINES, **env: str) -> Iterator[None]:
+    """Commands and audits take the kept engines, under the environment of the suite and not of one test."""
+    import moediag.audit.gradients as audit
+    from moediag.cli import jobs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTEST_CURRENT_TEST", raising=False)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        for module in (jobs, audit):
+            patch.setattr(module, "Engines", lambda: engines)
+        yield
 
 
 def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
