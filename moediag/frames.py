@@ -7,7 +7,7 @@ is not declared, or has another dtype, is an error and not a surprise for a late
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -18,8 +18,6 @@ Kind = Literal["text", "flag", "id", "layer", "count", "share", "times", "number
 """How values are printed: ``id`` is a number that only names, ``layer`` one of which -1 means all."""
 
 _REGISTRY: dict[str, FrameSpec] = {}
-_COUNTED: Final = ("token", "token or sequence", "sequence", "prompt", "choice", "layer", "position")
-"""Units of counts, which their label names already."""
 
 
 @dataclass(frozen=True)

@@ -131,18 +131,23 @@ def _assemble(h: Healthy, parts: list[tuple[Any, ...]]) -> tuple[TokenRows, Capt
     moved = -np.logaddexp(0, -(logit + h.logp_noise * rng.normal(size=len(logp))))
     moved[moved > -3e-8] = 0.0  # what float32 makes of it
     moved[np.isnan(logp)] = np.nan
-    train = _capture(h, logits + h.noise * rng.normal(size=logits.shape), moved)
-    infer = _capture(h, logits, logp)
-    ends = np.array([end - 1 for _, end in tokens.sequence_bounds()])
-    for name, array in infer.arrays().items():
-        if array.ndim > 1:
-            array[ends] = -1 if name == "expert_ids_TLK" else np.nan
-    return tokens, train, infer
+    train = capture_of(h, tokens, logits + h.noise * rng.normal(size=logits.shape), moved)
+    return tokens, train, capture_of(h, tokens, logits, logp, is_sampler=True)
 
 
-def _capture(h: Healthy, logits: np.ndarray, logp: np.ndarray) -> Capture:
+def capture_of(
+    h: Healthy, tokens: TokenRows, logits: np.ndarray, logp: np.ndarray, is_sampler: bool = False
+) -> Capture:
+    """What an engine with these router logits (T, L, E) and log-probabilities captures.
+
+    Args:
+        is_sampler: the last token of each sequence was never consumed, so that it has no route.
+    """
     entropy = np.where(logp > -1e-6, 1e-5, np.abs(logp) + 0.1)
-    n_experts, top_k, _ = h.shape
+    n_experts, top_k, n_layers = h.shape
+    capture = Capture(logp.astype(np.float32), entropy.astype(np.float32))
+    if not n_layers:
+        return capture
     logits = bf16(logits) if h.bf16 else logits.astype(np.float32)
     scores = np.exp(logits.astype(np.float64) - logits.max(axis=2, keepdims=True))
     scores = scores / scores.sum(axis=2, keepdims=True)
@@ -154,16 +159,21 @@ def _capture(h: Healthy, logits: np.ndarray, logp: np.ndarray) -> Capture:
         margin, logit_margin = (a[:, :, top_k - 1] - a[:, :, top_k] for a in (ranked, ranked_logits))
     else:
         margin = logit_margin = np.full(ids.shape[:2], np.inf)
-    capture = Capture(logp.astype(np.float32), entropy.astype(np.float32), ids)
-    if not h.has_scores:
-        return capture
-    return replace(
-        capture,
-        gate_weights_TLK=bf16(gates) if h.bf16 else gates.astype(np.float32),
-        margin_TL=margin.astype(np.float32),
-        logit_margin_TL=logit_margin.astype(np.float32),
-        router_logits_TLE=logits.copy() if h.has_logits else None,
-    )
+    capture = replace(capture, expert_ids_TLK=ids)
+    if h.has_scores:
+        capture = replace(
+            capture,
+            gate_weights_TLK=bf16(gates) if h.bf16 else gates.astype(np.float32),
+            margin_TL=margin.astype(np.float32),
+            logit_margin_TL=logit_margin.astype(np.float32),
+            router_logits_TLE=logits.copy() if h.has_logits else None,
+        )
+    if is_sampler:
+        ends = np.array([end - 1 for _, end in tokens.sequence_bounds()])
+        for name, array in capture.arrays().items():
+            if array.ndim > 1:
+                array[ends] = -1 if name == "expert_ids_TLK" else np.nan
+    return capture
 
 
 def random_healthy(seed: int) -> Healthy:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.text import Text
 from synthetic import make_block, make_pair
-from synthetic_frames import make_run, make_summary
+from synthetic_runs import make_run
 
 import moediag
 import moediag.results.simulation
@@ -32,7 +32,7 @@ def test_no_verdict_is_promised_that_is_never_given() -> None:
 def test_a_method_has_the_same_words_in_the_figure_and_in_the_table() -> None:
     """Bug: one page said "every pair of experts" under the figure and "all pairs" in the table below."""
     frames = make_run(n_tokens=512)
-    page = markdown_page(run_page({**make_summary(frames), "predicted_flips": flip_headlines(frames)}, frames, []))
+    page = markdown_page(run_page({**frames.summary(), "predicted_flips": flip_headlines(frames)}, frames, []))
     kind = FIGURES["explained_flips"]
     figure = kind.plot(*({"moe": frames[name]} for name in kind.frames))
     drawn = " ".join(text.get_text() for text in figure.findobj(Text)).replace("\n", " ")

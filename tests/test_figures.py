@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.text import Text
-from synthetic_frames import blank_run, empty_frame, make_run
+from synthetic_runs import empty_frame, make_run
 
 from moediag.analysis import declarations as declared
 from moediag.errors import DiskFullError, RunError
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 @pytest.fixture(scope="module")
 def moe():
-    return make_run(n_tokens=4096)
+    return make_run(has_variants=True)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def dense():
 
 
 def pick(runs, name):
-    return {label: frames[name] for label, frames in runs.items()}
+    return {label: frames[name] for label, frames in runs.items() if name in frames}
 
 
 def figure1(**runs):
@@ -126,7 +126,7 @@ def test_layer_ticks_stay_readable_and_name_the_decoder_layer(n_layers):
 def test_dense_runs_are_left_out_of_the_depth_figure(moe, dense):
     figure = plot_agreement_by_depth(pick({"moe": moe, "dense": dense}, "agreement_by_layer"))
     assert "dense" not in " ".join(str(item.get_label()) for item in figure.axes[0].get_lines())
-    only = plot_agreement_by_depth({"dense": dense["agreement_by_layer"]})
+    only = plot_agreement_by_depth(pick({"dense": dense}, "agreement_by_layer"))
     assert "a dense model has none" in words(only)
 
 
@@ -274,7 +274,7 @@ def test_odd_runs_are_drawn_with_a_statement_and_no_warning(case, said):
     frames = {
         "self": lambda: make_run(n_tokens=256, scale=0),
         "one token": lambda: make_run(n_tokens=1, n_prompts=1),
-        "blank": lambda: blank_run(make_run(n_tokens=128)),
+        "blank": lambda: make_run(n_tokens=128, is_scored=False),
         "hostile label": lambda: make_run(n_tokens=128, n_layers=2),
     }[case]()
     with warnings.catch_warnings():

@@ -5,19 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from matplotlib.text import Text
-from synthetic_frames import make_run
+from synthetic_runs import make_run
 
 from moediag.analysis.flips.explained import BORDER_ONLY, best_method, flip_headlines, source_words
+from moediag.analysis.margins import MIN_CHOICES
 from moediag.figures import Floor, draw_figure, figures_left_out
 from moediag.figures.excess import plot_flip_excess
-from moediag.figures.explained import plot_explained_flips
+from moediag.figures.explained import LEAST, plot_explained_flips
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 
 @pytest.fixture(scope="module")
 def moe():
-    return make_run(n_tokens=4096)
+    return make_run(has_variants=True)
 
 
 def drawn(frames, **options):
@@ -56,19 +57,21 @@ def test_forecasts_are_the_frame_and_silent_ones_are_named(moe):
 
 def test_calibration_is_the_frame_and_its_error_is_said(moe):
     frame = moe["flip_calibration"]
-    rows = frame[(frame["method"] == "all_pairs") & (frame["layer"] == -1) & (frame["predicted"] >= 1e-4)]
+    curve = frame[(frame["method"] == "all_pairs") & (frame["layer"] == -1)]
+    rows = curve[(curve["predicted"] >= LEAST) & (curve["n_choices"] >= MIN_CHOICES) & (curve["observed"] > 0)]
     figure = drawn(moe)
     bars = next(item for item in figure.axes[1].containers if item.get_label() == "all layers")
     np.testing.assert_array_equal(bars.lines[0].get_ydata(), rows["observed"])
     pooled = moe["explained_flips"].iloc[0]
     assert f"mean error {100 * pooled['calibration_error']:.2g} %" in words(figure)
-    below = frame[(frame["method"] == "all_pairs") & (frame["layer"] == -1) & (frame["predicted"] < 1e-4)].iloc[0]
-    assert f"below 10⁻⁴: {below['n_choices']:,} choices, 0 flipped" in words(figure)
+    below = curve[curve["predicted"] < LEAST]
+    n_flipped = (below["observed"] * below["n_choices"]).sum()
+    assert f"below 10⁻⁴: {below['n_choices'].sum():,} choices, {n_flipped:.0f} flipped" in words(figure)
 
 
 def test_a_method_without_a_prediction_gives_way_to_the_next(moe):
     frame = moe["explained_flips"].copy()
-    frame.loc[frame["method"] == "all_pairs", ["explained", "gap"]] = np.nan
+    frame.loc[frame["method"] != "margin_change", ["explained", "gap"]] = np.nan
     assert best_method(frame) == "margin_change"
     assert "margins alone" in words(drawn({**moe, "explained_flips": frame}))
     frame["explained"] = np.nan

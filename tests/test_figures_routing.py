@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.patches import PathPatch
 from matplotlib.text import Text
-from synthetic_frames import make_run
+from synthetic_runs import make_run
 
 from moediag.figures import Floor
 from moediag.figures.excess import plot_flip_excess
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 @pytest.fixture(scope="module")
 def moe():
-    return make_run(n_tokens=8192)
+    return make_run(has_variants=True)
 
 
 def line(ax, label):

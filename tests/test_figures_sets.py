@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from synthetic_frames import blank_run, make_run
+from synthetic_runs import make_run
 
 from moediag.figures import (
     COLUMN_WIDTH,
@@ -24,16 +24,12 @@ DIFFERENCES = {"tail_curve", "ratio_histogram", "logp_diff_by_p_infer", "positio
 
 @pytest.fixture(scope="module")
 def moe():
-    return make_run(n_tokens=4096)
+    return make_run(has_variants=True)
 
 
 @pytest.fixture(scope="module")
 def dense():
     return make_run(n_tokens=2048, n_layers=0, seed=1)
-
-
-def ids_only(frames):
-    return {**frames, "margin_curve": frames["margin_curve"].iloc[:0], "margin_noise": frames["margin_noise"].iloc[:0]}
 
 
 def test_comparison_writes_every_figure_in_every_format_and_modest_size(moe, dense, tmp_path):
@@ -56,13 +52,15 @@ def test_a_dense_run_has_no_routing_figure_and_the_reason_is_there(dense, tmp_pa
     }
     left_out = figures_left_out({"dense": dense})
     assert written == {*FIGURES} - ROUTING == {*FIGURES} - {*left_out}
-    assert set(left_out.values()) == {"a dense model has no routing"}
+    assert set(left_out.values()) == {"there is no routing to compare: a dense model, or one arm has no routes"}
 
 
-def test_ids_without_margins_leave_out_the_margin_figures_only(moe):
-    assert figures_left_out({"moe": ids_only(moe)}) == dict.fromkeys(
-        ("margins", "margins_by_layer"), "no margins were captured (expert ids only)"
-    )
+def test_ids_alone_leave_out_the_figures_of_margins_with_the_reason():
+    """Bug: of a run of expert ids alone it was said that an older analysis had not written the frame."""
+    assert figures_left_out({"moe": make_run(n_tokens=512, has_scores=False)}) == {
+        **dict.fromkeys(("margins", "margins_by_layer"), "no margins were captured (expert ids only)"),
+        "explained_flips": "no flip could be explained (neither margins nor router logits of both arms)",
+    }
 
 
 def test_a_self_pair_leaves_out_what_would_be_an_empty_axis():
@@ -82,7 +80,7 @@ def test_a_frame_that_an_older_analysis_did_not_write_is_named(moe):
 
 def test_reasons_of_several_runs_are_told_apart(dense):
     assert (
-        "a: a dense model has no routing; b: no expert set flipped"
+        "a: there is no routing to compare: a dense model, or one arm has no routes; b: no expert set flipped"
         in (figures_left_out({"a": dense, "b": make_run(n_tokens=512, scale=0)})["flip_map"])
     )
 
@@ -96,11 +94,11 @@ def test_odd_runs_are_drawn_or_left_out_without_a_warning(case, width, tmp_path)
     frames = {
         "one token": lambda: make_run(n_tokens=1, n_prompts=1),
         "few tokens": lambda: make_run(n_tokens=8, n_prompts=4),
-        "blank": lambda: blank_run(make_run(n_tokens=128)),
+        "blank": lambda: make_run(n_tokens=128, is_scored=False),
         "self": lambda: make_run(n_tokens=128, scale=0),
         "one layer": lambda: make_run(n_tokens=512, n_layers=1),
-        "ids only": lambda: ids_only(make_run(n_tokens=512)),
-        "deep": lambda: make_run(n_tokens=1024, n_layers=94, n_experts=256),
+        "ids only": lambda: make_run(n_tokens=512, has_scores=False),
+        "deep": lambda: make_run(n_tokens=256, n_layers=94, n_experts=256),
         "hostile label": lambda: make_run(n_tokens=512, n_layers=2),
         "far ratios": lambda: make_run(n_tokens=512, scale=60.0),
     }[case]()

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from matplotlib.text import Text
-from synthetic_frames import make_run
+from synthetic_runs import make_run
 
 from moediag.figures import Floor
 from moediag.figures.density import certainty, plot_logp_diff_by_p_infer
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 @pytest.fixture(scope="module")
 def moe():
-    return make_run(n_tokens=4096)
+    return make_run(has_variants=True)
 
 
 def words(figure):

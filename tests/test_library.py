@@ -151,7 +151,7 @@ def test_what_is_not_there_is_one_line_that_lists_what_is(moe: moediag.Run, anal
         (lambda: moe.frames["logp_metric"], "has no frame logp_metric of infer~train; it has agreement_by_layer"),
         (lambda: moe.frames_of("infer", "train-fp32"), "has no arm train-fp32"),
         (lambda: moe.plot("figure_1"), "no figure figure_1; there are agreement_by_depth, expert_swaps"),
-        (lambda: dense.plot("margins"), "figure margins cannot be drawn of dense: a dense model has no routing"),
+        (lambda: dense.plot("margins"), "figure margins cannot be drawn of dense: there is no routing to compare"),
     )
     for show, words in cases:
         with pytest.raises(MoediagError) as found:

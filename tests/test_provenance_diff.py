@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from records import arm_of, made_otherwise
 from scripted_engine import create_scripted_run, write_scripted_shard
 
-from moediag.cli.diff_env import excerpts, table_lines
+from moediag.cli.diff_env import differences_table, excerpts
 from moediag.cli.main import main
 from moediag.run.environment import (
     DIFFERENT,
@@ -273,7 +273,7 @@ def test_any_record_can_be_compared(tmp_path_factory: pytest.TempPathFactory, ex
     there, back = compare_runs(a, b)[1], compare_runs(b, a)[1]
     swapped = [Difference(d.section, d.name, d.b, d.a) for d in back.differences]
     assert list(there.differences) == swapped
-    assert all(len(line) <= 100 for line in table_lines(there.differences))
+    assert all(len(line) <= 100 for line in differences_table(there.differences).splitlines())
 
 
 @given(st.text(max_size=300), st.text(max_size=300), st.integers(12, 120))

@@ -37,6 +37,7 @@ def test_everything_that_is_not_run_is_on_the_list() -> None:
 def test_every_command_of_the_readme_runs(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands share engine processes, started in the folder that their paths are relative to; Python has its own."""
     (tmp_path / "moediag-demo").symlink_to(demo)
+    (tmp_path / "tests").symlink_to(REPOSITORY / "tests")  # the sample of a dump
     monkeypatch.chdir(tmp_path)
     n_run = 0
     with closing(KeptEngines()) as engines:

@@ -15,9 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from synthetic_frames import empty_frame, make_run, make_summary
+from synthetic_runs import AnalysedRun, empty_frames, make_run
 
-from moediag.analysis import declarations as declared
 from moediag.analysis.flips.explained import BORDER_ONLY, flip_headlines
 from moediag.frames import declared_frames
 from moediag.numbers import percent
@@ -93,24 +92,17 @@ class Parsed(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def moe() -> dict[str, pd.DataFrame]:
-    return with_worst(make_run(n_tokens=1024))
+def moe() -> AnalysedRun:
+    return make_run(has_variants=True)
 
 
 @pytest.fixture(scope="module")
-def dense() -> dict[str, pd.DataFrame]:
-    return with_worst(make_run(n_tokens=512, n_layers=0, seed=1))
+def dense() -> AnalysedRun:
+    return make_run(n_tokens=512, n_layers=0, seed=1)
 
 
-def with_worst(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    tokens = frames["tokens"].head(15)
-    worst = tokens.assign(rank=range(len(tokens)), logp_diff=tokens["logp_train"].astype(float) - tokens["logp_infer"])
-    columns = [column.name for column in declared.WORST_TOKENS.columns]
-    return {**frames, "worst_tokens": declared.WORST_TOKENS.validate(worst[columns])}
-
-
-def summary_of(frames: dict[str, pd.DataFrame], floors: object = FLOORS, **model: object) -> dict[str, object]:
-    return {**make_summary(frames, **model), "floors": floors, "verdict": VERDICT}
+def summary_of(run: AnalysedRun, floors: object = FLOORS, **model: object) -> dict[str, object]:
+    return {**run.summary(**model), "floors": floors, "verdict": VERDICT}
 
 
 def open_lines(text: str) -> int:
@@ -136,7 +128,7 @@ def hostile_page(frames: dict[str, pd.DataFrame]) -> object:
     return run_page(summary, frames, [], texts=texts, regenerate=[f"moediag report '{HOSTILE}'"])
 
 
-def test_nothing_is_loaded_and_a_policy_says_so(moe: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+def test_nothing_is_loaded_and_a_policy_says_so(moe: AnalysedRun, tmp_path: Path) -> None:
     figure = tmp_path / "figures" / "figure1.png"
     figure.parent.mkdir()
     figure.write_bytes(PNG)
@@ -161,7 +153,7 @@ def test_nothing_is_loaded_and_a_policy_says_so(moe: dict[str, pd.DataFrame], tm
     assert len(image["alt"]) > 20
 
 
-def test_hostile_text_is_text(moe: dict[str, pd.DataFrame]) -> None:
+def test_hostile_text_is_text(moe: AnalysedRun) -> None:
     """A model's path, an engine's name, a floor's words, a token: markup, control and direction characters in each."""
     text = html_page(hostile_page(moe))
     parsed = Parsed(text)
@@ -199,7 +191,7 @@ def test_visible_text_is_one_line_that_can_be_written(text: str) -> None:
     assert shown == one_line(shown) or "  " in shown
 
 
-def test_numbers_are_the_same_in_markdown_html_and_summary(moe: dict[str, pd.DataFrame]) -> None:
+def test_numbers_are_the_same_in_markdown_html_and_summary(moe: AnalysedRun) -> None:
     summary = summary_of(moe)
     page = run_page(summary, moe, [])
     shown, written = Parsed(html_page(page)).tables, markdown_tables(markdown_page(page))
@@ -222,7 +214,7 @@ def test_numbers_are_the_same_in_markdown_html_and_summary(moe: dict[str, pd.Dat
     assert found == pytest.approx(wanted, rel=0.01)
 
 
-def test_every_table_says_what_it_shows_and_headings_are_in_order(moe: dict[str, pd.DataFrame]) -> None:
+def test_every_table_says_what_it_shows_and_headings_are_in_order(moe: AnalysedRun) -> None:
     page = run_page(summary_of(moe), moe, [])
     text = html_page(page)
     tags = [tag for tag, _ in Parsed(text).elements]
@@ -235,7 +227,7 @@ def test_every_table_says_what_it_shows_and_headings_are_in_order(moe: dict[str,
     assert set(re.findall(r'href="#([\w-]+)"', text)) <= set(anchors)
 
 
-def test_floors_stand_beside_the_numbers(moe: dict[str, pd.DataFrame]) -> None:
+def test_floors_stand_beside_the_numbers(moe: AnalysedRun) -> None:
     rows = {row[0]: row for row in Parsed(html_page(run_page(summary_of(moe), moe, []))).tables[0]}
     assert rows["abs logp diff, mean"][3:5] == ["0.000700 (0.000500 to 0.000900), 26× that", "0.0160"]
     assert rows["KL(infer‖train), k3"][3:5] == ["0", "not measured"], "no ratio to a floor of 0"
@@ -248,7 +240,7 @@ def test_floors_stand_beside_the_numbers(moe: dict[str, pd.DataFrame]) -> None:
     assert "| rounding scale | `train~train-perturbed` | one ulp | 0.0160 |" in text
 
 
-def test_a_bit_exact_floor_is_called_so_and_half_a_floor_names_the_other_half(moe: dict[str, pd.DataFrame]) -> None:
+def test_a_bit_exact_floor_is_called_so_and_half_a_floor_names_the_other_half(moe: AnalysedRun) -> None:
     mean = {"floor": 0.0, "rule": "sum", "is_bit_exact": True, "ratio": None, "note": ""}
     floors = {**FLOORS, "train": None, "metrics": {"abs_logp_diff.mean": mean}}
     text = html_page(run_page(summary_of(moe, floors), moe, []))
@@ -260,17 +252,17 @@ def test_a_bit_exact_floor_is_called_so_and_half_a_floor_names_the_other_half(mo
     assert "train's was not measured" in Parsed(text).text
 
 
-def test_without_text_no_token_is_on_any_page(moe: dict[str, pd.DataFrame]) -> None:
+def test_without_text_no_token_is_on_any_page(moe: AnalysedRun) -> None:
     marked = {**moe, "worst_tokens": moe["worst_tokens"].assign(token_id=987654321)}
     for texts, is_shown in ((TokenTexts(), True), (WITHHELD, False)):
-        page = run_page(summary_of(marked), marked, [], texts=texts)
+        page = run_page(summary_of(moe), marked, [], texts=texts)
         for text in (html_page(page), markdown_page(page)):
             assert ("987654321" in text) == is_shown
             assert bool(re.search(r">before it</th>|\| before it \| token", text)) == is_shown
             assert plain(texts.note) in text
 
 
-def test_the_token_stands_after_what_is_before_it(moe: dict[str, pd.DataFrame]) -> None:
+def test_the_token_stands_after_what_is_before_it(moe: AnalysedRun) -> None:
     row = moe["worst_tokens"].iloc[0]
     texts = TokenTexts({(int(row["seq_id"]), int(row["position"])): TokenText("to be or", " not")}, "Decoded.")
     page = run_page(summary_of(moe), moe, [], texts=texts)
@@ -279,7 +271,7 @@ def test_the_token_stands_after_what_is_before_it(moe: dict[str, pd.DataFrame]) 
     assert table[2][-2] == "–", "no text for this one: its id"
 
 
-def test_the_same_input_gives_the_same_bytes(moe: dict[str, pd.DataFrame]) -> None:
+def test_the_same_input_gives_the_same_bytes(moe: AnalysedRun) -> None:
     first, second = (html_page(run_page(summary_of(moe), moe, [])) for _ in range(2))
     assert first == second
     assert not re.search(r"20[2-9]\d-\d\d-\d\d", first), "no date"
@@ -287,7 +279,7 @@ def test_the_same_input_gives_the_same_bytes(moe: dict[str, pd.DataFrame]) -> No
 
 @pytest.mark.parametrize("n_layers", [0, 6, 96])
 def test_markdown_is_short_enough_for_an_issue(n_layers: int) -> None:
-    frames = with_worst(make_run(n_tokens=256, n_layers=n_layers))
+    frames = make_run(n_tokens=256, n_layers=n_layers)
     summary = summary_of(frames)
     summary["verdict"] = {**VERDICT, "evidence": ["a line"] * 8}
     summary["sampling"]["top_p"] = 0.9
@@ -300,9 +292,7 @@ def test_markdown_is_short_enough_for_an_issue(n_layers: int) -> None:
 
 
 @pytest.mark.parametrize("n_runs", [2, 5, 30])
-def test_any_number_of_runs_is_compared_on_one_page(
-    moe: dict[str, pd.DataFrame], dense: dict[str, pd.DataFrame], n_runs: int
-) -> None:
+def test_any_number_of_runs_is_compared_on_one_page(moe: AnalysedRun, dense: AnalysedRun, n_runs: int) -> None:
     frames = {f"run{i}": (moe, dense)[i % 2] for i in range(n_runs)}
     runs = {label: summary_of(frame) for label, frame in frames.items()}
     page = comparison_page({"schema_version": 2, "runs": runs}, frames, [])
@@ -318,7 +308,7 @@ def test_any_number_of_runs_is_compared_on_one_page(
     assert {tag for tag, _ in parsed.elements} <= ALLOWED
 
 
-def test_what_ran_differently_is_on_the_comparison(moe: dict[str, pd.DataFrame]) -> None:
+def test_what_ran_differently_is_on_the_comparison(moe: AnalysedRun) -> None:
     found = ArmComparison("infer", 40, (Difference("versions", "torch", "2.9<b>", "2.10"),))
     absent = ArmComparison("train-replay", 0, (), missing_in="B")
     runs = {"a": summary_of(moe), "b": summary_of(moe)}
@@ -330,7 +320,7 @@ def test_what_ran_differently_is_on_the_comparison(moe: dict[str, pd.DataFrame])
 
 
 def nothing_scored() -> tuple[dict[str, object], dict[str, pd.DataFrame]]:
-    frames = with_worst(make_run(n_tokens=64, n_prompts=4))
+    frames = make_run(n_tokens=64, n_prompts=4)
     blank = frames["logp_metrics"].assign(value=np.nan, ci_low=np.nan, ci_high=np.nan, note="nothing scored")
     summary = summary_of(frames)
     pair = summary["pairs"]["infer~train"]
@@ -344,12 +334,12 @@ def degenerate(kind: str) -> tuple[dict[str, object], dict[str, pd.DataFrame]]:
     if kind == "nothing scored":
         return nothing_scored()
     n_layers, n_tokens = (0 if kind == "dense" else 3), (1 if kind == "one token" else 64)
-    frames = with_worst(make_run(n_tokens=n_tokens, n_prompts=1, n_layers=n_layers, n_bins=1))
+    frames = make_run(n_tokens=n_tokens, n_prompts=1, n_layers=n_layers)
     summary = summary_of(frames)
     if kind == "ids only":
         frames = {name: frame for name, frame in frames.items() if not name.startswith("margin")}
     if kind == "empty frames":
-        frames = {spec.name: empty_frame(spec) for spec in declared_frames()}
+        frames = empty_frames()
     if kind == "no frames":
         frames = {}
     if kind == "nothing known":
@@ -382,30 +372,34 @@ def test_degenerate_runs_make_a_page(kind: str) -> None:
     assert "That training will be stable" in text
 
 
-def test_explained_and_forecast_flips_are_the_frames_by_the_best_method(moe: dict[str, pd.DataFrame]) -> None:
+def test_explained_and_forecast_flips_are_the_frames_by_the_best_method(moe: AnalysedRun) -> None:
     summary = {**summary_of(moe), "predicted_flips": flip_headlines(moe)}
     text = markdown_page(run_page(summary, moe, []))
     assert "the noise comes from" in text
     pooled = moe["explained_flips"].iloc[0]
     assert f"explain **{percent(pooled['explained'])}** of choices flipping" in text
     tables = {tuple(table[0][:2]): table[1:] for table in markdown_tables(text)}
-    explained = tables["layer (decoder)", "from"]
-    assert [line[0] for line in explained] == ["all", "all", *(f"{i} ({i + 1})" for i in range(6))]
-    assert [line[1] for line in explained] == ["every pair of experts", "margins alone", *["every pair of experts"] * 6]
+    layers = tables["layer (decoder)", "from"]
+    assert [line[0] for line in layers] == ["all", "all", "all", *(f"{i} ({i + 1})" for i in range(6))]
+    methods = ["every pair of experts", "the border pair", "margins alone", *["every pair of experts"] * 6]
+    assert [line[1].partition(":")[0] for line in layers] == methods
+    assert [line[4] for line in layers[:3]] == [
+        percent(value) for value in moe["explained_flips"].query("layer == -1")["explained"]
+    ]
     forecasts = tables["pair", "if it had the"]
+    rows = moe["forecast_flips"].query("layer == -1")
     assert [line[:2] for line in forecasts] == [
         ["infer~train", "noise of infer-repeat"],
         ["infer~train", "noise of train-perturbed"],
     ]
-    assert [line[2] for line in forecasts] == [percent(0.0), percent(1.5 * pooled["observed"])]
+    assert [line[2] for line in forecasts] == [percent(value) for value in rows["forecast"]]
     assert [line[3] for line in forecasts] == [percent(pooled["observed"])] * 2, "the pair that the forecast is of"
-    assert [line[-1] for line in forecasts] == [
-        f"{source} as is" for source in ("infer~infer-repeat", "train~train-perturbed")
-    ]
-    assert len(tables["P(flip)", "predicted"]) == 6
+    assert [line[-1] for line in forecasts] == list(rows["assumption"])
+    bins = moe["flip_calibration"].query("method == 'all_pairs' and layer == -1")
+    assert len(tables["P(flip)", "predicted"]) == len(bins)
 
 
-def test_what_another_router_precision_does_is_measured_and_not_forecast(moe: dict[str, pd.DataFrame]) -> None:
+def test_what_another_router_precision_does_is_measured_and_not_forecast(moe: AnalysedRun) -> None:
     """Rounded recorded logits stood as forecasts beside infer~train and were of infer against its own logits."""
     summary = {**summary_of(moe), "predicted_flips": flip_headlines(moe)}
     assert "with another router arithmetic" not in markdown_page(run_page(summary, moe, []))
@@ -419,7 +413,7 @@ def test_what_another_router_precision_does_is_measured_and_not_forecast(moe: di
     assert row[2:] == ["2.16 %", "2.00 % to 2.30 %", "114,756"]
 
 
-def test_margins_alone_say_beside_the_gap_what_they_leave_out(moe: dict[str, pd.DataFrame]) -> None:
+def test_margins_alone_say_beside_the_gap_what_they_leave_out(moe: AnalysedRun) -> None:
     """Margins alone fall short of the flips as these grow (x.87 at 4 %, x.62 at 31 %), and no reason stood there."""
     explained = moe["explained_flips"][lambda frame: frame["method"] == "margin_change"].assign(note=BORDER_ONLY)
     frames = {**moe, "explained_flips": explained}
@@ -430,13 +424,14 @@ def test_margins_alone_say_beside_the_gap_what_they_leave_out(moe: dict[str, pd.
     assert {line[1] for line in layers} == {"margins alone"}
 
 
-def test_without_predictions_the_page_says_nothing_of_them(moe: dict[str, pd.DataFrame]) -> None:
-    names = ("explained_flips", "flip_calibration", "forecast_flips")
+def test_without_predictions_the_page_says_nothing_of_them(moe: AnalysedRun) -> None:
+    names = ("explained_flips", "flip_calibration", "forecast_flips", "score_noise")
     frames = {name: frame for name, frame in moe.items() if name not in names}
-    assert "Explained" not in markdown_page(run_page(summary_of(moe), frames, []))
+    summary = {**summary_of(moe), "predicted_flips": None}
+    assert "Explained" not in markdown_page(run_page(summary, frames, []))
 
 
-def test_exact_divergences_stand_beside_their_estimates(moe: dict[str, pd.DataFrame]) -> None:
+def test_exact_divergences_stand_beside_their_estimates(moe: AnalysedRun) -> None:
     spec = next(spec for spec in declared_frames() if spec.name == "exact_divergences")
     row = {"value": 1.048e-3, "ci_low": 0.9e-3, "ci_high": 1.2e-3, "n_tokens": 640, "n_prompts": 64,
            "n_vocabulary": 257, "unit": "nat", "direction": "lower is better", "note": ""}  # fmt: skip

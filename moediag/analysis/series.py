@@ -198,17 +198,17 @@ def metric_rows(trend: pd.DataFrame, metric: str) -> pd.DataFrame:
     return rows
 
 
-def delta_metric(trend: pd.DataFrame, wanted: str | None = None) -> str | None:
+def delta_metric(trend: pd.DataFrame, name: str | None = None) -> str | None:
     """The metric that stands for the theorem's delta: the one requested, else the best KL that every step has.
 
     Raises:
         DumpError: the one requested is not there.
     """
     there = list(dict.fromkeys(trend.loc[trend["value"].notna(), "metric"]))
-    if wanted is not None:
-        if wanted not in there:
-            raise DumpError(f"no metric {wanted} in the series; it has {', '.join(there) or 'none'}")
-        return wanted
+    if name is not None:
+        if name not in there:
+            raise DumpError(f"no metric {name} in the series; it has {', '.join(there) or 'none'}")
+        return name
     n_steps = trend["step"].nunique()
     full = [name for name in KL_METRICS if metric_rows(trend, name)["value"].notna().sum() == n_steps]
     return next(iter(full), next((name for name in KL_METRICS if name in there), None))
@@ -272,8 +272,8 @@ def warnings_of(trend: pd.DataFrame) -> tuple[str, ...]:
     found = []
     for metric, rows in trend.groupby("metric", sort=False):
         known = rows.dropna(subset=["value"])
-        said = _infinite(known) or (_beyond_rounding(known) or _far_start(known) if str(metric) in KNOWN else "")
-        found += [f"{metric}: {said}"] if said else []
+        warning = _infinite(known) or (_beyond_rounding(known) or _far_start(known) if str(metric) in KNOWN else "")
+        found += [f"{metric}: {warning}"] if warning else []
     return tuple(found)
 
 

@@ -98,14 +98,14 @@ class ExactDivergences:
 
     def summary(self) -> dict[str, Any]:
         """For summary.json, under the pair's ``logp``: each value, its interval, and how much lies behind them."""
-        told: dict[str, Any] = {}
+        summary: dict[str, Any] = {}
         for row in self.measures.to_dict("records"):
             if row["measure"] in EXACT:
                 bounds = [row["ci_low"], row["ci_high"]]
-                told[row["measure"]] = row["value"] if math.isfinite(row["value"]) else None
-                told[f"{row['measure']}_ci"] = bounds if all(map(math.isfinite, bounds)) else None
+                summary[row["measure"]] = row["value"] if math.isfinite(row["value"]) else None
+                summary[f"{row['measure']}_ci"] = bounds if all(map(math.isfinite, bounds)) else None
         first = self.measures.iloc[0]
-        return {**told, "exact": {name: int(first[name]) for name in ("n_tokens", "n_prompts", "n_vocabulary")}}
+        return {**summary, "exact": {name: int(first[name]) for name in ("n_tokens", "n_prompts", "n_vocabulary")}}
 
 
 def exact_divergences(run: Run) -> ExactDivergences | None:
@@ -186,11 +186,11 @@ def _shard_divergences(run: Run) -> Iterator[tuple[pd.DataFrame, int]]:
         if infer is None or train is None:
             continue
         tokens = run.tokens(shard)
-        wanted_N = response_rows(tokens, run.vocab_sequences(arms[0], shard))
+        expected_N = response_rows(tokens, run.vocab_sequences(arms[0], shard))
         is_same = infer.logps_NV.shape == train.logps_NV.shape
         n_vocabulary = infer.logps_NV.shape[1]
-        is_of_these = all(np.array_equal(vocab.row_N, wanted_N) for vocab in (infer, train))
-        if not (is_same and is_of_these) or tokens.token_id_T[wanted_N].max(initial=0) >= n_vocabulary:
+        is_of_these = all(np.array_equal(vocab.row_N, expected_N) for vocab in (infer, train))
+        if not (is_same and is_of_these) or tokens.token_id_T[expected_N].max(initial=0) >= n_vocabulary:
             raise AlignmentError(
                 f"{run.path} {shard.stem}: infer's distributions are {infer.logps_NV.shape}, train's "
                 f"{train.logps_NV.shape}, or of other tokens than {MANIFEST} says; capture that shard again"

@@ -122,7 +122,7 @@ class GradientEngine:
             self.tokens.bounds_S,
             self.bases,
             self.request.max_bytes,
-            self._told("token of the vocabulary"),
+            self._progress_of("token of the vocabulary"),
         )
 
     @torch.no_grad()
@@ -132,17 +132,17 @@ class GradientEngine:
             self.left_out["exact"] = NO_VOCABULARY
             return
         methods = tuple(name for name in self.request.methods if is_token_level(name))
-        told = self._told("token of the vocabulary (exact reference)")
+        on_done = self._progress_of("token of the vocabulary (exact reference)")
         self.reporter.stage("exact reference: every token of the vocabulary at every prefix")
         _, row = np.unique([one.prompt for one in prefixes], return_inverse=True)  # prompts without any are left out
         prefixes = [replace(one, prompt=int(prompt)) for one, prompt in zip(prefixes, row, strict=True)]
-        self.arrays["gram_exact"] = expected_gram(head, prefixes, methods, self.request.max_bytes, told)
+        self.arrays["gram_exact"] = expected_gram(head, prefixes, methods, self.request.max_bytes, on_done)
         self.facts["n_prefixes"] = sum(len(one.token_N) for one in prefixes)
         self.facts["n_prefix_sequences"] = len(prefixes)
 
     def _autograd(self) -> None:
-        wanted = [group for group in AUTOGRAD_GROUPS if group in self.request.groups]
-        parameters = {group: parameters_of(self.model, group) for group in wanted}
+        groups = [group for group in AUTOGRAD_GROUPS if group in self.request.groups]
+        parameters = {group: parameters_of(self.model, group) for group in groups}
         self.left_out |= {g: f"{type(self.model).__name__} has no {g}" for g, found in parameters.items() if not found}
         n_vectors = sum(len(basis.basis_RT) for basis in self.bases)
         parameters, too_large = affordable(
@@ -165,7 +165,7 @@ class GradientEngine:
         self.arrays |= {f"gram_{group}_BB": gram_BB for group, gram_BB in grams.items()}
         self.facts |= {"n_passes": n_passes, "n_backwards": n_passes * n_vectors}
 
-    def _told(self, unit: str) -> Any:
+    def _progress_of(self, unit: str) -> Any:
         return lambda done, total: self.reporter.progress(done, total, unit)
 
 

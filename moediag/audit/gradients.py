@@ -139,11 +139,11 @@ def run_gradient_audit(run: Run, checkpoint: Checkpoint, request: GradientReques
     request = request.check()
     run.pair(request.train, request.infer)
     scored = run.checkpoint_of(request.train)
-    wanted, found = scored and scored.weights_sha256, checkpoint.digests["weights_sha256"]
-    if wanted and wanted != found:
+    expected, found = scored and scored.weights_sha256, checkpoint.digests["weights_sha256"]
+    if expected and expected != found:
         raise CheckpointError(
             f"{checkpoint.path} holds other weights (sha256 {found[:12]}) than {run.path} was captured with "
-            f"({str(wanted)[:12]}); give the checkpoint of the run"
+            f"({str(expected)[:12]}); give the checkpoint of the run"
         )
     captures = captures_digest(run, (request.train, request.infer))
     with claims.claim(run.path / CLAIMS / "gradients") as is_mine:

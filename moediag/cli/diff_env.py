@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -111,25 +109,16 @@ def _show_arm(comparison: ArmComparison) -> None:
         say(f"{what}: identical ({comparison.n_facts} facts compared{left_out})")
     else:
         say(f"{what}: {len(comparison.differences)} of {comparison.n_facts} facts differ{left_out}")
-        for line in table_lines(comparison.differences):
-            say(line)
+        say(differences_table(comparison.differences))
         say()
 
 
-def table_lines(differences: Sequence[Difference], width: int = _WIDTH) -> list[str]:
-    """Rows of section, name, value A, value B; long cells go on in the next line, very long ones are cut.
+def differences_table(differences: Sequence[Difference]) -> str:
+    """Section, name, value A, value B; long cells go on in the next line, very long ones are cut."""
+    from moediag.cli.table import table_text
 
-    Args:
-        width: longest line [characters].
-    """
-    rows = [("section", "name", "A", "B")]
-    rows += [(d.section, d.name, *excerpts(d.a, d.b, _LONGEST)) for d in differences]
-    section = max(len(row[0]) for row in rows)
-    name = min(max(len(row[1]) for row in rows), 34)
-    rest = width - section - name - 6
-    value_a = min(max(len(row[2]) for row in rows), rest // 2)
-    value_b = min(max(len(row[3]) for row in rows), rest - value_a)
-    return [line for row in rows for line in _row_lines(row, (section, name, value_a, value_b))]
+    rows = [(d.section, d.name, *excerpts(d.a, d.b, _LONGEST)) for d in differences]
+    return table_text(("section", "name", "A", "B"), rows, width=_WIDTH)
 
 
 def excerpts(a: str, b: str, longest: int) -> tuple[str, str]:
@@ -153,9 +142,3 @@ def _cut(text: str, longest: int) -> str:
         return text
     head = (longest - len(_MARK)) // 2
     return f"{text[:head]}{_MARK}{text[len(text) - (longest - len(_MARK) - head) :]}"
-
-
-def _row_lines(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    parts = [wrap(cell, width, break_on_hyphens=False) or [""] for cell, width in zip(cells, widths, strict=True)]
-    lines = ("  ".join(map(str.ljust, line, widths)) for line in zip_longest(*parts, fillvalue=""))
-    return [line.rstrip() for line in lines]

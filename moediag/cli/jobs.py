@@ -131,11 +131,9 @@ def join(
     RunWriter(run).refuse_earlier_schema()
     known_sampling(run)
     there = None if run.record.checkpoint is None else run.checkpoint(run.record.checkpoint)
-    is_other = there is None or there.digest != checkpoint.record.digest
-    if is_other and not is_other_checkpoint:
-        words = "none" if there is None else there.words
+    if there is not None and there.digest != checkpoint.record.digest and not is_other_checkpoint:
         raise RunConflictError(
-            f"{output} was made with another checkpoint: {words} there, {checkpoint.record.words} given; use "
+            f"{output} was made with another checkpoint: {there.words} there, {checkpoint.record.words} given; use "
             "another -o, or --other-checkpoint to compare the two"
         )
     if run.record.tokenizer is not None:
@@ -169,7 +167,7 @@ def reference_for(run: Run, name: str, arm: str, checkpoint: Checkpoint) -> tupl
                 f"give the one of {checkpoint.record.words} a name of its own with --name"
             )
         return Reference(made.role, there.path if there else None), False
-    return Reference(there.name, there.path, there.engine), there.checkpoint != digest
+    return Reference(there.name, there.path, there.engine), there.checkpoint not in (None, digest)
 
 
 def open_other(name: str, plan: Plan, trust_remote_code: bool) -> Checkpoint:
@@ -230,7 +228,9 @@ class Arms:
     def compare_weights(self) -> None:
         """Keep how every other checkpoint differs from the run's, once."""
         run = self.writer.run
-        if run.record.checkpoint is None:
+        if run.record.checkpoint is None:  # imported: no dump names one
+            for one in self.checkpoints.values():
+                self.writer.add_checkpoint(one.record)
             return
         there = run.checkpoint(run.record.checkpoint)
         for other in self.checkpoints.values():

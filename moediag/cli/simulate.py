@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,6 +114,7 @@ def command(
     from moediag.corrections.chosen import choose
     from moediag.corrections.weight_files import refuse_weights_path, write_weights
     from moediag.folder import refuse_other
+    from moediag.importers.registry import foreign_format
     from moediag.results.load import shell_command
     from moediag.results.simulation import SIMULATION, Request, write_simulation
     from moediag.results.simulation import as_json as content_of
@@ -122,28 +125,30 @@ def command(
         refuse_weights_path(weights_out, force)
     if checkpoint and not gradient_audit:
         raise typer.BadParameter("goes with --gradient-audit", param_hint="--checkpoint")
-    run = _open(target, mask, {"--pair": pair, "--gradient-audit": gradient_audit, "--checkpoint": checkpoint})
-    pairs = {} if run is None else {"pair": _pair_of(run, pair)}
-    grid = _grid(sweep or everything, alphas, betas)
-    request = Request(
-        target, chosen, grid, reward=reward, eps_clip=eps_clip, mask=mask,
-        gradient_audit=gradient_audit, checkpoint=checkpoint, **pairs,
-    )  # fmt: skip
-    folder = request.folder(run) if output is None and run is not None else output
-    if folder is not None:
-        refuse_other(folder, SIMULATION, request.content(folder), force)
-    with bar("simulating") as progress:
-        simulation = request.simulate(run, progress.show)
-    if weights_out is not None:
-        named = {name: one.correction for name, one in simulation.chosen.items() if name != "none" or everything}
-        with bar("writing weights") as progress:
-            write_weights(simulation.source, named, weights_out, progress.show)
-    if run is not None and gradient_audit:
-        _audit(simulation, run, request.arms, checkpoint, is_named=not everything)
-    pages = []
-    if folder is not None:
-        again = [shell_command(*context.obj)]
-        pages = write_simulation(simulation, folder, again, request.content(folder), force, pdf)
+    of_run_only = {"--pair": pair, "--gradient-audit": gradient_audit, "--checkpoint": checkpoint}
+    is_dump = foreign_format([target]) is not None
+    with _imported(target, mask) if is_dump else nullcontext(_open(target, mask, of_run_only)) as run:
+        pairs = {} if run is None else {"pair": _pair_of(run, pair)}
+        grid = _grid(sweep or everything, alphas, betas)
+        request = Request(
+            target, chosen, grid, reward=reward, eps_clip=eps_clip, mask=mask,
+            gradient_audit=gradient_audit, checkpoint=checkpoint, **pairs,
+        )  # fmt: skip
+        folder = request.folder(run) if output is None and run is not None and not is_dump else output
+        if folder is not None:
+            refuse_other(folder, SIMULATION, request.content(folder), force)
+        with bar("simulating") as progress:
+            simulation = request.simulate(run, progress.show)
+        if weights_out is not None:
+            named = {name: one.correction for name, one in simulation.chosen.items() if name != "none" or everything}
+            with bar("writing weights") as progress:
+                write_weights(simulation.source, named, weights_out, progress.show)
+        if run is not None and gradient_audit:
+            _audit(simulation, run, request.arms, checkpoint, is_named=not everything)
+        pages = []
+        if folder is not None:
+            again = [shell_command(*context.obj)]
+            pages = write_simulation(simulation, folder, again, request.content(folder), force, pdf)
     if as_json:
         say_json(content_of(simulation))
     else:
@@ -154,6 +159,21 @@ def command(
             wrote(path)
     if strict:
         o.refuse_errors(simulation.source.findings)
+
+
+@contextmanager
+def _imported(target: Path, mask: str | None) -> Iterator[Run]:
+    """The one run of a framework's dump."""
+    from moediag.importers.rollouts import Options
+    from moediag.importers.write import imported_for_now
+
+    if mask:
+        raise typer.BadParameter(f"{target} is a dump, which knows its response tokens", param_hint="--mask")
+    with imported_for_now([target], Options()) as runs:
+        if len(runs) > 1:
+            steps = ", ".join(str(run.record.step) for run in runs)
+            raise RunError(f"{target} holds steps {steps}; give the files of one, or import it and simulate one run")
+        yield runs[0]
 
 
 def _open(target: Path, mask: str | None, of_run_only: dict[str, Any]) -> Run | None:
@@ -180,11 +200,11 @@ def _pair_of(run: Run, text: str | None) -> str:
     return run.pair_name(first, second)
 
 
-def _grid(is_wanted: bool, alphas: str | None, betas: str | None) -> Grid | None:
+def _grid(is_on: bool, alphas: str | None, betas: str | None) -> Grid | None:
     """The bands to sweep; None = no sweep."""
     from moediag.results.simulation import Grid
 
-    if not (is_wanted or alphas or betas):
+    if not (is_on or alphas or betas):
         return None
     given = {name: _bounds(text, f"--{name}") for name, text in (("alphas", alphas), ("betas", betas)) if text}
     return Grid(**given)

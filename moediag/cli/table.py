@@ -26,10 +26,13 @@ _WIDTH: Final = 110
 """Longest line of sentences [character]."""
 
 
-def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> str:
     """A table for the terminal: the first column to the left, numbers to the right.
 
     On a terminal too narrow for it cells go on in the next line; in a pipe no cell is broken.
+
+    Args:
+        width: longest line [character] of a table of words, all of whose columns are to the left; None = numbers.
     """
     from rich.console import Console
     from rich.table import Table
@@ -37,11 +40,12 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for nth, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if nth else "left", overflow="fold")
+        table.add_column(Text(name), justify="right" if nth and width is None else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     sink, natural = io.StringIO(), sum(max(len(row[nth]) for row in (header, *rows)) + 2 for nth in range(len(header)))
-    Console(file=sink, width=min(natural, Console().width) if sys.stdout.isatty() else natural).print(table)
+    widest = width or (Console().width if sys.stdout.isatty() else natural)
+    Console(file=sink, width=min(natural, widest)).print(table)
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
 
 

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 NAME = "validate"
 
 Target = Annotated[
-    Path | None,
-    typer.Argument(metavar="RUN|FILE", help="Run directory, a table of tokens, or a dump with vLLM's own names."),
+    list[Path] | None,
+    typer.Argument(
+        metavar="RUN|SERIES|FILE...",
+        help="Run directory, a series, a table of tokens, a dump with vLLM's own names, or files or folders of a "
+        "framework's dump (moediag import --list-formats).",
+    ),
 ]
 NumExperts = Annotated[
     int | None, typer.Option("--num-experts", min=1, help="FILE: experts per layer; default: largest id + 1.")
@@ -29,7 +33,7 @@ ListRules = Annotated[bool, typer.Option("--list-rules", help="Print the table o
 
 
 def command(
-    target: Target = None,
+    targets: Target = None,
     num_experts: NumExperts = None,
     first_row: FirstRow = 0,
     strict: Strict = False,
@@ -47,22 +51,33 @@ def command(
     if list_rules:
         _show_rules(as_json)
         return
-    if target is None:
-        raise typer.BadParameter("give a run directory or a file, or --list-rules", param_hint="RUN|FILE")
-    inspection = _inspect(target, num_experts, first_row)
-    _show(target, inspection, as_json)
+    if not targets:
+        raise typer.BadParameter("give a run directory or a file, or --list-rules", param_hint="RUN|SERIES|FILE...")
+    inspection = _inspect(targets, num_experts, first_row)
+    _show(targets[0], inspection, as_json)
     if inspection.n_errors or (strict and inspection.n_warnings):
         raise typer.Exit(o.NOT_SO)
 
 
-def _inspect(target: Path, num_experts: int | None, first_row: int) -> Inspection:
+def _inspect(targets: list[Path], num_experts: int | None, first_row: int) -> Inspection:
     from moediag.hygiene import inspect_run
+    from moediag.hygiene.check import inspect_runs
     from moediag.hygiene.foreign import check_file
+    from moediag.importers.registry import foreign_format
+    from moediag.importers.rollouts import Options
+    from moediag.importers.write import imported_for_now, runs_of
     from moediag.run.reader import open_run
+    from moediag.run.series import is_series
 
+    if foreign_format(targets) is not None:
+        with imported_for_now(targets, Options(n_experts=num_experts, first_row=first_row)) as runs:
+            return inspect_runs(runs)
+    if len(targets) > 1:
+        raise typer.BadParameter(f"takes one run, series or table, found {len(targets)}", param_hint="RUN|SERIES|FILE")
+    target = targets[0]
     if target.is_file():
         return check_file(target, num_experts, first_row)
-    return inspect_run(open_run(target))
+    return inspect_runs(runs_of(target)) if is_series(target) else inspect_run(open_run(target))
 
 
 def _show(target: Path, inspection: Inspection, as_json: bool) -> None:

@@ -83,17 +83,22 @@ def run_source(run: Run, arms: tuple[str, str], reward: str | None = None) -> So
 
     Args:
         arms: the two arms, in any order.
-        reward: ``none`` or ``hash``; None = hash where token ids are known, else none.
+        reward: ``none``, ``hash``, or ``advantage`` or ``reward`` where the run's tokens have them (it was imported);
+            None = the advantages or rewards that are there, else hash where token ids are known, else none.
 
     Raises:
         IncompleteRunError: an arm or shard is missing.
-        DumpError: a reward that a run does not have, or that its lack of token ids does not allow.
+        DumpError: a reward that the run does not have, or that its lack of token ids does not allow.
     """
-    if reward not in (None, NO_REWARD, HASH_REWARD):
-        raise DumpError(f"{run.path} is a run and holds no column {reward}; --reward takes none or hash for a run")
+    logged = _logged(run)
+    if reward not in (None, NO_REWARD, HASH_REWARD, *logged):
+        takes = " or ".join([NO_REWARD, HASH_REWARD, *logged])
+        raise DumpError(f"{run.path} is a run and holds no column {reward}; --reward takes {takes} for a run")
     pair = run.pair(*arms)
     notes = tuple(filter(None, [run.other_weights(pair.minuend, pair.subtrahend)]))
     frame = token_frame(pair).rename(columns={"entropy_infer": "entropy"})
+    if reward not in (NO_REWARD, HASH_REWARD):
+        frame = frame.assign(**{name: logged[name] for name in ([reward] if reward else list(logged)[:1])})
     if (frame["token_id"] == NO_TOKEN).any():
         if reward == HASH_REWARD:
             raise DumpError(f"{run.path} lacks token ids, which --reward hash needs")
@@ -101,7 +106,22 @@ def run_source(run: Run, arms: tuple[str, str], reward: str | None = None) -> So
     columns = {name: frame_column(frame, name, column.kind) for name, column in KNOWN.items() if name in frame}
     every_N = np.ones(len(frame), np.bool_)
     tokens = LoggedTokens.of(columns, f"{run.path} {pair.name}", every_N, notes=notes)
-    return _source(tokens, reward, is_foreign=False)
+    is_foreign = all(run.arm(arm).captured is None for arm in arms)
+    return _source(tokens, reward, is_foreign=is_foreign, holder="the run")
+
+
+def _logged(run: Run) -> dict[str, Float64]:
+    """Advantages and rewards of the run's response tokens, in that order, where they were imported with them."""
+    if run.record.tokens.origin != "imported":
+        return {}
+    parts: dict[str, list[Float64]] = {"advantage": [], "reward": []}
+    for shard in run.shards:
+        tokens = run.tokens(shard)
+        for name, found in parts.items():
+            values_T: Float64 | None = getattr(tokens, f"{name}_T")
+            found.append((np.full(len(tokens), np.nan) if values_T is None else values_T)[tokens.is_scored_T])
+    joined = {name: np.concatenate(found) for name, found in parts.items()}
+    return {name: values_T for name, values_T in joined.items() if np.isfinite(values_T).any()}
 
 
 def table_source(
@@ -120,12 +140,14 @@ def table_source(
     Raises:
         DumpError: the table cannot be read, lacks a column, or holds what no log has.
     """
-    known = TokenTable.of(table, mask, "choose one with --mask COLUMN").without(("step",))
+    known = TokenTable.of(table, mask, "choose one with --mask COLUMN").without(
+        ("step", "turn", "weight_version", "entropy_train")
+    )
     return _source(_with_reward(known, reward).read(on_progress), reward)
 
 
-def _source(tokens: LoggedTokens, reward: str | None, *, is_foreign: bool = True) -> Source:
-    advantage_T, reward_S, words = _advantages(tokens, reward)
+def _source(tokens: LoggedTokens, reward: str | None, *, is_foreign: bool = True, holder: str = "the table") -> Source:
+    advantage_T, reward_S, words = _advantages(tokens, reward, holder)
     batch = Batch(
         logp_train_T=tokens.logps["logp_train"],
         logp_infer_T=tokens.logps["logp_infer"],
@@ -166,7 +188,7 @@ def _with_reward(table: TokenTable, reward: str | None) -> TokenTable:
     return table.without([name for name in sources if name != used])
 
 
-def _advantages(tokens: LoggedTokens, reward: str | None) -> tuple[Float64 | None, Float64 | None, str]:
+def _advantages(tokens: LoggedTokens, reward: str | None, holder: str) -> tuple[Float64 | None, Float64 | None, str]:
     """Advantage of every token, reward of every sequence, and where they come from in words."""
     if reward == NO_REWARD:
         return None, None, NO_REWARD_WORDS
@@ -176,10 +198,10 @@ def _advantages(tokens: LoggedTokens, reward: str | None) -> tuple[Float64 | Non
         tokens.refuse(
             is_missing_T, "advantage is missing in {n} scored rows, first {place}; every scored token needs one"
         )
-        return advantage_T, None, "advantages as the table has them"
+        return advantage_T, None, f"advantages as {holder} has them"
     if "reward" in tokens.columns and reward != HASH_REWARD:
         reward_S = tokens.by_sequence("reward")
-        words = f"rewards as the table has them; advantages {ADVANTAGE_WORDS}"
+        words = f"rewards as {holder} has them; advantages {ADVANTAGE_WORDS}"
     elif (token_id_T := tokens.get("token_id")) is not None:
         reward_S = sequence_rewards(token_id_T, tokens.row_T, len(tokens.seq_id_S))
         words = f"{REWARD_WORDS}; advantages {ADVANTAGE_WORDS}"

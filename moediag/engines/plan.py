@@ -7,7 +7,7 @@ so a difference in tokenisation can never enter a pair.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -20,8 +20,8 @@ from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.redaction import redact
 from moediag.engines.routers import refuse_ambiguous_rule
 from moediag.engines.tokenised import check_lengths, map_digest, token_map, tokenise
-from moediag.errors import CheckpointError, CorruptRunError, EngineError
-from moediag.notation import INFER
+from moediag.errors import CheckpointError, CorruptRunError, EngineError, RunError
+from moediag.notation import INFER, NO_TOKEN
 from moediag.prompts import read_prompts
 from moediag.run.capture import Shard, bytes_per_token, encode_prompts, split_into_shards
 from moediag.run.create import bring_back, create_run
@@ -277,18 +277,20 @@ def _sequences_with_vocabulary(plan: Plan, n_chosen: int | None) -> int:
 def needed_length(run: Run, checkpoint: Checkpoint) -> int:
     """Longest sequence of the run that vLLM must have room for [tokens]."""
     sequences = load_prompt_tokens(run)
-    if run.record.tokens.origin == "given":
+    if run.record.tokens.origin != "sampled":
         return _room(checkpoint, max(len(p) + len(c or []) for _, _, p, c in sequences) + 1)
     return _room(checkpoint, max(len(p) for _, _, p, _ in sequences) + int(known_sampling(run)["max_tokens"]))
 
 
 def known_sampling(run: Run) -> dict[str, Any]:
-    """How the run's sequences are sampled.
+    """How the run's sequences are sampled; of an imported run what is known.
 
     Raises:
         CorruptRunError: run.json does not say.
     """
     sampling = run.record.sampling.content() if run.record.sampling else {}
+    if run.record.tokens.origin == "imported":
+        return sampling
     lacking = [key for key in ("max_tokens", "n", "seed") if key not in sampling]
     if lacking:
         raise CorruptRunError(
@@ -302,11 +304,29 @@ def load_prompt_tokens(run: Run) -> list[SequenceTokens]:
 
     Raises:
         CorruptRunError: the prompts file was changed.
+        RunError: the run was imported without what an engine needs to score its tokens.
     """
+    if run.record.tokens.origin == "imported":
+        return [one for shard in run.shards for one in _imported_tokens(run, shard)]
     prompts, completions = run.prompt_tokens()
     n_samples = 1 if completions else int(known_sampling(run)["n"])
     pairs = zip(prompts, completions or repeat(None, len(prompts)), strict=True)
     return [(i, sample, p, c) for i, (p, c) in enumerate(pairs) for sample in range(n_samples)]
+
+
+def _imported_tokens(run: Run, shard: Shard) -> Iterator[SequenceTokens]:
+    """The sequences of an imported run's token table; what a tool wrote in the response is given like the rest."""
+    tokens = run.tokens(shard)
+    for start, end in tokens.sequence_bounds():
+        ids, is_response_T = tokens.token_id_T[start:end], tokens.is_response_T[start:end]
+        n_prompt, name = int((~is_response_T).sum()), int(tokens.seq_id_T[start])
+        if not n_prompt or (ids == NO_TOKEN).any():
+            lacks = "prompt" if not n_prompt else "token ids"
+            raise RunError(
+                f"{run.path}: sequence {name} lacks its {lacks}, so no engine can score it; import a dump that has them"
+            )
+        ids_of = (ids[:n_prompt].tolist(), ids[n_prompt:].tolist())
+        yield int(tokens.prompt_id_T[start]), int(tokens.sample_index_T[start]), *ids_of
 
 
 def _room(checkpoint: Checkpoint, needed: int) -> int:

@@ -463,9 +463,9 @@ def _fitted(
     elif len(shape) == 1:
         # one a row of a matrix, or one a matrix of several
         shape = [*shape, *[1] * (len(leading) + 1)]
-    wanted_blocks = [_block(n, s, b) for n, s, b in zip((rows, columns), shape[-2:], block or (0, 0), strict=True)]
+    blocks = [_block(n, s, b) for n, s, b in zip((rows, columns), shape[-2:], block or (0, 0), strict=True)]
     zero_fits = zero_point is None or zero_point.shape == scale.shape
-    if (*shape[:-2],) not in ((*leading,), (math.prod(leading),)) or not all(wanted_blocks) or not zero_fits:
+    if (*shape[:-2],) not in ((*leading,), (math.prod(leading),)) or not all(blocks) or not zero_fits:
         which = scale if zero_fits or zero_point is None else zero_point
         raise CheckpointError(
             f"{which.name} of shape {list(which.shape)} does not fit {tensor.name} of shape {list(tensor.shape)}"
@@ -474,9 +474,7 @@ def _fitted(
     for part in (scale, zero_point):
         if part is not None and part.dtype not in _DECODED:
             raise CheckpointError(f"{part.name} has dtype {part.dtype}, in which moediag reads no scales")
-    return _Scales(
-        scale, zero_point, rows, (wanted_blocks[0], wanted_blocks[1]), (math.prod(leading), shape[-2], shape[-1])
-    )
+    return _Scales(scale, zero_point, rows, (blocks[0], blocks[1]), (math.prod(leading), shape[-2], shape[-1]))
 
 
 def _block(n: int, n_scales: int, block: int) -> int:

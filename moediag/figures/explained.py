@@ -124,10 +124,10 @@ def _method_note(explained: Mapping[str, pd.DataFrame]) -> str:
     if not explained:
         return ""
     rows = [_best_pooled(frame) for frame in explained.values()]
-    said = sorted({METHOD_WORDS.get(str(row["method"]), str(row["method"])) for row in rows})
+    methods = sorted({METHOD_WORDS.get(str(row["method"]), str(row["method"])) for row in rows})
     notes = sorted({str(row["note"]) for row in rows} - {""})
     choices = max(int(frame["n_choices"].max()) for frame in explained.values())
-    parts = [f"Explained from {' or '.join(said)}, up to {count(choices, 'choice')}", *notes]
+    parts = [f"Explained from {' or '.join(methods)}, up to {count(choices, 'choice')}", *notes]
     return f"{'; '.join(parts)}."
 
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from moediag.analysis.margins import MIN_CHOICES
 from moediag.figures.floors import share
 from moediag.figures.heat import draw_cells, hatch_thin, layer_axis, rate_bar, rate_norm
-from moediag.figures.margins import SPACE_LABEL, Space, bin_edges, no_margins, tie_place
+from moediag.figures.margins import NO_MARGINS, SPACE_LABEL, Space, bin_edges, no_margins, tie_place
 from moediag.figures.registry import NO_FLIP, Frames, Panel, figure
 from moediag.figures.style import (
     INK,
@@ -144,6 +144,7 @@ def _pooled_choices(rows: pd.DataFrame) -> int:
     section="margins",
     floor_of="flip_rate",
     is_routing=True,
+    not_captured=NO_MARGINS,
     absent=_no_margins_by_layer,
 )  # fmt: skip
 def plot_margins_by_layer(

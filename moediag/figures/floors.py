@@ -88,12 +88,12 @@ def floor_words(
         >>> floor_words(Floor(0.0031, "repeats"), "the mean", {"moe": 1})
         'Floor of the mean: 0.0031 nat (repeats).'
     """
-    said: dict[str, list[str]] = {}
+    runs_of: dict[str, list[str]] = {}
     for label in labels:
-        said.setdefault(_statement(floor_of(floor, label), of, words), []).append(figure_text(label))
-    if len(said) == 1:
-        return next(iter(said))
-    return " ".join(f"{', '.join(runs)}: {statement}" for statement, runs in said.items())
+        runs_of.setdefault(_statement(floor_of(floor, label), of, words), []).append(figure_text(label))
+    if len(runs_of) == 1:
+        return next(iter(runs_of))
+    return " ".join(f"{', '.join(runs)}: {statement}" for statement, runs in runs_of.items())
 
 
 def _statement(floor: AnyFloor, of: str, words: Callable[[float], str]) -> str:

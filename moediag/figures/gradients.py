@@ -122,7 +122,7 @@ def short_method(method: str) -> str:
 
 def cosine_finding(audit: pd.DataFrame) -> str:
     """The title: which corrections point nearer to the reference than none, and of how many nothing can be told."""
-    said: dict[tuple[str, str], list[str]] = {}
+    groups_of: dict[tuple[str, str], list[str]] = {}
     for (group, reference), rows in _by_reference(audit):
         others = rows[rows["method"] != "none"]
         words: list[str] = []
@@ -132,26 +132,26 @@ def cosine_finding(audit: pd.DataFrame) -> str:
                 words.insert(0, f"{these} {verdict!s} than no correction")
             else:
                 words.append(f"{verdict!s}: {n} of {len(others)}")
-        said.setdefault((reference, "; ".join(words) or "no other correction"), []).append(group)
-    return _lines(said)
+        groups_of.setdefault((reference, "; ".join(words) or "no other correction"), []).append(group)
+    return _lines(groups_of)
 
 
 def bias_finding(audit: pd.DataFrame) -> str:
     """The title: which corrections differ from the reference by more than chance."""
-    said: dict[tuple[str, str], list[str]] = {}
+    groups_of: dict[tuple[str, str], list[str]] = {}
     for (group, reference), rows in _by_reference(audit):
         # where one prompt decides everything its difference is the floor, but for rounding
         above = rows.loc[rows["batch_relative_bias"] > (1 + 1e-9) * rows["bias_floor"], "method"]
         words = f"bias of {_list(above)} above chance" if len(above) else "no correction's bias is above chance"
-        said.setdefault((reference, words), []).append(group)
-    return _lines(said)
+        groups_of.setdefault((reference, words), []).append(group)
+    return _lines(groups_of)
 
 
-def _lines(said: dict[tuple[str, str], list[str]]) -> str:
+def _lines(groups_of: dict[tuple[str, str], list[str]]) -> str:
     """One line per finding, the groups that share it together."""
     lines = [
         f"{', '.join(map(figure_text, groups))}; {_REFERENCES[reference][0]}: {words}"
-        for (reference, words), groups in said.items()
+        for (reference, words), groups in groups_of.items()
     ]
     return "\n".join(lines) or "No gradient was audited"
 

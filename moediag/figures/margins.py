@@ -57,6 +57,7 @@ def no_margins(frames: Frames) -> str:
     section="margins",
     floor_of="flip_rate",
     is_routing=True,
+    not_captured=NO_MARGINS,
     absent=no_margins,
 )  # fmt: skip
 def plot_margins(

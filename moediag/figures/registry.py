@@ -41,7 +41,7 @@ Floors = Mapping[str, AnyFloor]
 """Metric (:attr:`FigureKind.floor_of`) -> its floor, of one run."""
 
 NOT_THERE: Final = "its analysis holds no frame {}; run moediag analyze again"
-DENSE: Final = "a dense model has no routing"
+NO_ROUTING: Final = "there is no routing to compare: a dense model, or one arm has no routes"
 NO_DIFFERENCE: Final = "no scored token differs, bit for bit"
 NOT_SCORED: Final = "no token was scored by both arms"
 NO_FLIP: Final = "no expert set flipped"
@@ -85,6 +85,7 @@ class FigureKind:
         section: anchor of the page's section that shows it.
         floor_of: the metric whose floor it shows.
         is_routing: whether it needs expert routing (absent for dense runs).
+        not_captured: why its first frame is missing when arms lack what it is made of; empty where no arm can.
         absent: why frames that are there do not fill it; empty when they do.
         inputs: what it draws of a simulation, where that is not its frames alone.
         plot: the function.
@@ -97,6 +98,7 @@ class FigureKind:
     section: str
     floor_of: str
     is_routing: bool
+    not_captured: str
     absent: Callable[[Frames], str]
     inputs: Callable[[Frames], Sequence[Any]] | None
     plot: Callable[..., Figure]
@@ -116,6 +118,7 @@ def figure(
     section: str = "",
     floor_of: str = "",
     is_routing: bool = False,
+    not_captured: str = "",
     absent: Callable[[Frames], str] = lambda _: "",
     inputs: Callable[[Frames], Sequence[Any]] | None = None,
     into: dict[str, FigureKind] = FIGURES,
@@ -142,7 +145,9 @@ def figure(
                 styles = styles_of(drawn[0]) if isinstance(drawn[0], Mapping) else {}
             return draw(*drawn, panel=Panel(styles, caption, floor, width), **options)
 
-        into[name] = FigureKind(name, frames, title, caption, section, floor_of, is_routing, absent, inputs, plot)
+        into[name] = FigureKind(
+            name, frames, title, caption, section, floor_of, is_routing, not_captured, absent, inputs, plot
+        )
         return plot
 
     return declare
@@ -153,9 +158,9 @@ def reason_left_out(name: str, frames: Frames) -> str:
     kind = FIGURES[name]
     tokens = frames.get("tokens")
     if kind.is_routing and tokens is not None and not is_moe(tokens):
-        return DENSE
+        return NO_ROUTING
     if frames.get(kind.frames[0]) is None:
-        return NOT_THERE.format(kind.frames[0])
+        return kind.not_captured or NOT_THERE.format(kind.frames[0])
     return kind.absent(frames)
 
 
@@ -281,9 +286,9 @@ def figures_left_out(runs: Mapping[str, Frames]) -> dict[str, str]:
     for name in FIGURES:
         why = {label: reason_left_out(name, frames) for label, frames in runs.items()}
         if all(why.values()):
-            said = dict.fromkeys(why.values())
+            reasons_once = dict.fromkeys(why.values())
             each = (f"{figure_text(label)}: {reason}" for label, reason in why.items())
-            reasons[name] = next(iter(said), "no run") if len(said) <= 1 else "; ".join(each)
+            reasons[name] = next(iter(reasons_once), "no run") if len(reasons_once) <= 1 else "; ".join(each)
     return reasons
 
 

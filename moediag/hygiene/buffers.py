@@ -452,9 +452,9 @@ class Completeness:
 
 def count_prefixes(tokens: TokenRows, lengths: set[int], counts: dict[tuple[int, int], int]) -> None:
     """Count sequences by the hash of their prefix, for some prefix lengths; adds to ``counts``."""
-    wanted_T = np.isin(tokens.position_T, np.array(sorted(lengths)) - 1)
+    is_shared_T = np.isin(tokens.position_T, np.array(sorted(lengths)) - 1)
     hash_T = prefix_hashes(tokens)
-    for position, key in zip(tokens.position_T[wanted_T].tolist(), hash_T[wanted_T].tolist(), strict=True):
+    for position, key in zip(tokens.position_T[is_shared_T].tolist(), hash_T[is_shared_T].tolist(), strict=True):
         counts[position + 1, key] = counts.get((position + 1, key), 0) + 1
 
 

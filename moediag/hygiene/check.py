@@ -28,6 +28,7 @@ from moediag.hygiene.rules import (
     ENTROPIES,
     ERROR,
     FILES,
+    FOREIGN,
     GATES,
     IDS,
     LOGITS,
@@ -186,21 +187,41 @@ def inspect_run(run: Run, arms: Sequence[str] | None = None) -> Inspection:
     shapes = {arm: _shape_of_arm(run, arm) for arm in names}
     hygiene = {arm: ArmHygiene(shape, _is_sampled(run, arm)) for arm, shape in shapes.items()}
     pairs = {
-        arm: PairHygiene((arm, reference), _common_shape(shape, shapes[reference]))
+        arm: PairHygiene((arm, reference), _common_shape(shape, shapes[reference]), _is_foreign(run, arm, reference))
         for arm, shape in shapes.items()
         if arm != reference and reference in names
     }
     for shard in run.shards:
         found += _check_shard(run, shard, reference, hygiene, pairs, shapes)
     prefixes = _prefixes_of(run, set().union(*(rule.gap_lengths for rule in hygiene.values())))
-    found += [item for arm, rules in hygiene.items() for item in rules.findings(arm, prefixes)]
+    for arm, rules in hygiene.items():
+        alone = rules.findings(arm, prefixes)
+        # a side without any log-probability was dumped without them
+        is_bare = LOGPS not in rules.has and _is_foreign(run, arm)
+        found += [item for item in alone if not (is_bare and item.rule == "D31-nan-logp")]
     found += [item for arm, rules in pairs.items() for item in rules.findings(f"{reference}~{arm}")]
     if not run.arms():
         found.append(finding("no-arm", str(run.path), "no arm has been captured"))
     has = {FILES, N_EXPERTS} | {DISTRIBUTIONS for arm in names if _has_distributions(run, arm)}
     has |= {what for rules in hygiene.values() for what in rules.has}
+    has |= {FOREIGN} if pairs and any(_is_foreign(run, arm, reference) for arm in pairs) else set()
     has |= {what for arm in pairs for what in both_have(hygiene[arm].has, hygiene[reference].has)}
     return Inspection(by_level(found), frozenset(has), sum(rules.n_rows for rules in hygiene.values()))
+
+
+def inspect_runs(runs: Sequence[Run]) -> Inspection:
+    """Check the runs of a series, or the one run of a step; findings name their step."""
+    parts = [inspect_run(run) for run in runs]
+    if len(parts) == 1:
+        return parts[0]
+    found = [
+        replace(item, where=f"step {run.record.step} {item.where}")
+        for run, part in zip(runs, parts, strict=True)
+        for item in part.findings
+    ]
+    return Inspection(
+        by_level(found), frozenset().union(*(part.has for part in parts)), sum(part.n_rows for part in parts)
+    )
 
 
 def check_capture(
@@ -295,6 +316,14 @@ def _is_sampled(run: Run, arm: str) -> bool:
         return run.arm(arm).role == INFER
     except RunError:
         return True
+
+
+def _is_foreign(run: Run, *arms: str) -> bool:
+    """Whether another tool made all of some arms."""
+    try:
+        return all(run.arm(arm).captured is None for arm in arms)
+    except RunError:
+        return False
 
 
 def _shape_of_arm(run: Run, arm: str) -> Shape:

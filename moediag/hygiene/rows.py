@@ -168,8 +168,8 @@ class Rows:
         return TokenRows(**taken)
 
     def _is_set(self, experts: range) -> Bool:
-        wanted_W = bit_sets(np.array([[list(experts)]]), self.shape.n_experts)[0, 0]
-        return over_slots(np.logical_and, self.sets == wanted_W) & self.routed
+        bits_W = bit_sets(np.array([[list(experts)]]), self.shape.n_experts)[0, 0]
+        return over_slots(np.logical_and, self.sets == bits_W) & self.routed
 
 
 def bit_sets(ids_TLK: NDArray[Any], n_experts: int) -> Bits:

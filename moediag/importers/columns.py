@@ -19,8 +19,9 @@ from moediag.errors import DumpError
 
 Bool = NDArray[np.bool_]
 
-Kind = Literal["id", "whole", "number", "flag"]
-"""id: whole numbers or words; whole: whole numbers; number: float64, empty = NaN; flag: true/false or 1/0 (1.0/0.0)."""
+Kind = Literal["id", "whole", "number", "flag", "text"]
+"""id: whole numbers or words; whole: whole numbers; number: float64, empty = NaN; flag: true/false or 1/0 (1.0/0.0);
+text: words, empty = not known."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ _COLUMNS: Final = (
     KnownColumn("logp_infer", "number", "log-probability on the infer side [nat]; empty = not scored"),
     KnownColumn("logp_train_new", "number", "log-probability under the policy being trained, theta [nat]"),
     KnownColumn("entropy", "number", "next-token entropy on the infer side [nat]", ("entropy_infer",)),
+    KnownColumn("entropy_train", "number", "next-token entropy on the train side [nat]"),
     KnownColumn("temperature", "number", "that the token was sampled at [1]; empty = not known", ("temperatures",)),
     KnownColumn("n_flipped_layers", "whole", "MoE layers whose expert set differs behind the token; -1 = not known"),
+    KnownColumn("turn", "number", "turn of a conversation; empty = not known"),
+    KnownColumn("weight_version", "text", "version of the weights that sampled the token; empty = not known"),
     KnownColumn("advantage", "number", "advantage of the token [1]", ("advantages",)),
     KnownColumn("reward", "number", "reward of the sequence [1]", ("rewards",)),
 )
@@ -162,6 +166,8 @@ class LossMasks:
         if chosen is not None and chosen not in names:
             raise DumpError(f"{where} has no column {chosen} to mask with; found {', '.join(names)}")
         token = (chosen,) if chosen is not None else tuple(name for name in TOKEN_MASKS if name in names)
+        if "is_trained" in token:  # moediag's own two masks: what is trained is response
+            token = tuple(name for name in token if name != "is_response")
         return cls(token, tuple(name for name in FACTORS if name in names and name != chosen), where, advice)
 
     @property

@@ -8,7 +8,7 @@ prompt + response - 1), and the same of the other side as ``train_logprobs``, ``
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,9 @@ def read_sequences(path: Path, n_experts: int | None = None, first_row: int = 0)
             )
     if not captures:
         raise DumpError(f"{path} has neither logprobs nor routed_experts; nothing to check")
-    is_dense_L = _dense_slots(captures)
+    is_dense_L = dense_layers(
+        {arm: zero_layers(one.expert_ids_TLK) for arm, one in captures.items() if one.expert_ids_TLK is not None}
+    )
     for arm, dense_L in is_dense_L.items():
         ids_TLK = captures[arm].expert_ids_TLK
         assert ids_TLK is not None
@@ -165,29 +167,33 @@ def _expert_ids(
                 f"{_repeated_segment(rows, end - start - 1 - first_row)}"
             )
         if np.abs(rows).max() > np.iinfo(np.int16).max:
-            raise DumpError(f"{path} sequence {i}: {name} holds {_no_id(int(rows.flat[np.abs(rows).argmax()]))}")
+            raise DumpError(f"{path} sequence {i}: {name} holds {no_id(int(rows.flat[np.abs(rows).argmax()]))}")
         ids_TLK[start + first_row : start + first_row + len(rows)] = rows
     return ids_TLK
 
 
-def _dense_slots(captures: dict[str, Capture]) -> dict[str, NDArray[np.bool_]]:
-    """Slots of dense layers by arm: layers that are expert 0 in every row, where K > 1.
+def dense_layers(zeros: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.bool_]]:
+    """Slots of dense layers by side: layers that are expert 0 in every row, where K > 1.
 
     A layer that only one of two equally deep sides lacks is no dense one, nor is a long block of them, nor all layers:
     those stay, for D03 to name.
+
+    Args:
+        zeros: side -> its :func:`zero_layers`.
+
+    Returns:
+        The sides that have such slots.
     """
-    zeros = {arm: _zero_layers(capture.expert_ids_TLK) for arm, capture in captures.items()
-             if capture.expert_ids_TLK is not None}  # fmt: skip
     if len({len(zero_L) for zero_L in zeros.values()}) == 1 and len(zeros) > 1:
         zeros = dict.fromkeys(zeros, np.logical_and(*zeros.values()))
     return {
-        arm: zero_L
-        for arm, zero_L in zeros.items()
+        side: zero_L
+        for side, zero_L in zeros.items()
         if zero_L.any() and not zero_L.all() and _longest(zero_L) <= _MOST_DENSE
     }
 
 
-def _zero_layers(ids_TLK: NDArray[np.int16]) -> NDArray[np.bool_]:
+def zero_layers(ids_TLK: NDArray[np.int16]) -> NDArray[np.bool_]:
     """(L,) Layers that hold nothing but expert 0 in every row that is there; none where K = 1."""
     present_T = (ids_TLK != NOT_ROUTED).any(axis=(1, 2))
     if ids_TLK.shape[2] == 1 or not present_T.any():
@@ -213,7 +219,7 @@ def _repeated_segment(rows: NDArray[np.int64], wanted: int) -> str:
     )
 
 
-def _no_id(value: int) -> str:
+def no_id(value: int) -> str:
     """A value beyond any expert id, and what its bytes look like."""
     if value in (2**16 - 1, 2**32 - 1):
         return f"{value}, which is -1 (not routed) in an unsigned type; store -1, or leave the row out"

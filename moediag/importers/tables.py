@@ -10,7 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -31,6 +31,11 @@ from moediag.importers.columns import Kind
 KINDS: Final = (".parquet", ".csv", ".jsonl")
 OnProgress = Callable[[int, int, str], None]
 """Called with what is done, of how much, and its unit."""
+
+
+def silent(_done: int, _total: int, _unit: str) -> None:
+    """No progress is shown."""
+
 
 _ROWS_AT_ONCE: Final = 1 << 20
 _BYTES_AT_ONCE: Final = 16 << 20
@@ -82,7 +87,7 @@ class TableFile:
         for name, kind in kinds.items():
             _refuse_type(self.path, name, kind, self.types[name])
         with readable(self.path):
-            batches = list(_READERS[self.path.suffix](self, kinds, on_progress or _silent))
+            batches = list(_READERS[self.path.suffix](self, kinds, on_progress or silent))
             table = pa.Table.from_batches(batches) if batches else None
             if table is None or not len(table):
                 raise DumpError(f"{self.path} holds no row")
@@ -152,17 +157,41 @@ def json_records(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         DumpError: a line that is no JSON object; names it.
     """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DumpError(f"{path} line {number}: no JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise DumpError(f"{path} line {number}: expected a JSON object, found {type(record).__name__}")
-            yield record
+    return (record for _, record in json_lines([path]))
+
+
+def json_lines(paths: Sequence[Path], on_progress: OnProgress = silent) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of the JSON lines of some files, each with its place in words; lines end with a line feed alone.
+
+    Raises:
+        DumpError: a line that is no JSON object; names it.
+    """
+    total, done = sum(path.stat().st_size for path in paths if path.exists()), 0
+    for path in paths:
+        with readable(path), path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                done += len(line)
+                if not line.strip():
+                    continue
+                where = f"{path} line {number}"
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise DumpError(f"{where}: no JSON ({error})") from None
+                if not isinstance(record, dict):
+                    raise DumpError(f"{where}: expected a JSON object, found {type(record).__name__}")
+                yield where, record
+                on_progress(done, total, "bytes read")
+
+
+def first_record(path: Path) -> dict[str, Any]:
+    """The first object of JSON lines; empty where a file holds none."""
+    if path.suffix not in (".jsonl", ".json"):
+        return {}
+    try:
+        return next(json_records(path), {})
+    except DumpError:
+        return {}
 
 
 def _read_parquet(table: TableFile, kinds: Mapping[str, Kind], on_progress: OnProgress) -> Iterator[pa.RecordBatch]:
@@ -209,6 +238,8 @@ def _wanted(table: TableFile, kinds: Mapping[str, Kind]) -> dict[str, pa.DataTyp
 def _parsed_as(kind: Kind, found: pa.DataType) -> pa.DataType:
     if kind == "number":
         return pa.float64()
+    if kind == "text":
+        return pa.string()
     if kind == "flag":
         return found if pa.types.is_boolean(found) or pa.types.is_floating(found) else pa.int64()
     return pa.int64() if kind == "whole" or pa.types.is_integer(found) else pa.string()
@@ -229,6 +260,7 @@ _ACCEPTED: Final[dict[Kind, tuple[str, Callable[[pa.DataType], bool]]]] = {
     "id": ("whole numbers or words", lambda kind: pa.types.is_integer(kind) or _is_words(kind)),
     "whole": ("whole numbers", pa.types.is_integer),
     "number": ("numbers", lambda kind: _is_number(kind)),
+    "text": ("words", lambda kind: pa.types.is_integer(kind) or _is_words(kind)),
     "flag": ("true/false or 1/0", lambda kind: pa.types.is_boolean(kind) or _is_number(kind)),
 }
 
@@ -251,6 +283,8 @@ def _refuse_type(path: Path, name: str, kind: Kind, found: pa.DataType) -> None:
 
 
 def _column(path: Path, name: str, kind: Kind, column: pa.ChunkedArray) -> Any:
+    if kind == "text":
+        return np.asarray(column.cast(pa.string()).fill_null("").to_numpy(zero_copy_only=False), dtype=object)
     if column.null_count and kind != "number":
         raise DumpError(f"{path}: column {name} is empty in {column.null_count:,} rows; every row needs one")
     if kind == "number":
@@ -287,6 +321,8 @@ def frame_column(frame: pd.DataFrame, name: str, kind: Kind) -> Any:
             return Ids.of(values_T)
         if kind == "flag":
             return as_flags(values_T, f"column {name}")
+        if kind == "text":
+            return frame[name].fillna("").astype(str).to_numpy(object)
         return frame[name].to_numpy(np.float64 if kind == "number" else np.int64)
     except (TypeError, ValueError):
         raise DumpError(f"column {name} needs {_ACCEPTED[kind][0]}, found {frame[name].dtype}") from None
@@ -301,7 +337,3 @@ def as_flags(values_T: NDArray[Any], where: str) -> NDArray[np.bool_]:
     if values_T.dtype != bool and not np.isin(values_T, (0, 1)).all():
         raise DumpError(f"{where} needs true/false or 1/0, found {values_T[~np.isin(values_T, (0, 1))][0]}")
     return np.asarray(values_T, dtype=bool)
-
-
-def _silent(_done: int, _total: int, _unit: str) -> None:
-    return

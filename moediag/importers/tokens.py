@@ -82,6 +82,12 @@ class TokenTable:
         """The table without some of its known columns."""
         return replace(self, name_of={ours: theirs for ours, theirs in self.name_of.items() if ours not in names})
 
+    def response_rows(self) -> NDArray[np.bool_]:
+        """Every row's ``is_response``, beside a loss mask of another name."""
+        if isinstance(self._table, TableFile):
+            return np.asarray(self._table.read({"is_response": "flag"})["is_response"])
+        return np.asarray(frame_column(self._table, "is_response", "flag"))
+
     def read(self, on_progress: OnProgress | None = None) -> LoggedTokens:
         """The response tokens.
 
@@ -90,7 +96,7 @@ class TokenTable:
         """
         kinds: dict[str, Kind] = {theirs: KNOWN[ours].kind for ours, theirs in self.name_of.items()}
         kinds |= dict.fromkeys(self.masks.columns, "flag")
-        unused = [name for name in self.there if not (name in kinds or _PANDAS.match(name))]
+        unused = [name for name in self.there if not (name in kinds or _PANDAS.match(name) or name == "is_response")]
         if isinstance(self._table, TableFile):
             read = self._table.read(kinds, on_progress)
         else:
@@ -138,7 +144,7 @@ class LoggedTokens:
         Raises:
             DumpError: two rows of one place, no response token, or log-probabilities that no model gives.
         """
-        input_row_T = _canonical_order(columns, where)
+        input_row_T = canonical_order(columns, where)
         if is_response_N is not None:
             input_row_T = input_row_T[is_response_N[input_row_T]]
         if not len(input_row_T):
@@ -292,7 +298,7 @@ class LoggedTokens:
         return replace(self, logps=logps, logp_notes=tuple(notes))
 
 
-def _canonical_order(columns: Columns, where: str) -> NDArray[np.intp]:
+def canonical_order(columns: Columns, where: str) -> NDArray[np.intp]:
     """The order of rows by (step,) sequence and position.
 
     Raises:

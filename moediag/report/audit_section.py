@@ -34,19 +34,19 @@ def audit_words(frames: Mapping[str, pd.DataFrame]) -> list[str]:
     """Per parameter group and reference: what the reference can carry, the cosine without correction, the verdicts."""
     if "gradient_audit" not in frames:
         return []
-    said = []
+    lines = []
     references = {(row["group"], row["reference"]): row for row in records(frames["gradient_references"])}
     for key, part in frames["gradient_audit"].groupby(["group", "reference"], sort=False):
         group, reference = map(str, key)
         uncorrected = records(part[part["method"] == "none"])
         if reference not in _REFERENCES or not uncorrected:
             continue
-        said.append(
+        lines.append(
             f"Gradient audit of {group} against {_REFERENCES[reference]} "
             f"({_carries(references[group, reference])}): {_cosine_words(uncorrected[0])} without correction; "
             f"{_verdict_words(part, uncorrected[0])}."
         )
-    return said
+    return lines
 
 
 def _carries(row: Row) -> str:
@@ -82,8 +82,8 @@ def _verdict_words(part: pd.DataFrame, uncorrected: Row) -> str:
         SAME: "the same direction as that",
         NO_INTERVAL: "no interval",
     }
-    said = [f"{title.get(verdict, f'{verdict} than that')}: {', '.join(each)}" for verdict, each in found.items()]
-    return "; ".join(said) or "no other correction was audited"
+    lines = [f"{title.get(verdict, f'{verdict} than that')}: {', '.join(each)}" for verdict, each in found.items()]
+    return "; ".join(lines) or "no other correction was audited"
 
 
 def _evidence(row: Row, uncorrected: Row) -> str:

@@ -119,15 +119,15 @@ def _closing_sections(
 
 def _cautions(summary: Summary, runs: Mapping[str, Summary]) -> list[Block]:
     """What makes these runs hard to compare."""
-    said = [
+    lines = [
         Markdown(f"**Caution, {plain(label)}.** {words}")
         for label, run in runs.items()
         if (words := sampling_words(run))
     ]
     if summary.get("same_prompts") is False:
         other = "**The runs were made from different prompts**: their numbers differ for that reason too."
-        said.insert(0, Markdown(other))
-    return [Bullets(tuple(said))] if said else []
+        lines.insert(0, Markdown(other))
+    return [Bullets(tuple(lines))] if lines else []
 
 
 def _measure(metric: Metric, summary: Summary, pair: Summary, frames: Frames, origin: str) -> Measured:
@@ -167,11 +167,11 @@ def _ratio_words(pairs: Mapping[str, Summary], measures: Measures) -> Markdown:
     if moe is None or dense is None:
         return Markdown("")
     ratios = ((row[moe].name, _ratio(metric, row[moe], row[dense])) for metric, row in measures)
-    said = [f"{plain(name)} {ratio}" for name, ratio in ratios if ratio != NONE]
-    if not said:
+    lines = [f"{plain(name)} {ratio}" for name, ratio in ratios if ratio != NONE]
+    if not lines:
         return Markdown("")
     words = "a ratio of two pairs of engines on their own tokens, without an interval"
-    return Markdown(f"**{plain(moe)} over {plain(dense)}**: {'; '.join(said)} ({words}).")
+    return Markdown(f"**{plain(moe)} over {plain(dense)}**: {'; '.join(lines)} ({words}).")
 
 
 def _ratio(metric: Metric, above: Measured, below: Measured) -> str:

@@ -76,20 +76,22 @@ def token_texts(
     if worst is None or worst.empty:
         return TokenTexts()
     decode, note = _decoder(run, tokenizer)
-    wanted: dict[int, list[int]] = {}
+    positions_of: dict[int, list[int]] = {}
     for seq_id, position in zip(worst["seq_id"].tolist(), worst["position"].tolist(), strict=True):
-        wanted.setdefault(int(seq_id), []).append(int(position))
+        positions_of.setdefault(int(seq_id), []).append(int(position))
     texts: dict[tuple[int, int], TokenText] = {}
     for shard in run.shards:
-        here = {seq_id: wanted[seq_id] for seq_id in shard.seq_ids if seq_id in wanted}
+        here = {seq_id: positions_of[seq_id] for seq_id in shard.seq_ids if seq_id in positions_of}
         if here:
             texts |= _texts_of(run.tokens(shard), here, decode)
     return TokenTexts(texts, note)
 
 
-def _texts_of(rows: TokenRows, wanted: Mapping[int, list[int]], decode: Decode) -> dict[tuple[int, int], TokenText]:
+def _texts_of(
+    rows: TokenRows, positions_of: Mapping[int, list[int]], decode: Decode
+) -> dict[tuple[int, int], TokenText]:
     texts = {}
-    for seq_id, positions in wanted.items():
+    for seq_id, positions in positions_of.items():
         is_here_T = rows.seq_id_T == seq_id
         ids = rows.token_id_T[is_here_T].tolist()
         response = np.flatnonzero(rows.is_response_T[is_here_T])

@@ -45,9 +45,12 @@ _SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "n",
 
 
 def model_name(summary: Summary) -> str:
-    """The last part of the model's path, else its architecture."""
-    model = summary.get("model") or {}
-    return one_line(Path(str(model.get("path") or model.get("architecture") or "model")).name) or "model"
+    """The last part of the model's path, else its architecture; of an imported run what it was imported from."""
+    model, arms = summary.get("model") or {}, summary.get("arms") or {}
+    engines = [arm["engine"] for arm in arms.values() if arm.get("origin") == "imported"]
+    step = "" if summary.get("step") is None else f", step {summary['step']}"
+    known = model.get("path") or model.get("architecture") or (f"{engines[0]} dump" if engines else "model")
+    return one_line(Path(str(known)).name + step) or "model"
 
 
 def model_facts(summary: Summary) -> dict[str, Any]:
@@ -122,11 +125,11 @@ def weights_blocks(summary: Summary) -> list[Block]:
         f"{one['n_tensors']:,} {one['reason']} (e.g. {one['example']})" for one in comparison["not_comparable"]
     )
     worst = "; ".join(f"{one['name']} {number(one['relative_error'])}" for one in comparison["worst"][:3])
-    said = [
+    lines = [
         f"Largest relative errors: {plain(worst)}." if worst else "",
         f"Not comparable: {plain(reasons)}." if reasons else "",
     ]
-    return [words, table(header, rows, range(1, 8), caption), Markdown(" ".join(filter(None, said)))]
+    return [words, table(header, rows, range(1, 8), caption), Markdown(" ".join(filter(None, lines)))]
 
 
 def _weights_row(group: Mapping[str, Any]) -> list[object]:
@@ -157,23 +160,25 @@ def _model_words(summary: Summary) -> Markdown:
     model = summary.get("model") or {}
     layers = model.get("n_moe_layers")
     routing = (
-        f"{layers} MoE layers of {model.get('n_decoder_layers') or '?'}, top-{model.get('top_k')} of "
+        f"{layers} MoE layers{f' of {n}' if (n := model.get('n_decoder_layers')) else ''}, top-{model.get('top_k')} of "
         f"{model.get('n_experts')} experts"
         if layers
         else "dense"
     )
+    if not (model.get("path") or model.get("architecture")):  # imported
+        return Markdown(f"The dump does not name its model{f': {plain(routing)}' if layers else ''}.")
     return Markdown(f"Model {code(model_name(summary))}: {plain(model.get('architecture') or '?')}; {plain(routing)}.")
 
 
 def _sampling_words(summary: Summary) -> Markdown:
     sampling = summary.get("sampling") or {}
-    said = ", ".join(f"{key} {sampling[key]}" for key in _SAMPLING if sampling.get(key) is not None)
+    lines = ", ".join(f"{key} {sampling[key]}" for key in _SAMPLING if sampling.get(key) is not None)
     how = (
         "given completions, scored and not sampled"
         if sampling.get("given_completions")
         else f"sampled by {summary['main_pair'].split('~')[0]}"
     )
-    return Markdown(f"Responses: {how}; {plain(said or 'parameters not recorded')}.")
+    return Markdown(f"Responses: {how}; {plain(lines or 'parameters not recorded')}.")
 
 
 def provenance_table(summary: Summary) -> Table:
@@ -323,17 +328,17 @@ def _forced_words(summary: Summary) -> str:
 
 def _removed_words(replay: Summary) -> str:
     """What forcing removes, and what that does not say."""
-    said = [f"**{plain(words[:1].upper() + words[1:])}.**" for words in replay_words(replay)]
+    lines = [f"**{plain(words[:1].upper() + words[1:])}.**" for words in replay_words(replay)]
     mean = (replay.get("removed") or {}).get("abs_logp_diff.mean") or {}
-    if not said:
+    if not lines:
         return "There is no mismatch whose part could be named."
     if replay.get("is_broken"):
-        return said[0]
+        return lines[0]
     low, high = mean.get("share_ci") or (None, None)
     known = f"of the mean, 95 %: {interval(low, high, 'share', str(mean.get('note') or ''))}"
     n = f"{count(replay.get('n_tokens'), 'token')} of {count(replay.get('n_prompts'), 'prompt')}"
     worse = " A negative share: with infer's experts the arms differ more." if mean["share"] < 0 else ""
-    return f"{said[0]} ({known}; {n}; the same tokens with and without.){worse} {NO_PART_WORDS}"
+    return f"{lines[0]} ({known}; {n}; the same tokens with and without.){worse} {NO_PART_WORDS}"
 
 
 def prediction_words(summary: Summary) -> Markdown:

@@ -96,12 +96,12 @@ def finding_words(summary: Mapping[str, Any]) -> list[str]:
 def sentences(summary: Mapping[str, Any], frames: Frames) -> list[str]:
     """What was found, in words."""
     statistics = frames["correction_statistics"]
-    said = [_base_words(summary), mask_words(statistics), *same_words(frames), *flip_words(statistics)]
-    said += band_words(frames.get("recommended_band"))
-    said += audit_words(frames)
-    said += [f"Advantages (looked at by {ADVANTAGE_USERS} only): {summary['reward']}."]
-    said += [f"Left out: {', '.join(summary['left_out'])} (no advantages are known)."] if summary["left_out"] else []
-    return [*filter(None, said), STABILITY]
+    lines = [_base_words(summary), mask_words(statistics), *same_words(frames), *flip_words(statistics)]
+    lines += band_words(frames.get("recommended_band"))
+    lines += audit_words(frames)
+    lines += [f"Advantages (looked at by {ADVANTAGE_USERS} only): {summary['reward']}."]
+    lines += [f"Left out: {', '.join(summary['left_out'])} (no advantages are known)."] if summary["left_out"] else []
+    return [*filter(None, lines), STABILITY]
 
 
 def _base_words(summary: Mapping[str, Any]) -> str:
@@ -146,10 +146,10 @@ def flip_words(statistics: pd.DataFrame) -> list[str]:
         return ["Routing is not known for these tokens, so nothing can be said about flips."]
     base = known.iloc[0]
     share = f"{percent(base['flipped_share'])} of {count(base['n_routed'], 'token')}"
-    said = [f"Routing flipped behind {share}{_bounds(base, 'flipped_share')}."]
+    lines = [f"Routing flipped behind {share}{_bounds(base, 'flipped_share')}."]
     some = known[known["n_masked_routed"] > 0]
     if some.empty:
-        return [*said, "No correction masks a token whose routing is known."]
+        return [*lines, "No correction masks a token whose routing is known."]
     best = some.sort_values(["precision", "n_masked_routed"]).iloc[-1]
     most = some.sort_values("recall").iloc[-1]
     words = (
@@ -160,8 +160,8 @@ def flip_words(statistics: pd.DataFrame) -> list[str]:
     if most["correction"] != best["correction"]:
         highest = f"{most['correction']}, {percent(most['recall'])}"
         words += f" Highest recall: {highest}, at a precision of {percent(most['precision'])}."
-    said.append(words)
-    return [*said, _clear_words(some, float(base["flipped_share"]))]
+    lines.append(words)
+    return [*lines, _clear_words(some, float(base["flipped_share"]))]
 
 
 def _clear_words(some: pd.DataFrame, base: float) -> str:
@@ -326,6 +326,6 @@ def _strata_blocks(frames: Frames) -> list[Block]:
 
 def _all_blocks(statistics: pd.DataFrame) -> list[Block]:
     notes = [note for note in dict.fromkeys(statistics["note"]) if note]
-    said: list[Block] = [Markdown(f"Not computed: {_whole('; '.join(notes))}.")] if notes else []
+    lines: list[Block] = [Markdown(f"Not computed: {_whole('; '.join(notes))}.")] if notes else []
     shown = statistics.drop(columns=["words", "note"]).dropna(axis=1, how="all")
-    return [*said, frame_table("correction_statistics", shown)]
+    return [*lines, frame_table("correction_statistics", shown)]

@@ -48,6 +48,7 @@ def summarize(
     analysed = {arm for analysis in analyses for arm in (analysis.minuend, analysis.subtrahend)}
     return {
         "schema_version": SCHEMA_VERSION,
+        "step": record.step,
         "model": _model(run),
         "n_prompts": record.prompts.n if record.prompts else analyses[0].n_prompts,
         "sampling": {

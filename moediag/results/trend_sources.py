@@ -38,8 +38,11 @@ from moediag.errors import DumpError
 from moediag.hygiene.findings import Finding
 from moediag.hygiene.logged import check_logged
 from moediag.importers.columns import is_token_table
+from moediag.importers.registry import foreign_format
+from moediag.importers.rollouts import Options
 from moediag.importers.tables import KINDS, OnProgress, TableFile, open_table
 from moediag.importers.tokens import LOGPS, LoggedTokens, TokenTable
+from moediag.importers.write import imported_for_now
 from moediag.report.measures import text_origin
 from moediag.run.reader import Run, open_run
 from moediag.run.series import Series, is_series, open_series
@@ -93,12 +96,17 @@ def read_trend(targets: Sequence[Path], steps: Sequence[int] | None, on_progress
         if len(targets) > 1 or steps is not None:
             raise DumpError(f"{series[0].path} is a series, which stands alone and knows its steps")
         return _read_series(series[0], on_progress)
+    if (format_name := foreign_format(targets)) is not None:
+        if steps is not None:
+            raise DumpError(f"{targets[0]} is a dump of {format_name}, which knows its steps; --steps is for runs")
+        with imported_for_now(targets, Options(on_progress=on_progress)) as runs:
+            return _read_runs(runs, None, on_progress)
     tables = [path for path in targets if path.suffix in KINDS or path.is_file()]
     if not tables:
         return _read_runs([open_run(path) for path in targets], steps, on_progress)
     if len(targets) > 1 or steps is not None:
-        wanted = "--steps is for runs" if len(targets) == 1 else f"found {len(targets)} arguments"
-        raise DumpError(f"{tables[0]} is a table, which stands alone and holds its steps; {wanted}")
+        expected = "--steps is for runs" if len(targets) == 1 else f"found {len(targets)} arguments"
+        raise DumpError(f"{tables[0]} is a table, which stands alone and holds its steps; {expected}")
     if tables[0].suffix not in KINDS:
         raise DumpError(f"{tables[0]} is no table by its name; expected a run directory, or {', '.join(KINDS)}")
     return _read_table(open_table(tables[0]), on_progress)
@@ -152,10 +160,10 @@ def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: On
         rows = [] if exact is None else exact.measures.to_dict("records")
         frames.append(step_metrics(step, label, tokens, rows))
         sampling = run.record.sampling.content() if run.record.sampling else {}
-        if said := text_origin({"sampling": {**sampling, "given_completions": run.record.tokens.origin == "given"}}):
-            notes.append(f"{label}: {said}, so k1 and k3 are statistics and no KL")
-        if said := run.other_weights(*run.main_arms):
-            notes.append(f"{label}: {said}")
+        if reason := text_origin({"sampling": {**sampling, "given_completions": run.record.tokens.origin == "given"}}):
+            notes.append(f"{label}: {reason}, so k1 and k3 are statistics and no KL")
+        if reason := run.other_weights(*run.main_arms):
+            notes.append(f"{label}: {reason}")
         on_progress(done, len(runs), "runs")
     checkpoints = (run.checkpoint_of(run.main_arms[0]) for run in runs)
     architectures = sorted({str(one.architecture) for one in checkpoints if one is not None})
@@ -164,7 +172,7 @@ def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: On
     sources = {run.record.prompts and (run.record.prompts.source_sha256, run.record.prompts.n) for run in runs}
     if len(sources) > 1:
         notes.append("the runs were made from different prompts: a change of prompts is in the series too")
-    elif len(runs) > 1:
+    elif len(runs) > 1 and None not in sources:
         notes.append(
             "every step has the same prompts: their share of the errors is common to all steps, not independent"
         )
@@ -177,7 +185,17 @@ def _read_table(table: TableFile, on_progress: OnProgress) -> TrendSource:
         raise DumpError(f"{table.path} has no column step; found {', '.join(table.types)}")
     if not is_token_table(table.types):
         return _read_steps(table, on_progress)
-    known = TokenTable.of(table).without(("advantage", "reward", "token_id", "logp_train_new", "n_flipped_layers"))
+    unused = (
+        "advantage",
+        "reward",
+        "token_id",
+        "logp_train_new",
+        "n_flipped_layers",
+        "turn",
+        "weight_version",
+        "entropy_train",
+    )
+    known = TokenTable.of(table).without(unused)
     tokens = known.read(on_progress)
     thinned, infinite = _thinned(tokens), _Infinite()
     frame = pd.DataFrame({"step": thinned.get("step"), **{name: thinned.logps[name] for name in LOGPS[:2]},
@@ -279,11 +297,11 @@ def _refuse_values(path: Path, frame: pd.DataFrame, theirs: str, ours: str) -> l
     if len(wrong):
         row = wrong.iloc[0]
         known_as = "" if theirs == ours else f", read as {ours},"
-        wanted = "at least 0" if high > 1 else "between 0 and 1"
+        expected = "at least 0" if high > 1 else "between 0 and 1"
         advice = "is it k1, the mean of -logp_diff? then name it k1" if ours.endswith("k3") else "check the column"
         raise DumpError(
-            f"{path}: {theirs}{known_as} is {wanted} by definition, found {row[theirs]:.4g} at step {int(row['step'])} "
-            f"({len(wrong):,} of {len(frame):,} steps); {advice}"
+            f"{path}: {theirs}{known_as} is {expected} by definition, found {row[theirs]:.4g} at step "
+            f"{int(row['step'])} ({len(wrong):,} of {len(frame):,} steps); {advice}"
         )
     frame[theirs] = frame[theirs].clip(low, high)
     n = int(is_outside.sum())
@@ -294,8 +312,8 @@ def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) ->
     """One metric of a table of steps, its errors from the table or none."""
     low, high, se = (_column(frame, f"{theirs}{part}") for part in ("_ci_low", "_ci_high", "_se"))
     if (se < 0).any() or (low > high).any():
-        wanted = f"{theirs}_se of at least 0" if (se < 0).any() else f"{theirs}_ci_low below {theirs}_ci_high"
-        raise DumpError(f"{path}: expected {wanted}, found another; check the columns")
+        expected = f"{theirs}_se of at least 0" if (se < 0).any() else f"{theirs}_ci_low below {theirs}_ci_high"
+        raise DumpError(f"{path}: expected {expected}, found another; check the columns")
     implied = np.array([standard_error_of(*bounds) for bounds in zip(low, high, strict=True)])
     has_no_bounds = np.isnan(low) | np.isnan(high)
     se = np.where(np.isfinite(frame[theirs]), se, np.nan)  # of what is infinite there is no error

@@ -149,21 +149,21 @@ def _is_empty_of_another(path: Path, record: RunRecord) -> bool:
         return False
 
 
-def _open_same(path: Path, wanted: RunRecord, checkpoint: CheckpointRecord | None) -> Run:
+def _open_same(path: Path, given: RunRecord, checkpoint: CheckpointRecord | None) -> Run:
     run = open_run(path)
     there = run.record
-    if there.configuration == wanted.configuration and there.schema_version == wanted.schema_version:
+    if there.configuration == given.configuration and there.schema_version == given.schema_version:
         return run
     differences = []
     if there.checkpoint is not None and checkpoint is not None and there.checkpoint != checkpoint.digest:
         differences.append(f"checkpoint: {run.checkpoint(there.checkpoint).words} there, {checkpoint.words} given")
     named = _OF_CHECKPOINTS if differences else ()
     before, now = (
-        {key: value for key, value in record.configuration.items() if key not in named} for record in (there, wanted)
+        {key: value for key, value in record.configuration.items() if key not in named} for record in (there, given)
     )
     differences += differing(before, now)
-    if there.schema_version != wanted.schema_version:
-        differences = [f"schema_version: {there.schema_version} there, {wanted.schema_version} given"]
+    if there.schema_version != given.schema_version:
+        differences = [f"schema_version: {there.schema_version} there, {given.schema_version} given"]
     raise RunConflictError(
         f"{path} was made with another configuration ({'; '.join(differences)}); use another -o or --force"
     )

@@ -4,7 +4,7 @@ A pair of arms differs in thousands of log-probabilities for one reason: another
 thread count. This names what differed, numerics first; whether it mattered is for the floors to say.
 
 Invariants:
-    - facts that only one side holds are told as such, never dropped, unless two engines are compared: those share
+    - facts that only one side holds are shown as such, never dropped, unless two engines are compared: those share
       some facts, and a fact of one alone is no difference;
     - reads records only: no engine, no arrays; a record of an older moediag has fewer facts, and says so.
 """
@@ -71,16 +71,16 @@ class ArmComparison:
 
 
 def compare_runs(run_a: Run, run_b: Run) -> list[ArmComparison]:
-    """What was asked of two runs, then their arms, paired by name; infer first.
+    """What was requested of two runs, then their arms, paired by name; infer first.
 
     Raises:
         CorruptRunError: a record was changed after it was written.
     """
-    asked = _compare("run", _run_facts(run_a), _run_facts(run_b))
+    requested = _compare("run", _run_facts(run_a), _run_facts(run_b))
     names = {name: None for run in (run_a, run_b) for name in run.arms()}
     first = run_a.reference(INFER)
     ordered = sorted(names, key=lambda name: (name != first, name))
-    return [asked, *(_compare_arm(run_a, run_b, name) for name in ordered)]
+    return [requested, *(_compare_arm(run_a, run_b, name) for name in ordered)]
 
 
 def compare_arms(run: Run, arm_a: str, arm_b: str) -> ArmComparison:
@@ -102,14 +102,14 @@ def compare_arms(run: Run, arm_a: str, arm_b: str) -> ArmComparison:
 def compare_content(run_a: Run, run_b: Run) -> dict[str, str]:
     """Whether weights, tokenizer, config, prompts and tokens are the same: identical, different, not comparable."""
     sides = [_digests(run) for run in (run_a, run_b)]
-    told = {name: _verdict(sides[0][name], sides[1][name]) for name in sides[0]}
-    if told["weights"] == DIFFERENT and _has_full_record(run_a) != _has_full_record(run_b):
-        told["weights"] = UNKNOWN  # before full records the digest was one of files, which may be split otherwise
+    verdicts = {name: _verdict(sides[0][name], sides[1][name]) for name in sides[0]}
+    if verdicts["weights"] == DIFFERENT and _has_full_record(run_a) != _has_full_record(run_b):
+        verdicts["weights"] = UNKNOWN  # before full records the digest was one of files, which may be split otherwise
     has_all = all(run.has_tokens(shard) for run in (run_a, run_b) for shard in run.shards)
     if run_a.shards != run_b.shards or not has_all:
-        return {**told, "tokens": UNKNOWN}
+        return {**verdicts, "tokens": UNKNOWN}
     is_same = all(run_a.tokens_digest(shard) == run_b.tokens_digest(shard) for shard in run_a.shards)
-    return {**told, "tokens": SAME if is_same else DIFFERENT}
+    return {**verdicts, "tokens": SAME if is_same else DIFFERENT}
 
 
 def arm_facts(run: Run, arm: str) -> Facts:
@@ -129,9 +129,13 @@ def arm_facts(run: Run, arm: str) -> Facts:
     if checkpoint is not None:
         whole["checkpoint"] = {"weights_sha256": checkpoint.weights_sha256, "config_sha256": checkpoint.config_sha256}
     if record.captured is not None:
-        asked = record.captured
-        whole |= {"configuration": asked.configuration, "versions": asked.versions, "environment": asked.environment}
-        whole |= {**asked.facts, "router_dtypes": run.router_dtypes(arm)}
+        captured = record.captured
+        whole |= {
+            "configuration": captured.configuration,
+            "versions": captured.versions,
+            "environment": captured.environment,
+        }
+        whole |= {**captured.facts, "router_dtypes": run.router_dtypes(arm)}
     facts: Facts = {}
     for key, value in whole.items():
         if value is None or value == ():
@@ -172,12 +176,16 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 def _run_facts(run: Run) -> Facts:
     """What was requested: run.json without digests, which are distinguished, and without names of folders."""
     record = run.record
-    asked = {key: value for key, value in record.configuration.items() if not key.endswith("_sha256")}
+    configuration = {key: value for key, value in record.configuration.items() if not key.endswith("_sha256")}
     checkpoint = _checkpoint(run)
     model = checkpoint.content() if checkpoint else {}
     routers = model.pop("routers", ())
     kept = ("revision", "architecture", "model_type", "n_decoder_layers", "stored_dtype", "quantization")
-    whole = {**asked, **{f"model.{key}": model.get(key) for key in kept}, "moediag_version": record.moediag_version}
+    whole = {
+        **configuration,
+        **{f"model.{key}": model.get(key) for key in kept},
+        "moediag_version": record.moediag_version,
+    }
     if routers:
         whole["model.routers"] = {str(router["decoder_layer"]): router["spec"] or {} for router in routers}
         whole["model.n_experts"] = [router["n_experts"] for router in routers]
@@ -220,12 +228,12 @@ def _compare(label: str, facts_a: Facts, facts_b: Facts, n_one_sided: int = 0) -
 
 def _section_differences(section: str, names: list[str], facts_a: Facts, facts_b: Facts) -> list[Difference]:
     pairs = [(name, *(_value(section, name, facts) for facts in (facts_a, facts_b))) for name in names]
-    told = [Difference(section, name, a, b) for name, a, b in pairs if a != b]
+    found = [Difference(section, name, a, b) for name, a, b in pairs if a != b]
     for side in ("a", "b"):  # an older record lacks whole sections: said once, not fact by fact
-        if len(names) > 1 and all(getattr(d, side) == NOT_RECORDED for d in told) and len(told) == len(names):
+        if len(names) > 1 and all(getattr(d, side) == NOT_RECORDED for d in found) and len(found) == len(names):
             values = {"a": "recorded", "b": "recorded", side: NOT_RECORDED}
             return [Difference(section, f"all {len(names)} facts", **values)]
-    return told
+    return found
 
 
 def _value(section: str, name: str, facts: Facts) -> str:
@@ -244,7 +252,7 @@ def _is_settable(key: tuple[str, str]) -> bool:
 
 
 def _is_full(facts: Facts) -> bool:
-    """Records have told the hardware since they tell all; older ones hold a handful of facts."""
+    """Records hold the hardware since they are full; older ones hold a handful of facts."""
     return ("hardware", "machine") in facts
 
 

@@ -328,9 +328,9 @@ class Run:
 
     def router_dtypes(self, arm: str) -> dict[str, str | None] | None:
         """Dtypes of the routers' stages; vLLM's are known once a step has run: they stand beside the first shard."""
-        told: dict[str, str | None] | None = self.arm(arm).facts.get("router_dtypes")
-        if told or not self.has_capture(arm, self.shards[0]):
-            return told
+        dtypes: dict[str, str | None] | None = self.arm(arm).facts.get("router_dtypes")
+        if dtypes or not self.has_capture(arm, self.shards[0]):
+            return dtypes
         return self.capture_sidecar(arm, self.shards[0]).router_dtypes
 
     def tokens_digest(self, shard: Shard) -> str:
@@ -448,10 +448,10 @@ class Run:
         sizes = {"L": len(record.routers), "K": record.top_k, "E": record.n_experts}
         where = f"{self.path} {arm} {shard.stem}"
         for name, array in capture.arrays().items():
-            wanted = tuple(sizes[letter] for letter in name.rpartition("_")[2][1:])
-            if array.shape[1:] != wanted:
+            expected = tuple(sizes[letter] for letter in name.rpartition("_")[2][1:])
+            if array.shape[1:] != expected:
                 raise AlignmentError(
-                    f"{where}: {name} is {array.shape[1:]} per token, arm.json says {wanted}; capture it again"
+                    f"{where}: {name} is {array.shape[1:]} per token, arm.json says {expected}; capture it again"
                 )
         ids_TLK = capture.expert_ids_TLK
         if (ids_TLK is not None) != record.is_routed or (
@@ -482,8 +482,11 @@ class _CommonRouting:
         """Layers of the same decoder layer, E and K on both sides."""
         unseen = [side.name for side in (ours, theirs) if not side.is_routed]
         if unseen:
-            is_one = len(unseen) == 1
-            return _CommonRouting(left_out={"routing": f"{unseen[0]} kept no expert ids"} if is_one else {})
+            if len(unseen) == 1:
+                return _CommonRouting(left_out={"routing": f"{unseen[0]} kept no expert ids"})
+            if None in (ours.captured, theirs.captured):  # nothing shows that the model is dense
+                return _CommonRouting(left_out={"routing": f"neither {ours.name} nor {theirs.name} kept expert ids"})
+            return _CommonRouting()
         found = [
             {(side.routers[i].decoder_layer, side.routers[i].n_experts, side.routers[i].top_k): i
              for i in side.comparable_layers}

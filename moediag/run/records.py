@@ -543,8 +543,8 @@ def check_schema_version(content: dict[str, Any], path: Path, known: tuple[int, 
     found = content.get("schema_version")
     if type(found) is not int or found not in known:
         advice = "upgrade moediag" if isinstance(found, int) and found > max(known) else "capture the run again"
-        wanted = " and ".join(map(str, known))
-        raise SchemaVersionError(f"{path} has schema_version {short(found)}, this moediag reads {wanted}; {advice}")
+        expected = " and ".join(map(str, known))
+        raise SchemaVersionError(f"{path} has schema_version {short(found)}, this moediag reads {expected}; {advice}")
     return found
 
 

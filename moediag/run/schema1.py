@@ -30,20 +30,26 @@ def run(content: dict[str, Any], where: str) -> RunRecord:
         CorruptRunError: it lacks a value, or holds one of another kind than expected.
     """
     try:
-        asked, sampled_by = content["configuration"], content.get("sampled_by", "infer")
+        configuration, sampled_by = content["configuration"], content.get("sampled_by", "infer")
         given = content["completions"]
         checkpoint(content, where)
         record = {
             "schema_version": 1,
             "moediag_version": content["moediag_version"],
-            "configuration": asked,
+            "configuration": configuration,
             "checkpoint": _digest(content),
-            "tokenizer": {"files_sha256": asked["tokenizer_sha256"]} if "tokenizer_sha256" in asked else None,
+            "tokenizer": {"files_sha256": configuration["tokenizer_sha256"]}
+            if "tokenizer_sha256" in configuration
+            else None,
             "tokens": {"origin": "given"} if given else {"origin": "sampled", "arm": sampled_by},
             "prompts": content["prompts"],
             "sampling": content["sampling"],
-            "level": "ids" if asked.get("ids_only") else "full" if asked.get("router_logits") == "full" else "margins",
-            "full_vocab": asked.get("full_vocab", 0),
+            "level": "ids"
+            if configuration.get("ids_only")
+            else "full"
+            if configuration.get("router_logits") == "full"
+            else "margins",
+            "full_vocab": configuration.get("full_vocab", 0),
             "shards": content["shards"],
             "main_pair": ["train", sampled_by],
         }
@@ -55,13 +61,13 @@ def run(content: dict[str, Any], where: str) -> RunRecord:
 def checkpoint(manifest: dict[str, Any], where: str = "run.json") -> CheckpointRecord:
     """The one checkpoint of a run of schema 1."""
     try:
-        model, asked = manifest["model"], manifest["configuration"]
+        model, configuration = manifest["model"], manifest["configuration"]
         keys = ("revision", "architecture", "model_type", "n_decoder_layers", "stored_dtype")
         record = {
             "schema_version": 1,
             "source": model["name"],
             **{key: model.get(key) for key in keys},
-            **{key: asked.get(key) for key in ("config_sha256", "weights_sha256", "tokenizer_sha256")},
+            **{key: configuration.get(key) for key in ("config_sha256", "weights_sha256", "tokenizer_sha256")},
             "routers": _routers(model["routing"]),
         }
     except (KeyError, TypeError, AttributeError) as error:

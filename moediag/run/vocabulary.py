@@ -49,9 +49,11 @@ class VocabLogps:
             logp_T: the arm's log-probabilities of its tokens.
             sequences: sequence ids whose responses should be there.
         """
-        wanted_N = response_rows(tokens, sequences)
-        if not np.array_equal(self.row_N, wanted_N):
-            return f"distributions of {len(self)} tokens, expected those of the {len(wanted_N)} chosen response tokens"
+        expected_N = response_rows(tokens, sequences)
+        if not np.array_equal(self.row_N, expected_N):
+            return (
+                f"distributions of {len(self)} tokens, expected those of the {len(expected_N)} chosen response tokens"
+            )
         token_N = tokens.token_id_T[self.row_N]
         if self.logps_NV.ndim != 2 or token_N.max(initial=-1) >= self.logps_NV.shape[1]:
             return f"distributions of shape {self.logps_NV.shape} do not reach token id {token_N.max(initial=-1)}"

@@ -137,7 +137,7 @@ class RunWriter:
         there = self.run.arm(arm)
         if not any(self.run.arm_folder(arm).glob("shard-*.json")):
             return
-        asked = there.model_copy(
+        given = there.model_copy(
             update={
                 "checkpoint": checkpoint.digest,
                 "variant_of": variant_of,
@@ -146,22 +146,22 @@ class RunWriter:
                 ),
             }
         )
-        if asked.made_as() != there.made_as():
+        if given.made_as() != there.made_as():
             self.add_checkpoint(checkpoint)
-            self.refuse_other(there, asked)
+            self.refuse_other(there, given)
 
-    def refuse_other(self, there: ArmRecord, asked: ArmRecord) -> None:
+    def refuse_other(self, there: ArmRecord, given: ArmRecord) -> None:
         """Raise, naming what of an arm differs from what is requested.
 
         Raises:
             RunConflictError: always.
         """
         differences = []
-        if there.checkpoint != asked.checkpoint:
-            names = [self._model_words(digest) for digest in (there.checkpoint, asked.checkpoint)]
+        if there.checkpoint != given.checkpoint:
+            names = [self._model_words(digest) for digest in (there.checkpoint, given.checkpoint)]
             differences.append(f"checkpoint: {names[0]} there, {names[1]} given")
         for part in ("recipe", "configuration", "versions", "loaded"):
-            differences += differing(_part(there, part), _part(asked, part), part)
+            differences += differing(_part(there, part), _part(given, part), part)
         raise RunConflictError(
             f"arm {there.name} of {self.run.path} was made with another configuration ({'; '.join(differences)}); "
             "use another -o or --force"
@@ -257,9 +257,9 @@ class RunWriter:
             raise RunConflictError(
                 f"arm {arm} of {self.run.path} was begun anew by another process, otherwise made; use another -o"
             )
-        wanted = {*record.arrays} - {DISTRIBUTIONS}
-        if {*capture.arrays()} != wanted:
-            raise ValueError(f"arm {arm} has {sorted(capture.arrays())}, arm.json says {sorted(wanted)}")
+        expected = {*record.arrays} - {DISTRIBUTIONS}
+        if {*capture.arrays()} != expected:
+            raise ValueError(f"arm {arm} has {sorted(capture.arrays())}, arm.json says {sorted(expected)}")
         data = encode_capture(capture, record.n_experts, dtypes)
         facts = {**facts, "n_rows": len(tokens), "tokens_sha256": tokens_sha256(tokens)}
         made = {"made_as": record.made_as(), "worker": str(self.worker), "host": host_tag()}
@@ -291,11 +291,11 @@ class RunWriter:
         write_record(sidecar, Sidecar(**facts, data_sha256=sha256_bytes(data), n_bytes=len(data)))
 
 
-def differing(there: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differing(there: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
     """What two plain records hold differently, a phrase each."""
-    keys = sorted(key for key in {*there, *asked} if digest_of(there.get(key)) != digest_of(asked.get(key)))
+    keys = sorted(key for key in {*there, *given} if digest_of(there.get(key)) != digest_of(given.get(key)))
     named = f"{prefix}." if prefix not in ("", "configuration") else ""
-    return [f"{named}{key}: {there.get(key)!r} there, {asked.get(key)!r} given" for key in keys]
+    return [f"{named}{key}: {there.get(key)!r} there, {given.get(key)!r} given" for key in keys]
 
 
 def _part(record: ArmRecord, part: str) -> dict[str, Any]:

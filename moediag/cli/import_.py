@@ -1,0 +1,124 @@
+"""``moediag import FORMAT PATH...``: what a trainer or an engine wrote becomes a run, or a series of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moediag.cli import options as o
+
+if TYPE_CHECKING:
+    from moediag.run.reader import Run
+
+NAME = "import"
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="FORMAT PATH...", help="A format (--list-formats), then files, folders or patterns."),
+]
+OutputFolder = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="RUN|SERIES", help="Folder to make: a run, or a series.")
+]
+Detect = Annotated[bool, typer.Option("--detect", help="Only say what the files at PATH... are.")]
+ListFormats = Annotated[bool, typer.Option("--list-formats", help="Print the formats and exit.")]
+NumExperts = Annotated[
+    int | None, typer.Option("--num-experts", min=1, help="Experts per layer; default: largest id + 1.")
+]
+NumLayers = Annotated[
+    int | None, typer.Option("--num-layers", min=1, help="Decoder layers; default: as the dump or its ids tell.")
+]
+FirstRow = Annotated[int, typer.Option("--first-row", min=0, help="Position of the first routing row in its sequence.")]
+SampledAt = Annotated[
+    float | None, typer.Option("--temperature", min=0.0, help="Temperature that the tokens were sampled at.")
+]
+Mask = Annotated[str | None, typer.Option("--mask", metavar="COLUMN", help="Plain tables: the loss mask.")]
+Tokens = Annotated[
+    Path | None,
+    typer.Option("--tokens", metavar="TABLE", help="Token ids and boundaries, for a dump that has none."),
+]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Open pickles; only a named list of classes is admitted.")
+]
+Replace = Annotated[bool, typer.Option("--force", help="Replace the run or series that is there.")]
+
+
+def command(
+    words: Words = None,
+    output: OutputFolder = None,
+    detect: Detect = False,
+    list_formats: ListFormats = False,
+    num_experts: NumExperts = None,
+    num_layers: NumLayers = None,
+    first_row: FirstRow = 0,
+    temperature: SampledAt = None,
+    mask: Mask = None,
+    tokens: Tokens = None,
+    trust_pickle: TrustPickle = False,
+    force: Replace = False,
+    as_json: o.Json = False,
+) -> None:
+    """Make a run of a dump that another tool wrote; of several training steps, a series with a run each.
+
+    What a dump lacks is absent in the run. analyze, report, compare, simulate, trend and validate take the result as
+    far as its arrays go, and capture adds arms of our own engines beside the dump's.
+    """
+    from moediag.cli.console import bar, say, say_json, wrote
+    from moediag.importers.registry import IMPORTERS, detect_all, files_of, importer_of
+    from moediag.importers.rollouts import Options
+    from moediag.importers.write import import_dump
+
+    if list_formats:
+        for one in IMPORTERS.values():
+            needs = f" (needs {', '.join(one.needs)})" if one.needs else ""
+            say(f"{one.name}: {one.words}{needs}")
+        return
+    if not words:
+        raise typer.BadParameter("give a format and files, or --list-formats", param_hint="FORMAT PATH...")
+    if detect:
+        found = {name: [str(path) for path in paths] for name, paths in detect_all(words).items()}
+        if as_json:
+            say_json({name or "unknown": paths for name, paths in found.items()})
+            return
+        for name, paths in found.items():
+            more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+            say(f"{name or 'no known format'}: {paths[0]}{more}")
+        return
+    importer = importer_of(words[0])
+    if output is None:
+        raise typer.BadParameter("give a folder for the run or series", param_hint="-o")
+    files = files_of(importer, words[1:])
+    with bar(f"importing {importer.name}") as progress:
+        options = Options(
+            n_experts=num_experts, n_layers=num_layers, first_row=first_row, temperature=temperature,
+            mask=mask,             tokens=tokens, trust_pickle=trust_pickle, on_progress=progress.show,
+        )  # fmt: skip
+        runs = import_dump(importer, files, output, options, force)
+    facts = [_facts(run) for run in runs]
+    if as_json:
+        say_json({"path": str(output), "format": importer.name, "runs": facts})
+        return
+    for made in facts:
+        step = "" if made["step"] is None else f"step {made['step']}: "
+        arms = "; ".join(f"{name} has {', '.join(arrays)}" for name, arrays in made["arms"].items())
+        say(f"{step}{made['n_sequences']:,} sequences in {made['n_shards']} shards; {arms}")
+    for text in dict.fromkeys(text for made in facts for text in made["notes"]):
+        say(f"note: {text}")
+    wrote(output)
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """What a run has, in plain types."""
+    from moediag.run.records import Imported
+
+    records = {name: run.arm(name) for name in run.arms()}
+    origins = [record.origin for record in records.values() if isinstance(record.origin, Imported)]
+    return {
+        "path": str(run.path),
+        "step": run.record.step,
+        "n_sequences": run.n_sequences,
+        "n_shards": len(run.shards),
+        "arms": {name: list(record.arrays) for name, record in records.items()},
+        "notes": list(dict.fromkeys(note for origin in origins for note in origin.notes)),
+    }

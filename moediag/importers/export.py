@@ -1,0 +1,122 @@
+"""A run as a plain table with a row per token, which :mod:`~moediag.importers.plain` reads again: the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moediag.errors import RunError
+from moediag.importers.tables import OnProgress, silent
+from moediag.notation import NO_TOKEN
+from moediag.run.capture import Shard
+from moediag.run.files import process_tag, write_error
+from moediag.run.reader import Run
+
+_SCHEMA: Final = pa.schema(
+    {
+        "step": pa.int64(),
+        "seq_id": pa.int64(),
+        "prompt_id": pa.int64(),
+        "sample_index": pa.int32(),
+        "position": pa.int32(),
+        "token_id": pa.int64(),
+        "is_response": pa.bool_(),
+        "is_trained": pa.bool_(),
+        "turn": pa.int32(),
+        "weight_version": pa.string(),
+        "advantage": pa.float64(),
+        "reward": pa.float64(),
+        "logp_train": pa.float32(),
+        "logp_infer": pa.float32(),
+        "entropy": pa.float32(),
+        "entropy_train": pa.float32(),
+    }
+)
+"""Every column that a table may have; one that no run has is left out."""
+
+
+def export_table(
+    runs: Sequence[Run], path: Path, force: bool = False, on_progress: OnProgress = silent
+) -> tuple[str, ...]:
+    """Write the main pair of some runs as one parquet table; routes and further arms are not in it.
+
+    Args:
+        runs: one, or those of a series, each with its step.
+        force: write over a file.
+
+    Returns:
+        Names of its columns.
+
+    Raises:
+        RunError: the file is there, or cannot be written, or a run has not both sides.
+    """
+    if path.suffix != ".parquet":
+        raise RunError(f"{path}: expected a name that ends in .parquet; give -o such a file")
+    if path.exists() and not force:
+        raise RunError(f"{path} exists; give -o another file, or --force to write over it")
+    names = _present(runs)
+    schema = pa.schema([field for field in _SCHEMA if field.name in names])
+    temporary = path.with_name(f".{path.name}.{process_tag()}.tmp")
+    n_shards, done = sum(len(run.shards) for run in runs), 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for run in runs:
+                for shard in run.shards:
+                    writer.write_table(_rows(run, shard).select(schema.names))
+                    on_progress(done := done + 1, n_shards, "shards")
+        temporary.replace(path)
+    except OSError as error:
+        raise write_error(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return tuple(schema.names)
+
+
+def _present(runs: Sequence[Run]) -> set[str]:
+    """Columns that a run has a value in."""
+    names = {"seq_id", "prompt_id", "sample_index", "position", "is_response", "is_trained", "logp_train", "logp_infer"}
+    if all(run.record.step is not None for run in runs):
+        names.add("step")
+    elif len(runs) > 1:
+        raise RunError(f"{runs[0].path} and others do not say their steps, so they are no one table; export them apart")
+    for table in (_rows(run, shard) for run in runs for shard in run.shards):
+        names |= {name for name in table.column_names if table[name].null_count < len(table)}
+    return names
+
+
+def _rows(run: Run, shard: Shard) -> pa.Table:
+    """A shard's rows; what is not known is null.
+
+    Raises:
+        IncompleteRunError: an arm of the main pair is not there.
+    """
+    tokens = run.tokens(shard)
+    train, infer = (run.capture(arm, shard) for arm in run.main_arms)
+    columns = {
+        "step": None if run.record.step is None else np.full(len(tokens), run.record.step),
+        **{name: getattr(tokens, f"{name}_T", None) for name in _SCHEMA.names[1:12]},
+        "is_trained": tokens.is_scored_T,
+        "logp_train": train.logp_T,
+        "logp_infer": infer.logp_T,
+        "entropy": infer.entropy_T,
+        "entropy_train": train.entropy_T,
+    }
+    absent = {"token_id": NO_TOKEN, "turn": -1}
+    arrays = {
+        name: pa.nulls(len(tokens), _SCHEMA.field(name).type)
+        if values_T is None
+        else pa.array(
+            values_T,
+            _SCHEMA.field(name).type,
+            mask=values_T == absent[name] if name in absent else None,
+            from_pandas=True,
+        )
+        for name, values_T in columns.items()
+    }
+    return pa.table(arrays)
