@@ -18,7 +18,11 @@ from hypothesis import settings
 from moediag.engines.launch import Engines, Job, OnEvent
 from moediag.engines.vllm.options import INFER_ENVIRONMENT
 
-# Fixed, so that the suite fails for what was changed and not for its luck; ``make hunt`` draws others, and more cases.
+# Fixed, so that the suite fails for what was changed and not for its luck; ``make hunt`` draws others, and more cases:
+# - flipped bytes of a run's files (test_run_directory): 10 a file here, 100 there;
+# - config classes of transformers (test_routers): those of experts and every sixth here, all there;
+# - odd runs drawn (test_figures_sets): each at one of two widths here, at both there.
+# ``make tables`` captures every router family and every way of running vLLM; here there is one of each kind.
 SEED = int(os.environ.get("MOEDIAG_SEED", "0"))
 HUNT = int(os.environ.get("MOEDIAG_HUNT", "1"))
 # A machine that is busy makes an example slow, not wrong.
@@ -43,13 +47,15 @@ def engine_variables_left_alone() -> Iterator[None]:
     assert {name: os.environ.get(name) for name in INFER_ENVIRONMENT} == _ENGINE_VARIABLES
 
 
-LONGEST_FIRST = ("demo", "engines_families", "engines_execution", "readme", "engines_resume", "provenance_engines",
-                  "engines_gradients", "engines_serve", "simulate", "engines_observation", "hygiene_faults",
-                  "run_derived", "hygiene_clean", "gradients_statistics", "notebooks")  # fmt: skip
+LONGEST_FIRST = ("demo", "engines_resume", "engines_execution", "engines_families", "readme", "figures_sets",
+                  "engines_gradients", "provenance_engines", "engines_serve", "engines_checkpoints", "simulate",
+                  "folder", "hygiene_faults", "engines_generate", "run_schema1", "notebooks", "hygiene_logged",
+                  "hygiene_clean", "engines_observation", "run_derived", "gradients_statistics")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of many seconds first, so that two processes end together; the demo is made before others want it."""
+    """Files of many seconds first, so that two processes end together; while one makes the demo, the other does what
+    needs none."""
     rank = {f"test_{name}": i for i, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
