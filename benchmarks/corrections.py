@@ -21,53 +21,53 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moediag.corrections import METHODS, Batch, compare_corrections, parse_correction, sweep_by_band
-from moediag.corrections.statistics import CorrectionPass
+from moediag.corrections import METHODS, Terms, compare_corrections, parse_correction, sweep_by_band
+from moediag.corrections.sums import CorrectionPass
 
 SAMPLES = 8
 
 
-def make_batch(n_tokens: int, length: int, seed: int = 0) -> Batch:
+def make_tokens(n_tokens: int, length: int, seed: int = 0) -> Terms:
     """Sequences of about ``length`` tokens, eight per prompt; log-ratios like those of a bfloat16 pair."""
     rng = np.random.default_rng(seed)
     length_S = rng.integers(length // 2, length * 3 // 2, -(-n_tokens // length))
     row_T = np.repeat(np.arange(len(length_S)), length_S)
     infer_T = -rng.exponential(0.5, len(row_T)).astype(np.float32)
     diff_T = 0.02 * rng.standard_t(3, len(row_T)).astype(np.float32)
-    return Batch(
-        logp_train_T=np.minimum(infer_T + diff_T, 0).astype(np.float64),
-        logp_infer_T=infer_T.astype(np.float64),
-        row_T=row_T,
-        seq_id_S=np.arange(len(length_S)),
-        prompt_row_S=np.arange(len(length_S)) // SAMPLES,
-        position_T=np.arange(len(row_T)) - np.repeat(np.cumsum(length_S) - length_S, length_S),
-        advantage_T=rng.normal(size=len(length_S))[row_T],
-        entropy_T=rng.exponential(0.5, len(row_T)),
-        n_flipped_layers_T=rng.integers(0, 3, len(row_T)),
-    )
+    columns = {
+        "logp_train": np.minimum(infer_T + diff_T, 0).astype(np.float64),
+        "logp_infer": infer_T.astype(np.float64),
+        "seq_id": row_T,
+        "prompt_id": row_T // SAMPLES,
+        "position": np.arange(len(row_T)) - np.repeat(np.cumsum(length_S) - length_S, length_S),
+        "advantage": rng.normal(size=len(length_S))[row_T],
+        "entropy_infer": rng.exponential(0.5, len(row_T)),
+        "n_flipped_layers": rng.integers(0, 3, len(row_T)),
+    }
+    return Terms(pd.DataFrame(columns, copy=False))
 
 
-def first(batch: Batch, n_tokens: int) -> Batch:
-    """The first sequences of a batch."""
-    return next(batch.chunks(n_tokens))
+def first(tokens: Terms, n_tokens: int) -> Terms:
+    """The first sequences."""
+    return next(tokens.chunks(n_tokens))
 
 
-def plain_numpy(batch: Batch) -> dict[str, float]:
+def plain_numpy(tokens: Terms) -> dict[str, float]:
     """Whole arrays, method by method."""
-    train, infer, row, prompt = batch.logp_train_T, batch.logp_infer_T, batch.row_T, batch.prompt_row_S[batch.row_T]
-    n_by_row, n_prompts = np.bincount(row), int(batch.prompt_row_S.max()) + 1
+    train, infer, row, prompt = tokens.logp_train_T, tokens.logp_infer_T, tokens.row_T, tokens.prompt_row_T
+    n_by_row, n_prompts = np.bincount(row), tokens.n_prompts
     found = {}
     for name in METHODS:
         diff = train - infer
         ratio, k3 = np.exp(np.clip(diff, -20, 20)), np.expm1(np.clip(diff, -20, 20)) - np.clip(diff, -20, 20)
         weight = _plain_weight(
-            name, batch, diff, ratio, k3, lambda values: np.bincount(row, weights=values), np.exp, row
+            name, tokens, diff, ratio, k3, lambda values: np.bincount(row, weights=values), np.exp, row
         )
         masked = weight == 0
         columns = (
             masked, weight, weight**2, np.where(masked, 0, k3), np.where(masked, 0, np.exp(infer)),
-            np.where(masked, batch.entropy_T, 0), np.where(masked, 0, batch.entropy_T),
-            masked & (batch.n_flipped_layers_T > 0), weight * batch.advantage_T / n_by_row[row],
+            np.where(masked, tokens.column("entropy_infer"), 0), np.where(masked, 0, tokens.column("entropy_infer")),
+            masked & (tokens.column("n_flipped_layers") > 0), weight * tokens.advantage_T / n_by_row[row],
         )  # fmt: skip
         sums = [np.bincount(prompt, weights=column, minlength=n_prompts) for column in columns]
         gone = np.bincount(row, weights=masked) == n_by_row
@@ -75,21 +75,26 @@ def plain_numpy(batch: Batch) -> dict[str, float]:
     return found
 
 
-def plain_pandas(batch: Batch) -> dict[str, float]:
+def plain_pandas(tokens: Terms) -> dict[str, float]:
     """A table, a groupby for every sum."""
     found = {}
     for name in METHODS:
-        table = pd.DataFrame(
-            {"seq": batch.row_T, "prompt": batch.prompt_row_S[batch.row_T], "train": batch.logp_train_T,
-             "infer": batch.logp_infer_T, "entropy": batch.entropy_T, "flips": batch.n_flipped_layers_T,
-             "advantage": batch.advantage_T}
-        )  # fmt: skip
+        table = tokens.rows.rename(
+            columns={
+                "seq_id": "seq",
+                "prompt_id": "prompt",
+                "logp_train": "train",
+                "logp_infer": "infer",
+                "entropy_infer": "entropy",
+                "n_flipped_layers": "flips",
+            }
+        ).copy()
         diff = table["train"] - table["infer"]
         clipped = diff.clip(-20, 20)
         table["diff"], table["ratio"], table["k3"] = diff, np.exp(clipped), np.expm1(clipped) - clipped
         by = table.groupby("seq")
         total = lambda values, by=by, table=table: values.groupby(table["seq"]).sum().to_numpy()  # noqa: E731
-        weight = _plain_weight(name, batch, table["diff"], table["ratio"], table["k3"], total, np.exp, batch.row_T)
+        weight = _plain_weight(name, tokens, table["diff"], table["ratio"], table["k3"], total, np.exp, tokens.row_T)
         table["weight"] = np.asarray(weight)
         table["masked"] = table["weight"] == 0
         table["square"] = table["weight"] ** 2
@@ -118,7 +123,7 @@ def plain_pandas(batch: Batch) -> dict[str, float]:
 
 def _plain_weight(
     name: str,
-    batch: Batch,
+    tokens: Terms,
     diff: Any,
     ratio: Any,
     k3: Any,
@@ -127,17 +132,19 @@ def _plain_weight(
     row: Any,
 ) -> Any:
     p = METHODS[name].parameters
-    gap = exp(batch.logp_train_T) - exp(batch.logp_infer_T)
+    gap = exp(tokens.logp_train_T) - exp(tokens.logp_infer_T)
     n = np.bincount(row)
     if name in ("kpop", "dppo_kl"):
         forward, back = (_plain_binary_kl(a, b) for a, b in (
-            (batch.logp_infer_T, batch.logp_train_T), (batch.logp_train_T, batch.logp_infer_T)))  # fmt: skip
+            (tokens.logp_infer_T, tokens.logp_train_T), (tokens.logp_train_T, tokens.logp_infer_T)))  # fmt: skip
     rules: dict[str, Callable[[], Any]] = {
         "none": lambda: np.ones(len(row)),
         "icepop": lambda: np.where((ratio >= p["alpha"]) & (ratio <= p["beta"]), ratio, 0),
         "icepop_hard": lambda: np.where((ratio >= p["alpha"]) & (ratio <= p["beta"]), 1, 0),
         "tis_token": lambda: np.minimum(ratio, p["cap"]),
         "tis_sequence": lambda: np.minimum(np.exp(np.clip(total(diff), -20, 20)), p["cap"])[row],
+        "tis_geometric": lambda: np.minimum(np.exp(np.clip(total(diff) / n, -20, 20)), p["cap"])[row],
+        "clamp_token": lambda: np.clip(ratio, p["low"], p["high"]),
         "mis_token": lambda: np.where(ratio <= p["cap"], ratio, 0),
         "mis_sequence": lambda: _plain_mis(np.exp(np.clip(total(diff), -20, 20)), p["cap"])[row],
         "sequence_band": lambda: _plain_band(total(diff), p)[row],
@@ -146,11 +153,12 @@ def _plain_weight(
         "kpop": lambda: np.where((forward <= p["phi"]) & (back <= p["phi"]), ratio, 0),
         "ipo": lambda: np.where(np.abs(gap) <= p["eps"], ratio, 0),
         "dppo_tv": lambda: np.where(
-            ((batch.advantage_T > 0) & (gap > p["eps_high"])) | ((batch.advantage_T < 0) & (gap < -p["eps_low"])),
+            ((tokens.advantage_T > 0) & (gap > p["eps_high"])) | ((tokens.advantage_T < 0) & (gap < -p["eps_low"])),
             0, ratio),
-        "dppo_kl": lambda: np.where((batch.advantage_T * gap > 0) & (forward > p["eps"]), 0, ratio),
+        "dppo_kl": lambda: np.where((tokens.advantage_T * gap > 0) & (forward > p["eps"]), 0, ratio),
         "trm_max": lambda: 1.0 - (total(1.0 * (diff**2 / 2 > p["delta"])) > 0)[row],
         "trm_mean": lambda: 1.0 * (total(k3) / n <= p["delta"])[row],
+        "prob_mult_error": lambda: 1.0 * (total(exp(np.minimum(np.abs(diff), 20))) / n <= p["limit"])[row],
         "k3_mean": lambda: 1.0 * (total(k3) / n <= p["limit"])[row],
     }  # fmt: skip
     return rules[name]()
@@ -187,19 +195,18 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def weights_only(batch: Batch) -> None:
+def weights_only(tokens: Terms) -> None:
     """All weights, chunk by chunk, terms shared."""
-    for part in batch.chunks():
-        x, _ = part.scored()
+    for part in tokens.chunks():
         for name in METHODS:
-            parse_correction(name).of_terms(x)
+            parse_correction(name).of_terms(part)
 
 
-def sums_only(batch: Batch) -> dict[str, float]:
+def sums_only(tokens: Terms) -> dict[str, float]:
     """What the plain versions compute: sums by cluster, without strata, and without intervals."""
     corrections = {name: parse_correction(name) for name in METHODS}
     totals = CorrectionPass(corrections, [], 512, 0.2)
-    for part in batch.chunks():
+    for part in tokens.chunks():
         totals.add(part)
     pairs = zip(METHODS, totals.by_correction, strict=True)
     return {name: float(one["n_masked"].sum() + one["n_masked_sequences"].sum()) for name, one in pairs}
@@ -212,25 +219,25 @@ def main() -> int:
     parser.add_argument("--plain-tokens", type=int, default=1_000_000)
     parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
-    batch = make_batch(args.tokens, args.length)
+    tokens = make_tokens(args.tokens, args.length)
     forget_peak()
-    n, held = len(batch), memory_gib("VmRSS")
+    n, held = len(tokens), memory_gib("VmRSS")
     print(
-        f"{n} tokens, {batch.n_sequences} sequences, {batch.n_prompts} prompts, {len(METHODS)} methods; "
+        f"{n} tokens, {tokens.n_sequences} sequences, {tokens.n_prompts} prompts, {len(METHODS)} methods; "
         f"holds {held:.2f} GiB"
     )
     corrections = {name: parse_correction(name) for name in METHODS}
     each: dict[str, float] = {}
-    each["weights of all methods"] = timed(lambda: weights_only(batch))[0] / n
-    seconds, _ = timed(lambda: sums_only(batch))
+    each["weights of all methods"] = timed(lambda: weights_only(tokens))[0] / n
+    seconds, _ = timed(lambda: sums_only(tokens))
     each["weights and sums by prompt"] = seconds / n
-    each["compare_corrections, everything"] = timed(lambda: compare_corrections(batch, corrections))[0] / n
+    each["compare_corrections, everything"] = timed(lambda: compare_corrections(tokens, corrections))[0] / n
     peak = memory_gib("VmHWM")
     sweep, sort = (
-        timed(lambda: sweep_by_band(batch))[0],
-        timed(lambda: np.sort(batch.logp_train_T - batch.logp_infer_T))[0],
+        timed(lambda: sweep_by_band(tokens))[0],
+        timed(lambda: np.sort(tokens.logp_train_T - tokens.logp_infer_T))[0],
     )
-    part = first(batch, args.plain_tokens)
+    part = first(tokens, args.plain_tokens)
     for name, plain in (("plain numpy", plain_numpy), ("plain pandas", plain_pandas)):
         seconds, found = timed(lambda plain=plain: plain(part))
         each[name] = seconds / len(part)

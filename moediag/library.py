@@ -316,12 +316,9 @@ class Simulation(Shown):
 
         Beside the weights are the columns that identify a row: ``seq_id``, ``position`` and others of the source.
         """
-        from moediag.corrections.weight_files import batch_weights
-
         source = self.result.source
         keys = {name: column[0 : source.n_rows] for name, column in source.keys.items()}
-        chosen = self.result.chosen.items()
-        return pd.DataFrame({**keys, **{label: batch_weights(source, one.correction) for label, one in chosen}})
+        return pd.DataFrame({**keys, **{label: source.weights(one) for label, one in self.result.chosen.items()}})
 
     @property
     def headlines(self) -> Headlines:
@@ -353,7 +350,7 @@ class Simulation(Shown):
         """Write frames, figures and both pages as ``moediag simulate -o`` does; returns the path of report.md."""
         from moediag.results.simulation import write_simulation
 
-        corrections = {label: str(one.correction) for label, one in self.result.chosen.items()}
+        corrections = {label: str(one) for label, one in self.result.chosen.items()}
         source, eps_clip = self.result.source, self.result.eps_clip
         request = {"of": self.result.label, "n_rows": source.n_rows, "reward": source.reward, "eps_clip": eps_clip}
         request["corrections"] = corrections
@@ -450,7 +447,7 @@ def simulate(
         DumpError: the table lacks a column, or holds what no log has.
         IncompleteRunError: an arm of the pair is missing.
     """
-    from moediag.corrections.chosen import choose
+    from moediag.corrections import choose
     from moediag.results.simulation import add_sweep, read_tokens
     from moediag.results.simulation import simulate as simulated
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 import pytest
 from plain_corrections import clamped_exp, k3, plain_weights
 from synthetic import make_block, make_pair
@@ -14,11 +15,12 @@ from moediag.analysis.tokens import Tokens, token_frame
 from moediag.corrections import (
     METHODS,
     PRESETS,
-    Batch,
+    Terms,
     compare_corrections,
     distinct_corrections,
     masked_shares,
     parse_correction,
+    sweep_by_band,
     weights,
 )
 from moediag.errors import MoediagError
@@ -26,7 +28,7 @@ from moediag.errors import MoediagError
 ONE_EACH = {name: parse_correction(name) for name in METHODS}
 
 
-def make_batch(seed: int = 0, n_sequences: int = 30, unscored: bool = True, scale: float = 0.4) -> Batch:
+def make_tokens(seed: int = 0, n_sequences: int = 30, unscored: bool = True, scale: float = 0.4) -> pd.DataFrame:
     """Sequences of unequal length, two per prompt, heavy-tailed log-ratios, everything known."""
     rng = np.random.default_rng(seed)
     length_S = rng.integers(1, 15, n_sequences)
@@ -36,30 +38,40 @@ def make_batch(seed: int = 0, n_sequences: int = 30, unscored: bool = True, scal
     train_T = np.minimum(infer_T + scale * rng.standard_t(2, n_tokens), 0.0)
     if unscored:
         train_T[::13], infer_T[5::17], train_T[7::29] = np.nan, np.nan, -np.inf
-    return Batch(
-        logp_train_T=train_T,
-        logp_infer_T=infer_T,
-        row_T=row_T,
-        seq_id_S=np.arange(n_sequences),
-        prompt_row_S=np.arange(n_sequences) // 2,
-        position_T=np.concatenate([np.arange(n) for n in length_S]),
-        advantage_T=rng.normal(size=n_sequences)[row_T],
-        entropy_T=np.where(rng.random(n_tokens) < 0.1, np.nan, rng.exponential(0.5, n_tokens)),
-        logp_train_new_T=np.where(np.isnan(train_T), np.nan, np.nan_to_num(train_T) + 0.3 * rng.normal(size=n_tokens)),
-        n_flipped_layers_T=rng.integers(-1, 5, n_tokens),
+    return pd.DataFrame(
+        {
+            "logp_train": train_T,
+            "logp_infer": infer_T,
+            "seq_id": row_T,
+            "prompt_id": row_T // 2,
+            "position": np.concatenate([np.arange(n) for n in length_S]),
+            "advantage": rng.normal(size=n_sequences)[row_T],
+            "entropy_infer": np.where(rng.random(n_tokens) < 0.1, np.nan, rng.exponential(0.5, n_tokens)),
+            "logp_train_new": np.where(
+                np.isnan(train_T), np.nan, np.nan_to_num(train_T) + 0.3 * rng.normal(size=n_tokens)
+            ),
+            "n_flipped_layers": rng.integers(-1, 5, n_tokens),
+        }
     )
 
 
-def plain_statistics(batch: Batch, name: str, eps: float = 0.2) -> dict[str, float]:
+def weights_of(tokens: pd.DataFrame, name: str, **parameters: float) -> np.ndarray:
+    """Weight of every row, from the arrays."""
+    columns = (tokens[column] for column in ("logp_train", "logp_infer", "seq_id"))
+    return weights(name, *columns, advantage_T=tokens["advantage"], **parameters)
+
+
+def plain_statistics(tokens: pd.DataFrame, name: str, eps: float = 0.2) -> dict[str, float]:
     """Every statistic of one correction, token by token."""
-    train, infer = batch.logp_train_T.tolist(), batch.logp_infer_T.tolist()
-    weight = plain_weights(
-        name, train, infer, batch.row_T.tolist(), batch.advantage_T.tolist(), **METHODS[name].parameters
+    columns = {column: tokens[column].tolist() for column in tokens}
+    train, infer, row, prompt, advantages = (
+        columns[column] for column in ("logp_train", "logp_infer", "seq_id", "prompt_id", "advantage")
     )
-    scored = [t for t in range(len(batch)) if math.isfinite(train[t]) and math.isfinite(infer[t])]
+    weight = plain_weights(name, train, infer, row, advantages, **METHODS[name].parameters)
+    scored = [t for t in range(len(tokens)) if math.isfinite(train[t]) and math.isfinite(infer[t])]
     kept, masked = [t for t in scored if weight[t] > 0], [t for t in scored if weight[t] == 0]
-    sequences = sorted({int(batch.row_T[t]) for t in scored})
-    of = {s: [t for t in scored if batch.row_T[t] == s] for s in sequences}
+    sequences = sorted({row[t] for t in scored})
+    of = {s: [t for t in scored if row[t] == s] for s in sequences}
 
     def mean(values):
         values = list(values)
@@ -69,20 +81,20 @@ def plain_statistics(batch: Batch, name: str, eps: float = 0.2) -> dict[str, flo
         return math.fsum(values) ** 2 / (len(values) * math.fsum(w * w for w in values)) if any(values) else math.nan
 
     def surrogate(t):
-        advantage, ratio = batch.advantage_T[t], clamped_exp(batch.logp_train_new_T[t] - train[t])
+        advantage, ratio = advantages[t], clamped_exp(columns["logp_train_new"][t] - train[t])
         return min(ratio * advantage, max(1 - eps, min(1 + eps, ratio)) * advantage)
 
     def is_clipped(t):
-        advantage, ratio = batch.advantage_T[t], clamped_exp(batch.logp_train_new_T[t] - train[t])
+        advantage, ratio = advantages[t], clamped_exp(columns["logp_train_new"][t] - train[t])
         return (advantage > 0 and ratio > 1 + eps) or (advantage < 0 and ratio < 1 - eps)
 
-    flips, entropy = batch.n_flipped_layers_T, batch.entropy_T
+    flips, entropy = columns["n_flipped_layers"], columns["entropy_infer"]
     flipped, routed = [t for t in scored if flips[t] > 0], [t for t in scored if flips[t] >= 0]
     w = [weight[t] for t in scored]
     return {
         "n_tokens": len(scored),
         "n_sequences": len(sequences),
-        "n_prompts": len({int(batch.prompt_row_S[s]) for s in sequences}),
+        "n_prompts": len({prompt[t] for t in scored}),
         "masked_share": len(masked) / len(scored),
         "masked_sequence_share": mean(all(weight[t] == 0 for t in of[s]) for s in sequences),
         "kept_probability_mass": sum(math.exp(infer[t]) for t in kept) / sum(math.exp(infer[t]) for t in scored),
@@ -107,18 +119,18 @@ def plain_statistics(batch: Batch, name: str, eps: float = 0.2) -> dict[str, flo
 
 @pytest.mark.parametrize("seed", range(3))
 def test_statistics_equal_plain_loops(seed: int) -> None:
-    batch = make_batch(seed)
-    frame = compare_corrections(batch, ONE_EACH)["correction_statistics"].set_index("correction")
+    tokens = make_tokens(seed)
+    frame = compare_corrections(tokens, ONE_EACH)["correction_statistics"].set_index("correction")
     for name in METHODS:
-        for column, value in plain_statistics(batch, name).items():
+        for column, value in plain_statistics(tokens, name).items():
             assert frame.loc[name, column] == pytest.approx(value, rel=1e-10, abs=1e-12, nan_ok=True), (name, column)
     assert 0 < frame.loc["icepop", "masked_share"] < 1
 
 
 def test_sides_and_truncation_are_counted_where_there_are_some() -> None:
-    batch = make_batch()
-    frame = compare_corrections(batch, ONE_EACH)["correction_statistics"].set_index("correction")
-    diff_T = (batch.logp_train_T - batch.logp_infer_T)[batch.is_scored_T]
+    tokens = make_tokens()
+    frame = compare_corrections(tokens, ONE_EACH)["correction_statistics"].set_index("correction")
+    diff_T = Tokens(tokens).diff_T
     assert frame.loc["icepop", "below_share"] == pytest.approx((diff_T < np.log(0.5)).mean())
     assert frame.loc["icepop", "above_share"] == pytest.approx((diff_T > np.log(5)).mean())
     assert frame.loc["tis_token", "truncated_share"] == pytest.approx((diff_T > np.log(2)).mean())
@@ -131,7 +143,7 @@ def test_sides_and_truncation_are_counted_where_there_are_some() -> None:
 
 
 def test_intervals_hold_their_values_and_truncation_promises_none() -> None:
-    frame = compare_corrections(make_batch(n_sequences=80), ONE_EACH)["correction_statistics"]
+    frame = compare_corrections(make_tokens(n_sequences=80), ONE_EACH)["correction_statistics"]
     for name in ("masked_share", "kept_k3", "weight_mean", "objective", "entropy_kept", "precision", "recall"):
         known = frame[f"{name}_ci_low"].notna()
         assert known.any()
@@ -144,10 +156,9 @@ def test_intervals_hold_their_values_and_truncation_promises_none() -> None:
 
 def test_the_mean_weight_of_a_mask_is_bounded_like_the_rate_it_is() -> None:
     """Bug: few sequences vetoed out of many gave their mean weight a lower bound of minus hundreds of thousands."""
-    batch = make_batch(n_sequences=200, unscored=False, scale=0.02)
-    logp_train_T = batch.logp_train_T.copy()
-    logp_train_T[batch.row_T == 7] = -30.0
-    found = compare_corrections(replace(batch, logp_train_T=logp_train_T), ONE_EACH)["correction_statistics"]
+    tokens = make_tokens(n_sequences=200, unscored=False, scale=0.02)
+    tokens.loc[tokens["seq_id"] == 7, "logp_train"] = -30.0
+    found = compare_corrections(tokens, ONE_EACH)["correction_statistics"]
     masks = found[[parse_correction(words).is_mask for words in found["words"]]].set_index("correction")
     assert {"veto", "icepop_hard", "trm_max"} <= set(masks.index)
     row = masks.loc["veto"]
@@ -156,17 +167,17 @@ def test_the_mean_weight_of_a_mask_is_bounded_like_the_rate_it_is() -> None:
 
 
 def test_strata_equal_direct_counts() -> None:
-    batch = make_batch(unscored=True)
-    frame = compare_corrections(batch, {"icepop": ONE_EACH["icepop"]})["masked_by_stratum"]
-    is_scored_T = batch.is_scored_T
-    weight_T = weights("icepop", batch.logp_train_T, batch.logp_infer_T, batch.row_T)
+    tokens = make_tokens(unscored=True)
+    frame = compare_corrections(tokens, {"icepop": ONE_EACH["icepop"]})["masked_by_stratum"]
+    is_scored_T = Tokens(tokens).is_scored_N
+    weight_T = weights_of(tokens, "icepop")
     values = {
-        "entropy": batch.entropy_T,
-        "p_infer": np.exp(batch.logp_infer_T),
-        "position": batch.position_T,
-        "response_length": np.bincount(batch.row_T)[batch.row_T],
-        "advantage_sign": np.sign(batch.advantage_T),
-        "n_flipped_layers": batch.n_flipped_layers_T,
+        "entropy": tokens["entropy_infer"],
+        "p_infer": np.exp(tokens["logp_infer"]),
+        "position": tokens["position"],
+        "response_length": np.bincount(tokens["seq_id"])[tokens["seq_id"]],
+        "advantage_sign": np.sign(tokens["advantage"]),
+        "n_flipped_layers": tokens["n_flipped_layers"],
     }
     assert set(frame["stratifier"]) == set(values)
     for _, row in frame.iterrows():
@@ -175,16 +186,13 @@ def test_strata_equal_direct_counts() -> None:
         inside_T = is_scored_T & (value_T >= row["stratum_low"]) & below_T
         assert row["n_tokens"] == inside_T.sum()
         assert row["masked_share"] == pytest.approx((weight_T[inside_T] == 0).mean())
-        assert row["n_prompts"] == len(np.unique(batch.prompt_row_S[batch.row_T[inside_T]]))
+        assert row["n_prompts"] == tokens.loc[inside_T, "prompt_id"].nunique()
 
 
 def test_overlap_equals_direct_counts() -> None:
-    batch = make_batch()
-    frame = compare_corrections(batch, ONE_EACH)["overlap"].set_index(["correction", "other"])
-    arrays = batch.logp_train_T, batch.logp_infer_T, batch.row_T
-    masked = {
-        name: (weights(name, *arrays, advantage_T=batch.advantage_T) == 0) & batch.is_scored_T for name in METHODS
-    }
+    tokens = make_tokens()
+    frame = compare_corrections(tokens, ONE_EACH)["overlap"].set_index(["correction", "other"])
+    masked = {name: (weights_of(tokens, name) == 0) & Tokens(tokens).is_scored_N for name in METHODS}
     for a in METHODS:
         for b in METHODS:
             row, both, either = frame.loc[(a, b)], (masked[a] & masked[b]).sum(), (masked[a] | masked[b]).sum()
@@ -195,15 +203,15 @@ def test_overlap_equals_direct_counts() -> None:
 
 
 def test_chunks_are_whole_sequences_and_change_nothing() -> None:
-    batch = make_batch(n_sequences=40, unscored=False, scale=0.1)
-    parts = list(batch.chunks(20))
-    assert sum(map(len, parts)) == len(batch)
-    assert np.concatenate([part.seq_id_S for part in parts]).tolist() == batch.seq_id_S.tolist()
-    assert all(part.row_T[0] == 0 and part.row_T[-1] == part.n_sequences - 1 for part in parts)
+    tokens = make_tokens(n_sequences=40, unscored=False, scale=0.1)
+    parts = [part.frame for part in Tokens(tokens).chunks(20)]
+    pd.testing.assert_frame_equal(pd.concat(parts), tokens)
+    assert sum(part["seq_id"].nunique() for part in parts) == tokens["seq_id"].nunique()
+    assert len(parts) > 5
     corrections, seen = distinct_corrections(), []
-    whole = compare_corrections(batch, corrections)
-    chunked = compare_corrections(batch, corrections, lambda *event: seen.append(event), chunk_tokens=20)
-    assert seen[-1] == (len(batch), len(batch), "tokens")
+    whole = compare_corrections(tokens, corrections)
+    chunked = compare_corrections(tokens, corrections, lambda *event: seen.append(event), chunk_tokens=20)
+    assert seen[-1] == (len(tokens), len(tokens), "tokens")
     assert len(seen) == len(parts)
     for name, frame in whole.items():
         numbers = frame.select_dtypes("number")
@@ -215,32 +223,24 @@ def test_chunks_are_whole_sequences_and_change_nothing() -> None:
 
 
 def test_weights_of_a_chunk_are_those_of_the_whole_bit_for_bit() -> None:
-    batch = make_batch(n_sequences=40)
+    tokens = make_tokens(n_sequences=40)
     for name, correction in ONE_EACH.items():
-        parts = [weights_of(part, correction) for part in batch.chunks(15)]
-        whole = weights(name, batch.logp_train_T, batch.logp_infer_T, batch.row_T, advantage_T=batch.advantage_T)
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
-
-
-def weights_of(part: Batch, correction) -> np.ndarray:
-    x, is_scored_T = part.scored()
-    found = np.zeros(len(part))
-    found[is_scored_T] = correction.of_terms(x)
-    return found
+        parts = [part.at_rows(correction.of_terms(part)) for part in Terms(tokens).chunks(15)]
+        np.testing.assert_array_equal(np.concatenate(parts), weights_of(tokens, name))
 
 
 def test_many_prompts_are_pooled_without_changing_a_value() -> None:
-    batch = replace(make_batch(n_sequences=1300), prompt_row_S=np.arange(1300))
-    frame = compare_corrections(batch, {"icepop": ONE_EACH["icepop"]})["correction_statistics"].iloc[0]
+    tokens = make_tokens(n_sequences=1300).assign(prompt_id=lambda frame: frame["seq_id"])
+    frame = compare_corrections(tokens, {"icepop": ONE_EACH["icepop"]})["correction_statistics"].iloc[0]
     assert frame["n_prompts"] > 1200
-    weight_T = weights("icepop", batch.logp_train_T, batch.logp_infer_T, batch.row_T)[batch.is_scored_T]
+    weight_T = weights_of(tokens, "icepop")[Tokens(tokens).is_scored_N]
     assert frame["masked_share"] == pytest.approx((weight_T == 0).mean())
     assert frame["masked_share_ci_low"] < frame["masked_share"] < frame["masked_share_ci_high"]
 
 
 def test_what_is_not_known_is_nan_and_said() -> None:
-    batch = make_batch()
-    bare = replace(batch, advantage_T=None, entropy_T=None, logp_train_new_T=None, n_flipped_layers_T=None)
+    tokens = make_tokens()
+    bare = tokens.drop(columns=["advantage", "entropy_infer", "logp_train_new", "n_flipped_layers"])
     row = compare_corrections(bare, {"icepop": ONE_EACH["icepop"]})["correction_statistics"].iloc[0]
     for name in ("objective", "clip_share", "entropy_masked", "entropy_kept", "precision", "recall", "flipped_share"):
         assert math.isnan(row[name])
@@ -250,32 +250,25 @@ def test_what_is_not_known_is_nan_and_said() -> None:
     with pytest.raises(MoediagError, match="dppo_tv, dppo_kl looks at the sign of the advantage"):
         compare_corrections(bare, ONE_EACH)
     with pytest.raises(MoediagError, match="scored tokens have an advantage that is not a number"):
-        compare_corrections(replace(batch, advantage_T=np.full(len(batch), np.nan)), ONE_EACH)
+        compare_corrections(tokens.assign(advantage=np.nan), ONE_EACH)
     with pytest.raises(MoediagError, match="logp_train_new needs a number"):
-        compare_corrections(replace(batch, logp_train_new_T=np.full(len(batch), np.nan)), ONE_EACH)
+        compare_corrections(tokens.assign(logp_train_new=np.nan), ONE_EACH)
 
 
 def test_nothing_scored_and_no_tokens() -> None:
-    batch = make_batch()
-    unscored = replace(batch, logp_train_T=np.full(len(batch), np.nan))
-    none = np.zeros(0)
-    empty = Batch(none, none, none.astype(np.intp), none, none.astype(np.intp), none.astype(np.int64))
-    for some, corrections in ((unscored, ONE_EACH), (empty, {"icepop": ONE_EACH["icepop"]})):
-        frame = compare_corrections(some, corrections)["correction_statistics"]
+    tokens = make_tokens()
+    for some in (tokens.assign(logp_train=np.nan), tokens.iloc[:0]):
+        frame = compare_corrections(some, ONE_EACH)["correction_statistics"]
         assert (frame["n_tokens"] == 0).all()
         assert (frame["n_prompts"] == 0).all()
         assert frame[["masked_share", "weight_mean", "kept_k3", "ess_token"]].isna().all(axis=None)
-    assert compare_corrections(batch, {})["correction_statistics"].empty
+    assert compare_corrections(tokens, {})["correction_statistics"].empty
 
 
-def test_a_batch_that_does_not_fit_is_refused() -> None:
-    batch = make_batch()
-    with pytest.raises(MoediagError, match="needs entropy_T of shape"):
-        replace(batch, entropy_T=np.zeros(3))
-    with pytest.raises(MoediagError, match="without a gap"):
-        replace(batch, row_T=batch.row_T[::-1].copy())
-    with pytest.raises(MoediagError, match="without a gap"):
-        replace(batch, row_T=batch.row_T + 1)
+@pytest.mark.parametrize("measure", [sweep_by_band, lambda tokens: compare_corrections(tokens, ONE_EACH)])
+def test_tokens_whose_sequences_are_not_in_order_are_refused(measure: Callable[[pd.DataFrame], object]) -> None:
+    with pytest.raises(MoediagError, match="sort the frame by seq_id and position"):
+        measure(make_tokens().iloc[::-1])
 
 
 def test_the_run_table_holds_the_bands_in_use() -> None:

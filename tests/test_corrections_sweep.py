@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_corrections import k3
-from test_corrections_statistics import make_batch
+from test_corrections_statistics import make_tokens, weights_of
 
-from moediag.corrections import compare_corrections, parse_correction, recommend_band, sweep_by_band, weights
-from moediag.corrections.sweep import frontier
+from moediag.analysis.tokens import Tokens
+from moediag.corrections import compare_corrections, parse_correction, recommend_band, sweep_by_band
+from moediag.corrections.bands import frontier
 from moediag.errors import MoediagError
 from moediag.report.simulation_page import band_words
 
 
 def test_every_band_equals_its_mask() -> None:
-    batch = make_batch()
-    sweep = sweep_by_band(batch)
+    tokens = make_tokens()
+    sweep = sweep_by_band(tokens)
     assert len(sweep) == 400
-    is_scored_T = batch.is_scored_T
-    diff_T = (batch.logp_train_T - batch.logp_infer_T)[is_scored_T]
-    k3_T = np.array([k3(diff) for diff in diff_T])
+    scored = Tokens(tokens)
+    k3_T = np.array([k3(diff) for diff in scored.diff_T])
     for _, row in sweep.iterrows():
         band = {"alpha": row["alpha"], "beta": row["beta"]}
-        weight_T = weights("icepop", batch.logp_train_T, batch.logp_infer_T, batch.row_T, **band)[is_scored_T]
+        weight_T = weights_of(tokens, "icepop", **band)[scored.is_scored_N]
         assert row["masked_share"] == pytest.approx((weight_T == 0).mean(), abs=1e-15)
         assert row["below_share"] + row["above_share"] == pytest.approx(row["masked_share"])
         assert row["kept_k3"] == pytest.approx(k3_T[weight_T > 0].mean(), rel=1e-9, nan_ok=True)
@@ -37,37 +36,37 @@ def test_every_band_equals_its_mask() -> None:
 
 
 def test_bounds_of_the_sweep_are_closed() -> None:
-    batch = make_batch(unscored=False)
-    diff_T = np.resize(np.log([0.5, 0.9, 1.0, 2.0, 5.0]), len(batch))
-    batch = replace(batch, logp_train_T=diff_T, logp_infer_T=np.zeros(len(batch)))
-    sweep = sweep_by_band(batch, [0.5, 0.9], [1.0, 5.0]).set_index(["alpha", "beta"])
+    tokens = make_tokens(unscored=False)
+    diff_T = np.resize(np.log([0.5, 0.9, 1.0, 2.0, 5.0]), len(tokens))
+    tokens = tokens.assign(logp_train=diff_T, logp_infer=0.0)
+    sweep = sweep_by_band(tokens, [0.5, 0.9], [1.0, 5.0]).set_index(["alpha", "beta"])
     assert sweep.loc[(0.5, 5.0), "masked_share"] == 0
     assert sweep.loc[(0.9, 1.0), "masked_share"] == pytest.approx(np.mean((diff_T < np.log(0.9)) | (diff_T > 0)))
     assert sweep.loc[(0.9, 1.0), "kept_k3"] > 0
 
 
 def test_the_sweep_agrees_with_the_statistics_and_with_any_chunks() -> None:
-    batch = make_batch(n_sequences=60)
-    row = compare_corrections(batch, {"x": parse_correction("icepop")})["correction_statistics"].iloc[0]
-    sweep = sweep_by_band(batch, [0.5], [5.0], chunk_tokens=25).iloc[0]
+    tokens = make_tokens(n_sequences=60)
+    row = compare_corrections(tokens, {"x": parse_correction("icepop")})["correction_statistics"].iloc[0]
+    sweep = sweep_by_band(tokens, [0.5], [5.0], chunk_tokens=25).iloc[0]
     for name in ("masked_share", "masked_share_ci_low", "masked_share_ci_high", "kept_k3", "kept_k3_ci_high",
                  "weight_mean", "weight_variance", "ess_token", "n_tokens", "n_prompts", "below_share"):  # fmt: skip
         assert sweep[name] == pytest.approx(row[name], rel=1e-9), name
 
 
 def test_a_band_of_one_point_and_of_nothing() -> None:
-    batch = make_batch()
-    sweep = sweep_by_band(batch, [1.0, 40.0], [1.0, 40.0])
+    tokens = make_tokens()
+    sweep = sweep_by_band(tokens, [1.0, 40.0], [1.0, 40.0])
     assert sweep[["alpha", "beta"]].to_numpy().tolist() == [[1, 1], [1, 40], [40, 40]]
     assert sweep["masked_share"].iloc[2] == 1
     assert math.isnan(sweep["kept_k3"].iloc[2])
     assert not sweep["is_on_k3_frontier"].iloc[2]
-    nothing = replace(batch, logp_train_T=np.full(len(batch), np.nan))
+    nothing = tokens.assign(logp_train=np.nan)
     assert sweep_by_band(nothing)["masked_share"].isna().all()
     assert recommend_band(sweep_by_band(nothing)).empty
     for alphas, betas in (([2.0], [1.0]), ([-1.0], [2.0]), ([math.nan], [1.0]), ([], [])):
         with pytest.raises(MoediagError, match="a sweep needs"):
-            sweep_by_band(batch, alphas, betas)
+            sweep_by_band(tokens, alphas, betas)
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=25))
@@ -80,17 +79,17 @@ def test_frontier_equals_its_definition(points: list[tuple[int, int]]) -> None:
 
 
 def test_k3_on_the_frontier_has_intervals() -> None:
-    sweep = sweep_by_band(make_batch(n_sequences=100, unscored=False))
+    sweep = sweep_by_band(make_tokens(n_sequences=100, unscored=False))
     on = sweep[sweep["is_on_k3_frontier"] & sweep["kept_k3_ci_low"].notna()]
     assert len(on) >= 20
     assert ((on["kept_k3_ci_low"] < on["kept_k3"]) & (on["kept_k3"] < on["kept_k3_ci_high"])).all()
 
 
 def test_the_recommended_band_follows_its_rule() -> None:
-    batch = make_batch(n_sequences=3000, scale=0.05, unscored=False)
-    sweep = sweep_by_band(batch)
+    tokens = make_tokens(n_sequences=3000, scale=0.05, unscored=False)
+    sweep = sweep_by_band(tokens)
     some = sweep[sweep["masked_share"] <= 0.002]
-    row = recommend_band(sweep.assign(kept_k3_ci_low=np.nan, kept_k3_ci_high=np.nan), batch=batch).iloc[0]
+    row = recommend_band(sweep.assign(kept_k3_ci_low=np.nan, kept_k3_ci_high=np.nan), tokens=tokens).iloc[0]
     assert row["kept_k3_ci_low"] < row["kept_k3"] < row["kept_k3_ci_high"]
     assert row["rule"] == "budget"
     assert row["masked_share"] <= 0.002
@@ -114,12 +113,12 @@ def test_the_recommended_band_follows_its_rule() -> None:
 
 def test_no_band_is_recommended_from_a_handful_of_masked_tokens() -> None:
     """Bug: one masked token of 512 gave "band to start from: [0.75, inf]"."""
-    batch = make_batch(n_sequences=60, scale=0.05, unscored=False)
-    sweep = sweep_by_band(batch)
-    row = recommend_band(sweep, batch=batch).iloc[0]
+    tokens = make_tokens(n_sequences=60, scale=0.05, unscored=False)
+    sweep = sweep_by_band(tokens)
+    row = recommend_band(sweep, tokens=tokens).iloc[0]
     assert row["rule"] == "cannot tell"
     assert row[["alpha", "beta", "masked_share", "kept_k3", "kept_k3_ci_low"]].isna().all()
-    assert f"of {len(batch):,} tokens" in row["reason"]
+    assert f"of {len(tokens):,} tokens" in row["reason"]
     assert "20 tokens of 10 prompts" in row["reason"]
     assert "10,000 tokens" in row["reason"]
     assert band_words(recommend_band(sweep)) == [f"No band is recommended. {row['reason']}"]
@@ -129,30 +128,29 @@ def test_no_band_is_recommended_from_a_handful_of_masked_tokens() -> None:
 
 @pytest.mark.parametrize(("n_masked", "n_prompts", "is_told"), [(19, 19, False), (20, 9, False), (20, 10, True)])
 def test_twenty_masked_tokens_of_ten_prompts_are_enough(n_masked: int, n_prompts: int, is_told: bool) -> None:
-    batch = make_batch(n_sequences=600, unscored=False)
-    diff_T = np.where(np.arange(len(batch)) % 2, 0.01, -0.01)
-    first_T = np.flatnonzero(np.diff(batch.prompt_row_S[batch.row_T], prepend=-1))
+    tokens = make_tokens(n_sequences=600, unscored=False)
+    diff_T = np.where(np.arange(len(tokens)) % 2, 0.01, -0.01)
+    first_T = np.flatnonzero(np.diff(tokens["prompt_id"], prepend=-1))
     diff_T[first_T[:n_prompts]] = 3.0
-    extra = np.setdiff1d(np.flatnonzero(batch.prompt_row_S[batch.row_T] == 0), first_T[:1])
+    extra = np.setdiff1d(np.flatnonzero(tokens["prompt_id"] == 0), first_T[:1])
     diff_T[extra[: n_masked - n_prompts]] = 3.0
-    batch = replace(batch, logp_train_T=diff_T - 5, logp_infer_T=np.full(len(batch), -5.0))
-    row = recommend_band(sweep_by_band(batch), budget=0.01).iloc[0]
+    tokens = tokens.assign(logp_train=diff_T - 5, logp_infer=-5.0)
+    row = recommend_band(sweep_by_band(tokens), budget=0.01).iloc[0]
     assert (row["rule"] == "budget") == is_told
     if is_told:
         assert round(row["masked_share"] * row["n_tokens"]) == n_masked
 
 
 def test_masked_prompts_are_counted_band_by_band() -> None:
-    batch = make_batch(n_sequences=60)
-    prompt_T = batch.prompt_row_S[batch.row_T]
-    for _, row in sweep_by_band(batch, [0.0, 0.5, 0.9], [1.1, 5.0]).iterrows():
+    tokens = make_tokens(n_sequences=60)
+    for _, row in sweep_by_band(tokens, [0.0, 0.5, 0.9], [1.1, 5.0]).iterrows():
         band = {"alpha": row["alpha"], "beta": row["beta"]}
-        weight_T = weights("icepop", batch.logp_train_T, batch.logp_infer_T, batch.row_T, **band)
-        assert row["n_masked_prompts"] == len(np.unique(prompt_T[batch.is_scored_T & (weight_T == 0)]))
+        is_masked_T = Tokens(tokens).is_scored_N & (weights_of(tokens, "icepop", **band) == 0)
+        assert row["n_masked_prompts"] == tokens.loc[is_masked_T, "prompt_id"].nunique()
 
 
 def test_a_mismatch_that_no_band_can_afford_is_said() -> None:
-    sweep = sweep_by_band(make_batch(n_sequences=60, scale=2.0, unscored=False), [0.5], [2.0])
+    sweep = sweep_by_band(make_tokens(n_sequences=60, scale=2.0, unscored=False), [0.5], [2.0])
     row = recommend_band(sweep).iloc[0]
     assert row["rule"] == "least masked"
     assert "found and mended, not masked" in row["reason"]

@@ -25,7 +25,7 @@ from test_gradients_figures import inner_products
 
 import moediag.analysis
 from moediag.audit.gradients import RECORD, GradientRequest, seal_audit
-from moediag.corrections.chosen import choose
+from moediag.corrections import choose
 from moediag.corrections.sources import run_source
 from moediag.errors import CorruptRunError, DiskFullError, FrameError, IncompleteRunError, RunError
 from moediag.folder import made_together, made_whole, read_frames, refuse_other, result_folder, settle, write_frames

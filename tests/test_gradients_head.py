@@ -10,7 +10,7 @@ import torch
 
 from moediag.audit.batch import SequenceBasis
 from moediag.audit.head import Head, Prefixes, expected_gram, expected_updates, sampled_gram
-from moediag.corrections.rewards import token_rewards
+from moediag.corrections.sources import token_rewards
 
 V, H, LENGTHS = 11, 3, (4, 2, 3)
 BOUNDS = ((0, 4), (4, 6), (6, 9))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from moediag.audit.batch import is_token_level, sequence_basis
-from moediag.corrections.rewards import grpo_advantages, sequence_rewards, splitmix64, token_rewards
+from moediag.corrections.sources import grpo_advantages, sequence_rewards, splitmix64, token_rewards
 from moediag.errors import MoediagError
 
 REWARDS = st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 4)), min_size=1, max_size=20)

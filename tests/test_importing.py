@@ -223,11 +223,11 @@ def test_simulate_uses_the_advantages_and_rewards_of_a_dump(tmp_path: Path, name
     assert source.reward == "advantages as the run has them"
     true = matched(tokens_of(run), truth(0))
     expected = true.loc[true["is_trained"], "advantage"].to_numpy(np.float64)
-    np.testing.assert_array_equal(source.batch.advantage_T, expected)
+    np.testing.assert_array_equal(source.tokens.advantage_T, expected)
     if name == "nemo-rl":
         rewarded = run_source(run, run.main_arms, "reward")
         assert rewarded.reward.startswith("rewards as the run has them")
-        np.testing.assert_allclose(rewarded.batch.advantage_T, expected, rtol=1e-5)  # GRPO's, but for its 1e-6
+        np.testing.assert_allclose(rewarded.tokens.advantage_T, expected, rtol=1e-5)  # GRPO's, but for its 1e-6
     else:
         with pytest.raises(DumpError, match="--reward takes none or hash or advantage for a run"):
             run_source(run, run.main_arms, "reward")
@@ -329,9 +329,9 @@ def test_a_run_that_is_exported_and_imported_has_the_same_numbers_bit_for_bit(tm
     one = tmp_path / "one.parquet"
     first = next(open_series(series).runs())
     assert main(["export", str(first.path), "-o", str(one)]) == 0
-    batches = [run_source(first, first.main_arms).batch, table_source(one).batch]
-    for field in ("logp_train_T", "logp_infer_T", "advantage_T", "row_T", "prompt_row_S"):
-        np.testing.assert_array_equal(*(getattr(batch, field) for batch in batches))
+    frames = [source.tokens.frame for source in (run_source(first, first.main_arms), table_source(one))]
+    for column in ("logp_train", "logp_infer", "advantage", "seq_id", "prompt_id"):
+        np.testing.assert_array_equal(*(frame[column] for frame in frames))
 
 
 @pytest.mark.engines

@@ -35,7 +35,7 @@ def padded(mask: str | None = None, dtype: Any = int, head: int = N_EACH, seed: 
 
 
 def n_and_k3(source: Source) -> tuple[int, float]:
-    row = compare_corrections(source.batch, {"none": parse_correction("none")})["correction_statistics"].iloc[0]
+    row = compare_corrections(source.tokens, {"none": parse_correction("none")})["correction_statistics"].iloc[0]
     return int(row["n_tokens"]), float(row["kept_k3"])
 
 
@@ -70,10 +70,10 @@ def test_a_mask_of_tokens_and_masks_of_sequences_and_tools_multiply(tmp_path: Pa
     )
     source = table_source(write(frame, tmp_path / "t.parquet"))
     kept = frame["token_loss_mask"] * frame["sample_loss_mask"] * frame["tool_mask"]
-    assert len(source.batch) == kept.sum() < 512
-    assert 3 not in source.batch.seq_id_S
+    assert len(source.tokens) == kept.sum() < 512
+    assert source.tokens.n_sequences == N_SEQUENCES - 1
     assert "loss mask: token_loss_mask * sample_loss_mask * tool_mask" in source.notes
-    np.testing.assert_array_equal(source.to_rows(np.ones(len(source.batch))), kept)
+    np.testing.assert_array_equal(source.to_rows(np.ones(len(source.tokens))), kept)
 
 
 def test_two_masks_of_tokens_are_equal_or_one_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +100,7 @@ def test_two_masks_of_tokens_are_equal_or_one_is_chosen(tmp_path: Path, capsys: 
 def test_a_mask_of_another_name_can_be_given_and_every_column_left_over_is_named(tmp_path: Path) -> None:
     frame = padded("my_mask").assign(text="a", reward=1.0, advantage=0.5, token_id=7)
     path = write(frame, tmp_path / "t.parquet")
-    assert len(table_source(path, mask="my_mask").batch) == 512
+    assert len(table_source(path, mask="my_mask").tokens) == 512
     assert "columns not used: my_mask, text, reward, token_id" in table_source(path).notes
     assert "columns not used: text, reward, token_id" in table_source(path, mask="my_mask").notes
 

@@ -14,7 +14,7 @@ from scripted_engine import make_scripted_run, write_scripted_shard
 from test_gradients_figures import inner_products
 
 from moediag.audit.gradients import RECORD, GradientRequest, is_audited, seal_audit
-from moediag.corrections.chosen import choose
+from moediag.corrections import choose
 from moediag.corrections.sources import run_source
 from moediag.errors import MoediagError, RunError
 from moediag.hygiene import check_run

@@ -147,7 +147,7 @@ def test_an_imported_run_has_no_checkpoint_prompts_or_sampling_and_arms_of_any_n
     diff_T = (content.train.logp_T - content.infer.logp_T)[content.tokens.is_response_T]
     assert mean_of(run) == pytest.approx(np.abs(diff_T.astype(np.float64)).mean(), rel=1e-6)
     assert report_run(run).exists()
-    assert run_source(run, run.main_arms).batch.logp_train_T.shape == diff_T.shape
+    assert run_source(run, run.main_arms).tokens.logp_train_T.shape == diff_T.shape
 
 
 def test_a_record_needs_a_reason_for_what_it_lacks_and_a_pair_for_a_change() -> None:
@@ -193,7 +193,7 @@ def test_tool_turns_count_nowhere_but_in_positions(tmp_path: Path) -> None:
     assert mean_of(run) == pytest.approx(np.abs(diff_T).mean(), rel=1e-6)
     assert np.abs(diff_T).max() < 0.2
     assert errors(run) == []
-    assert len(run_source(run, run.main_arms).batch) == trained_T.sum()
+    assert len(run_source(run, run.main_arms).tokens) == trained_T.sum()
 
 
 def test_tokens_without_ids_are_compared_all_the_same(tmp_path: Path) -> None:

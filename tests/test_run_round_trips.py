@@ -211,8 +211,8 @@ def test_tokens_of_a_tool_count_nowhere(tmp_path: Path, junk: float) -> None:
     assert block["position_T"].tolist() == [0, 1, 2, 5, 6, 7] * N_PROMPTS
     np.testing.assert_array_equal(block["token_id_T"], tokens.token_id_T[tokens.is_trained_T])
     source = run_source(run, ("infer", "train"))
-    assert len(source.batch) == tokens.is_trained_T.sum()
-    np.testing.assert_array_equal(source.batch.logp_train_T, train.logp_T[tokens.is_trained_T])
+    assert len(source.tokens) == tokens.is_trained_T.sum()
+    np.testing.assert_array_equal(source.tokens.logp_train_T, train.logp_T[tokens.is_trained_T])
     assert load_frames(run)["tokens"]["position"].tolist() == block["position_T"].tolist()
 
 
@@ -236,7 +236,7 @@ def test_tokens_without_ids(tmp_path: Path) -> None:
     assert_logps(run, analyze_run(run), tokens, train, infer)
     assert (load_frames(run)["tokens"]["token_id"] == -1).all()
     source = run_source(run, ("infer", "train"))
-    assert not source.has_advantages
+    assert "advantage" not in source.tokens.frame
     assert "no reward and no advantage" in source.reward
     with pytest.raises(DumpError, match="token ids"):
         run_source(run, ("infer", "train"), "hash")

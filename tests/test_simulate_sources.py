@@ -15,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moediag.corrections import compare_corrections, parse_correction, sweep_by_band, weights
-from moediag.corrections.histograms import masked_entropy, ratio_counts
-from moediag.corrections.rewards import grpo_advantages, sequence_rewards
-from moediag.corrections.sources import Source, table_source
-from moediag.corrections.weight_files import batch_weights, refuse_weights_path, write_weights
+from moediag.corrections.sources import Source, grpo_advantages, sequence_rewards, table_source
+from moediag.corrections.statistics import masked_entropy, ratio_counts
+from moediag.corrections.weight_files import refuse_weights_path, write_weights
 from moediag.errors import DumpError
 from moediag.importers.columns import LOGP_PAIRS
 
@@ -74,8 +73,7 @@ def write(frame: pd.DataFrame, path: Path) -> Path:
 def weights_by_key(source: Source) -> dict[str, dict[tuple[Any, int], float]]:
     keys = list(zip(source.keys["seq_id"][:].tolist(), np.asarray(source.keys["position"]).tolist(), strict=True))
     return {
-        method: dict(zip(keys, batch_weights(source, parse_correction(method)).tolist(), strict=True))
-        for method in METHODS
+        method: dict(zip(keys, source.weights(parse_correction(method)).tolist(), strict=True)) for method in METHODS
     }
 
 
@@ -104,7 +102,7 @@ def test_weights_of_a_table_are_those_of_the_python_call() -> None:
         direct_T = weights(
             method, response["logp_train"], response["logp_infer"], response["seq_id"], advantage_T=advantage_T
         )
-        row_T = batch_weights(source, parse_correction(method))
+        row_T = source.weights(parse_correction(method))
         np.testing.assert_array_equal(row_T[frame["is_response"]], direct_T, err_msg=method)
         assert (row_T[~frame["is_response"]] == 0).all()
 
@@ -113,15 +111,13 @@ def test_weights_of_a_table_are_those_of_the_python_call() -> None:
 def test_the_order_of_rows_changes_nothing_of_the_batch(seed: int) -> None:
     frame = logged(7)
     one, other = table_source(frame), table_source(frame.sample(frac=1, random_state=seed))
-    for name in ("logp_train_T", "row_T", "seq_id_S", "prompt_row_S", "position_T", "advantage_T", "reward_S"):
-        np.testing.assert_array_equal(getattr(one.batch, name), getattr(other.batch, name), err_msg=name)
+    pd.testing.assert_frame_equal(one.tokens.frame, other.tokens.frame, check_exact=True)
 
 
 def test_positions_count_from_the_first_response_token() -> None:
-    batch = table_source(logged()).batch
-    starts = np.flatnonzero(np.r_[True, np.diff(batch.row_T) != 0])
-    assert (batch.position_T[starts] == 0).all()
-    assert batch.position_T.max() == np.bincount(batch.row_T).max() - 1
+    positions = table_source(logged()).tokens.frame.groupby("seq_id")["position"]
+    assert (positions.first() == 0).all()
+    assert (positions.last() == positions.size() - 1).all()
 
 
 def test_rewards_of_the_data_come_before_the_synthetic_one() -> None:
@@ -131,17 +127,19 @@ def test_rewards_of_the_data_come_before_the_synthetic_one() -> None:
     assert hashed.reward.startswith("synthetic")
     response = frame[frame["is_response"]]
     expected = sequence_rewards(response["token_id"], response["seq_id"] // 7, 12)
-    np.testing.assert_array_equal(hashed.batch.reward_S, expected)
+    prompt_S = response.groupby("seq_id")["prompt_id"].first().to_numpy()
+    advantage_S = hashed.tokens.frame.groupby("seq_id")["advantage"].first()
+    np.testing.assert_array_equal(advantage_S, grpo_advantages(expected, prompt_S))
     bare = table_source(frame.drop(columns=["reward", "token_id"]))
-    assert not bare.has_advantages
+    assert "advantage" not in bare.tokens.frame
     assert "left out" in bare.reward
-    assert not table_source(frame, "none").has_advantages
+    assert "advantage" not in table_source(frame, "none").tokens.frame
 
 
 def test_a_given_advantage_is_taken_as_it_is() -> None:
     frame = logged().assign(advantage=np.arange(float(len(logged()))))
     response = frame[frame["is_response"]]
-    np.testing.assert_array_equal(table_source(frame).batch.advantage_T, response["advantage"])
+    np.testing.assert_array_equal(table_source(frame).tokens.frame["advantage"], response["advantage"])
 
 
 @pytest.mark.parametrize("framework", LOGP_PAIRS)
@@ -255,7 +253,7 @@ def test_weights_come_back_with_the_keys_in_the_order_of_the_rows(tmp_path: Path
     assert list(found.columns) == ["seq_id", "position", "prompt_id", "mine", "veto"]
     assert found["seq_id"].tolist() == frame["seq_id"].tolist()
     assert found["position"].tolist() == frame["position"].tolist()
-    np.testing.assert_array_equal(found["mine"], batch_weights(source, corrections["mine"]))
+    np.testing.assert_array_equal(found["mine"], source.weights(corrections["mine"]))
     assert (found.loc[~frame["is_response"], ["mine", "veto"]] == 0).all(axis=None)
     assert [path.name for path in tmp_path.iterdir()] == [f"w.{ending}"]  # nothing left beside it
 
@@ -270,21 +268,21 @@ def test_weights_are_not_written_over_a_file(tmp_path: Path) -> None:
 
 def test_ratio_counts_hold_every_scored_token() -> None:
     frame = logged(60)
-    counts = ratio_counts(table_source(frame).batch)
+    counts = ratio_counts(table_source(frame).tokens)
     diff_T = (frame["logp_train"] - frame["logp_infer"])[frame["is_response"]]
     diff_T = diff_T[np.isfinite(diff_T)]
     assert counts["n_tokens"].sum() == len(diff_T)
     for row in counts[counts["n_tokens"] > 0].itertuples():
         assert row.n_tokens == ((diff_T >= row.bin_low) & (diff_T < row.bin_high)).sum()
     far = frame.assign(logp_train=lambda f: np.where(f.index % 7 == 1, -1000.0, f["logp_infer"]))
-    counts = ratio_counts(table_source(far).batch)  # beyond the outermost edges stand the open bins
+    counts = ratio_counts(table_source(far).tokens)  # beyond the outermost edges stand the open bins
     assert counts["n_tokens"].iloc[0] == (far.loc[far["is_response"], "logp_train"] == -1000).sum() > 0
 
 
 def test_masked_entropy_counts_the_masked_tokens_of_a_plain_loop() -> None:
     frame = logged(60)
     source = table_source(frame)
-    counts = masked_entropy(source.batch, {"icepop": parse_correction("icepop")})
+    counts = masked_entropy(source.tokens, {"icepop": parse_correction("icepop")})
     response = frame[frame["is_response"]]
     response = response[np.isfinite(response["logp_train"])]
     ratio_T = np.exp(response["logp_train"] - response["logp_infer"])
@@ -306,7 +304,7 @@ def scored_frame(n: int = 400, dtype: Any = np.float64) -> pd.DataFrame:
 
 
 def statistics(source: Source, words: str) -> pd.Series:
-    return compare_corrections(source.batch, {"x": parse_correction(words)})["correction_statistics"].iloc[0]
+    return compare_corrections(source.tokens, {"x": parse_correction(words)})["correction_statistics"].iloc[0]
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
@@ -315,7 +313,7 @@ def test_a_log_probability_above_0_by_rounding_is_0_and_counted(tmp_path: Path, 
     frame = scored_frame()
     frame.loc[[5, 9], "logp_infer"] = [2e-7, 9e-5]
     source = table_source(write(frame, tmp_path / f"t.{ending}"))
-    np.testing.assert_array_equal(source.batch.logp_infer_T[[5, 9]], 0)
+    np.testing.assert_array_equal(source.tokens.logp_infer_T[[5, 9]], 0)
     assert any("2 of 400 logp_infer are above 0 by rounding, at most 9e-05 nat" in note for note in source.notes)
     rounded = table_source(frame.assign(logp_infer=frame["logp_infer"].clip(upper=0)))
     assert statistics(source, "tis_token").equals(statistics(rounded, "tis_token"))
@@ -334,7 +332,7 @@ def test_an_impossible_log_probability_is_left_out_counted_and_said(side: str) -
     found = statistics(source, "mis_token:cap=inf")
     for name in ("n_tokens", "kept_k3", "weight_mean", "ess_token"):
         assert found[name] == pytest.approx(left[name], rel=1e-12), name
-    assert (batch_weights(source, parse_correction("tis_token"))[[3, 77]] == 0).all()
+    assert (source.weights(parse_correction("tis_token"))[[3, 77]] == 0).all()
     (note,) = [note for note in source.notes if "D31-impossible-logp" in note]
     assert (
         f"2 of 400 response tokens have a log-probability of -inf ({'2 in' if side == 'logp_train' else '0 in'}" in note
@@ -350,9 +348,9 @@ def test_a_ratio_on_the_bound_in_float32_is_kept_from_every_kind_of_file(tmp_pat
     in_full = frame.astype({"logp_train": float, "logp_infer": float})  # as Python writes a float32 tensor's numbers
     for each in (in_full,) if ending == "jsonl" else (frame, in_full):
         source = table_source(write(each, tmp_path / f"t.{ending}"))
-        np.testing.assert_array_equal(source.batch.logp_train_T, in_full["logp_train"])
+        np.testing.assert_array_equal(source.tokens.logp_train_T, in_full["logp_train"])
         assert statistics(source, "icepop:alpha=0.5,beta=5")["masked_share"] == 0
-        assert sweep_by_band(source.batch, [0.5, 0.51], [5.0])["masked_share"].tolist() == [0, 1]
+        assert sweep_by_band(source.tokens, [0.5, 0.51], [5.0])["masked_share"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

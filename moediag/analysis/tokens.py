@@ -9,9 +9,10 @@ Invariants:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from moediag.analysis.declarations import TOKENS
 from moediag.analysis.expert_sets import NOT_COMPARED, ExpertComparison, compare_block
 from moediag.analysis.routing_counts import MisroutedMass, misrouted_mass
+from moediag.errors import MoediagError
 from moediag.run.align import Pair, PairBlock
 from moediag.run.capture import is_scored
 
@@ -27,6 +29,8 @@ Float64 = NDArray[np.float64]
 
 BYTES_PER_TOKEN: Final = sum(np.dtype(column.dtype).itemsize for column in TOKENS.columns)
 """What a token keeps once its block is gone; 64 is the most allowed."""
+CHUNK_TOKENS: Final = 65_536
+"""Half a megabyte per float64 array: a chunk's dozen arrays stay in the second-level cache."""
 
 
 def token_frame(pair: Pair) -> pd.DataFrame:
@@ -61,19 +65,35 @@ class Tokens:
     frame's own.
 
     Args:
-        frame: N response tokens: columns of frame ``tokens``, of which logp_train, logp_infer [nat] and prompt_id are
-            always there.
+        frame: N response tokens of a run's pair or of a table (:attr:`~moediag.importers.tokens.LoggedTokens.frame`):
+            columns of frame ``tokens``, of which logp_train, logp_infer [nat] and prompt_id are always there.
     """
 
     frame: pd.DataFrame
 
     @classmethod
-    def of(cls, tokens: AnyTokens) -> Tokens:
+    def of(cls, tokens: AnyTokens) -> Self:
         """The view of a frame; a view is its own."""
-        return tokens if isinstance(tokens, Tokens) else cls(tokens)
+        return tokens if isinstance(tokens, cls) else cls(tokens.frame if isinstance(tokens, Tokens) else tokens)
+
+    def chunks(self, n_tokens: int = CHUNK_TOKENS) -> Iterator[Self]:
+        """Parts of whole sequences with about ``n_tokens`` rows each, and at least one sequence; they copy nothing.
+
+        Raises:
+            MoediagError: the frame is not in ascending order of its sequences.
+        """
+        ids_N = self.frame["seq_id"].to_numpy()
+        if (ids_N[1:] < ids_N[:-1]).any():
+            raise MoediagError("tokens are read in parts of whole sequences: sort the frame by seq_id and position")
+        bounds = np.append(_groups(ids_N)[0], len(ids_N))
+        first = 0
+        while first < len(bounds) - 1:
+            last = max(int(np.searchsorted(bounds, bounds[first] + n_tokens, side="right")) - 1, first + 1)
+            yield replace(self, frame=self.frame.iloc[bounds[first] : bounds[last]])
+            first = last
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return int(np.count_nonzero(self.is_scored_N))
 
     @cached_property
     def is_scored_N(self) -> NDArray[np.bool_]:  # noqa: N802 - the legend suffix
@@ -88,7 +108,18 @@ class Tokens:
 
     def column(self, name: str) -> NDArray[Any]:
         """(T,) values of a column, in its own dtype."""
-        return self.rows[name].to_numpy()
+        values_N: NDArray[Any] = self.frame[name].to_numpy()
+        return values_N if self.is_scored_N.all() else values_N[self.is_scored_N]
+
+    def get(self, name: str) -> NDArray[Any] | None:
+        """(T,) values of a column that not every frame has; None = not there."""
+        return self.column(name) if name in self.frame else None
+
+    def at_rows(self, values_T: Float64, absent: float = 0.0) -> Float64:
+        """(N,) values at the tokens' rows of the frame, ``absent`` in the rows that are not scored."""
+        values_N = np.full(len(self.frame), absent)
+        values_N[self.is_scored_N] = values_T
+        return values_N
 
     @cached_property
     def logp_train_T(self) -> Float64:  # noqa: N802
@@ -113,14 +144,11 @@ class Tokens:
     @cached_property
     def diff_N(self) -> Float64:  # noqa: N802
         """logp_train - logp_infer of every row of the frame [nat]; NaN = not scored."""
-        diff_N = np.full(len(self.frame), np.nan)
-        diff_N[self.is_scored_N] = self.diff_T
-        return diff_N
+        return self.at_rows(self.diff_T, np.nan)
 
     @cached_property
-    def _prompts(self) -> tuple[NDArray[Any], NDArray[np.intp]]:
-        ids_C, row_T = np.unique(self.column("prompt_id"), return_inverse=True)
-        return ids_C, row_T
+    def _prompts(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        return _groups(self.column("prompt_id"))
 
     @property
     def prompt_row_T(self) -> NDArray[np.intp]:  # noqa: N802
@@ -144,8 +172,12 @@ class Tokens:
 
     @cached_property
     def _sequences(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        _, first_S, row_T = np.unique(self.column("seq_id"), return_index=True, return_inverse=True)
-        return first_S, row_T
+        return _groups(self.column("seq_id"))
+
+    @property
+    def first_S(self) -> NDArray[np.intp]:  # noqa: N802
+        """First token of each sequence."""
+        return self._sequences[0]
 
     @property
     def row_T(self) -> NDArray[np.intp]:  # noqa: N802
@@ -175,7 +207,17 @@ class Tokens:
     @cached_property
     def prompt_row_S(self) -> NDArray[np.intp]:  # noqa: N802
         """0 .. C-1, the prompt of each sequence."""
-        return self.prompt_row_T[self._sequences[0]]
+        return self.prompt_row_T[self.first_S]
+
+
+def _groups(ids_N: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """First row of every group, ascending by id, and 0 .. G-1, the group of every row."""
+    if not (ids_N[1:] >= ids_N[:-1]).all():
+        _, first_G, row_N = np.unique(ids_N, return_index=True, return_inverse=True)
+        return first_G, row_N
+    is_first_N = np.ones(len(ids_N), np.bool_)
+    np.not_equal(ids_N[1:], ids_N[:-1], out=is_first_N[1:])
+    return np.flatnonzero(is_first_N), np.cumsum(is_first_N) - 1
 
 
 AnyTokens = pd.DataFrame | Tokens

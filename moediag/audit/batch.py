@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from moediag.analysis.gradients import SEQUENCE_IS
 from moediag.analysis.tokens import Tokens, concatenate_tokens, token_columns
 from moediag.corrections import parse_correction, weights
-from moediag.corrections.rewards import grpo_advantages, sequence_rewards
+from moediag.corrections.sources import grpo_advantages, sequence_rewards
 from moediag.errors import EngineError
 from moediag.run.reader import Run
 

@@ -26,7 +26,7 @@ import pandas as pd
 import safetensors.numpy
 
 from moediag.analysis.gradients import LM_HEAD, SPECS, audit_frames
-from moediag.corrections.rewards import ADVANTAGE_WORDS, REWARD_WORDS
+from moediag.corrections.sources import ADVANTAGE_WORDS, REWARD_WORDS
 from moediag.engines.arms import ArmRequest
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.launch import TRAIN_ENVIRONMENT, Engines, Job, OnEvent

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moediag.audit.batch import SequenceBasis
 from moediag.corrections import weights
-from moediag.corrections.rewards import token_rewards
+from moediag.corrections.sources import token_rewards
 from moediag.errors import CheckpointError
 
 Float64 = NDArray[np.float64]

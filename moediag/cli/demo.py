@@ -66,7 +66,7 @@ def command(
 def _simulate(path: Path, force: bool) -> None:
     from moediag.cli.console import bar, wrote
     from moediag.cli.table import show_sentences
-    from moediag.corrections.chosen import choose
+    from moediag.corrections import choose
     from moediag.results.load import shell_command
     from moediag.results.simulation import Request, write_simulation
     from moediag.run.reader import open_run

@@ -114,7 +114,7 @@ def command(
     No offline number shows that training will be stable.
     """
     from moediag.cli.console import bar, say_json, wrote
-    from moediag.corrections.chosen import choose
+    from moediag.corrections import choose
     from moediag.corrections.weight_files import refuse_weights_path, write_weights
     from moediag.folder import refuse_other
     from moediag.importers.registry import foreign_format
@@ -144,7 +144,7 @@ def command(
         with bar("simulating") as progress:
             simulation = request.simulate(run, progress.show)
         if weights_out is not None:
-            named = {name: one.correction for name, one in simulation.chosen.items() if name != "none" or everything}
+            named = {name: one for name, one in simulation.chosen.items() if name != "none" or everything}
             with bar("writing weights") as progress:
                 write_weights(simulation.source, named, weights_out, progress.show)
         if run is not None and gradient_audit:
@@ -228,7 +228,7 @@ def _audit(simulation: Simulation, run: Run, arms: tuple[str, str], checkpoint: 
     from moediag.engines.checkpoint import open_checkpoint
 
     train, infer = arms
-    words = tuple(str(one.correction) for one in simulation.chosen.values())
+    words = tuple(map(str, simulation.chosen.values()))
     request = GradientRequest(methods=words if is_named else METHODS, train=train, infer=infer)
     with bar("gradient audit") as progress:
         run_gradient_audit(run, open_checkpoint(checkpoint or _source(run, train)), request, progress.on_event)

@@ -143,7 +143,7 @@ _SIMULATED: Final = (
 
 def show_simulation(simulation: Simulation) -> None:
     """Print what is wrong with the tokens, a row per correction, then sentences."""
-    from moediag.corrections.declarations import CORRECTION_STATISTICS
+    from moediag.corrections.statistics import CORRECTION_STATISTICS
     from moediag.hygiene.findings import headline
     from moediag.report.tables import records
 

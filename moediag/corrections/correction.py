@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from moediag.corrections.methods import METHODS, Method
-from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms, scored_terms
+from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms
 from moediag.errors import MoediagError
 
 _STEP: Final = re.compile(r"\s*([a-z_0-9]+)\s*(?::(.*))?", re.ASCII | re.DOTALL)
@@ -202,8 +202,8 @@ def correction_weights(
     advantage_T: ArrayLike | None = None,
 ) -> Float64:
     """:func:`weights` of a :class:`Correction`."""
-    x, is_scored_T = scored_terms(logp_train_T, logp_infer_T, seq_id_T, advantage_T)
-    return spread(correction.of_terms(x), is_scored_T)
+    x = Terms.of_arrays(logp_train_T, logp_infer_T, seq_id_T, advantage_T)
+    return x.at_rows(correction.of_terms(x))
 
 
 def compose(*corrections: Correction | str) -> Correction:
@@ -215,12 +215,3 @@ def compose(*corrections: Correction | str) -> Correction:
     """
     parts = [parse_correction(part) if isinstance(part, str) else part for part in corrections]
     return Correction(tuple(step for part in parts for step in part.steps))
-
-
-def spread(weights_T: Float64, is_scored_T: NDArray[np.bool_]) -> Float64:
-    """Weights of the scored rows at their places among all rows; 0 elsewhere."""
-    if len(weights_T) == len(is_scored_T):
-        return weights_T
-    all_T: NDArray[Any] = np.zeros(len(is_scored_T))
-    all_T[is_scored_T] = weights_T
-    return all_T

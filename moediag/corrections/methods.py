@@ -26,7 +26,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moediag.analysis.measures import ICEPOP_BAND
-from moediag.corrections.exact_sums import sums_by_sequence
 from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms, clamped_exp, on_bounds
 from moediag.errors import MoediagError
 
@@ -329,7 +328,7 @@ def k3_mean(x: Terms, limit: float = 0.01) -> Kept:
 )  # fmt: skip
 def prob_mult_error(x: Terms, limit: float = 2.0) -> Kept:
     """Mean multiplicative error of the sequence's probabilities at most limit; the default is that of the recipes."""
-    mean_S = sums_by_sequence(clamped_exp(np.abs(x.diff_T)), x.row_T, x.n_S) / np.maximum(x.n_S, 1)
+    mean_S = x.exact_sums(clamped_exp(np.abs(x.diff_T))) / x.n_S
     return x.of_sequence(_at_most(mean_S, x.is_float32_S, limit))
 
 

@@ -1,10 +1,12 @@
-"""Corrections in use, by framework and by paper: which method, which bounds, from where, and what is different there.
+"""Corrections in use, by framework and by paper: which method, which bounds, from where, and what is different there;
+and which of them a simulation compares.
 
 Invariants:
     - a preset is a correction in words and nothing else: no preset has a rule of its own;
     - where a framework's code means something else by the same name, the note says so; the preset keeps the meaning
       of the method;
-    - bands are not portable between stacks: a preset is a place to start a sweep from.
+    - bands are not portable between stacks: a preset is a place to start a sweep from;
+    - a correction is in a simulation once, however many presets and words name it.
 
 Replaying routes (R3) and the sequence ratio of GSPO are no presets: the first changes the log-probabilities and not the
 weight, the second compares theta with theta_old and not train with infer.
@@ -12,12 +14,17 @@ weight, the second compares theta with theta_old and not train with infer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
-from moediag.corrections.correction import Correction, parse_correction
+from moediag.corrections.correction import Correction, Step, parse_correction
+from moediag.corrections.methods import METHODS
 from moediag.errors import MoediagError
 
+_LONGEST_LABEL: Final = 32
+"""Longer words are shown by the name of a preset that has them [character]."""
 _NOT_SEEN: Final = "bounds as quoted elsewhere; the source itself was not read"
 
 
@@ -39,7 +46,7 @@ class Preset:
     source: str
     note: str = ""
 
-    @property
+    @cached_property
     def correction(self) -> Correction:
         """The correction."""
         return parse_correction(self.words)
@@ -288,7 +295,44 @@ def find_presets(name: str) -> tuple[Preset, ...]:
     )
 
 
+def presets_of(correction: Correction) -> tuple[Preset, ...]:
+    """The presets that are this correction."""
+    return tuple(preset for preset in PRESETS.values() if preset.correction == correction)
+
+
 def distinct_corrections() -> dict[str, Correction]:
     """Every different correction of the presets once, by its words; ``none`` first."""
-    words = dict.fromkeys(["none", *(str(preset.correction) for preset in PRESETS.values())])
-    return {each: parse_correction(each) for each in words}
+    every = [parse_correction("none"), *(preset.correction for preset in PRESETS.values())]
+    return {str(correction): correction for correction in every}
+
+
+def choose(methods: Sequence[str] = (), presets: Sequence[str] = (), everything: bool = False) -> dict[str, Correction]:
+    """The corrections named, in the order named; all presets and methods where none is, or all are requested.
+
+    Args:
+        methods: corrections in words, see :func:`~moediag.corrections.parse_correction`.
+        presets: presets, or frameworks and papers for all of theirs.
+        everything: add every different correction of the presets, and every method with its defaults.
+
+    Returns:
+        Label -> correction; ``none`` is first wherever something is compared.
+
+    Raises:
+        MoediagError: an unknown method, parameter or preset.
+
+    Example:
+        >>> list(choose(["icepop:beta=2"], ["glm-5"]))
+        ['none', 'icepop:alpha=0.5,beta=2']
+    """
+    label_of = {"none": "none"}  # words -> label
+    for words in map(str, map(parse_correction, methods)):
+        label_of.setdefault(words, words)
+    for name in presets:
+        for preset in find_presets(name):
+            label_of.setdefault(str(preset.correction), preset.name)
+    if everything or not (methods or presets):
+        defaults = {str(step): Correction((step,)) for step in map(Step, METHODS)}
+        for words, correction in {**distinct_corrections(), **defaults}.items():
+            names = [preset.name for preset in presets_of(correction)]
+            label_of.setdefault(words, names[0] if len(words) > _LONGEST_LABEL and names else words)
+    return {label: parse_correction(words) for words, label in label_of.items()}

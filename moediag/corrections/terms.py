@@ -1,19 +1,20 @@
-"""The logged tokens that every correction looks at, with what several of them need computed once.
+"""The token view as corrections look at it: what several of them need computed once, and held against bounds.
 
 Invariants:
-    - a token is scored when both its log-probabilities are finite (:func:`~moediag.run.capture.is_scored`);
     - comparisons are made between log-ratios, never between their exponentials; log-ratios are clamped to +-20
       before ``exp``, so nothing overflows, and a kept ratio is never smaller than exp(-20): 0 always means no update;
     - what float32 log-probabilities give is held against a bound in float32 (:func:`on_bounds`): the float32 nearest to
       log 0.5 lies 1e-9 below it, and stands *on* the bound for everyone who computes in float32;
-    - nothing depends on the order of the rows (see :mod:`moediag.corrections.exact_sums`).
+    - nothing depends on the order of the rows: sums by which sequences are kept are rounded once
+      (:meth:`Terms.exact_sums`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -21,9 +22,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from moediag.analysis.measures import binary_kl
-from moediag.corrections.exact_sums import sums_by_sequence
+from moediag.analysis.tokens import Tokens
 from moediag.errors import MoediagError
-from moediag.run.capture import is_scored
 
 Float64 = NDArray[np.float64]
 
@@ -66,30 +66,66 @@ def on_bounds(values: Float64, bounds: Sequence[float] | Float64, is_float32: ND
     return np.where(is_on, np.asarray(bounds)[nth], values)
 
 
-@dataclass(frozen=True)
-class Terms:
-    """Scored tokens of whole sequences.
+class Terms(Tokens):
+    """Scored tokens with what the formulas of corrections are made of; S sequences have a scored token.
 
-    Args:
-        logp_train_T, logp_infer_T: log-probabilities of the scored tokens [nat], at theta_old.
-        row_T: 0 .. S-1, the sequence of every scored token among ``n_sequences``.
-        n_sequences: S; some sequences may have no scored token.
-        advantage_T: advantage of every scored token; None = not known.
+    Columns of frame ``tokens`` that corrections look at, each left out where it is not known: ``entropy_infer``,
+    ``n_flipped_layers`` (-1 = not known) and beyond that frame ``advantage`` [1] and ``logp_train_new`` [nat],
+    log-probabilities of the policy being trained.
     """
 
-    logp_train_T: Float64
-    logp_infer_T: Float64
-    row_T: NDArray[np.intp]
-    n_sequences: int
-    advantage_T: Float64 | None = None
+    @classmethod
+    def of_arrays(
+        cls,
+        logp_train_T: ArrayLike,
+        logp_infer_T: ArrayLike,
+        seq_id_T: ArrayLike,
+        advantage_T: ArrayLike | None = None,
+    ) -> Terms:
+        """The terms of arrays, rows in any order.
 
-    def __len__(self) -> int:
-        return len(self.row_T)
+        Args:
+            logp_train_T, logp_infer_T: log-probabilities of the same tokens [nat]; not finite = not scored.
+            seq_id_T: sequence of every row (numbers or words).
+            advantage_T: advantage of every row; its value where a token is not scored does not matter.
+
+        Raises:
+            MoediagError: arrays of different lengths, a log-probability of +inf, a missing sequence, or a scored token
+                whose advantage is not a number.
+        """
+        arrays = {"logp_train": logp_train_T, "logp_infer": logp_infer_T, "advantage": advantage_T}
+        columns = {name: np.asarray(array, np.float64) for name, array in arrays.items() if array is not None}
+        shapes = [np.shape(seq_id_T), *(array.shape for array in columns.values())]
+        if len(set(shapes)) != 1 or len(shapes[0]) != 1:
+            raise MoediagError(f"corrections want arrays of one length, one value per token; found shapes {shapes}")
+        row_T, _ = pd.factorize(np.asarray(seq_id_T))
+        if (row_T < 0).any():
+            raise MoediagError(f"corrections want the sequence of every token; {int((row_T < 0).sum())} rows have none")
+        for name in ("logp_train", "logp_infer"):
+            if (is_inf_T := columns[name] == np.inf).any():
+                raise MoediagError(
+                    f"{name} needs log-probabilities, found +inf in {int(is_inf_T.sum())} rows, first at row "
+                    f"{int(np.argmax(is_inf_T))}: are these logits?"
+                )
+        terms = cls(pd.DataFrame({"seq_id": row_T, **columns}, copy=False))
+        _ = terms.advantage_T  # what is no number is an error for corrections that do not look at it, too
+        return terms
 
     @cached_property
-    def diff_T(self) -> Float64:  # noqa: N802 - the legend suffix
-        """Log-ratio: logp_train - logp_infer [nat]."""
-        return self.logp_train_T - self.logp_infer_T
+    def advantage_T(self) -> Float64 | None:  # noqa: N802 - the legend suffix
+        """Advantages [1]; None = not known.
+
+        Raises:
+            MoediagError: a scored token has none.
+        """
+        advantage_T = self.get("advantage")
+        if advantage_T is not None and not np.isfinite(advantage_T).all():
+            is_bad_N = self.is_scored_N & ~np.isfinite(self.frame["advantage"].to_numpy())
+            raise MoediagError(
+                f"{int(is_bad_N.sum())} scored tokens have an advantage that is not a number, first at row "
+                f"{int(np.argmax(is_bad_N))}: leave their sequences out, or give no advantages"
+            )
+        return advantage_T
 
     @cached_property
     def is_float32_T(self) -> NDArray[np.bool_]:  # noqa: N802
@@ -99,8 +135,7 @@ class Terms:
     @cached_property
     def is_float32_S(self) -> NDArray[np.bool_]:  # noqa: N802
         """All log-probabilities of the sequence are float32 numbers."""
-        n_float32_S = np.bincount(self.row_T[self.is_float32_T], minlength=self.n_sequences)
-        return np.asarray(n_float32_S == self.n_S)
+        return np.asarray(np.bincount(self.row_T[self.is_float32_T], minlength=self.n_sequences) == self.n_S)
 
     @cached_property
     def ratio_T(self) -> Float64:  # noqa: N802
@@ -131,33 +166,36 @@ class Terms:
         return np.asarray(np.expm1(diff_T) - diff_T)
 
     @cached_property
-    def n_S(self) -> NDArray[np.int64]:  # noqa: N802
-        """Scored tokens of every sequence."""
-        return np.bincount(self.row_T, minlength=self.n_sequences).astype(np.int64)
-
-    @cached_property
     def log_product_S(self) -> Float64:  # noqa: N802
         """Log of the sequence's product ratio: the sum of its log-ratios [nat]."""
-        return sums_by_sequence(self.diff_T, self.row_T, self.n_S)
+        return self.exact_sums(self.diff_T)
 
     @cached_property
     def log_geometric_mean_S(self) -> Float64:  # noqa: N802
         """Log of the geometric mean of the sequence's ratios [nat]."""
-        return np.asarray(self.log_product_S / np.maximum(self.n_S, 1))
+        return np.asarray(self.log_product_S / self.n_S)
 
     @cached_property
     def mean_k3_S(self) -> Float64:  # noqa: N802
         """Mean k3 of every sequence [nat]."""
-        return np.asarray(sums_by_sequence(self.k3_T, self.row_T, self.n_S) / np.maximum(self.n_S, 1))
+        return np.asarray(self.exact_sums(self.k3_T) / self.n_S)
+
+    def exact_sums(self, values_T: Float64) -> Float64:
+        """(S,) sums over the tokens of each sequence, rounded once: the same bits however its rows are ordered and
+        whatever stands beside it, so that a sequence on the bound of a filter is kept or dropped by its tokens.
+
+        Args:
+            values_T: finite values; a sum beyond float64 is infinite.
+        """
+        is_sorted = bool((self.row_T[1:] >= self.row_T[:-1]).all())
+        values = (values_T if is_sorted else values_T[np.argsort(self.row_T, kind="stable")]).tolist()
+        bounds = [0, *np.cumsum(self.n_S).astype(int).tolist()]
+        return np.array([_sum(values[start:end]) for start, end in pairwise(bounds)], dtype=np.float64)
 
     def least_S(self, values_T: Float64) -> Float64:  # noqa: N802
-        """Least value of every sequence; +inf for a sequence without a scored token."""
+        """Least value of every sequence."""
         least_S = np.full(self.n_sequences, np.inf)
-        if len(self) and (np.diff(self.row_T) >= 0).all():
-            first_N = np.flatnonzero(np.diff(self.row_T, prepend=-1))
-            least_S[self.row_T[first_N]] = np.minimum.reduceat(values_T, first_N)
-        else:
-            np.minimum.at(least_S, self.row_T, values_T)
+        np.minimum.at(least_S, self.row_T, values_T)
         return least_S
 
     def of_sequence(self, values_S: NDArray[Any]) -> NDArray[Any]:
@@ -165,50 +203,8 @@ class Terms:
         return np.asarray(values_S[self.row_T])
 
 
-def scored_terms(
-    logp_train_T: ArrayLike, logp_infer_T: ArrayLike, seq_id_T: ArrayLike, advantage_T: ArrayLike | None = None
-) -> tuple[Terms, NDArray[np.bool_]]:
-    """The scored tokens among the rows, and which rows these are.
-
-    Args:
-        logp_train_T, logp_infer_T: log-probabilities of the same tokens [nat]; not finite = not scored.
-        seq_id_T: sequence of every row (numbers or words), rows in any order.
-        advantage_T: advantage of every row; its value where a token is not scored does not matter.
-
-    Raises:
-        MoediagError: arrays of different lengths, a log-probability of +inf, a missing sequence, or a scored token
-            whose advantage is not a number.
-    """
-    train_T, infer_T = (np.asarray(logp, dtype=np.float64) for logp in (logp_train_T, logp_infer_T))
-    given_T = None if advantage_T is None else np.asarray(advantage_T, dtype=np.float64)
-    ids_T = np.asarray(seq_id_T)
-    shapes = [array.shape for array in (train_T, infer_T, ids_T, given_T) if array is not None]
-    if len(set(shapes)) != 1 or len(shapes[0]) != 1:
-        raise MoediagError(f"corrections want arrays of one length, one value per token; found shapes {shapes}")
-    row_T, sequences = pd.factorize(ids_T)
-    if (row_T < 0).any():
-        raise MoediagError(f"corrections want the sequence of every token; {int((row_T < 0).sum())} rows have none")
-    is_scored_T = is_scored(train_T, infer_T)
-    _refuse_values(train_T, infer_T, given_T, is_scored_T)
-    if is_scored_T.all():
-        return Terms(train_T, infer_T, row_T, len(sequences), given_T), is_scored_T
-    some_T = None if given_T is None else given_T[is_scored_T]
-    return (
-        Terms(train_T[is_scored_T], infer_T[is_scored_T], row_T[is_scored_T], len(sequences), some_T),
-        is_scored_T,
-    )
-
-
-def _refuse_values(train_T: Float64, infer_T: Float64, given_T: Float64 | None, is_scored_T: NDArray[np.bool_]) -> None:
-    for side, logp_T in (("train", train_T), ("infer", infer_T)):
-        if (logp_T == np.inf).any():
-            raise MoediagError(
-                f"logp_{side} needs log-probabilities, found +inf in {int((logp_T == np.inf).sum())} rows, first at "
-                f"row {int(np.argmax(logp_T == np.inf))}: are these logits?"
-            )
-    if given_T is not None and not np.isfinite(given_T[is_scored_T]).all():
-        is_bad_T = is_scored_T & ~np.isfinite(given_T)
-        raise MoediagError(
-            f"advantage_T needs a finite number for every scored token; {int(is_bad_T.sum())} rows have none, "
-            f"first at row {int(np.argmax(is_bad_T))}"
-        )
+def _sum(values: list[float]) -> float:
+    try:
+        return math.fsum(values)
+    except OverflowError:  # what is beyond float64 on the way may be inside at the end
+        return math.fsum(value / 2**20 for value in values) * 2**20

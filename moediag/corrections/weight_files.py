@@ -23,7 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from moediag.corrections.correction import Correction, spread
+from moediag.corrections.correction import Correction
 from moediag.corrections.sources import Source
 from moediag.errors import DumpError
 from moediag.importers.tables import KINDS, OnProgress
@@ -80,15 +80,6 @@ def write_weights(
             temporary.unlink(missing_ok=True)
 
 
-def batch_weights(source: Source, correction: Correction) -> Float64:
-    """Weights of every row of a source under one correction, in the order of the rows."""
-    chunks = []
-    for part in source.batch.chunks():
-        x, is_scored_T = part.scored()
-        chunks.append(spread(correction.of_terms(x), is_scored_T))
-    return source.to_rows(np.concatenate(chunks))
-
-
 def _computed(
     source: Source, corrections: Mapping[str, Correction], folder: Path, on_progress: OnProgress | None
 ) -> dict[str, Path]:
@@ -97,13 +88,12 @@ def _computed(
     done = 0
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
-        for part in source.batch.chunks():
-            x, is_scored_T = part.scored()
+        for x in source.tokens.chunks():
             for name, correction in corrections.items():
-                spread(correction.of_terms(x), is_scored_T).tofile(files[name])
-            done += len(part)
+                x.at_rows(correction.of_terms(x)).tofile(files[name])
+            done += len(x.frame)
             if on_progress:
-                on_progress(done, len(source.batch), "tokens weighted")
+                on_progress(done, len(source.input_row_T), "tokens weighted")
     if not source.is_in_order:
         for path in paths.values():
             source.to_rows(np.fromfile(path)).tofile(path)

@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from moediag.analysis.measures import ICEPOP_BAND
 from moediag.analysis.tokens import Tokens
-from moediag.corrections.masked_shares import band_name
+from moediag.corrections.bands import band_name
 from moediag.figures.floors import share
 from moediag.figures.registry import Panel, figure, no_difference
 from moediag.figures.style import (

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from moediag.errors import DumpError
 from moediag.importers.columns import KNOWN, TOKEN_MASKS, Kind
-from moediag.importers.rollouts import Importer, Options, Rollout, Step, number_in, short
+from moediag.importers.rollouts import Importer, Options, Rollout, Step, as_written, number_in, short
 from moediag.importers.tables import Ids, first_record, open_table, readable
 from moediag.notation import INFER, NOT_ROUTED, TRAIN
 
@@ -136,7 +136,7 @@ def read_megatron(files: Sequence[Path], options: Options) -> list[Step]:
             continue
         step = Step(number, (*files, options.tokens), (), has_dense_layers=dict.fromkeys(here, False))
         step.decoder_layers = {side: trace.layers for side, (trace, _) in here.items()}
-        step.rollouts = _routed(step, [rollouts[i] for i in of_step], here, options)
+        step.rollouts = as_written(step, _routed(step, [rollouts[i] for i in of_step], here, options))
         steps.append(step)
     if left_out:
         steps[0].notes.append(f"steps {', '.join(left_out)} of {options.tokens.name} have no trace and were left out")
@@ -205,14 +205,14 @@ def _places(
     alone = [len(rollout) - 1 for rollout in rollouts]
     if [_n_tokens(records) for records in batches] == alone:
         return INFER, [_Place(records, 0, n) for records, n in zip(batches, alone, strict=True)]
-    wanted: dict[tuple[int | None, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    rollouts_of: dict[tuple[int | None, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, (number, rank, micro_batch) in enumerate(packing):
-        wanted[number, rank][micro_batch].append(i)
+        rollouts_of[number, rank][micro_batch].append(i)
     places: list[_Place | None] = [None] * len(rollouts)
     only = len({step for step, _ in trace.records}) == 1
     for (step, rank), found in trace.records.items():
-        key = (None, rank) if only and (None, rank) in wanted else (step, rank)
-        packed = wanted.get(key)
+        key = (None, rank) if only and (None, rank) in rollouts_of else (step, rank)
+        packed = rollouts_of.get(key)
         if packed is None:
             raise DumpError(
                 f"{trace.folder} has a trace of step {step}, rank {rank}; {table} has no such rows (columns "

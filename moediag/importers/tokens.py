@@ -216,6 +216,15 @@ class LoggedTokens:
         position_T = np.asarray(self.columns["position"])[self.input_row_T].astype(np.int64)
         return np.asarray(position_T - position_T[self.start_S][self.row_T])
 
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The tokens in the columns of frame ``tokens``, as far as they are known: sequences and prompts are counted
+        from 0, positions from the first response token; further columns are step and logp_train_new."""
+        names = {"step": "step", "entropy": "entropy_infer", "n_flipped_layers": "n_flipped_layers"}
+        places = {"seq_id": self.row_T, "prompt_id": self.prompt_row_S[self.row_T], "position": self.position_T}
+        more = {theirs: self.get(ours) for ours, theirs in names.items() if ours in self.columns}
+        return pd.DataFrame({**places, **self.logps, **more}, copy=False)
+
     def by_sequence(self, name: str) -> Float64:
         """A number that is the same for all tokens of a sequence.
 

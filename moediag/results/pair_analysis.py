@@ -28,7 +28,7 @@ from moediag.analysis.sequences import (
 from moediag.analysis.strata import metrics_by_stratum
 from moediag.analysis.streaming import RoutingPass, read_pair
 from moediag.analysis.tokens import Tokens
-from moediag.corrections.masked_shares import masked_shares
+from moediag.corrections import masked_shares
 from moediag.run.align import Pair
 from moediag.run.capture import is_impossible
 

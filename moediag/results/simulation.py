@@ -15,12 +15,18 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moediag.corrections.chosen import Chosen, choose
-from moediag.corrections.histograms import masked_entropy, ratio_counts
-from moediag.corrections.recommend import recommend_band
+from moediag.corrections import (
+    Correction,
+    choose,
+    compare_corrections,
+    recommend_band,
+    sweep_by_band,
+)
+from moediag.corrections.bands import DEFAULT_ALPHAS, DEFAULT_BETAS
+from moediag.corrections.presets import presets_of
 from moediag.corrections.sources import Source, run_source, table_source
-from moediag.corrections.statistics import EPS_CLIP, compare_corrections
-from moediag.corrections.sweep import DEFAULT_ALPHAS, DEFAULT_BETAS, sweep_by_band
+from moediag.corrections.statistics import masked_entropy, ratio_counts
+from moediag.corrections.sums import EPS_CLIP
 from moediag.errors import CorruptRunError, IncompleteRunError
 from moediag.figures import draw_simulation_figures
 from moediag.figures.style import formats
@@ -64,7 +70,7 @@ class Request:
     """
 
     target: Path
-    chosen: dict[str, Chosen]
+    chosen: dict[str, Correction]
     grid: Grid | None = Grid()
     pair: str = f"{INFER}~{TRAIN}"
     reward: str | None = None
@@ -115,7 +121,7 @@ class Request:
     def _options(self) -> dict[str, Any]:
         bands = None if self.grid is None else [[str(bound) for bound in side] for side in vars(self.grid).values()]
         named = {name: getattr(self, name) for name in ("reward", "eps_clip", "mask", "gradient_audit", "checkpoint")}
-        corrections = {label: str(one.correction) for label, one in self.chosen.items()}
+        corrections = {label: str(one) for label, one in self.chosen.items()}
         return {"pair": self.pair, "corrections": corrections, "bands": bands, **named}
 
 
@@ -133,32 +139,36 @@ class Simulation:
 
     label: str
     source: Source
-    chosen: dict[str, Chosen]
+    chosen: dict[str, Correction]
     left_out: dict[str, str]
     frames: dict[str, pd.DataFrame] = field(default_factory=dict)
     eps_clip: float = EPS_CLIP
 
     def summary(self) -> dict[str, Any]:
         """What was simulated, in plain types."""
-        batch = self.source.batch
+        tokens = self.source.tokens
         return {
             "schema_version": SCHEMA_VERSION,
             "kind": SIMULATION,
             "label": self.label,
             "n_rows": self.source.n_rows,
-            "n_tokens": len(batch),
-            "n_sequences": batch.n_sequences,
-            "n_prompts": batch.n_prompts,
-            "n_scored_tokens": int(batch.is_scored_T.sum()),
-            "n_scored_sequences": int(batch.is_scored_S.sum()),
-            "n_scored_prompts": batch.n_scored_prompts,
+            "n_tokens": len(tokens.frame),
+            "n_sequences": tokens.frame["seq_id"].nunique(),
+            "n_prompts": tokens.frame["prompt_id"].nunique(),
+            "n_scored_tokens": len(tokens),
+            "n_scored_sequences": tokens.n_sequences,
+            "n_scored_prompts": tokens.n_prompts,
             "reward": self.source.reward,
             "notes": list(self.source.notes),
             "findings": [found.record() for found in self.source.findings],
             "finding_words": headline(self.source.findings),
             "eps_clip": self.eps_clip,
             "corrections": {
-                label: {"words": str(one.correction), "presets": list(one.presets), "notes": list(one.notes)}
+                label: {
+                    "words": str(one),
+                    "presets": [preset.name for preset in presets_of(one)],
+                    "notes": [f"{preset.name}: {preset.note}" for preset in presets_of(one) if preset.note],
+                }
                 for label, one in self.chosen.items()
             },
             "left_out": self.left_out,
@@ -167,7 +177,7 @@ class Simulation:
 
 def simulate(
     source: Source,
-    chosen: Mapping[str, Chosen],
+    chosen: Mapping[str, Correction],
     label: str,
     *,
     eps_clip: float = EPS_CLIP,
@@ -187,14 +197,13 @@ def simulate(
         ``masked_entropy``; :func:`add_sweep` and the gradient audit add theirs.
     """
     left_out = {}
-    if not source.has_advantages:
-        left_out = {name: source.reward for name, one in chosen.items() if one.correction.needs_advantage}
+    if "advantage" not in source.tokens.frame:
+        left_out = {name: source.reward for name, one in chosen.items() if one.needs_advantage}
     some = {name: one for name, one in chosen.items() if name not in left_out}
-    corrections = {name: one.correction for name, one in some.items()}
-    frames = compare_corrections(source.batch, corrections, on_progress, eps_clip=eps_clip)
-    frames["ratio_counts"] = ratio_counts(source.batch)
+    frames = compare_corrections(source.tokens, some, on_progress, eps_clip=eps_clip)
+    frames["ratio_counts"] = ratio_counts(source.tokens)
     lead = _lead(frames["correction_statistics"])
-    frames["masked_entropy"] = masked_entropy(source.batch, {lead: corrections[lead]} if lead else {})
+    frames["masked_entropy"] = masked_entropy(source.tokens, {lead: some[lead]} if lead else {})
     return Simulation(label, source, some, left_out, frames, eps_clip)
 
 
@@ -237,7 +246,7 @@ def add_sweep(
         floor_k3: A/A floor of k3 [nat]; None = not known.
     """
     frames, grid = simulation.frames, grid or Grid()
-    frames["sweep_by_band"] = sweep_by_band(simulation.source.batch, grid.alphas, grid.betas, on_progress)
+    frames["sweep_by_band"] = sweep_by_band(simulation.source.tokens, grid.alphas, grid.betas, on_progress)
     whole = frames["correction_statistics"].set_index("correction")["kept_k3"].get("none", math.nan)
     all_k3 = float(whole) if math.isfinite(whole) else None
     frames["recommended_band"] = recommend_band(frames["sweep_by_band"], floor_k3, all_k3)

@@ -41,7 +41,7 @@ from moediag.importers.columns import is_token_table
 from moediag.importers.registry import foreign_format
 from moediag.importers.rollouts import Options
 from moediag.importers.tables import KINDS, OnProgress, TableFile, open_table
-from moediag.importers.tokens import LOGPS, LoggedTokens, TokenTable
+from moediag.importers.tokens import LoggedTokens, TokenTable
 from moediag.importers.write import imported_for_now
 from moediag.report.measures import text_origin
 from moediag.run.reader import Run, open_run
@@ -200,9 +200,7 @@ def _read_table(table: TableFile, on_progress: OnProgress) -> TrendSource:
     known = TokenTable.of(table).without(unused)
     tokens = known.read(on_progress)
     thinned, infinite = _thinned(tokens), _Infinite()
-    frame = pd.DataFrame({"step": thinned.get("step"), **{name: thinned.logps[name] for name in LOGPS[:2]},
-                          "prompt_id": thinned.prompt_row_S[thinned.row_T]})  # fmt: skip
-    trend = trend_of(_steps_of_tokens(table, frame, infinite, on_progress))
+    trend = trend_of(_steps_of_tokens(table, thinned.frame, infinite, on_progress))
     n_steps, n_kept = (len(np.unique(some.columns["step"][some.input_row_T])) for some in (tokens, thinned))
     notes = [*infinite.notes(), *tokens.notes(),
              "k1 and k3 are a KL only if infer sampled the tokens from the distribution whose log-probabilities were "
