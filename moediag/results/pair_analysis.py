@@ -11,9 +11,8 @@ from typing import Any
 import pandas as pd
 
 from moediag.analysis.attribution import flip_excess, flip_shares
-from moediag.analysis.entropies import entropy_quantiles
 from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
-from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
+from moediag.analysis.logprobs import entropy_quantiles, logp_metrics, ratio_quantiles, tail_curve
 from moediag.analysis.margins import margin_curve, margin_noise, margin_quantiles
 from moediag.analysis.positions import PositionSlope, drift_by_position, position_slope
 from moediag.analysis.routing import RoutingRates, agreement_by_layer, flips_per_token, routing_rates
