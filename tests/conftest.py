@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import subprocess
@@ -13,9 +15,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from moediag.engines.launch import Engines, Job, OnEvent
 from moediag.engines.vllm.options import INFER_ENVIRONMENT
 
-# Fixed, so that the suite fails for what was changed and not for its luck; ``make hunt`` draws others, and more cases.
+# Fixed, so that the suite fails for what was changed and not for its luck; ``make hunt`` draws others, and more cases:
+# - flipped bytes of a run's files (test_run_directory): 10 a file here, 100 there;
+# - config classes of transformers (test_routers): those of experts and every sixth here, all there;
+# - odd runs drawn (test_figures_sets): each at one of two widths here, at both there.
+# ``make tables`` captures every router family and every way of running vLLM; here there is one of each kind.
 SEED = int(os.environ.get("MOEDIAG_SEED", "0"))
 HUNT = int(os.environ.get("MOEDIAG_HUNT", "1"))
 # A machine that is busy makes an example slow, not wrong.
@@ -40,13 +47,15 @@ def engine_variables_left_alone() -> Iterator[None]:
     assert {name: os.environ.get(name) for name in INFER_ENVIRONMENT} == _ENGINE_VARIABLES
 
 
-LONGEST_FIRST = ("demo", "engines_families", "engines_execution", "readme", "engines_resume", "provenance_engines",
-                  "engines_gradients", "engines_serve", "simulate", "engines_observation", "hygiene_faults",
-                  "run_derived", "hygiene_clean", "gradients_statistics", "notebooks")  # fmt: skip
+LONGEST_FIRST = ("demo", "engines_resume", "engines_families", "engines_serve", "engines_checkpoints",
+                 "provenance_engines", "figures_sets", "engines_execution", "readme", "engines_gradients", "simulate",
+                 "engines_generate", "folder", "hygiene_faults", "run_schema1", "notebooks", "hygiene_logged",
+                 "hygiene_clean", "engines_observation", "run_derived", "gradients_statistics")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of many seconds first, so that two processes end together; the demo is made before others want it."""
+    """Files of many seconds first, so that two processes end together; while one makes the demo, the other does what
+    needs none."""
     rank = {f"test_{name}": i for i, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
@@ -61,6 +70,63 @@ def run_moediag(*arguments: object, timeout: float = 600, **env: str) -> subproc
         env={**os.environ, **env},
         check=False,
     )
+
+
+class KeptEngines(contextlib.AbstractContextManager["KeptEngines"]):
+    """Engine processes that outlive the commands that use them: one per environment, as ``Engines`` has for one
+    command. Starting vLLM takes 25 seconds of processor time; loading another tiny model into it takes six.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[tuple[str, str], ...], Engines] = {}
+
+    def do(self, job: Job, env: dict[str, str], on_event: OnEvent) -> None:
+        """As :meth:`Engines.do`; after an error the next job of that environment gets a new process."""
+        self._kept.setdefault(tuple(env.items()), Engines()).do(job, env, on_event)
+
+    def __exit__(self, *_: object) -> None:
+        """The end of a command, after which they are kept."""
+
+    def close(self) -> None:
+        """End the processes."""
+        while self._kept:
+            self._kept.popitem()[1].close()
+
+
+ENGINES = KeptEngines()
+"""What the tests of this process share."""
+
+
+def pytest_sessionfinish() -> None:
+    ENGINES.close()
+
+
+def run_here(*arguments: object, engines: KeptEngines = ENGINES, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command in this process, word for word, on engine processes that are kept.
+
+    For tests of what a command computes, writes and prints; those of a process's own life call :func:`run_moediag`.
+    """
+    from moediag.cli.main import main
+
+    words, out, err = list(map(str, arguments)), io.StringIO(), io.StringIO()
+    with keeping(engines, **env), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(words)
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def keeping(engines: KeptEngines = ENGINES, **env: str) -> Iterator[None]:
+    """Commands and audits take the kept engines, under the environment of the suite and not of one test."""
+    import moediag.audit.gradients as audit
+    from moediag.cli import jobs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTEST_CURRENT_TEST", raising=False)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        for module in (jobs, audit):
+            patch.setattr(module, "Engines", lambda: engines)
+        yield
 
 
 def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:

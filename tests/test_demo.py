@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_moediag
+from conftest import run_here
 
 from moediag.frames import declared_frames
 from moediag.results import load_frames
@@ -102,9 +102,9 @@ def test_every_frame_on_disk_matches_its_declaration(demo: Path) -> None:
 def test_analyze_prints_the_same_numbers_and_a_report_is_made_again_to_the_byte(demo: Path) -> None:
     moe = demo / "moe"
     before = {path: path.read_bytes() for path in [moe / "report.md", *moe.glob("figures/*")]}
-    done = run_moediag("analyze", moe, "--json")
+    done = run_here("analyze", moe, "--json")
     assert json.loads(done.stdout) == summary_of(moe)
-    assert run_moediag("report", moe, "--training-window", 512).returncode == 0
+    assert run_here("report", moe, "--training-window", 512).returncode == 0
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -119,7 +119,7 @@ def test_compare_refuses_a_run_that_changed_after_its_analysis(demo: Path, tmp_p
     writer.write_capture("train", shard, run.tokens(shard), capture, {"seconds": 0.0}, {})
     moved = type(capture)(**{**capture.arrays(), "logp_T": capture.logp_T - 1})
     writer.write_capture("train", shard, run.tokens(shard), moved, {}, {})
-    done = run_moediag("compare", demo / "moe", stale, "-o", tmp_path / "compare")
+    done = run_here("compare", demo / "moe", stale, "-o", tmp_path / "compare")
     assert done.returncode == 1
     assert "have changed since the analysis" in done.stderr
     assert not (tmp_path / "compare").exists()
@@ -139,7 +139,7 @@ def test_given_completions_are_scored_by_both_engines_and_nothing_is_sampled(dem
         })  # fmt: skip
     prompts = tmp_path / "given.jsonl"
     prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
-    done = run_moediag("profile", demo / "checkpoints" / "moe", "--prompts", prompts, "-o", tmp_path / "run",
+    done = run_here("profile", demo / "checkpoints" / "moe", "--prompts", prompts, "-o", tmp_path / "run",
                        "--no-floors", "--dtype", "bfloat16")  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = open_run(tmp_path / "run")

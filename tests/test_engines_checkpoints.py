@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_moediag, write_jsonl
+from conftest import run_here, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from moediag.hygiene import check_run
@@ -44,7 +44,7 @@ def two(random_moe: Path, rounded: Path, prompts: Path, tmp_path_factory: pytest
     """A run profiled with the 8-bit weights in vLLM and the bf16 ones in transformers, and what was printed."""
     path = tmp_path_factory.mktemp("two") / "run"
     command = ("profile", random_moe, "--infer-checkpoint", rounded, "--prompts", prompts, "-o", path, *OPTIONS)
-    done = run_moediag(*command)
+    done = run_here(*command)
     assert done.returncode == 0, done.stderr
     return open_run(path), done.stdout
 
@@ -74,25 +74,25 @@ def test_each_arm_says_what_it_loaded_and_all_is_clean(two: tuple[Run, str], ran
     assert {Path(source).name for arm, source in sources.items() if arm.startswith("infer")} == {rounded.name}
     assert {Path(source).name for arm, source in sources.items() if arm.startswith("train")} == {random_moe.name}
     assert check_run(run) == []
-    simulated = run_moediag("simulate", run.path, "--preset", "icepop")
+    simulated = run_here("simulate", run.path, "--preset", "icepop")
     assert "Note: infer loaded other weights" in simulated.stdout
 
 
 def test_another_checkpoint_joins_a_run_only_if_it_is_called_another(two: tuple[Run, str], rounded: Path) -> None:
     """Its arm is a variant of the run's own; a conflict names the models and not only digests."""
     run, _ = two
-    refused = run_moediag("capture", "train", rounded, "-o", run.path, "--name", "train-8bit")
+    refused = run_here("capture", "train", rounded, "-o", run.path, "--name", "train-8bit")
     assert refused.returncode == 1
     assert f"{rounded.name} (weights " in refused.stderr
     assert "--other-checkpoint" in refused.stderr
-    same_name = run_moediag("capture", "train", rounded, "-o", run.path, "--other-checkpoint")
+    same_name = run_here("capture", "train", rounded, "-o", run.path, "--other-checkpoint")
     assert same_name.returncode == 1
     assert "a name of its own with --name" in same_name.stderr
-    joined = run_moediag("capture", "train", rounded, "-o", run.path, "--other-checkpoint", "--name", "train-8bit")
+    joined = run_here("capture", "train", rounded, "-o", run.path, "--other-checkpoint", "--name", "train-8bit")
     assert joined.returncode == 0, joined.stderr
     record = run.arm("train-8bit")
     assert (record.role, record.variant_of, record.change) == ("train", "train", "checkpoint")
-    assert run_moediag("analyze", run.path).returncode == 0
+    assert run_here("analyze", run.path).returncode == 0
     means = {name: pair["logp"]["abs_logp_diff"]["mean"] for name, pair in summary_of(run)["pairs"].items()}
     assert means["infer~train-8bit"] < means["infer~train"] / 2  # the same weights again: what is left are the engines
     assert means["train-8bit~train"] > means["infer~train"] / 2
@@ -111,8 +111,8 @@ def test_a_tokenizer_that_gives_tokens_other_ids_is_refused(
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     command = ("profile", random_moe, "--infer-checkpoint", folder, "--prompts", prompts, "-o", tmp_path / "run")
     for done in (
-        run_moediag(*command, *OPTIONS),
-        run_moediag("capture", "infer", folder, "-o", run.path, "--other-checkpoint", "--name", "other"),
+        run_here(*command, *OPTIONS),
+        run_here("capture", "infer", folder, "-o", run.path, "--other-checkpoint", "--name", "other"),
     ):
         assert done.returncode == 1
         assert "maps tokens to other ids" in done.stderr.strip().splitlines()[-1]

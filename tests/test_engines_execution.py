@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from committed_tables import committed_table
-from conftest import run_moediag
+from conftest import keeping, run_here, run_moediag
 from execution_measures import COLUMNS, ExecutionMeasures, broken_claims, measure, write_prompts
 from execution_settings import SETTINGS
 
@@ -66,7 +66,7 @@ def test_every_arm_scores_the_same_tokens(random_moe: Path, tmp_path: Path) -> N
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "the cat", "one two three")))
     run = tmp_path / "run"
     begun = ("--prompts", prompts, "-o", run, "--max-tokens", "16", "--shard-size", "2")
-    assert run_moediag("capture", "infer", random_moe, *begun).returncode == 0
+    assert run_here("capture", "infer", random_moe, *begun).returncode == 0
     arms = ("infer-redecode", "infer-repeat", "infer-rescore", "train-repeat", "train")  # a repeat may come first
     opened, engine = open_run(run), {"dtype": "auto"}  # as the commands above
     captured = opened.arm("infer").captured
@@ -79,17 +79,18 @@ def test_every_arm_scores_the_same_tokens(random_moe: Path, tmp_path: Path) -> N
         for role in (RECIPES[arm].role,)
     ]
     checkpoints = dict.fromkeys(("infer", "train"), open_checkpoint(str(random_moe)))
-    jobs.capture(jobs.Arms(RunWriter(opened), requests, checkpoints))
+    with keeping():
+        jobs.capture(jobs.Arms(RunWriter(opened), requests, checkpoints))
     logps = {arm: response_logps(run, arm) for arm in ("infer", *arms)}
     assert all(np.isfinite(values).all() for values in logps.values())
     for arm in ("infer-redecode", "infer-repeat", "infer-rescore"):
         np.testing.assert_array_equal(logps[arm], logps["infer"])
     assert np.abs(logps["train-repeat"] - logps["train"]).mean() < 0.1
-    assert run_moediag("validate", run).returncode == 0
+    assert run_here("validate", run).returncode == 0
     given = tmp_path / "given.jsonl"
     given.write_text("".join(json.dumps(record) + "\n" for record in completions(run)))
     decoded = tmp_path / "decoded"
-    done = run_moediag("capture", "infer", random_moe, "--prompts", given, "-o", decoded, "--scoring", "decode")
+    done = run_here("capture", "infer", random_moe, "--prompts", given, "-o", decoded, "--scoring", "decode")
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(response_logps(decoded, "infer"), logps["infer"])
     assert np.isfinite(response_entropies(decoded)).all()  # the decode path shows whole distributions
@@ -123,7 +124,7 @@ def test_unobserved_rollouts_decoded_again_show_what_observation_changed(random_
     shared = "one prefix that is longer than a block of the cache, " * 2
     prompts.write_text("".join(json.dumps({"prompt": shared + text}) + "\n" for text in ("a", "b", "c", "d")))
     run = tmp_path / "run"
-    done = run_moediag(
+    done = run_here(
         "profile", random_moe, "--prompts", prompts, "-o", run, "--max-tokens", "8", "--no-floors",
         "--production-rollouts", "--vllm-option", "enable_prefix_caching=true", "--vllm-option", "enforce_eager=true",
         "--vllm-option", "block_size=32",
@@ -140,4 +141,4 @@ def test_unobserved_rollouts_decoded_again_show_what_observation_changed(random_
     assert main["routing"] == observed["routing"]
     assert summary["pairs"]["infer-production~infer"]["routing"] is None
     assert "what the settings that capture forces on vLLM changed: nothing" in done.stdout
-    assert run_moediag("validate", run).returncode == 0
+    assert run_here("validate", run).returncode == 0

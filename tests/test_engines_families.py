@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from committed_tables import committed_table
-from conftest import run_moediag
+from conftest import run_here
 from families import FAMILIES, make_checkpoint
 from family_measures import AGREEMENT, KEPT, NAMES, ONE_SIDED, RING, Measures, broken_claims, measure
 
@@ -138,9 +138,7 @@ def test_profile_of_a_ring_shaped_checkpoint_end_to_end(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"The ring of {word}" for word in ("gold", "fire", "bells", "truth")))
     run = tmp_path / "run"
-    done = run_moediag(
-        "profile", RING, "--prompts", prompts, "-o", run, "--max-tokens", "16", "--replay", "--no-floors"
-    )
+    done = run_here("profile", RING, "--prompts", prompts, "-o", run, "--max-tokens", "16", "--replay", "--no-floors")
     assert done.returncode == 0, done.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert summary["model"]["decoder_layers"] == [1, 2]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MOEDIAG, run_moediag, write_jsonl
+from conftest import MOEDIAG, run_here, write_jsonl
 from test_engines_arms import Silent
 from test_engines_resume import captured, kill_when, wait_until_engines_are_gone
 
@@ -43,7 +43,7 @@ def run(random_moe: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactor
     """Sampled by generate and scored teacher-forced, both in float32."""
     path = tmp_path_factory.mktemp("generated") / "run"
     for arguments in (("infer-generate", random_moe, "--prompts", prompts, *OPTIONS), ("train", random_moe)):
-        done = run_moediag("capture", *arguments, "-o", path, *(() if "--dtype" in arguments else OPTIONS[4:6]))
+        done = run_here("capture", *arguments, "-o", path, *(() if "--dtype" in arguments else OPTIONS[4:6]))
         assert done.returncode == 0, done.stderr
     return open_run(path)
 
@@ -99,7 +99,7 @@ def test_killed_it_resumes_to_the_same_arrays(random_moe: Path, prompts: Path, r
     assert status == -signal.SIGKILL
     wait_until_engines_are_gone(again)
     assert open_run(again).missing_shards("infer-generate")
-    done = run_moediag("capture", "infer-generate", random_moe, "-o", again, *OPTIONS[4:6])
+    done = run_here("capture", "infer-generate", random_moe, "-o", again, *OPTIONS[4:6])
     assert done.returncode == 0, done.stderr
     wanted = {name: data for name, data in captured(run.path).items() if not name.startswith("arms/train")}
     assert captured(again) == wanted

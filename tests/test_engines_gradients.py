@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import keeping
 
 from moediag.analysis.gradients import ROUNDING, VERDICTS, audit_frames
 from moediag.audit.batch import SequenceBasis, audit_tokens
@@ -126,7 +127,8 @@ def audited(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, 
     shutil.copytree(demo / "moe", folder)
     run, events = open_run(folder), []
     request = GradientRequest(methods=METHODS, groups=("lm_head", "routers"), n_sequences=N_SEQUENCES)
-    run_gradient_audit(run, open_checkpoint(str(demo / "checkpoints" / "moe")), request, events.append)
+    with keeping():
+        run_gradient_audit(run, open_checkpoint(str(demo / "checkpoints" / "moe")), request, events.append)
     return run, request, events
 
 

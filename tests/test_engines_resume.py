@@ -8,10 +8,11 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import MOEDIAG, run_moediag, write_jsonl
+from conftest import MOEDIAG, KeptEngines, run_here, write_jsonl
 from test_command_line import full_disk
 
 from moediag.hygiene import check_run
@@ -35,7 +36,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(random_moe: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run_moediag("profile", random_moe, "--prompts", prompts, "-o", run, "--no-floors", *OPTIONS)
+    done = run_here("profile", random_moe, "--prompts", prompts, "-o", run, "--no-floors", *OPTIONS)
     assert done.returncode == 0, done.stderr
     return run
 
@@ -100,15 +101,15 @@ def test_killed_at_random_moments_it_resumes_to_the_same_arrays(
     assert kill_after_a_shard("train", signal.SIGKILL)[0] == -signal.SIGKILL
     wait_until_engines_are_gone(run)
     assert open_run(run).is_complete("infer")
-    done = run_moediag(*command[1:])
+    done = run_here(*command[1:])
     assert done.returncode == 0, done.stderr
     assert captured(run) == captured(undisturbed)
     assert (run / "summary.json").read_bytes() == (undisturbed / "summary.json").read_bytes()
     assert check_run(open_run(run)) == []
 
 
-def together(*commands: tuple[object, ...]) -> list[str]:
-    """Run the commands at the same time; their standard errors."""
+def together(*commands: tuple[object, ...]) -> None:
+    """Run the commands at the same time, each in a process of its own."""
     processes = [
         subprocess.Popen(
             list(map(str, (MOEDIAG, *command))), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
@@ -117,7 +118,6 @@ def together(*commands: tuple[object, ...]) -> list[str]:
     ]
     errors = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(commands), errors
-    return errors
 
 
 def test_workers_share_a_run_and_two_machines_runs_are_merged_by_copying(
@@ -128,14 +128,16 @@ def test_workers_share_a_run_and_two_machines_runs_are_merged_by_copying(
     The two engines may live in different environments: one command per arm gives the run that ``profile`` gives.
     """
     a, b = tmp_path / "a", tmp_path / "b"
-    early = run_moediag("capture", "train", random_moe, "--prompts", prompts, "-o", a, *OPTIONS)
+    early = run_here("capture", "train", random_moe, "--prompts", prompts, "-o", a, *OPTIONS)
     assert early.returncode == 1
     assert "has no tokens yet" in early.stderr.strip().splitlines()[-1]
     begin = ("capture", "infer", random_moe, "--prompts", prompts, *OPTIONS, "--num-shards", 2)
-    errors = together((*begin, "--shard-index", 0, "-o", a), (*begin, "--shard-index", 1, "-o", b))
-    assert "slice 0/2 is complete; 4 of 8 shards of arm infer remain (0 being captured by others now)" in errors[0]
+    slices = [run_here(*begin, "--shard-index", i, "-o", folder) for i, folder in enumerate((a, b))]
+    assert [done.returncode for done in slices] == [0, 0]
+    remain = "slice 0/2 is complete; 4 of 8 shards of arm infer remain (0 being captured by others now)"
+    assert remain in slices[0].stderr
     train = ("capture", "train", random_moe, "-o")
-    early = run_moediag(*train, b)
+    early = run_here(*train, b)
     assert early.returncode == 1
     assert (
         "no tokens yet for 4 of 8 shards (shard-00000, shard-00002, shard-00004, ...)"
@@ -145,14 +147,14 @@ def test_workers_share_a_run_and_two_machines_runs_are_merged_by_copying(
     together((*train, a), (*train, a))
     assert captured(a) == captured(undisturbed)
     assert check_run(open_run(a)) == []
-    analyzed = run_moediag("analyze", a, "--json")
+    analyzed = run_here("analyze", a, "--json")
     assert analyzed.returncode == 0, analyzed.stderr
     assert analyzed.stdout == (a / "summary.json").read_text() == (undisturbed / "summary.json").read_text()
 
 
 def test_a_complete_run_is_reported_as_complete(random_moe: Path, prompts: Path, undisturbed: Path) -> None:
     before = captured(undisturbed)
-    done = run_moediag("profile", random_moe, "--prompts", prompts, "-o", undisturbed, "--no-floors", *OPTIONS)
+    done = run_here("profile", random_moe, "--prompts", prompts, "-o", undisturbed, "--no-floors", *OPTIONS)
     assert done.returncode == 0
     assert done.stderr.count("complete, nothing to capture") == 2
     assert captured(undisturbed) == before
@@ -161,9 +163,7 @@ def test_a_complete_run_is_reported_as_complete(random_moe: Path, prompts: Path,
 def test_another_configuration_is_refused(random_moe: Path, prompts: Path, undisturbed: Path) -> None:
     before = captured(undisturbed)
     for option, complaint in (("--max-tokens=13", "max_tokens: 12 there, 13 given"), ("--dtype=float32", "dtype")):
-        done = run_moediag(
-            "profile", random_moe, "--prompts", prompts, "-o", undisturbed, "--no-floors", *OPTIONS, option
-        )
+        done = run_here("profile", random_moe, "--prompts", prompts, "-o", undisturbed, "--no-floors", *OPTIONS, option)
         assert done.returncode == 1
         assert complaint in done.stderr.strip().splitlines()[-1]
     assert captured(undisturbed) == before
@@ -174,17 +174,17 @@ def test_a_disk_that_fills_up_loses_nothing(undisturbed: Path, random_moe: Path,
     """Out of space while an arm is written: one line, what was committed stays, and the same command resumes."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    with full_disk(disk, 32 << 20):
+    with full_disk(disk, 32 << 20), closing(KeptEngines()) as engines:  # their log lies on that disk
         run = disk / "run"
         subprocess.run(["cp", "-r", str(undisturbed), str(run)], check=True)
         for path in [*run.glob("arms/train/shard-*"), run / "arms/train/arm.json"]:
             path.unlink()
         filler = disk / "filler"
         filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - 20_000))
-        failed = run_moediag("capture", "train", random_moe, "-o", run)
+        failed = run_here("capture", "train", random_moe, "-o", run, engines=engines)
         assert failed.returncode == 1
         assert "no space to write" in failed.stderr.strip().splitlines()[-1]
         assert not list(run.rglob("*.tmp"))
         filler.unlink()
-        assert run_moediag("capture", "train", random_moe, "-o", run).returncode == 0
+        assert run_here("capture", "train", random_moe, "-o", run, engines=engines).returncode == 0
         assert captured(run) == captured(undisturbed)

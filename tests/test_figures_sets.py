@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
+from conftest import HUNT, SEED
 from synthetic_runs import make_run
 
 from moediag.figures import (
@@ -85,12 +86,19 @@ def test_reasons_of_several_runs_are_told_apart(dense):
     )
 
 
-@pytest.mark.parametrize("width", [COLUMN_WIDTH, 7.0])
+ODD = ("one token", "few tokens", "blank", "self", "one layer", "ids only", "deep", "hostile label", "far ratios")
+WIDTHS = (COLUMN_WIDTH, 7.0)
+
+
 @pytest.mark.parametrize(
-    "case", ["one token", "few tokens", "blank", "self", "one layer", "ids only", "deep", "hostile label", "far ratios"]
+    ("case", "width"),
+    [(case, width) for i, case in enumerate(ODD) for width in (WIDTHS if HUNT > 1 else [WIDTHS[(i + SEED) % 2]])],
 )
 def test_odd_runs_are_drawn_or_left_out_without_a_warning(case, width, tmp_path):
-    """Laid out, not saved: a warning or an error of any figure fails the test."""
+    """Laid out, not saved: a warning or an error of any figure fails the test.
+
+    Each case in one width, for both widths are drawn of an ordinary run below.
+    """
     frames = {
         "one token": lambda: make_run(n_tokens=1, n_prompts=1),
         "few tokens": lambda: make_run(n_tokens=8, n_prompts=4),

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from dumps import DUMPS, check_routes, check_tokens, imported, matched, tokens_of, truth
 
+from moediag.analysis.tokens import token_frame
 from moediag.cli.main import main
 from moediag.corrections.sources import run_source, table_source
 from moediag.errors import DumpError
@@ -281,6 +282,23 @@ def test_validate_simulate_and_trend_read_a_dump_as_import_does(
     assert simulations[0] == simulations[1]
     assert main(["simulate", str(folder)]) == 1
     assert "holds steps 1, 2; give the files of one" in capsys.readouterr().err
+
+
+def test_the_same_scenario_gives_the_same_numbers_through_every_importer_that_has_both_sides(tmp_path: Path) -> None:
+    """Log-probabilities of trained tokens, and what IcePop makes of them; and through validate's own options."""
+    pairs: dict[str, list[tuple[float, ...]]] = {}
+    for name in ("slime", "miles", "nemo-rl", "prime-rl", "skyrl"):
+        paths = [DUMPS / name / kind for kind in ("rollout_data", "train_data")] if name == "miles" else [DUMPS / name]
+        run = imported(name, paths, tmp_path / name, trust_pickle=name == "skyrl")[0]
+        frame = token_frame(run.pair(*run.main_arms))
+        columns = ("token_id", "position", "logp_train", "logp_infer")
+        pairs[name] = sorted(zip(*(frame[column].tolist() for column in columns), strict=True))
+    assert len(pairs["slime"]) == 147
+    for name, found in pairs.items():
+        assert found == pairs["slime"], name
+    assert main(["validate", str(DUMPS / "skyrl")]) == 1
+    assert main(["validate", str(DUMPS / "skyrl"), "--trust-pickle"]) == 0
+    assert main(["trend", str(DUMPS / "skyrl"), "--trust-pickle"]) == 0
 
 
 def test_a_dump_without_routes_is_not_called_dense(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_moediag, write_jsonl
+from conftest import KeptEngines, run_here, write_jsonl
 
 from moediag.run.reader import open_run
 from moediag.run.records import ArmRecord
@@ -26,6 +27,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def capture(home: Path, arm: str, path: Path, *options: object, **environment: str) -> None:
+    """An arm, captured by engines of the environment's own."""
+    with closing(KeptEngines()) as engines:
+        done = run_here("capture", arm, home / "ckpt", "-o", path, *options, engines=engines, **environment)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def run(random_moe: Path, home: Path) -> Path:
     """Both arms of a tiny run, captured by somebody with secrets in environment and options."""
@@ -41,8 +49,7 @@ def run(random_moe: Path, home: Path) -> Path:
     options = ("--max-tokens", "4", "--vllm-option", f"hf_token={SECRET}", "--vllm-option", f"download_dir={home}/m")
     path = home / "run"
     for arm, more in (("infer", ("--prompts", prompts, *options)), ("train", ())):
-        done = run_moediag("capture", arm, home / "ckpt", "-o", path, *more, **planted)
-        assert done.returncode == 0, done.stderr
+        capture(home, arm, path, *more, **planted)
     return path
 
 
@@ -54,8 +61,7 @@ def other(random_moe: Path, home: Path, run: Path) -> Path:
     prompts = ("--prompts", home / f"{USER}.jsonl")
     for arm, more, n_threads in (("infer", (*prompts, *options), "1"), ("train", (), "2")):
         environment = {"HOME": str(home), "OMP_NUM_THREADS": n_threads}
-        done = run_moediag("capture", arm, home / "ckpt", "-o", path, *more, **environment)
-        assert done.returncode == 0, done.stderr
+        capture(home, arm, path, *more, **environment)
     return path
 
 
@@ -115,13 +121,13 @@ def test_the_same_command_again_finds_the_arms_complete(random_moe: Path, home: 
     """The configuration is compared with one that was redacted before it was written."""
     options = ("--vllm-option", f"hf_token={SECRET}", "--vllm-option", f"download_dir={home}/m", "--max-tokens", "4")
     prompts = ("--prompts", home / f"{USER}.jsonl")
-    done = run_moediag("capture", "infer", home / "ckpt", "-o", run, *prompts, *options, HOME=str(home))
+    done = run_here("capture", "infer", home / "ckpt", "-o", run, *prompts, *options, HOME=str(home))
     assert done.returncode == 0, done.stderr
     assert "complete, nothing to capture" in done.stderr
 
 
 def test_diff_env_names_exactly_what_was_changed(run: Path, other: Path) -> None:
-    told = json.loads(run_moediag("diff-env", run, other, "--json").stdout)
+    told = json.loads(run_here("diff-env", run, other, "--json").stdout)
     assert {name: told["content"][name] for name in ("weights", "tokenizer", "config", "prompts")} == dict.fromkeys(
         ("weights", "tokenizer", "config", "prompts"), "identical"
     )
@@ -143,7 +149,7 @@ def test_diff_env_names_exactly_what_was_changed(run: Path, other: Path) -> None
 
 
 def test_diff_env_of_the_two_engines_of_one_run(run: Path) -> None:
-    done = run_moediag("diff-env", run)
+    done = run_here("diff-env", run)
     assert done.returncode == 0
     assert "arm infer against train" in done.stdout
     assert "VLLM_CPU_OMP_THREADS_BIND" in done.stdout

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import MOEDIAG, REPOSITORY
+from conftest import REPOSITORY, KeptEngines, run_here
 
 NOT_RUN = {
     "make demo": "the set-up itself; the demo fixture runs `moediag demo`",
@@ -34,21 +34,24 @@ def test_everything_that_is_not_run_is_on_the_list() -> None:
 
 @pytest.mark.engines
 @pytest.mark.timeout(1800)  # some thirty commands, half of them starting engines
-def test_every_command_of_the_readme_runs(demo: Path, tmp_path: Path) -> None:
+def test_every_command_of_the_readme_runs(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands share engine processes, started in the folder that their paths are relative to; Python has its own."""
     (tmp_path / "moediag-demo").symlink_to(demo)
     (tmp_path / "tests").symlink_to(REPOSITORY / "tests")  # the sample of a dump
-    env = {**os.environ, "PATH": f"{MOEDIAG.parent}{os.pathsep}{os.environ['PATH']}"}
+    monkeypatch.chdir(tmp_path)
     n_run = 0
-    for kind, body, reason in readme_blocks():
-        if reason or body.strip() in NOT_RUN:
-            continue
-        commands = [line.split() for line in body.splitlines()] if kind == "sh" else [[sys.executable, "-c", body]]
-        for command in commands:
-            done = subprocess.run(
-                command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False
-            )
-            assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
-            n_run += 1
+    with closing(KeptEngines()) as engines:
+        for kind, body, reason in readme_blocks():
+            if reason or body.strip() in NOT_RUN:
+                continue
+            for command in [line.split() for line in body.splitlines()] if kind == "sh" else [["python", body]]:
+                if command[0] == "moediag":
+                    done = run_here(*command[1:], engines=engines)
+                else:
+                    assert command[0] == "python"
+                    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=False)
+                assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
+                n_run += 1
     assert n_run >= 12
 
 

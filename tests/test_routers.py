@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import HUNT, REPOSITORY, SEED
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rule_agreement import plain_topk
@@ -234,12 +236,20 @@ def _counts_of_experts(config: Any) -> set[int]:
     return own.union(*map(_counts_of_experts, config.values()))
 
 
+CAPTURED = {"deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
+TOLD = {"dbrx": "refused", "qwen3_omni_moe": "refused", "jamba": "refused", "gemma4": "dense", "llama": "dense"}
+
+
 def test_every_config_class_of_transformers_is_dense_only_without_experts_anywhere() -> None:
     """Bug: dbrx (E under ffn_config) and qwen3_omni_moe (thinker_config.text_config) were taken for dense models."""
     from transformers import CONFIG_MAPPING
 
+    names = set(CONFIG_MAPPING)
+    if HUNT == 1:  # all of them take a minute
+        of_experts = {name for name in names if re.search("moe|mixtral|deepseek|oss|ling|maverick|llama4", name)}
+        names = {*random.Random(SEED).sample(sorted(names), len(names) // 6), *of_experts, *CAPTURED, *TOLD}
     verdicts: dict[str, str] = {}
-    for name in CONFIG_MAPPING:
+    for name in sorted(names):
         try:
             config = CONFIG_MAPPING[name]()
         except Exception:  # needs parts, packages or the hub: nothing to read
@@ -249,14 +259,11 @@ def test_every_config_class_of_transformers_is_dense_only_without_experts_anywhe
         if verdicts[name] == "dense":
             assert not _counts_of_experts(as_saved), name
     counts = Counter(verdicts.values())
-    assert counts["dense"] > 500  # a rule that refuses everything would pass the rest
-    assert counts["refused"] > 60
-    assert {name for name, verdict in verdicts.items() if verdict == "captured"} >= {
-        "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "llama4", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
-    }  # fmt: skip
-    assert [verdicts[name] for name in ("dbrx", "qwen3_omni_moe", "jamba", "gemma4", "llama")] == [
-        "refused", "refused", "refused", "dense", "dense",
-    ]  # fmt: skip
+    # a rule that refuses everything would pass the rest
+    assert counts["dense"] > (60 if HUNT == 1 else 500)
+    assert counts["refused"] > (30 if HUNT == 1 else 60)
+    assert {name for name, verdict in verdicts.items() if verdict == "captured"} >= CAPTURED
+    assert {name: verdicts[name] for name in TOLD} == TOLD
 
 
 def test_experts_counted_by_layer_are_experts() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import run_moediag
+from conftest import run_here
 from test_simulate_sources import logged, write
 
 from moediag.cli.main import main
@@ -258,10 +258,10 @@ def test_few_and_equal_tokens_make_a_page(tmp_path: Path, n_sequences: int) -> N
 def test_a_run_and_its_own_token_table_agree_and_the_run_stays_valid(demo: Path, tmp_path: Path) -> None:
     run = tmp_path / "moe"
     shutil.copytree(demo / "moe", run)  # other tests read the demo, too
-    done = run_moediag("simulate", run, "-o", tmp_path / "run", "--weights-out", tmp_path / "run.csv", "--json")
+    done = run_here("simulate", run, "-o", tmp_path / "run", "--weights-out", tmp_path / "run.csv", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     tokens = run / "analysis" / "infer~train" / "tokens.parquet"
-    other = run_moediag("simulate", tokens, "--weights-out", tmp_path / "table.csv", "--json")
+    other = run_here("simulate", tokens, "--weights-out", tmp_path / "table.csv", "--json")
     assert other.returncode == 0, other.stderr[-2000:]
     assert (tmp_path / "run.csv").read_bytes() == (tmp_path / "table.csv").read_bytes()
     of_run, of_table = (json.loads(text)["frames"] for text in (done.stdout, other.stdout))
@@ -271,10 +271,10 @@ def test_a_run_and_its_own_token_table_agree_and_the_run_stays_valid(demo: Path,
     assert of_table["recommended_band"][0]["floor_k3"] is None
     # every request has its own folder in the run: none replaces another
     for arguments in ([], ["--method", "icepop"], ["--method", "tis_token"], ["--method", "icepop"]):
-        assert run_moediag("simulate", run, *arguments).returncode == 0
+        assert run_here("simulate", run, *arguments).returncode == 0
     pages = sorted(path.parent.name for path in (run / "simulate").glob("*/report.html"))
     assert len(pages) == 3
     assert pages[0] == "infer~train"
     assert all(name.startswith("infer~train-") for name in pages[1:])
-    validated = run_moediag("validate", run)
+    validated = run_here("validate", run)
     assert validated.returncode == 0, validated.stdout

@@ -66,3 +66,15 @@ def test_messages_speak_the_fields_words(path: Path) -> None:
     """Bug: errors said ``wanted`` for expected, ``told apart`` for distinguished, ``as asked`` for requested."""
     for text in messages(path):
         assert not _DIALECT.search(text), text
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_names_speak_the_fields_words(path: Path) -> None:
+    """Bug: a list of sentences was called said, a requested configuration asked, an expected shape wanted."""
+    names = {
+        getattr(node, key)
+        for node in ast.walk(ast.parse(path.read_text()))
+        for key in ("id", "arg", "attr", "name")
+        if isinstance(getattr(node, key, None), str)
+    }
+    assert not [name for name in names if {"told", "asked", "wanted", "said"} & set(name.split("_"))]

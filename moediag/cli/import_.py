@@ -34,13 +34,6 @@ SampledAt = Annotated[
     float | None, typer.Option("--temperature", min=0.0, help="Temperature that the tokens were sampled at.")
 ]
 Mask = Annotated[str | None, typer.Option("--mask", metavar="COLUMN", help="Plain tables: the loss mask.")]
-Tokens = Annotated[
-    Path | None,
-    typer.Option("--tokens", metavar="TABLE", help="Token ids and boundaries, for a dump that has none."),
-]
-TrustPickle = Annotated[
-    bool, typer.Option("--trust-pickle", help="Open pickles; only a named list of classes is admitted.")
-]
 Replace = Annotated[bool, typer.Option("--force", help="Replace the run or series that is there.")]
 
 
@@ -54,8 +47,8 @@ def command(
     first_row: FirstRow = 0,
     temperature: SampledAt = None,
     mask: Mask = None,
-    tokens: Tokens = None,
-    trust_pickle: TrustPickle = False,
+    tokens: o.TokensTable = None,
+    trust_pickle: o.TrustPickle = False,
     force: Replace = False,
     as_json: o.Json = False,
 ) -> None:

@@ -190,6 +190,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Exit code 3 when the rules of validate find an error in the tokens.")
 ]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Open a dump that is a pickle; nothing in it is run.")
+]
+TokensTable = Annotated[
+    Path | None,
+    typer.Option("--tokens", metavar="TABLE", help="Token ids and boundaries, for a dump that has none."),
+]
 NOT_SO: Final = 3
 """Exit code: the answer is no."""
 

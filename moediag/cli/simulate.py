@@ -21,8 +21,9 @@ NAME = "simulate"
 Target = Annotated[
     Path,
     typer.Argument(
-        metavar="RUN|TABLE",
-        help="Run directory, or a .parquet, .csv or .jsonl with a row per token: seq_id, position, logp_train, "
+        metavar="RUN|TABLE|DUMP",
+        help="Run directory, a file or folder of a framework's dump of one step, or "
+        "a .parquet, .csv or .jsonl with a row per token: seq_id, position, logp_train, "
         "logp_infer; optionally prompt_id, is_response (or a framework's loss mask), reward or advantage, entropy, "
         "logp_train_new, token_id.",
     ),
@@ -95,6 +96,8 @@ def command(
     pair: PairOption = None,
     reward: Reward = None,
     mask: Mask = None,
+    tokens: o.TokensTable = None,
+    trust_pickle: o.TrustPickle = False,
     eps_clip: EpsClip = 0.2,
     gradient_audit: Audit = False,
     checkpoint: Checkpoint = None,
@@ -127,7 +130,8 @@ def command(
         raise typer.BadParameter("goes with --gradient-audit", param_hint="--checkpoint")
     of_run_only = {"--pair": pair, "--gradient-audit": gradient_audit, "--checkpoint": checkpoint}
     is_dump = foreign_format([target]) is not None
-    with _imported(target, mask) if is_dump else nullcontext(_open(target, mask, of_run_only)) as run:
+    dump = _imported(target, mask, tokens=tokens, trust_pickle=trust_pickle) if is_dump else None
+    with dump or nullcontext(_open(target, mask, of_run_only)) as run:
         pairs = {} if run is None else {"pair": _pair_of(run, pair)}
         grid = _grid(sweep or everything, alphas, betas)
         request = Request(
@@ -162,14 +166,14 @@ def command(
 
 
 @contextmanager
-def _imported(target: Path, mask: str | None) -> Iterator[Run]:
+def _imported(target: Path, mask: str | None, **of_dump: Any) -> Iterator[Run]:
     """The one run of a framework's dump."""
     from moediag.importers.rollouts import Options
     from moediag.importers.write import imported_for_now
 
     if mask:
         raise typer.BadParameter(f"{target} is a dump, which knows its response tokens", param_hint="--mask")
-    with imported_for_now([target], Options()) as runs:
+    with imported_for_now([target], Options(**of_dump)) as runs:
         if len(runs) > 1:
             steps = ", ".join(str(run.record.step) for run in runs)
             raise RunError(f"{target} holds steps {steps}; give the files of one, or import it and simulate one run")

@@ -14,8 +14,9 @@ NAME = "trend"
 Targets = Annotated[
     list[Path],
     typer.Argument(
-        metavar="RUN RUN ...|SERIES|TABLE",
-        help="Run directories, one per step, a folder of them (series.json), or one table (.parquet, .csv, .jsonl) "
+        metavar="RUN RUN ...|SERIES|TABLE|DUMP",
+        help="Run directories, one per step, a folder of them (series.json), files or folders of a framework's dump "
+        "(moediag import --list-formats), or one table (.parquet, .csv, .jsonl) "
         "with a column step: a row per token "
         "(seq_id, position, logp_train, logp_infer, ...) or per step (a column per metric, <metric>_se beside it).",
     ),
@@ -39,6 +40,8 @@ def command(
     steps: Steps = None,
     fit: Fit = None,
     output: OutputFolder = None,
+    tokens: o.TokensTable = None,
+    trust_pickle: o.TrustPickle = False,
     strict: o.Strict = False,
     pdf: o.Pdf = False,
     force: Replace = False,
@@ -48,6 +51,7 @@ def command(
     from moediag.cli.console import bar, say, say_json, wrote
     from moediag.folder import refuse_other
     from moediag.hygiene.findings import headline
+    from moediag.importers.rollouts import Options
     from moediag.results.trend import KIND, measure_trend, outcome_lines, trend_request, write_trend
 
     numbers = _numbers(steps)
@@ -55,7 +59,7 @@ def command(
     if output is not None and request is not None:
         refuse_other(output, KIND, request, force)
     with bar("trend") as progress:
-        trend = measure_trend(targets, numbers, fit, progress.show)
+        trend = measure_trend(targets, numbers, fit, progress.show, Options(tokens=tokens, trust_pickle=trust_pickle))
     written = [] if output is None or request is None else write_trend(trend, output, request, force, pdf)
     if as_json:
         say_json(trend.summary())

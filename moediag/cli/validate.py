@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +36,8 @@ def command(
     targets: Target = None,
     num_experts: NumExperts = None,
     first_row: FirstRow = 0,
+    tokens: o.TokensTable = None,
+    trust_pickle: o.TrustPickle = False,
     strict: Strict = False,
     list_rules: ListRules = False,
     as_json: o.Json = False,
@@ -53,13 +55,13 @@ def command(
         return
     if not targets:
         raise typer.BadParameter("give a run directory or a file, or --list-rules", param_hint="RUN|SERIES|FILE...")
-    inspection = _inspect(targets, num_experts, first_row)
+    inspection = _inspect(targets, num_experts, first_row, tokens=tokens, trust_pickle=trust_pickle)
     _show(targets[0], inspection, as_json)
     if inspection.n_errors or (strict and inspection.n_warnings):
         raise typer.Exit(o.NOT_SO)
 
 
-def _inspect(targets: list[Path], num_experts: int | None, first_row: int) -> Inspection:
+def _inspect(targets: list[Path], num_experts: int | None, first_row: int, **of_dump: Any) -> Inspection:
     from moediag.hygiene import inspect_run
     from moediag.hygiene.check import inspect_runs
     from moediag.hygiene.foreign import check_file
@@ -70,7 +72,7 @@ def _inspect(targets: list[Path], num_experts: int | None, first_row: int) -> In
     from moediag.run.series import is_series
 
     if foreign_format(targets) is not None:
-        with imported_for_now(targets, Options(n_experts=num_experts, first_row=first_row)) as runs:
+        with imported_for_now(targets, Options(n_experts=num_experts, first_row=first_row, **of_dump)) as runs:
             return inspect_runs(runs)
     if len(targets) > 1:
         raise typer.BadParameter(f"takes one run, series or table, found {len(targets)}", param_hint="RUN|SERIES|FILE")

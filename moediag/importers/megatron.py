@@ -205,14 +205,14 @@ def _places(
     alone = [len(rollout) - 1 for rollout in rollouts]
     if [_n_tokens(records) for records in batches] == alone:
         return INFER, [_Place(records, 0, n) for records, n in zip(batches, alone, strict=True)]
-    wanted: dict[tuple[int | None, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    rollouts_of: dict[tuple[int | None, int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, (number, rank, micro_batch) in enumerate(packing):
-        wanted[number, rank][micro_batch].append(i)
+        rollouts_of[number, rank][micro_batch].append(i)
     places: list[_Place | None] = [None] * len(rollouts)
     only = len({step for step, _ in trace.records}) == 1
     for (step, rank), found in trace.records.items():
-        key = (None, rank) if only and (None, rank) in wanted else (step, rank)
-        packed = wanted.get(key)
+        key = (None, rank) if only and (None, rank) in rollouts_of else (step, rank)
+        packed = rollouts_of.get(key)
         if packed is None:
             raise DumpError(
                 f"{trace.folder} has a trace of step {step}, rank {rank}; {table} has no such rows (columns "

@@ -341,9 +341,9 @@ def _flat(where: str, flat: str, dtype: str, rows: int, width: int) -> NDArray[A
     data = _bytes(where, flat)
     size = np.dtype(_DTYPES[dtype]).itemsize
     if rows < 1 or len(data) % (size * rows) or (width and len(data) != size * rows * width):
-        wanted = f"{rows} rows of {width} ids" if width else f"{rows} rows"
+        expected = f"{rows} rows of {width} ids" if width else f"{rows} rows"
         raise DumpError(
-            f"{where}: routed_experts hold {len(data):,} bytes of {dtype}, which are not {wanted} (prompt + "
+            f"{where}: routed_experts hold {len(data):,} bytes of {dtype}, which are not {expected} (prompt + "
             "response - 1, from routed_experts_start_len on: keep the requests); cut, of another width, or of another "
             "request?"
         )

@@ -206,16 +206,16 @@ def _longest(hit_L: NDArray[np.bool_]) -> int:
     return int(np.diff(np.flatnonzero(np.r_[True, ~hit_L, True])).max() - 1)
 
 
-def _repeated_segment(rows: NDArray[np.int64], wanted: int) -> str:
+def _repeated_segment(rows: NDArray[np.int64], n_expected: int) -> str:
     """What is wrong with more rows than tokens: a generation that was interrupted and stored once per segment?"""
-    seam = len(rows) - wanted
-    n = min(seam, wanted)
+    seam = len(rows) - n_expected
+    n = min(seam, n_expected)
     same = (rows[:n] == rows[seam : seam + n]).all(axis=(1, 2)) if n > 0 else np.zeros(0, dtype=bool)
     if n < _LEAST_SEGMENT or same.mean() < _LEAST_REPEATED:
         return "expected prompt + response - 1 (see --first-row)"
     return (
         f"rows {seam}..{seam + n - 1} repeat rows 0..{n - 1}: segments of a generation that was interrupted and "
-        f"resumed were joined, each with the whole sequence so far; keep the last {wanted} rows"
+        f"resumed were joined, each with the whole sequence so far; keep the last {n_expected} rows"
     )
 
 

@@ -156,9 +156,11 @@ def _slime_train(path: Path, step: Step) -> list[tuple[str, Columns]]:
     samples = content.get("samples")
     if not isinstance(samples, list) or not all(isinstance(sample, dict) for sample in samples):
         raise DumpError(f"{path}: samples should be a list of dicts, found {short(samples)}")
-    wanted = sum(len(shard.get("sample_indices") or ()) for shard in content.get("dp_shards") or ())
-    if wanted and wanted != len(samples):
-        raise DumpError(f"{path} holds {len(samples)} samples, its data-parallel ranks had {wanted}; it is not whole")
+    n_expected = sum(len(shard.get("sample_indices") or ()) for shard in content.get("dp_shards") or ())
+    if n_expected and n_expected != len(samples):
+        raise DumpError(
+            f"{path} holds {len(samples)} samples, its data-parallel ranks had {n_expected}; it is not whole"
+        )
     return [(f"{path} sample {i}", sample) for i, sample in enumerate(samples)]
 
 
@@ -371,13 +373,13 @@ def _gathered(paths: Sequence[Path], step: Step) -> dict[int, tuple[str, Columns
             if index in found:
                 raise DumpError(f"{where} and {found[index][0]} are of the same sample, {index}")
             found[index] = where, _whole_sample(ranks, i, where) | {"index": index}
-    wanted = max(
+    n_expected = max(
         (len(ranks[c]["columns"].get("raw_reward") or ()) for ranks in groups.values() for c in ranks), default=0
     )
-    if wanted > len(found):
+    if n_expected > len(found):
         raise DumpError(
-            f"{paths[0].parent}: the files of step {step.number} hold {len(found)} of {wanted} samples; the file of a "
-            "data-parallel rank is missing"
+            f"{paths[0].parent}: the files of step {step.number} hold {len(found)} of {n_expected} samples; the file "
+            "of a data-parallel rank is missing"
         )
     return found
 

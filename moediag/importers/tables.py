@@ -206,13 +206,15 @@ def _read_parquet(table: TableFile, kinds: Mapping[str, Kind], on_progress: OnPr
 def _read_csv(table: TableFile, kinds: Mapping[str, Kind], on_progress: OnProgress) -> Iterator[pa.RecordBatch]:
     options = {
         "read_options": pyarrow.csv.ReadOptions(block_size=_BYTES_AT_ONCE),
-        "convert_options": pyarrow.csv.ConvertOptions(include_columns=list(kinds), column_types=_wanted(table, kinds)),
+        "convert_options": pyarrow.csv.ConvertOptions(
+            include_columns=list(kinds), column_types=_types_of(table, kinds)
+        ),
     }
     yield from _read_text(table.path, pyarrow.csv.open_csv, options, on_progress)
 
 
 def _read_jsonl(table: TableFile, kinds: Mapping[str, Kind], on_progress: OnProgress) -> Iterator[pa.RecordBatch]:
-    schema = pa.schema(list(_wanted(table, kinds).items()))
+    schema = pa.schema(list(_types_of(table, kinds).items()))
     options = {
         "read_options": pyarrow.json.ReadOptions(block_size=_BYTES_AT_ONCE),
         "parse_options": pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
@@ -230,7 +232,7 @@ def _read_text(
             yield batch
 
 
-def _wanted(table: TableFile, kinds: Mapping[str, Kind]) -> dict[str, pa.DataType]:
+def _types_of(table: TableFile, kinds: Mapping[str, Kind]) -> dict[str, pa.DataType]:
     """The type that text is parsed as."""
     return {name: _parsed_as(kind, table.types[name]) for name, kind in kinds.items()}
 
@@ -274,12 +276,12 @@ def _is_words(kind: pa.DataType) -> bool:
 
 
 def _refuse_type(path: Path, name: str, kind: Kind, found: pa.DataType) -> None:
-    wanted, is_accepted = _ACCEPTED[kind]
+    needed, is_accepted = _ACCEPTED[kind]
     if pa.types.is_list(found) or pa.types.is_large_list(found):
         raise DumpError(f"{path}: column {name} holds lists, not a value a row (pandas: explode)")
     # a csv that starts with a thousand empty cells has no type yet; parsing decides
     if not (is_accepted(found) or pa.types.is_null(found)):
-        raise DumpError(f"{path}: column {name} needs {wanted}, found {found}")
+        raise DumpError(f"{path}: column {name} needs {needed}, found {found}")
 
 
 def _column(path: Path, name: str, kind: Kind, column: pa.ChunkedArray) -> Any:

@@ -20,6 +20,7 @@ from moediag.figures.series import plot_trend, title_of
 from moediag.figures.style import formats, save_figure
 from moediag.folder import SUMMARY, records, result_folder, write_frames
 from moediag.hygiene.findings import headline
+from moediag.importers.rollouts import Options
 from moediag.notation import SCHEMA_VERSION
 from moediag.numbers import sig
 from moediag.report.blocks import Bullets, interval, number, table
@@ -74,7 +75,11 @@ class Trend:
 
 
 def measure_trend(
-    targets: Sequence[Path], steps: Sequence[int] | None, metric: str | None, on_stage: OnStage = lambda *done: None
+    targets: Sequence[Path],
+    steps: Sequence[int] | None,
+    metric: str | None,
+    on_stage: OnStage = lambda *done: None,
+    options: Options | None = None,
 ) -> Trend:
     """Read the series and fit the recurrence, or say why it cannot tell.
 
@@ -83,12 +88,13 @@ def measure_trend(
         steps: of the runs, in order; None = from the folders' names.
         metric: the one that is delta; None = the best KL there is.
         on_stage: called with (done, of how much, unit).
+        options: what is to be known of a framework's dump.
 
     Raises:
         DumpError: the table or --steps cannot be used, or there is no such metric.
         RunError: a run cannot be read.
     """
-    source = read_trend(targets, steps, on_stage)
+    source = read_trend(targets, steps, on_stage, options)
     trend = source.trend
     if metric is None and not source.is_kl:  # k1 and k3 of forced text are no KL: only an exact one may be delta
         trend = trend[~trend["metric"].isin(KL_METRICS[1:])]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -89,7 +89,9 @@ class TrendSource:
     findings: tuple[Finding, ...] = ()
 
 
-def read_trend(targets: Sequence[Path], steps: Sequence[int] | None, on_progress: OnProgress) -> TrendSource:
+def read_trend(
+    targets: Sequence[Path], steps: Sequence[int] | None, on_progress: OnProgress, options: Options | None = None
+) -> TrendSource:
     """The series of runs, of a folder of them, or of one table.
 
     Raises:
@@ -104,7 +106,7 @@ def read_trend(targets: Sequence[Path], steps: Sequence[int] | None, on_progress
     if (format_name := foreign_format(targets)) is not None:
         if steps is not None:
             raise DumpError(f"{targets[0]} is a dump of {format_name}, which knows its steps; --steps is for runs")
-        with imported_for_now(targets, Options(on_progress=on_progress)) as runs:
+        with imported_for_now(targets, replace(options or Options(), on_progress=on_progress)) as runs:
             return _read_runs(runs, None, on_progress)
     tables = [path for path in targets if path.suffix in KINDS or path.is_file()]
     if not tables:
