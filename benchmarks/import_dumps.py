@@ -14,7 +14,6 @@ import base64
 import io
 import json
 import pickle
-import resource
 import subprocess
 import sys
 import tempfile
@@ -266,15 +265,20 @@ def one(name: str, path: Path, what: str, output: Path) -> None:
     import moediag.importers.registry
     import moediag.importers.write  # noqa: F401 - imported before the clock starts, as pandas and torch are
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     start = time.process_time()
     if what == "import":
         import_file(name, path, output)
     else:
         FORMATS[name][2](path)
     seconds = time.process_time() - start
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(json.dumps({"seconds": seconds, "mib": grown}))
+    print(json.dumps({"seconds": seconds, "mib": peak() - before}))
+
+
+def peak() -> float:
+    """Largest resident size of this process so far [MiB]; ``getrusage`` counts what the process before ``exec`` had."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def size_of(path: Path) -> float:

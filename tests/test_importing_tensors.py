@@ -15,10 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import SEED
 from dumps import DUMPS, check_routes, check_tokens, imported, matched, tokens_of, truth
 
 from moediag.errors import DumpError
 from moediag.importers.pickles import read_pickle
+from moediag.importers.registry import IMPORTERS, expand
+from moediag.importers.rollouts import Options
 from moediag.importers.slime import held_by
 from moediag.run.reader import Run
 
@@ -249,6 +252,8 @@ DAMAGE: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
                               "hold the same samples with other numbers"),
     "a split that is not known": ("miles", "train_data/0_1.pt", lambda content: {**content, "qkv_format": "bshd"},
                                   "qkv_format bshd is split in another way; known is thd"),
+    "no number of ranks": ("miles", "train_data/0_1.pt", lambda content: {**content, "cp_size": 2**70},
+                           "context-parallel rank 1 of 1180591620717411303424 is no rank"),
     "two samples of one index": ("miles", "rollout_data/0.pt", in_sample(4, index=lambda index: 3),
                                  "two samples have the same index"),
     "a sample of another step": ("miles", "rollout_data/0.pt", in_sample(4, index=lambda index: 40),
@@ -418,3 +423,50 @@ def test_a_batch_padded_otherwise_is_refused(
     path = skyrl_with(tmp_path, lambda content: change(content["batch_dict"]))
     with pytest.raises(DumpError, match=message):
         imported("skyrl", [path], tmp_path / "out", trust_pickle=True)
+
+
+NONSENSE: dict[str, Any] = {
+    "nothing": None, "text": "x", "number": 3, "negative": -1, "nan": float("nan"), "empty": [], "list": [1, 2],
+    "ragged": [[1], [2, 3]], "dict": {"a": 1}, "huge": 2**70, "nothings": [None] * 12, "texts": ["a"] * 12,
+    "scalar": torch.zeros(()), "tensor": torch.zeros(3), "matrix": torch.zeros(3, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [
+        ("slime/rollout_data/0.pt", lambda content: content["samples"][0]),
+        ("slime/train_data/0.pt", lambda content: content["samples"][0]),
+        ("miles/train_data/0_0.pt", lambda content: content["rollout_data"]),
+        ("miles/train_data/0_0.pt", lambda content: content),
+        ("skyrl/dumped_data/global_step_1_training_input.pkl", lambda content: content["batch_dict"]),
+        ("skyrl/dumped_data/global_step_1_training_input.pkl", lambda content: content["metadata"]),
+    ],
+)
+def test_nonsense_in_a_dump_is_one_line_or_makes_no_difference(
+    tmp_path: Path, file: str, place: Callable[[Any], dict[str, Any]]
+) -> None:
+    """A value of another kind at a random place: refused as a DumpError, or read where nothing depends on it.
+
+    Bug: a column that was a number, or missing, ended in a TypeError or KeyError and a traceback.
+    """
+    form, rng = file.split("/")[0], np.random.default_rng(SEED)
+    shutil.copytree(DUMPS / form, tmp_path / form)
+    files = [path for path in expand([tmp_path / form]) if IMPORTERS[form].is_one(path)]
+    n_refused = 0
+    for _ in range(20):
+        content = read_pickle(DUMPS / file) if form == "skyrl" else torch.load(DUMPS / file, weights_only=False)
+        what, name = rng.choice(list(NONSENSE)), rng.choice(list(place(content)))
+        value = NONSENSE[what]
+        place(content)[name] = value.numpy() if form == "skyrl" and isinstance(value, torch.Tensor) else value
+        if form == "skyrl":
+            content["batch_dict"] = {key: skyrl_tensor(item) for key, item in content["batch_dict"].items()}
+            (tmp_path / file).write_bytes(skyrl_pickle(content))
+        else:
+            torch.save(content, tmp_path / file)
+        try:
+            for step in IMPORTERS[form].read(files, Options(trust_pickle=True))[:1]:
+                list(step.rollouts)
+        except DumpError:
+            n_refused += 1
+    assert n_refused > 0

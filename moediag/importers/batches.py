@@ -27,6 +27,7 @@ from moediag.importers.rollouts import (
     Options,
     Rollout,
     Step,
+    as_written,
     by_step,
     number_in,
     placed,
@@ -49,7 +50,7 @@ def read_skyrl(files: Sequence[Path], options: Options) -> list[Step]:
         if len(paths) > 1:
             raise DumpError(f"{paths[0]} and {paths[1]} are both of step {number}; import one training at a time")
         step = Step(number, tuple(paths), (), has_dense_layers={INFER: True})
-        step.rollouts = _skyrl(step, options)
+        step.rollouts = as_written(step, _skyrl(step, options))
         steps.append(step)
     return steps
 
@@ -169,7 +170,7 @@ def read_verl(files: Sequence[Path], options: Options) -> list[Step]:
         if text:
             step.notes.append(f"{text[0].parent.name}: text alone, left out")
         step.notes.append("verl writes these caches before the trainer scores: they have no old_log_probs")
-        step.rollouts = _verl(step, options)
+        step.rollouts = as_written(step, _verl(step, options))
         steps.append(step)
     return steps
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from moediag.errors import DumpError
 from moediag.importers.columns import KNOWN, TOKEN_MASKS, Kind
-from moediag.importers.rollouts import Importer, Options, Rollout, Step, number_in, short
+from moediag.importers.rollouts import Importer, Options, Rollout, Step, as_written, number_in, short
 from moediag.importers.tables import Ids, first_record, open_table, readable
 from moediag.notation import INFER, NOT_ROUTED, TRAIN
 
@@ -136,7 +136,7 @@ def read_megatron(files: Sequence[Path], options: Options) -> list[Step]:
             continue
         step = Step(number, (*files, options.tokens), (), has_dense_layers=dict.fromkeys(here, False))
         step.decoder_layers = {side: trace.layers for side, (trace, _) in here.items()}
-        step.rollouts = _routed(step, [rollouts[i] for i in of_step], here, options)
+        step.rollouts = as_written(step, _routed(step, [rollouts[i] for i in of_step], here, options))
         steps.append(step)
     if left_out:
         steps[0].notes.append(f"steps {', '.join(left_out)} of {options.tokens.name} have no trace and were left out")

@@ -10,7 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -142,6 +142,23 @@ class Importer:
     is_one: Callable[[Path], bool]
     read: Callable[[Sequence[Path], Options], list[Step]]
     needs: tuple[str, ...] = ()
+
+
+def as_written(step: Step, rollouts: Iterator[Rollout]) -> Iterator[Rollout]:
+    """Rollouts as they are read; where a value is of another kind than the format has, one line says so.
+
+    Raises:
+        DumpError: what the reader raised, or for a column that is missing, or is no array, no number, no list.
+    """
+    try:
+        yield from rollouts
+    except DumpError:
+        raise
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError) as error:
+        raise DumpError(
+            f"{step.files[0]}{' and others' if step.files[1:] else ''} is not as its framework writes it "
+            f"({type(error).__name__}: {error}); is it of another version, or changed?"
+        ) from error
 
 
 def by_step(files: Iterable[Path], number_of: Callable[[Path], int | None]) -> dict[int | None, list[Path]]:

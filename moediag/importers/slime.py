@@ -28,6 +28,7 @@ from moediag.importers.rollouts import (
     Options,
     Rollout,
     Step,
+    as_written,
     by_step,
     number_in,
     placed,
@@ -40,6 +41,7 @@ from moediag.notation import INFER, TRAIN
 _FORMAT: Final = 2
 """Of slime's train_data."""
 _BYTES_LOOKED_AT: Final = 1 << 16
+_MOST_RANKS: Final = 1 << 16
 _TRAINERS: Final = ("log_probs", "entropy", "advantages")
 """What the trainer adds to a sample, per response token."""
 
@@ -52,7 +54,7 @@ def read_slime(files: Sequence[Path], options: Options) -> list[Step]:
     for number, paths in by_step(files, lambda path: number_in(path.stem, r"^(\d+)$")).items():
         kinds = _kinds(paths, number, {"rollout": 1, "slime train": 1})
         step = Step(number, tuple(paths), (), has_dense_layers={INFER: True})
-        step.rollouts = _slime(step, kinds, options)
+        step.rollouts = as_written(step, _slime(step, kinds, options))
         steps.append(step)
     return steps
 
@@ -293,7 +295,7 @@ def read_miles(files: Sequence[Path], options: Options) -> list[Step]:
                 "too, with the step's number at the end of the folder's name"
             )
         step = Step(number, tuple(paths), (), has_dense_layers={INFER: True, TRAIN: False})
-        step.rollouts = _miles(step, kinds, options)
+        step.rollouts = as_written(step, _miles(step, kinds, options))
         steps.append(step)
     return steps
 
@@ -346,6 +348,8 @@ def _gathered(paths: Sequence[Path], step: Step) -> dict[int, tuple[str, Columns
             raise DumpError(f"{path}: rollout_data should be columns with sample_indices, found {short(columns)}")
         ranks = groups.setdefault(tuple(columns["sample_indices"]), {})
         cp_rank, cp_size = content.get("cp_rank", 0), content.get("cp_size", 1)
+        if type(cp_rank) is not int or type(cp_size) is not int or not 0 <= cp_rank < cp_size <= _MOST_RANKS:
+            raise DumpError(f"{path}: context-parallel rank {short(cp_rank)} of {short(cp_size)} is no rank")
         if cp_size > 1 and content.get("qkv_format", "thd") != "thd":
             raise DumpError(f"{path}: qkv_format {content['qkv_format']} is split in another way; known is thd")
         if cp_rank in ranks:  # tensor-parallel peers compute the same
@@ -406,6 +410,8 @@ def _whole_sample(ranks: Mapping[int, Columns], i: int, where: str) -> Columns:
         if name in columns
     }
     n, n_response = len(sample["tokens"]), sample["response_lengths"]
+    if type(n_response) is not int or not 0 <= n_response <= n:
+        raise DumpError(f"{where}: response_lengths is {short(n_response)} for {n} tokens")
     for name in ("rollout_log_probs", *_TRAINERS):
         if name not in columns:
             continue
