@@ -22,8 +22,7 @@ import numpy as np
 import pandas as pd
 
 from moediag.analysis.expert_sets import compare_block
-from moediag.analysis.streaming import RoutingPass
-from moediag.results.pair_analysis import analyze_pair
+from moediag.results.pair_analysis import RoutingPass, analyze_pair
 from moediag.run.align import Pair, PairBlock
 
 N_LAYERS, N_EXPERTS, TOP_K = 48, 128, 8

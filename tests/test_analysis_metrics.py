@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_block, make_pair, swapped, take
 
-from moediag.analysis.aliases import ALIASES
 from moediag.analysis.attribution import MATCHED_ENTROPY_EDGES, flip_excess, flip_shares
-from moediag.analysis.entropies import entropy_quantiles
-from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
+from moediag.analysis.logprobs import entropy_quantiles, logp_metrics, ratio_quantiles, tail_curve
 from moediag.analysis.measures import binary_kl
+from moediag.analysis.metrics import METRICS
 from moediag.analysis.sequences import drift_by_length, first_divergence, length_slope, sequence_frame, worst_tokens
 from moediag.analysis.strata import CONFIDENCE_EDGES, ENTROPY_EDGES, doubling_strata, edge_strata, metrics_by_stratum
 from moediag.analysis.tokens import token_frame
@@ -374,10 +373,10 @@ def test_entropies_of_masked_and_kept_tokens() -> None:
     assert frame.loc["train", "mean"].isna().all()
 
 
-def test_aliases_name_metrics_that_exist_and_their_source() -> None:
-    metrics = set(logp_metrics(_tokens())["metric"])
-    assert {alias.framework for alias in ALIASES} >= {"verl", "slime", "NeMo-RL", "prime-rl", "TRL", "AReaL"}
-    assert all(alias.metric in metrics or (alias.metric == "" and alias.remark) for alias in ALIASES)
-    assert all(alias.framework in alias.source for alias in ALIASES)
-    names = [(alias.framework, alias.name) for alias in ALIASES]
+def test_names_elsewhere_have_their_source_and_are_of_one_metric() -> None:
+    aliases = [alias for metric in METRICS.values() for alias in metric.elsewhere]
+    assert {alias.framework for alias in aliases} >= {"verl", "slime", "NeMo-RL", "prime-rl", "TRL", "AReaL"}
+    assert {name for name, metric in METRICS.items() if metric.elsewhere} <= set(logp_metrics(_tokens())["metric"])
+    assert all(alias.framework in alias.source for alias in aliases)
+    names = [(alias.framework, alias.name) for alias in aliases]
     assert len(names) == len(set(names))

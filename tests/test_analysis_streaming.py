@@ -14,10 +14,9 @@ from synthetic import make_block, make_pair, self_block, swapped, take
 
 from moediag.analysis.expert_sets import any_in_row, compare_block, compare_experts
 from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
-from moediag.analysis.streaming import RoutingPass, read_pair
 from moediag.analysis.tokens import BYTES_PER_TOKEN, token_frame
 from moediag.frames import declared_frames
-from moediag.results.pair_analysis import analyze_pair
+from moediag.results.pair_analysis import RoutingPass, analyze_pair, read_pair
 from moediag.run.align import PairBlock
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -1,4 +1,5 @@
-"""Log-probability mismatch over all tokens: the metric table, the tail curve, the spread of ratios.
+"""Log-probability mismatch over all tokens: the metric table, the tail curve, the spread of ratios, and
+the entropy of tokens inside and outside a band of ratios.
 
 Invariants:
     - only tokens scored by both arms count, and ``n_tokens`` says how many; a metric over none is NaN;
@@ -16,17 +17,30 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moediag.analysis.declarations import LOGP_METRICS, RATIO_QUANTILES, TAIL_CURVE
+from moediag.analysis.declarations import ENTROPY_QUANTILES, LOGP_METRICS, RATIO_QUANTILES, TAIL_CURVE
 from moediag.analysis.measures import (
     BIT_EXACT,
     EXTREME_TAU,
+    ICEPOP_BAND,
     QUANTILE_MEASURES,
     TOKEN_MEASURES,
     TokenMeasure,
     abs_diff,
     prob_diff,
 )
-from moediag.analysis.metrics import LOWER, ONE, ZERO, Definition, Metric, declare_metrics
+from moediag.analysis.metrics import (
+    LOWER,
+    ONE,
+    SYMMETRIC,
+    TRAIN_MINUS_INFER,
+    VERL_CORRECTION,
+    VERL_DEBUG,
+    ZERO,
+    Alias,
+    Definition,
+    Metric,
+    declare_metrics,
+)
 from moediag.analysis.tokens import AnyTokens, Tokens
 from moediag.statistics.intervals import Interval, Kind, jackknife_interval, mean_interval, ratio_mean_interval
 from moediag.statistics.quantiles import quantile_of_rows
@@ -56,7 +70,7 @@ def logp_metrics(tokens: AnyTokens) -> pd.DataFrame:
         Frame ``logp_metrics``; unit and good end stand in each row, ``note`` says why a bound is absent.
 
     Source: IcePop Fig. 1 for ``abs_logp_diff``, R3 (arXiv 2510.11370) for ``extreme_share_2``, verl for prob diffs,
-    ppl, ESS, chi2; who uses which under what name stands in :data:`~moediag.analysis.aliases.ALIASES`.
+    ppl, ESS, chi2; who uses which under what name stands in :attr:`~moediag.analysis.metrics.Metric.elsewhere`.
     """
     x = Tokens.of(tokens)
     with np.errstate(over="ignore", invalid="ignore"):  # exp of an absurd diff is inf, and inf is what the table shows
@@ -144,6 +158,37 @@ def _record(metric: Metric, interval: Interval) -> dict[str, Any]:
     }
 
 
+def entropy_quantiles(tokens: AnyTokens, alpha: float = ICEPOP_BAND[0], beta: float = ICEPOP_BAND[1]) -> pd.DataFrame:
+    """Next-token entropy of masked and of kept tokens, on each side.
+
+    Masked tokens with high entropy are noise at forks of the text; with low entropy they are places where the two
+    engines disagree about something one of them is sure of.
+
+    Args:
+        tokens: token frame of a pair.
+        alpha: lower end of the band of ratio that is kept.
+        beta: upper end.
+
+    Returns:
+        Frame ``entropy_quantiles`` [nat]: groups all, kept and masked, for train and infer.
+
+    Source: IcePop Fig. 11; the default band is Ring-1T's (arXiv 2510.18855).
+    """
+    x = Tokens.of(tokens)
+    kept_T = (x.diff_T >= np.log(alpha)) & (x.diff_T <= np.log(beta))
+    records = []
+    for side in ("train", "infer"):
+        entropy_T = x.column(f"entropy_{side}").astype(np.float64)
+        known_T = np.isfinite(entropy_T)
+        for group, inside_T in (("all", known_T), ("kept", known_T & kept_T), ("masked", known_T & ~kept_T)):
+            values = entropy_T[inside_T]
+            mean = mean_interval(values, x.prompt_row_T[inside_T], "positive")
+            points = np.quantile(values, [0.1, 0.5, 0.9]) if len(values) else [np.nan] * 3
+            records.append((side, group, alpha, beta, len(values), mean.value, mean.low, mean.high, *points))
+    names = [column.name for column in ENTROPY_QUANTILES.columns]
+    return ENTROPY_QUANTILES.validate(pd.DataFrame.from_records(records, columns=names))
+
+
 def _token_mean(measure: TokenMeasure) -> _Measure:
     return lambda x: measure.intervals(x, x.by_prompt, x.n_by_prompt).one()
 
@@ -229,15 +274,38 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
     *_tokens(*TOKEN_MEASURES[1:2]),
     (Metric("abs_prob_diff.p99", "1", LOWER), _quantile(0.99, prob_diff)),
     (
-        Metric("abs_prob_diff.max", "1", LOWER, "abs prob diff, max", section="numbers", note=_NO_MAX),
+        Metric("abs_prob_diff.max", "1", LOWER, "abs prob diff, max", section="numbers", note=_NO_MAX,
+               elsewhere=(
+                   Alias("verl", "rollout_probs_diff_max", "max abs(p_train - p_infer)", SYMMETRIC, VERL_DEBUG,
+                         "a maximum grows with the number of tokens"),
+               )),
         _point(lambda x: float(prob_diff(x).max()), _NO_MAX),
     ),
-    (Metric("abs_prob_diff.std", "1", LOWER), lambda x: std_interval(x)),
+    (
+        Metric("abs_prob_diff.std", "1", LOWER,
+               elsewhere=(
+                   Alias("verl", "rollout_probs_diff_std", "std of abs(p_train - p_infer)", SYMMETRIC, VERL_DEBUG),
+               )),
+        lambda x: std_interval(x),
+    ),
     *_tokens(*TOKEN_MEASURES[2:], BIT_EXACT),
-    (_further("pearson_p", "1", ONE, "Pearson r of the two probabilities"), lambda x: pearson_interval(x)),
+    (
+        _further("pearson_p", "1", ONE, "Pearson r of the two probabilities",
+                 elsewhere=(
+                     Alias("verl", "rollout_actor_probs_pearson_corr", "corr(p_train, p_infer)", SYMMETRIC,
+                           VERL_DEBUG, "of probabilities, not of log-probabilities"),
+                 )),
+        lambda x: pearson_interval(x),
+    ),
     (
         _further("ess_token", "1", ONE, "effective sample size, token weights", is_share=True, note=_UNCOVERED,
-                 definition=_ESS),
+                 definition=_ESS,
+                 elsewhere=(
+                     Alias("verl", "effective sample size", "(sum w)^2 / (n sum w^2)", TRAIN_MINUS_INFER,
+                           VERL_CORRECTION,
+                           "below 0.3 is an alarm in use; of token weights here, ess_sequence is of sequence weights",
+                           is_metric_name=False),
+                 )),
         _point(lambda x: _effective_share(x.diff_T), _UNCOVERED),
     ),
     (
@@ -246,11 +314,20 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
         _point(lambda x: _effective_share(x.diff_S), _UNCOVERED),
     ),
     (
-        _further("chi2_token", "1", ZERO, "chi2, token ratios", note=_UNCOVERED, definition=_CHI2),
+        _further("chi2_token", "1", ZERO, "chi2, token ratios", note=_UNCOVERED, definition=_CHI2,
+                 elsewhere=(
+                     Alias("verl", "chi2 token", "mean(ratio^2) - 1", TRAIN_MINUS_INFER, VERL_CORRECTION,
+                           is_metric_name=False),
+                 )),
         _point(lambda x: float(np.expm1(2 * x.diff_T).mean()), _UNCOVERED),
     ),
     (
-        _further("chi2_sequence", "1", ZERO, "chi2, sequence ratios", note=_UNCOVERED, counts="sequence"),
+        _further("chi2_sequence", "1", ZERO, "chi2, sequence ratios", note=_UNCOVERED, counts="sequence",
+                 elsewhere=(
+                     Alias("verl", "chi2 sequence", "mean(exp(sum d)^2) - 1 over sequences", TRAIN_MINUS_INFER,
+                           VERL_CORRECTION, "another number than chi2 token: the product over the response, squared",
+                           is_metric_name=False),
+                 )),
         _point(lambda x: float(np.expm1(2 * x.diff_S).mean()), _UNCOVERED),
     ),
     (
@@ -263,7 +340,13 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
     ),
     (
         _further("log_ppl_gap", "nat", ZERO, "log perplexity gap per sequence, mean", counts="sequence",
-                 definition=_GAP),
+                 definition=_GAP,
+                 elsewhere=(
+                     Alias("verl", "ppl, log ppl gap", "mean over sequences of -mean(d)", "train minus infer",
+                           VERL_CORRECTION,
+                           "per sequence first, then the mean; log_ppl_abs_gap takes the absolute gap of each "
+                           "sequence", is_metric_name=False),
+                 )),
         _sequence_mean("signed", lambda x: -x.diff_S / x.n_S),
     ),
     (

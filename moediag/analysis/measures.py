@@ -16,7 +16,17 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moediag.analysis.metrics import LOWER, ONE, ZERO, Definition, Metric
+from moediag.analysis.metrics import (
+    LOWER,
+    ONE,
+    SYMMETRIC,
+    TRAIN_MINUS_INFER,
+    VERL_CORRECTION,
+    ZERO,
+    Alias,
+    Definition,
+    Metric,
+)
 from moediag.analysis.tokens import Tokens
 from moediag.statistics.intervals import Intervals, Kind, ratio_mean_interval
 
@@ -131,15 +141,42 @@ TOKEN_MEASURES: Final = (
     TokenMeasure(
         "abs_logp_diff.mean", "nat", LOWER, "abs logp diff, mean",
         kind="positive", of=abs_diff, section="numbers", is_headline=True, floor="sum", definition=ABS_LOGP_DIFF,
+        elsewhere=(
+            Alias("slime", "train_rollout_logprob_abs_diff", "mean abs(d)", SYMMETRIC,
+                  "slime, metrics of its policy loss; its CI", "0.1 is the limit in its CI"),
+            Alias("vime", "mean abs logp diff", "mean abs(d)", SYMMETRIC, "as reported by vime",
+                  is_metric_name=False),
+            Alias("IcePop", "abs(log p_infer - log p_train)", "abs(d)", SYMMETRIC, "IcePop post, Figure 1",
+                  "Figure 1; the post's '0.05' names no metric, most plausibly this mean", is_metric_name=False),
+        ),
     ),
     TokenMeasure(
         "abs_prob_diff.mean", "1", LOWER, "abs prob diff, mean",
         kind="positive", of=prob_diff, section="numbers", floor="sum",
         definition=Definition("abs prob diff", "abs(p_train − p_infer)", "blind to unlikely tokens"),
+        elsewhere=(
+            Alias("verl", "rollout_probs_diff_mean", "mean abs(p_train - p_infer)", SYMMETRIC,
+                  "verl, debug metrics of the rollout; its FAQ",
+                  "of probabilities, not of log-probabilities; its FAQ takes a mean above 0.01 as an alarm"),
+            Alias("TIS", "abs prob diff", "mean abs(p_train - p_infer)", SYMMETRIC, "Yao et al. 2025, TIS",
+                  is_metric_name=False),
+            Alias("DPPO", "binary TV", "abs(p_train - p_infer) of a token", SYMMETRIC,
+                  "DPPO, arXiv 2602.04879; reports/corrections.md",
+                  "DPPO thresholds the signed difference of each token; ours is the mean of its absolute value",
+                  is_metric_name=False),
+        ),
     ),
     TokenMeasure(
         "kl_infer_train_k1", "nat", ZERO, "KL(infer‖train), k1",
         kind="signed", of=lambda x: -x.diff_T, section="numbers", is_scale=False, definition=_KL,
+        elsewhere=(
+            Alias("verl", "kl", "mean(-d)", "KL(infer || train)", VERL_CORRECTION,
+                  "the k1 estimator; abs(kl) > 0.1 is an alarm in use. Elsewhere 'kl' may be k3, or the KL to a "
+                  "reference model"),
+            Alias("Tinker", "kl_sample_train_v1", "mean(-d)", "KL(infer || train)",
+                  "Tinker's documentation, RL hyperparameters",
+                  "its documentation calls training stable below 0.01; kl_sample_train_v2 is k2"),
+        ),
     ),
     TokenMeasure(
         "kl_infer_train_k2", "nat", LOWER, "KL(infer‖train), k2",
@@ -148,6 +185,15 @@ TOKEN_MEASURES: Final = (
     TokenMeasure(
         "kl_infer_train_k3", "nat", LOWER, "KL(infer‖train), k3",
         kind="positive", of=k3, section="numbers", is_headline=True, floor="larger",
+        elsewhere=(
+            Alias("verl", "k3_kl", "mean(ratio - 1 - d)", "KL(infer || train)", VERL_CORRECTION),
+            Alias("prime-rl", "mismatch_kl", "mean(ratio - 1 - d)", "KL(infer || train)",
+                  "prime-rl, metrics of its trainer", "the k3 estimator: not verl's 'kl', which is k1"),
+            Alias("R3", "KL", "mean(ratio - 1 - d)", "KL(infer || train)", "R3, arXiv 2510.11370",
+                  "k3: 1.535e-3 on Qwen3-30B-A3B (SGLang against Megatron)", is_metric_name=False),
+            Alias("Miles", "KL", "mean(ratio - 1 - d)", "KL(infer || train)", "as reported by Miles",
+                  "dense 1e-5 to 1e-3, MoE 1e-3 to 1e-1", is_metric_name=False),
+        ),
     ),
     TokenMeasure(
         "mean_ratio", "1", ONE, "mean ratio train / infer",
@@ -167,16 +213,36 @@ TOKEN_MEASURES: Final = (
             "F(tau)", "share of tokens whose ratio or its inverse exceeds tau",
             "F(2) is what R3 plots; a tail, so few tokens carry it",
         ),
+        elsewhere=(
+            Alias("R3", "F(tau)", "P(max(ratio, 1/ratio) > tau)", SYMMETRIC, "R3, arXiv 2510.11370",
+                  "a curve over tau (frame tail_curve); ours stands for tau = 2; F(2) > 0.1 at collapse",
+                  is_metric_name=False),
+            Alias("AReaL", "abs d > ln 2", "P(abs(d) > ln 2)", SYMMETRIC, "as used by AReaL",
+                  "the same number as F(2)", is_metric_name=False),
+            Alias("TRL", "share of ratios outside [0.9, 1.1]", "P(ratio < 0.9 or ratio > 1.1)", TRAIN_MINUS_INFER,
+                  "TRL, issue 6789",
+                  "issue 6789: 8.0 % between two chunkings of one trainer, 7.5 % between vLLM and trainer. No metric "
+                  "of ours: read frame tail_curve near 0.1", is_metric_name=False),
+        ),
     ),
     TokenMeasure(
         "prob_mult_error", "1", ONE, "prob mult error: mean exp(abs(logp_diff))",
         kind="positive", of=lambda x: np.expm1(np.abs(x.diff_T)), offset=1.0,
         section="further", floor="larger", best=1.0, is_scale=False,
         definition=Definition("prob mult error", "mean of exp(abs(logp_diff))", "NeMo-RL's token_mult_prob_error"),
+        elsewhere=(
+            Alias("NeMo-RL", "token_mult_prob_error", "mean exp(abs(d))", SYMMETRIC,
+                  "NeMo-RL, docs/guides/grpo.md, metrics", "1 is best, not 0; above 1.05 is an alarm in use"),
+        ),
     ),
     TokenMeasure(
         "binary_kl_infer_train", "nat", LOWER, "binary KL(infer‖train)",
         kind="positive", of=lambda x: binary_kl(x.logp_infer_T, x.logp_train_T), section="further",
+        elsewhere=(
+            Alias("KPop", "D_B", "p log(p/q) + (1-p) log((1-p)/(1-q))", "both directions",
+                  "KPop post; reports/corrections.md",
+                  "KPop thresholds both directions; binary_kl_train_infer is the other one", is_metric_name=False),
+        ),
     ),
     TokenMeasure(
         "binary_kl_train_infer", "nat", LOWER, "binary KL(train‖infer)",

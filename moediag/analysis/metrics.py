@@ -2,6 +2,9 @@
 
 A metric is declared where it is computed and registers itself under its name. Adding one is its row, and its value in
 the summary of a pair under :attr:`Metric.path`.
+
+Names that other frameworks give to the same number are part of its row, so that a logged number can be compared with
+ours; an :class:`Alias` has a remark wherever the same word stands for another number elsewhere.
 """
 
 from __future__ import annotations
@@ -30,6 +33,35 @@ class Definition:
     about: str = ""
 
 
+TRAIN_MINUS_INFER: Final = "train against infer, tokens sampled from infer"
+SYMMETRIC: Final = "symmetric in the two sides"
+VERL_DEBUG: Final = "verl, debug metrics of the rollout"
+VERL_CORRECTION: Final = "verl, metrics of its rollout correction"
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A metric by the name that a framework, paper or post gives it.
+
+    Args:
+        framework: who uses the name.
+        name: the metric's name there, or the words it is known by.
+        formula: with d = logp_train - logp_infer and ratio = exp(d).
+        direction: which side against which.
+        source: where to look it up: framework, paper or post, and the place in it where that is known.
+        remark: where the same name means another number, or an alarm that is in use.
+        is_metric_name: the framework logs it under exactly this name.
+    """
+
+    framework: str
+    name: str
+    formula: str
+    direction: str
+    source: str
+    remark: str = ""
+    is_metric_name: bool = True
+
+
 @dataclass(frozen=True)
 class Metric:
     """A number of a pair, and all that stands beside it.
@@ -54,6 +86,7 @@ class Metric:
             signed, or 1 at best.
         note: why it has no interval, where that is so on all data.
         definition: what readers are told of it, once for metrics that are one idea.
+        elsewhere: its names in other frameworks.
     """
 
     name: str
@@ -73,6 +106,7 @@ class Metric:
     is_scale: bool = True
     note: str = ""
     definition: Definition | None = None
+    elsewhere: tuple[Alias, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", self.path or ("logp", *self.name.split(".")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from moediag.analysis.aliases import aliases_of
 from moediag.analysis.metrics import METRICS, Definition, Metric
 from moediag.report.blocks import Bullets, Table, table
 from moediag.report.text import Markdown
@@ -60,7 +59,7 @@ def definition_table() -> Table:
 
 def _elsewhere(metrics: Sequence[Metric]) -> str:
     """Under which names other frameworks log these."""
-    aliases = [alias for metric in metrics for alias in aliases_of(metric.name) if alias.is_metric_name]
+    aliases = [alias for metric in metrics for alias in metric.elsewhere if alias.is_metric_name]
     words = ", ".join(f"{alias.name} ({alias.framework})" for alias in aliases)
     return f"elsewhere: {words}" if words else ""
 

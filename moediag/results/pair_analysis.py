@@ -1,22 +1,31 @@
 """A pair analysed: every frame of it, in one pass over its blocks.
 
-Invariant: the blocks of a pair are read exactly once, and the two arms' experts compared once per block.
+Invariants:
+    - the blocks of a pair are read exactly once, the two arms' experts compared once per block, and nothing of the
+      routing arrays survives it; a token keeps :data:`~moediag.analysis.tokens.BYTES_PER_TOKEN` bytes, everything else
+      is counts whose size depends on layers, experts, prompts and the longest response only;
+    - ``merge(parts)`` equals the whole: integers exactly, gate mass and Jaccard sums to float64 rounding. Parts may be
+      made by other processes, in any order; blocks of a part are whole sequences;
+    - arrays that an arm did not capture (None) leave out what needs them and nothing else.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+from numpy.typing import NDArray
 
 from moediag.analysis.attribution import flip_excess, flip_shares
-from moediag.analysis.entropies import entropy_quantiles
+from moediag.analysis.expert_sets import compare_block
 from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
-from moediag.analysis.logprobs import logp_metrics, ratio_quantiles, tail_curve
-from moediag.analysis.margins import margin_curve, margin_noise, margin_quantiles
+from moediag.analysis.logprobs import entropy_quantiles, logp_metrics, ratio_quantiles, tail_curve
+from moediag.analysis.margins import SPACES, MarginTotals, margin_curve, margin_noise, margin_quantiles
 from moediag.analysis.positions import PositionSlope, drift_by_position, position_slope
 from moediag.analysis.routing import RoutingRates, agreement_by_layer, flips_per_token, routing_rates
+from moediag.analysis.routing_counts import RoutingTotals, misrouted_mass
 from moediag.analysis.sequences import (
     LengthSlope,
     drift_by_length,
@@ -26,11 +35,91 @@ from moediag.analysis.sequences import (
     worst_tokens,
 )
 from moediag.analysis.strata import metrics_by_stratum
-from moediag.analysis.streaming import RoutingPass, read_pair
-from moediag.analysis.tokens import Tokens
+from moediag.analysis.tokens import Tokens, concatenate_tokens, token_columns
 from moediag.corrections import masked_shares
-from moediag.run.align import Pair
+from moediag.run.align import Pair, PairBlock
 from moediag.run.capture import is_impossible
+
+
+@dataclass
+class RoutingPass:
+    """Partial results of a pair's routing, grown block by block.
+
+    Args:
+        n_layers, n_experts, top_k: L, E and K; 0 for a dense model, whose blocks add nothing here.
+        totals: agreement by prompt and layer.
+        margins: choices and flips by margin, per score space.
+        flips: flips by layer and position.
+        swaps: experts exchanged, by layer.
+    """
+
+    n_layers: int
+    n_experts: int
+    top_k: int
+    parts: list[RoutingTotals] = field(default_factory=list)
+    margins: dict[str, MarginTotals] = field(default_factory=dict)
+    flips: FlipMap | None = None
+    swaps: SwapTotals | None = None
+
+    def add(self, block: PairBlock) -> dict[str, NDArray[Any]]:
+        """Count one block; returns its columns of the token frame."""
+        seen = compare_block(block) if self.n_layers else None
+        if seen is None:
+            return token_columns(block, None)
+        mass = misrouted_mass(block, seen)
+        self.parts.append(RoutingTotals.of_block(block, seen, self.top_k, mass))
+        if len(self.parts) > 64:  # merged now and then: shards are many, prompts are what should count
+            self.parts = [RoutingTotals.merge(self.parts)]
+        for space in SPACES:
+            self.margins.setdefault(space, MarginTotals.empty(self.n_layers)).add_block(block, seen, space)
+        self.flips = FlipMap.merge([self.flips or FlipMap.empty(self.n_layers), FlipMap.of_block(block, seen)])
+        self.swaps = self.swaps or SwapTotals.empty(self.n_layers, self.n_experts)
+        self.swaps.add_block(block, seen)
+        return token_columns(block, seen, mass)
+
+    @property
+    def totals(self) -> RoutingTotals:
+        """Agreement by prompt and layer of all blocks so far."""
+        return RoutingTotals.merge([RoutingTotals.empty(self.n_layers, self.top_k), *self.parts])
+
+    @property
+    def known_margins(self) -> dict[str, MarginTotals]:
+        """Margins by score space, of the spaces that an arm captured."""
+        return {space: totals for space, totals in self.margins.items() if totals.side is not None}
+
+    @staticmethod
+    def merge(some: Iterable[RoutingPass]) -> RoutingPass:
+        """All parts together (at least one), of the same model."""
+        passes = list(some)
+        margins = {}
+        for space in SPACES:
+            if totals := [one.margins[space] for one in passes if space in one.margins]:
+                margins[space] = MarginTotals.merge(totals)
+        flips = [one.flips for one in passes if one.flips is not None]
+        swaps = [one.swaps for one in passes if one.swaps is not None]
+        return RoutingPass(
+            passes[0].n_layers,
+            passes[0].n_experts,
+            passes[0].top_k,
+            [part for one in passes for part in one.parts],
+            margins,
+            FlipMap.merge(flips) if flips else None,
+            SwapTotals.merge(swaps) if swaps else None,
+        )
+
+
+def read_pair(pair: Pair) -> tuple[pd.DataFrame, RoutingPass]:
+    """The token frame and the routing counts of a pair, in one pass over its blocks.
+
+    Args:
+        pair: two aligned arms; also an engine against itself, which makes these the floor's numbers.
+
+    Returns:
+        Frame ``tokens`` and the routing counts; for a dense model the counts are empty.
+    """
+    routing = RoutingPass(pair.n_layers, pair.n_experts, pair.top_k)
+    tokens = concatenate_tokens([routing.add(block) for block in pair.blocks()])
+    return tokens, routing
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from moediag.analysis.aliases import ALIASES
+from moediag.analysis.metrics import METRICS
 from moediag.analysis.series import (
     KL_METRICS,
     KNOWN,
@@ -53,7 +53,12 @@ SYNONYMS: Final = {
     "k1": "kl_infer_train_k1",
     "k3": "kl_infer_train_k3",
     # verl's kl is k1, but elsewhere the word is k3, or the KL to a reference model: it stays what the table calls it
-    **{alias.name: alias.metric for alias in ALIASES if alias.is_metric_name and alias.metric and alias.name != "kl"},
+    **{
+        alias.name: metric.name
+        for metric in METRICS.values()
+        for alias in metric.elsewhere
+        if alias.is_metric_name and alias.name != "kl"
+    },
 }
 """Other names of the metrics that moediag has."""
 
