@@ -8,6 +8,7 @@ import pytest
 from conftest import HUNT, SEED
 from synthetic_runs import make_run
 
+from moediag.corrections import choose
 from moediag.figures import (
     COLUMN_WIDTH,
     FIGURES,
@@ -16,6 +17,8 @@ from moediag.figures import (
     draw_run_figures,
     figures_left_out,
 )
+from moediag.figures.registry import draw_simulation_figure
+from moediag.results.simulation import read_tokens, simulate
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -127,5 +130,17 @@ def test_nothing_runs_out_of_the_figure_in_a_column_or_across_the_page(name, wid
     assert drawn_width == width
     assert box.x0 > -0.02
     assert box.y0 > -0.02
+    assert box.x1 < width + 0.02
+    assert box.y1 < height + 0.02
+
+
+def test_few_masks_of_long_names_leave_room_for_their_overlap() -> None:
+    """Bug: of three masks the names took the whole height, were cut off, and the layout gave up with a warning."""
+    tokens = make_run(n_tokens=512, n_prompts=8)["tokens"]
+    simulation = simulate(read_tokens(tokens)[0], choose(["tis_token+geometric_band"], ["verl"]), "few masks")
+    figure = draw_simulation_figure("mask_overlap", simulation.frames, "few masks")
+    figure.draw_without_rendering()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0) > -0.02
     assert box.x1 < width + 0.02
     assert box.y1 < height + 0.02

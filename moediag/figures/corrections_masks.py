@@ -29,6 +29,8 @@ from moediag.numbers import count, percent
 
 _ROW: float = 0.17
 """Height of a correction's row [inch]: 7-point names stand clear of each other."""
+_CHARACTER: float = 0.065
+"""Length of a character of a 7-point name [inch], with room."""
 
 
 @figure(
@@ -132,14 +134,15 @@ def plot_mask_overlap(overlap: pd.DataFrame, *, panel: Panel) -> Figure:
     table = overlap.pivot(index="correction", columns="other", values="share_masked_by_other").reindex(
         names, columns=names
     )
-    figure = new_figure(panel.width, 1.9 + _ROW * len(names))
+    labels = [figure_text(name, 34) for name in names]
+    figure = new_figure(panel.width, max(1.9 + _ROW * len(names), 2.0 + _CHARACTER * max(map(len, labels))))
     ax = figure.subplots()
     edges = np.asarray(np.arange(len(names) + 1) - 0.5, np.float64)
     values = table.to_numpy(np.float64)
     mesh = draw_cells(ax, edges, edges, values, rate_norm(np.ones((1, 1))))
     _write_cells(ax, values)
-    ax.set_yticks(range(len(names)), [figure_text(name, 34) for name in names], fontsize=7)
-    ax.set_xticks(range(len(names)), [figure_text(name, 34) for name in names], fontsize=7, rotation=90)
+    ax.set_yticks(range(len(names)), labels, fontsize=7)
+    ax.set_xticks(range(len(names)), labels, fontsize=7, rotation=90)
     ax.invert_yaxis()
     ax.set_ylabel("of the tokens masked by")
     ax.set_xlabel("this share is masked by")
