@@ -402,7 +402,7 @@ def test_skyrls_bfloat16_sentinels_and_copies(tmp_path: Path) -> None:
     check_tokens(found, true, SKYRL)
     notes = " ".join(run.arm("rollout").origin.notes)
     assert "4 sequences fill up the batch (pad_size)" in notes
-    assert "1 tokens have the log-probability -9999" in notes
+    assert "not scored: 1 token with the log-probability -9999" in notes
 
 
 @pytest.mark.parametrize(

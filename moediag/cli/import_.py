@@ -61,6 +61,7 @@ def command(
     from moediag.importers.registry import IMPORTERS, detect_all, files_of, importer_of
     from moediag.importers.rollouts import Options
     from moediag.importers.write import import_dump
+    from moediag.numbers import count
 
     if list_formats:
         for one in IMPORTERS.values():
@@ -95,7 +96,7 @@ def command(
     for made in facts:
         step = "" if made["step"] is None else f"step {made['step']}: "
         arms = "; ".join(f"{name} has {', '.join(arrays)}" for name, arrays in made["arms"].items())
-        say(f"{step}{made['n_sequences']:,} sequences in {made['n_shards']} shards; {arms}")
+        say(f"{step}{count(made['n_sequences'], 'sequence')} in {count(made['n_shards'], 'shard')}; {arms}")
     for text in dict.fromkeys(text for made in facts for text in made["notes"]):
         say(f"note: {text}")
     wrote(output)

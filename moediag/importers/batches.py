@@ -35,6 +35,7 @@ from moediag.importers.rollouts import (
     short,
 )
 from moediag.notation import INFER, NOT_ROUTED, TRAIN
+from moediag.numbers import count
 
 _CLAMPED: Final = -9999.0
 """SkyRL's number for a log-probability that the engine did not give."""
@@ -117,8 +118,8 @@ def _skyrl(step: Step, options: Options) -> Iterator[Rollout]:
         options.on_progress(i + 1, n_sequences, "sequences read")
     if n_clamped:
         step.notes.append(
-            f"{n_clamped:,} tokens have the log-probability {_CLAMPED:g}, which stands for one that the engine did not "
-            "give: not scored"
+            f"not scored: {count(n_clamped, 'token')} with the log-probability {_CLAMPED:g}, which stands for one that "
+            "the engine did not give"
         )
 
 
@@ -200,8 +201,8 @@ def _verl(step: Step, options: Options) -> Iterator[Rollout]:
         options.on_progress(done, len(step.files), "files read")
     if n_mixed:
         step.notes.append(
-            f"{n_mixed:,} sequences were sampled by more than one version of the weights (min_global_steps, "
-            "max_global_steps), and which token by which is not in the dump: they have no version"
+            f"no weight version for {count(n_mixed, 'sequence')} sampled by several versions (min_global_steps, "
+            "max_global_steps): which token by which is not in the dump"
         )
 
 

@@ -37,6 +37,7 @@ from moediag.importers.rollouts import (
 )
 from moediag.importers.tables import readable
 from moediag.notation import INFER, TRAIN
+from moediag.numbers import count
 
 _FORMAT: Final = 2
 """Of slime's train_data."""
@@ -120,8 +121,8 @@ def _joined(
         options.on_progress(i + 1, len(samples), "sequences read")
     if n_mixed:
         step.notes.append(
-            f"{n_mixed:,} sequences were sampled by more than one version of the weights, and which token by which is "
-            "not in the dump: they have no version"
+            f"no weight version for {count(n_mixed, 'sequence')} sampled by several versions: which token by which is "
+            "not in the dump"
         )
     if trained and len(trained) < len(samples):
         step.notes.append(f"{len(samples) - len(trained):,} of {len(samples):,} samples are not in train_data")
