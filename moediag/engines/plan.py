@@ -283,14 +283,15 @@ def needed_length(run: Run, checkpoint: Checkpoint) -> int:
 
 
 def known_sampling(run: Run) -> dict[str, Any]:
-    """How the run's sequences are sampled; of an imported run what is known.
+    """How the run's sequences are sampled; of an imported run what is known, and room for its longest response.
 
     Raises:
         CorruptRunError: run.json does not say.
     """
     sampling = run.record.sampling.content() if run.record.sampling else {}
-    if run.record.tokens.origin == "imported":
-        return sampling
+    if run.record.tokens.origin == "imported":  # every token is given: nothing is drawn
+        longest = max(len(response or []) for _, _, _, response in load_prompt_tokens(run))
+        return {"max_tokens": longest, "n": 1, "seed": 0, **sampling}
     lacking = [key for key in ("max_tokens", "n", "seed") if key not in sampling]
     if lacking:
         raise CorruptRunError(

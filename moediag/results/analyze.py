@@ -80,6 +80,8 @@ def _across(run: Run, arms: list[str], train: str, infer: str) -> list[tuple[str
         if arm in (train, infer) or record.change in _OWN_SIDE_ONLY:
             continue
         across.append((train, arm) if record.role == INFER else (arm, infer))
+    ours = [run.arm(arm) for arm in arms if run.arm(arm).change == "engine"]  # beside what another tool recorded
+    across += [(one.name, other.name) for one in ours if one.role == TRAIN for other in ours if other.role == INFER]
     return across
 
 

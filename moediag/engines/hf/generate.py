@@ -27,7 +27,7 @@ from moediag.engines.arms import ArmRequest
 from moediag.engines.assemble import capture_of, order_rows, token_rows
 from moediag.engines.hf.engine import TrainEngine, fill_arm, float_dtypes, refuse_missing_input, to_numpy
 from moediag.engines.hf.taps import RoutingTaps
-from moediag.engines.plan import load_prompt_tokens
+from moediag.engines.plan import known_sampling, load_prompt_tokens
 from moediag.engines.process import Held, OnDone, Reporter, seed_of
 from moediag.run.capture import Shard, TokenRows
 from moediag.run.recipes import SAMPLED
@@ -61,7 +61,7 @@ class GenerateEngine(TrainEngine):
     def __init__(self, writer: RunWriter, model: Any, request: ArmRequest, routing: dict[str, Any] | None) -> None:
         super().__init__(writer, model, request, routing)
         self.prompts = load_prompt_tokens(self.run)
-        self.sampling = self.run.record.sampling.content() if self.run.record.sampling else {}
+        self.sampling = known_sampling(self.run)
         self.n_vocabulary: int = model.config.get_text_config().vocab_size
 
     def facts(self) -> dict[str, Any]:

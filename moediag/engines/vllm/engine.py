@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, UNOBSERVED, ArmRequest
 from moediag.engines.assemble import IDS, capture_of, gate_weights_words, order_rows, recomputed_rows, token_rows
-from moediag.engines.plan import load_prompt_tokens
+from moediag.engines.plan import known_sampling, load_prompt_tokens
 from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, seed_of
 from moediag.engines.provenance import arm_sections
 from moediag.engines.routers import ModelRouting
@@ -124,7 +124,7 @@ class InferEngine:
         self.version = require_infer_engine()
         self.max_length: int | None = request.options.get("max_model_len")
         self.prompts = load_prompt_tokens(self.run)
-        self.sampling = self.run.record.sampling.content() if self.run.record.sampling else {}
+        self.sampling = known_sampling(self.run)
         self.llm = llm
         self.level = IDS if request.observer == NATIVE else self.run.record.level
         self.facts: dict[str, Any] = self._install()[0]
