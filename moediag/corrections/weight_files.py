@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from moediag.corrections.correction import Correction
 from moediag.corrections.sources import Source
 from moediag.errors import DumpError
 from moediag.importers.tables import KINDS, OnProgress
-from moediag.run.files import process_tag, write_error
+from moediag.run.files import atomic
 
 Float64 = NDArray[np.float64]
 
@@ -63,21 +62,11 @@ def write_weights(
         DiskFullError: no space; nothing is left behind.
         RunError: the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{process_tag()}.tmp")
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.absolute().parent) as folder:
-            parts = _computed(source, corrections, Path(folder), on_progress)
-            with temporary.open("wb") as file, _WRITERS[path.suffix](file, _schema(source, parts)) as writer:
-                for start in range(0, source.n_rows, _ROWS_AT_ONCE):
-                    writer.write(_rows(source, parts, start, min(start + _ROWS_AT_ONCE, source.n_rows)))
-        with temporary.open("rb+") as flushed:
-            os.fsync(flushed.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise write_error(error, path) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with atomic(path) as file, tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        parts = _computed(source, corrections, Path(folder), on_progress)
+        with _WRITERS[path.suffix](file, _schema(source, parts)) as writer:
+            for start in range(0, source.n_rows, _ROWS_AT_ONCE):
+                writer.write(_rows(source, parts, start, min(start + _ROWS_AT_ONCE, source.n_rows)))
 
 
 def _computed(

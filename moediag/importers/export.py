@@ -13,24 +13,14 @@ import pyarrow.parquet as pq
 from moediag.errors import RunError
 from moediag.importers.tables import OnProgress, silent
 from moediag.notation import NO_TOKEN
-from moediag.run.capture import Shard
-from moediag.run.files import process_tag, write_error
+from moediag.run.capture import TOKEN_COLUMNS, Shard
+from moediag.run.files import atomic, make_folder
 from moediag.run.reader import Run
 
 _SCHEMA: Final = pa.schema(
     {
         "step": pa.int64(),
-        "seq_id": pa.int64(),
-        "prompt_id": pa.int64(),
-        "sample_index": pa.int32(),
-        "position": pa.int32(),
-        "token_id": pa.int64(),
-        "is_response": pa.bool_(),
-        "is_trained": pa.bool_(),
-        "turn": pa.int32(),
-        "weight_version": pa.string(),
-        "advantage": pa.float64(),
-        "reward": pa.float64(),
+        **TOKEN_COLUMNS,
         "logp_train": pa.float32(),
         "logp_infer": pa.float32(),
         "entropy": pa.float32(),
@@ -61,20 +51,13 @@ def export_table(
         raise RunError(f"{path} exists; give -o another file, or --force to write over it")
     names = _present(runs)
     schema = pa.schema([field for field in _SCHEMA if field.name in names])
-    temporary = path.with_name(f".{path.name}.{process_tag()}.tmp")
     n_shards, done = sum(len(run.shards) for run in runs), 0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for run in runs:
-                for shard in run.shards:
-                    writer.write_table(_rows(run, shard).select(schema.names))
-                    on_progress(done := done + 1, n_shards, "shards")
-        temporary.replace(path)
-    except OSError as error:
-        raise write_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    make_folder(path.parent)
+    with atomic(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for run in runs:
+            for shard in run.shards:
+                writer.write_table(_rows(run, shard).select(schema.names))
+                on_progress(done := done + 1, n_shards, "shards")
     return tuple(schema.names)
 
 
@@ -100,7 +83,7 @@ def _rows(run: Run, shard: Shard) -> pa.Table:
     train, infer = (run.capture(arm, shard) for arm in run.main_arms)
     columns = {
         "step": None if run.record.step is None else np.full(len(tokens), run.record.step),
-        **{name: getattr(tokens, f"{name}_T", None) for name in _SCHEMA.names[1:12]},
+        **{name: getattr(tokens, f"{name}_T", None) for name in TOKEN_COLUMNS},
         "is_trained": tokens.is_scored_T,
         "logp_train": train.logp_T,
         "logp_infer": infer.logp_T,

@@ -31,12 +31,12 @@ from moediag.importers.rollouts import (
     Rollout,
     Step,
     by_step,
-    count,
     floats,
     number_in,
     placed_routes,
     short,
     understood,
+    whole_number,
     whole_numbers,
 )
 from moediag.importers.sequences import no_id
@@ -273,7 +273,7 @@ class _SGLang:
         output = whole_numbers(ids, where, "output_ids") if ids else np.zeros(0, np.int64)
         sources = ((record, "prompt_token_ids"), (meta, "prompt_token_ids"), (request, "input_ids"))
         prompt = next((source[name] for source, name in sources if source.get(name)), None)
-        n_prompt = count(meta.get("prompt_tokens", len(prompt or ())), where, "prompt_tokens")
+        n_prompt = whole_number(meta.get("prompt_tokens", len(prompt or ())), where, "prompt_tokens")
         prompt_T = np.full(n_prompt, NO_TOKEN)
         if prompt is not None:
             prompt_T = whole_numbers(prompt, where, "the prompt's ids", n_prompt)
@@ -281,7 +281,7 @@ class _SGLang:
         if n_completion != len(output):
             raise DumpError(f"{where}: completion_tokens is {n_completion}, output_ids hold {len(output)}")
         start = meta.get("routed_experts_start_len", request.get("routed_experts_start_len", self._options.first_row))
-        first_row = count(start, where, "routed_experts_start_len")
+        first_row = whole_number(start, where, "routed_experts_start_len")
         rows = len(prompt_T) + len(output) - 1 - first_row
         flat = meta.get("routed_experts")
         dtype = str(meta.get("routed_experts_dtype", "int32"))

@@ -205,7 +205,7 @@ def floats(values: Any, where: str, name: str, n: int | None = None) -> Float64:
         array = np.asarray(values, dtype=np.float64)
     except (ValueError, TypeError):
         array = np.zeros(0)
-    if not isinstance(values, list) or array.ndim != 1 or len(array) != len(values):
+    if not isinstance(values, list | np.ndarray) or array.ndim != 1 or len(array) != len(values):
         raise DumpError(f"{where}: {name} should be a list of numbers, found {short(values)}")
     if n is not None and len(array) != n:
         raise DumpError(f"{where}: {name} should hold {n} numbers, one per token, found {len(array)}")
@@ -242,7 +242,7 @@ def one_number(value: Any, where: str, name: str) -> float:
     return float(value)
 
 
-def count(value: Any, where: str, name: str) -> int:
+def whole_number(value: Any, where: str, name: str) -> int:
     """A whole number of at least 0.
 
     Raises:
@@ -260,8 +260,8 @@ def whole_numbers(values: Any, where: str, name: str, n: int | None = None) -> I
     Raises:
         DumpError: something else, or not ``n`` of them.
     """
-    array = np.asarray(values) if isinstance(values, list) and values else np.zeros(0)
-    if array.ndim != 1 or array.dtype.kind not in "iub" or not len(array):
+    array = np.asarray(values) if isinstance(values, list | np.ndarray) and len(values) else np.zeros(0)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
         raise DumpError(f"{where}: {name} should be a list of whole numbers, found {short(values)}")
     if n is not None and len(array) != n:
         raise DumpError(f"{where}: {name} should hold {n} numbers, one per token, found {len(array)}")

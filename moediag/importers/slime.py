@@ -30,10 +30,12 @@ from moediag.importers.rollouts import (
     Step,
     as_written,
     by_step,
+    floats,
     number_in,
     placed,
     placed_routes,
     short,
+    whole_numbers,
 )
 from moediag.importers.tables import readable
 from moediag.notation import INFER, TRAIN
@@ -169,7 +171,7 @@ def _slime_train(path: Path, step: Step) -> list[tuple[str, Columns]]:
 
 def _of_columns(where: str, sample: Columns) -> Rollout:
     """A sample as the sampler left it; the same names in rollout_data and in train_data, but for two."""
-    ids_T = _whole(sample.get("tokens"), where, "tokens")
+    ids_T = whole_numbers(sample.get("tokens"), where, "tokens")
     n = len(ids_T)
     n_response = sample.get("response_length", sample.get("response_lengths"))
     if type(n_response) is not int or not 0 <= n_response <= n:
@@ -214,7 +216,7 @@ def _with_trainer(rollout: Rollout, columns: Columns, where: str) -> Rollout:
     Raises:
         DumpError: they are other tokens.
     """
-    ids_T, n = _whole(columns.get("tokens"), where, "tokens"), len(rollout)
+    ids_T, n = whole_numbers(columns.get("tokens"), where, "tokens"), len(rollout)
     assert rollout.token_id_T is not None
     n_response = int(rollout.is_response_T.sum())
     if not np.array_equal(ids_T, rollout.token_id_T) or columns.get("response_lengths") != n_response:
@@ -261,21 +263,10 @@ def _versions(versions: Sequence[str], rollout: Rollout) -> NDArray[np.object_] 
     return version_T
 
 
-def _whole(values: Any, where: str, name: str) -> NDArray[np.int64]:
-    array = np.asarray(values) if isinstance(values, list | np.ndarray) else np.zeros(0)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
-        raise DumpError(f"{where}: {name} should be a list of whole numbers, found {short(values)}")
-    return array.astype(np.int64)
-
-
 def _per_response_token(values: Any, where: str, name: str, n: int) -> NDArray[np.float64]:
-    try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        array = np.zeros((0, 0))
-    if array.ndim != 1 or len(array) != n:
-        found = f"{len(array)}" if array.ndim == 1 else short(values)
-        raise DumpError(f"{where}: {name} should hold one number per response token, {n}; found {found}")
+    array = floats(values, where, name)
+    if len(array) != n:
+        raise DumpError(f"{where}: {name} should hold one number per response token, {n}; found {len(array)}")
     return array
 
 

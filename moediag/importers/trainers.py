@@ -24,7 +24,6 @@ from moediag.importers.rollouts import (
     Rollout,
     Step,
     by_step,
-    count,
     flags,
     floats,
     from_mask,
@@ -33,6 +32,7 @@ from moediag.importers.rollouts import (
     placed,
     short,
     understood,
+    whole_number,
     whole_numbers,
 )
 from moediag.importers.tables import first_record, json_lines, open_table, readable
@@ -79,7 +79,7 @@ def _nemo_rl(step: Step, options: Options) -> Iterator[Rollout]:
             expected += 1
             one = {name: _only(record[name], where, name) for name in record if name != "idx"}
             ids_T = whole_numbers(one["token_ids"], where, "token_ids")
-            n_padded, n = len(ids_T), count(one["input_lengths"], where, "input_lengths")
+            n_padded, n = len(ids_T), whole_number(one["input_lengths"], where, "input_lengths")
             if not 0 < n <= n_padded:
                 raise DumpError(f"{where}: input_lengths is {n}, token_ids hold {n_padded}")
             mask_T = flags(one["token_loss_mask"], where, "token_loss_mask", n_padded)

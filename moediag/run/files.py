@@ -16,8 +16,9 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from moediag.errors import CorruptRunError, DiskFullError, MoediagError, RunError
 
@@ -28,8 +29,12 @@ _BESIDE_TOKENIZER = ("merges.txt", "tokenizer_config.json", "chat_template.jinja
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` under ``path``, whole or not at all.
+@contextlib.contextmanager
+def atomic(path: Path, n_bytes: int = 0) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of ``path`` when the body ends, whole or not at all.
+
+    Args:
+        n_bytes: what will be written, for messages; 0 = not known.
 
     Raises:
         DiskFullError: no space; the temporary file is removed.
@@ -37,16 +42,23 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{process_tag()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        raise write_error(error, path, n_bytes) from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise write_error(error, path, len(data)) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` under ``path``, in a folder that is made if missing; raises like :func:`atomic`."""
+    make_folder(path.parent)
+    with atomic(path, len(data)) as file:
+        file.write(data)
 
 
 def write_error(error: OSError, path: Path, n_bytes: int = 0) -> MoediagError:
