@@ -223,6 +223,21 @@ def test_bounds_of_an_error_are_those_of_a_gaussian(short):
     assert (trend["value_ci_high"] == trend["value"] + half).all()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("width", [3.4, 7.0])
+def test_titles_of_panels_stay_in_the_figure_and_every_axis_has_a_scale(tmp_path, width):
+    """Bugs: the title of F(2) ran out at the right; an axis from 1.6 to 2.7 had one label, which is no scale."""
+    path = tmp_path / "t.csv"
+    columns = {"extreme_share_2": [0.04, 0.05], "abs_logp_diff.p99": [2.31, 2.16], "k3": [0.04, 0.039]}
+    pd.DataFrame({"step": [0, 1], **columns}).to_csv(path, index=False)
+    figure = plot_trend(read_trend([path], None, lambda *done: None).trend, width=width)
+    figure.draw_without_rendering()
+    assert figure.get_tightbbox().x1 < width + 0.02
+    for ax in figure.axes:
+        low, high = ax.get_ylim()
+        assert sum(low <= tick <= high for tick in ax.get_yticks()) >= 2
+
+
 def test_an_infinite_step_is_drawn_and_said(capsys, tmp_path):
     """Bug: the step at which a metric is infinite was left out of the picture without a word."""
     path = tmp_path / "t.csv"

@@ -22,8 +22,10 @@ from moediag.figures.style import (
     add_words,
     figure_text,
     house_style,
+    is_column,
     panel_grid,
     state,
+    wrapped,
 )
 from moediag.figures.ticks import log_axis
 from moediag.numbers import count, sig, times
@@ -36,6 +38,10 @@ MOST_PANELS: Final = 8
 """More metrics than this are named in the caption, not drawn."""
 MARK_REACH: Final = 30.0
 """A mark farther than this factor from the data is named in the caption: on the axis it would flatten the data."""
+
+_BESIDE_PANEL: Final = 0.75
+"""Of a panel's width, what its axis takes on the left of the title, with room [inch]."""
+_PANEL_TITLE_SIZE: Final = 8.5
 
 LOG_FROM: Final = 5.0
 """A column that is no metric of ours gets a log axis from this ratio of largest to smallest on."""
@@ -79,13 +85,14 @@ def plot_trend(
     metrics = [name for name in dict.fromkeys(trend["metric"]) if metric_rows(trend, name)["value"].notna().any()]
     metrics = sorted(metrics, key=lambda name: name != delta)
     figure, axes = panel_grid(min(len(metrics), MOST_PANELS), width, 2.5)
+    panel_width = width if is_column(width) or len(axes) == 1 else width / 2
     if not metrics:
         state(axes[0], "No metric has a value at any step.")
     off_axis: list[Mark] = []
     for ax, metric in zip(axes, metrics, strict=False):
         found = recurrence if metric == delta else None
         off_axis += _draw_metric(ax, metric_rows(trend, metric), found, [m for m in marks if m.metric == metric])
-        ax.set_title(title_of(metric, is_kl))
+        ax.set_title(wrapped(title_of(metric, is_kl), panel_width - _BESIDE_PANEL, _PANEL_TITLE_SIZE))
     notes = [
         *(f"Warning: {warning}." for warning in warnings),
         caption,

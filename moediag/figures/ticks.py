@@ -13,7 +13,7 @@ from typing import Final, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 _SUPERSCRIPT: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MAX_LAYER_TICKS: Final = 12
@@ -48,8 +48,11 @@ def tick_decades(axis: Axis, low: float, high: float, *, most: int = 7) -> None:
     every = max(1, math.ceil((last - first) / most))
     major = [s * 10.0**k for k in range(first, last + 1) if (k - last) % every == 0 for s in steps]
     minor = [s * 10.0**k for k in range(first, last + 1) for s in (range(1, 10) if every == 1 else (1,))]
-    axis.set_major_locator(FixedLocator(_within(major, low, high)))
-    axis.set_minor_locator(FixedLocator(_within(set(minor) - set(major), low, high)))
+    labelled = _within(major, low, high)
+    if len(labelled) < 2:  # a span between two of them
+        labelled = _within(MaxNLocator(4).tick_values(low, high), low, high)
+    axis.set_major_locator(FixedLocator(labelled))
+    axis.set_minor_locator(FixedLocator(_within(set(minor) - set(labelled), low, high)))
     # One way of writing per axis: plain numbers, or powers as soon as one decade asks for them.
     plain = low >= 0.99e-3 and high < 2e4
     axis.set_major_formatter(FuncFormatter(lambda x, _: _label(x, plain)))
