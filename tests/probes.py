@@ -18,7 +18,7 @@ import pytest
 
 from moediag.engines.arms import ArmRequest
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.launch import Engines, Job, arm_options
+from moediag.engines.launch import Engines, Job, arm_options, proof_beside
 from moediag.engines.process import Held, Reporter, fill_missing_shards
 from moediag.engines.vllm.options import INFER_ENVIRONMENT
 from moediag.run.capture import WHOLE
@@ -46,7 +46,8 @@ def run_probe(engines: Engines, task: str, run: Run, checkpoint: Path, request: 
     told = {**arm_options(opened, request), "output": str(output)}
     log = str(run.path / "logs" / "probe.log")
     job = Job("vLLM", f"probes:{task}", str(run.path), asdict(WHOLE), told, log)
-    engines.do(job, INFER_ENVIRONMENT, lambda event: None)
+    with proof_beside(job, opened, request) as proven:
+        engines.do(proven, INFER_ENVIRONMENT, lambda event: None)
 
 
 def probe_family(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:

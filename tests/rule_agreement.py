@@ -5,13 +5,14 @@ Needs a run captured with ``--router-logits full`` and the transformers model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moediag.engines.hf.routing import prove_model
 from moediag.engines.hf.taps import Block, find_blocks, route_recorded
 from moediag.engines.routers import ModelRouting, apply_rule
 from moediag.errors import IncompleteRunError
@@ -47,7 +48,10 @@ def rule_agreement_by_layer(run: Run, model: Any, arm: str = "infer") -> list[Ru
     Raises:
         IncompleteRunError: the arm holds no router logits.
     """
-    spec = ModelRouting.of_routers(run.arm(arm).routers)
+    named = prove_model(
+        model, model.config.get_text_config().to_dict(), str(model.dtype).removeprefix("torch."), "here"
+    ).routing
+    spec = replace(ModelRouting.of_routers(run.arm(arm).routers), bias_name=named.bias_name)
     captures = [run.capture(arm, shard) for shard in run.shards]
     if any(capture.router_logits_TLE is None for capture in captures):
         raise IncompleteRunError(f"{run.path}: arm {arm} has no router logits; capture it with --router-logits full")
@@ -72,7 +76,7 @@ def _layer_agreement(
     is_tie_N: NDArray[np.bool_],
 ) -> RuleAgreement:
     logits = torch.from_numpy(logits_NE)
-    bias = block.correction_bias
+    bias = block.correction_bias(spec)
     used_NK = np.sort(ids_NK[~is_tie_N], axis=1)
 
     def rate(chosen: torch.Tensor) -> float:
