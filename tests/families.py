@@ -58,6 +58,7 @@ class Family:
     zeroed: str = ""
 
 
+_EXACT = (torch.float32,)  # a contrast: one dtype is enough
 _8: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _8_LOCAL: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 _16: dict[str, Any] = {"num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
@@ -99,7 +100,7 @@ FAMILIES = {
                                       "norm_topk_prob": False, "rope_theta": 1e6}),
     "qwen3_moe": Family("qwen3_moe", {**_8, "norm_topk_prob": True, "mlp_only_layers": [1], "rope_theta": 1e6}),
     "olmoe": Family("olmoe", {**_8, **_OWN_HEADS, "norm_topk_prob": False}),
-    "olmoe_renormalized": Family("olmoe", {**_8, **_OWN_HEADS, "norm_topk_prob": True}),
+    "olmoe_renormalized": Family("olmoe", {**_8, **_OWN_HEADS, "norm_topk_prob": True}, dtypes=_EXACT),
     "mixtral": Family("mixtral", {**_8_LOCAL, "sliding_window": None, "rope_theta": 1e6}),
     "glm4_moe": Family("glm4_moe", {**_SCALED, **_GROUPS, "partial_rotary_factor": 0.5, "use_qk_norm": True,
                                     "attention_bias": True, "rope_theta": 1e6}),
@@ -124,7 +125,7 @@ FAMILIES = {
                                         "routed_scaling_factor": 2.5, "sliding_window": 16, "rope_theta": 1e6,
                                         "layer_types": _SLIDING_THEN_FULL}),
     "cohere2_moe": Family("cohere2_moe", {**_COHERE, "sliding_window": 16}),
-    "cohere2_moe_wide_window": Family("cohere2_moe", {**_COHERE, "sliding_window": 4096}),
+    "cohere2_moe_wide_window": Family("cohere2_moe", {**_COHERE, "sliding_window": 4096}, dtypes=_EXACT),
     "gemma4": Family("gemma4_text", {**_8, "top_k_experts": 2, "enable_moe_block": True, "attention_k_eq_v": True,
                                      "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0,
                                      "sliding_window": 16, "layer_types": _SLIDING_THEN_FULL, "global_head_dim": 64,
@@ -156,18 +157,20 @@ FAMILIES = {
     "deepseek_v2_lite": Family("deepseek_v2", {**_SCALED, **_LATENT, **_ONE_GROUP, "topk_method": "greedy",
                                                "norm_topk_prob": False, "routed_scaling_factor": 1.0,
                                                "n_shared_experts": 2, "q_lora_rank": None},
-                               {"scoring_func": "softmax"}, NATIVE_ROPE),
+                               {"scoring_func": "softmax"}, NATIVE_ROPE, _EXACT),
     "glm4_moe_lite": Family("glm4_moe_lite", _GLM_LITE, _NOAUX, NATIVE_ROPE),
-    "glm4_moe_lite_epsilon_1e-6": Family("glm4_moe_lite", {**_GLM_LITE, "rms_norm_eps": 1e-6}, _NOAUX, NATIVE_ROPE),
+    "glm4_moe_lite_epsilon_1e-6": Family("glm4_moe_lite", {**_GLM_LITE, "rms_norm_eps": 1e-6}, _NOAUX, NATIVE_ROPE,
+                                         _EXACT),
     "axk1": Family("axk1", {**_SCALED, **_LATENT, **_GROUPS, "first_k_dense_replace": 0}, _NOAUX, NATIVE_ROPE),
     "ernie4_5_moe": Family("ernie4_5_moe", _ERNIE),
-    "ernie4_5_moe_without_bias": Family("ernie4_5_moe", _ERNIE, zeroed="e_score_correction_bias"),
+    "ernie4_5_moe_without_bias": Family("ernie4_5_moe", _ERNIE, zeroed="e_score_correction_bias", dtypes=_EXACT),
     "lfm2_moe": Family("lfm2_moe", {
         **_16, **_OWN_HEADS, "use_expert_bias": True, "norm_topk_prob": True, "num_dense_layers": 1,
         "routed_scaling_factor": 1.0, "conv_L_cache": 3, "tie_word_embeddings": True, "rope_theta": 1e6,
         "layer_types": ["conv", "full_attention", "conv"]}, engine=NATIVE_ROPE),
     "phimoe": Family("phimoe", {**_PHI, "lm_head_bias": True}, _PHI_AS_PUBLISHED),
-    "phimoe_without_head_bias": Family("phimoe", {**_PHI, "lm_head_bias": False}, _PHI_AS_PUBLISHED),
+    "phimoe_without_head_bias": Family("phimoe", {**_PHI, "lm_head_bias": False}, _PHI_AS_PUBLISHED,
+                                       dtypes=_EXACT),
     "jetmoe": Family("jetmoe", {**_8_LOCAL, "kv_channels": 32, "tie_word_embeddings": True}),
     "qwen3_next": Family("qwen3_next", {
         **_8, "norm_topk_prob": True, "shared_expert_intermediate_size": 48, **_GATED_DELTA},

@@ -1,8 +1,8 @@
 """MoE model types in both engines: what is measured of each, and what must hold of it.
 
-``python tests/family_measures.py FOLDER`` measures every checkpoint of :mod:`families` in both dtypes, checks every
-claim and writes the tables of reports/families.md; test_engines_families.py does the same for one per kind of rule.
-What is in the folder already is not measured again, so a run that was cut off can go on.
+``python tests/family_measures.py`` measures every checkpoint of :mod:`families` in both dtypes, checks every claim and
+writes the tables of reports/families.md; test_engines_families.py does the same for one per kind of rule. What is in
+``--folder`` already is not measured again, so a run that was cut off can go on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from moediag.engines.hf.perturbation import ULP, Perturbed
 from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps
 from moediag.engines.launch import Engines
 from moediag.engines.plan import SamplingOptions, make_plan
+from moediag.engines.proof import rule_words
+from moediag.engines.routers import ModelRouting
 from moediag.errors import MoediagError
 from moediag.hygiene import check_run
 from moediag.notation import POOLED
@@ -44,6 +47,7 @@ from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
 
+RING = TESTS / "fixtures" / "ring-tiny"
 N_PROMPTS, MAX_TOKENS, N_COINS = 8, 24, 3
 # vLLM and transformers import torchvision for every type that also has a vision model; nothing of it is called.
 STAND_IN = TESTS / "torchvision_stand_in"
@@ -106,7 +110,7 @@ class FamilyMeasures:
 Measures = dict[torch.dtype, dict[str, FamilyMeasures]]
 
 
-def measure(wanted: dict[torch.dtype, tuple[str, ...]], folder: Path) -> Measures:
+def measure(wanted: dict[torch.dtype, tuple[str, ...]], folder: Path, engines: Engines) -> Measures:
     """Make each checkpoint, capture it in vLLM, score, replay and compare it in transformers.
 
     One vLLM process serves checkpoint after checkpoint, and a new one after each that vLLM refuses.
@@ -116,15 +120,14 @@ def measure(wanted: dict[torch.dtype, tuple[str, ...]], folder: Path) -> Measure
     text = "The quick brown fox jumps over the lazy dog and the cat"
     prompts.write_text("\n".join(text[: 1 + 6 * i] for i in range(N_PROMPTS)))
     measured: Measures = {dtype: {} for dtype in wanted}
-    with engines_under(TESTS, STAND_IN) as engines:
-        for dtype, names in wanted.items():
-            for name in names:
-                result = folder / str(dtype) / f"{name}.json"
-                if not result.exists():
-                    found = _measure(engines, name, dtype, prompts, result.with_suffix(""))
-                    result.write_text(json.dumps(asdict(found)))
-                    print(f"{name} {found.dtype}: {found.mean_abs_logp_diff:.3g} nat {found.refused}", flush=True)
-                measured[dtype][name] = FamilyMeasures(**json.loads(result.read_text()))
+    for dtype, names in wanted.items():
+        for name in names:
+            result = folder / str(dtype) / f"{name}.json"
+            if not result.exists():
+                found = _measure(engines, name, dtype, prompts, result.with_suffix(""))
+                result.write_text(json.dumps(asdict(found)))
+                print(f"{name} {found.dtype}: {found.mean_abs_logp_diff:.3g} nat {found.refused}", flush=True)
+            measured[dtype][name] = FamilyMeasures(**json.loads(result.read_text()))
     return measured
 
 
@@ -341,17 +344,9 @@ def _same_sets(parts: Parts, infer: Capture, routed_T: np.ndarray) -> float:
 
 def _rule(run: Run, arm: str) -> str:
     routers = run.arm(arm).routers
-    size = f"top-{routers[0].top_k} of {routers[0].n_experts}"
-    spec = routers[0].spec
-    if spec is None:
-        return size
-    words = [spec.score_function]
-    words += ["bias"] if spec.has_correction_bias else []
-    words += [f"{spec.topk_group} of {spec.n_group} groups"] if spec.n_group > 1 else []
-    gate = [spec.gate.replace("_", " ")]
-    gate += ["renormalised"] if spec.renormalize else []
-    gate += [f"times {spec.scaling_factor:g}"] if spec.scaling_factor != 1 else []
-    return f"{size} by {' + '.join(words)}; gate: {', '.join(gate)}"
+    if routers[0].spec is None:
+        return f"top-{routers[0].top_k} of {routers[0].n_experts}"
+    return rule_words(ModelRouting.of_routers(routers))
 
 
 def _yes(value: bool) -> str:
@@ -410,16 +405,18 @@ DIFFERING = {
 }
 """Checkpoints that the engines do not mean the same model by, and why."""
 ONE_SIDED = "olmoe_renormalized"
+UNSEEN_HALF = "cohere2_moe_wide_window"
+"""Both engines halve what routed and shared experts add up to; vLLM does so outside of what the proof looks at."""
 
 
 def counted_as(found: FamilyMeasures) -> str:
     """``yes``: both engines have a model of the type and mean the same by it, every row of the rule holding;
     ``apart``: so they do, but vLLM runs transformers' model through its backend (and whose code routes)."""
-    if found.dtype != "float32" or found.ratio > BOUND or not found.spec_rule_rate == found.train_rule_rate == 1:
+    if found.dtype != "float32" or found.ratio > BOUND:
         return "no"
     if found.vllm_class.startswith("Transformers"):
         return f"apart: {found.routing_code}'s routing code"
-    return "yes"
+    return "yes" if found.spec_rule_rate == found.train_rule_rate == 1 else "no"
 
 
 def broken_claims(found: FamilyMeasures) -> list[str]:
@@ -428,38 +425,45 @@ def broken_claims(found: FamilyMeasures) -> list[str]:
     if found.refused or found.not_captured:
         return []
     sums, bias = found.gate_weight_sums, found.biases["infer"]
-    biased = bias is not None or "groups" in found.rules["infer"]
-    words = "effective, on the expert's input" if name == "llama4" else "effective"
+    is_overruled = " + bias" in found.rules["infer"] or "groups" in found.rules["infer"]
     by_logits = [rate for method, rate in found.explained.items() if method != "margin_change"]
     claims = {
         "every position, layer and request has a row": found.is_complete,
         "taps change nothing": found.is_bit_equal_under_observation,
-        "a model's own routes forced on it change nothing": found.is_self_replay_bit_identical,
-        "forced sets are vLLM's": found.is_replayed,
         "moediag's rule gives vLLM's sets": found.spec_rule_rate == 1.0,
         "TopK of the raw logits misses a rule with bias or groups, and no other": (found.plain_topk_rate < 0.9)
-        == biased,
-        "gate weights are coefficients in both arms": found.gate_weights == {"infer": words, "train": words},
-        "a bias is kept where the rule has one, and it is no buffer of zeros": bias is None or np.unique(bias).size > 1,
-        "flips are predicted from logits": bool({"all_pairs", "simulated"} & found.explained.keys()),
+        == is_overruled,
+        "a bias that is kept is no buffer of zeros": bias is None or np.unique(bias).size > 1 or "without" in name,
         "what logits predict is a rate": all(0 <= rate < 0.5 for rate in by_logits),
-        "without its bias a rule that has one is not predicted from logits": (
-            found.explained_without_bias.keys() <= {"margin_change"}
-            if bias is not None
-            else found.explained_without_bias.keys() == found.explained.keys()
-        ),
     }
-    if name not in DIFFERING:
+    if not found.not_replayed:
+        words = "effective, on the expert's input" if name == "llama4" else "effective"
         claims |= {
+            "a model's own routes forced on it change nothing": found.is_self_replay_bit_identical,
+            "forced sets are vLLM's": found.is_replayed,
+            "gate weights are coefficients in both arms": found.gate_weights == {"infer": words, "train": words},
+        }
+    if name not in DIFFERING and name != UNSEEN_HALF:
+        claims |= {
+            "flips are predicted from logits": bool({"all_pairs", "simulated"} & found.explained.keys()),
+            "without its bias a rule that has one is not predicted from logits": (
+                found.explained_without_bias.keys() <= {"margin_change"}
+                if bias is not None
+                else found.explained_without_bias.keys() == found.explained.keys()
+            ),
+            "with vLLM's gate weights too": bool(found.not_replayed)
+            or found.mean_abs_logp_diff_replayed_with_weights <= BOUND * found.one_ulp,
             "both engines follow the same rule": not found.disagreements,
             "transformers' rule on vLLM's logits gives vLLM's sets": found.train_rule_rate == 1.0,
             "both engines have the same bias": bias == found.biases["train"],
             "validate finds nothing": not found.findings,
             "gate weights of a token add up to the same in both engines": not exact
             or bool(np.isclose(*sums.values(), rtol=1e-5)),
+        }
+    if name not in DIFFERING:
+        claims |= {
             "expert sets are the same but for rounding": found.same_set_rate > (0.9999 if exact else 0.8),
             "logps are the same but for rounding": found.ratio <= BOUND,
-            "with vLLM's gate weights too": found.mean_abs_logp_diff_replayed_with_weights <= BOUND * found.one_ulp,
             "the exact KL is that of rounding": abs(found.kl_exact) < 1e-6 if exact else found.kl_exact < 0.5,
         }
     else:
@@ -468,7 +472,7 @@ def broken_claims(found: FamilyMeasures) -> list[str]:
         claims |= {
             "the rule that one engine does not follow is named": len(found.disagreements) == 1
             and found.disagreements[0].startswith("the engines give the same experts other gate weights"),
-            "validate warns of the gate weights": set(found.findings) == {"D14-gate-factor", "gate-sum"},
+            "validate warns of the gate weights": set(found.findings) == {"D14-gate-factor"},
             "with vLLM's gate weights they differ by rounding": found.mean_abs_logp_diff_replayed_with_weights
             <= BOUND * found.one_ulp,
         }
@@ -477,33 +481,35 @@ def broken_claims(found: FamilyMeasures) -> list[str]:
 
 def tables(measured: Measures) -> dict[str, str]:
     """Every table of reports/families.md by its name."""
+
+    def table(columns: dict[str, Column], rows: Iterable[FamilyMeasures]) -> str:
+        cells = ([found.checkpoint, *(cell(found) for cell in columns.values())] for found in rows)
+        return markdown(["checkpoint", *columns], cells)
+
     written = {}
     for dtype, measures in measured.items():
         name = str(dtype).removeprefix("torch.")
         ran = [found for found in measures.values() if not found.refused]
-        captured = [found for found in ran if not found.not_captured]
-        for title, columns, rows in ((name, AGREEMENT, ran), (f"{name}, capture", CAPTURE, captured)):
-            cells = ([found.checkpoint, *(cell(found) for cell in columns.values())] for found in rows)
-            written[title] = markdown(["checkpoint", *columns], cells)
-        if name == "float32":
-            cells = ([found.checkpoint, *(cell(found) for cell in RULE.values())] for found in captured)
-            written["rules"] = markdown(["checkpoint", *RULE], cells)
-            reasons = ([found.checkpoint, found.refused or found.not_captured] for found in measures.values()
-                       if found.refused or found.not_captured)  # fmt: skip
-            written["not shown"] = markdown(["checkpoint", "why"], reasons)
+        written[name] = table(AGREEMENT, ran)
+        written[f"{name}, capture"] = table(CAPTURE, (found for found in ran if not found.not_captured))
+    each = {found.checkpoint: found for measures in reversed(measured.values()) for found in measures.values()}.values()
+    ran = [found for found in each if not found.refused]
+    written["rules"] = table(RULE, (found for found in ran if not found.not_captured))
+    written["not captured"] = table({"why": lambda m: m.not_captured}, (found for found in ran if found.not_captured))
+    written["refused"] = table({"why": lambda m: m.refused}, (found for found in each if found.refused))
     return written
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where checkpoints, runs and results are kept")
+    parser.add_argument("--folder", type=Path, help="where checkpoints, runs and results are kept; default: nowhere")
     parser.add_argument("names", nargs="*", help="of checkpoints; then no table is written")
     given = parser.parse_args()
     names = given.names or FAMILIES
-    measured = measure(
-        {dtype: tuple(name for name in names if dtype in FAMILIES[name].dtypes)
-         for dtype in (torch.float32, torch.bfloat16)}, given.folder
-    )  # fmt: skip
+    both = (torch.float32, torch.bfloat16)
+    wanted = {dtype: tuple(name for name in names if dtype in FAMILIES[name].dtypes) for dtype in both}
+    with tempfile.TemporaryDirectory() as passing, engines_under(TESTS, STAND_IN) as engines:
+        measured = measure(wanted, given.folder or Path(passing), engines)
     for title, table in tables(measured).items() if not given.names else ():
         commit_table("families.md", title, table)
     broken = [line for measures in measured.values() for found in measures.values() for line in broken_claims(found)]

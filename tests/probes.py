@@ -76,6 +76,26 @@ def probe_unobserved(writer: RunWriter, options: dict[str, Any], reporter: Repor
     Path(options["output"]).write_text(json.dumps(_model_of(llm)))
 
 
+def probe_rope(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+    """How far vLLM's rope kernel is from its own PyTorch rope: of query and key, in the layout of ordinary attention
+    and in that of latent attention."""
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    with set_current_vllm_config(VllmConfig()):
+        parameters = {"rope_theta": 10000.0, "rope_type": "default"}
+        rope = get_rope(64, 256, rope_parameters=parameters, is_neox_style=False, dtype=torch.float32)
+        torch.manual_seed(0)
+        q, fused, position = torch.randn(5, 2, 96)[..., 32:], torch.randn(5, 608), torch.arange(5)
+        k = fused[:, -64:].unsqueeze(1)
+        plain = rope.forward_native(position, q.clone(), k.clone())
+        flat = rope.forward_cpu(position, q.flatten(1).contiguous(), k.flatten(1).contiguous())
+        sliced = rope.forward_cpu(position, q, k)
+    off = [[float((a[i].reshape(plain[i].shape) - plain[i]).abs().max()) for a in (flat, sliced)] for i in (0, 1)]
+    Path(options["output"]).write_text(json.dumps(off))
+
+
 def _model_of(llm: Any) -> dict[str, str]:
     """The class of vLLM's model, and whose code routes: vLLM's backend for transformers' models has two ways."""
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
