@@ -76,8 +76,8 @@ def test_trl_is_read_where_lists_were_logged_and_refused_where_there_is_text_alo
         check_tokens(found, matched(found, true), ("logp_infer", "logp_train", "advantage", "reward"))
     assert main(["import", "trl", str(DUMPS / "trl" / "completions"), "-o", str(tmp_path / "text")]) == 1
     error = capsys.readouterr().err
-    assert "holds text and no log-probability" in error
-    assert "moediag profile CKPT --prompts FILE" in error
+    assert "holds text and no token ids: moediag import trl PATH --tokenizer CKPT -o RUN" in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "text").exists()
 
 

@@ -334,11 +334,6 @@ def test_pickles_are_opened_only_if_asked_to(tmp_path: Path, form: str, folder: 
         imported(form, [DUMPS / folder], tmp_path / "out")
 
 
-def test_text_of_verl_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(DumpError, match=r"1.jsonl holds text alone; .*gen_batch.dp, tq_batch.pt"):
-        imported("verl", [DUMPS / "verl" / "rollout_data_dir"], tmp_path / "out", trust_pickle=True)
-
-
 def skyrl_pickle(state: dict[str, Any]) -> bytes:
     """The pickle that SkyRL writes of a batch with this state."""
     module = "skyrl.backends.skyrl_train.training_batch"

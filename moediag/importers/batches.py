@@ -34,6 +34,7 @@ from moediag.importers.rollouts import (
     placed_routes,
     short,
 )
+from moediag.importers.text import text_steps
 from moediag.notation import INFER, NOT_ROUTED, TRAIN
 from moediag.numbers import count
 
@@ -157,10 +158,13 @@ def read_verl(files: Sequence[Path], options: Options) -> list[Step]:
     text = [path for path in files if path.suffix == ".jsonl"]
     files = [path for path in files if path not in text]
     if not files:
-        raise DumpError(
-            f"{text[0]} holds text alone; what verl has as numbers is in the rollout-skip caches (gen_batch.dp, "
-            "tq_batch.pt), or in a plain table exported in the trainer, see reports/reference.md"
-        )
+        groups = by_step(text, lambda path: int(path.stem))
+        twice = next((paths for paths in groups.values() if len(paths) > 1), None)
+        if twice:
+            raise DumpError(
+                f"{twice[0]} and {twice[1]} are both of step {twice[0].stem}; import one training at a time"
+            )
+        return text_steps("verl", groups, options)
     _refuse_untrusted(files, options)
     steps = []
     for number, paths in by_step(files, _verl_step).items():
