@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import run_moediag
+from conftest import MOEDIAG, run_moediag
 from dumps import DUMPS, imported, tokens_of
 from test_importing import lines, write_lines
 
@@ -82,11 +81,11 @@ def test_a_step_with_other_contents_is_refused_and_nothing_of_the_import_is_kept
     with pytest.raises(RunError, match="step-000002 was imported with other contents or options") as caught:
         imported("nemo-rl", [third, other], tmp_path / "series")
     assert "\n" not in str(caught.value)
-    assert {path for path in state(tmp_path / "series")} == {*before}
+    assert set(state(tmp_path / "series")) == set(before)
     other.write_text(other.read_text()[:-100])
     with pytest.raises(DumpError, match="no JSON"):
         imported("nemo-rl", [third, other], tmp_path / "series")
-    assert {path for path in state(tmp_path / "series")} == {*before}
+    assert set(state(tmp_path / "series")) == set(before)
     assert main(["import", "nemo-rl", str(FILES[1]), "-o", str(tmp_path / "series"), "--num-experts", "9"]) == 0
 
 
@@ -114,7 +113,7 @@ def test_a_killed_import_goes_on_where_it_was(tmp_path: Path) -> None:
         ])  # fmt: skip
     series = tmp_path / "series"
     words = ["import", "nemo-rl", str(folder), "-o", str(series)]
-    process = subprocess.Popen([sys.executable, "-m", "moediag", *words], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([str(MOEDIAG), *words], stdout=subprocess.DEVNULL)
     while not list(series.glob("step-*/run.json")):
         assert process.poll() is None
         time.sleep(0.01)

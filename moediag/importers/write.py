@@ -10,6 +10,7 @@ slots of dense layers and whether a side has anything at all are known only at t
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -29,16 +30,7 @@ from moediag.importers.registry import files_of, foreign_format, importer_of
 from moediag.importers.rollouts import SIDES, Importer, Options, Rollout, Step
 from moediag.importers.sequences import dense_layers, no_id, zero_layers
 from moediag.notation import INFER, NO_TOKEN, NOT_ROUTED, TRAIN
-from moediag.run.capture import (
-    LARGEST_ROUNDED_LOGP,
-    Capture,
-    Shard,
-    TokenRows,
-    decode_capture,
-    decode_tokens,
-    encode_capture,
-    encode_tokens,
-)
+from moediag.run.capture import LARGEST_ROUNDED_LOGP, Capture, Shard, TokenRows
 from moediag.run.create import create_run
 from moediag.run.files import digest_of, make_folder, sha256_file
 from moediag.run.reader import Run, open_run
@@ -175,16 +167,17 @@ def _refuse_other(run: Run, configuration: dict[str, Any], step: Step, make: Cal
 
 
 def _contents(run: Run) -> set[str]:
-    """What an import puts in a run, as digests: records without the files' names, token tables, captures."""
-    record = run.record.model_copy(update={"configuration": {}, "moediag_version": ""})
-    found = {digest_of(record.content())}
+    """What an import puts in a run, as digests: records, token tables, captures; not files' names, nor notes, which may
+    count what a file holds of other steps."""
+    tokens = run.record.tokens.model_copy(update={"notes": ()})
+    record = run.record.model_copy(update={"configuration": {}, "moediag_version": "", "tokens": tokens})
+    found = {digest_of(record.content()), *(sidecar.data_sha256 for sidecar in _sidecars(run, "tokens"))}
     for arm in run.arms():
         about = run.arm(arm)
         if isinstance(about.origin, Imported):
-            about = about.model_copy(update={"origin": about.origin.model_copy(update={"files": {}})})
-            found.add(digest_of(about.content()))
-            found |= {sidecar.data_sha256 for sidecar in _sidecars(run, f"arms/{arm}")}
-    return found | {sidecar.data_sha256 for sidecar in _sidecars(run, "tokens")}
+            about = about.model_copy(update={"origin": Imported(format=about.origin.format)})
+            found |= {digest_of(about.content()), *(one.data_sha256 for one in _sidecars(run, f"arms/{arm}"))}
+    return found
 
 
 def _sidecars(run: Run, folder: str) -> Iterator[Sidecar]:
@@ -252,10 +245,10 @@ def _fill(path: Path, importer: Importer, step: Step, options: Options, configur
         for side in present:
             writer.begin_arm(_arm(importer, step, side, sides[side], routers.get(side, ()), origin, options))
         for shard in shards:
-            tokens = decode_tokens((kept / f"{shard.stem}.parquet").read_bytes(), shard.stem)
+            tokens, captures = pickle.loads((kept / shard.stem).read_bytes())  # written by this very call
             writer.write_tokens(shard, tokens)
             for side in present:
-                capture = decode_capture((kept / f"{shard.stem}.{side}").read_bytes(), shard.stem)
+                capture = captures[side]
                 if side in is_dense:
                     ids_TLK = capture.expert_ids_TLK
                     if ids_TLK is None:  # the first rows that have routes came later
@@ -281,10 +274,8 @@ def _read(step: Step, sides: dict[str, _Side], kept: Path, options: Options) -> 
             f"{step.files[0]} and others" if step.files[1:] else str(step.files[0])
         )
         shard = Shard(index, first, len(part))
-        (kept / f"{shard.stem}.parquet").write_bytes(encode_tokens(tokens))
-        for side in SIDES:
-            capture = _capture(part, side, sides[side], len(tokens), step)
-            (kept / f"{shard.stem}.{side}").write_bytes(encode_capture(capture, _LARGEST_ID + 1, _narrow(capture)))
+        captures = {side: _capture(part, side, sides[side], len(tokens), step) for side in SIDES}
+        (kept / shard.stem).write_bytes(pickle.dumps((tokens, captures), pickle.HIGHEST_PROTOCOL))
         shards.append(shard)
         first += len(part)
     if not shards:
