@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -410,3 +411,36 @@ def test_no_edited_record_ends_in_a_traceback(tmp_path: Path, name: str, sample:
             refused.append(str(error))
     assert len(refused) > 10
     assert all(path.name in message and "\n" not in message for message in refused)
+
+
+@pytest.mark.parametrize("kind", ["lists", "bytes"])
+def test_the_split_layout_of_vllm_0_21_is_put_together(tmp_path: Path, kind: str) -> None:
+    """The prompt's rows at the response or at the choice, those behind it at the choice, MoE layers alone, int16."""
+
+    def encoded(rows: np.ndarray) -> object:
+        if kind == "lists":
+            return rows.tolist()
+        data = base64.b64encode(rows.astype(np.int16).tobytes()).decode()
+        return {"encoding": "base64", "dtype": "int16", "shape": rows.shape, "data": data}
+
+    for step in (0, 1):
+        records = lines(DUMPS / "vllm" / f"completions_step{step}.jsonl")
+        for i, record in enumerate(records):
+            (choice,) = record["choices"]
+            n_prompt = len(choice["prompt_token_ids"])
+            ids = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))[:, 1:]
+            (record if i % 2 else choice)["prompt_routed_experts"] = encoded(ids[:n_prompt])
+            choice["routed_experts"] = encoded(ids[n_prompt:]) if len(ids) > n_prompt else None
+        write_lines(tmp_path / f"completions_step{step}.jsonl", records)
+    runs = imported("vllm", [tmp_path], tmp_path / "series", n_experts=16)
+    for step, run in enumerate(runs):
+        found = tokens_of(run)
+        true = matched(found, truth(step))
+        check_tokens(found, true, ["logp_infer"])
+        check_routes(run, "rollout", found, true, first_layer=0)
+        assert any("which decoder layers are MoE is not known; layers count from 0" in note for note in run.notes)
+    whole = lines(tmp_path / "completions_step0.jsonl")
+    del whole[1]["prompt_routed_experts"]
+    write_lines(tmp_path / "completions_step0.jsonl", whole)
+    with pytest.raises(DumpError, match=r"line 2: routed_experts have \d+ rows, expected \d+"):
+        imported("vllm", [tmp_path / "completions_step0.jsonl"], tmp_path / "out")

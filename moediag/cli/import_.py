@@ -29,6 +29,10 @@ NumExperts = Annotated[
 NumLayers = Annotated[
     int | None, typer.Option("--num-layers", min=1, help="Decoder layers; default: as the dump or its ids tell.")
 ]
+PipelineLayers = Annotated[
+    str | None,
+    typer.Option("--pipeline-layers", metavar="N,N,...", help="megatron: decoder layers of every pipeline stage."),
+]
 FirstRow = Annotated[int, typer.Option("--first-row", min=0, help="Position of the first routing row in its sequence.")]
 SampledAt = Annotated[
     float | None, typer.Option("--temperature", min=0.0, help="Temperature that the tokens were sampled at.")
@@ -53,6 +57,7 @@ def command(
     temperature: SampledAt = None,
     mask: Mask = None,
     tokens: o.TokensTable = None,
+    pipeline_layers: PipelineLayers = None,
     tokenizer: TokenizerFolder = None,
     series: AsSeries = False,
     trust_pickle: o.TrustPickle = False,
@@ -95,6 +100,7 @@ def command(
         options = Options(
             n_experts=num_experts, n_layers=num_layers, first_row=first_row, temperature=temperature,
             mask=mask, tokens=tokens, trust_pickle=trust_pickle, on_progress=progress.show,
+            pipeline_layers=_whole_numbers(pipeline_layers),
             tokenizer=tokenizer.parent if tokenizer and tokenizer.is_file() else tokenizer,
         )  # fmt: skip
         runs = import_dump(importer, files, output, options, force, series)
@@ -110,6 +116,19 @@ def command(
     for text in dict.fromkeys(text for made in facts for text in made["notes"]):
         say(f"note: {text}")
     wrote(output)
+
+
+def _whole_numbers(text: str | None) -> tuple[int, ...]:
+    """``16,16`` as numbers.
+
+    Example:
+        >>> _whole_numbers("16, 14"), _whole_numbers(None)
+        ((16, 14), ())
+    """
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"expected whole numbers with commas between, found {text}")
+    return tuple(map(int, parts))
 
 
 def _facts(run: Run) -> dict[str, Any]:

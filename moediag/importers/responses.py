@@ -14,8 +14,11 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +49,7 @@ from moediag.notation import INFER, NO_TOKEN, NOT_ROUTED
 _DTYPES: Final = {"int32": "<i4", "uint16": "<u2", "uint8": "u1", "int16": "<i2", "int8": "i1", "int64": "<i8"}
 _LARGEST: Final = 32_766
 _ROWS_FOR_K: Final = 2048
+_OF_PROMPT: Final = "prompt_routed_experts"
 
 
 @dataclass
@@ -399,14 +403,13 @@ def read_vllm(files: Sequence[Path], options: Options) -> list[Step]:
     steps = []
     for number, paths in by_step(files, lambda path: number_in(path.name, r"step_?(\d+)")).items():
         step = Step(number, tuple(paths), ())
-        step.rollouts = _Reader(
-            step, paths, options, lambda where, record: _vllm_choices(where, record, options)
-        ).rollouts()
+        parse = partial(_vllm_choices, options=options, step=step)
+        step.rollouts = _Reader(step, paths, options, parse).rollouts()
         steps.append(step)
     return steps
 
 
-def _vllm_choices(where: str, record: dict[str, Any], options: Options) -> list[_Response]:
+def _vllm_choices(where: str, record: dict[str, Any], options: Options, step: Step) -> list[_Response]:
     choices = record.get("choices")
     if not isinstance(choices, list):
         raise DumpError(f"{where} has no choices; is it a response of vLLM's server?")
@@ -421,6 +424,10 @@ def _vllm_choices(where: str, record: dict[str, Any], options: Options) -> list[
         output = whole_numbers(ids, here, "token_ids") if ids else np.zeros(0, np.int64)
         prompt_T = whole_numbers(prompt, here, "prompt_token_ids")
         rows = len(prompt_T) + len(output) - 1 - options.first_row
+        of_prompt = choice.get(_OF_PROMPT, record.get(_OF_PROMPT))
+        if of_prompt is not None:
+            step.has_dense_layers = {INFER: False}
+        parts = of_prompt, choice.get("routed_experts")
         found.append(
             _Response(
                 here,
@@ -428,7 +435,7 @@ def _vllm_choices(where: str, record: dict[str, Any], options: Options) -> list[
                 prompt_T,
                 output,
                 lambda here=here, choice=choice, output=output: _vllm_logp(here, choice.get("logprobs"), output),  # type: ignore[misc]
-                lambda here=here, choice=choice, rows=rows: _vllm_routes(here, choice.get("routed_experts"), rows),  # type: ignore[misc]
+                lambda here=here, parts=parts, rows=rows: _vllm_routes(here, *parts, rows),  # type: ignore[misc, call-arg]
                 options.first_row,
                 choice.get("weight_versions"),
             )
@@ -443,27 +450,22 @@ def _vllm_logp(where: str, logprobs: Any, output: Int64) -> Float64 | None:
     content = logprobs.get("content")
     if content is None:
         return floats(logprobs.get("token_logprobs"), where, "token_logprobs", len(output))
-    ids = [entry.get("token_id") for entry in content]
-    if None not in ids and ids != output.tolist():
-        raise DumpError(f"{where}: logprobs are of other tokens than token_ids ({len(ids)} and {len(output)})")
-    return floats([entry.get("logprob") for entry in content], where, "logprobs", len(output))
+    if all("token_id" in entry for entry in content):
+        ids = list(map(itemgetter("token_id"), content))
+        if ids != output.tolist():
+            raise DumpError(f"{where}: logprobs are of other tokens than token_ids ({len(ids)} and {len(output)})")
+    return floats(list(map(itemgetter("logprob"), content)), where, "logprobs", len(output))
 
 
-def _vllm_routes(where: str, value: Any, rows: int) -> NDArray[Any] | None:
-    """(rows, L, K) of base64 of a .npy file, or of nested lists."""
-    if value is None:
+def _vllm_routes(where: str, of_prompt: Any, of_rest: Any, rows: int) -> NDArray[Any] | None:
+    """(rows, L, K) of the whole sequence; 0.21 has the prompt's rows apart, and of MoE layers alone."""
+    parts = [_vllm_ids(where, value) for value in (of_prompt, of_rest) if value is not None and value != []]
+    if not parts:
         return None
-    if isinstance(value, str):
-        try:
-            ids = np.load(io.BytesIO(_bytes(where, value)), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise DumpError(f"{where}: routed_experts are no .npy file ({error}); cut?") from None
-    else:
-        ids = np.asarray(value)
-    if ids.ndim != 3 or ids.dtype.kind not in "iu":
-        raise DumpError(
-            f"{where}: routed_experts should be [rows][layers][K] whole numbers, found {ids.dtype} {ids.shape}"
-        )
+    if len({part.shape[1:] for part in parts}) > 1:
+        shapes = " and ".join(str(part.shape) for part in parts)
+        raise DumpError(f"{where}: {_OF_PROMPT} and routed_experts have other layers or K: {shapes}")
+    ids = np.concatenate(parts)
     if len(ids) == rows + 1:
         ids = ids[:rows]  # up to 0.20 a row for the last token, which nothing consumed
     if len(ids) != rows:
@@ -476,6 +478,29 @@ def _vllm_routes(where: str, value: Any, rows: int) -> NDArray[Any] | None:
     if ids.dtype.kind == "u" and ids.shape[2] > 1 and ids.max(initial=0) == largest:  # -1 in an unsigned type
         wide[(ids == largest).all(axis=2)] = NOT_ROUTED
     return _possible(where, wide)
+
+
+def _vllm_ids(where: str, value: Any) -> NDArray[Any]:
+    """(rows, L, K) of base64 of a .npy file, of nested lists, or of bytes with their shape and dtype beside."""
+    if isinstance(value, str):
+        try:
+            ids: NDArray[Any] = np.load(io.BytesIO(_bytes(where, value)), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise DumpError(f"{where}: routed_experts are no .npy file ({error}); cut?") from None
+    elif isinstance(value, dict):
+        ids, shape = np.frombuffer(_bytes(where, value.get("data")), _DTYPES[value["dtype"]]), tuple(value["shape"])
+        if ids.size != math.prod(shape):
+            raise DumpError(
+                f"{where}: routed_experts hold {ids.size:,} ids for shape {shape}; cut, or of another width?"
+            )
+        ids = ids.reshape(shape)
+    else:
+        ids = np.asarray(value)  # nested lists
+    if ids.ndim != 3 or ids.dtype.kind not in "iu":
+        raise DumpError(
+            f"{where}: routed_experts should be [rows][layers][K] whole numbers, found {ids.dtype} {ids.shape}"
+        )
+    return ids
 
 
 SGLANG: Final = Importer(

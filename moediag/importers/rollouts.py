@@ -109,6 +109,7 @@ class Options:
         temperature: that the tokens were sampled at.
         mask: the column of the loss mask, of plain tables.
         tokens: a table with token ids and boundaries, for a dump that has none.
+        pipeline_layers: decoder layers of every pipeline stage of a trainer; empty = one stage.
         tokenizer: the folder of the tokenizer for a dump of text.
         trust_pickle: pickles may be opened.
         on_progress: called with what is read.
@@ -120,6 +121,7 @@ class Options:
     temperature: float | None = None
     mask: str | None = None
     tokens: Path | None = None
+    pipeline_layers: tuple[int, ...] = ()
     tokenizer: Path | None = None
     trust_pickle: bool = False
     on_progress: OnProgress = silent
@@ -134,6 +136,8 @@ class Options:
         if self.tokens and not self.tokens.is_file():
             raise DumpError(f"--tokens {self.tokens} is missing, or no file")
         known["tokens"] = self.tokens and sha256_file(self.tokens)
+        if self.pipeline_layers:
+            known["pipeline_layers"] = list(self.pipeline_layers)
         return known if self.tokenizer is None else {**known, "tokenizer": tokenizer_digest(self.tokenizer)}
 
 

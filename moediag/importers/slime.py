@@ -342,8 +342,12 @@ def _gathered(paths: Sequence[Path], step: Step) -> dict[int, tuple[str, Columns
         cp_rank, cp_size = content.get("cp_rank", 0), content.get("cp_size", 1)
         if type(cp_rank) is not int or type(cp_size) is not int or not 0 <= cp_rank < cp_size <= _MOST_RANKS:
             raise DumpError(f"{path}: context-parallel rank {short(cp_rank)} of {short(cp_size)} is no rank")
-        if cp_size > 1 and content.get("qkv_format", "thd") != "thd":
-            raise DumpError(f"{path}: qkv_format {content['qkv_format']} is split in another way; known is thd")
+        layout = content.get("qkv_format", "thd")
+        if cp_size > 1 and (layout not in ("thd", "bshd") or (layout == "bshd" and "max_seq_lens" not in columns)):
+            raise DumpError(
+                f"{path}: qkv_format {short(layout)} is split in a way that is not known; known are thd, and bshd with "
+                "the padded lengths beside (max_seq_lens)"
+            )
         if cp_rank in ranks:  # tensor-parallel peers compute the same
             if not _are_same(ranks[cp_rank]["columns"], columns):
                 raise DumpError(
@@ -352,7 +356,7 @@ def _gathered(paths: Sequence[Path], step: Step) -> dict[int, tuple[str, Columns
                 )
             n_same += 1
         else:
-            ranks[cp_rank] = {"path": path, "columns": columns, "cp_size": cp_size}
+            ranks[cp_rank] = {"path": path, "columns": columns, "cp_size": cp_size, "is_padded": layout == "bshd"}
     if n_same:
         step.notes.append(f"{n_same:,} files repeat another one's samples (tensor-parallel ranks) and were left out")
     found: dict[int, tuple[str, Columns]] = {}
@@ -404,13 +408,16 @@ def _whole_sample(ranks: Mapping[int, Columns], i: int, where: str) -> Columns:
     n, n_response = len(sample["tokens"]), sample["response_lengths"]
     if type(n_response) is not int or not 0 <= n_response <= n:
         raise DumpError(f"{where}: response_lengths is {short(n_response)} for {n} tokens")
+    padded = columns["max_seq_lens"][i] if ranks[0]["is_padded"] and ranks[0]["cp_size"] > 1 else n
+    if type(padded) is not int or padded < n:
+        raise DumpError(f"{where}: max_seq_lens is {short(padded)} for {n} tokens")
     for name in ("rollout_log_probs", *_TRAINERS):
         if name not in columns:
             continue
         whole = np.full(n_response, np.nan)
         for cp_rank, rank in ranks.items():
             part = np.asarray(rank["columns"][name][i], dtype=np.float64)
-            held = held_by(cp_rank, rank["cp_size"], n, n_response)
+            held = held_by(cp_rank, rank["cp_size"], n, n_response, padded)
             if len(part) != len(held):
                 raise DumpError(
                     f"{rank['path']} sample {i}: {name} holds {len(part)} numbers; context-parallel rank {cp_rank} of "
@@ -421,11 +428,14 @@ def _whole_sample(ranks: Mapping[int, Columns], i: int, where: str) -> Columns:
     return sample
 
 
-def held_by(cp_rank: int, cp_size: int, n: int, n_response: int) -> NDArray[np.intp]:
+def held_by(cp_rank: int, cp_size: int, n: int, n_response: int, padded: int | None = None) -> NDArray[np.intp]:
     """Which response tokens a context-parallel rank holds, in its order.
 
     The sequence's logits are cut into ``2 cp_size`` chunks; a rank has one from the front and one from the back, so
     that all have the same work under a causal mask. A token's log-probability is with the logits before it.
+
+    Args:
+        padded: length that the sequence was padded to before it was cut (``bshd``); None = its own (``thd``).
 
     Example:
         >>> held_by(0, 2, n=8, n_response=5), held_by(1, 2, n=8, n_response=5)
@@ -433,7 +443,7 @@ def held_by(cp_rank: int, cp_size: int, n: int, n_response: int) -> NDArray[np.i
     """
     if cp_size == 1:
         return np.arange(n_response)
-    chunk, first = -(-n // (2 * cp_size)), n - n_response - 1
+    chunk, first = -(-(padded or n) // (2 * cp_size)), n - n_response - 1
     logits = [
         np.arange(max(part * chunk, first), min((part + 1) * chunk, n - 1))
         for part in (cp_rank, 2 * cp_size - 1 - cp_rank)
