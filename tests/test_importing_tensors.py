@@ -19,10 +19,10 @@ from conftest import SEED
 from dumps import DUMPS, check_routes, check_tokens, imported, matched, tokens_of, truth
 
 from moediag.errors import DumpError
+from moediag.importers.miles import held_by
 from moediag.importers.pickles import read_pickle
 from moediag.importers.registry import IMPORTERS, expand
 from moediag.importers.rollouts import Options
-from moediag.importers.slime import held_by
 from moediag.run.reader import Run
 
 SLIME = ("logp_infer", "logp_train", "entropy_train", "advantage", "reward")
@@ -267,7 +267,7 @@ DAMAGE: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
         in_sample(2, rollout_routed_experts=lambda rows: (rows.to(torch.uint8).repeat(1, 1, 4).view(torch.int32))),
         "which is no expert id"),
     "a log-probability less": ("slime", "rollout_data/0.pt", in_sample(0, rollout_log_probs=lambda logps: logps[1:]),
-                               "rollout_log_probs should hold one number per response token, 5; found 4"),
+                               "rollout_log_probs should hold 5 numbers, one per token, found 4"),
     "probabilities": ("slime", "rollout_data/0.pt", in_sample(0, rollout_log_probs=lambda logps: [0.5] * 5),
                       "is 0.5, above 0; are these logits or probabilities"),
     "other tokens": ("slime", "train_data/0.pt", in_sample(3, tokens=lambda tokens: tokens.flip(0)),

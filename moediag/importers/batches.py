@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moediag.errors import DumpError
-from moediag.importers.pickles import read_pickle, read_torch
+from moediag.importers.pickles import first_bytes, read_pickle, read_torch
 from moediag.importers.rollouts import (
     Importer,
     Options,
@@ -41,7 +41,6 @@ from moediag.numbers import count
 _CLAMPED: Final = -9999.0
 """SkyRL's number for a log-probability that the engine did not give."""
 _SKYRL_PICKLE: Final = b"skyrl.backends.skyrl_train.training_batch"
-_BYTES_LOOKED_AT: Final = 4096
 
 
 def read_skyrl(files: Sequence[Path], options: Options) -> list[Step]:
@@ -310,22 +309,14 @@ def _of_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def is_skyrl(path: Path) -> bool:
     """Whether a file is a dumped batch of SkyRL; it is not opened as a pickle."""
-    return path.suffix == ".pkl" and _SKYRL_PICKLE in _first_bytes(path)
+    return path.suffix == ".pkl" and _SKYRL_PICKLE in first_bytes(path)
 
 
 def is_verl(path: Path) -> bool:
     """Whether a file is a rollout-skip cache of verl, or its text of rollouts; none is opened as a pickle."""
     if path.suffix == ".jsonl":
-        return path.stem.isdigit() and all(name in _first_bytes(path) for name in (b'"input"', b'"output"', b'"gts"'))
+        return path.stem.isdigit() and all(name in first_bytes(path) for name in (b'"input"', b'"output"', b'"gts"'))
     return path.name in ("gen_batch.dp", "tq_batch.pt")
-
-
-def _first_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(_BYTES_LOOKED_AT)
-    except OSError:
-        return b""
 
 
 SKYRL: Final = Importer(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from moediag.errors import DumpError
-from moediag.importers import batches, megatron, plain, responses, slime, text, trainers
+from moediag.importers import batches, megatron, miles, plain, responses, slime, text, trainers
 from moediag.importers.rollouts import Importer
 from moediag.run.records import MANIFEST
 from moediag.run.series import SERIES
@@ -22,7 +22,7 @@ IMPORTERS: Final = {
     one.name: one
     for one in (
         slime.SLIME,
-        slime.MILES,
+        miles.MILES,
         trainers.NEMO_RL,
         trainers.PRIME_RL,
         text.TRL,
