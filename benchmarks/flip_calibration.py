@@ -51,7 +51,7 @@ def synthetic_rows(name: str, truth: Truth) -> list[dict[str, object]]:
     rows = [_row(name, record) for record in frame[frame["layer"] == -1].to_dict("records")]
     other = make_flips(truth, seed=2, first_prompt=1)
     noise = pair_of(*other.blocks(), rule=truth.rule, name="train~train-perturbed")
-    forecast = forecast_flips(measured, measure_noise(noise, truth.rule), truth.bias_LE)
+    forecast = forecast_flips(measured, [measure_noise(noise, truth.rule)], truth.bias_LE)
     record = forecast[forecast["layer"] == -1].iloc[0]
     rows.append(
         {

@@ -230,7 +230,7 @@ def test_the_scatter_of_a_measured_scale_is_taken_out() -> None:
 def test_predictions_and_flips_count_the_same_choices() -> None:
     pair = make_flips(SMALL)
     noise = measure_noise(pair, SMALL.rule)
-    totals = predict_pair(noise, FlipPredictor(noise.counts["logits"], SMALL.rule, "border_pair"))
+    (totals,) = predict_pair(noise, [FlipPredictor(noise.counts["logits"], SMALL.rule, "border_pair")])
     assert totals.n_CLB.sum() == len(block_of(pair)) * 2
     assert totals.flips_CLB.sum() == view_block(block_of(pair), SMALL.rule).is_flip_TL.sum()
 

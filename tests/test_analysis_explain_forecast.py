@@ -32,7 +32,7 @@ def arm_pair(seed: int = 9, truth: Truth = TRUTH):
 
 
 def forecast(target, noise, rule: RoutingRule) -> pd.DataFrame:
-    return forecast_flips(measure_noise(target, rule), measure_noise(noise, rule))
+    return forecast_flips(measure_noise(target, rule), [measure_noise(noise, rule)])
 
 
 def explained(pair, rule: RoutingRule) -> pd.DataFrame:

@@ -16,14 +16,14 @@ Invariants:
     - only noise that was measured: scaled noise is left out, since a flip makes the noise of later layers louder and
       no factor is known, and so is rounding of recorded scores, since a router in another precision is not
       its result rounded. Those are arms to capture (``train-router-fp8``, ``train-router-fp32``);
-    - two passes over a pair (noise, then flips) in bounded memory; large captures are thinned by whole tokens, evenly,
-      and ``n_choices`` is the number of choices left.
+    - a pair is read once for its noise and once for all predictions from it, in bounded memory; large captures are
+      thinned by whole tokens, evenly, and ``n_choices`` is the number of choices left.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -35,8 +35,6 @@ from moediag.analysis.declarations import EXPLAINED_FLIPS, FLIP_CALIBRATION, FOR
 from moediag.analysis.flips.calibration import PredictionTotals, curve_records, rate_records
 from moediag.analysis.flips.noise import (
     MEASURE_OF,
-    BlockView,
-    Measure,
     Method,
     PairNoise,
     measure_noise,
@@ -104,12 +102,8 @@ def predict_flips(run: Run) -> dict[str, pd.DataFrame]:
         return measure_noise(pair, rule, "infer" if pair.subtrahend == reference else "train")
 
     main = noise_of(train, infer)
-    forecasts = [forecast_flips(main, noise_of(*names), bias_LE) for names in noise_arms(run)]
-    some = [frame for frame in forecasts if len(frame)]
-    return {
-        **explain_flips(main, bias_LE),
-        "forecast_flips": pd.concat(some, ignore_index=True) if some else _frame(FORECAST_FLIPS, []),
-    }
+    others = [noise_of(*names) for names in noise_arms(run)]
+    return {**explain_flips(main, bias_LE), "forecast_flips": forecast_flips(main, others, bias_LE)}
 
 
 def noise_arms(run: Run) -> list[tuple[str, str]]:
@@ -141,9 +135,10 @@ def explain_flips(noise: PairNoise, bias_LE: Float64 | None = None) -> dict[str,
     sigmas = {measure: noise_records(noise, measure) for measure in noise.counts}
     records: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
-    for method in noise.methods(bias_LE is not None):
+    methods = noise.methods(bias_LE is not None)
+    predictors = [FlipPredictor(noise.counts[MEASURE_OF[method]], noise.rule, method, bias_LE) for method in methods]
+    for method, totals in zip(methods, predict_pair(noise, predictors), strict=True):
         measure = MEASURE_OF[method]
-        totals = predict_pair(noise, FlipPredictor(noise.counts[measure], noise.rule, method, bias_LE))
         head = {"method": method, "side": noise.side, "note": _note(noise, method, bias_LE is not None)}
         for record in rate_records(totals, noise.pair.decoder_layer_L, "explained"):
             of_layer = {} if record["layer"] == POOLED else sigmas[measure][record["layer"]]
@@ -158,66 +153,68 @@ def explain_flips(noise: PairNoise, bias_LE: Float64 | None = None) -> dict[str,
     }
 
 
-def forecast_flips(target: PairNoise, noise: PairNoise, bias_LE: Float64 | None = None) -> pd.DataFrame:
-    """Flip rate that a pair would have under the noise of another pair, from the scores of one of its arms.
+def forecast_flips(target: PairNoise, noises: Sequence[PairNoise], bias_LE: Float64 | None = None) -> pd.DataFrame:
+    """Flip rate that a pair would have under the noise of other pairs, from the scores of one of its arms.
 
     Args:
         target: the pair that the forecast is of, e.g. infer~train; its own noise plays no part.
-        noise: the pair whose noise is taken, e.g. of ``run.pair("train-perturbed", "train", with_logits=True)``.
+        noises: the pairs whose noise is taken, e.g. of ``run.pair("train-perturbed", "train", with_logits=True)``.
         bias_LE: the routers' correction bias of ``target.side`` by layer, where the rule has one.
 
     Returns:
         Frame ``forecast_flips``: share of choices that would flip, pooled and by layer, beside the flips that both
-        pairs show; low is good. Empty without margins on either side.
+        pairs show; low is good. Sources without margins on either side are left out.
 
     Source: ours; the assumptions are in the column ``assumption``.
     """
-    methods = noise.methods(bias_LE is not None)
-    if not target.has_target_logits:
-        methods = [method for method in methods if MEASURE_OF[method] == "margins"]
-    if not methods:
-        return _frame(FORECAST_FLIPS, [])
-    method = methods[0]
-    predictor = FlipPredictor(noise.counts[MEASURE_OF[method]], noise.rule, method, bias_LE)
-    assumed = _ASSUMED.format(pair=target.pair.name, noise=noise.pair.name)
-    head = {
-        "pair": target.pair.name, "side": target.side, "noise_from": noise.pair.name, "method": method,
-        "assumption": "; ".join(filter(None, [_note(noise, method, bias_LE is not None), assumed])),
-    }  # fmt: skip
-    of_noise = rate_records(predict_pair(noise, None), noise.pair.decoder_layer_L, "forecast")
-    of_target = rate_records(predict_pair(target, predictor), target.pair.decoder_layer_L, "forecast")
-    shown = {row["layer"]: row for row in of_noise}
-    columns = ("observed", "observed_ci_low", "observed_ci_high")
-    records = [{**head, **row, **{f"noise_{name}": shown[row["layer"]][name] for name in columns}} for row in of_target]
+    sources: list[tuple[PairNoise, FlipPredictor]] = []
+    for noise in noises:
+        methods = noise.methods(bias_LE is not None)
+        usable = [method for method in methods if target.has_target_logits or MEASURE_OF[method] == "margins"]
+        if usable:
+            counts = noise.counts[MEASURE_OF[usable[0]]]
+            sources.append((noise, FlipPredictor(counts, noise.rule, usable[0], bias_LE)))
+    records: list[dict[str, Any]] = []
+    totals = predict_pair(target, [predictor for _, predictor in sources])
+    for (noise, predictor), of_target in zip(sources, totals, strict=True):
+        assumed = _ASSUMED.format(pair=target.pair.name, noise=noise.pair.name)
+        note = _note(noise, predictor.method, bias_LE is not None)
+        head = {
+            "pair": target.pair.name, "side": target.side, "noise_from": noise.pair.name, "method": predictor.method,
+            "assumption": "; ".join(filter(None, [note, assumed])),
+        }  # fmt: skip
+        shown = {row["layer"]: row for row in rate_records(noise.flips, noise.pair.decoder_layer_L, "forecast")}
+        for row in rate_records(of_target, target.pair.decoder_layer_L, "forecast"):
+            columns = ("observed", "observed_ci_low", "observed_ci_high")
+            records.append({**head, **row, **{f"noise_{name}": shown[row["layer"]][name] for name in columns}})
     return _frame(FORECAST_FLIPS, records)
 
 
-def predict_pair(target: PairNoise, predictor: FlipPredictor | None) -> PredictionTotals:
-    """Predictions from the scores of a pair's reference side, beside the flips of that pair.
+def predict_pair(target: PairNoise, predictors: Sequence[FlipPredictor]) -> list[PredictionTotals]:
+    """Predictions from the scores of a pair's reference side, beside the flips of that pair, in one pass.
+
+    Margins are cheap: every token. From logits every n-th token where all would be too many.
 
     Args:
         target: whose scores; its own noise is not read.
-        predictor: made from the noise of this or another pair; None predicts no flip anywhere, to count those seen.
+        predictors: made from the noise of this or other pairs.
     """
     n_layers = target.pair.n_layers
-    parts = [PredictionTotals.empty(n_layers)]
-    for view in _thinned_views(target, "margins" if predictor is None else MEASURE_OF[predictor.method]):
-        if predictor is None:
-            predicted_TL = np.where(view.is_known_TL, 0.0, np.nan)
-        else:
+    parts = [[PredictionTotals.empty(n_layers)] for _ in predictors]
+    stride = max(1, math.ceil(float(target.gap_L.sum()) * target.rule.n_experts / MAX_CELLS))
+    for block in target.pair.blocks() if predictors else ():
+        every = view_block(block, target.rule, target.side)
+        if every is None:
+            continue
+        thinned = every.every(stride)
+        for predictor, of_predictor in zip(predictors, parts, strict=True):
+            needs_logits = MEASURE_OF[predictor.method] == "logits"
+            if needs_logits and every.logits_TLE is None:
+                continue
+            view = thinned if needs_logits else every
             predicted_TL = np.stack([predictor.layer_probability(view, layer) for layer in range(n_layers)], axis=1)
-        parts.append(PredictionTotals.of_block(view.prompt_id_T, predicted_TL, view.is_flip_TL))
-    return PredictionTotals.merge(parts)
-
-
-def _thinned_views(target: PairNoise, measure: Measure) -> Iterator[BlockView]:
-    """Views of the blocks; from logits, every n-th token where all would be too many. Margins are cheap: all."""
-    n_cells = float(target.gap_L.sum()) * target.rule.n_experts
-    stride = max(1, math.ceil(n_cells / MAX_CELLS)) if measure == "logits" else 1
-    for block in target.pair.blocks():
-        view = view_block(block, target.rule, target.side)
-        if view is not None and (measure == "margins" or view.logits_TLE is not None):
-            yield view.every(stride)
+            of_predictor.append(PredictionTotals.of_block(view.prompt_id_T, predicted_TL, view.is_flip_TL))
+    return list(map(PredictionTotals.merge, parts))
 
 
 def _note(noise: PairNoise, method: Method, has_bias: bool) -> str:

@@ -27,6 +27,7 @@ from scipy import special
 
 from moediag.analysis.choice_scores import RoutingRule, border_gap, compared_scores
 from moediag.analysis.expert_sets import compare_block
+from moediag.analysis.flips.calibration import PredictionTotals
 from moediag.analysis.margins import Side
 from moediag.analysis.totals import Totals, counted
 from moediag.run.align import Pair, PairBlock
@@ -228,6 +229,7 @@ class PairNoise:
 
     Args:
         counts: by way to measure.
+        flips: the choices compared and those that flipped; nothing is predicted yet.
         tie_L, gap_L: exact ties and gaps of the reference side, by layer.
         has_target_logits: the reference side kept its router logits.
     """
@@ -236,6 +238,7 @@ class PairNoise:
     rule: RoutingRule
     side: Side
     counts: dict[Measure, NoiseCounts]
+    flips: PredictionTotals
     tie_L: Float64
     gap_L: Float64
     has_target_logits: bool
@@ -254,6 +257,7 @@ class PairNoise:
 def measure_noise(pair: Pair, rule: RoutingRule, side: Side = "infer") -> PairNoise:
     """The noise between the two arms of a pair, in one pass over its blocks."""
     counts: dict[Measure, NoiseCounts] = {}
+    flips = [PredictionTotals.empty(pair.n_layers)]
     tie_L, gap_L, has_logits = np.zeros(pair.n_layers), np.zeros(pair.n_layers), False
     for block in pair.blocks():
         view = view_block(block, rule, side)
@@ -262,9 +266,11 @@ def measure_noise(pair: Pair, rule: RoutingRule, side: Side = "infer") -> PairNo
         tie_L += (view.is_known_TL & (view.gap_TL == 0)).sum(axis=0)
         gap_L += view.is_known_TL.sum(axis=0)
         has_logits |= view.logits_TLE is not None
+        unpredicted_TL = np.where(view.is_known_TL, 0.0, np.nan)
+        flips.append(PredictionTotals.of_block(view.prompt_id_T, unpredicted_TL, view.is_flip_TL))
         for measure in _measures(view):
             counts.setdefault(measure, NoiseCounts.empty(pair.n_layers)).add_block(view, rule, measure)
-    return PairNoise(pair, rule, side, counts, tie_L, gap_L, has_logits)
+    return PairNoise(pair, rule, side, counts, PredictionTotals.merge(flips), tie_L, gap_L, has_logits)
 
 
 def _measures(view: BlockView) -> list[Measure]:
