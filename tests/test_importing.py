@@ -444,3 +444,22 @@ def test_the_split_layout_of_vllm_0_21_is_put_together(tmp_path: Path, kind: str
     write_lines(tmp_path / "completions_step0.jsonl", whole)
     with pytest.raises(DumpError, match=r"line 2: routed_experts have \d+ rows, expected \d+"):
         imported("vllm", [tmp_path / "completions_step0.jsonl"], tmp_path / "out")
+
+
+def test_turns_of_many_conversations_are_joined(tmp_path: Path) -> None:
+    """A later turn's prompt is everything before and a tool's answer; conversations begin alike, in 800 lengths."""
+    rng = np.random.default_rng(0)
+    records, expected = [], []
+    for i in range(400):
+        ids = [*range(100), *rng.integers(0, 50, 300 + 5 * i).tolist()]
+        for turn in range(2):
+            output = rng.integers(0, 50, 5).tolist()
+            choice = {"token_ids": output, "prompt_token_ids": ids, "logprobs": {"token_logprobs": [-1.0] * 5}}
+            records.append({"id": f"{i}-{turn}", "choices": [choice]})
+            ids = [*ids, *output, *(rng.integers(0, 50, 3).tolist() if turn == 0 else [])]
+        expected.append(ids)
+    path = tmp_path / "step_0.jsonl"
+    write_lines(path, records)
+    (step,) = importer_of("vllm").read([path], Options())
+    found = [rollout.token_id_T.tolist() for rollout in step.rollouts]
+    assert found == expected

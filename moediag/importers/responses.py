@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -117,23 +118,27 @@ class _Reader:
             DumpError: one answer twice.
         """
         ends: dict[bytes, list[int]] = {}
-        lengths: set[int] = set()
         before_of: dict[int, int] = {}
         seen: dict[Hashable, str] = {}
-        waiting: list[tuple[int, Int64]] = []
+        waiting: list[tuple[int, NDArray[np.uint32]]] = []
+        last_tokens: set[int] = set()
         for i, response in enumerate(self._responses()):
             if (first := seen.setdefault(response.name, response.where)) != response.where:
                 raise DumpError(f"{response.where}: answer {response.name} stands at {first} already; keep one of them")
-            is_known = bool((response.prompt != NO_TOKEN).all())
-            if is_known:
-                whole = np.r_[response.prompt, response.output].astype(np.int32)
-                ends.setdefault(whole.tobytes(), []).append(i)
-                lengths.add(len(whole))
-                waiting.append((i, response.prompt.astype(np.int32)))
-        ordered = sorted(lengths, reverse=True)
+            if (response.prompt != NO_TOKEN).all():
+                whole = np.r_[response.prompt, response.output].astype(np.uint32)
+                ends.setdefault(_digest(whole), []).append(i)
+                last_tokens.add(len(whole) << 32 | int(whole[-1]))
+                waiting.append((i, response.prompt.astype(np.uint32)))
+        # what ends with the same token at the same place: the few prefixes of a prompt that are worth a digest
+        last_N = np.sort(np.array([*last_tokens], np.int64))
+        length_N = np.unique(last_N >> 32)
         for i, prompt in waiting:
-            for n in ordered:
-                found = ends.get(prompt[:n].tobytes()) if n <= len(prompt) else None
+            n_N = length_N[: np.searchsorted(length_N, len(prompt), side="right")]
+            sought_N = n_N << 32 | prompt[n_N - 1]
+            at_N = np.minimum(np.searchsorted(last_N, sought_N), len(last_N) - 1)
+            for n in n_N[last_N[at_N] == sought_N][::-1]:
+                found = ends.get(_digest(prompt[:n]))
                 if found:
                     before_of[i] = found.pop(0) if len(found) > 1 else found.pop()
                     break
@@ -195,6 +200,10 @@ class _Reader:
                 f"{self.n_differing:,} of {self.n_twice:,} rows that two turns returned have other experts in the "
                 "later one: taken as they were when the token was sampled"
             )
+
+
+def _digest(ids: NDArray[np.uint32]) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 def _versions(response: _Response) -> NDArray[np.object_]:
