@@ -148,6 +148,8 @@ class Run:
     @property
     def notes(self) -> list[str]:
         """What imports noted of the run's tokens and arms, a sentence each."""
+        if self.record.tokens.origin != "imported":
+            return []
         origins = [self.arm(name).origin for name in self.arms()]
         noted = [note for origin in origins if isinstance(origin, Imported) for note in origin.notes]
         return list(dict.fromkeys([*self.record.tokens.notes, *noted]))
