@@ -337,10 +337,11 @@ def main() -> None:
             alone = measured(name, path, "alone", Path(folder) / "none")
             ours = measured(name, path, "import", Path(folder) / "out")
             quarter = measured(name, part, "import", Path(folder) / "quarter")
+            more = f"{ours['mib'] / alone['mib']:.1f}" if alone["mib"] >= 1 else ""
             print(
                 f"| {name} | {size_of(path):.0f} MiB | {alone['seconds']:.2f} s ({plain}) | {ours['seconds']:.2f} s "
                 f"| {ours['seconds'] / alone['seconds']:.1f} | {alone['mib']:.0f} MiB | {ours['mib']:.0f} MiB "
-                f"| {ours['mib'] / max(alone['mib'], 1):.1f} | {quarter['mib']:.0f} MiB |",
+                f"| {more} | {quarter['mib']:.0f} MiB |",
                 flush=True,
             )
 

@@ -70,9 +70,10 @@ class _Storage:
 def first_bytes(path: Path) -> bytes:
     """The first bytes of a file, of a torch file's pickle where it is one; none where it cannot be read."""
     try:
-        if not zipfile.is_zipfile(path):
-            with path.open("rb") as file:
-                return file.read(_BYTES_LOOKED_AT)
+        with path.open("rb") as file:
+            start = file.read(_BYTES_LOOKED_AT)
+        if not start.startswith(b"PK"):  # a pickle may end with a zip file, of a tensor that numpy has no type for
+            return start
         with zipfile.ZipFile(path) as archive:
             name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
             if name is None:
