@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Probes:
     seed: int = 0
     n_own: int = 32
 
+    @cache  # noqa: B019  # frozen, and as few as there are checkpoints
     def logits(self, n_experts: int) -> torch.Tensor:
         """(N, E), float32: plain, wide, near ties, all negative, all positive, saturated, group against group."""
         g = torch.Generator().manual_seed(self.seed + n_experts)
@@ -84,11 +86,13 @@ class Probes:
                 rows += [lone, pair, lone - 4]
         return torch.cat(rows).to(getattr(torch, self.dtype)).float()
 
+    @cache  # noqa: B019
     def hidden(self, n_rows: int, n_hidden: int) -> torch.Tensor:
         """(N, H), float32."""
         g = torch.Generator().manual_seed(self.seed)
         return torch.randn(n_rows, n_hidden, generator=g).to(getattr(torch, self.dtype)).float()
 
+    @cache  # noqa: B019
     def forced_ids(self, n_experts: int, top_k: int) -> torch.Tensor:
         """(N, K): sets that no router would choose."""
         g = torch.Generator().manual_seed(self.seed + 1)

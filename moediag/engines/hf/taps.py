@@ -21,10 +21,12 @@ from moediag.engines.assemble import kept_by, routing_arrays
 from moediag.engines.routers import ModelRouting
 from moediag.errors import CaptureError
 
-LINEAR_MAPS = (
-    torch.nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm,
-    torch.addmm,
-)  # fmt: skip
+# What the result's width is that of: where in its arguments, and on which dimension.
+_LINEAR_MAPS = {
+    torch.nn.functional.linear: (1, 0),
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm), (1, -1)),
+    torch.addmm: (2, -1),
+}
 
 
 @dataclass(frozen=True)
@@ -299,11 +301,18 @@ class RouterMatmul(TorchFunctionMode):
         self.logits: torch.Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in LINEAR_MAPS and self.logits is None and result.shape[-1] == self.n_experts:
-            if self.answer_NE is not None:
-                result = self.answer_NE.to(result).reshape(result.shape)
-            self.logits = result.detach().reshape(-1, self.n_experts)
+        if self.logits is not None or func not in _LINEAR_MAPS:
+            return func(*args, **(kwargs or {}))
+        place, dimension = _LINEAR_MAPS[func]
+        given = (*args, *(kwargs or {}).values())
+        if given[place].dim() < 2 or given[place].shape[dimension] != self.n_experts:
+            return func(*args, **(kwargs or {}))
+        if self.answer_NE is None:
+            result = func(*args, **(kwargs or {}))
+        else:  # the map itself is spared: on a CPU it costs more than all else
+            rows = given[place - 1]
+            result = self.answer_NE.to(rows).reshape(*rows.shape[:-1], self.n_experts)
+        self.logits = result.detach().reshape(-1, self.n_experts)
         return result
 
 
