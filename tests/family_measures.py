@@ -193,8 +193,10 @@ def _cause(error: MoediagError, run: Path) -> str:
     """The exception that an engine process ended with, from its log; the error itself where there is none."""
     log = run / "logs" / "probe.log"
     lines = log.read_text().splitlines() if log.exists() else []
-    causes = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b.*: ", line)]
-    return causes[-1].rpartition("moediag.errors.")[2] if causes else str(error)
+    causes = [i for i, line in enumerate(lines) if re.match(r"[\w.]*Error: ", line)]
+    return (
+        " ".join(" ".join(lines[causes[-1] :][:2]).rpartition("moediag.errors.")[2].split()) if causes else str(error)
+    )
 
 
 Parts = list[dict[str, torch.Tensor]]
@@ -405,8 +407,11 @@ DIFFERING = {
 }
 """Checkpoints that the engines do not mean the same model by, and why."""
 ONE_SIDED = "olmoe_renormalized"
-UNSEEN_HALF = "cohere2_moe_wide_window"
-"""Both engines halve what routed and shared experts add up to; vLLM does so outside of what the proof looks at."""
+TOO_SMALL = {
+    "cohere2_moe_wide_window": "saturated sigmoids tie in vLLM, which halves the sum outside of what the proof sees",
+    "lfm2_moe": "transformers adds 1e-6 to the sum of a token's gate weights, vLLM does not",
+}
+"""Checkpoints whose engines have different rules, by the proof, that the log-probabilities here do not show."""
 
 
 def counted_as(found: FamilyMeasures) -> str:
@@ -432,7 +437,7 @@ def broken_claims(found: FamilyMeasures) -> list[str]:
         "taps change nothing": found.is_bit_equal_under_observation,
         "moediag's rule gives vLLM's sets": found.spec_rule_rate == 1.0,
         "TopK of the raw logits misses a rule with bias or groups, and no other": (found.plain_topk_rate < 0.9)
-        == is_overruled,
+        == (is_overruled and "without" not in name),
         "a bias that is kept is no buffer of zeros": bias is None or np.unique(bias).size > 1 or "without" in name,
         "what logits predict is a rate": all(0 <= rate < 0.5 for rate in by_logits),
     }
@@ -446,7 +451,7 @@ def broken_claims(found: FamilyMeasures) -> list[str]:
                 for arm, rule in found.rules.items()
             ),
         }
-    if name not in DIFFERING and name != UNSEEN_HALF:
+    if name not in DIFFERING and name not in TOO_SMALL:
         claims |= {
             "flips are predicted from logits": bool({"all_pairs", "simulated"} & found.explained.keys()),
             "without its bias a rule that has one is not predicted from logits": (

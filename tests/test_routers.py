@@ -29,6 +29,7 @@ from moediag.engines.routers import (
     group_scores,
     has_experts,
     margins,
+    refuse_ambiguous_rule,
 )
 from moediag.errors import CheckpointError
 
@@ -274,6 +275,21 @@ def test_a_deepseek_config_that_vllm_would_misread_is_refused_before_anything_st
     complaint = capsys.readouterr().err.strip().splitlines()[-1]
     assert "lacks topk_method: 'noaux_tc', scoring_func: 'sigmoid'" in complaint
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["afmoe", "hy_v3", "mimo_v2_flash"])
+def test_entries_that_vllm_wants_and_transformers_does_not_write_are_named(name: str) -> None:
+    """Bug: without them vLLM died of a bare AttributeError while it built the model."""
+    from families import FAMILIES
+
+    family = FAMILIES[name]
+    written = {"model_type": family.model_type, **family.extra}
+    refuse_ambiguous_rule(written, "here")
+    for entry in family.extra:
+        if entry in ("scoring_func", "topk_method"):  # mimo_v2_flash has them when published, vLLM does not look
+            continue
+        with pytest.raises(CheckpointError, match=entry):
+            refuse_ambiguous_rule({key: value for key, value in written.items() if key != entry}, "here")
 
 
 def test_inspect_shows_rule_layers_dtypes_and_biases(capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,23 +107,40 @@ class ModelRouting:
         return cls(**{**record, "decoder_layers": tuple(record["decoder_layers"])})
 
 
-# transformers 5 does not write these; without them vLLM builds another router than the family's, or none.
-_NEEDED_BY_VLLM = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+# transformers 5 does not write these; without them vLLM builds another model than the family's, or none. None: whatever
+# the model has, by another name or not at all in transformers' configuration.
+_NEEDED_BY_VLLM: dict[str, dict[str, Any]] = {
+    "afmoe": {"route_norm": True, "score_func": "sigmoid", "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "hy_v3": {"route_norm": True, "qk_norm": True, "expert_hidden_dim": None, "first_k_dense_replace": None},
+    "mimo_v2_flash": {
+        "add_swa_attention_sink_bias": True,
+        **dict.fromkeys(
+            ("hybrid_layer_pattern", "moe_layer_freq", "layernorm_epsilon", "sliding_window_size", "rope_theta",
+             "swa_rope_theta", "partial_rotary_factor", "swa_num_attention_heads", "swa_num_key_value_heads",
+             "swa_head_dim", "swa_v_head_dim")
+        ),
+    },
+}  # fmt: skip
 
 
 def refuse_ambiguous_rule(config: dict[str, Any], where: str) -> None:
-    """Refuse a config.json that the two engines would read as two different routers.
+    """Refuse a config.json that the two engines would read as two different models.
 
     Raises:
         CheckpointError: names the entries to add.
     """
     text = text_config(config)
     needed = _NEEDED_BY_VLLM.get(str(text.get("model_type")), {})
-    lacking = {key: value for key, value in needed.items() if text.get(key) != value}
+    lacking = [
+        key if value is None else f"{key}: {value!r}"
+        for key, value in needed.items()
+        if key not in text or (value is not None and text[key] != value)
+    ]
     if lacking:
         raise CheckpointError(
-            f"{where}/config.json lacks {', '.join(f'{key}: {value!r}' for key, value in lacking.items())}, which vLLM "
-            "needs to build this family's router (transformers does not write it); add it there"
+            f"{where}/config.json lacks {', '.join(lacking)}, which vLLM needs to build this family's model "
+            "(transformers does not write it); add it there"
         )
 
 
