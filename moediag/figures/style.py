@@ -301,9 +301,10 @@ def save_figure(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = 
         DiskFullError: no space.
         RunError: the folder cannot be written.
     """
-    # Laid out once: the files are one figure, and the layout is what takes the time.
+    # Laid out once: the files are one figure, and the layout is what takes the time. With any engine left, even
+    # "none", savefig would draw every file twice.
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)
     metadata = _metadata(figure)
     paths = []
     for kind in kinds:
