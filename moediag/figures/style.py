@@ -303,7 +303,8 @@ def save_figure(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = 
     """
     # Laid out once: the files are one figure, and the layout is what takes the time. With any engine left, even
     # "none", savefig would draw every file twice.
-    figure.draw_without_rendering()
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
     figure.set_layout_engine(None)
     metadata = _metadata(figure)
     paths = []
