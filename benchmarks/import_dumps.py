@@ -1,8 +1,9 @@
-"""Time and memory of `moediag import` against reading the same file with pandas, json or torch alone.
+"""Time and memory of `moediag import` against reading the same file with pandas, json, pickle or torch alone.
 
 Every format gets a file of random numbers in its own layout (N tokens, sequences of 1,000, a fifth of them prompt;
 4 layers, 4 of 16 experts). A file is read alone, and imported into a run, each in a process of its own: CPU seconds of
-the body and the growth of the process's largest resident size. Memory is measured at a quarter of the tokens, too.
+the body and the growth of the process's largest resident size. Memory is measured at a quarter of the tokens, too. A
+file of text is read and tokenised alone by the same tokenizer, a token per byte.
 
 Usage: python benchmarks/import_dumps.py [--tokens N] [--formats NAME...]
 """
@@ -204,6 +205,28 @@ def table(folder: Path, n_tokens: int, kind: str) -> Path:
     return path
 
 
+def trl(folder: Path, n_tokens: int) -> Path:
+    """Text of one token per character."""
+    from moediag.demo.tokenizer import byte_tokenizer
+
+    byte_tokenizer(LENGTH).save_pretrained(folder / "tokenizer")
+    texts = ["".join(map(chr, 32 + one["tokens"] % 90)) for one in sequences(n_tokens)]
+    frame = pd.DataFrame({
+        "step": 1, "prompt": [text[:PROMPT] for text in texts], "completion": [text[PROMPT:] for text in texts],
+        "reward": 1.0, "advantage": 0.5,
+    })  # fmt: skip
+    frame.to_parquet(folder / "completions_00001.parquet")
+    return folder / "completions_00001.parquet"
+
+
+def tokenise(path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    frame, tokenizer = pd.read_parquet(path), AutoTokenizer.from_pretrained(path.parent / "tokenizer")
+    for name in ("prompt", "completion"):
+        tokenizer(frame[name].tolist())
+
+
 def parse_lines(path: Path) -> None:
     with path.open() as file:
         for line in file:
@@ -216,15 +239,18 @@ def torch_load(path: Path) -> None:
 
 
 class Plain(pickle.Unpickler):
-    """Reads the dicts of bytes of a batch of SkyRL, and makes no array of them."""
+    """Reads the dicts of bytes of a batch of SkyRL."""
 
     def find_class(self, module: str, name: str) -> Any:
         return lambda *arguments: arguments
 
 
 def unpickle(path: Path) -> None:
+    """As SkyRL does: with an array of its own of every tensor's bytes."""
     with path.open("rb") as file:
-        Plain(file).load()
+        _, state = Plain(file).load()
+    for one in state["batch_dict"].values():
+        np.frombuffer(one["data"], one["dtype"]).reshape(one["shape"]).copy()
 
 
 FORMATS: dict[str, tuple[str, Callable[[Path, int], Path], Callable[[Path], Any], str]] = {
@@ -238,6 +264,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path, int], Path], Callable[[Path], Any]
         "table", lambda folder, n: table(folder, n, "jsonl"), lambda path: pd.read_json(path, lines=True), "pandas"),
     "slime": ("slime", slime, torch_load, "torch.load"),
     "skyrl": ("skyrl", skyrl, unpickle, "pickle"),
+    "trl, text": ("trl", trl, tokenise, "tokenizer"),
 }  # fmt: skip
 """Name -> importer, how its file is made, the plain way to read it, what that is."""
 
@@ -249,7 +276,8 @@ def import_file(name: str, path: Path, output: Path) -> None:
 
     importer = importer_of(FORMATS[name][0])
     paths = [path.parent] if name == "sglang" else [path]
-    import_dump(importer, files_of(importer, paths), output, Options(trust_pickle=True))
+    tokenizer = path.parent / "tokenizer" if name == "trl, text" else None
+    import_dump(importer, files_of(importer, paths), output, Options(trust_pickle=True, tokenizer=tokenizer))
 
 
 def measured(name: str, path: Path, what: str, output: Path) -> dict[str, float]:
@@ -296,8 +324,8 @@ def main() -> None:
         name, path, what, output = arguments.one
         one(name, Path(path), what, Path(output))
         return
-    print("| format | file | alone | import | ratio | memory alone | memory of import | of a quarter of the tokens |")
-    print("|:--|--:|--:|--:|--:|--:|--:|--:|")
+    print("| format | file | alone | import | times | memory alone | of the import | times | of a quarter's import |")
+    print("|:--|--:|--:|--:|--:|--:|--:|--:|--:|")
     for name in arguments.formats:
         _, make, _, plain = FORMATS[name]
         with tempfile.TemporaryDirectory() as folder:
@@ -309,10 +337,11 @@ def main() -> None:
             alone = measured(name, path, "alone", Path(folder) / "none")
             ours = measured(name, path, "import", Path(folder) / "out")
             quarter = measured(name, part, "import", Path(folder) / "quarter")
+            more = f"{ours['mib'] / alone['mib']:.1f}" if alone["mib"] >= 1 else ""
             print(
                 f"| {name} | {size_of(path):.0f} MiB | {alone['seconds']:.2f} s ({plain}) | {ours['seconds']:.2f} s "
                 f"| {ours['seconds'] / alone['seconds']:.1f} | {alone['mib']:.0f} MiB | {ours['mib']:.0f} MiB "
-                f"| {quarter['mib']:.0f} MiB |",
+                f"| {more} | {quarter['mib']:.0f} MiB |",
                 flush=True,
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -76,8 +77,8 @@ def test_trl_is_read_where_lists_were_logged_and_refused_where_there_is_text_alo
         check_tokens(found, matched(found, true), ("logp_infer", "logp_train", "advantage", "reward"))
     assert main(["import", "trl", str(DUMPS / "trl" / "completions"), "-o", str(tmp_path / "text")]) == 1
     error = capsys.readouterr().err
-    assert "holds text and no log-probability" in error
-    assert "moediag profile CKPT --prompts FILE" in error
+    assert "holds text and no token ids: moediag import trl PATH --tokenizer CKPT -o RUN" in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "text").exists()
 
 
@@ -410,3 +411,55 @@ def test_no_edited_record_ends_in_a_traceback(tmp_path: Path, name: str, sample:
             refused.append(str(error))
     assert len(refused) > 10
     assert all(path.name in message and "\n" not in message for message in refused)
+
+
+@pytest.mark.parametrize("kind", ["lists", "bytes"])
+def test_the_split_layout_of_vllm_0_21_is_put_together(tmp_path: Path, kind: str) -> None:
+    """The prompt's rows at the response or at the choice, those behind it at the choice, MoE layers alone, int16."""
+
+    def encoded(rows: np.ndarray) -> object:
+        if kind == "lists":
+            return rows.tolist()
+        data = base64.b64encode(rows.astype(np.int16).tobytes()).decode()
+        return {"encoding": "base64", "dtype": "int16", "shape": rows.shape, "data": data}
+
+    for step in (0, 1):
+        records = lines(DUMPS / "vllm" / f"completions_step{step}.jsonl")
+        for i, record in enumerate(records):
+            (choice,) = record["choices"]
+            n_prompt = len(choice["prompt_token_ids"])
+            ids = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))[:, 1:]
+            (record if i % 2 else choice)["prompt_routed_experts"] = encoded(ids[:n_prompt])
+            choice["routed_experts"] = encoded(ids[n_prompt:]) if len(ids) > n_prompt else None
+        write_lines(tmp_path / f"completions_step{step}.jsonl", records)
+    runs = imported("vllm", [tmp_path], tmp_path / "series", n_experts=16)
+    for step, run in enumerate(runs):
+        found = tokens_of(run)
+        true = matched(found, truth(step))
+        check_tokens(found, true, ["logp_infer"])
+        check_routes(run, "rollout", found, true, first_layer=0)
+        assert any("which decoder layers are MoE is not known; layers count from 0" in note for note in run.notes)
+    whole = lines(tmp_path / "completions_step0.jsonl")
+    del whole[1]["prompt_routed_experts"]
+    write_lines(tmp_path / "completions_step0.jsonl", whole)
+    with pytest.raises(DumpError, match=r"line 2: routed_experts have \d+ rows, expected \d+"):
+        imported("vllm", [tmp_path / "completions_step0.jsonl"], tmp_path / "out")
+
+
+def test_turns_of_many_conversations_are_joined(tmp_path: Path) -> None:
+    """A later turn's prompt is everything before and a tool's answer; conversations begin alike, in 800 lengths."""
+    rng = np.random.default_rng(0)
+    records, expected = [], []
+    for i in range(400):
+        ids = [*range(100), *rng.integers(0, 50, 300 + 5 * i).tolist()]
+        for turn in range(2):
+            output = rng.integers(0, 50, 5).tolist()
+            choice = {"token_ids": output, "prompt_token_ids": ids, "logprobs": {"token_logprobs": [-1.0] * 5}}
+            records.append({"id": f"{i}-{turn}", "choices": [choice]})
+            ids = [*ids, *output, *(rng.integers(0, 50, 3).tolist() if turn == 0 else [])]
+        expected.append(ids)
+    path = tmp_path / "step_0.jsonl"
+    write_lines(path, records)
+    (step,) = importer_of("vllm").read([path], Options())
+    found = [rollout.token_id_T.tolist() for rollout in step.rollouts]
+    assert found == expected

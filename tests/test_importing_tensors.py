@@ -18,11 +18,11 @@ import torch
 from conftest import SEED
 from dumps import DUMPS, check_routes, check_tokens, imported, matched, tokens_of, truth
 
-from moediag.errors import DumpError
+from moediag.errors import DumpError, RunError
+from moediag.importers.miles import held_by
 from moediag.importers.pickles import read_pickle
 from moediag.importers.registry import IMPORTERS, expand
 from moediag.importers.rollouts import Options
-from moediag.importers.slime import held_by
 from moediag.run.reader import Run
 
 SLIME = ("logp_infer", "logp_train", "entropy_train", "advantage", "reward")
@@ -143,6 +143,55 @@ def test_router_traces_are_joined_to_a_token_table(tmp_path: Path, folder: str) 
         assert n_other == 16  # near ties that bfloat16 decides otherwise: ids are the recorded ones
 
 
+def test_another_token_table_is_another_import(tmp_path: Path) -> None:
+    """Bug: the table was known by its name alone, so that an import with other tokens was taken for the one there."""
+    tokens = token_table(tmp_path / "tokens.parquet")
+    folder = DUMPS / "megatron" / "train"
+    imported("megatron", [folder], tmp_path / "series", tokens=tokens)
+    imported("megatron", [folder], tmp_path / "series", tokens=tokens)
+    token_table(tokens, lambda table: table.assign(token_id=table["token_id"] + 1))
+    with pytest.raises(RunError, match="was imported with other contents or options"):
+        imported("megatron", [folder], tmp_path / "series", tokens=tokens)
+    with pytest.raises(DumpError, match="--tokens .*none.parquet is missing"):
+        imported("megatron", [folder], tmp_path / "other", tokens=tmp_path / "none.parquet")
+
+
+def test_pipeline_stages_are_put_together(tmp_path: Path) -> None:
+    """Stage 0 has decoder layers 0 to 2, stage 1 has 3 and 4 and counts them from 0; ranks 2, 3 are 0, 1 of stage 1."""
+    tokens = token_table(tmp_path / "tokens.parquet")
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for rank in (0, 1):
+        whole = (DUMPS / "megatron" / "train" / f"router_trace_rank{rank}.jsonl").read_text().splitlines()
+        parts: dict[int, list[str]] = {rank: [], rank + 2: []}
+        for line in whole:
+            record = json.loads(line)
+            stage, layer = (0, record["layer"]) if record["layer"] < 3 else (1, record["layer"] - 3)
+            parts[rank + 2 * stage].append(json.dumps({**record, "layer": layer, "rank": rank + 2 * stage}) + "\n")
+        for name, found in parts.items():
+            (folder / f"router_trace_rank{name}.jsonl").write_text("".join(found))
+            shutil.copy(DUMPS / "megatron" / "train" / f"logits_rank{rank}.bin", folder / f"logits_rank{name}.bin")
+    runs = imported("megatron", [folder], tmp_path / "series", tokens=tokens, pipeline_layers=(3, 2))
+    plain = imported("megatron", [DUMPS / "megatron" / "train"], tmp_path / "plain", tokens=tokens)
+    for step, (run, other) in enumerate(zip(runs, plain, strict=True)):
+        found = tokens_of(run)
+        check_routes(run, "trainer", found, matched(found, truth(step)), is_sorted=True)
+        for shard in run.shards:
+            logits = [one.capture("trainer", shard).router_logits_TLE for one in (run, other)]
+            np.testing.assert_array_equal(*logits)
+    for stages, message in (
+        ((), r"ranks hold other layers \(rank 0: \[1, 2\], .*rank 2: \[0, 1\].*--pipeline-layers"),
+        ((2, 3), "rank 0 has layer 2; its pipeline stage has 2 layers"),
+        ((2, 2, 1), "has 4 ranks, which are no 3 pipeline stages"),
+    ):
+        with pytest.raises(DumpError, match=message):
+            imported("megatron", [folder], tmp_path / "out", tokens=tokens, pipeline_layers=stages)
+    path = folder / "router_trace_rank3.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    with pytest.raises(DumpError, match="rank 3 has 1 micro-batches of step 1, the stages before it 2"):
+        imported("megatron", [folder], tmp_path / "out", tokens=tokens, pipeline_layers=(3, 2))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -231,7 +280,7 @@ DAMAGE: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
         in_sample(2, rollout_routed_experts=lambda rows: (rows.to(torch.uint8).repeat(1, 1, 4).view(torch.int32))),
         "which is no expert id"),
     "a log-probability less": ("slime", "rollout_data/0.pt", in_sample(0, rollout_log_probs=lambda logps: logps[1:]),
-                               "rollout_log_probs should hold one number per response token, 5; found 4"),
+                               "rollout_log_probs should hold 5 numbers, one per token, found 4"),
     "probabilities": ("slime", "rollout_data/0.pt", in_sample(0, rollout_log_probs=lambda logps: [0.5] * 5),
                       "is 0.5, above 0; are these logits or probabilities"),
     "other tokens": ("slime", "train_data/0.pt", in_sample(3, tokens=lambda tokens: tokens.flip(0)),
@@ -250,8 +299,11 @@ DAMAGE: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
                      "log_probs holds 23 numbers; context-parallel rank 1 of 2 has 24 of the response's 40 tokens"),
     "slices of other ranks": ("miles", "train_data/0_1.pt", lambda content: {**content, "cp_rank": 0},
                               "hold the same samples with other numbers"),
-    "a split that is not known": ("miles", "train_data/0_1.pt", lambda content: {**content, "qkv_format": "bshd"},
-                                  "qkv_format bshd is split in another way; known is thd"),
+    "a split that is not known": ("miles", "train_data/0_1.pt", lambda content: {**content, "qkv_format": "sbhd"},
+                                  "qkv_format 'sbhd' is split in a way that is not known; known are thd, and bshd"),
+    "a padded split without its lengths": (
+        "miles", "train_data/0_1.pt", lambda content: {**content, "qkv_format": "bshd"},
+        r"qkv_format 'bshd' is split in a way that is not known; .*\(max_seq_lens\)"),
     "no number of ranks": ("miles", "train_data/0_1.pt", lambda content: {**content, "cp_size": 2**70},
                            "context-parallel rank 1 of 1180591620717411303424 is no rank"),
     "two samples of one index": ("miles", "rollout_data/0.pt", in_sample(4, index=lambda index: 3),
@@ -307,6 +359,40 @@ def test_tensor_parallel_ranks_that_repeat_a_slice_are_left_out(tmp_path: Path) 
     assert any("4 files repeat another one's samples" in note for note in run.arm("trainer").origin.notes)
 
 
+def test_padded_context_parallel_slices_are_put_together(tmp_path: Path) -> None:
+    """``bshd``: sequences are padded to one length before they are cut, so that a rank holds other tokens of each."""
+    folder = tmp_path / "miles"
+    shutil.copytree(DUMPS / "miles", folder)
+    n_moved = 0
+    for step, group in itertools.product((0, 1), (0, 1)):
+        paths = [folder / "train_data" / f"{step}_{rank}.pt" for rank in (2 * group, 2 * group + 1)]
+        contents = [torch.load(path, weights_only=False) for path in paths]
+        first = contents[0]["rollout_data"]
+        lengths = [len(tokens) for tokens in first["tokens"]]
+        for name in ("rollout_log_probs", "log_probs", "entropy", "advantages", "ref_log_probs", "returns"):
+            for i, (n, n_response) in enumerate(zip(lengths, first["response_lengths"], strict=True)):
+                whole = torch.zeros(n_response)
+                for content in contents:
+                    whole[torch.from_numpy(held_by(content["cp_rank"], 2, n, n_response))] = torch.as_tensor(
+                        content["rollout_data"][name][i]
+                    )
+                for content in contents:  # token t is with the logits before it, of chunks of a quarter of 64
+                    rank, at = content["cp_rank"], torch.arange(n - n_response, n) - 1
+                    mine = torch.isin(at // 16, torch.tensor([rank, 3 - rank]))
+                    n_moved += int(mine.sum()) != len(content["rollout_data"][name][i])
+                    content["rollout_data"][name][i] = whole[mine]
+        for path, content in zip(paths, contents, strict=True):
+            content["qkv_format"], content["rollout_data"]["max_seq_lens"] = "bshd", [64] * len(lengths)
+            torch.save(content, path)
+    assert n_moved > 20
+    for step, run in enumerate(imported("miles", [folder], tmp_path / "series")):
+        found = tokens_of(run).drop(columns="weight_version")
+        check_tokens(found, matched(found, truth(step)), SLIME)
+    saved(folder / "train_data" / "0_0.pt", lambda content: content["rollout_data"].update(max_seq_lens=[5] * 6))
+    with pytest.raises(DumpError, match="sample 0: max_seq_lens is 5 for 8 tokens"):
+        imported("miles", [folder], tmp_path / "out")
+
+
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_context_parallel_slices_hold_every_response_token_once(cp_size: int) -> None:
     """Against a plain loop over tokens: token t is with the logits at t - 1, which are cut into 2 cp_size chunks."""
@@ -332,11 +418,6 @@ def test_routes_of_no_tokens_are_refused(tmp_path: Path) -> None:
 def test_pickles_are_opened_only_if_asked_to(tmp_path: Path, form: str, folder: str) -> None:
     with pytest.raises(DumpError, match="only if you say --trust-pickle"):
         imported(form, [DUMPS / folder], tmp_path / "out")
-
-
-def test_text_of_verl_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(DumpError, match=r"1.jsonl holds text alone; .*gen_batch.dp, tq_batch.pt"):
-        imported("verl", [DUMPS / "verl" / "rollout_data_dir"], tmp_path / "out", trust_pickle=True)
 
 
 def skyrl_pickle(state: dict[str, Any]) -> bytes:

@@ -29,11 +29,20 @@ NumExperts = Annotated[
 NumLayers = Annotated[
     int | None, typer.Option("--num-layers", min=1, help="Decoder layers; default: as the dump or its ids tell.")
 ]
+PipelineLayers = Annotated[
+    str | None,
+    typer.Option("--pipeline-layers", metavar="N,N,...", help="megatron: decoder layers of every pipeline stage."),
+]
 FirstRow = Annotated[int, typer.Option("--first-row", min=0, help="Position of the first routing row in its sequence.")]
 SampledAt = Annotated[
     float | None, typer.Option("--temperature", min=0.0, help="Temperature that the tokens were sampled at.")
 ]
 Mask = Annotated[str | None, typer.Option("--mask", metavar="COLUMN", help="Plain tables: the loss mask.")]
+TokenizerFolder = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", metavar="CKPT", help="Dumps of text: a checkpoint's folder, or its tokenizer.json."),
+]
+AsSeries = Annotated[bool, typer.Option("--series", help="Make a series even of one step, for further ones to join.")]
 Replace = Annotated[bool, typer.Option("--force", help="Replace the run or series that is there.")]
 
 
@@ -48,14 +57,18 @@ def command(
     temperature: SampledAt = None,
     mask: Mask = None,
     tokens: o.TokensTable = None,
+    pipeline_layers: PipelineLayers = None,
+    tokenizer: TokenizerFolder = None,
+    series: AsSeries = False,
     trust_pickle: o.TrustPickle = False,
     force: Replace = False,
     as_json: o.Json = False,
 ) -> None:
     """Make a run of a dump that another tool wrote; of several training steps, a series with a run each.
 
-    What a dump lacks is absent in the run. analyze, report, compare, simulate, trend and validate take the result as
-    far as its arrays go, and capture adds arms of our own engines beside the dump's.
+    Further steps join the series that is there. What a dump lacks is absent in the run. analyze, report, compare,
+    simulate, trend and validate take the result as far as its arrays go, and capture adds arms of our own engines
+    beside the dump's.
     """
     from moediag.cli.console import bar, say, say_json, wrote
     from moediag.importers.registry import IMPORTERS, detect_all, files_of, importer_of
@@ -86,9 +99,11 @@ def command(
     with bar(f"importing {importer.name}") as progress:
         options = Options(
             n_experts=num_experts, n_layers=num_layers, first_row=first_row, temperature=temperature,
-            mask=mask,             tokens=tokens, trust_pickle=trust_pickle, on_progress=progress.show,
+            mask=mask, tokens=tokens, trust_pickle=trust_pickle, on_progress=progress.show,
+            pipeline_layers=_whole_numbers(pipeline_layers),
+            tokenizer=tokenizer.parent if tokenizer and tokenizer.is_file() else tokenizer,
         )  # fmt: skip
-        runs = import_dump(importer, files, output, options, force)
+        runs = import_dump(importer, files, output, options, force, series)
     facts = [_facts(run) for run in runs]
     if as_json:
         say_json({"path": str(output), "format": importer.name, "runs": facts})
@@ -96,23 +111,33 @@ def command(
     for made in facts:
         step = "" if made["step"] is None else f"step {made['step']}: "
         arms = "; ".join(f"{name} has {', '.join(arrays)}" for name, arrays in made["arms"].items())
+        arms = arms or "tokens and no arm yet: moediag capture infer CKPT -o RUN, then capture train"
         say(f"{step}{count(made['n_sequences'], 'sequence')} in {count(made['n_shards'], 'shard')}; {arms}")
     for text in dict.fromkeys(text for made in facts for text in made["notes"]):
         say(f"note: {text}")
     wrote(output)
 
 
+def _whole_numbers(text: str | None) -> tuple[int, ...]:
+    """``16,16`` as numbers.
+
+    Example:
+        >>> _whole_numbers("16, 14"), _whole_numbers(None)
+        ((16, 14), ())
+    """
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"expected whole numbers with commas between, found {text}")
+    return tuple(map(int, parts))
+
+
 def _facts(run: Run) -> dict[str, Any]:
     """What a run has, in plain types."""
-    from moediag.run.records import Imported
-
-    records = {name: run.arm(name) for name in run.arms()}
-    origins = [record.origin for record in records.values() if isinstance(record.origin, Imported)]
     return {
         "path": str(run.path),
         "step": run.record.step,
         "n_sequences": run.n_sequences,
         "n_shards": len(run.shards),
-        "arms": {name: list(record.arrays) for name, record in records.items()},
-        "notes": list(dict.fromkeys(note for origin in origins for note in origin.notes)),
+        "arms": {name: list(run.arm(name).arrays) for name in run.arms()},
+        "notes": run.notes,
     }

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moediag.errors import DumpError
-from moediag.importers.pickles import read_pickle, read_torch
+from moediag.importers.pickles import first_bytes, read_pickle, read_torch
 from moediag.importers.rollouts import (
     Importer,
     Options,
@@ -34,13 +34,13 @@ from moediag.importers.rollouts import (
     placed_routes,
     short,
 )
+from moediag.importers.text import text_steps
 from moediag.notation import INFER, NOT_ROUTED, TRAIN
 from moediag.numbers import count
 
 _CLAMPED: Final = -9999.0
 """SkyRL's number for a log-probability that the engine did not give."""
 _SKYRL_PICKLE: Final = b"skyrl.backends.skyrl_train.training_batch"
-_BYTES_LOOKED_AT: Final = 4096
 
 
 def read_skyrl(files: Sequence[Path], options: Options) -> list[Step]:
@@ -157,10 +157,13 @@ def read_verl(files: Sequence[Path], options: Options) -> list[Step]:
     text = [path for path in files if path.suffix == ".jsonl"]
     files = [path for path in files if path not in text]
     if not files:
-        raise DumpError(
-            f"{text[0]} holds text alone; what verl has as numbers is in the rollout-skip caches (gen_batch.dp, "
-            "tq_batch.pt), or in a plain table exported in the trainer, see reports/reference.md"
-        )
+        groups = by_step(text, lambda path: int(path.stem))
+        twice = next((paths for paths in groups.values() if len(paths) > 1), None)
+        if twice:
+            raise DumpError(
+                f"{twice[0]} and {twice[1]} are both of step {twice[0].stem}; import one training at a time"
+            )
+        return text_steps("verl", groups, options)
     _refuse_untrusted(files, options)
     steps = []
     for number, paths in by_step(files, _verl_step).items():
@@ -306,22 +309,14 @@ def _of_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def is_skyrl(path: Path) -> bool:
     """Whether a file is a dumped batch of SkyRL; it is not opened as a pickle."""
-    return path.suffix == ".pkl" and _SKYRL_PICKLE in _first_bytes(path)
+    return path.suffix == ".pkl" and _SKYRL_PICKLE in first_bytes(path)
 
 
 def is_verl(path: Path) -> bool:
     """Whether a file is a rollout-skip cache of verl, or its text of rollouts; none is opened as a pickle."""
     if path.suffix == ".jsonl":
-        return path.stem.isdigit() and all(name in _first_bytes(path) for name in (b'"input"', b'"output"', b'"gts"'))
+        return path.stem.isdigit() and all(name in first_bytes(path) for name in (b'"input"', b'"output"', b'"gts"'))
     return path.name in ("gen_batch.dp", "tq_batch.pt")
-
-
-def _first_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(_BYTES_LOOKED_AT)
-    except OSError:
-        return b""
 
 
 SKYRL: Final = Importer(

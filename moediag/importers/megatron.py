@@ -7,6 +7,8 @@ of :mod:`.columns`. Read from NVIDIA/Megatron-LM d98e8a6 (transformer/moe/router
 
 Invariants:
     - rows are cut into sequences only where their number is that of the table, for every micro-batch;
+    - a pipeline stage counts its layers from 0, so that stages are put together only as ``--pipeline-layers`` says, and
+      only where their micro-batches have the same numbers of tokens;
     - ids are the recorded ones, never a top-k of the logits: those were computed again and rounded to bfloat16.
 """
 
@@ -111,7 +113,7 @@ def read_megatron(files: Sequence[Path], options: Options) -> list[Step]:
     folders: dict[Path, list[Path]] = {}
     for path in files:
         folders.setdefault(path.parent, []).append(path)
-    traces = [_trace(folder, paths) for folder, paths in folders.items()]
+    traces = [_trace(folder, paths, options.pipeline_layers) for folder, paths in folders.items()]
     sides: dict[str, tuple[_Trace, list[_Place | None]]] = {}
     for trace in traces:
         side, places = _places(trace, rollouts, packing, options.tokens)
@@ -216,7 +218,7 @@ def _places(
         if packed is None:
             raise DumpError(
                 f"{trace.folder} has a trace of step {step}, rank {rank}; {table} has no such rows (columns "
-                f"{', '.join(_PACKING)})"
+                f"{', '.join(_PACKING)}). Ranks of pipeline stages: --pipeline-layers"
             )
         if sorted(packed) != list(range(len(found))):
             raise DumpError(
@@ -243,8 +245,11 @@ def _n_tokens(records: Mapping[int, _Record]) -> int:
     return next(iter(records.values())).n_tokens
 
 
-def _trace(folder: Path, paths: Sequence[Path]) -> _Trace:
+def _trace(folder: Path, paths: Sequence[Path], stages: Sequence[int]) -> _Trace:
     """Where everything is in the traces of a folder; ids and logits are not read yet.
+
+    Args:
+        stages: decoder layers of every pipeline stage; empty = one stage.
 
     Raises:
         DumpError: a damaged line, or micro-batches that lack a layer or differ in their number of rows.
@@ -273,13 +278,16 @@ def _trace(folder: Path, paths: Sequence[Path]) -> _Trace:
             layers_of[rank].add(layer)
     if not trace.records:
         raise DumpError(f"{paths[0]} holds no record of a decoder layer")
-    if len({frozenset(layers) for layers in layers_of.values()}) > 1:
-        raise DumpError(
-            f"{folder}: ranks hold other layers ({dict(layers_of)}); pipeline stages cannot be put together"
-        )
     missing = sorted({*range(max((rank or 0) for rank in ranks))} - {*ranks})
     if missing:
         raise DumpError(f"{folder} lacks router_trace_rank{missing[0]}.jsonl")
+    if len(stages) > 1:
+        layers_of = _join_stages(trace, stages, len(ranks))
+    if len({frozenset(layers) for layers in layers_of.values()}) > 1:
+        raise DumpError(
+            f"{folder}: ranks hold other layers ({_words(layers_of)}), as pipeline stages do, which count theirs from "
+            "0 each; --pipeline-layers N,N,... says how many decoder layers every stage has"
+        )
     trace.layers += sorted(next(iter(layers_of.values())))
     for (step, rank), batches in trace.records.items():
         for i, records in enumerate(batches):
@@ -289,6 +297,50 @@ def _trace(folder: Path, paths: Sequence[Path]) -> _Trace:
             if len({record.n_tokens for record in records.values()}) > 1:
                 raise DumpError(f"{where}: its layers have different numbers of tokens")
     return trace
+
+
+def _words(layers_of: Mapping[int, set[int]]) -> str:
+    return ", ".join(f"rank {rank}: {sorted(layers)}" for rank, layers in sorted(layers_of.items())[:4])
+
+
+def _join_stages(trace: _Trace, stages: Sequence[int], n_ranks: int) -> dict[int, set[int]]:
+    """Put the layers of pipeline stages together, whose ranks stand block by block (Megatron's order of ranks).
+
+    Args:
+        stages: decoder layers of every stage.
+
+    Returns:
+        Rank of the first stage -> decoder layers, counted through.
+
+    Raises:
+        DumpError: ranks or layers that these stages do not have, or stages with other micro-batches.
+    """
+    if n_ranks % len(stages):
+        raise DumpError(f"{trace.folder} has {n_ranks} ranks, which are no {len(stages)} pipeline stages of equal size")
+    n = n_ranks // len(stages)
+    joined: dict[tuple[int, int], list[dict[int, _Record]]] = {}
+    for (step, rank), batches in sorted(trace.records.items()):
+        stage, first = rank // n, sum(stages[: rank // n])
+        beyond = sorted({layer for records in batches for layer in records if layer >= stages[stage]})
+        if beyond:
+            raise DumpError(
+                f"{trace.folder}: rank {rank} has layer {beyond[0]}; its pipeline stage has {stages[stage]} layers by "
+                "--pipeline-layers"
+            )
+        whole = joined.setdefault((step, rank % n), [{} for _ in batches])
+        if len(whole) != len(batches):
+            raise DumpError(
+                f"{trace.folder}: rank {rank} has {len(batches)} micro-batches of step {step}, the stages before it "
+                f"{len(whole)}; are these the stages of one pipeline?"
+            )
+        for records, more in zip(whole, batches, strict=True):
+            records |= {first + layer: record for layer, record in more.items()}
+    trace.records.clear()
+    trace.records.update(joined)
+    layers_of: dict[int, set[int]] = defaultdict(set)
+    for (_, rank), batches in joined.items():
+        layers_of[rank] |= {layer for records in batches for layer in records}
+    return layers_of
 
 
 def _headers(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -38,6 +38,7 @@ _STORAGES: Final = {
 }  # fmt: skip
 _NUMPY_KINDS: Final = "biufUS"
 _DEEPEST: Final = 100
+_BYTES_LOOKED_AT: Final = 1 << 16
 
 
 class _Record:
@@ -64,6 +65,23 @@ class _Storage:
 
     def __init__(self, type_: Any, key: Any) -> None:
         self.type, self.key = type_, key
+
+
+def first_bytes(path: Path) -> bytes:
+    """The first bytes of a file, of a torch file's pickle where it is one; none where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_BYTES_LOOKED_AT)
+        if not start.startswith(b"PK"):  # a pickle may end with a zip file, of a tensor that numpy has no type for
+            return start
+        with zipfile.ZipFile(path) as archive:
+            name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+            if name is None:
+                return b""
+            with archive.open(name) as file:
+                return file.read(_BYTES_LOOKED_AT)
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError):
+        return b""
 
 
 def read_pickle(path: Path) -> Any:

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Final
 
 from moediag.errors import DumpError
-from moediag.importers import batches, megatron, plain, responses, slime, trainers
+from moediag.importers import batches, megatron, miles, plain, responses, slime, text, trainers
 from moediag.importers.rollouts import Importer
 from moediag.run.records import MANIFEST
 from moediag.run.series import SERIES
 
-PLAIN: Final = (plain.SEQUENCES.name, plain.TABLE.name)
+PLAIN: Final = (plain.SEQUENCES.name, plain.TABLE.name, text.TEXT.name)
 IMPORTERS: Final = {
     one.name: one
     for one in (
         slime.SLIME,
-        slime.MILES,
+        miles.MILES,
         trainers.NEMO_RL,
         trainers.PRIME_RL,
-        trainers.TRL,
+        text.TRL,
         batches.SKYRL,
         batches.VERL,
         megatron.MEGATRON,
@@ -33,6 +33,7 @@ IMPORTERS: Final = {
         responses.VLLM,
         plain.SEQUENCES,
         plain.TABLE,
+        text.TEXT,
     )
 }
 

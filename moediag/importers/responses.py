@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +50,7 @@ from moediag.notation import INFER, NO_TOKEN, NOT_ROUTED
 _DTYPES: Final = {"int32": "<i4", "uint16": "<u2", "uint8": "u1", "int16": "<i2", "int8": "i1", "int64": "<i8"}
 _LARGEST: Final = 32_766
 _ROWS_FOR_K: Final = 2048
+_OF_PROMPT: Final = "prompt_routed_experts"
 
 
 @dataclass
@@ -113,23 +118,27 @@ class _Reader:
             DumpError: one answer twice.
         """
         ends: dict[bytes, list[int]] = {}
-        lengths: set[int] = set()
         before_of: dict[int, int] = {}
         seen: dict[Hashable, str] = {}
-        waiting: list[tuple[int, Int64]] = []
+        waiting: list[tuple[int, NDArray[np.uint32]]] = []
+        last_tokens: set[int] = set()
         for i, response in enumerate(self._responses()):
             if (first := seen.setdefault(response.name, response.where)) != response.where:
                 raise DumpError(f"{response.where}: answer {response.name} stands at {first} already; keep one of them")
-            is_known = bool((response.prompt != NO_TOKEN).all())
-            if is_known:
-                whole = np.r_[response.prompt, response.output].astype(np.int32)
-                ends.setdefault(whole.tobytes(), []).append(i)
-                lengths.add(len(whole))
-                waiting.append((i, response.prompt.astype(np.int32)))
-        ordered = sorted(lengths, reverse=True)
+            if (response.prompt != NO_TOKEN).all():
+                whole = np.r_[response.prompt, response.output].astype(np.uint32)
+                ends.setdefault(_digest(whole), []).append(i)
+                last_tokens.add(len(whole) << 32 | int(whole[-1]))
+                waiting.append((i, response.prompt.astype(np.uint32)))
+        # what ends with the same token at the same place: the few prefixes of a prompt that are worth a digest
+        last_N = np.sort(np.array([*last_tokens], np.int64))
+        length_N = np.unique(last_N >> 32)
         for i, prompt in waiting:
-            for n in ordered:
-                found = ends.get(prompt[:n].tobytes()) if n <= len(prompt) else None
+            n_N = length_N[: np.searchsorted(length_N, len(prompt), side="right")]
+            sought_N = n_N << 32 | prompt[n_N - 1]
+            at_N = np.minimum(np.searchsorted(last_N, sought_N), len(last_N) - 1)
+            for n in n_N[last_N[at_N] == sought_N][::-1]:
+                found = ends.get(_digest(prompt[:n]))
                 if found:
                     before_of[i] = found.pop(0) if len(found) > 1 else found.pop()
                     break
@@ -191,6 +200,10 @@ class _Reader:
                 f"{self.n_differing:,} of {self.n_twice:,} rows that two turns returned have other experts in the "
                 "later one: taken as they were when the token was sampled"
             )
+
+
+def _digest(ids: NDArray[np.uint32]) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 def _versions(response: _Response) -> NDArray[np.object_]:
@@ -399,14 +412,13 @@ def read_vllm(files: Sequence[Path], options: Options) -> list[Step]:
     steps = []
     for number, paths in by_step(files, lambda path: number_in(path.name, r"step_?(\d+)")).items():
         step = Step(number, tuple(paths), ())
-        step.rollouts = _Reader(
-            step, paths, options, lambda where, record: _vllm_choices(where, record, options)
-        ).rollouts()
+        parse = partial(_vllm_choices, options=options, step=step)
+        step.rollouts = _Reader(step, paths, options, parse).rollouts()
         steps.append(step)
     return steps
 
 
-def _vllm_choices(where: str, record: dict[str, Any], options: Options) -> list[_Response]:
+def _vllm_choices(where: str, record: dict[str, Any], options: Options, step: Step) -> list[_Response]:
     choices = record.get("choices")
     if not isinstance(choices, list):
         raise DumpError(f"{where} has no choices; is it a response of vLLM's server?")
@@ -421,6 +433,10 @@ def _vllm_choices(where: str, record: dict[str, Any], options: Options) -> list[
         output = whole_numbers(ids, here, "token_ids") if ids else np.zeros(0, np.int64)
         prompt_T = whole_numbers(prompt, here, "prompt_token_ids")
         rows = len(prompt_T) + len(output) - 1 - options.first_row
+        of_prompt = choice.get(_OF_PROMPT, record.get(_OF_PROMPT))
+        if of_prompt is not None:
+            step.has_dense_layers = {INFER: False}
+        parts = of_prompt, choice.get("routed_experts")
         found.append(
             _Response(
                 here,
@@ -428,7 +444,7 @@ def _vllm_choices(where: str, record: dict[str, Any], options: Options) -> list[
                 prompt_T,
                 output,
                 lambda here=here, choice=choice, output=output: _vllm_logp(here, choice.get("logprobs"), output),  # type: ignore[misc]
-                lambda here=here, choice=choice, rows=rows: _vllm_routes(here, choice.get("routed_experts"), rows),  # type: ignore[misc]
+                lambda here=here, parts=parts, rows=rows: _vllm_routes(here, *parts, rows),  # type: ignore[misc, call-arg]
                 options.first_row,
                 choice.get("weight_versions"),
             )
@@ -443,27 +459,22 @@ def _vllm_logp(where: str, logprobs: Any, output: Int64) -> Float64 | None:
     content = logprobs.get("content")
     if content is None:
         return floats(logprobs.get("token_logprobs"), where, "token_logprobs", len(output))
-    ids = [entry.get("token_id") for entry in content]
-    if None not in ids and ids != output.tolist():
-        raise DumpError(f"{where}: logprobs are of other tokens than token_ids ({len(ids)} and {len(output)})")
-    return floats([entry.get("logprob") for entry in content], where, "logprobs", len(output))
+    if all("token_id" in entry for entry in content):
+        ids = list(map(itemgetter("token_id"), content))
+        if ids != output.tolist():
+            raise DumpError(f"{where}: logprobs are of other tokens than token_ids ({len(ids)} and {len(output)})")
+    return floats(list(map(itemgetter("logprob"), content)), where, "logprobs", len(output))
 
 
-def _vllm_routes(where: str, value: Any, rows: int) -> NDArray[Any] | None:
-    """(rows, L, K) of base64 of a .npy file, or of nested lists."""
-    if value is None:
+def _vllm_routes(where: str, of_prompt: Any, of_rest: Any, rows: int) -> NDArray[Any] | None:
+    """(rows, L, K) of the whole sequence; 0.21 has the prompt's rows apart, and of MoE layers alone."""
+    parts = [_vllm_ids(where, value) for value in (of_prompt, of_rest) if value is not None and value != []]
+    if not parts:
         return None
-    if isinstance(value, str):
-        try:
-            ids = np.load(io.BytesIO(_bytes(where, value)), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise DumpError(f"{where}: routed_experts are no .npy file ({error}); cut?") from None
-    else:
-        ids = np.asarray(value)
-    if ids.ndim != 3 or ids.dtype.kind not in "iu":
-        raise DumpError(
-            f"{where}: routed_experts should be [rows][layers][K] whole numbers, found {ids.dtype} {ids.shape}"
-        )
+    if len({part.shape[1:] for part in parts}) > 1:
+        shapes = " and ".join(str(part.shape) for part in parts)
+        raise DumpError(f"{where}: {_OF_PROMPT} and routed_experts have other layers or K: {shapes}")
+    ids = np.concatenate(parts)
     if len(ids) == rows + 1:
         ids = ids[:rows]  # up to 0.20 a row for the last token, which nothing consumed
     if len(ids) != rows:
@@ -476,6 +487,29 @@ def _vllm_routes(where: str, value: Any, rows: int) -> NDArray[Any] | None:
     if ids.dtype.kind == "u" and ids.shape[2] > 1 and ids.max(initial=0) == largest:  # -1 in an unsigned type
         wide[(ids == largest).all(axis=2)] = NOT_ROUTED
     return _possible(where, wide)
+
+
+def _vllm_ids(where: str, value: Any) -> NDArray[Any]:
+    """(rows, L, K) of base64 of a .npy file, of nested lists, or of bytes with their shape and dtype beside."""
+    if isinstance(value, str):
+        try:
+            ids: NDArray[Any] = np.load(io.BytesIO(_bytes(where, value)), allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise DumpError(f"{where}: routed_experts are no .npy file ({error}); cut?") from None
+    elif isinstance(value, dict):
+        ids, shape = np.frombuffer(_bytes(where, value.get("data")), _DTYPES[value["dtype"]]), tuple(value["shape"])
+        if ids.size != math.prod(shape):
+            raise DumpError(
+                f"{where}: routed_experts hold {ids.size:,} ids for shape {shape}; cut, or of another width?"
+            )
+        ids = ids.reshape(shape)
+    else:
+        ids = np.asarray(value)  # nested lists
+    if ids.ndim != 3 or ids.dtype.kind not in "iu":
+        raise DumpError(
+            f"{where}: routed_experts should be [rows][layers][K] whole numbers, found {ids.dtype} {ids.shape}"
+        )
+    return ids
 
 
 SGLANG: Final = Importer(

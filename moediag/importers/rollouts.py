@@ -22,7 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 from moediag.errors import DumpError
 from moediag.importers.tables import OnProgress, silent
 from moediag.notation import INFER, NOT_ROUTED, TRAIN
-from moediag.run.records import Score, ScorePath
+from moediag.run.files import sha256_file, tokenizer_digest
+from moediag.run.records import Score, ScorePath, Tokenizer
 
 Bool = NDArray[np.bool_]
 Float64 = NDArray[np.float64]
@@ -83,6 +84,7 @@ class Step:
         has_dense_layers: side -> whether the routes have a slot for every decoder layer, dense ones all 0; False = MoE
             layers alone.
         decoder_layers: side -> decoder layers of MoE layers that stand alone, where the dump names them.
+        tokenizer: what made the token ids of a dump of text, whose sequences may have no scores.
     """
 
     number: int | None
@@ -93,6 +95,7 @@ class Step:
     paths: Mapping[str, ScorePath] = field(default_factory=dict)
     has_dense_layers: Mapping[str, bool] = field(default_factory=dict)
     decoder_layers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class Options:
         temperature: that the tokens were sampled at.
         mask: the column of the loss mask, of plain tables.
         tokens: a table with token ids and boundaries, for a dump that has none.
+        pipeline_layers: decoder layers of every pipeline stage of a trainer; empty = one stage.
+        tokenizer: the folder of the tokenizer for a dump of text.
         trust_pickle: pickles may be opened.
         on_progress: called with what is read.
     """
@@ -116,13 +121,24 @@ class Options:
     temperature: float | None = None
     mask: str | None = None
     tokens: Path | None = None
+    pipeline_layers: tuple[int, ...] = ()
+    tokenizer: Path | None = None
     trust_pickle: bool = False
     on_progress: OnProgress = silent
 
     def content(self) -> dict[str, Any]:
-        """In plain types: what makes two imports the same, beside their files."""
+        """In plain types: what makes two imports the same, beside their files.
+
+        Raises:
+            DumpError: the table of tokens is missing.
+        """
         known = {name: getattr(self, name) for name in ("n_experts", "n_layers", "first_row", "temperature", "mask")}
-        return {**known, "tokens": self.tokens and self.tokens.name}
+        if self.tokens and not self.tokens.is_file():
+            raise DumpError(f"--tokens {self.tokens} is missing, or no file")
+        known["tokens"] = self.tokens and sha256_file(self.tokens)
+        if self.pipeline_layers:
+            known["pipeline_layers"] = list(self.pipeline_layers)
+        return known if self.tokenizer is None else {**known, "tokenizer": tokenizer_digest(self.tokenizer)}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""Dumps of trainers that are text or tables: NeMo-RL's training data, prime-rl's token exports, TRL's completions.
+"""Dumps of trainers as JSON lines: NeMo-RL's training data, prime-rl's token exports.
 
-The first two hold whole sequences, value t of token t, with the log-probabilities of both sides; TRL's are text, unless
-a changed trainer logs its lists beside it. Read from the frameworks' source: NVIDIA-NeMo/RL 7ea279a (utils/logger.py,
-log_batched_dict_as_jsonl; algorithms/grpo.py), PrimeIntellect-ai/prime-rl 559b447 (trainer/rl/token_export.py) and
-huggingface/trl f2cd577 (trainer/grpo_trainer.py, log).
+Both hold whole sequences, value t of token t, with the log-probabilities of both sides. Read from the frameworks'
+source: NVIDIA-NeMo/RL 7ea279a (utils/logger.py, log_batched_dict_as_jsonl; algorithms/grpo.py) and
+PrimeIntellect-ai/prime-rl 559b447 (trainer/rl/token_export.py).
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moediag.errors import DumpError
 from moediag.importers.rollouts import (
@@ -29,13 +26,12 @@ from moediag.importers.rollouts import (
     from_mask,
     number_in,
     one_number,
-    placed,
     short,
     understood,
     whole_number,
     whole_numbers,
 )
-from moediag.importers.tables import first_record, json_lines, open_table, readable
+from moediag.importers.tables import first_record, json_lines
 from moediag.notation import INFER, TRAIN
 from moediag.run.records import Score
 
@@ -205,87 +201,7 @@ def _stream(record: dict[str, Any], name: str, where: str, n: int) -> Any:
     return np.full(n, np.nan) if values is None else floats(values, where, name, n)
 
 
-_TRL_TEXT: Final = ("step", "prompt", "completion", "advantage")
-_TRL_IDS: Final = ("prompt_ids", "completion_ids")
-_TRL_LOGPS: Final = {INFER: "sampling_per_token_logps", TRAIN: "old_per_token_logps"}
-_TRL_MASKS: Final = ("completion_mask", "tool_mask", "env_mask")
-_ROWS_AT_ONCE: Final = 256
-
-
-def is_trl(path: Path) -> bool:
-    """Whether a file is a table of TRL's completions."""
-    if path.suffix != ".parquet":
-        return False
-    try:
-        return {*_TRL_TEXT} <= {*open_table(path).types}
-    except DumpError:
-        return False
-
-
-def read_trl(files: Sequence[Path], options: Options) -> list[Step]:
-    """A table per step, a row per sequence."""
-    steps = []
-    for number, paths in by_step(files, lambda path: number_in(path.name, r"completions_(\d+)")).items():
-        if len(paths) > 1:
-            raise DumpError(f"{paths[0]} and {paths[1]} are both of step {number}; import one training at a time")
-        types = open_table(paths[0]).types
-        lacking = [name for name in _TRL_IDS if name not in types]
-        if lacking or not any(name in types for name in _TRL_LOGPS.values()):
-            raise DumpError(
-                f"{paths[0]} holds text and no log-probability (it lacks {', '.join([*lacking, *_TRL_LOGPS.values()])})"
-                "; tokenise prompt and completion with the policy's tokenizer, write prompt_token_ids and "
-                "completion_token_ids as JSON lines, and let both engines score them: moediag profile CKPT "
-                "--prompts FILE"
-            )
-        step = Step(number, tuple(paths), ())
-        step.rollouts = _trl(step, [name for name, kind in types.items() if pa.types.is_floating(kind)], options)
-        steps.append(step)
-    return steps
-
-
-def _trl(step: Step, numbers: Sequence[str], options: Options) -> Iterator[Rollout]:
-    path = step.files[0]
-    rewards = [name for name in numbers if name != "advantage"]
-    if len(rewards) > 1:
-        step.notes.append(f"rewards are {', '.join(rewards)}, whose weights TRL does not log: none is taken")
-    with readable(path), pq.ParquetFile(path) as file:
-        n_rows = file.metadata.num_rows
-        row = 0
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-            for record in batch.to_pylist():
-                where = f"{path} row {row}"
-                row += 1
-                if record["step"] != step.number and step.number is not None:
-                    raise DumpError(f"{where}: step {record['step']} in a table of step {step.number}")
-                prompt_T, ids_T = (whole_numbers(record[name], where, name) for name in _TRL_IDS)
-                n_prompt, n = len(prompt_T), len(prompt_T) + len(ids_T)
-                masks = [flags(record[name], where, name, len(ids_T)) for name in _TRL_MASKS if record.get(name)]
-                is_trained_T = np.logical_and.reduce([np.ones(len(ids_T), np.bool_), *masks])
-                logp = {}
-                for side, name in _TRL_LOGPS.items():
-                    if record.get(name) is not None:
-                        values_T = floats(record[name], where, name, len(ids_T))
-                        values_T[~is_trained_T & (values_T == 0)] = np.nan
-                        logp[side] = placed(n, n_prompt, values_T)
-                yield Rollout(
-                    where=where,
-                    is_response_T=np.arange(n) >= n_prompt,
-                    token_id_T=np.r_[prompt_T, ids_T],
-                    is_trained_T=np.r_[np.zeros(n_prompt, np.bool_), is_trained_T],
-                    logp=logp,
-                    advantage_T=placed(
-                        n, n_prompt, np.full(len(ids_T), one_number(record["advantage"], where, "advantage"))
-                    ),
-                    reward=one_number(record[rewards[0]], where, rewards[0]) if len(rewards) == 1 else np.nan,
-                )
-            options.on_progress(row, n_rows, "rows read")
-
-
 NEMO_RL: Final = Importer("nemo-rl", "NeMo-RL: {log_dir}/train_data_step*.jsonl", is_nemo_rl, read_nemo_rl)
 PRIME_RL: Final = Importer(
     "prime-rl", "prime-rl: {output_dir}/token_exports/step_*/rank_*.jsonl", is_prime_rl, read_prime_rl
 )
-TRL: Final = Importer(
-    "trl", "TRL: {output_dir}/completions/completions_*.parquet with lists of ids and log-probabilities logged beside "
-    "the text", is_trl, read_trl,
-)  # fmt: skip

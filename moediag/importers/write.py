@@ -1,4 +1,4 @@
-"""From the steps of a dump to a run of schema 2, or to a series of them; nothing is seen until everything is there.
+"""From the steps of a dump to a run of schema 2, or to a series of them; no run is seen until all of it is there.
 
     rollout    the arm of the sampler's side (role infer): what the engine logged while it sampled
     trainer    the arm of the trainer's side (role train)
@@ -10,9 +10,10 @@ slots of dense layers and whether a side has anything at all are known only at t
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,21 +30,23 @@ from moediag.importers.registry import files_of, foreign_format, importer_of
 from moediag.importers.rollouts import SIDES, Importer, Options, Rollout, Step
 from moediag.importers.sequences import dense_layers, no_id, zero_layers
 from moediag.notation import INFER, NO_TOKEN, NOT_ROUTED, TRAIN
-from moediag.run.capture import (
-    LARGEST_ROUNDED_LOGP,
-    Capture,
-    Shard,
-    TokenRows,
-    decode_capture,
-    decode_tokens,
-    encode_capture,
-    encode_tokens,
-)
+from moediag.run.capture import LARGEST_ROUNDED_LOGP, Capture, Shard, TokenRows
 from moediag.run.create import create_run
-from moediag.run.files import make_folder, sha256_file
+from moediag.run.files import digest_of, make_folder, sha256_file
 from moediag.run.reader import Run, open_run
-from moediag.run.records import MANIFEST, ArmRecord, Imported, Router, RunRecord, Sampling, Score, TokensFrom
-from moediag.run.series import SERIES, create_series, is_series, open_series
+from moediag.run.records import (
+    MANIFEST,
+    ArmRecord,
+    Imported,
+    Router,
+    RunRecord,
+    Sampling,
+    Score,
+    Sidecar,
+    TokensFrom,
+    read_record,
+)
+from moediag.run.series import create_series, is_series, open_series
 from moediag.run.writer import CLAIMS, RunWriter
 
 ARMS: Final = {INFER: "rollout", TRAIN: "trainer"}
@@ -68,29 +71,117 @@ class _Side:
 
 
 def import_dump(
-    importer: Importer, files: Sequence[Path], output: Path, options: Options, force: bool = False
+    importer: Importer,
+    files: Sequence[Path],
+    output: Path,
+    options: Options,
+    force: bool = False,
+    as_series: bool = False,
 ) -> list[Run]:
     """Import a dump: a run where it holds one step, else a series with a run per step.
 
-    The same import again changes nothing.
+    Steps are added to a series that is there; the same step again changes nothing. A dump that is refused leaves
+    everything as it was; where an import was interrupted, the steps that are whole stay and the next one goes on.
+
+    Args:
+        force: replace the run or series that is there.
+        as_series: make a series even of one step.
+
+    Returns:
+        The runs of the dump's steps.
 
     Raises:
         DumpError: the dump cannot be used.
-        RunError: the folder holds something else; with ``force`` a run or a series is replaced.
+        RunError: the folder holds something else, or a step with other contents.
     """
-    names = _names(files)
-    digests = {name: sha256_file(path) for name, path in names.items()}
+    refuse_current_folder(output)
+    is_new = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not is_new and not ((output / MANIFEST).exists() or is_series(output)):
+        raise RunError(f"{output} is neither new nor a run or series; give -o a new folder")
     requested = {"format": importer.name, **options.content()}
-    if (there := _already_there(output, {**requested, "files": digests}, force)) is not None:
-        return there
     steps = importer.read(files, options)
-    with made_whole(output) as made:
-        series = create_series(made, __version__, f"{importer.name} dump") if len(steps) > 1 else None
-        for step in steps:
-            own = {name: digests[name] for name, path in names.items() if path in step.files}
-            path = made if series is None else series.run_path(int(step.number or 0))
-            _fill(path, importer, step, options, {**requested, "files": own})
-    return runs_of(output)
+    numbers = [step.number for step in steps]
+    as_series |= len(steps) > 1 or (is_series(output) and not force)
+    if as_series and None in numbers:
+        raise DumpError(f"{steps[0].files[0]} does not say of which step it is, as a series needs; import it as a run")
+
+    def make(step: Step, path: Path) -> None:
+        _fill(path, importer, step, options, {**requested, "files": _digests(step, files)})
+
+    if not as_series:
+        if is_new or force:
+            with made_whole(output) as made:
+                make(steps[0], made)
+        else:
+            _refuse_other(open_run(output), {**requested, "files": _digests(steps[0], files)}, steps[0], make)
+        return [open_run(output)]
+    source = f"{importer.name} dump"
+    if force and not is_new:
+        with made_whole(output) as made:
+            series = create_series(made, __version__, source)
+            for step in steps:
+                make(step, series.run_path(int(step.number or 0)))
+    else:
+        if not is_new and not (is_series(output) and open_series(output).record.source == source):
+            more = " (a run becomes no series; --series makes one of the first step)" if not is_series(output) else ""
+            raise RunError(f"{_HOLDS_ANOTHER.format(output)}{more}")
+        added: list[Path] = []
+        try:
+            series = create_series(output, __version__, source)
+            for step in steps:
+                path = series.run_path(int(step.number or 0))
+                if (path / MANIFEST).exists():
+                    _refuse_other(open_run(path), {**requested, "files": _digests(step, files)}, step, make)
+                    continue
+                with made_whole(path) as made:
+                    make(step, made)
+                added.append(path)
+        except Exception:  # not where a person or the system stops it: then what is whole is kept
+            for path in [output] if is_new else added:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+    return [open_run(open_series(output).run_path(int(number or 0))) for number in numbers]
+
+
+_HOLDS_ANOTHER: Final = "{} holds another run or series; give -o a new folder, or --force to replace it"
+
+
+def _refuse_other(run: Run, configuration: dict[str, Any], step: Step, make: Callable[[Step, Path], None]) -> None:
+    """Refuse what is not what the run was made of: the same files, or others that say the same of the step.
+
+    Raises:
+        RunError: the run is another one, or of other contents.
+    """
+    there = run.record.configuration
+    if there == configuration:
+        return
+    if (there.get("format"), run.record.step) != (configuration["format"], step.number):
+        raise RunError(_HOLDS_ANOTHER.format(run.path))
+    with TemporaryDirectory(prefix="moediag-") as folder:
+        make(step, Path(folder) / "run")
+        if _contents(open_run(Path(folder) / "run")) <= _contents(run):
+            return
+    raise RunError(
+        f"{run.path} was imported with other contents or options; give -o a new folder, or --force to replace it"
+    )
+
+
+def _contents(run: Run) -> set[str]:
+    """What an import puts in a run, as digests: records, token tables, captures; not files' names, nor notes, which may
+    count what a file holds of other steps."""
+    tokens = run.record.tokens.model_copy(update={"notes": ()})
+    record = run.record.model_copy(update={"configuration": {}, "moediag_version": "", "tokens": tokens})
+    found = {digest_of(record.content()), *(sidecar.data_sha256 for sidecar in _sidecars(run, "tokens"))}
+    for arm in run.arms():
+        about = run.arm(arm)
+        if isinstance(about.origin, Imported):
+            about = about.model_copy(update={"origin": Imported(format=about.origin.format)})
+            found |= {digest_of(about.content()), *(one.data_sha256 for one in _sidecars(run, f"arms/{arm}"))}
+    return found
+
+
+def _sidecars(run: Run, folder: str) -> Iterator[Sidecar]:
+    return (read_record(run.sidecar_path(folder, shard), Sidecar) for shard in run.shards)
 
 
 @contextmanager
@@ -112,31 +203,11 @@ def runs_of(path: Path) -> list[Run]:
     return list(open_series(path).runs()) if is_series(path) else [open_run(path)]
 
 
-def _already_there(output: Path, configuration: dict[str, Any], force: bool) -> list[Run] | None:
-    """The runs of the same import, where they are there.
-
-    Raises:
-        RunError: something else is there.
-    """
-    refuse_current_folder(output)
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    if not ((output / MANIFEST).exists() or (output / SERIES).exists()):
-        raise RunError(f"{output} is neither new nor a run or series; give -o a new folder")
-    if force:
-        return None
-    runs = runs_of(output)
-    there = [run.record.configuration for run in runs]
-    files = {name: digest for one in there for name, digest in one.get("files", {}).items()}
-    if there and all({**one, "files": files} == configuration for one in there):
-        return runs
-    raise RunError(f"{output} holds another run or series; give -o a new folder, or --force to replace it")
-
-
-def _names(files: Sequence[Path]) -> dict[str, Path]:
-    """Files by their path below the folder that they share."""
-    folder = os.path.commonpath([path.resolve().parent for path in files])
-    return {path.resolve().relative_to(folder).as_posix(): path for path in files}
+def _digests(step: Step, files: Sequence[Path]) -> dict[str, str]:
+    """Digests of a step's files, by their paths below the folder that they share."""
+    own = {path.resolve(): path for path in files if path in {*step.files}}
+    folder = os.path.commonpath([path.parent for path in own])
+    return {whole.relative_to(folder).as_posix(): sha256_file(path) for whole, path in own.items()}
 
 
 def _fill(path: Path, importer: Importer, step: Step, options: Options, configuration: dict[str, Any]) -> None:
@@ -147,7 +218,7 @@ def _fill(path: Path, importer: Importer, step: Step, options: Options, configur
     try:
         shards = _read(step, sides, kept, options)
         present = [side for side in SIDES if sides[side].has_anything]
-        if not present:
+        if not present and step.tokenizer is None:
             raise DumpError(
                 f"{step.files[0]}: neither side has a log-probability or a route; there is nothing to import"
             )
@@ -157,7 +228,8 @@ def _fill(path: Path, importer: Importer, step: Step, options: Options, configur
             RunRecord(
                 moediag_version=__version__,
                 configuration=configuration,
-                tokens=TokensFrom(origin="imported"),
+                tokenizer=step.tokenizer,
+                tokens=TokensFrom(origin="imported", notes=() if present else tuple(step.notes)),
                 sampling=None if temperature is None else Sampling(temperature=float(temperature)),
                 shards=shards,
                 main_pair=(ARMS[TRAIN], ARMS[INFER]) if len(present) == len(SIDES) else None,
@@ -173,10 +245,10 @@ def _fill(path: Path, importer: Importer, step: Step, options: Options, configur
         for side in present:
             writer.begin_arm(_arm(importer, step, side, sides[side], routers.get(side, ()), origin, options))
         for shard in shards:
-            tokens = decode_tokens((kept / f"{shard.stem}.parquet").read_bytes(), shard.stem)
+            tokens, captures = pickle.loads((kept / shard.stem).read_bytes())  # written by this very call
             writer.write_tokens(shard, tokens)
             for side in present:
-                capture = decode_capture((kept / f"{shard.stem}.{side}").read_bytes(), shard.stem)
+                capture = captures[side]
                 if side in is_dense:
                     ids_TLK = capture.expert_ids_TLK
                     if ids_TLK is None:  # the first rows that have routes came later
@@ -202,10 +274,8 @@ def _read(step: Step, sides: dict[str, _Side], kept: Path, options: Options) -> 
             f"{step.files[0]} and others" if step.files[1:] else str(step.files[0])
         )
         shard = Shard(index, first, len(part))
-        (kept / f"{shard.stem}.parquet").write_bytes(encode_tokens(tokens))
-        for side in SIDES:
-            capture = _capture(part, side, sides[side], len(tokens), step)
-            (kept / f"{shard.stem}.{side}").write_bytes(encode_capture(capture, _LARGEST_ID + 1, _narrow(capture)))
+        captures = {side: _capture(part, side, sides[side], len(tokens), step) for side in SIDES}
+        (kept / shard.stem).write_bytes(pickle.dumps((tokens, captures), pickle.HIGHEST_PROTOCOL))
         shards.append(shard)
         first += len(part)
     if not shards:

@@ -17,7 +17,7 @@ from moediag.analysis.floors import replay_words
 from moediag.analysis.metrics import METRICS
 from moediag.figures.style import NO_FLOOR
 from moediag.numbers import NONE, count, is_number, percent
-from moediag.report.blocks import Block, Table, interval, number, table
+from moediag.report.blocks import Block, Bullets, Table, interval, number, table
 from moediag.report.measures import BIT_EXACT, FORCED, NOT_MEASURED, Summary, lookup, measure
 from moediag.report.tables import facts_table
 from moediag.report.text import Markdown, code, one_line, plain
@@ -103,6 +103,8 @@ def compared_blocks(summary: Summary) -> list[Block]:
     rows += [[words, *(_fact(arm, keys) for arm in both)] for words, keys in _ARM_FACTS]
     rows = [row for row in rows if any(cell != NONE for cell in row[1:])]
     blocks: list[Block] = [table(["", *names], rows, caption="The two arms")]
+    if summary.get("notes"):
+        blocks += [Markdown("What the import noted:"), Bullets(tuple(map(plain, summary["notes"])))]
     return [*blocks, _model_words(summary), *weights_blocks(summary), _sampling_words(summary), pairs_table(summary)]
 
 

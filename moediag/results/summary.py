@@ -53,8 +53,9 @@ def summarize(
         "n_prompts": record.prompts.n if record.prompts else analyses[0].n_prompts,
         "sampling": {
             **(record.sampling.content() if record.sampling else {}),
-            "given_completions": record.tokens.origin == "given",
+            "given_completions": not run.is_sampled,
         },
+        **({"notes": run.notes} if run.notes else {}),
         "arms": {arm: _arm_facts(run, arm) for arm in run.arms() if arm in analysed},
         "provenance": {
             "moediag_version": record.moediag_version,

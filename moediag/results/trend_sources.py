@@ -167,7 +167,7 @@ def _read_runs(runs: Sequence[Run], steps: Sequence[int] | None, on_progress: On
         rows = [] if exact is None else exact.measures.to_dict("records")
         frames.append(step_metrics(step, label, tokens, rows))
         sampling = run.record.sampling.content() if run.record.sampling else {}
-        if reason := text_origin({"sampling": {**sampling, "given_completions": run.record.tokens.origin == "given"}}):
+        if reason := text_origin({"sampling": {**sampling, "given_completions": not run.is_sampled}}):
             notes.append(f"{label}: {reason}, so k1 and k3 are statistics and no KL")
         if reason := run.other_weights(*run.main_arms):
             notes.append(f"{label}: {reason}")

@@ -46,6 +46,7 @@ from moediag.run.records import (
     PROMPTS,
     ArmRecord,
     CheckpointRecord,
+    Imported,
     Router,
     RunRecord,
     Sidecar,
@@ -137,6 +138,21 @@ class Run:
     def sampler(self) -> str:
         """The arm that sampled the run's tokens, or else the reference infer arm: what train is compared with."""
         return self.record.tokens.arm or self.reference(INFER)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the subtrahend of the main pair, here or in the tool that was imported, sampled the run's tokens."""
+        origin = self.record.tokens.origin
+        return origin == "sampled" or (origin == "imported" and self.arm(self.main_arms[1]).captured is None)
+
+    @property
+    def notes(self) -> list[str]:
+        """What imports noted of the run's tokens and arms, a sentence each."""
+        if self.record.tokens.origin != "imported":
+            return []
+        origins = [self.arm(name).origin for name in self.arms()]
+        noted = [note for origin in origins if isinstance(origin, Imported) for note in origin.notes]
+        return list(dict.fromkeys([*self.record.tokens.notes, *noted]))
 
     @property
     def main_arms(self) -> tuple[str, str]:

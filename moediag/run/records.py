@@ -260,10 +260,12 @@ class TokensFrom(Record):
     Args:
         origin: sampled by an arm, given with the prompts, or imported.
         arm: the arm that sampled them.
+        notes: what a reader has to know of them, a sentence each, where no imported arm says it.
     """
 
     origin: Literal["sampled", "given", "imported"]
     arm: str | None = None
+    notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _has_a_sampler(self) -> Self:
