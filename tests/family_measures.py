@@ -140,7 +140,7 @@ def _measure(engines: Engines, name: str, dtype: torch.dtype, prompts: Path, fol
     try:
         told = _sample(engines, checkpoint, prompts, run, FAMILIES[name].engine, HOOKS)
     except MoediagError as error:
-        reason, run = _cause(error, run), folder / "run-unobserved"
+        reason, run = _cause(error, run).replace(str(path), "checkpoint"), folder / "run-unobserved"
         try:
             told = _sample(engines, _unrouted(checkpoint), prompts, run, FAMILIES[name].engine, UNOBSERVED)
         except MoediagError as refusal:
@@ -388,7 +388,7 @@ CAPTURE: dict[str, Column] = {
     "moediag's rule": lambda m: _number(m.spec_rule_rate, ".3f"),
     "plain TopK": lambda m: _number(m.plain_topk_rate, ".3f"),
     "exact ties": lambda m: m.n_exact_ties,
-    "self-replay": lambda m: m.not_replayed or _yes(m.is_self_replay_bit_identical),
+    "self-replay": lambda m: "not possible" if m.not_replayed else _yes(m.is_self_replay_bit_identical),
     "with replay [nat]": lambda m: _number(m.mean_abs_logp_diff_replayed),
     "of gate weights too [nat]": lambda m: _number(m.mean_abs_logp_diff_replayed_with_weights),
     "warnings": lambda m: ", ".join(sorted(set(m.findings))) or "none",
@@ -416,11 +416,15 @@ TOO_SMALL = {
 
 def counted_as(found: FamilyMeasures) -> str:
     """``yes``: both engines have a model of the type and mean the same by it, every row of the rule holding;
-    ``apart``: so they do, but vLLM runs transformers' model through its backend (and whose code routes)."""
+    ``apart``: so they do, but vLLM runs transformers' model through its backend (and whose code routes);
+    ``contrast``: so they do, where what they differ by is taken away.
+    """
     if found.dtype != "float32" or found.ratio > BOUND:
         return "no"
     if found.vllm_class.startswith("Transformers"):
-        return f"apart: {found.routing_code}'s routing code"
+        return f"apart: routing code of {found.routing_code}"
+    if any(found.checkpoint.startswith(f"{name}_") for name in DIFFERING):
+        return "contrast"
     return "yes" if found.spec_rule_rate == found.train_rule_rate == 1 else "no"
 
 
