@@ -195,7 +195,9 @@ def _cause(error: MoediagError, run: Path) -> str:
     lines = log.read_text().splitlines() if log.exists() else []
     causes = [i for i, line in enumerate(lines) if re.match(r"[\w.]*Error: ", line)]
     return (
-        " ".join(" ".join(lines[causes[-1] :][:2]).rpartition("moediag.errors.")[2].split()) if causes else str(error)
+        " ".join(" ".join(lines[causes[-1] :][:2]).rpartition("moediag.errors.")[2].split())
+        if causes
+        else str(error).partition("; its output")[0]
     )
 
 
@@ -408,8 +410,10 @@ DIFFERING = {
 """Checkpoints that the engines do not mean the same model by, and why."""
 ONE_SIDED = "olmoe_renormalized"
 TOO_SMALL = {
-    "cohere2_moe_wide_window": "saturated sigmoids tie in vLLM, which halves the sum outside of what the proof sees",
-    "lfm2_moe": "transformers adds 1e-6 to the sum of a token's gate weights, vLLM does not",
+    ("cohere2_moe_wide_window", "float32"): "saturated sigmoids tie in vLLM, which halves the sum where no proof looks",
+    ("lfm2_moe", "float32"): "transformers adds 1e-6 to the sum of a token's gate weights, vLLM does not",
+    ("lfm2_moe", "bfloat16"): "the same",
+    ("dots1", "bfloat16"): "vLLM computes router logits in bfloat16, transformers in float32",
 }
 """Checkpoints whose engines have different rules, by the proof, that the log-probabilities here do not show."""
 
@@ -455,7 +459,7 @@ def broken_claims(found: FamilyMeasures) -> list[str]:
                 for arm, rule in found.rules.items()
             ),
         }
-    if name not in DIFFERING and name not in TOO_SMALL:
+    if name not in DIFFERING and (name, found.dtype) not in TOO_SMALL:
         claims |= {
             "flips are predicted from logits": bool({"all_pairs", "simulated"} & found.explained.keys()),
             "without its bias a rule that has one is not predicted from logits": (
@@ -504,11 +508,12 @@ def tables(measured: Measures) -> dict[str, str]:
         ran = [found for found in measures.values() if not found.refused]
         written[name] = table(AGREEMENT, ran)
         written[f"{name}, capture"] = table(CAPTURE, (found for found in ran if not found.not_captured))
-    each = {found.checkpoint: found for measures in reversed(measured.values()) for found in measures.values()}.values()
-    ran = [found for found in each if not found.refused]
+    every = [found for measures in measured.values() for found in measures.values()]
+    ran = list({found.checkpoint: found for found in reversed(every) if not found.refused}.values())[::-1]
+    refused = {"dtype": lambda m: m.dtype, "why": lambda m: m.refused}
     written["rules"] = table(RULE, (found for found in ran if not found.not_captured))
     written["not captured"] = table({"why": lambda m: m.not_captured}, (found for found in ran if found.not_captured))
-    written["refused"] = table({"why": lambda m: m.refused}, (found for found in each if found.refused))
+    written["refused"] = table(refused, (found for found in every if found.refused))
     return written
 
 
