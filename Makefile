@@ -20,8 +20,9 @@ demo: $(READY)
 	@$(VENV)/bin/moediag demo -o $(DEMO)
 
 # Two processes, one thread each: with two, OpenMP's threads spin while they wait for a core, and scoring takes 20 times as long.
+# Compiled modules are kept whatever the caller's Python is told: hundreds of commands start in processes of their own.
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	@$(VENV)/bin/ruff format --check .

@@ -129,3 +129,29 @@ def test_a_killed_import_goes_on_where_it_was(tmp_path: Path) -> None:
     assert open_series(series).steps == list(range(1, 9))
     assert {step: state(series / f"step-{step:06d}") for step in there} == before
     assert sorted(path.name for path in series.iterdir()) == ["series.json", *(f"step-{n:06d}" for n in range(1, 9))]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "size"),
+    [
+        ("slime", "train_data/1.pt", 3000),
+        ("slime", "train_data/1.pt", 0),
+        ("miles", "train_data/0_2.pt", 2000),
+        ("nemo-rl", "train_data_step2.jsonl", 50),
+        ("nemo-rl", "train_data_step2.jsonl", 0),
+        ("prime-rl", "token_exports/step_1/rank_1.jsonl", 50),
+        ("skyrl", "dumped_data/global_step_2_training_input.pkl", 0),
+        ("vllm", "generate_step1.jsonl", 50),
+    ],
+)
+def test_a_file_that_was_cut_is_not_passed_over(tmp_path: Path, name: str, file: str, size: int) -> None:
+    """Bug: in a folder, a file cut in its first record was of no format, so that its step or its side was missing."""
+    shutil.copytree(DUMPS / name, tmp_path / name)
+    for other in (tmp_path / name).glob("completions*"):
+        other.unlink()
+    path = tmp_path / name / file
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(DumpError, match="empty, or cut|cut short") as caught:
+        imported(name, [tmp_path / name], tmp_path / "out", trust_pickle=True)
+    assert path.name in str(caught.value)
+    assert not (tmp_path / "out").exists()

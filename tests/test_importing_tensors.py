@@ -18,7 +18,7 @@ import torch
 from conftest import SEED
 from dumps import DUMPS, check_routes, check_tokens, imported, matched, tokens_of, truth
 
-from moediag.errors import DumpError
+from moediag.errors import DumpError, RunError
 from moediag.importers.miles import held_by
 from moediag.importers.pickles import read_pickle
 from moediag.importers.registry import IMPORTERS, expand
@@ -141,6 +141,19 @@ def test_router_traces_are_joined_to_a_token_table(tmp_path: Path, folder: str) 
             n_other += int((best != np.sort(capture.expert_ids_TLK, axis=2)).any(axis=2).sum())
     if folder != "megatron/inference":
         assert n_other == 16  # near ties that bfloat16 decides otherwise: ids are the recorded ones
+
+
+def test_another_token_table_is_another_import(tmp_path: Path) -> None:
+    """Bug: the table was known by its name alone, so that an import with other tokens was taken for the one there."""
+    tokens = token_table(tmp_path / "tokens.parquet")
+    folder = DUMPS / "megatron" / "train"
+    imported("megatron", [folder], tmp_path / "series", tokens=tokens)
+    imported("megatron", [folder], tmp_path / "series", tokens=tokens)
+    token_table(tokens, lambda table: table.assign(token_id=table["token_id"] + 1))
+    with pytest.raises(RunError, match="was imported with other contents or options"):
+        imported("megatron", [folder], tmp_path / "series", tokens=tokens)
+    with pytest.raises(DumpError, match="--tokens .*none.parquet is missing"):
+        imported("megatron", [folder], tmp_path / "other", tokens=tmp_path / "none.parquet")
 
 
 def test_pipeline_stages_are_put_together(tmp_path: Path) -> None:

@@ -301,9 +301,11 @@ def save_figure(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = 
         DiskFullError: no space.
         RunError: the folder cannot be written.
     """
-    # Laid out once: the files are one figure, and the layout is what takes the time.
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    # Laid out once: the files are one figure, and the layout is what takes the time. With any engine left, even
+    # "none", savefig would draw every file twice.
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+    figure.set_layout_engine(None)
     metadata = _metadata(figure)
     paths = []
     for kind in kinds:

@@ -68,7 +68,8 @@ class _Storage:
 
 
 def first_bytes(path: Path) -> bytes:
-    """The first bytes of a file, of a torch file's pickle where it is one; none where it cannot be read."""
+    """The first bytes of a file, of a torch file's pickle where it is whole; none where it cannot be read."""
+    start = b""
     try:
         with path.open("rb") as file:
             start = file.read(_BYTES_LOOKED_AT)
@@ -77,11 +78,11 @@ def first_bytes(path: Path) -> bytes:
         with zipfile.ZipFile(path) as archive:
             name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
             if name is None:
-                return b""
+                return start
             with archive.open(name) as file:
                 return file.read(_BYTES_LOOKED_AT)
     except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError):
-        return b""
+        return start  # what was cut still begins with its pickle
 
 
 def read_pickle(path: Path) -> Any:

@@ -72,7 +72,8 @@ def files_of(importer: Importer, paths: Sequence[Path | str]) -> list[Path]:
     """The files of a format among paths; a file that is named by itself must be one.
 
     Raises:
-        DumpError: there is none, or a file that was named is of something else.
+        DumpError: there is none, a file that was named is of something else, or one that is called as the others are
+            is of nothing that is known: a step that was cut would be missing without a word.
     """
     found = expand(paths)
     ours = [path for path in found if importer.is_one(path)]
@@ -84,6 +85,13 @@ def files_of(importer: Importer, paths: Sequence[Path | str]) -> list[Path]:
         raise DumpError(
             f"{wrong} holds nothing of {importer.name} ({importer.words}){looks}; moediag import --detect tells"
         )
+    names = {re.sub(r"\d+", "0", path.name) for path in ours}
+    for path in found:
+        if re.sub(r"\d+", "0", path.name) in names and path not in ours and not detect(path):
+            raise DumpError(
+                f"{path} is called as the other files of {importer.name} and cannot be read as one; empty, or cut? "
+                "Copy it again, or name the files to import"
+            )
     return ours
 
 
