@@ -30,7 +30,7 @@ check: $(READY)
 	@$(VENV)/bin/mypy
 
 tables: $(READY)
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/router_families.py
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python tests/family_measures.py
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/execution.py $(DEMO)/checkpoints/moe
 
 hunt: $(READY)

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from moediag.engines.arms import ArmRequest
-from moediag.engines.checkpoint import open_checkpoint
-from moediag.engines.launch import Engines, Job, arm_options
+from moediag.engines.checkpoint import Checkpoint
+from moediag.engines.launch import Engines, Job, arm_options, proof_beside
 from moediag.engines.process import Held, Reporter, fill_missing_shards
 from moediag.engines.vllm.options import INFER_ENVIRONMENT
 from moediag.run.capture import WHOLE
@@ -39,14 +39,14 @@ def engines_under(*folders: Path, **variables: str) -> Iterator[Engines]:
             yield engines
 
 
-def run_probe(engines: Engines, task: str, run: Run, checkpoint: Path, request: ArmRequest, output: Path) -> None:
+def run_probe(engines: Engines, task: str, run: Run, checkpoint: Checkpoint, request: ArmRequest, output: Path) -> None:
     """Have a task of this file done; what it saw is in ``output``."""
-    opened = open_checkpoint(str(checkpoint))
-    RunWriter(run).add_checkpoint(opened.record)
-    told = {**arm_options(opened, request), "output": str(output)}
+    RunWriter(run).add_checkpoint(checkpoint.record)
+    told = {**arm_options(checkpoint, request), "output": str(output)}
     log = str(run.path / "logs" / "probe.log")
     job = Job("vLLM", f"probes:{task}", str(run.path), asdict(WHOLE), told, log)
-    engines.do(job, INFER_ENVIRONMENT, lambda event: None)
+    with proof_beside(job, checkpoint, request) as proven:
+        engines.do(proven, INFER_ENVIRONMENT, lambda event: None)
 
 
 def probe_family(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
@@ -63,8 +63,47 @@ def probe_family(writer: RunWriter, options: dict[str, Any], reporter: Reporter,
     results.append(greedy(llm, prompts))
     ids_equal = all((ids == results[0][0]).all() for ids, _ in results)
     logps_equal = all((logps == results[0][1]).all() for _, logps in results)
-    told = {"ids_equal": bool(ids_equal), "logps_equal": bool(logps_equal)}
+    told = {"ids_equal": bool(ids_equal), "logps_equal": bool(logps_equal), **_model_of(llm)}
     Path(options["output"]).write_text(json.dumps(told))
+
+
+def probe_unobserved(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+    """Captures the run's infer arm without its routing."""
+    from moediag.engines.vllm.engine import capture_infer, held_llm
+
+    capture_infer(writer, options, reporter, held)
+    llm = held_llm(held, options["folder"], ArmRequest(**options["request"]), reporter)
+    Path(options["output"]).write_text(json.dumps(_model_of(llm)))
+
+
+def probe_rope(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+    """How far vLLM's rope kernel is from its own PyTorch rope: of query and key, in the layout of ordinary attention
+    and in that of latent attention."""
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    with set_current_vllm_config(VllmConfig()):
+        parameters = {"rope_theta": 10000.0, "rope_type": "default"}
+        rope = get_rope(64, 256, rope_parameters=parameters, is_neox_style=False, dtype=torch.float32)
+        torch.manual_seed(0)
+        q, fused, position = torch.randn(5, 2, 96)[..., 32:], torch.randn(5, 608), torch.arange(5)
+        k = fused[:, -64:].unsqueeze(1)
+        plain = rope.forward_native(position, q.clone(), k.clone())
+        flat = rope.forward_cpu(position, q.flatten(1).contiguous(), k.flatten(1).contiguous())
+        sliced = rope.forward_cpu(position, q, k)
+    off = [[float((a[i].reshape(plain[i].shape) - plain[i]).abs().max()) for a in (flat, sliced)] for i in (0, 1)]
+    Path(options["output"]).write_text(json.dumps(off))
+
+
+def _model_of(llm: Any) -> dict[str, str]:
+    """The class of vLLM's model, and whose code routes: vLLM's backend for transformers' models has two ways."""
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    modules = {type(module).__name__ for module in model.modules()}
+    return {
+        "vllm_class": type(model).__name__,
+        "routing_code": "transformers" if "TransformersMoERunner" in modules or "MoERunner" not in modules else "vLLM",
+    }
 
 
 def probe_observation(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:

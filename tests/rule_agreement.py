@@ -5,16 +5,17 @@ Needs a run captured with ``--router-logits full`` and the transformers model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moediag.engines.hf.taps import Block, find_blocks, route_recorded
+from moediag.engines.hf.routing import prove_model, route
+from moediag.engines.hf.taps import Block, find_blocks
 from moediag.engines.routers import ModelRouting, apply_rule
-from moediag.errors import IncompleteRunError
+from moediag.errors import CaptureError, IncompleteRunError
 from moediag.run.reader import Run
 
 
@@ -47,7 +48,10 @@ def rule_agreement_by_layer(run: Run, model: Any, arm: str = "infer") -> list[Ru
     Raises:
         IncompleteRunError: the arm holds no router logits.
     """
-    spec = ModelRouting.of_routers(run.arm(arm).routers)
+    named = prove_model(
+        model, model.config.get_text_config().to_dict(), str(model.dtype).removeprefix("torch."), "here"
+    ).routing
+    spec = replace(ModelRouting.of_routers(run.arm(arm).routers), bias_name=named.bias_name)
     captures = [run.capture(arm, shard) for shard in run.shards]
     if any(capture.router_logits_TLE is None for capture in captures):
         raise IncompleteRunError(f"{run.path}: arm {arm} has no router logits; capture it with --router-logits full")
@@ -72,7 +76,10 @@ def _layer_agreement(
     is_tie_N: NDArray[np.bool_],
 ) -> RuleAgreement:
     logits = torch.from_numpy(logits_NE)
-    bias = block.correction_bias
+    by_train = route(block, logits)
+    if by_train.ids_NK is None:
+        raise CaptureError(by_train.reason)
+    bias = block.correction_bias(spec)
     used_NK = np.sort(ids_NK[~is_tie_N], axis=1)
 
     def rate(chosen: torch.Tensor) -> float:
@@ -83,7 +90,7 @@ def _layer_agreement(
         layer=layer,
         n_rows=len(ids_NK),
         n_exact_ties=int(is_tie_N.sum()),
-        train_rule_rate=rate(route_recorded(block, logits.to(_device(block)), spec)),
+        train_rule_rate=rate(by_train.ids_NK),
         spec_rule_rate=rate(apply_rule(logits, spec, None if bias is None else bias.cpu())),
         plain_topk_rate=rate(plain_topk(logits, spec)),
     )
@@ -92,7 +99,3 @@ def _layer_agreement(
 def plain_topk(logits: torch.Tensor, spec: ModelRouting) -> torch.Tensor:
     """TopK of the raw logits, (..., K): the contrast, wrong for every router with a bias or groups."""
     return torch.topk(logits.float(), spec.top_k, dim=-1).indices
-
-
-def _device(block: Block) -> torch.device:
-    return next(block.gate.parameters()).device

@@ -142,23 +142,6 @@ def test_choice_scores_equal_those_of_the_engines(kind: dict) -> None:
     np.testing.assert_allclose(border_gap(found.astype(float), 2), margin.numpy(), atol=1e-6)
 
 
-@pytest.mark.parametrize("family", routers.supported_families())
-def test_every_family_has_a_rule(family: str) -> None:
-    config = {
-        "model_type": family, "num_hidden_layers": 2, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2,
-        "moe_router_enable_expert_bias": True,
-        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 8),
-    }  # fmt: skip
-    spec = routers.router_spec(config, "here")
-    assert spec is not None
-    rule = RoutingRule.of_routers(spec.routers())
-    logits = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
-    bias = torch.linspace(-0.2, 0.2, 8) if spec.has_correction_bias else None
-    found = chosen_experts(logits.numpy(), rule, None if bias is None else bias.numpy())
-    np.testing.assert_array_equal(np.sort(found), np.sort(routers.apply_rule(logits, spec, bias).numpy()))
-    assert rule.space == ("choice" if spec.has_correction_bias or spec.topk_group != spec.n_group else "logit")
-
-
 def test_a_rule_that_is_not_known_or_not_one_is_none_and_an_unknown_one_is_refused() -> None:
     known = spec_of(top_k=2, n_experts=4, score_function="softmax").routers()
     bare = Router(decoder_layer=9, n_experts=4, top_k=2)

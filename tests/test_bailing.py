@@ -268,7 +268,7 @@ def test_vllms_own_model_gives_the_same_logprobs_and_experts(expected: dict[str,
 
 def run_vllm(output: str) -> None:
     """Score the expected input with vLLM's model, taps on, and save log-probabilities and routing."""
-    from moediag.engines.routers import router_spec
+    from moediag.engines.checkpoint import open_checkpoint
     from moediag.engines.vllm.options import FORCED, INFER_ENVIRONMENT
 
     os.environ.update({name: value for name, value in INFER_ENVIRONMENT.items() if name not in os.environ})
@@ -279,7 +279,7 @@ def run_vllm(output: str) -> None:
     ids = load_file(CHECKPOINT / "expected" / "expected.safetensors")["input_ids"][0].tolist()
     extension = "moediag.engines.vllm.worker.MoediagWorkerExtension"
     llm = LLM(str(CHECKPOINT), dtype="float32", max_model_len=64, worker_extension_cls=extension, **FORCED)
-    spec = router_spec(json.loads((CHECKPOINT / "config.json").read_text()), str(CHECKPOINT))
+    spec = open_checkpoint(str(CHECKPOINT)).routing
     assert spec is not None
     llm.collective_rpc("moediag_install", args=(spec.record(), "full"))
     parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)

@@ -83,12 +83,11 @@ def test_routers_that_score_in_float32_are_counted_so_whatever_their_family(prom
     routing = plan.checkpoint.routing
     assert routing is not None
     requests = [arm_request("infer", {}, given=False)]
-    sizes = [
-        replace(
-            plan, checkpoint=replace(plan.checkpoint, routing=replace(routing, family="other", scores_in_float32=found))
-        ).max_bytes(requests, "bfloat16")
-        for found in (False, True)
-    ]
+    sizes = []
+    for found in (False, True):
+        checkpoint = replace(plan.checkpoint)
+        checkpoint.__dict__["routing"] = replace(routing, family="other", scores_in_float32=found)
+        sizes.append(replace(plan, checkpoint=checkpoint).max_bytes(requests, "bfloat16"))
     assert sizes[1] - sizes[0] == 2 * routing.n_layers * routing.n_experts * plan.max_token_rows
 
 

@@ -48,7 +48,7 @@ def prefilled(demo: Path, moe: Run, tmp_path_factory: pytest.TempPathFactory) ->
     run = plan.create(folder / "run", force=False)
     request = ArmRequest("infer", "infer", {"dtype": "bfloat16", "max_model_len": 512}, path=PREFILL)
     with engines_under(TESTS) as engines:
-        run_probe(engines, "probe_observation", run, checkpoint, request, folder / "probe.npz")
+        run_probe(engines, "probe_observation", run, open_checkpoint(str(checkpoint)), request, folder / "probe.npz")
     with np.load(folder / "probe.npz") as arrays:
         return run, dict(arrays)
 

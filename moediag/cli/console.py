@@ -40,7 +40,9 @@ class Bar:
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Show an engine's event."""
-        if "stage" in event:
+        if "note" in event:
+            note(event["note"])
+        elif "stage" in event:
             self._progress.update(self._task, description=f"{self._title}: {event['stage']}")
         else:
             self.show(event["done"], event["total"], event["unit"])
@@ -74,7 +76,9 @@ class _Lines(Bar):
         self._quarter, self._unit = -1, ""
 
     def on_event(self, event: dict[str, Any]) -> None:
-        if "stage" in event:
+        if "note" in event:
+            note(event["note"])
+        elif "stage" in event:
             note(f"{self._title}: {event['stage']}")
         else:
             self.show(event["done"], event["total"], event["unit"])

@@ -16,7 +16,7 @@ def command(ckpt: o.Ckpt, revision: o.Revision = None, as_json: o.Json = False) 
     if as_json:
         say_json(facts)
         return
-    for section in ("model", "routing", "router_dtypes", "generation_config"):
+    for section in ("model", "router_rule", "routing", "router_dtypes", "generation_config"):
         say(f"{section}:" if facts[section] else f"{section}: none")
         for name, value in (facts[section] or {}).items():
             say(f"    {name:<22} {value}")

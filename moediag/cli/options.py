@@ -49,6 +49,12 @@ class Scoring(StrEnum):
     decode = "decode"
 
 
+class Accept(StrEnum):
+    """Findings before anything is sampled that end a capture unless they are accepted."""
+
+    router_rules = "router-rules"
+
+
 class ModelDtype(StrEnum):
     """Dtypes that both engines take by the same name."""
 
@@ -77,6 +83,10 @@ Revision = Annotated[str | None, typer.Option(help="Hub revision (branch, tag or
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the checkpoint's own code; needs a pinned --revision or a folder."),
+]
+AcceptOption = Annotated[
+    Accept | None,
+    typer.Option("--accept", help="Capture although the engines' routers follow different rules; it stays a finding."),
 ]
 Dtype = Annotated[ModelDtype, typer.Option(help="Model dtype in both engines; auto = as the checkpoint is stored.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; KL estimators need 1.")]

@@ -54,6 +54,7 @@ class Settings:
     device_map: o.DeviceMap = None
     batch_size: o.BatchSize = 1
     batching: o.LayoutOption = o.Layout.padded
+    accept: o.AcceptOption = None
 
     def plan(self, ckpt: str, prompts: Path, sampled_by: str) -> Plan:
         """The run that the options describe.
@@ -131,6 +132,7 @@ class Settings:
             observer=self.observer.value,
             scoring=self.scoring.value,
             batching=o.parse_batching(self.batch_size, self.batching),
+            accept=self.accept.value if self.accept else "",
             **more,
         )
 

@@ -22,6 +22,11 @@ OBSERVERS = {
 }
 
 
+ROUTER_RULES = "router-rules"
+ACCEPTABLE = {ROUTER_RULES: "vLLM's routers follow another rule than transformers'"}
+"""Findings before anything is sampled that end a capture unless they are accepted."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """The arm that a recipe's arm repeats or changes: its name, its engine and how it got its scores, if known."""
@@ -46,6 +51,7 @@ class ArmRequest:
         replay: routes to force in transformers, see :class:`~moediag.engines.hf.engine.Replay`.
         batching: sequences per forward in transformers, see :class:`~moediag.engines.hf.batching.Batching`.
         perturbation: what is done to transformers' router inputs, see :mod:`moediag.engines.hf.perturbation`.
+        accept: a finding that does not end the capture, of :data:`ACCEPTABLE`; not part of what the arm is.
     """
 
     arm: str
@@ -59,6 +65,7 @@ class ArmRequest:
     replay: dict[str, Any] | None = None
     batching: dict[str, Any] | None = None
     perturbation: str = ""
+    accept: str = ""
 
     @property
     def engine(self) -> str:
@@ -71,7 +78,7 @@ class ArmRequest:
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.name not in ("arm", "recipe", "options", "variant_of", "change")
+            if f.name not in ("arm", "recipe", "options", "variant_of", "change", "accept")
             and getattr(self, f.name) != default.get(f.name, f.default)
         }
 
@@ -133,6 +140,7 @@ def arm_request(
     scoring: str = PREFILL,
     batching: dict[str, Any] | None = None,
     replay: dict[str, Any] | None = None,
+    accept: str = "",
 ) -> ArmRequest:
     """What an arm of a recipe is, on a run whose tokens are sampled or given.
 
@@ -146,6 +154,7 @@ def arm_request(
         is_other_checkpoint: the arm loads other weights than the reference arm of its role, which is there already.
         routes: the arm whose experts ``train-replay`` forces.
         scoring: how vLLM scores given completions, ``prefill`` or ``decode``.
+        accept: a finding that does not end a capture in vLLM.
         batching, replay: for the arms that have one; ``train-repeat`` defaults to padded batches of 4.
 
     Raises:
@@ -179,4 +188,5 @@ def arm_request(
         replay=(replay or {"source": routes}) if made.change == "replay" else None,
         batching=batching or made.batching if path == TEACHER_FORCED else None,
         perturbation=made.perturbation,
+        accept=accept if made.engine == VLLM else "",
     )

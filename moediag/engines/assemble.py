@@ -1,7 +1,8 @@
 """From what taps kept to the arrays of a capture, for all engines: margins, the order of the token table, completeness.
 
 Levels say how much is kept: ``ids`` (expert ids only), ``margins`` (ids, gate weights and both margins, the
-default), ``full`` (router logits as well). Margins are computed from the unrounded logits before those are dropped.
+default), ``full`` (router logits as well). Margins are computed from the unrounded logits before those are dropped;
+where no rule is shown there are none, and the logits are kept in their place.
 
 Invariants: every position of a sequence that the engine consumed has exactly one row in every layer; a row
 that was computed again (preemption) counts once, the first; token ids must be those of the token table.
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.engines.routers import ModelRouting, margins
+from moediag.engines.routers import UNKNOWN, ModelRouting, margins
 from moediag.errors import CaptureError
 from moediag.notation import NOT_ROUTED
 from moediag.run.capture import Capture, TokenRows
@@ -40,9 +41,9 @@ def kept_by(level: str) -> tuple[str, ...]:
     return ("ids",) if level == IDS else ("ids", "weights", "logits")
 
 
-def gate_weights_words(level: str, on_input: bool) -> str | None:
-    """What arm.json says of an arm's gate weights; None where none are kept."""
-    if level == IDS:
+def gate_weights_words(level: str, spec: ModelRouting, on_input: bool) -> str | None:
+    """What arm.json says of an arm's gate weights; None where none are kept, or no formula explains them."""
+    if level == IDS or spec.gate == UNKNOWN:
         return None
     return EFFECTIVE_ON_INPUT if on_input else EFFECTIVE
 
@@ -65,8 +66,9 @@ def routing_arrays(
     rows = {"expert_ids_TLK": kept["ids"].to(torch.int16)}
     if level != IDS:
         rows["gate_weights_TLK"] = kept["weights"]
-        rows["margin_TL"], rows["logit_margin_TL"] = _margins(kept["logits"], kept["ids"], spec, bias_LE)
-    if level == FULL:
+        if spec.has_rule:
+            rows["margin_TL"], rows["logit_margin_TL"] = _margins(kept["logits"], kept["ids"], spec, bias_LE)
+    if level == FULL or (level != IDS and not spec.has_rule):
         rows["router_logits_TLE"] = kept["logits"]
     return {name: row.transpose(0, 1).to("cpu", copy=True).contiguous() for name, row in rows.items()}
 

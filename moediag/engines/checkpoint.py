@@ -1,7 +1,7 @@
 """What a checkpoint folder says of itself, read without loading it: files, digests, routing.
 
-Nothing here imports torch. A checkpoint that an engine could not load, or whose router moediag cannot
-read, is refused here in one line, before anything is started or written.
+Nothing here imports torch, but for the routing of a model that has experts. A checkpoint that an engine could not load,
+or whose routing cannot be captured, is refused here in one line, before anything is started or written.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moediag.engines.redaction import redact
-from moediag.engines.routers import ModelRouting, router_spec, text_config
+from moediag.engines.routers import ModelRouting, has_experts, text_config
 from moediag.engines.weights import Facts, Progress, compare_facts, compare_weights, scale_block, tensor_facts
 from moediag.errors import CheckpointError
 from moediag.run.files import TOKENIZER_FILES, digest_of, tokenizer_digest
 from moediag.run.records import CheckpointRecord, TensorRecord, WeightsComparison
 
+if TYPE_CHECKING:
+    from moediag.engines.proof import Proof
+
+_DTYPES = {"half": "float16", "float": "float32"}  # vLLM's names
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -31,7 +35,7 @@ class Checkpoint:
         path: the folder.
         name: what the user called it (folder or hub id); only shown, never compared.
         config: config.json.
-        routing: how its router chooses; None for a dense model.
+        trust_remote_code: code of the checkpoint may be run.
     """
 
     path: Path
@@ -39,7 +43,34 @@ class Checkpoint:
     revision: str | None
     config: dict[str, Any]
     weight_files: tuple[Path, ...]
-    routing: ModelRouting | None
+    trust_remote_code: bool = False
+
+    @cached_property
+    def routing(self) -> ModelRouting | None:
+        """How its routers choose, as transformers' code shows it (seconds); None for a dense model.
+
+        Raises:
+            CheckpointError: its routing cannot be captured.
+        """
+        return self.proof(self.stored_dtype).routing if has_experts(self.config) else None
+
+    def proof(self, dtype: str) -> Proof:
+        """What its routers, loaded alone in a dtype, do with seeded probes.
+
+        Raises:
+            CheckpointError: its routing cannot be captured.
+        """
+        from moediag.engines.hf.routing import prove
+
+        dtype = self.stored_dtype if dtype in ("auto", "None") else dtype
+        dtype = _DTYPES.get(dtype, dtype)
+        if dtype not in self._proofs:
+            self._proofs[dtype] = prove(self.path, self.weight_files, self.config, dtype, self.trust_remote_code)
+        return self._proofs[dtype]
+
+    @cached_property
+    def _proofs(self) -> dict[str, Proof]:
+        return {}
 
     @property
     def architecture(self) -> str:
@@ -145,8 +176,9 @@ def open_checkpoint(
         path = _hub_snapshot(name, revision, is_at_hand)
     config = _read_config(path)
     try:
-        checkpoint = Checkpoint(path, name, revision, config, _weight_files(path), router_spec(config, str(path)))
+        checkpoint = Checkpoint(path, name, revision, config, _weight_files(path), trust_remote_code)
         checkpoint.described()
+        has_experts(config)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise

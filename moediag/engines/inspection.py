@@ -1,7 +1,7 @@
 """The static rung (R0): what a checkpoint's files show of its routing before anything runs.
 
-Router tensors are read from the safetensors files one by one; the dtypes of the router's four stages come from
-running transformers' router module alone on a few made-up rows, with the checkpoint's dtype.
+Router tensors are read from the safetensors files one by one; the rule and the dtypes of the router's four stages come
+from running transformers' routers alone on seeded rows, in the checkpoint's dtype.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
-from moediag.engines.hf.taps import find_blocks, stage_dtypes
+from moediag.engines.proof import Proof, rule_equation, rule_words
 
 _ROUTER_TENSOR = re.compile(
     r"layers\.(\d+)\..*\b(?:gate|router)(?:\.layer)?\.(weight|bias|e_score_correction_bias|expert_bias)$"
@@ -28,15 +28,17 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
     """Facts about a checkpoint's routing, JSON-ready.
 
     Returns:
-        ``model``, ``routing`` (ModelRouting, None when dense), ``router_dtypes`` (weight, matmul, score, gate in
-        transformers), ``router_tensors`` (one entry per tensor: layer, dtype, shape, unique values of a bias),
-        ``generation_config`` (sampling values) and ``warnings``.
+        ``model``, ``routing`` (ModelRouting, None when dense), ``router_rule`` (as shown on transformers' router: in
+        words, as an equation, and how it is known), ``router_dtypes`` (weight, matmul, score, gate in transformers),
+        ``router_tensors`` (one entry per tensor: layer, dtype, shape, unique values of a bias), ``generation_config``
+        (sampling values) and ``warnings``.
 
     Raises:
         CheckpointError: as :func:`~moediag.engines.checkpoint.open_checkpoint`.
     """
     checkpoint = open_checkpoint(name, revision)
     tensors, warnings = _router_tensors(checkpoint)
+    proof = checkpoint.proof(checkpoint.stored_dtype) if checkpoint.routing else None
     routing = checkpoint.routing.record() if checkpoint.routing else None
     generation = _generation_config(checkpoint.path)
     if generation.get("temperature") not in (None, 1, 1.0) or generation.get("top_p") not in (None, 1, 1.0):
@@ -44,11 +46,20 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> dict[str, Any]
     return {
         "model": checkpoint.described(),
         "routing": routing,
-        "router_dtypes": _router_dtypes(checkpoint) if checkpoint.routing else None,
+        "router_dtypes": proof.shown[0].stage_dtypes if proof else None,
+        "router_rule": _rule(proof) if proof else None,
         "router_tensors": tensors,
         "generation_config": generation,
         "warnings": warnings,
     }
+
+
+def _rule(proof: Proof) -> dict[str, str]:
+    routing = proof.routing
+    shown = {"shown": routing.proof}
+    if not routing.has_rule:
+        return shown
+    return {"words": rule_words(routing), "equation": rule_equation(routing), **shown}
 
 
 def _router_tensors(checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], list[str]]:
@@ -95,17 +106,3 @@ def _generation_config(path: Path) -> dict[str, Any]:
         return {name: config[name] for name in _SAMPLING if name in config}
     except (OSError, ValueError, TypeError):
         return {}
-
-
-def _router_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Stage dtypes of transformers' router, from a model without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from moediag.engines.hf import bailing
-
-    assert checkpoint.routing is not None
-    bailing.register()
-    dtype = getattr(torch, checkpoint.stored_dtype)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path), dtype=dtype)
-    return stage_dtypes(find_blocks(model)[0], checkpoint.routing, dtype)

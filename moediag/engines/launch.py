@@ -11,8 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -228,7 +228,30 @@ def fill_arm(
         options=arm_options(checkpoint, request),
         log=str(log),
     )
-    engines.do(job, engine.environment(request.observer), on_event)
+    with proof_beside(job, checkpoint, request) as proven:
+        engines.do(proven, engine.environment(request.observer), on_event)
+
+
+@contextlib.contextmanager
+def proof_beside(job: Job, checkpoint: Checkpoint, request: ArmRequest) -> Iterator[Job]:
+    """The job with a file, beside its log, of what transformers' routers do with seeded probes, for vLLM's routers to
+    be held against before anything is sampled; None of it for a dense model, or for transformers, which shows itself.
+
+    Raises:
+        CheckpointError: the checkpoint's routing cannot be captured.
+    """
+    if request.engine != VLLM or checkpoint.routing is None:
+        yield job
+        return
+    from moediag.engines.proof import write_proof
+
+    path = Path(job.log).with_suffix(".routers.pt")
+    make_folder(path.parent)
+    try:
+        write_proof(path, checkpoint.proof(str(arm_options(checkpoint, request)["request"]["options"].get("dtype"))))
+        yield replace(job, options={**job.options, "proof": str(path)})
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def arm_options(checkpoint: Checkpoint, request: ArmRequest) -> dict[str, Any]:

@@ -146,7 +146,8 @@ class Plan:
         routing = self.checkpoint.routing
         used = self.checkpoint.stored_dtype if dtype == "auto" else dtype
         in_float32 = routing is not None and routing.scores_in_float32
-        logits = 0 if self.router_logits == "none" else 4 if in_float32 else _SCORE_BYTES.get(used, 4)
+        keeps_logits = self.router_logits != "none" or (routing is not None and not routing.has_rule)
+        logits = 0 if not keeps_logits else 4 if in_float32 else _SCORE_BYTES.get(used, 4)
         layers, k, e = (routing.n_layers, routing.top_k, routing.n_experts) if routing else (0, 0, 0)
         sizes = bytes_per_token(layers, k, e, weight_bytes=4, logits_bytes=logits)
         if self.ids_only:
@@ -347,10 +348,11 @@ def _write_given_tokens(run: Run) -> None:
 
 
 def check_loadable(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
-    """Refuse what transformers would not load, and what the two engines would read as two different routers.
+    """Refuse what transformers would not load, and routing that cannot be captured.
 
     Raises:
-        CheckpointError: an unknown architecture, code of the checkpoint unless trusted, or an ambiguous rule.
+        CheckpointError: an unknown architecture, code of the checkpoint unless trusted, entries that vLLM needs, or a
+            router that no rule and no taps fit.
     """
     refuse_ambiguous_rule(checkpoint.config, str(checkpoint.path))
     from transformers import CONFIG_MAPPING
@@ -360,6 +362,7 @@ def check_loadable(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
     bailing_config.register()
     model_type = str(checkpoint.config.get("model_type"))
     if model_type in CONFIG_MAPPING or (trust_remote_code and "auto_map" in checkpoint.config):
+        _ = checkpoint.routing
         return
     if "auto_map" in checkpoint.config:
         raise CheckpointError(

@@ -53,6 +53,10 @@ class Reporter:
         """Report what is going on while nothing can be counted."""
         self._send({"stage": text})
 
+    def note(self, text: str) -> None:
+        """Report a fact that stays on the user's screen."""
+        self._send({"note": text})
+
     def error(self, error: MoediagError) -> None:
         """Report what ended the work."""
         self._send({"error": type(error).__name__, "message": str(error)})

@@ -1,18 +1,17 @@
-"""How a family's router chooses: what TopK compares, how many it keeps, in which decoder layers.
+"""The rules of routers, as data, and what they give for logits: choice scores, expert ids, gate weights, margins.
 
-Derived from config.json, then held against the loaded model by each engine. A family that is not listed
-here is refused: a router read by the wrong rule gives numbers that look right and are not.
+No family is listed: which rule a router follows is shown on the loaded router (:mod:`.proof`).
 
-A router chooses in this order (any step may be absent in a family): score = f(logit); choice score =
-score + correction bias; keep the best groups (by the sum of their two best choice scores); take the K best.
-The gate weight comes from the *score*, never from the bias.
+A router chooses in this order (any step may be absent): score = f(logit); choice score = score + correction bias; keep
+the best groups (by their best choice score, or the sum of their two best); take the K best. The gate weight comes from
+the *score*, never from the bias.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from moediag.errors import CheckpointError
@@ -21,7 +20,9 @@ from moediag.run.records import Router, RouterSpec
 if TYPE_CHECKING:
     import torch
 
-SOFTMAX, SIGMOID, LOGIT = "softmax", "sigmoid", "logit"
+SOFTMAX, SIGMOID, LOGIT, SQRTSOFTPLUS = "softmax", "sigmoid", "logit", "sqrtsoftplus"
+SCORES, SOFTMAX_OF_CHOSEN, UNKNOWN = "scores", "softmax_of_chosen", "unknown"
+TWO_BEST, BEST = "two_best", "best"
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,14 @@ class ModelRouting:
     """The rule by which every MoE layer of a model chooses its experts.
 
     Args:
-        decoder_layers: of every MoE layer, in order; the fields before it are E, K and those of
-            :class:`~moediag.run.records.RouterSpec`.
+        decoder_layers: of every MoE layer, in order; the other fields are E, K and those of
+            :class:`~moediag.run.records.RouterSpec`; ``unknown`` where no rule is shown.
         scales_input: the gate weight multiplies an expert's input and not its output.
         scores_in_float32: the router's logits are float32 whatever the model's dtype.
+        bias_name, expert_scale_name: which of a block's vectors (:attr:`~.hf.taps.Block.vectors`) they are.
+        logits_output: which of the router's outputs are its logits; None where it returns none.
+        factor_after_experts: what transformers' block multiplies the experts' sum by.
+        proof: how the rule is known, or why not.
     """
 
     family: str
@@ -49,18 +54,32 @@ class ModelRouting:
     decoder_layers: tuple[int, ...]
     scales_input: bool = False
     scores_in_float32: bool = False
+    group_score: str = TWO_BEST
+    masked_value: str = "-inf"
+    epsilon: float = 0.0
+    has_expert_scale: bool = False
+    bias_name: str = ""
+    expert_scale_name: str = ""
+    logits_output: int | None = 0
+    factor_after_experts: float = 1.0
+    proof: str = ""
 
     @property
     def n_layers(self) -> int:
         """L, the number of MoE layers."""
         return len(self.decoder_layers)
 
+    @property
+    def has_rule(self) -> bool:
+        """How experts are chosen is known: margins can be told."""
+        return self.score_function != UNKNOWN
+
     def routers(self) -> tuple[Router, ...]:
         """One record per MoE layer."""
         rule = {key: value for key, value in asdict(self).items() if key in RouterSpec.model_fields}
-        spec = RouterSpec(**rule)
+        spec = RouterSpec(**rule) if self.has_rule else None
         return tuple(
-            Router(decoder_layer=layer, n_experts=self.n_experts, top_k=self.top_k, spec=spec, proof="config.json")
+            Router(decoder_layer=layer, n_experts=self.n_experts, top_k=self.top_k, spec=spec, proof=self.proof)
             for layer in self.decoder_layers
         )
 
@@ -73,17 +92,10 @@ class ModelRouting:
         """
         rules = {(router.n_experts, router.top_k, router.spec) for router in routers}
         n_experts, top_k, spec = next(iter(rules), (0, 0, None))
-        if len(rules) != 1 or spec is None or spec.family not in _FAMILIES:
+        if len(rules) != 1 or spec is None:
             raise CheckpointError(f"{len(rules)} rules of {len(routers)} routers, expected one known rule for all")
-        layers, family = tuple(router.decoder_layer for router in routers), _FAMILIES[spec.family]
-        return cls(
-            **spec.content(),
-            n_experts=n_experts,
-            top_k=top_k,
-            decoder_layers=layers,
-            scales_input=family.scales_input,
-            scores_in_float32=family.scores_in_float32,
-        )
+        layers = tuple(router.decoder_layer for router in routers)
+        return cls(**spec.content(), n_experts=n_experts, top_k=top_k, decoder_layers=layers)
 
     def record(self) -> dict[str, Any]:
         """In plain types, as an engine process receives it."""
@@ -95,38 +107,40 @@ class ModelRouting:
         return cls(**{**record, "decoder_layers": tuple(record["decoder_layers"])})
 
 
-@dataclass(frozen=True)
-class _Family:
-    """How config.json of a family is to be read."""
-
-    score_function: str
-    is_sparse: Callable[[dict[str, Any], int], bool]
-    gate: str = "scores"
-    renormalize: Callable[[dict[str, Any]], bool] = lambda c: bool(c.get("norm_topk_prob", False))
-    has_bias: Callable[[dict[str, Any]], bool] = lambda c: False
-    is_grouped: bool = False
-    shared: Callable[[dict[str, Any]], int] = lambda c: 0
-    scales_input: bool = False
-    scores_in_float32: bool = False
-
-
-# transformers 5 does not write these; without them vLLM builds another router than the family's, or none.
-_NEEDED_BY_VLLM = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+# transformers 5 does not write these; without them vLLM builds another model than the family's, or none. None: whatever
+# the model has, by another name or not at all in transformers' configuration.
+_NEEDED_BY_VLLM: dict[str, dict[str, Any]] = {
+    "afmoe": {"route_norm": True, "score_func": "sigmoid", "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "hy_v3": {"route_norm": True, "qk_norm": True, "expert_hidden_dim": None, "first_k_dense_replace": None},
+    "mimo_v2_flash": {
+        "add_swa_attention_sink_bias": True,
+        **dict.fromkeys(
+            ("hybrid_layer_pattern", "moe_layer_freq", "layernorm_epsilon", "sliding_window_size", "rope_theta",
+             "swa_rope_theta", "partial_rotary_factor", "swa_num_attention_heads", "swa_num_key_value_heads",
+             "swa_head_dim", "swa_v_head_dim")
+        ),
+    },
+}  # fmt: skip
 
 
 def refuse_ambiguous_rule(config: dict[str, Any], where: str) -> None:
-    """Refuse a config.json that the two engines would read as two different routers.
+    """Refuse a config.json that the two engines would read as two different models.
 
     Raises:
         CheckpointError: names the entries to add.
     """
     text = text_config(config)
     needed = _NEEDED_BY_VLLM.get(str(text.get("model_type")), {})
-    lacking = {key: value for key, value in needed.items() if text.get(key) != value}
+    lacking = [
+        key if value is None else f"{key}: {value!r}"
+        for key, value in needed.items()
+        if key not in text or (value is not None and text[key] != value)
+    ]
     if lacking:
         raise CheckpointError(
-            f"{where}/config.json lacks {', '.join(f'{key}: {value!r}' for key, value in lacking.items())}, which vLLM "
-            "needs to build this family's router (transformers does not write it); add it there"
+            f"{where}/config.json lacks {', '.join(lacking)}, which vLLM needs to build this family's model "
+            "(transformers does not write it); add it there"
         )
 
 
@@ -136,139 +150,32 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else config
 
 
-def _always(config: dict[str, Any], layer: int) -> bool:
-    return True
-
-
-def _qwen_sparse(config: dict[str, Any], layer: int) -> bool:
-    step = config.get("decoder_sparse_step") or 1
-    return layer not in (config.get("mlp_only_layers") or []) and (layer + 1) % step == 0
-
-
-def _after_dense_layers(config: dict[str, Any], layer: int) -> bool:
-    frequency = config.get("moe_layer_freq") or 1
-    return layer >= int(config.get("first_k_dense_replace") or 0) and layer % frequency == 0
-
-
-def _llama4_sparse(config: dict[str, Any], layer: int) -> bool:
-    listed = config.get("moe_layers")
-    step = config.get("interleave_moe_layer_step") or 1
-    return layer in listed if listed is not None else (layer + 1) % step == 0
-
-
-_DEEPSEEK = _Family(
-    SIGMOID,
-    _after_dense_layers,
-    has_bias=lambda c: True,
-    is_grouped=True,
-    shared=lambda c: int(c.get("n_shared_experts") or 0),
-    scores_in_float32=True,
-)
-_BAILING = _Family(
-    SIGMOID,
-    _after_dense_layers,
-    has_bias=lambda c: bool(c.get("moe_router_enable_expert_bias", False)),
-    is_grouped=True,
-    shared=lambda c: int(c.get("num_shared_experts") or 0),
-    scores_in_float32=True,
-)
-_CHOSEN_SOFTMAX = _Family(LOGIT, _always, gate="softmax_of_chosen", renormalize=lambda c: False)
-_FAMILIES = {
-    "bailing_moe": _BAILING,
-    "deepseek_v3": _DEEPSEEK,
-    "dots1": _DEEPSEEK,
-    "glm4_moe": _DEEPSEEK,
-    "gpt_oss": _CHOSEN_SOFTMAX,
-    "granitemoe": replace(_CHOSEN_SOFTMAX, scores_in_float32=True),
-    "llama4_text": _Family(
-        LOGIT, _llama4_sparse, gate="sigmoid", renormalize=lambda c: False, shared=lambda c: 1, scales_input=True
-    ),
-    "mixtral": _Family(SOFTMAX, _always, renormalize=lambda c: True),
-    "olmoe": _Family(SOFTMAX, _always),
-    "qwen2_moe": _Family(SOFTMAX, _qwen_sparse, shared=lambda c: 1),
-    "qwen3_moe": _Family(SOFTMAX, _qwen_sparse),
-}
-# Published checkpoints and transformers 5 write E under different names for the same family.
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NO_COUNT = re.compile("per_tok|shared|top_?k|group")
 """Keys that name experts without counting the routed ones: how many a token uses, those that every token passes."""
-
-
-def supported_families() -> tuple[str, ...]:
-    """MoE families whose routing this version captures."""
-    return tuple(sorted(_FAMILIES))
-
-
-def router_spec(config: dict[str, Any], where: str) -> ModelRouting | None:
-    """The routing that config.json describes; None for a dense model.
-
-    Raises:
-        CheckpointError: the model has experts and its family is not supported, or E, K or groups make no sense.
-    """
-    text = text_config(config)
-    family = str(text.get("model_type"))
-    is_known = family in _FAMILIES
-    n_experts = next((int(text[key]) for key in _EXPERT_KEYS if text.get(key)), 0) if is_known else 0
-    if n_experts < 2:
-        if has_experts(config):
-            raise CheckpointError(
-                f"{where}: the routing of MoE family {family} is not known to this version "
-                f"(known: {', '.join(supported_families())}); refusing rather than recording margins by a wrong rule"
-            )
-        return None
-    known = _FAMILIES[family]
-    layers = tuple(i for i in range(int(text["num_hidden_layers"])) if known.is_sparse(text, i))
-    if not layers:
-        return None
-    return _checked(
-        ModelRouting(
-            family=family,
-            n_experts=n_experts,
-            top_k=int(text.get("num_experts_per_tok") or 0),
-            score_function=known.score_function,
-            has_correction_bias=known.has_bias(text),
-            n_group=int(text.get("n_group") or 1) if known.is_grouped else 1,
-            topk_group=int(text.get("topk_group") or 1) if known.is_grouped else 1,
-            gate=known.gate,
-            renormalize=known.renormalize(text),
-            scaling_factor=float(text.get("routed_scaling_factor") or 1.0) if known.is_grouped else 1.0,
-            n_shared_experts=known.shared(text),
-            decoder_layers=layers,
-            scales_input=known.scales_input,
-            scores_in_float32=known.scores_in_float32,
-        ),
-        where,
-    )
 
 
 def has_experts(config: Any) -> bool:
     """True where config.json, or any part of it however deep, counts more than one routed expert.
 
     Configs nest (dbrx: ``ffn_config``; qwen3_omni_moe: ``thinker_config.text_config``) and some count by layer.
+
+    Raises:
+        ValueError: a count is no number.
     """
     if isinstance(config, list):
         return any(map(has_experts, config))
     if not isinstance(config, dict):
         return False
-    counts = (value for key, value in config.items() if "experts" in key and not _NO_COUNT.search(key))
+    counts = [value for key, value in config.items() if "experts" in key and not _NO_COUNT.search(key)]
+    numbers = [value for key, value in config.items() if re.match("(moe_)?n(um)?_.*experts$", key)]
+    if any(isinstance(value, str) for value in numbers):
+        raise ValueError(f"a count of experts that is no number: {numbers}")
     return any(_is_several(value) for value in counts) or any(map(has_experts, config.values()))
 
 
 def _is_several(value: Any) -> bool:
     numbers = value if isinstance(value, list) else [value]
     return any(isinstance(number, int | float) and number > 1 for number in numbers)
-
-
-def _checked(spec: ModelRouting, where: str) -> ModelRouting:
-    if not 1 <= spec.top_k <= spec.n_experts:
-        raise CheckpointError(
-            f"{where}: num_experts_per_tok = {spec.top_k} with {spec.n_experts} experts; fix config.json"
-        )
-    if spec.n_experts % spec.n_group or not 1 <= spec.topk_group <= spec.n_group:
-        raise CheckpointError(
-            f"{where}: {spec.n_experts} experts in {spec.n_group} groups, {spec.topk_group} kept; fix config.json"
-        )
-    return spec
 
 
 def choice_scores(logits: torch.Tensor, spec: ModelRouting, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -280,11 +187,7 @@ def choice_scores(logits: torch.Tensor, spec: ModelRouting, bias: torch.Tensor |
     """
     import torch
 
-    logits = logits.float()
-    if spec.score_function == SOFTMAX:
-        scores = torch.softmax(logits, dim=-1)
-    else:
-        scores = logits.sigmoid() if spec.score_function == SIGMOID else logits
+    scores = scores_of(logits, spec.score_function)
     if spec.has_correction_bias:
         if bias is None:
             raise ValueError(f"{spec.family}: the choice needs the correction bias")
@@ -294,16 +197,55 @@ def choice_scores(logits: torch.Tensor, spec: ModelRouting, bias: torch.Tensor |
     grouped = scores.reshape(*scores.shape[:-1], spec.n_group, -1)
     kept = torch.topk(group_scores(scores, spec), spec.topk_group, dim=-1).indices
     lost = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=scores.device).scatter(-1, kept, False)
-    return grouped.masked_fill(lost[..., None], -torch.inf).flatten(-2)
+    return grouped.masked_fill(lost[..., None], float(spec.masked_value)).flatten(-2)
+
+
+def scores_of(logits: torch.Tensor, score_function: str) -> torch.Tensor:
+    """Scores before any bias, float32: (..., E) -> (..., E)."""
+    import torch
+
+    logits = logits.float()
+    if score_function == SOFTMAX:
+        return torch.softmax(logits, dim=-1)
+    if score_function == SIGMOID:
+        return logits.sigmoid()
+    return torch.nn.functional.softplus(logits).sqrt() if score_function == SQRTSOFTPLUS else logits
 
 
 def group_scores(scores: torch.Tensor, spec: ModelRouting) -> torch.Tensor:
-    """Score of each group, the sum of its two best: (..., E) -> (..., n_group)."""
+    """Score of each group, its best or the sum of its two best: (..., E) -> (..., n_group)."""
     import torch
 
     grouped = scores.reshape(*scores.shape[:-1], spec.n_group, -1)
-    best: torch.Tensor = torch.topk(grouped, min(2, grouped.shape[-1]), dim=-1).values
+    n_best = 1 if spec.group_score == BEST else min(2, grouped.shape[-1])
+    best: torch.Tensor = torch.topk(grouped, n_best, dim=-1).values
     return best.sum(-1)
+
+
+def gate_weights(
+    logits: torch.Tensor, ids: torch.Tensor, spec: ModelRouting, expert_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The coefficients of chosen experts, float32: logits (..., E), ids (..., K) -> (..., K).
+
+    Args:
+        expert_scale: learned factor per expert, (E,); needed where the rule has one.
+    """
+    import torch
+
+    ids = ids.long()
+    if spec.gate == SCORES:
+        weights = scores_of(logits, spec.score_function).gather(-1, ids)
+    else:
+        chosen = logits.float().gather(-1, ids)
+        weights = chosen.sigmoid() if spec.gate == SIGMOID else torch.softmax(chosen, dim=-1)
+    if spec.renormalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + spec.epsilon)
+    weights = weights * spec.scaling_factor
+    if spec.has_expert_scale:
+        if expert_scale is None:
+            raise ValueError(f"{spec.family}: the gate needs the factors of the experts")
+        weights = weights * expert_scale.float()[ids]
+    return weights
 
 
 def margins(

@@ -338,7 +338,8 @@ def _shape_of_arm(run: Run, arm: str) -> Shape:
     specs = {router.spec for router in routers}
     spec = specs.pop() if len(specs) == 1 else None
     n_experts = max(router.n_experts for router in routers)
-    return Shape(len(routers), n_experts, routers[0].top_k, spec.renormalize if spec else None)
+    sums_to_factor = spec.renormalize and not spec.has_expert_scale if spec else None
+    return Shape(len(routers), n_experts, routers[0].top_k, sums_to_factor)
 
 
 def _common_shape(shape: Shape, other: Shape) -> Shape:

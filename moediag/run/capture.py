@@ -258,20 +258,26 @@ class Capture:
 
 
 def arrays_of(
-    level: str, is_routed: bool, *, has_entropy: bool = True, has_distributions: bool = False
+    level: str,
+    is_routed: bool,
+    *,
+    has_rule: bool = True,
+    has_entropy: bool = True,
+    has_distributions: bool = False,
 ) -> tuple[str, ...]:
     """Names of the arrays that an arm keeps.
 
     Args:
         level: how much of routing: ``ids``, ``margins`` or ``full``.
+        has_rule: how experts are chosen is known; else router logits stand in the margins' place.
         has_distributions: whole next-token distributions of some sequences, too.
     """
     arrays = ["logp_T", *(["entropy_T"] if has_entropy else [])]
     if is_routed:
         arrays.append("expert_ids_TLK")
         if level != "ids":
-            arrays += ["gate_weights_TLK", "margin_TL", "logit_margin_TL"]
-        if level == "full":
+            arrays += ["gate_weights_TLK", *(["margin_TL", "logit_margin_TL"] if has_rule else [])]
+        if level == "full" or (level != "ids" and not has_rule):
             arrays.append("router_logits_TLE")
     return (*arrays, *(["distributions"] if has_distributions else []))
 

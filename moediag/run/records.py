@@ -52,14 +52,19 @@ class RouterSpec(Record):
 
     Args:
         family: ``model_type`` of the config.json that it was read from.
-        score_function: what TopK compares before the bias: ``softmax`` or ``sigmoid`` of the logits, or the ``logit``.
+        score_function: what TopK compares before the bias: ``softmax``, ``sigmoid`` or ``sqrtsoftplus`` of the logits,
+            or the ``logit``.
         has_correction_bias: a learned bias per expert enters the choice but not the gate.
         n_group, topk_group: experts are split in ``n_group`` groups of which ``topk_group`` compete; 1, 1 = off.
         gate: what the gate weight of a chosen expert is: its score (``scores``), or the softmax or sigmoid of the
-            chosen logits (``softmax_of_chosen``, ``sigmoid``).
+            chosen logits (``softmax_of_chosen``, ``sigmoid``); ``unknown`` where no formula explains it.
         renormalize: gate weights are divided by their sum.
         scaling_factor: then multiplied by this.
         n_shared_experts: experts every token passes, beside the routed ones.
+        group_score: groups are compared by their ``two_best`` together, or by their ``best``.
+        masked_value: choice score of an expert whose group lost: ``-inf`` or ``0``.
+        epsilon: added to the sum that gate weights are divided by.
+        has_expert_scale: gate weights are multiplied by a learned factor per expert.
     """
 
     family: str
@@ -71,6 +76,10 @@ class RouterSpec(Record):
     renormalize: bool
     scaling_factor: Number
     n_shared_experts: Count
+    group_score: str = "two_best"
+    masked_value: str = "-inf"
+    epsilon: Number = 0.0
+    has_expert_scale: bool = False
 
 
 class Router(Record):
@@ -80,7 +89,8 @@ class Router(Record):
         decoder_layer: its decoder layer.
         n_experts, top_k: E and K.
         spec: its rule; None where it is not known (an imported dump).
-        proof: how the rule is known: read from ``config.json``, or None.
+        proof: how the rule is known: shown on the loaded router, or read from ``config.json``; where ``spec`` is None,
+            why it is not known. None for an imported dump.
     """
 
     decoder_layer: Annotated[int, Field(ge=0, le=2**31)]

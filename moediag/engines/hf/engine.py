@@ -22,8 +22,10 @@ from moediag.engines.arms import ArmRequest
 from moediag.engines.assemble import capture_of, gate_weights_words
 from moediag.engines.hf.batching import PACKED, Batch, Batching, alone, refuse_leak
 from moediag.engines.hf.perturbation import Perturbed
-from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps, find_blocks, stage_dtypes
+from moediag.engines.hf.routing import prove_model
+from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps, find_blocks
 from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, seed_of
+from moediag.engines.proof import Proof
 from moediag.engines.provenance import arm_sections, plain, process_facts, stored_dtypes
 from moediag.engines.routers import ModelRouting
 from moediag.engines.versions import numeric_versions, require_train_engine
@@ -148,8 +150,9 @@ class TrainEngine:
         self.model = model
         self.spec = ModelRouting.from_record(routing) if routing else None
         self.level = self.run.record.level
-        if self.spec:
-            _check_loaded(self.model, self.spec)
+        self.proof = _shown(self.model, self.spec) if self.spec else None
+        if self.proof:
+            self.spec = self.proof.routing
         if self.batching.layout == PACKED and self.batching.batch_size > 1:
             refuse_leak(self.model, torch.from_numpy(self.run.tokens(self.run.shards[0]).token_id_T.copy()))
 
@@ -169,12 +172,11 @@ class TrainEngine:
             "dtypes": dtypes(self.model, self.has_cache),
             "process": process_facts(),
         }
-        stages = stage_dtypes(find_blocks(self.model)[0], self.spec, self.model.dtype) if self.spec else None
         facts = {
             **self.facts(),
             **arm_sections(loaded),
             "engine_config": engine_config(self.model, self.has_cache),
-            "router_dtypes": stages,
+            "router_dtypes": self.proof.shown[0].stage_dtypes if self.proof else None,
             "observer": "forward hooks on routers and experts" if self.spec else "none needed",
         }
         is_reference = self.request.variant_of is None
@@ -185,10 +187,13 @@ class TrainEngine:
             {**numeric_versions(), "transformers": self.version},
             dtype=str(self.model.dtype).removeprefix("torch."),
             arrays=arrays_of(
-                self.level, self.spec is not None, has_distributions=is_reference and self.run.record.full_vocab > 0
+                self.level,
+                self.spec is not None,
+                has_rule=self.spec is not None and self.spec.has_rule,
+                has_distributions=is_reference and self.run.record.full_vocab > 0,
             ),
             routers=self.spec.routers() if self.spec else (),
-            gate_weights=gate_weights_words(self.level, self.spec.scales_input) if self.spec else None,
+            gate_weights=gate_weights_words(self.level, self.spec, self.spec.scales_input) if self.spec else None,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -203,7 +208,7 @@ class TrainEngine:
         """The routers' correction bias by MoE layer and expert; None where the rule has none."""
         if self.spec is None or not self.spec.has_correction_bias:
             return None
-        biases = [block.correction_bias for block in find_blocks(self.model)]
+        biases = [block.correction_bias(self.spec) for block in find_blocks(self.model)]
         return [bias.detach().float().cpu().tolist() for bias in biases if bias is not None]
 
     def capture_shard(self, shard: Shard, on_done: OnDone) -> None:
@@ -382,36 +387,23 @@ def score_batch(
     return logp_T, entropy_T
 
 
-def _check_loaded(model: Any, spec: ModelRouting) -> None:
-    """Hold the ModelRouting, read from config.json, against the routers that were really built."""
-    blocks = find_blocks(model)
-    found = [block.decoder_layer for block in blocks]
-    if found != list(spec.decoder_layers):
-        raise CheckpointError(
-            f"transformers' model has MoE blocks in decoder layers {found}, "
-            f"config.json says {list(spec.decoder_layers)}"
-        )
-    expected = {
-        "top_k": spec.top_k,
-        "num_experts": spec.n_experts,
-        "norm_topk_prob": spec.renormalize,
-        "num_group": spec.n_group,
-        "topk_group": spec.topk_group,
-        "routed_scaling_factor": spec.scaling_factor,
-    }
-    for block in blocks:
-        for name, value in expected.items():
-            built = getattr(block.gate, name, value)
-            if built != value:
-                raise CheckpointError(
-                    f"transformers' router of decoder layer {block.decoder_layer} has {name} = {built!r}, "
-                    f"moediag read {value!r} from config.json; please report this family"
-                )
-        if (block.correction_bias is not None) != spec.has_correction_bias:
-            raise CheckpointError(
-                f"transformers' router of decoder layer {block.decoder_layer} "
-                f"{'has no' if spec.has_correction_bias else 'has a'} correction bias; please report this family"
-            )
+def _shown(model: Any, expected: ModelRouting) -> Proof:
+    """The rule as the loaded routers show it, in their dtype and on their device.
+
+    Raises:
+        CheckpointError: it is another one than the checkpoint's routers showed alone.
+    """
+    config = model.config.get_text_config().to_dict()
+    proof = prove_model(model, config, str(model.dtype).removeprefix("torch."), "the loaded model")
+    differing = [name for name in _IDENTITY if getattr(proof.routing, name) != getattr(expected, name)]
+    if differing:
+        found, other = ({name: getattr(one, name) for name in differing} for one in (proof.routing, expected))
+        raise CheckpointError(f"transformers' loaded routers have {found}, the checkpoint's alone showed {other}")
+    return proof
+
+
+_IDENTITY = ("decoder_layers", "n_experts", "top_k", "score_function", "has_correction_bias", "n_group", "topk_group",
+             "gate", "renormalize", "scaling_factor")  # fmt: skip
 
 
 def float_dtypes(rows: dict[str, torch.Tensor]) -> dict[str, str]:

@@ -9,6 +9,8 @@ Invariants:
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,23 +21,35 @@ from moediag.engines.assemble import kept_by, routing_arrays
 from moediag.engines.routers import ModelRouting
 from moediag.errors import CaptureError
 
-_GATE_NAMES = ("gate", "router")
-_BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
+# What the result's width is that of: where in its arguments, and on which dimension.
+_LINEAR_MAPS = {
+    torch.nn.functional.linear: (1, 0),
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm), (1, -1)),
+    torch.addmm: (2, -1),
+}
 
 
 @dataclass(frozen=True)
 class Block:
-    """One MoE block of the model: its decoder layer, router and experts."""
+    """One MoE block of the model: its decoder layer, what holds router and experts, and these two; E."""
 
     decoder_layer: int
+    module: torch.nn.Module
     gate: torch.nn.Module
     experts: torch.nn.Module
+    n_experts: int
 
     @property
-    def correction_bias(self) -> torch.Tensor | None:
-        """Bias per expert that enters the choice only; None where the router has none."""
-        found = (getattr(self.gate, name, None) for name in _BIAS_NAMES)
-        return next((bias for bias in found if isinstance(bias, torch.Tensor)), None)
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """One number per expert: parameters and buffers of that size in the router, or in the block itself."""
+        own = (*self.module._parameters.items(), *self.module._buffers.items())
+        inner = (*self.gate.named_parameters(), *self.gate.named_buffers())
+        named = [*((name, tensor) for name, tensor in own), *((f"router.{name}", tensor) for name, tensor in inner)]
+        return {name: one for name, one in named if one is not None and one.numel() == self.n_experts}
+
+    def correction_bias(self, spec: ModelRouting) -> torch.Tensor | None:
+        """Bias per expert that enters the choice only, (E,); None where the rule has none."""
+        return self.vectors[spec.bias_name].reshape(-1) if spec.has_correction_bias else None
 
 
 @dataclass(frozen=True)
@@ -74,24 +88,35 @@ class RoutingTaps:
         self.kept = kept_by(level)
         self.blocks = find_blocks(model)
         self.forced = forced
-        self._logits_index = _declared_logits_index(model)
         self._handles: list[Any] = []
+        self._replaced: list[tuple[torch.nn.Module, Any]] = []
         self._rows: dict[int, dict[str, torch.Tensor]] = {}
 
     def __enter__(self) -> RoutingTaps:
         for layer, block in enumerate(self.blocks):
             if self.forced is not None and layer in self.forced.layers:
                 self._force(layer, block)
+            if self.spec.logits_output is None and "logits" in self.kept:
+                self._watch(layer, block)
             self._handles.append(block.gate.register_forward_hook(self._after_gate(layer, block)))
-            self._handles.append(block.experts.register_forward_pre_hook(self._before_experts(layer, block)))
+            self._handles.append(
+                block.experts.register_forward_pre_hook(self._before_experts(layer, block), with_kwargs=True)
+            )
         return self
 
     def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for block in self.blocks:
-            block.gate.__dict__.pop("forward", None)
+        for gate, forward in reversed(self._replaced):
+            del gate.forward
+            if forward is not None:  # hooks of a device map lie there
+                gate.forward = forward
+        self._replaced.clear()
+
+    def _replace(self, gate: torch.nn.Module, forward: Any) -> None:
+        self._replaced.append((gate, gate.__dict__.get("forward")))
+        gate.forward = forward
 
     def take(self, row_T: torch.Tensor) -> dict[str, torch.Tensor]:
         """The forward's rows on the host, (T, L, ...), and forget them.
@@ -113,7 +138,7 @@ class RoutingTaps:
                     f"MoE layer {layer} gave {len(found['ids'])} rows for {n_rows} tokens; nothing was stored"
                 )
         kept = {name: _stacked([rows[i][name] for i in range(self.spec.n_layers)], row_T) for name in self.kept}
-        biases = [block.correction_bias for block in self.blocks]
+        biases = [block.correction_bias(self.spec) for block in self.blocks]
         bias_LE = (
             torch.stack([bias.cpu() for bias in biases if bias is not None])
             if all(bias is not None for bias in biases)
@@ -128,7 +153,7 @@ class RoutingTaps:
         weights = self.forced.weights_TLK if self.spec.scales_input else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with _ForcedTopK(ids_TK, self.spec) as mode:
+            with ForcedTopK(ids_TK, self.spec.n_experts, self.spec.top_k) as mode:
                 output = original(*args, **kwargs)
             if mode.n_hits != 1:
                 raise CaptureError(
@@ -137,32 +162,50 @@ class RoutingTaps:
                 )
             return output if weights is None else (_scores_of(ids_TK, weights[:, layer], output[0]), *output[1:])
 
-        block.gate.forward = forward
+        self._replace(block.gate, forward)
+
+    def _watch(self, layer: int, block: Block) -> None:
+        """Keep the logits of a router that does not return them: what its linear map over the experts gives."""
+        original = block.gate.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with RouterMatmul(self.spec.n_experts) as mode:
+                output = original(*args, **kwargs)
+            if mode.logits is not None:
+                self._keep_logits(layer, mode.logits)
+            return output
+
+        self._replace(block.gate, forward)
 
     def _after_gate(self, layer: int, block: Block) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            logits = output[self._logits_index] if isinstance(output, tuple) else output
-            logits = logits.detach().reshape(-1, logits.shape[-1])
-            self._check_logits(layer, logits)
-            if "logits" in self.kept:
-                self._rows.setdefault(layer, {})["logits"] = logits
+            parts = output if isinstance(output, tuple | list) else (output,)
+            tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+            if self.spec.logits_output is not None:
+                logits = tensors[self.spec.logits_output].detach()
+                self._keep_logits(layer, logits.reshape(-1, logits.shape[-1]))
             if self.spec.scales_input:  # the experts get scaled inputs: ids and weights end here
-                weights, ids = torch.topk(output[0], self.spec.top_k, dim=-1)
+                weights, ids = torch.topk(tensors[0], self.spec.top_k, dim=-1)
                 self._store(layer, ids, weights)
 
         return hook
 
     def _before_experts(self, layer: int, block: Block) -> Any:
-        def hook(module: torch.nn.Module, args: Any) -> Any:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
             if self.spec.scales_input:
                 return None
-            hidden, ids, weights, *rest = args
+            ids, weights = _routes_among((*args, *kwargs.values()), layer)
+            factor = self.spec.factor_after_experts
             forced = None if self.forced is None else self.forced.weights_TLK
             if forced is not None and self.forced is not None and layer in self.forced.layers:
                 is_forced = self.forced.ids_TLK[:, layer] >= 0
-                weights = torch.where(is_forced, forced[:, layer].to(weights), weights)
-            self._store(layer, ids.reshape(-1, self.spec.top_k), weights.reshape(-1, self.spec.top_k))
-            return None if forced is None else (hidden, ids, weights, *rest)
+                new = torch.where(is_forced, (forced[:, layer] / factor).to(weights), weights)
+                args = tuple(new if one is weights else one for one in args)
+                kwargs = {name: new if one is weights else one for name, one in kwargs.items()}
+                weights = new
+            effective = weights if factor == 1 else weights * factor
+            self._store(layer, ids.reshape(-1, self.spec.top_k), effective.reshape(-1, self.spec.top_k))
+            return None if forced is None else (args, kwargs)
 
         return hook
 
@@ -174,14 +217,37 @@ class RoutingTaps:
         if "weights" in self.kept:
             rows["weights"] = weights.detach().clone()
 
+    def _keep_logits(self, layer: int, logits: torch.Tensor) -> None:
+        self._check_logits(layer, logits)
+        if "logits" in self.kept:
+            self._rows.setdefault(layer, {})["logits"] = logits
+
     def _check_logits(self, layer: int, logits: torch.Tensor) -> None:
         if not logits.is_floating_point() or logits.shape[-1] != self.spec.n_experts:
             raise CaptureError(
-                f"MoE layer {layer}: the router's output {self._logits_index} is {logits.dtype} of width "
+                f"MoE layer {layer}: the router's output {self.spec.logits_output} is {logits.dtype} of width "
                 f"{logits.shape[-1]}, expected logits over E = {self.spec.n_experts}"
             )
         if looks_like_probabilities(logits):
             raise CaptureError(f"MoE layer {layer}: the router gives probabilities under the name of logits")
+
+
+def _routes_among(given: tuple[Any, ...], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    found = find_routes(given)
+    if found is None:
+        raise CaptureError(f"MoE layer {layer}: its experts were given no ids and weights; nothing was stored")
+    return found
+
+
+def find_routes(given: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Expert ids and weights among what a module was given or gave: integers, and floats of the same shape."""
+    tensors = [part for part in given if isinstance(part, torch.Tensor) and part.numel()]
+    for ids in tensors:
+        if ids.dtype in (torch.int64, torch.int32):
+            weights = [one for one in tensors if one.is_floating_point() and one.shape == ids.shape]
+            if weights:
+                return ids, weights[0]
+    return None
 
 
 def _scores_of(ids_TK: torch.Tensor, weights_TK: torch.Tensor, scores_TE: torch.Tensor) -> torch.Tensor:
@@ -200,16 +266,16 @@ def _stacked(layers: list[torch.Tensor], row_T: torch.Tensor) -> torch.Tensor:
     return stacked if is_all else stacked[:, row_T.to(stacked.device)]
 
 
-class _ForcedTopK(TorchFunctionMode):
+class ForcedTopK(TorchFunctionMode):
     """Answers the one TopK over E inside a router with given ids; values come from the router's own scores.
 
     Group-limited routers call TopK on groups first: only the call on a (T, E) tensor with k = K is the choice.
     """
 
-    def __init__(self, ids_TK: torch.Tensor, spec: ModelRouting) -> None:
+    def __init__(self, ids_TK: torch.Tensor, n_experts: int, top_k: int) -> None:
         super().__init__()
         self.ids_TK = ids_TK
-        self.spec = spec
+        self.n_experts, self.top_k = n_experts, top_k
         self.n_hits = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -218,7 +284,7 @@ class _ForcedTopK(TorchFunctionMode):
         if func not in (torch.topk, torch.Tensor.topk):
             return result
         scores = args[0] if args else kwargs["input"]
-        if scores.dim() != 2 or scores.shape[-1] != self.spec.n_experts or result[1].shape[-1] != self.spec.top_k:
+        if scores.dim() != 2 or scores.shape[-1] != self.n_experts or result[1].shape[-1] != self.top_k:
             return result
         self.n_hits += 1
         forced = self.ids_TK.to(result[1])
@@ -226,89 +292,66 @@ class _ForcedTopK(TorchFunctionMode):
         return torch.return_types.topk((scores.gather(1, ids), ids))
 
 
-class _RecordedLogits(TorchFunctionMode):
-    """Answers the router's matmul, the first linear inside it, with recorded logits."""
+class RouterMatmul(TorchFunctionMode):
+    """Notes the first linear map that is E wide: the logits. With others given, answers it with those."""
 
-    def __init__(self, logits_NE: torch.Tensor) -> None:
+    def __init__(self, n_experts: int, answer_NE: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.logits_NE = logits_NE
-        self.n_hits = 0
+        self.n_experts, self.answer_NE = n_experts, answer_NE
+        self.logits: torch.Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and not self.n_hits:
-            self.n_hits += 1
-            return self.logits_NE
-        return func(*args, **(kwargs or {}))
-
-
-def route_recorded(block: Block, logits_NE: torch.Tensor, spec: ModelRouting) -> torch.Tensor:
-    """Expert ids (N, K) that the model's own router code chooses on recorded logits.
-
-    Run on another engine's logits it separates *logit drift* from *another routing rule*: where this reproduces the
-    other engine's sets, only the logits differ.
-
-    Raises:
-        CaptureError: the router does not compute its logits by a linear map.
-    """
-    hidden = torch.zeros(len(logits_NE), _hidden_size(block.gate), dtype=_weight(block.gate).dtype)
-    with torch.inference_mode(), _RecordedLogits(logits_NE) as mode:
-        output = block.gate(hidden.to(_weight(block.gate).device))
-    if not mode.n_hits:
-        raise CaptureError(f"the router of decoder layer {block.decoder_layer} has no linear map to replace")
-    ids = next((part for part in output if not part.is_floating_point()), None)
-    return torch.topk(output[0], spec.top_k, dim=-1).indices if ids is None else ids
-
-
-class _TopKInput(TorchFunctionMode):
-    """Notes the dtype of what the last TopK over E compares."""
-
-    def __init__(self, n_experts: int) -> None:
-        super().__init__()
-        self.n_experts = n_experts
-        self.dtype: torch.dtype | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.topk, torch.Tensor.topk) and args[0].shape[-1] == self.n_experts:
-            self.dtype = args[0].dtype
-        return func(*args, **(kwargs or {}))
-
-
-def stage_dtypes(block: Block, spec: ModelRouting, hidden_dtype: torch.dtype) -> dict[str, str]:
-    """Dtypes of the router at its four stages: weight, matmul (logits), score (TopK's input), gate.
-
-    Seen by running the router alone on a few rows of zeros.
-    """
-    weight = _weight(block.gate)
-    hidden = torch.zeros(3, weight.shape[1], dtype=hidden_dtype, device=weight.device)
-    with torch.inference_mode(), _TopKInput(spec.n_experts) as spy:
-        outputs = [part for part in block.gate(hidden) if part.is_floating_point()]
-    logits = next(part for part in outputs if part.shape[-1] == spec.n_experts)
-    gate = next(part for part in outputs if part is not logits)
-    stages = {"weight": weight.dtype, "matmul": logits.dtype, "score": spy.dtype, "gate": gate.dtype}
-    return {name: str(dtype).removeprefix("torch.") for name, dtype in stages.items()}
-
-
-def _weight(gate: torch.nn.Module) -> torch.Tensor:
-    weight = gate.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
-
-
-def _hidden_size(gate: torch.nn.Module) -> int:
-    return int(_weight(gate).shape[1])
+        if self.logits is not None or func not in _LINEAR_MAPS:
+            return func(*args, **(kwargs or {}))
+        place, dimension = _LINEAR_MAPS[func]
+        given = (*args, *(kwargs or {}).values())
+        if given[place].dim() < 2 or given[place].shape[dimension] != self.n_experts:
+            return func(*args, **(kwargs or {}))
+        if self.answer_NE is None:
+            result = func(*args, **(kwargs or {}))
+        else:  # the map itself is spared: on a CPU it costs more than all else
+            rows = given[place - 1]
+            result = self.answer_NE.to(rows).reshape(*rows.shape[:-1], self.n_experts)
+        self.logits = result.detach().reshape(-1, self.n_experts)
+        return result
 
 
 def find_blocks(model: torch.nn.Module) -> list[Block]:
-    """Every MoE block of the model in order: a module with ``experts`` and a router beside them."""
+    """Every MoE block of the model in order, by structure: ``experts``, and beside them what scores each of them.
+
+    A router is the module whose matrices have one row per expert; of two, the one with the fewest others (a shared
+    expert may happen to be E wide).
+    """
     found = []
     for name, module in model.named_modules():
         experts = getattr(module, "experts", None)
-        gates = (getattr(module, gate, None) for gate in _GATE_NAMES)
-        gate = next((gate for gate in gates if isinstance(gate, torch.nn.Module)), None)
-        if isinstance(experts, torch.nn.Module) and gate is not None:
+        if not isinstance(experts, torch.nn.Module):
+            continue
+        n_experts = count_experts(experts)
+        gate = router_beside(module, experts, n_experts)
+        if gate is not None:
             numbers = [int(part) for part in name.split(".") if part.isdigit()]
-            found.append(Block(numbers[0] if numbers else -1, gate, experts))
+            found.append(Block(numbers[0] if numbers else -1, module, gate, experts, n_experts))
     return sorted(found, key=lambda block: block.decoder_layer)
+
+
+def count_experts(experts: torch.nn.Module) -> int:
+    """E: the first dimension of the stacked weights, or the length of the list; 0 where neither shows it."""
+    if isinstance(experts, torch.nn.ModuleList):
+        return len(experts)
+    counts = Counter(tensor.shape[0] for tensor in experts.parameters() if tensor.dim() >= 3)
+    return counts.most_common(1)[0][0] if counts else int(getattr(experts, "num_experts", 0))
+
+
+def router_beside(module: torch.nn.Module, experts: torch.nn.Module, n_experts: int) -> torch.nn.Module | None:
+    """The child of a block that scores every expert; None where there is none."""
+    candidates: list[tuple[int, int, torch.nn.Module]] = []
+    for child in module.children():
+        rows = [tensor.shape[0] for tensor in child.parameters() if tensor.dim() == 2]
+        is_stacked = any(tensor.dim() > 2 for tensor in child.parameters())
+        if child is not experts and not is_stacked and n_experts and n_experts in rows:
+            candidates.append((sum(n != n_experts for n in rows), len(candidates), child))
+    return min(candidates, key=lambda entry: entry[:2])[2] if candidates else None
 
 
 def looks_like_probabilities(logits: torch.Tensor) -> bool:
@@ -316,13 +359,3 @@ def looks_like_probabilities(logits: torch.Tensor) -> bool:
     sample = logits[:8].float()
     ones = torch.ones(len(sample), device=sample.device)
     return bool((sample >= 0).all()) and torch.allclose(sample.sum(-1), ones, atol=1e-2)
-
-
-def _declared_logits_index(model: Any) -> int:
-    """Which of the router's outputs the model itself declares to be its logits; the first by custom."""
-    for module in model.modules():
-        recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
-        recorder = recorder[0] if isinstance(recorder, list | tuple) else recorder
-        if recorder is not None and hasattr(recorder, "index"):
-            return int(recorder.index)
-    return 0

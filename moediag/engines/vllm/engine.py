@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, UNOBSERVED, ArmRequest
+from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, ROUTER_RULES, UNOBSERVED, ArmRequest
 from moediag.engines.assemble import IDS, capture_of, gate_weights_words, order_rows, recomputed_rows, token_rows
 from moediag.engines.plan import known_sampling, load_prompt_tokens
 from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, seed_of
+from moediag.engines.proof import Agreement, Proof, Shown, agreement, read_proof, shown_there
 from moediag.engines.provenance import arm_sections
 from moediag.engines.routers import ModelRouting
 from moediag.engines.versions import numeric_versions, require_infer_engine
@@ -70,7 +71,10 @@ def capture_infer(writer: RunWriter, options: dict[str, Any], reporter: Reporter
                 f"{run.path} has no tokens yet for {len(waiting)} of its shards, first {waiting[0].stem}; "
                 f"run first: moediag capture {run.sampler} CKPT -o {run.path}"
             )
-    engine = InferEngine(writer, held_llm(held, options["folder"], request, reporter), request, options["routing"])
+    llm = held_llm(held, options["folder"], request, reporter)
+    engine = InferEngine(writer, llm, request, options["routing"], options.get("proof"))
+    if engine.agreement is not None:
+        reporter.note(engine.agreement.line)
     record = engine.arm_record(options["checkpoint"], options["configuration"])
     writer.begin_arm(record, engine.correction_bias())
     fill_missing_shards(writer, request.arm, reporter, engine.capture_shard)
@@ -116,7 +120,22 @@ def _let_go(llm: Any) -> None:
 class InferEngine:
     """One arm on a vLLM engine, observed by hooks, by vLLM's own record of experts, by both, or not at all."""
 
-    def __init__(self, writer: RunWriter, llm: Any, request: ArmRequest, routing: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        writer: RunWriter,
+        llm: Any,
+        request: ArmRequest,
+        routing: dict[str, Any] | None,
+        proof: str | None = None,
+    ) -> None:
+        """Hold vLLM's routers against transformers', then set the taps.
+
+        Args:
+            proof: file of what transformers' routers do with the probes; None = vLLM's are taken to be the same.
+
+        Raises:
+            CaptureError: they route otherwise, and the request does not accept it; or a router cannot be seen.
+        """
         self.writer, self.run = writer, writer.run
         self.request = request
         self.routing = routing
@@ -127,9 +146,49 @@ class InferEngine:
         self.sampling = known_sampling(self.run)
         self.llm = llm
         self.level = IDS if request.observer == NATIVE else self.run.record.level
+        self.agreement: Agreement | None = None
+        self.bias: list[list[float]] | None = None
+        if proof is not None:
+            self.agreement, self.bias = self._agreement(Path(proof))
+            self.routing = routing = self.agreement.routing.record()
         self.facts: dict[str, Any] = self._install()[0]
-        refuse_unseen_routing(self.facts, routing, request.observer)
+        refuse_unseen_routing(self.facts, routing, request.observer, self.bias is not None)
         self._refuse_unseen_distributions()
+
+    def _agreement(self, path: Path) -> tuple[Agreement, list[list[float]] | None]:
+        """vLLM's routers on transformers' probes; with it the bias that transformers' routers hold."""
+        proof = read_proof(path)
+        found = agreement(proof, self._shown(proof, path))
+        if found.differences and self.request.accept != ROUTER_RULES:
+            raise CaptureError(
+                f"{'; '.join(found.differences)}. Nothing was sampled; --accept {ROUTER_RULES} captures it all the same"
+            )
+        name = found.routing.bias_name
+        vectors = [one.rows.vectors.get(name) for one in proof.shown] if found.routing.has_correction_bias else []
+        return found, [one.tolist() for one in vectors if one is not None] or None
+
+    def _shown(self, proof: Proof, path: Path) -> list[Shown]:
+        """What vLLM's routers do with the probes, by MoE layer.
+
+        Raises:
+            CheckpointError: vLLM has routers in other decoder layers than transformers.
+        """
+        from safetensors.torch import load_file, save_file
+
+        given, output = path.with_suffix(".given"), path.with_suffix(".seen")
+        n_experts, n_hidden = proof.routing.n_experts, proof.n_hidden
+        hidden_MH = proof.probes.hidden(proof.probes.n_own, n_hidden)
+        save_file({"logits_NE": proof.probes.logits(n_experts), "hidden_MH": hidden_MH}, given)
+        try:
+            facts = self.llm.collective_rpc("moediag_route", args=(str(given), str(output)))[0]
+            seen = load_file(output)
+        finally:
+            given.unlink(missing_ok=True)
+            output.unlink(missing_ok=True)
+        there, layers = [fact["decoder_layer"] for fact in facts], list(proof.routing.decoder_layers)
+        if there != layers:
+            raise CheckpointError(f"vLLM's model has MoE routers in decoder layers {there}, transformers' in {layers}")
+        return [shown_there(proof, layer, fact, seen) for layer, fact in enumerate(facts)]
 
     def _refuse_unseen_distributions(self) -> None:
         if self.keeps_distributions and (not self.has_taps or (self.facts["is_v2_runner"] and self.path == PREFILL)):
@@ -146,7 +205,7 @@ class InferEngine:
     def correction_bias(self) -> list[list[float]] | None:
         """The routers' correction bias by MoE layer and expert, as rank 0 has it; None where the rule has none."""
         bias_LE: list[list[float]] | None = self.llm.collective_rpc("moediag_bias")[0]
-        return bias_LE
+        return bias_LE or self.bias
 
     @property
     def has_taps(self) -> bool:
@@ -157,7 +216,7 @@ class InferEngine:
         """Set the taps where they are needed; what every rank has loaded."""
         if not self.has_taps:
             return list(self.llm.collective_rpc("moediag_describe"))
-        return list(self.llm.collective_rpc("moediag_install", args=(self.routing, self.level)))
+        return list(self.llm.collective_rpc("moediag_install", args=(self.routing, self.level, self.bias)))
 
     @property
     def is_cpu(self) -> bool:
@@ -173,12 +232,14 @@ class InferEngine:
         """What arm.json says of this arm."""
         engine, config = self.llm.llm_engine, self.llm.llm_engine.vllm_config
         prompt = self.prompts[0][2]
+        routing = ModelRouting.from_record(self.routing) if self.routing else None
         facts = {
             "max_model_len": config.model_config.max_model_len,
             **arm_sections(self.facts),
             "engine_config": vllm_engine_config(config),
             "sampling": vllm_sampling(engine, self._parameters(0, Sequence(prompt, prompt[:1])), prompt),
             "observer": OBSERVERS[self.request.observer],
+            "router_proof": [self.agreement.line, *self.agreement.remarks] if self.agreement else None,
             "forced_by_observation": OBSERVER_FORCES[self.request.observer],
             "seeding": "per shard (workers reseeded)" if self.seeds_shards else "per request",
         }
@@ -191,14 +252,15 @@ class InferEngine:
             arrays=arrays_of(
                 self.level,
                 is_routed=self.is_routed,
+                has_rule=routing is not None and routing.has_rule,
                 has_entropy=self.has_taps,
                 has_distributions=self.keeps_distributions,
             ),
-            routers=ModelRouting.from_record(self.routing).routers() if self.routing else (),
-            gate_weights=gate_weights_words(self.level, self.facts["weights_on_input"])
-            if self.has_taps and self.routing
+            routers=routing.routers() if routing else (),
+            gate_weights=gate_weights_words(self.level, routing, self.facts["weights_on_input"])
+            if self.has_taps and routing
             else None,
-            disagreements=tuple(disagreements(self.facts, self.routing)),
+            disagreements=self.agreement.differences if self.agreement else (),
         )
 
     @property
@@ -357,38 +419,37 @@ def _to_numpy(tensor: Any) -> NDArray[Any]:
     return array
 
 
-# What vLLM loaded, held against config.json: refused where taps would see wrongly, reported where rules differ
+# What vLLM loaded, refused where taps would see wrongly
 
 
-def refuse_unseen_routing(facts: dict[str, Any], routing: dict[str, Any] | None, observer: str) -> None:
-    """Refuse what the taps cannot see, and a model that is not the one config.json describes.
+def refuse_unseen_routing(
+    facts: dict[str, Any], routing: dict[str, Any] | None, observer: str, has_bias: bool = False
+) -> None:
+    """Refuse what the taps cannot see, and a model that is not the one transformers has.
 
     Args:
         facts: what the worker reports of itself.
         routing: the run's ModelRouting as a record; None for a dense model.
+        has_bias: the correction bias is known from elsewhere.
 
     Raises:
-        CheckpointError: layers, E, K or bias differ from config.json.
+        CheckpointError: layers, E, K or bias differ from transformers' routers.
         CaptureError: a kernel or mode that hides which experts were used.
     """
     expected = list(routing["decoder_layers"]) if routing else []
     if facts["decoder_layers"] != expected:
         raise CheckpointError(
-            f"vLLM's model has MoE routers in decoder layers {facts['decoder_layers']}, config.json says {expected}"
+            f"vLLM's model has MoE routers in decoder layers {facts['decoder_layers']}, transformers' in {expected}"
         )
     if not routing:
         return
     found = (facts["n_experts"], facts["top_k"])
     if found != ([routing["n_experts"]], [routing["top_k"]]):
         raise CheckpointError(
-            f"vLLM's routers have (E, K) = {found}, config.json {routing['n_experts'], routing['top_k']}"
+            f"vLLM's routers have (E, K) = {found}, transformers' {routing['n_experts'], routing['top_k']}"
         )
-    if facts["has_correction_bias"] != routing["has_correction_bias"]:
-        raise CheckpointError(
-            f"vLLM's routers have {'a' if facts['has_correction_bias'] else 'no'} correction bias, "
-            f"the family {routing['family']} {'has one' if routing['has_correction_bias'] else 'has none'}; "
-            "check config.json"
-        )
+    if routing["has_correction_bias"] and not facts["has_correction_bias"] and not has_bias:
+        raise CheckpointError("vLLM's routers have no correction bias, transformers' have one; check config.json")
     if facts["is_monolithic"] and observer == HOOKS:
         raise CaptureError(
             f"vLLM selected a monolithic MoE kernel ({', '.join(facts['experts_kernel'])}) that never shows "
@@ -396,25 +457,6 @@ def refuse_unseen_routing(facts: dict[str, Any], routing: dict[str, Any] | None,
         )
     if facts["eplb"]:
         raise CaptureError("expert-parallel load balancing renames experts (physical ids); turn enable_eplb off")
-
-
-def disagreements(facts: dict[str, Any], routing: dict[str, Any] | None) -> list[str]:
-    """Where vLLM's routers follow another rule than config.json: reported, not refused, since that is a finding."""
-    rule = facts["router_rule"]
-    if not routing or routing["gate"] != "scores":
-        return []
-    expected = {"renormalize": routing["renormalize"], "scoring_func": routing["score_function"]}
-    if routing["n_group"] > 1:
-        expected |= {"num_expert_group": routing["n_group"], "topk_group": routing["topk_group"]}
-    differences = [
-        f"vLLM's routers have {name} = {rule[name]!r}, config.json says {value!r}"
-        for name, value in expected.items()
-        if name in rule and rule[name] != value
-    ]
-    factors = [rule.get("routed_scaling_factor", 1.0) * scale for scale in facts["scale_after_experts"]]
-    if factors != [routing["scaling_factor"]]:
-        differences.append(f"vLLM scales gate weights by {factors}, config.json says {routing['scaling_factor']!r}")
-    return differences
 
 
 def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from moediag.engines.assemble import IDS
 from moediag.engines.provenance import process_facts
 from moediag.engines.routers import ModelRouting
 from moediag.engines.vllm.built import vllm_dtypes, vllm_kernels
+from moediag.engines.vllm.routing import run_routers
 from moediag.engines.vllm.rows import StepRecorder
 
 _RULE_ATTRIBUTES = ("scoring_func", "renormalize", "num_expert_group", "topk_group", "routed_scaling_factor")
@@ -42,12 +43,22 @@ class MoediagWorkerExtension:
     rank: int
     model_runner: Any
 
-    def moediag_install(self, spec: dict[str, Any] | None, level: str) -> dict[str, Any]:
+    def moediag_route(self, given: str, output: str) -> list[dict[str, Any]]:
+        """Run the routers on the probes of a file, see :func:`~.routing.run_routers`; rank 0 writes what they did."""
+        model, routers = self.model_runner.model, find_routers(self.model_runner.model)
+        target = Path(output) if self.rank == 0 else None
+        dtype = self.model_runner.model_config.dtype
+        return run_routers(model, routers, scales_after_experts(routers), dtype, Path(given), target)
+
+    def moediag_install(
+        self, spec: dict[str, Any] | None, level: str, bias: list[list[float]] | None = None
+    ) -> dict[str, Any]:
         """Set the taps on this worker, in place of those of an earlier arm.
 
         Args:
             spec: fields of :class:`ModelRouting`, or None for a dense model.
             level: ``ids``, ``margins`` or ``full``; see :mod:`moediag.engines.assemble`.
+            bias: correction bias by MoE layer and expert, for routers that do not hold theirs.
 
         Returns:
             What the loaded model is: MoE layers, E, K, dtypes, kernels, attention backend.
@@ -56,6 +67,8 @@ class MoediagWorkerExtension:
         routers = find_routers(self.model_runner.model)
         router_spec = ModelRouting.from_record(spec) if spec else None
         bias_LE = correction_bias([router for _, _, router in routers])
+        if bias_LE is None and bias is not None:
+            bias_LE = torch.tensor(bias)
         recorder = StepRecorder(router_spec, level if self.rank == 0 else IDS, bias_LE, scales_after_experts(routers))
         self._moediag_recorder = recorder
         self._moediag_undo: list[Undo] = [
