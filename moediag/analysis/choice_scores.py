@@ -52,7 +52,7 @@ class RoutingRule:
 
     @classmethod
     def of_routers(cls, routers: Sequence[Router]) -> RoutingRule | None:
-        """The rule that all routers of a model share; None where it is not known, or not one.
+        """The rule that all routers of a model share; None where it is not known, not one, or not computed here.
 
         Raises:
             MoediagError: a score function that this version does not know.
@@ -72,6 +72,11 @@ class RoutingRule:
         if len(rules) != 1 or any(router.spec is None for router in routers):
             return None
         rule = rules.pop()
+        specs = [router.spec for router in routers if router.spec is not None]
+        if any(spec.score_function == "sqrtsoftplus" for spec in specs) or (
+            rule.is_grouped and any((spec.group_score, spec.masked_value) != ("two_best", "-inf") for spec in specs)
+        ):
+            return None  # known, and not computed here
         if rule.score_function not in (SOFTMAX, SIGMOID, LOGIT):
             raise MoediagError(f"unknown score function {rule.score_function!r}; expected softmax, sigmoid or logit")
         return rule

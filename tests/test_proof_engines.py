@@ -1,0 +1,62 @@
+"""Rules planted wrong in vLLM's loaded routers: each is named before anything is sampled, or changes nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import make_checkpoint
+from planted import PLANTED
+from probes import TESTS, engines_under
+from safetensors.torch import load_file, save_file
+
+from moediag.engines.arms import ArmRequest
+from moediag.engines.checkpoint import open_checkpoint
+from moediag.engines.launch import Job, arm_options, proof_beside
+from moediag.engines.plan import SamplingOptions, make_plan
+from moediag.engines.vllm.options import INFER_ENVIRONMENT
+from moediag.run.capture import WHOLE
+
+pytestmark = pytest.mark.engines
+
+GROUPED = [name for name in PLANTED if name not in ("sigmoid for softmax", "losers at 0")]
+CASES = {
+    "glm4_moe": ("glm4_moe", None, GROUPED, {"nothing"}),
+    # every choice score is below 0: losing groups at 0 win
+    "negative bias": ("glm4_moe", -1.2, ["losers at 0"], set()),
+    # every bias above 0, so that no choice score is below it: losing groups at 0 or -inf are one function
+    "positive bias": ("glm4_moe", 0.2, ["losers at 0"], {"losers at 0"}),
+    "qwen3_moe": ("qwen3_moe", None, ["sigmoid for softmax", "renormalisation off", "K off by one",
+                                      "logits clamped at 0", "nothing"], {"nothing"}),
+}  # fmt: skip
+
+
+def test_each_rule_planted_in_vllm_is_named_before_sampling(tmp_path: Path) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("The for statement")
+    with engines_under(TESTS) as engines:
+        for case, (family, bias, planted, equivalent) in CASES.items():
+            checkpoint = make_checkpoint(family, tmp_path / case.replace(" ", "-"), torch.float32)
+            if bias is not None:
+                tensors = load_file(checkpoint / "model.safetensors")
+                for name in tensors:
+                    if name.endswith("e_score_correction_bias"):
+                        tensors[name] = tensors[name].clamp(-0.15, 0.15) + bias
+                save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+            opened = open_checkpoint(str(checkpoint))
+            run = make_plan(opened, prompts, SamplingOptions(max_tokens=2)).create(tmp_path / f"run-{case}", False)
+            request = ArmRequest("infer", "infer", {"dtype": "float32", "max_model_len": 64})
+            output = tmp_path / f"{case}.json"
+            options = {**arm_options(opened, request), "output": str(output), "planted": planted}
+            log = str(run.path / "logs" / "probe.log")
+            job = Job("vLLM", "planted:probe_planted", str(run.path), asdict(WHOLE), options, log)
+            with proof_beside(job, opened, request) as proven:
+                engines.do(replace(proven), INFER_ENVIRONMENT, lambda event: None)
+            said = json.loads(output.read_text())
+            assert {name for name, words in said.items() if not words} == equivalent, (case, said)
+            named = [words for words in said.values() if words]
+            assert all("transformers: top-" in words and "vLLM: " in words for words in named)
+            assert all("Nothing was sampled" in words for words in named)
