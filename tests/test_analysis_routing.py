@@ -10,9 +10,15 @@ from synthetic import make_block, make_pair, take
 
 from moediag.analysis.expert_sets import compare_block, compare_experts
 from moediag.analysis.routing import agreement_by_layer, flips_per_token, routing_rates
-from moediag.analysis.routing_counts import RoutingTotals, routing_totals
+from moediag.analysis.routing_counts import RoutingTotals
 from moediag.analysis.tokens import token_frame
 from moediag.errors import MoediagError
+from moediag.results.pair_analysis import read_pair
+from moediag.run.align import Pair
+
+
+def _routing_of(pair: Pair) -> RoutingTotals:
+    return read_pair(pair)[1].totals
 
 
 @pytest.mark.parametrize("n_experts", [2, 8, 63, 64, 65, 128, 256, 300])
@@ -54,7 +60,7 @@ def test_agreement_equals_a_plain_loop() -> None:
     block = make_block(n_layers=3, flip_noise=0.3)
     block.expert_ids_train_TLK[4, 1] = -1
     block.expert_ids_infer_TLK[9] = -1
-    frame = agreement_by_layer(routing_totals(make_pair(block)), (1, 2, 3))
+    frame = agreement_by_layer(_routing_of(make_pair(block)), (1, 2, 3))
     train, infer = block.expert_ids_train_TLK, block.expert_ids_infer_TLK
     for layer in range(3):
         same, prefix, overlap, reorder = [], [], [], []
@@ -77,7 +83,7 @@ def test_agreement_equals_a_plain_loop() -> None:
 
 def test_rates_equal_a_plain_loop() -> None:
     block = make_block(flip_noise=0.3)
-    rates = routing_rates(routing_totals(make_pair(block)))
+    rates = routing_rates(_routing_of(make_pair(block)))
     train, infer, weights = block.expert_ids_train_TLK, block.expert_ids_infer_TLK, block.gate_weights_train_TLK
     flips = [[set(a) != set(b) for a, b in zip(x, y, strict=True)] for x, y in zip(train, infer, strict=True)]
     mass = [
@@ -95,7 +101,7 @@ def test_flips_per_token_counts_and_differences() -> None:
     block = make_block(flip_noise=0.5)
     pair = make_pair(block)
     tokens = token_frame(pair)
-    frame = flips_per_token(tokens, routing_totals(pair))
+    frame = flips_per_token(tokens, _routing_of(pair))
     assert frame["n_tokens"].sum() == len(block)
     assert frame["share"].sum() == pytest.approx(1)
     assert frame["independent_share"].sum() == pytest.approx(1)
@@ -107,10 +113,10 @@ def test_flips_per_token_counts_and_differences() -> None:
 
 def test_merge_of_parts_equals_the_whole_even_inside_a_prompt() -> None:
     block = make_block(flip_noise=0.4)
-    whole = routing_totals(make_pair(block))
+    whole = _routing_of(make_pair(block))
     cuts = [take(block, slice(0, 31)), take(block, slice(31, 90)), take(block, slice(90, None))]
-    parts = [routing_totals(make_pair(cut)) for cut in cuts]
-    for merged in (RoutingTotals.merge(parts), RoutingTotals.merge(parts[::-1]), routing_totals(make_pair(*cuts))):
+    parts = [_routing_of(make_pair(cut)) for cut in cuts]
+    for merged in (RoutingTotals.merge(parts), RoutingTotals.merge(parts[::-1]), _routing_of(make_pair(*cuts))):
         for field in fields(whole):
             np.testing.assert_allclose(getattr(merged, field.name), getattr(whole, field.name), rtol=1e-12)
 
@@ -122,6 +128,6 @@ def test_merge_of_nothing_is_an_error() -> None:
 
 def test_without_gate_weights_only_the_mass_is_missing() -> None:
     block = replace(make_block(), gate_weights_train_TLK=None)
-    rates = routing_rates(routing_totals(make_pair(block)))
+    rates = routing_rates(_routing_of(make_pair(block)))
     assert np.isnan(rates.misrouted_mass.value)
     assert np.isfinite(rates.flip_rate.value)

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from scipy import optimize, special
 
 from moediag.analysis.declarations import MARGIN_CURVE, MARGIN_NOISE, MARGIN_QUANTILES
-from moediag.analysis.expert_sets import ExpertComparison, compare_block
+from moediag.analysis.expert_sets import ExpertComparison
 from moediag.analysis.totals import Totals, counted, merged_by_prompt
 from moediag.notation import POOLED
-from moediag.run.align import Pair, PairBlock
+from moediag.run.align import PairBlock
 from moediag.statistics.intervals import ratio_mean_interval
 
 Int64 = NDArray[np.int64]
@@ -109,16 +109,6 @@ class MarginTotals(Totals):
             [self.prompt_id_C, prompts.astype(np.int64)],
             [(self.n_CB, n_CLB.sum(axis=1)), (self.flips_CB, flips_CLB.sum(axis=1))],
         )
-
-
-def margin_totals(pair: Pair) -> dict[str, MarginTotals]:
-    """Counts of the whole pair by score space, in one pass over its blocks."""
-    totals = {space: MarginTotals.empty(pair.n_layers) for space in SPACES}
-    for block in pair.blocks():
-        if (seen := compare_block(block)) is not None:
-            for space in SPACES:
-                totals[space].add_block(block, seen, space)
-    return totals
 
 
 def margin_side(block: PairBlock, space: str) -> Side | None:

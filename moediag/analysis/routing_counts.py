@@ -23,9 +23,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.analysis.expert_sets import ExpertComparison, any_in_row, compare_block
+from moediag.analysis.expert_sets import ExpertComparison, any_in_row
 from moediag.analysis.totals import Totals
-from moediag.run.align import Pair, PairBlock
+from moediag.run.align import PairBlock
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
@@ -236,12 +236,3 @@ def _token_counts(cells: _Cells, seen: ExpertComparison) -> dict[str, Int64]:
         "n_flipped_C": cells.per_prompt(n_flipped_T),
         "n_flipped_square_C": cells.per_prompt(np.square(n_flipped_T)),
     }
-
-
-def routing_totals(pair: Pair) -> RoutingTotals:
-    """Counts of the whole pair, in one pass over its blocks."""
-    parts = [RoutingTotals.empty(pair.n_layers, pair.top_k)]
-    for block in pair.blocks():
-        if (seen := compare_block(block)) is not None:
-            parts.append(RoutingTotals.of_block(block, seen, pair.top_k))
-    return RoutingTotals.merge(parts)

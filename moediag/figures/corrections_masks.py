@@ -165,8 +165,8 @@ def overlap_title(overlap: pd.DataFrame, names: list[str]) -> str:
     apart = int((rows["jaccard"] == 0).sum())
     middle = float(rows["jaccard"].median())
     return (
-        f"{len(names)} masks in {len(rows)} pairs: median Jaccard {percent(middle)}, {same} pairs mask the same "
-        f"tokens, {apart} share none"
+        f"{count(len(names), 'mask')} in {count(len(rows), 'pair')}: median Jaccard {percent(middle)}, the same tokens "
+        f"in {count(same, 'pair')}, none shared in {apart}"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moediag.numbers import count
 from moediag.statistics.intervals import MIN_CLUSTERS, Interval, effective_freedom, rate_bounds, too_few
 from moediag.statistics.resampling import positive_bounds, standard_error
 
@@ -77,7 +78,7 @@ def _too_thin_a_tail(above_C: Float64, q: float) -> str:
     if q <= _FAR or (n_above >= TAIL_MIN_EXCEEDANCES and n_clusters >= TAIL_MIN_CLUSTERS):
         return ""
     needed = f"the tail needs {TAIL_MIN_EXCEEDANCES} tokens from {TAIL_MIN_CLUSTERS} prompts"
-    return f"{n_above} tokens from {n_clusters} prompts lie above; {needed}"
+    return f"{count(n_above, 'token')} from {count(n_clusters, 'prompt')} above it; {needed}"
 
 
 def _why_none(values_T: Float64, n_clusters: int, q: float) -> str:
