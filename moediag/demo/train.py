@@ -68,7 +68,7 @@ class Recipe:
     init_std: float = 0.05
     window: int = 512
     batch: int = 4
-    n_steps: int = 200
+    n_steps: int = 300
     n_warmup: int = 20
     muon_lr: float = 0.02
     adam_lr: float = 8e-3
