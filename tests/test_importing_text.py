@@ -159,9 +159,13 @@ def test_damaged_text_is_refused_by_line(
 
 
 def test_what_is_no_tokenizer_and_text_without_one_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Bug: text of no framework's name was called a table that lacks its columns by validate, simulate and trend."""
+    plain = write_jsonl(tmp_path_factory.mktemp("text") / "rollouts.jsonl", [{"prompt": "a", "completion": "b"}])
+    hint = "moediag import text PATH --tokenizer CKPT -o RUN"
     for words, message in (
+        *(([command, str(plain)], hint) for command in ("validate", "simulate", "trend")),
         (["import", "verl", str(VERL), "-o", str(tmp_path / "out")],
          "moediag import verl PATH --tokenizer CKPT -o RUN"),
         (["import", "trl", str(TRL), "-o", str(tmp_path / "out"), "--tokenizer", str(tmp_path)],

@@ -42,6 +42,8 @@ from moediag.engines.routers import (
 )
 from moediag.errors import CheckpointError
 
+REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
+"""What a router or its block raises that is given nothing but hidden states or logits and needs more."""
 _ULPS = 4
 _PLAIN = 8.0
 """Logits below this are what models have; the proof's larger ones only tell formulas apart."""

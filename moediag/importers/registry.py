@@ -114,7 +114,8 @@ def foreign_format(paths: Sequence[Path | str]) -> str | None:
         every = detect_all(some)
     except DumpError:  # nothing is there: whoever opens it names what it wanted
         return None
-    found = {name: files[0] for name, files in every.items() if name not in ("", *PLAIN)}
+    tables = (plain.SEQUENCES.name, plain.TABLE.name)
+    found = {name: files[0] for name, files in every.items() if name not in ("", *tables)}
     if len(found) > 1:
         (a, one), (b, other) = list(found.items())[:2]
         raise DumpError(f"{one} is of {a}, {other} of {b}; take one format at a time (moediag import)")

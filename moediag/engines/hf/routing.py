@@ -18,12 +18,9 @@ import torch
 from safetensors import safe_open
 
 from moediag.engines.hf.taps import Block, ForcedTopK, RouterMatmul, find_blocks, find_routes
-from moediag.engines.proof import Probes, Proof, Rows, Shown, fit, hints_of, routing_of
+from moediag.engines.proof import REFUSALS, Probes, Proof, Rows, Shown, fit, hints_of, routing_of
 from moediag.engines.routers import text_config
 from moediag.errors import CheckpointError
-
-_REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
-"""What a block raises that is given nothing but hidden states and needs more."""
 
 
 def prove(
@@ -181,13 +178,13 @@ def _run(
         stack.enter_context(answer)
         try:
             output = block.module(hidden_NH[None])
-        except _REFUSALS as error:  # more than hidden states, or a part that is not there
+        except REFUSALS as error:  # more than hidden states, or a part that is not there
             seen.clear()
             answer.begin()
             try:
                 output = None
                 block.gate(hidden_NH)
-            except _REFUSALS:
+            except REFUSALS:
                 lines = str(error).strip().splitlines()
                 return Rows(
                     logits_output=None,

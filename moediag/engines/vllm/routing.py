@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-_REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
-"""What a router raises that is given nothing but logits and needs more."""
+from moediag.engines.proof import REFUSALS
 
 
 def run_routers(
@@ -58,7 +57,7 @@ def run_routers(
                     router_logits=logits_NE,
                     topk_indices_dtype=getattr(method, "topk_indices_dtype", None),
                 )
-            except _REFUSALS as error:
+            except REFUSALS as error:
                 lines = str(error).strip().splitlines()
                 fact["reason"] = f"its router does not run on logits alone ({lines[0] if lines else error!r})"
                 continue
@@ -96,7 +95,7 @@ def _own_logits(
             continue
         try:
             output = gates[0](hidden_MH)
-        except _REFUSALS:
+        except REFUSALS:
             return None
         logits = output[0] if isinstance(output, tuple) else output
         return logits if isinstance(logits, torch.Tensor) and logits.shape[-1] == n_experts else None
