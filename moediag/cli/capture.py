@@ -10,7 +10,7 @@ import typer
 from moediag.cli import options as o
 from moediag.cli.settings import Settings, with_settings
 from moediag.notation import INFER
-from moediag.run.recipes import RECIPES
+from moediag.run.recipes import RECIPES, SERVER
 
 if TYPE_CHECKING:
     from moediag.engines.arms import ArmRequest
@@ -58,6 +58,13 @@ def command(
 
     made, arm = recipe_of(recipe.value), o.check_arm_name(name) or recipe.value
     worker, layers = o.parse_slice(shard_index, num_shards), o.parse_layers(replay_layers)
+    if (settings.server is None) == (made.engine == SERVER):
+        server_arms = ", ".join(known for known, one in RECIPES.items() if one.engine == SERVER)
+        raise typer.BadParameter(
+            f"--server URL belongs to {server_arms}, and these need it; found with {recipe.value}"
+            if settings.server
+            else f"{recipe.value} needs --server URL"
+        )
     jobs.require(recipe.value)
 
     def request(given: bool, max_model_len: int, seed: int, routes: str = INFER, **more: Any) -> ArmRequest:

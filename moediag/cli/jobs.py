@@ -24,7 +24,7 @@ from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM, recipe
 from moediag.run.records import CheckpointRecord, Tokenizer
 from moediag.run.writer import RunWriter
 
-INFER_PRODUCTION = "infer-production"
+INFER_PRODUCTION, INFER_SERVER = "infer-production", "infer-server"
 
 Requesting = Callable[..., ArmRequest]
 """Gives the request of a recipe's arm: recipe, whether completions are given, and what ``arm_request`` takes."""
@@ -40,25 +40,29 @@ def require(*recipes: str) -> None:
         ENGINES[recipe(name).engine].require()
 
 
-def profile_recipes(replay: bool, floors: bool, production: bool = False) -> list[str]:
+def profile_recipes(replay: bool, floors: bool, production: bool = False, has_server: bool = False) -> list[str]:
     """The arms of the main job, in the order in which they are captured.
 
     Args:
         floors: each engine against itself as well, and the scale of one-ulp noise.
         production: unobserved rollouts sample the tokens.
+        has_server: a running server samples them, as the arm ``infer``.
     """
     first = [INFER_PRODUCTION] if production else []
-    own = ["infer-repeat", "train-repeat", "train-perturbed"] if floors else []
-    return [*first, INFER, TRAIN, *(["train-replay"] if replay else []), *own]
+    again = "infer-server-rescore" if has_server else "infer-repeat"
+    own = [again, "train-repeat", "train-perturbed"] if floors else []
+    return [*first, INFER_SERVER if has_server else INFER, TRAIN, *(["train-replay"] if replay else []), *own]
 
 
 def requests_of(recipes: Sequence[str], plan: Plan, request_of: Requesting) -> list[ArmRequest]:
     """The requests of a planned run's arms, each beside the reference arm of its role among those before it."""
     requests: list[ArmRequest] = []
     for name in recipes:
-        role, paths = recipe(name).role, {request.arm: request.path for request in requests}
-        reference = Reference(role, paths.get(role))
-        requests.append(request_of(name, plan.completion_ids is not None, sampler=plan.sampled_by, reference=reference))
+        role, there = recipe(name).role, {request.arm: request for request in requests}
+        reference = Reference(role, there[role].path, there[role].engine) if role in there else Reference(role)
+        arm = INFER if name == INFER_SERVER else name
+        given = plan.completion_ids is not None
+        requests.append(request_of(name, given, arm=arm, sampler=plan.sampled_by, reference=reference))
     return requests
 
 

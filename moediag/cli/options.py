@@ -148,6 +148,19 @@ InferCheckpoint = Annotated[
         help="vLLM loads this instead of CKPT: quantised rollout weights, a converted folder, an older step.",
     ),
 ]
+ServerUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="URL",
+        help="A running vLLM or SGLang server is the infer engine; CKPT is what it serves. Its key: "
+        "MOEDIAG_SERVER_KEY; requests at a time: --max-num-seqs (16).",
+    ),
+]
+ServerModel = Annotated[
+    str | None,
+    typer.Option("--server-model", metavar="NAME", help="Which of the server's models; default: its only one."),
+]
 OtherCheckpoint = Annotated[
     bool,
     typer.Option("--other-checkpoint", help="CKPT is another checkpoint than the run's: how the two differ is kept."),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import typer
+
 from moediag.cli import options as o
 from moediag.cli.settings import Settings, with_settings
 
@@ -29,7 +31,11 @@ def command(
     from moediag.notation import INFER, TRAIN
     from moediag.run.writer import RunWriter
 
-    jobs.require(INFER, TRAIN)
+    if settings.server is not None and (production_rollouts or infer_checkpoint is not None):
+        raise typer.BadParameter(
+            "--server samples itself, as it runs: leave --production-rollouts and --infer-checkpoint out"
+        )
+    jobs.require(INFER if settings.server is None else jobs.INFER_SERVER, TRAIN)
     plan = settings.plan(ckpt, prompts, jobs.INFER_PRODUCTION if production_rollouts else INFER)
     checkpoints = {TRAIN: plan.checkpoint, INFER: plan.checkpoint}
     if infer_checkpoint is not None:
@@ -41,7 +47,9 @@ def command(
         # what only rollouts may do is left out where the same tokens are decoded again, observed
         is_beside_rollouts=production_rollouts,
     )
-    requests = jobs.requests_of(jobs.profile_recipes(replay, floors, production_rollouts), plan, request)
+    requests = jobs.requests_of(
+        jobs.profile_recipes(replay, floors, production_rollouts, settings.server is not None), plan, request
+    )
     jobs.announce(plan, output, requests, settings.dtype.value, is_anew=force)
     run = plan.create(output, force)
     jobs.capture(jobs.Arms(RunWriter(run), requests, checkpoints))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from moediag.cli import options as o
-from moediag.run.recipes import VLLM, recipe
+from moediag.run.recipes import SERVER, VLLM, recipe
 
 if TYPE_CHECKING:
     from moediag.engines.arms import ArmRequest
@@ -55,6 +55,8 @@ class Settings:
     batch_size: o.BatchSize = 1
     batching: o.LayoutOption = o.Layout.padded
     accept: o.AcceptOption = None
+    server: o.ServerUrl = None
+    server_model: o.ServerModel = None
 
     def plan(self, ckpt: str, prompts: Path, sampled_by: str) -> Plan:
         """The run that the options describe.
@@ -80,7 +82,7 @@ class Settings:
             trust_remote_code=self.trust_remote_code,
             ids_only=self.ids_only,
             sampled_by=sampled_by,
-            full_vocab=o.parse_full_vocab(self.full_vocab, self.observer),
+            full_vocab=o.parse_full_vocab(self.full_vocab, self.observer if self.server is None else o.Observer.native),
         )
 
     def request(
@@ -118,6 +120,9 @@ class Settings:
                 max_num_seqs=self.max_num_seqs,
                 max_num_batched_tokens=self.max_num_batched_tokens,
             )
+        elif made.engine == SERVER:
+            known = {"model": self.server_model, "max_num_seqs": self.max_num_seqs}
+            options = {name: value for name, value in known.items() if value is not None}
         else:
             options = train_options(
                 **shared,
@@ -133,6 +138,7 @@ class Settings:
             scoring=self.scoring.value,
             batching=o.parse_batching(self.batch_size, self.batching),
             accept=self.accept.value if self.accept else "",
+            server=self.server or "",
             **more,
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from moediag.engines.redaction import redact
 from moediag.errors import EngineError
-from moediag.run.recipes import DECODE, PREFILL, RECIPES, SAMPLED, TEACHER_FORCED, VLLM, change_of, recipe
+from moediag.run.recipes import DECODE, PREFILL, RECIPES, SAMPLED, SERVER, TEACHER_FORCED, VLLM, change_of, recipe
 from moediag.run.records import ArmRecord, Captured, Change, Score
 
 HOOKS, NATIVE, BOTH, UNOBSERVED = "hooks", "native", "both", "none"
@@ -52,6 +52,7 @@ class ArmRequest:
         batching: sequences per forward in transformers, see :class:`~moediag.engines.hf.batching.Batching`.
         perturbation: what is done to transformers' router inputs, see :mod:`moediag.engines.hf.perturbation`.
         accept: a finding that does not end the capture, of :data:`ACCEPTABLE`; not part of what the arm is.
+        server: URL of the server that is the engine; not part of what the arm is.
     """
 
     arm: str
@@ -66,10 +67,11 @@ class ArmRequest:
     batching: dict[str, Any] | None = None
     perturbation: str = ""
     accept: str = ""
+    server: str = ""
 
     @property
     def engine(self) -> str:
-        """``vllm`` or ``transformers``."""
+        """``vllm``, ``transformers`` or ``server``."""
         return RECIPES[self.recipe].engine
 
     def unusual(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class ArmRequest:
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.name not in ("arm", "recipe", "options", "variant_of", "change", "accept")
+            if f.name not in ("arm", "recipe", "options", "variant_of", "change", "accept", "server")
             and getattr(self, f.name) != default.get(f.name, f.default)
         }
 
@@ -141,6 +143,7 @@ def arm_request(
     batching: dict[str, Any] | None = None,
     replay: dict[str, Any] | None = None,
     accept: str = "",
+    server: str = "",
 ) -> ArmRequest:
     """What an arm of a recipe is, on a run whose tokens are sampled or given.
 
@@ -155,6 +158,7 @@ def arm_request(
         routes: the arm whose experts ``train-replay`` forces.
         scoring: how vLLM scores given completions, ``prefill`` or ``decode``.
         accept: a finding that does not end a capture in vLLM.
+        server: URL of the server that is the engine.
         batching, replay: for the arms that have one; ``train-repeat`` defaults to padded batches of 4.
 
     Raises:
@@ -174,13 +178,13 @@ def arm_request(
             f"moediag capture {name} CKPT --prompts FILE -o RUN"
         )
     else:
-        path = scoring if given and made.engine == VLLM else DECODE
+        path = PREFILL if made.engine == SERVER else scoring if given and made.engine == VLLM else DECODE
     change = "checkpoint" if is_other_checkpoint else change_of(name, path, reference.path, reference.engine)
     return ArmRequest(
         arm,
         name,
         {**options, **made.options},
-        observer=observer if made.is_observed else UNOBSERVED,
+        observer=NATIVE if made.engine == SERVER else observer if made.is_observed else UNOBSERVED,
         path=path,
         variant_of=reference.name if change else None,
         change=change,
@@ -189,4 +193,5 @@ def arm_request(
         batching=batching or made.batching if path == TEACHER_FORCED else None,
         perturbation=made.perturbation,
         accept=accept if made.engine == VLLM else "",
+        server=server if made.engine == SERVER else "",
     )

@@ -25,7 +25,7 @@ from moediag.engines.vllm.options import infer_environment
 from moediag.errors import EngineError
 from moediag.run.capture import WHOLE
 from moediag.run.files import make_folder, write_error
-from moediag.run.recipes import DECODE, ENGINE_WORDS, PREFILL, SAMPLED, TEACHER_FORCED, TRANSFORMERS, VLLM
+from moediag.run.recipes import DECODE, ENGINE_WORDS, PREFILL, SAMPLED, SERVER, TEACHER_FORCED, TRANSFORMERS, VLLM
 from moediag.run.writer import RunWriter
 
 TRAIN_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -193,6 +193,11 @@ ENGINES = {
         },
         lambda observer: TRAIN_ENVIRONMENT,
         require_train_engine,
+    ),
+    SERVER: Engine(
+        dict.fromkeys((SAMPLED, PREFILL), "moediag.engines.server:capture_server"),
+        lambda observer: {},
+        lambda: "",  # another process's, maybe another machine's: its version is the server's to say
     ),
 }
 

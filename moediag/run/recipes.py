@@ -10,8 +10,8 @@ from moediag.errors import RunError
 if TYPE_CHECKING:  # pydantic is not worth its time to a command that only shows help
     from moediag.run.records import Change, Role
 
-VLLM, TRANSFORMERS = "vllm", "transformers"
-ENGINE_WORDS: Final = {VLLM: "vLLM", TRANSFORMERS: "transformers"}
+VLLM, TRANSFORMERS, SERVER = "vllm", "transformers", "server"
+ENGINE_WORDS: Final = {VLLM: "vLLM", TRANSFORMERS: "transformers", SERVER: "inference server"}
 
 SAMPLED, PREFILL, DECODE, TEACHER_FORCED = "sampled", "prefill", "decode", "teacher-forced"
 
@@ -49,6 +49,10 @@ RECIPES: Final = {
         "infer", TRANSFORMERS, "transformers' generate: samples the responses with a KV cache, or decodes given ones",
         samples=True,
     ),
+    "infer-server": Recipe(
+        "infer", SERVER, "a running vLLM or SGLang server (--server): samples the responses, or prefills given ones",
+        samples=True,
+    ),
     "train": Recipe(
         "train", TRANSFORMERS, "transformers: scores the same tokens, teacher-forced", path=TEACHER_FORCED
     ),
@@ -66,6 +70,9 @@ RECIPES: Final = {
         "infer", VLLM, "vLLM again, decode path with the same tokens forced, same batches", "path", DECODE
     ),
     "infer-rescore": Recipe("infer", VLLM, "vLLM again, prefill of the same tokens", "path", PREFILL),
+    "infer-server-rescore": Recipe(
+        "infer", SERVER, "the running server again, prefill of the same tokens", "path", PREFILL
+    ),
     "train-repeat": Recipe(
         "train", TRANSFORMERS, "transformers again, in padded batches of 4", "repeat", TEACHER_FORCED,
         batching={"batch_size": 4, "layout": "padded"},
