@@ -15,6 +15,7 @@ from moediag.engines.checkpoint import Checkpoint, compare_checkpoints, compare_
 from moediag.engines.launch import ENGINES, Engines, fill_arm
 from moediag.engines.plan import Plan, check_loadable, known_sampling
 from moediag.engines.tokenised import refuse_other_tokenizer
+from moediag.engines.versions import remarks
 from moediag.errors import CheckpointError, DiskFullError, IncompleteRunError, RunConflictError
 from moediag.notation import INFER, TRAIN
 from moediag.results import analyze_run, report_run
@@ -31,13 +32,16 @@ Requesting = Callable[..., ArmRequest]
 
 
 def require(*recipes: str) -> None:
-    """Refuse before anything else when the engine of a recipe is missing or of an unsupported version.
+    """Refuse before anything else when the engine of a recipe is missing or too old; note what is newer than tried.
 
     Raises:
         DependencyError: says which and what to install.
     """
-    for name in recipes:
-        ENGINES[recipe(name).engine].require()
+    engines = [ENGINES[name] for name in dict.fromkeys(recipe(name).engine for name in recipes)]
+    for engine in engines:
+        engine.require()
+    for remark in remarks(*dict.fromkeys(package for engine in engines for package in engine.packages)):
+        note(f"Note     {remark}")
 
 
 def profile_recipes(replay: bool, floors: bool, production: bool = False) -> list[str]:

