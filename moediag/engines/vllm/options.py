@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from moediag.engines.arms import BOTH, HOOKS, NATIVE, UNOBSERVED
+from moediag.engines.arms import AUTO, BOTH, HOOKS, NATIVE, UNOBSERVED
 from moediag.engines.versions import VLLM, VLLM_CPU, is_older_than
 from moediag.errors import EngineError
 
@@ -44,6 +44,7 @@ _NATIVE = {
 _UNOBSERVED = {name: FORCED[name] for name in ("generation_config", "logprobs_mode")}
 OBSERVER_FORCES: dict[str, dict[str, Any]] = {
     HOOKS: FORCED,
+    AUTO: FORCED,  # what is refused for the weakest
     NATIVE: _NATIVE,
     BOTH: {**FORCED, **_NATIVE},
     UNOBSERVED: _UNOBSERVED,
