@@ -67,7 +67,7 @@ def test_every_property_holds_here_and_finished_arms_are_not_captured_again(
     assert "MB of weights" in done.stderr
     assert all(row["verdict"] != FAILED for row in rows.values())
     assert {name for name, row in rows.items() if row["verdict"] == "not run"} == {
-        "V2 runner: hooks against vLLM's own record",
+        "hooks against vLLM's own record",
         "vLLM's own record, in graphs",
     }
     assert "Triton" in rows["vLLM's own record, in graphs"]["reason"]

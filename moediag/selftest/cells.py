@@ -43,7 +43,7 @@ MIN_SAME_SETS = 0.999
 MIN_SAME_SETS_ROUNDED = 0.5
 """In coarser dtypes, where near ties flip: random experts of another layer agree by chance only."""
 
-NATIVE_ARM, BOTH_ARM = "infer-native", "infer-v2"
+NATIVE_ARM, BOTH_ARM = "infer-native", "infer-both"
 _OBSERVERS = {NATIVE_ARM: NATIVE, BOTH_ARM: BOTH}
 
 
@@ -250,7 +250,7 @@ def rows_of(cell: Cell) -> Iterator[Row]:
         yield row("bytes per token of infer", [INFER], seen.n_bytes)
         yield row("time with taps over time without", ["probe_vllm"], seen.overhead)
         for name, arm in (
-            ("V2 runner: hooks against vLLM's own record", BOTH_ARM),
+            ("hooks against vLLM's own record", BOTH_ARM),
             ("vLLM's own record, in graphs", NATIVE_ARM),
         ):
             if arm in cell.failed or arm in seen.run.arms():
