@@ -20,12 +20,11 @@ from transformers import Qwen3MoeConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from families import FAMILIES, make_checkpoint
-
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.hf.routing import router_skeleton, show_routers
 from moediag.engines.proof import Probes, fit, hints_of
 from moediag.engines.routers import text_config
+from moediag.selftest.families import FAMILIES, make_checkpoint
 
 
 def make_routers(folder: Path, n_layers: int, n_experts: int, n_hidden: int) -> Path:

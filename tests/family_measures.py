@@ -22,19 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 from committed_tables import commit_table, markdown
-from families import FAMILIES, make_checkpoint
 from probes import TESTS, engines_under, run_probe
 from rule_agreement import rule_agreement_by_layer
 
 from moediag.analysis.flips.explained import predict_flips
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.engines.arms import HOOKS, ROUTER_RULES, UNOBSERVED, ArmRequest, arm_request
-from moediag.engines.assemble import FULL
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
-from moediag.engines.hf.batching import alone
-from moediag.engines.hf.engine import Replay, TrainEngine, decoder_layers, load_model
-from moediag.engines.hf.perturbation import ULP, Perturbed
-from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps
+from moediag.engines.hf.engine import Replay, TrainEngine, load_model
+from moediag.engines.hf.taps import ForcedRoutes
 from moediag.engines.launch import Engines
 from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.engines.proof import rule_words
@@ -46,9 +42,11 @@ from moediag.run.capture import Capture, TokenRows
 from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
+from moediag.selftest.families import FAMILIES, make_checkpoint
+from moediag.selftest.probe import Parts, hooks_change_nothing, joined, mean_abs_diff, one_ulp, scored
 
 RING = TESTS / "fixtures" / "ring-tiny"
-N_PROMPTS, MAX_TOKENS, N_COINS = 8, 24, 3
+N_PROMPTS, MAX_TOKENS = 8, 24
 # vLLM and transformers import torchvision for every type that also has a vision model; nothing of it is called.
 STAND_IN = TESTS / "torchvision_stand_in"
 
@@ -150,14 +148,14 @@ def _measure(engines: Engines, name: str, dtype: torch.dtype, prompts: Path, fol
     routing = None if reason or checkpoint.routing is None else checkpoint.routing.record()
     engine = TrainEngine(RunWriter(run), load_model(str(path), request.options), request, routing)
     tokens, infer = run.tokens(run.shards[0]), run.capture("infer", run.shards[0])
-    plain = _scored(engine, tokens)
+    plain = scored(engine, tokens)
     about |= {
         "vllm_class": told["vllm_class"],
         "routing_code": told["routing_code"],
         "n_tokens": int(tokens.is_response_T.sum()),
-        "entropy": float(_joined(plain, "entropy_T")[tokens.is_response_T].mean()),
-        "mean_abs_logp_diff": _mean_abs_diff(_joined(plain, "logp_T"), infer.logp_T, tokens),
-        "one_ulp": _one_ulp(engine, tokens, plain),
+        "entropy": float(joined(plain, "entropy_T")[tokens.is_response_T].mean()),
+        "mean_abs_logp_diff": mean_abs_diff(joined(plain, "logp_T"), infer.logp_T, tokens),
+        "one_ulp": one_ulp(engine, tokens, plain),
         "not_captured": reason,
     }
     if reason:
@@ -201,33 +199,6 @@ def _cause(error: MoediagError, run: Path) -> str:
     )
 
 
-Parts = list[dict[str, torch.Tensor]]
-
-
-def _scored(engine: TrainEngine, tokens: TokenRows, forced: Callable[..., ForcedRoutes] | None = None) -> Parts:
-    """Every sequence on its own, with the routes that ``forced`` gives for its bounds."""
-    return [
-        engine.score(tokens, alone(start, end), None if forced is None else forced(start, end))
-        for start, end in tokens.sequence_bounds()
-    ]
-
-
-def _joined(parts: Parts, name: str) -> np.ndarray:
-    return torch.cat([part[name] for part in parts]).double().numpy()
-
-
-def _mean_abs_diff(a_T: np.ndarray, b_T: np.ndarray, tokens: TokenRows) -> float:
-    return float(np.abs(a_T - b_T.astype(np.float64))[tokens.is_response_T].mean())
-
-
-def _one_ulp(engine: TrainEngine, tokens: TokenRows, plain: Parts) -> float:
-    moved = []
-    for seed in range(N_COINS):
-        with Perturbed(decoder_layers(engine.model), ULP, seed):
-            moved.append(_joined(_scored(engine, tokens), "logp_T"))
-    return float(np.mean([_mean_abs_diff(logp_T, _joined(plain, "logp_T"), tokens) for logp_T in moved]))
-
-
 def _routing(
     run: Run, engine: TrainEngine, checkpoint: Checkpoint, tokens: TokenRows, infer: Capture, plain: Parts,
     told: dict[str, Any],
@@ -252,7 +223,7 @@ def _routing(
         and len(tokens.sequence_bounds()) == N_PROMPTS,
         "is_bit_equal_under_observation": told["ids_equal"]
         and told["logps_equal"]
-        and _hooks_change_nothing(engine, tokens),
+        and hooks_change_nothing(engine, tokens),
         "same_set_rate": _same_sets(plain, infer, routed_T),
         "n_exact_ties": sum(rule.n_exact_ties for rule in rules),
         "train_rule_rate": min((rule.train_rule_rate for rule in rules), default=math.nan),
@@ -278,9 +249,9 @@ def _replays(
     own = iter(plain)
     layers = range(engine.spec.n_layers)
     try:
-        again = _scored(engine, tokens, lambda *_: ForcedRoutes(next(own)["expert_ids_TLK"].long(), None, layers))
+        again = scored(engine, tokens, lambda *_: ForcedRoutes(next(own)["expert_ids_TLK"].long(), None, layers))
         replayed, weighted = (
-            _scored(engine, tokens, lambda *bounds, w=w: Replay("infer", weights=w).routes(infer, *bounds))
+            scored(engine, tokens, lambda *bounds, w=w: Replay("infer", weights=w).routes(infer, *bounds))
             for w in (False, True)
         )
     except MoediagError as error:
@@ -288,8 +259,8 @@ def _replays(
     return {
         "is_self_replay_bit_identical": _is_identical(plain, again),
         "is_replayed": _same_sets(replayed, infer, routed_T) == 1.0,
-        "mean_abs_logp_diff_replayed": _mean_abs_diff(_joined(replayed, "logp_T"), infer.logp_T, tokens),
-        "mean_abs_logp_diff_replayed_with_weights": _mean_abs_diff(_joined(weighted, "logp_T"), infer.logp_T, tokens),
+        "mean_abs_logp_diff_replayed": mean_abs_diff(joined(replayed, "logp_T"), infer.logp_T, tokens),
+        "mean_abs_logp_diff_replayed_with_weights": mean_abs_diff(joined(weighted, "logp_T"), infer.logp_T, tokens),
     }
 
 
@@ -318,19 +289,6 @@ def _forgetting_bias(run: Run) -> Run:
         record["correction_bias_sha256"] = None
         write_sealed(old / "arms" / arm / "arm.json", record)
     return open_run(old)
-
-
-def _hooks_change_nothing(engine: TrainEngine, tokens: TokenRows) -> bool:
-    """Logits of transformers before, with and after the hooks, bit for bit."""
-    assert engine.spec is not None
-    start, end = tokens.sequence_bounds()[-1]
-    ids = torch.from_numpy(tokens.token_id_T[start:end].copy())[None]
-    with torch.inference_mode():
-        plain = engine.model(input_ids=ids, use_cache=False).logits
-        with RoutingTaps(engine.model, engine.spec, FULL):
-            hooked = engine.model(input_ids=ids, use_cache=False).logits
-        after = engine.model(input_ids=ids, use_cache=False).logits
-    return torch.equal(plain, hooked) and torch.equal(plain, after)
 
 
 def _is_identical(one: Parts, other: Parts) -> bool:

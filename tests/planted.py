@@ -1,4 +1,4 @@
-"""Wrong rules planted in vLLM's loaded routers, and the task that holds each against transformers' rows."""
+"""Faults planted in a loaded vLLM: wrong rules in its routers, taps that see wrongly; and the tasks that meet them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from moediag.engines.arms import ArmRequest
 from moediag.engines.process import Held, Reporter
+from moediag.engines.vllm.worker import MoediagWorkerExtension, find_routers
 from moediag.errors import CaptureError
 from moediag.run.writer import RunWriter
 
@@ -88,3 +89,74 @@ def probe_planted(writer: RunWriter, options: dict[str, Any], reporter: Reporter
             for one in undo:
                 one()
     Path(options["output"]).write_text(json.dumps(said))
+
+
+# Taps that see wrongly, planted where vLLM's worker sets them
+
+
+class _Shifted:
+    """A recorder that takes every layer for the next."""
+
+    def __init__(self, recorder: Any) -> None:
+        self.recorder = recorder
+
+    def on_route(self, layer: int, *rows: torch.Tensor) -> None:
+        self.recorder.on_route((layer + 1) % self.recorder.spec.n_layers, *rows)
+
+
+class _Stale:
+    """A recorder whose expert ids are those that the layer's buffer held before."""
+
+    def __init__(self, recorder: Any) -> None:
+        self.recorder, self.held = recorder, torch.zeros(0)
+
+    def on_route(self, layer: int, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        stale = self.held if layer == 1 and self.held.shape == ids.shape else ids
+        if layer == 1:
+            self.held = ids.clone()
+        self.recorder.on_route(layer, logits, weights, stale)
+
+
+class _Deaf:
+    """No recorder for one layer: its tap was patched out."""
+
+    def __init__(self, recorder: Any) -> None:
+        self.recorder = recorder
+
+    def on_route(self, layer: int, *rows: torch.Tensor) -> None:
+        if layer != 1:
+            self.recorder.on_route(layer, *rows)
+
+
+BROKEN_TAPS: dict[str, Any] = {"off by one layer": _Shifted, "stale buffer": _Stale, "patched out": _Deaf}
+
+
+def capture_broken(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+    """Captures an infer arm with broken taps on the routers."""
+    from moediag.engines.vllm import engine, worker
+
+    set_tap, broken = worker._tap_router, BROKEN_TAPS[options.pop("broken")]
+    worker._tap_router = lambda router, layer, recorder: set_tap(router, layer, broken(recorder))
+    try:
+        engine.capture_infer(writer, options, reporter, held)
+    finally:
+        worker._tap_router = set_tap
+
+
+class SilentRank(MoediagWorkerExtension):
+    """A worker whose taps on the routers are gone again on rank 1."""
+
+    def moediag_install(self, *args: Any) -> dict[str, Any]:
+        facts = super().moediag_install(*args)
+        if self.rank == 1:
+            for _, _, router in find_routers(self.model_runner.model):
+                del router.select_experts
+        return facts
+
+
+def capture_with_silent_rank(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+    """Captures an infer arm on ranks of which one sees nothing."""
+    from moediag.engines.vllm import engine
+
+    engine._WORKER = "planted.SilentRank"
+    engine.capture_infer(writer, options, reporter, held)

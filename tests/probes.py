@@ -24,6 +24,7 @@ from moediag.engines.vllm.options import INFER_ENVIRONMENT
 from moediag.run.capture import WHOLE
 from moediag.run.reader import Run
 from moediag.run.writer import RunWriter
+from moediag.selftest.probe import greedy
 
 TESTS = Path(__file__).parent
 
@@ -132,16 +133,3 @@ def probe_observation(writer: RunWriter, options: dict[str, Any], reporter: Repo
     arrays = {f"{name}_{what}": array for name, pair in seen.items()
               for what, array in zip(("ids", "logps"), pair, strict=True)}  # fmt: skip
     np.savez(options["output"], n_kept=n_kept, **arrays)
-
-
-def greedy(llm: Any, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    from vllm import SamplingParams
-
-    parameters = SamplingParams(temperature=0.0, max_tokens=48, logprobs=0, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
-    ids = [list(output.outputs[0].token_ids) for output in outputs]
-    logps = [
-        [entry[token].logprob for entry, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
-        for output, tokens in zip(outputs, ids, strict=True)
-    ]
-    return np.array(ids), np.array(logps)

@@ -17,6 +17,7 @@ import pytest
 from conftest import MOEDIAG, REPOSITORY, run_moediag, write_jsonl
 from scripted_engine import make_scripted_run
 
+from moediag.cli import jobs
 from moediag.cli import main as entry
 from moediag.cli.main import main
 from moediag.cli.options import NOT_SO
@@ -219,17 +220,35 @@ def test_what_cannot_be_asked_for_is_refused_before_the_run_is_replaced(
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
-def test_an_unsupported_vllm_is_named_with_the_supported_versions(tmp_path: Path) -> None:
-    """What importlib.metadata finds first counts: here the metadata of an old vLLM."""
-    metadata = tmp_path / "vllm-0.9.1.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.9.1\n")
-    done = run_moediag("env", PYTHONPATH=str(tmp_path))
-    assert "vllm 0.9.1 is installed, moediag supports >=0.30,<0.33" in done.stdout
+def of_vllm(folder: Path, version: str) -> Path:
+    """A folder whose vLLM, by its metadata, is found before the installed one."""
+    metadata = folder / f"vllm-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    return folder
+
+
+def test_a_vllm_that_is_too_old_is_named_with_what_works_and_why(tmp_path: Path) -> None:
+    paths = [str(of_vllm(tmp_path, "0.9.1")), os.environ.get("PYTHONPATH", "")]
+    done = run_moediag("env", PYTHONPATH=os.pathsep.join(filter(None, paths)))
+    assert f"vllm 0.9.1 is installed, moediag needs >=0.26: {versions.VLLM.why}" in done.stdout
+
+
+def test_a_vllm_newer_than_any_that_was_tried_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: vLLM 0.33, the newest there was, was refused for its number alone."""
+    monkeypatch.syspath_prepend(str(of_vllm(tmp_path, "0.99.0+cu130")))
+    remark = "vllm 0.99.0+cu130 is newer than 0.32, the newest that moediag was tried with; `moediag selftest` shows"
+    assert versions.require_infer_engine() == "0.99.0+cu130"
+    jobs.require("infer", "train", "infer-repeat")
+    assert capsys.readouterr().err.count(remark) == 1
+    assert main(["env"]) == 0
+    assert f"ok; {remark}" in capsys.readouterr().out
 
 
 def test_a_missing_engine_is_named_with_what_to_install() -> None:
-    absent = versions.Supported("an-engine-nobody-has", (0, 30), (0, 33), "vllm")
+    absent = versions.Supported("an-engine-nobody-has", (0, 30), (0, 33), "none is there", "vllm")
     with pytest.raises(DependencyError, match=r"not installed; pip install 'moediag\[vllm\]'"):
         versions.require(absent)
 
@@ -307,8 +326,9 @@ def test_imports_only_point_downwards() -> None:
     allowed = {room: {name for name in level if level[name] <= level[room]} for room in level}
     allowed["engines"] = {*_BELOW_THE_ENGINES, "engines"}
     allowed["audit"] = {*allowed["corrections"], "engines", "audit"}
+    allowed["selftest"] = {*allowed["hygiene"], "engines", "demo", "selftest"}
     allowed["demo"] = {*_BELOW_THE_ENGINES, "demo"}
-    allowed["cli"] = {*level, "engines", "audit", "demo", "cli"}
+    allowed["cli"] = {*level, "engines", "audit", "selftest", "demo", "cli"}
     package = REPOSITORY / "moediag"
     for path in sorted(package.rglob("*.py")):
         room = path.relative_to(package).parts[0].removesuffix(".py")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from scripted_engine import make_scripted_run
 
-from moediag.engines.arms import HOOKS, UNOBSERVED, Reference, arm_request
+from moediag.engines.arms import BOTH, HOOKS, NATIVE, UNOBSERVED, Reference, arm_request, strongest
 from moediag.engines.hf.engine import Replay, capture_train
 from moediag.engines.process import Held, Reporter
 from moediag.engines.vllm.options import infer_environment, infer_options, observable
-from moediag.errors import EngineError
+from moediag.errors import CaptureError, EngineError
 from moediag.run.capture import Capture
 from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run, open_run
@@ -61,6 +61,18 @@ def test_only_what_departs_from_the_default_is_part_of_a_configuration() -> None
     assert arm_request("infer", {"seed": 1}, False).configuration() == {"seed": 1}
     assert arm_request("train-repeat", {}, False).configuration() == {"batching": {"batch_size": 4, "layout": "padded"}}
     assert arm_request("train-perturbed", {}, False).configuration() == {"perturbation": "ulp"}
+
+
+def test_the_strongest_observer_is_the_one_that_can_be_checked() -> None:
+    """By why hooks and vLLM's own record are not to be had: monolithic kernels hide from hooks, CPUs have no Triton."""
+    chosen = {(hooks, native): strongest({HOOKS: hooks, NATIVE: native}) for hooks in ("", "monolithic")
+              for native in ("", "no Triton") if not (hooks and native)}  # fmt: skip
+    assert {given: observer for given, (observer, _) in chosen.items()} == {
+        ("", ""): BOTH, ("", "no Triton"): HOOKS, ("monolithic", ""): NATIVE,
+    }  # fmt: skip
+    assert all(reason in why for given, (_, why) in chosen.items() for reason in given)
+    with pytest.raises(CaptureError, match="hooks: monolithic; native: no Triton"):
+        strongest({HOOKS: "monolithic", NATIVE: "no Triton"})
 
 
 def test_unobserved_rollouts_may_have_what_hooks_may_not() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import make_checkpoint
 
 from moediag.engines.assemble import IDS, MARGINS
 from moediag.engines.checkpoint import open_checkpoint
@@ -15,6 +14,7 @@ from moediag.engines.hf.batching import PACKED, PADDED, Batching, refuse_leak
 from moediag.engines.hf.engine import load_model, score_batch
 from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps
 from moediag.errors import EngineError
+from moediag.selftest.families import make_checkpoint
 
 pytestmark = pytest.mark.engines
 

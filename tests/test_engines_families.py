@@ -11,7 +11,6 @@ import pytest
 import torch
 from committed_tables import committed_table
 from conftest import run_here
-from families import FAMILIES, make_checkpoint
 from family_measures import BOUND, DIFFERING, ONE_SIDED, RING, STAND_IN, Measures, broken_claims, measure
 from probes import TESTS, engines_under
 
@@ -22,6 +21,7 @@ from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps
 from moediag.engines.launch import Engines, Job
 from moediag.engines.vllm.options import INFER_ENVIRONMENT
 from moediag.run.capture import WHOLE
+from moediag.selftest.families import FAMILIES, make_checkpoint
 
 pytestmark = pytest.mark.engines
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_routers import spec_of
@@ -20,6 +19,7 @@ from moediag.engines.hf.routing import prove_model
 from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps
 from moediag.engines.proof import Hints, Probes, Proof, Rows, Shown, agreement, fit, read_proof, write_proof
 from moediag.engines.routers import ModelRouting
+from moediag.selftest.families import FAMILIES, make_checkpoint
 
 N_EXPERTS, TOP_K = 8, 3
 SCORES = {

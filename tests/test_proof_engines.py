@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import make_checkpoint
 from planted import PLANTED
 from probes import TESTS, engines_under
 from safetensors.torch import load_file, save_file
@@ -19,6 +18,7 @@ from moediag.engines.launch import Job, arm_options, proof_beside
 from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.engines.vllm.options import INFER_ENVIRONMENT
 from moediag.run.capture import WHOLE
+from moediag.selftest.families import make_checkpoint
 
 pytestmark = pytest.mark.engines
 

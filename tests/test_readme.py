@@ -15,6 +15,7 @@ from conftest import REPOSITORY, KeptEngines, run_here
 NOT_RUN = {
     "make demo": "the set-up itself; the demo fixture runs `moediag demo`",
     "needs GPUs and the hub": "Qwen3-30B-A3B against Qwen3-4B",
+    "tests/test_selftest.py runs it": "engines are started for it alone",
     "needs a second checkpoint": "tests/test_engines_checkpoints.py makes one",
 }
 

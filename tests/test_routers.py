@@ -250,7 +250,7 @@ def test_a_spec_survives_its_record() -> None:
 
 
 def test_impossible_groups_are_refused(tmp_path: Path) -> None:
-    from families import make_checkpoint
+    from moediag.selftest.families import make_checkpoint
 
     checkpoint = make_checkpoint("deepseek_v3", tmp_path / "checkpoint")
     config = json.loads((checkpoint / "config.json").read_text())
@@ -263,7 +263,7 @@ def test_a_deepseek_config_that_vllm_would_misread_is_refused_before_anything_st
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without topk_method vLLM used to die of a bare KeyError while loading; transformers 5 does not write it."""
-    from families import make_checkpoint
+    from moediag.selftest.families import make_checkpoint
 
     checkpoint = make_checkpoint("deepseek_v3", tmp_path / "checkpoint")
     config = json.loads((checkpoint / "config.json").read_text())
@@ -280,7 +280,7 @@ def test_a_deepseek_config_that_vllm_would_misread_is_refused_before_anything_st
 @pytest.mark.parametrize("name", ["afmoe", "hy_v3", "mimo_v2_flash"])
 def test_entries_that_vllm_wants_and_transformers_does_not_write_are_named(name: str) -> None:
     """Bug: without them vLLM died of a bare AttributeError while it built the model."""
-    from families import FAMILIES
+    from moediag.selftest.families import FAMILIES
 
     family = FAMILIES[name]
     written = {"model_type": family.model_type, **family.extra}

@@ -59,13 +59,13 @@ def command(
     made, arm = recipe_of(recipe.value), o.check_arm_name(name) or recipe.value
     worker, layers = o.parse_slice(shard_index, num_shards), o.parse_layers(replay_layers)
     if (settings.server is None) == (made.engine == SERVER):
-        server_arms = ", ".join(known for known, one in RECIPES.items() if one.engine == SERVER)
         raise typer.BadParameter(
-            f"--server URL belongs to {server_arms}, and these need it; found with {recipe.value}"
-            if settings.server
-            else f"{recipe.value} needs --server URL"
+            f"{recipe.value} needs --server URL"
+            if made.engine == SERVER
+            else f"--server is of no use to {recipe.value}"
         )
     jobs.require(recipe.value)
+    settings.check_server()
 
     def request(given: bool, max_model_len: int, seed: int, routes: str = INFER, **more: Any) -> ArmRequest:
         replay = {"source": routes, "weights": replay_weights, **layers}

