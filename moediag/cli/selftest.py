@@ -52,6 +52,7 @@ def command(
     family: Family = None,
     dtype: Dtype = None,
     tensor_parallel_size: Parallel = 1,
+    vllm_option: o.VllmOption = None,
     output: Output = None,
     as_json: o.Json = False,
 ) -> None:
@@ -70,7 +71,7 @@ def command(
         raise typer.BadParameter("give CKPT or --family", param_hint="--family")
     jobs.require(INFER, TRAIN)
     chosen = dtype.value if dtype else "float32" if ckpt is None else "bfloat16"
-    request = Request(ckpt, tuple(family or DEFAULT), chosen, tensor_parallel_size)
+    request = Request(ckpt, tuple(family or DEFAULT), chosen, tensor_parallel_size, o.parse_vllm_options(vllm_option))
     started = time.monotonic()
     with tempfile.TemporaryDirectory() if output is None else nullcontext(str(output)) as folder:
         cells, remarks = prepare(request, Path(folder))

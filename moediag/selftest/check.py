@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,13 +33,14 @@ class Request:
         checkpoint: a folder or hub id whose config.json is taken, with fewer layers and random weights; None = tiny
             checkpoints of ``families``.
         dtype: in which both engines run; float32 agreement is measured beside it.
-        tensor_parallel_size: of vLLM.
+        tensor_parallel_size, vllm: options of vLLM.
     """
 
     checkpoint: str | None = None
     families: tuple[str, ...] = DEFAULT
     dtype: str = "float32"
     tensor_parallel_size: int = 1
+    vllm: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare(request: Request, folder: Path) -> tuple[list[Cell], list[str]]:
@@ -80,7 +81,7 @@ def prepare(request: Request, folder: Path) -> tuple[list[Cell], list[str]]:
     parallel = {} if request.tensor_parallel_size == 1 else {"tensor_parallel_size": request.tensor_parallel_size}
     dtypes = dict.fromkeys((request.dtype, "float32"))
     return [
-        Cell(name, path, folder / name / one, one, one == request.dtype, {**options, **parallel})
+        Cell(name, path, folder / name / one, one, one == request.dtype, {**options, **parallel, **request.vllm})
         for name, (path, options) in made.items()
         for one in dtypes
     ], remarks

@@ -6,6 +6,7 @@ Do taps and hooks change anything, what do they cost, and how far does one unit 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,9 @@ from moediag.run.files import write_atomic
 from moediag.run.writer import RunWriter
 
 MAX_TOKENS, N_COINS, N_TIMED = 24, 3, 3
+
+Greedy = tuple[NDArray[Any], NDArray[Any]]
+"""Token ids and their log-probabilities, (S, tokens)."""
 
 Parts = list[dict[str, torch.Tensor]]
 """What a model gave for one sequence after the other."""
@@ -55,11 +59,11 @@ def probe_vllm(writer: RunWriter, options: dict[str, Any], reporter: Reporter, h
         absent = ""
     except EngineError as error:
         absent = str(error)
-    (ids, logps), *others = results
+    plain = results[1::2]
     found = {
-        "n_tokens": int(ids.size),
-        "n_other_tokens": int(max((ids != other).sum() for other, _ in others)),
-        "max_abs_logp_diff": float(max(np.abs(logps - other).max() for _, other in others)),
+        "n_tokens": int(plain[0][0].size),
+        "with_taps": max(_apart(one, other) for one in results[::2] for other in plain),
+        "without": max(_apart(plain[0], other) for other in plain),
         "overhead": min(seconds[True]) / min(seconds[False]),
         "seconds_without": min(seconds[False]),
         "no_v2": absent,
@@ -67,7 +71,12 @@ def probe_vllm(writer: RunWriter, options: dict[str, Any], reporter: Reporter, h
     write_atomic(Path(options["output"]), json.dumps(found).encode())
 
 
-def greedy(llm: Any, prompts: list[list[int]], max_tokens: int = 48) -> tuple[NDArray[Any], NDArray[Any]]:
+def _apart(one: Greedy, other: Greedy) -> float:
+    """Largest difference of log-probabilities [nat]; infinite where tokens differ."""
+    return float(np.abs(one[1] - other[1]).max()) if (one[0] == other[0]).all() else math.inf
+
+
+def greedy(llm: Any, prompts: list[list[int]], max_tokens: int = 48) -> Greedy:
     """Greedy tokens of every prompt and their log-probabilities, (S, max_tokens)."""
     from vllm import SamplingParams
 
