@@ -17,6 +17,7 @@ NOT_RUN = {
     "needs GPUs and the hub": "Qwen3-30B-A3B against Qwen3-4B",
     "tests/test_selftest.py runs it": "engines are started for it alone",
     "needs a second checkpoint": "tests/test_engines_checkpoints.py makes one",
+    "needs a running server": "tests/test_engines_server.py starts one",
 }
 
 _BLOCK = re.compile(r"(?:<!-- not run in tests: (?P<reason>.*?) -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)```", re.DOTALL)
