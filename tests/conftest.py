@@ -119,12 +119,13 @@ def keeping(engines: KeptEngines = ENGINES, **env: str) -> Iterator[None]:
     """Commands and audits take the kept engines, under the environment of the suite and not of one test."""
     import moediag.audit.gradients as audit
     from moediag.cli import jobs
+    from moediag.engines import launch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTEST_CURRENT_TEST", raising=False)
         for name, value in env.items():
             patch.setenv(name, value)
-        for module in (jobs, audit):
+        for module in (jobs, audit, launch):  # the self-test imports it when it runs
             patch.setattr(module, "Engines", lambda: engines)
         yield
 

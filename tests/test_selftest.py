@@ -80,6 +80,21 @@ def test_every_property_holds_here_and_finished_arms_are_not_captured_again(
     assert main(["selftest", "--family", FAMILY, "--dtype", "bfloat16", "-o", str(healthy)]) == 1
 
 
+@pytest.mark.engines
+def test_the_observer_that_works_here_is_taken_and_why_is_said(random_moe: Path, tmp_path: Path) -> None:
+    """On a CPU: hooks, without vLLM's own record beside them; the same again when the run goes on."""
+    run, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("One\nTwo or three")
+    words = ("capture", "infer", random_moe, "--prompts", prompts, "--max-tokens", 4, "--observer", "auto", "-o", run)
+    first, again = run_here(*words), run_here(*words)
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
+    assert "Observer hooks: no cross-check against native: --observer native needs vLLM's V2" in first.stderr
+    assert "Observer hooks: as the arm was begun" in again.stderr
+    assert run_here("capture", "train", random_moe, "--observer", "auto", "-o", run).returncode == 0
+    found = open_run(run)
+    assert all("observer" not in found.arm(arm).origin.configuration for arm in ("infer", "train"))
+
+
 def broken(healthy: Path, folder: Path, engines: Planted, **options: int) -> dict[str, Row]:
     """The healthy test once more, vLLM's arms captured with broken taps."""
     shutil.copytree(healthy, folder)
@@ -128,21 +143,6 @@ def test_a_rank_that_sees_nothing_fails_and_is_named(healthy: Path, engines: Eng
     rows = broken(healthy, tmp_path / "out", planted, tensor_parallel_size=2)
     assert failing(rows) == {"captured"}
     assert "the taps of rank 1 saw" in rows["captured"].reason
-
-
-@pytest.mark.engines
-def test_the_observer_that_works_here_is_taken_and_why_is_said(random_moe: Path, tmp_path: Path) -> None:
-    """On a CPU: hooks, without vLLM's own record beside them; the same again when the run goes on."""
-    run, prompts = tmp_path / "run", tmp_path / "prompts.txt"
-    prompts.write_text("One\nTwo or three")
-    words = ("capture", "infer", random_moe, "--prompts", prompts, "--max-tokens", 4, "--observer", "auto", "-o", run)
-    first, again = run_here(*words), run_here(*words)
-    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
-    assert "Observer hooks: no cross-check against native: --observer native needs vLLM's V2" in first.stderr
-    assert "Observer hooks: as the arm was begun" in again.stderr
-    assert run_here("capture", "train", random_moe, "--observer", "auto", "-o", run).returncode == 0
-    found = open_run(run)
-    assert all("observer" not in found.arm(arm).origin.configuration for arm in ("infer", "train"))
 
 
 def test_a_published_configuration_is_cut_and_its_widths_are_kept(tmp_path: Path) -> None:
