@@ -117,3 +117,56 @@ def test_a_tokenizer_that_gives_tokens_other_ids_is_refused(
         assert done.returncode == 1
         assert "maps tokens to other ids" in done.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def int8(random_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """compressed-tensors W8A8: int8 attention and dense MLP, a scale per row; experts and routers as they were."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "int8"
+    shutil.copytree(random_moe, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight") and ".experts." not in name]:
+        weight = tensors[name].float()
+        scale = weight.abs().amax(-1, keepdim=True) / 127
+        tensors[name] = (weight / scale).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    common = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**common, "strategy": "channel", "dynamic": False},
+        "input_activations": {**common, "strategy": "token", "dynamic": True},
+        "format": "int-quantized",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", "re:.*mlp.gate$", "re:.*experts.*"],
+        "config_groups": {"group_0": group},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_quantised_folder_is_the_same_model_and_the_pages_say_how_it_is_quantised(
+    int8: Path, random_moe: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Its tensors are compared after dequantising; vLLM computes with int8 activations, and its routes are recorded."""
+    path = tmp_path / "run"
+    options = ("--no-floors", "--prompts", prompts, "-o", path, *OPTIONS)
+    done = run_here("profile", random_moe, "--infer-checkpoint", int8, *options)
+    assert done.returncode == 0, done.stderr
+    run, summary = open_run(path), summary_of(open_run(path))
+    words = "quantised by compressed-tensors: weights int8 per channel, activations int8 per token"
+    assert words in summary["verdict"]["weights"]
+    assert words in (path / "report.md").read_text().split("|", 1)[0]
+    groups = {group["group"]: group for group in summary["weights"]["comparison"]["groups"]}
+    assert set(groups["attention"]["n_tensors"]) == {"dequantised"}
+    assert 0 < groups["attention"]["relative_error"] < 0.02
+    assert set(groups["routed experts"]["n_tensors"]) == set(groups["router"]["n_tensors"]) == {"equal"}
+    assert not summary["weights"]["comparison"]["not_comparable"]
+    assert run.arm("infer").is_routed
+    assert summary["pairs"]["infer~train"]["routing"]["flip_rate"] > 0
+    assert check_run(run) == []

@@ -202,7 +202,10 @@ class Run:
         how = "how they differ was not measured" if comparison is None else comparison.summary
         if comparison is not None and comparison.is_equal:
             how += ", and their config.json differ"
-        return f"{subtrahend} loaded other weights ({rolled_out.source}) than {minuend} ({trained.source}): {how}"
+        theirs, ours = (
+            one.source + (f", quantised by {one.scheme}" if one.scheme else "") for one in (rolled_out, trained)
+        )
+        return f"{subtrahend} loaded other weights ({theirs}) than {minuend} ({ours}): {how}"
 
     def has_comparison(self, a: str, b: str) -> bool:
         """True when it is kept how two checkpoints differ."""

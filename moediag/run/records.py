@@ -161,6 +161,39 @@ class CheckpointRecord(Record):
         """As messages call it."""
         return f"{self.source} (weights {str(self.weights_sha256)[:8]}, config {str(self.config_sha256)[:8]})"
 
+    @property
+    def scheme(self) -> str:
+        """How its weights, and the activations that meet them, are quantised; empty where they are not.
+
+        Example:
+            >>> CheckpointRecord(source="x", quantization={"quant_method": "gptq", "bits": 4, "group_size": 128}).scheme
+            'gptq: weights 4 bits in groups of 128'
+        """
+        if not self.quantization:
+            return ""
+        groups = (self.quantization.get("config_groups") or {}).values()
+        found = [
+            f"{side} {_quantised(group[key])}"
+            for group in groups
+            for side, key in (("weights", "weights"), ("activations", "input_activations"))
+            if group.get(key)
+        ]
+        if not found and (self.quantization.get("bits") or self.quantization.get("weight_block_size")):
+            blocks = self.quantization.get("weight_block_size")
+            found = [f"weights in blocks of {'x'.join(map(str, blocks))}"] if blocks else []
+            found = found or [f"weights {_quantised({**self.quantization, 'num_bits': self.quantization['bits']})}"]
+        method = str(self.quantization.get("quant_method") or "quantised")
+        return f"{method}: {', '.join(dict.fromkeys(found))}" if found else method
+
+
+def _quantised(how: dict[str, Any]) -> str:
+    """``int8 per channel``, ``int4 in groups of 32``, ``float8 per token``: one side of a quantization_config."""
+    kind, bits = how.get("type"), how.get("num_bits")
+    width = f"{kind}{bits}" if kind else f"{bits} bits"
+    size = how.get("group_size")
+    where = f"in groups of {size}" if size and size > 0 else f"per {how['strategy']}" if how.get("strategy") else ""
+    return f"{width} {where}".strip()
+
 
 class TensorDifference(Record):
     """How one tensor of checkpoint b differs from a's.
