@@ -144,7 +144,7 @@ def _measure(engines: Engines, name: str, dtype: torch.dtype, prompts: Path, fol
         except MoediagError as refusal:
             return FamilyMeasures(**about, refused=_cause(refusal, run))
     run = open_run(run)
-    request = arm_request("train", {"dtype": about["dtype"]}, given=False)
+    request = arm_request("train", {"dtype": about["dtype"]}, given=False, accept=ROUTER_RULES)
     routing = None if reason or checkpoint.routing is None else checkpoint.routing.record()
     engine = TrainEngine(RunWriter(run), load_model(str(path), request.options), request, routing)
     tokens, infer = run.tokens(run.shards[0]), run.capture("infer", run.shards[0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_routers import spec_of
 
+from moediag.engines.arms import ROUTER_RULES, ArmRequest
 from moediag.engines.assemble import MARGINS
 from moediag.engines.checkpoint import open_checkpoint
+from moediag.engines.hf.engine import TrainEngine, load_model
 from moediag.engines.hf.routing import prove_model
 from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps
+from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.engines.proof import Hints, Probes, Proof, Rows, Shown, agreement, fit, read_proof, write_proof
 from moediag.engines.routers import ModelRouting
+from moediag.errors import CaptureError
+from moediag.run.writer import RunWriter
 from moediag.selftest.families import FAMILIES, make_checkpoint
 
 N_EXPERTS, TOP_K = 8, 3
@@ -187,6 +194,48 @@ def test_a_proof_survives_the_way_to_another_process(tmp_path: Path) -> None:
         proof.routing, proof.fit, proof.hints, proof.probes,
     )  # fmt: skip
     assert torch.equal(again.shown[0].rows.gates_NK, proof.shown[0].rows.gates_NK)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"routed_scaling_factor": 1.0}, "other gate weights in decoder layer 1"),
+        ({"topk_group": 1}, "other experts in decoder layer 1"),
+        ({"num_experts_per_tok": 2}, "experts a token against"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_arm_captured_elsewhere_is_held_against_the_rule_it_had(
+    changed: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """A train arm made on another machine than the infer arm was never held against the infer arm's rule."""
+    checkpoint = make_checkpoint("glm4_moe", tmp_path / "glm")
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, **changed}))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The for statement")
+    run = make_plan(open_checkpoint(str(checkpoint)), prompts, SamplingOptions(max_tokens=2)).create(
+        tmp_path / "run", False
+    )
+    writer = RunWriter(run)
+
+    def engine(path: Path, arm: str, accept: str = "") -> TrainEngine:
+        opened = open_checkpoint(str(path))
+        writer.add_checkpoint(opened.record)
+        request = ArmRequest(arm, arm, {"dtype": "float32"}, accept=accept)
+        made = TrainEngine(writer, load_model(str(path), request.options), request, opened.routing.record())
+        record = made.arm_record(opened.record.digest, {})
+        writer.begin_arm(record, made.correction_bias())
+        return made
+
+    engine(checkpoint, "infer-generate")
+    with pytest.raises(CaptureError, match=words) as refused:
+        engine(other, "train")
+    assert "--accept router-rules" in str(refused.value)
+    assert run.arms() == ["infer-generate"]
+    assert engine(checkpoint, "train")
+    assert engine(other, "train", ROUTER_RULES)
 
 
 # Model classes of no list

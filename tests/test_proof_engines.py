@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from moediag.engines.arms import ArmRequest
 from moediag.engines.checkpoint import open_checkpoint
+from moediag.engines.hf.engine import TrainEngine, load_model
 from moediag.engines.launch import Job, arm_options, proof_beside
 from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.engines.vllm.options import INFER_ENVIRONMENT
 from moediag.run.capture import WHOLE
+from moediag.run.reader import Run
+from moediag.run.writer import RunWriter
 from moediag.selftest.families import make_checkpoint
 
 pytestmark = pytest.mark.engines
@@ -32,6 +36,19 @@ CASES = {
     "qwen3_moe": ("qwen3_moe", None, ["sigmoid for softmax", "renormalisation off", "K off by one",
                                       "logits clamped at 0", "nothing"], {"nothing"}),
 }  # fmt: skip
+
+
+def begin_arm_of_another_rule(run: Run, checkpoint: Path, folder: Path) -> None:
+    """A train arm captured elsewhere, of the same weights without renormalisation."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "norm_topk_prob": not config["norm_topk_prob"]}))
+    other, writer = open_checkpoint(str(folder)), RunWriter(run)
+    assert other.routing is not None
+    writer.add_checkpoint(other.record)
+    request = ArmRequest("train", "train", {"dtype": "float32"})
+    engine = TrainEngine(writer, load_model(str(folder), request.options), request, other.routing.record())
+    writer.begin_arm(engine.arm_record(other.record.digest, {}), engine.correction_bias())
 
 
 def test_each_rule_planted_in_vllm_is_named_before_sampling(tmp_path: Path) -> None:
@@ -57,6 +74,13 @@ def test_each_rule_planted_in_vllm_is_named_before_sampling(tmp_path: Path) -> N
                 engines.do(replace(proven), INFER_ENVIRONMENT, lambda event: None)
             said = json.loads(output.read_text())
             assert {name for name, words in said.items() if not words} == equivalent, (case, said)
+            if case == "qwen3_moe":  # vLLM agrees with transformers, and not with an arm of another rule in the run
+                begin_arm_of_another_rule(run, checkpoint, tmp_path / "other")
+                options["planted"] = ["nothing"]
+                with proof_beside(replace(job, options=options), opened, request) as proven:
+                    engines.do(replace(proven), INFER_ENVIRONMENT, lambda event: None)
+                words = json.loads(output.read_text())["nothing"]
+                assert "2 of 2 MoE layers do not do what arm train's did: other gate weights" in words, words
             named = [words for words in said.values() if words]
             assert all("transformers: top-" in words and "vLLM: " in words for words in named)
             assert all("Nothing was sampled" in words for words in named)

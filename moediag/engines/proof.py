@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from moediag.engines.arms import ROUTER_RULES
 from moediag.engines.routers import (
     BEST,
     LOGIT,
@@ -40,7 +41,9 @@ from moediag.engines.routers import (
     gate_weights,
     group_scores,
 )
-from moediag.errors import CheckpointError
+from moediag.errors import CaptureError, CheckpointError
+from moediag.notation import INFER, TRAIN
+from moediag.run.reader import Run
 
 REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 """What a router or its block raises that is given nothing but hidden states or logits and needs more."""
@@ -549,6 +552,51 @@ def agreement(proof: Proof, other: Sequence[Shown], engine: str = "vLLM") -> Agr
     where = f"on {n_layers} MoE layers in transformers and {engine}"
     shown = f"{rule_words(routing)}: {_how(fitted)} {where}" if routing.has_rule else f"not shown: {fitted.choice}"
     return Agreement(routing, tuple(differences), tuple(remarks), f"router rule: {shown}")
+
+
+def refuse_stored_rules(run: Run, role: str, shown: Sequence[Shown], accept: str) -> None:
+    """Hold the loaded routers against the rule that the other role's arm had, wherever and whenever it was captured.
+
+    Args:
+        role: of the arm that is about to be captured; ``shown``: what its routers do with the probes.
+        accept: :data:`~.arms.ROUTER_RULES` goes on all the same.
+
+    Raises:
+        CaptureError: the recorded rule does not explain what the loaded routers do.
+    """
+    other = run.reference(TRAIN if role == INFER else INFER)
+    if accept == ROUTER_RULES or other not in run.arms():
+        return
+    record, bias_LE = run.arm(other), run.correction_bias(other)
+    recorded = {router.decoder_layer: (router, layer) for layer, router in enumerate(record.routers)}
+    found = []
+    for one in shown:
+        router, layer = recorded.get(one.decoder_layer, (None, 0))
+        if router is None or router.spec is None or one.rows.ids_NK is None:
+            continue
+        rule = replace(ModelRouting.of_routers([router]), bias_name="recorded")
+        if rule.has_correction_bias and bias_LE is None:
+            continue
+        vectors = {"recorded": torch.from_numpy(bias_LE[layer])} if bias_LE is not None else {}
+        if what := _unexplained(replace(one.rows, compared_NE=None, vectors=vectors), rule):
+            found.append(f"{what} in decoder layer {one.decoder_layer}; arm {other} had {rule_words(rule)}")
+    if found:
+        raise CaptureError(
+            f"{run.path}: for the same logits the loaded routers of {len(found)} of {len(shown)} MoE layers do not do "
+            f"what arm {other}'s did: {found[0]}. Nothing was captured; --accept {ROUTER_RULES} captures all the same"
+        )
+
+
+def _unexplained(rows: Rows, rule: ModelRouting) -> str:
+    """What of a router's rows a rule does not explain; empty where it explains all that it speaks of."""
+    if rows.top_k != rule.top_k:
+        return f"{rows.top_k} experts a token against {rule.top_k}"
+    if not explains_choice(rows, rule):
+        return "other experts"
+    assert rows.logits_NE is not None
+    if rule.gate == UNKNOWN or rule.has_expert_scale or rows.gates_NK is None:
+        return ""
+    return "" if explains_gate(rows, rule, rows.logits_NE.abs().amax(-1) < _PLAIN) else "other gate weights"
 
 
 def _routing_there(

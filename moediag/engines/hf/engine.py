@@ -25,13 +25,14 @@ from moediag.engines.hf.perturbation import Perturbed
 from moediag.engines.hf.routing import prove_model
 from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps, find_blocks
 from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, seed_of
-from moediag.engines.proof import Proof
+from moediag.engines.proof import Proof, refuse_stored_rules
 from moediag.engines.provenance import arm_sections, plain, process_facts, stored_dtypes
 from moediag.engines.routers import ModelRouting
 from moediag.engines.versions import numeric_versions, require_train_engine
 from moediag.errors import CheckpointError, IncompleteRunError
 from moediag.run.capture import Capture, Shard, TokenRows, arrays_of
 from moediag.run.reader import Run
+from moediag.run.recipes import recipe
 from moediag.run.records import ArmRecord
 from moediag.run.vocabulary import VocabRows
 from moediag.run.writer import RunWriter
@@ -153,6 +154,7 @@ class TrainEngine:
         self.proof = _shown(self.model, self.spec) if self.spec else None
         if self.proof:
             self.spec = self.proof.routing
+            refuse_stored_rules(self.run, recipe(request.recipe).role, self.proof.shown, request.accept)
         if self.batching.layout == PACKED and self.batching.batch_size > 1:
             refuse_leak(self.model, torch.from_numpy(self.run.tokens(self.run.shards[0]).token_id_T.copy()))
 

