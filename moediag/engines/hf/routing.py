@@ -240,7 +240,7 @@ def _noise(hidden: torch.Tensor) -> torch.Tensor:
     """Noise in the shape of hidden states; eight rows over and over, as llama4 gives every expert every row."""
     width = hidden.shape[-1]
     drawn = torch.randn(8, width, generator=torch.Generator().manual_seed(1)).to(hidden)
-    return drawn[torch.arange(hidden.numel() // width, device=hidden.device) % 8].reshape_as(hidden)
+    return drawn[torch.arange(hidden.numel() // width, device=hidden.device) % 8].reshape(hidden.shape)
 
 
 @contextmanager
@@ -250,8 +250,8 @@ def _stubbed(block: Block, seen: dict[str, Any], forced_NK: torch.Tensor | None)
     def experts(*args: Any, **kwargs: Any) -> torch.Tensor:
         seen["experts"] = (*args, *kwargs.values())
         hidden = args[0] if args else next(iter(kwargs.values()))
-        seen["answered"] = _noise(hidden)
-        return seen["answered"].clone()
+        answered = seen["answered"] = _noise(hidden)
+        return answered.clone()
 
     def zeros(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros_like(hidden)
