@@ -1,4 +1,5 @@
-"""The arm of a running server: vLLM's own server, started here; SGLang's responses as recorded, and its protocol."""
+"""The arm of a running server: vLLM's own server, started here; samples of SGLang's answers, and a stand-in
+that speaks its protocol."""
 
 from __future__ import annotations
 
@@ -138,7 +139,7 @@ def test_a_running_server_samples_and_scores_as_vllm_and_transformers_do(
         open_server(vllm_server, None)
 
 
-def test_recorded_responses_of_sglang_give_their_log_probabilities_and_routes() -> None:
+def test_sample_answers_of_sglang_give_their_log_probabilities_and_routes() -> None:
     """Against what the importer reads of the same files; other tokens than were sent are refused."""
     files = [DUMPS / f"requests_step{step}.jsonl" for step in (0, 1)]
     requests = {one["rid"]: one for file in files for one in map(json.loads, file.read_bytes().splitlines())}

@@ -10,8 +10,9 @@ Invariants:
     - whether log-probabilities are taken before or after temperature is not reported by servers: it is measured, by one
       prompt at two temperatures, and recorded; what is no log-probability (logits) is refused.
 
-Read from source: vLLM 0.32 (entrypoints/openai/completion), which was also run; sgl-project/sglang a6463a1
-(managers/tokenizer_manager.py), of which recorded responses were read, no server run.
+Read from source: vLLM 0.32 (entrypoints/openai/completion), whose server was also run, without routes; SGLang a6463a1
+(managers/tokenizer_manager.py), of which no server was run: samples of its answers were read, with JSON made by hand
+around payloads of its own encoder.
 """
 
 from __future__ import annotations
