@@ -7,8 +7,10 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import odd_moe
 import pytest
 import torch
+from family_measures import BOUND, broken_claims, measure
 from planted import PLANTED
 from probes import TESTS, engines_under
 from safetensors.torch import load_file, save_file
@@ -20,9 +22,9 @@ from moediag.engines.launch import Job, arm_options, proof_beside
 from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.engines.vllm.options import INFER_ENVIRONMENT
 from moediag.run.capture import WHOLE
-from moediag.run.reader import Run
+from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
-from moediag.selftest.families import make_checkpoint
+from moediag.selftest.families import FAMILIES, Family, make_checkpoint
 
 pytestmark = pytest.mark.engines
 
@@ -84,3 +86,37 @@ def test_each_rule_planted_in_vllm_is_named_before_sampling(tmp_path: Path) -> N
             named = [words for words in said.values() if words]
             assert all("transformers: top-" in words and "vLLM: " in words for words in named)
             assert all("Nothing was sampled" in words for words in named)
+
+
+def test_a_model_class_of_no_list_is_captured_in_both_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A combination of no family is captured right; a choice that no rule explains without margins, with the reason."""
+    odd_moe.register()
+    settings = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": False,
+                "routed_scaling_factor": odd_moe.FACTOR}  # fmt: skip
+    monkeypatch.setitem(FAMILIES, "odd_moe", Family("odd_moe", settings))
+    monkeypatch.setitem(FAMILIES, "odd_moe_outside", Family("odd_moe", {**settings, "odd_choice": True}))
+    with engines_under(TESTS, odd_moe.write_plugin(tmp_path / "plugin")) as engines:
+        names = ("odd_moe", "odd_moe_outside")
+        (tmp_path / str(torch.float32)).mkdir()
+        found = measure({torch.float32: names}, tmp_path, engines)[torch.float32]
+    for one in found.values():
+        assert not one.refused + one.not_captured + one.not_replayed, one
+        assert one.vllm_class == "OddMoeOfVllm"
+        assert one.is_complete
+        assert one.is_bit_equal_under_observation
+        assert one.is_self_replay_bit_identical
+        assert one.is_replayed
+        assert one.same_set_rate == 1.0
+        assert one.ratio <= BOUND
+    assert broken_claims(found["odd_moe"]) == []
+    outside = found["odd_moe_outside"]
+    assert all("explains its choices" in proof for proof in outside.proofs.values()), outside.proofs
+    run = open_run(tmp_path / str(torch.float32) / "odd_moe_outside" / "run")
+    for arm in ("infer", "train"):
+        capture = run.capture(arm, run.shards[0])
+        assert capture.margin_TL is None
+        assert capture.router_logits_TLE is not None
+        routed = capture.expert_ids_TLK[:, 0, 0] >= 0  # type: ignore[index]
+        _, ids = odd_moe.odd_routes(torch.from_numpy(capture.router_logits_TLE[routed]), 2, is_odd=True)
+        kept = torch.from_numpy(capture.expert_ids_TLK[routed]).long()  # type: ignore[index]
+        assert torch.equal(kept.sort(-1).values, ids.sort(-1).values)
