@@ -29,6 +29,7 @@ Space = Literal["logit", "choice"]
 
 SOFTMAX: Final = "softmax"
 SIGMOID: Final = "sigmoid"
+SQRTSOFTPLUS: Final = "sqrtsoftplus"
 LOGIT: Final = "logit"
 
 
@@ -38,9 +39,10 @@ class RoutingRule:
 
     Args:
         n_experts, top_k: E and K.
-        score_function: ``softmax``, ``sigmoid`` or ``logit``.
+        score_function: ``softmax``, ``sigmoid``, ``sqrtsoftplus`` or ``logit``.
         has_correction_bias: a learned bias per expert enters the choice.
-        n_group, topk_group: group limit; equal numbers = off.
+        n_group, topk_group, group_score, masked_value: group limit, see :class:`~moediag.run.records.RouterSpec`;
+            equal numbers = off.
     """
 
     n_experts: int
@@ -49,36 +51,29 @@ class RoutingRule:
     has_correction_bias: bool = False
     n_group: int = 1
     topk_group: int = 1
+    group_score: str = "two_best"
+    masked_value: str = "-inf"
 
     @classmethod
     def of_routers(cls, routers: Sequence[Router]) -> RoutingRule | None:
-        """The rule that all routers of a model share; None where it is not known, not one, or not computed here.
+        """The rule that all routers of a model share; None where it is not known or not one.
 
         Raises:
             MoediagError: a score function that this version does not know.
         """
+        fields = [name for name in cls.__dataclass_fields__ if name not in ("n_experts", "top_k")]
         rules = {
-            cls(
-                router.n_experts,
-                router.top_k,
-                router.spec.score_function,
-                router.spec.has_correction_bias,
-                router.spec.n_group,
-                router.spec.topk_group,
-            )
+            cls(router.n_experts, router.top_k, *(getattr(router.spec, name) for name in fields))
             for router in routers
             if router.spec is not None
         }
         if len(rules) != 1 or any(router.spec is None for router in routers):
             return None
         rule = rules.pop()
-        specs = [router.spec for router in routers if router.spec is not None]
-        if any(spec.score_function == "sqrtsoftplus" for spec in specs) or (
-            rule.is_grouped and any((spec.group_score, spec.masked_value) != ("two_best", "-inf") for spec in specs)
-        ):
-            return None  # known, and not computed here
-        if rule.score_function not in (SOFTMAX, SIGMOID, LOGIT):
-            raise MoediagError(f"unknown score function {rule.score_function!r}; expected softmax, sigmoid or logit")
+        if rule.score_function not in (SOFTMAX, SIGMOID, SQRTSOFTPLUS, LOGIT):
+            raise MoediagError(
+                f"unknown score function {rule.score_function!r}; expected softmax, sigmoid, sqrtsoftplus or logit"
+            )
         return rule
 
     @property
@@ -94,7 +89,7 @@ class RoutingRule:
     @property
     def is_shift_invariant(self) -> bool:
         """Adding one number to all logits changes no choice, so that much of a difference is no noise."""
-        return self.score_function != SIGMOID or self.space == "logit"
+        return self.score_function in (SOFTMAX, LOGIT) or self.space == "logit"
 
     @property
     def is_unrivalled(self) -> bool:
@@ -103,7 +98,7 @@ class RoutingRule:
 
 
 def choice_scores(logits: NDArray[Any], rule: RoutingRule, bias: NDArray[Any] | None = None) -> Float32:
-    """What TopK compares: (..., E) -> (..., E) in float32; experts of groups that lost are -inf.
+    """What TopK compares: (..., E) -> (..., E) in float32; experts of groups that lost have the masked value.
 
     Args:
         logits: raw router logits.
@@ -121,11 +116,12 @@ def choice_scores(logits: NDArray[Any], rule: RoutingRule, bias: NDArray[Any] | 
     if not rule.is_grouped:
         return scores
     grouped = scores.reshape(*scores.shape[:-1], rule.n_group, -1)
-    best = -np.sort(-grouped, axis=-1)[..., :2].sum(axis=-1, dtype=np.float32)
+    n_best = 1 if rule.group_score == "best" else 2
+    best = -np.sort(-grouped, axis=-1)[..., :n_best].sum(axis=-1, dtype=np.float32)
     order = np.argsort(-best, axis=-1, kind="stable")
     is_lost = np.ones(best.shape, bool)
     np.put_along_axis(is_lost, order[..., : rule.topk_group], False, axis=-1)
-    return np.where(is_lost[..., None], np.float32(-np.inf), grouped).reshape(scores.shape)
+    return np.where(is_lost[..., None], np.float32(rule.masked_value), grouped).reshape(scores.shape)
 
 
 def chosen_experts(logits: NDArray[Any], rule: RoutingRule, bias: NDArray[Any] | None = None) -> Int64:
@@ -151,6 +147,8 @@ def score_slopes(logits: NDArray[Any], rule: RoutingRule) -> Float64:
     values = np.asarray(logits, dtype=np.float64)
     if rule.space == "logit" or rule.score_function == LOGIT:
         return np.ones_like(values)
+    if rule.score_function == SQRTSOFTPLUS:
+        return np.asarray(special.expit(values) / (2 * np.sqrt(np.logaddexp(0, values))), dtype=np.float64)
     scores = special.expit(values) if rule.score_function == SIGMOID else special.softmax(values, axis=-1)
     return np.asarray(scores * (1 - scores), dtype=np.float64)
 
@@ -171,6 +169,8 @@ def _ungrouped_scores(logits: NDArray[Any], rule: RoutingRule, bias: NDArray[Any
         scores = special.softmax(values, axis=-1)
     elif rule.score_function == SIGMOID:
         scores = special.expit(values)
+    elif rule.score_function == SQRTSOFTPLUS:
+        scores = np.sqrt(np.logaddexp(np.float32(0), values))
     if rule.has_correction_bias:
         if bias is None:
             raise MoediagError("this router adds a learned correction bias, and none is known; capture the arm again")
