@@ -62,15 +62,19 @@ for module in (
     app.command(module.NAME)(module.command)
 
 
-_RESUMING = (demo.NAME, profile.NAME, capture.NAME, selftest.NAME)
-"""Commands that go on where they were ended: captures are kept shard by shard. The others start over."""
+def _resumes(words: list[str]) -> bool:
+    """Whether the same command goes on where it was ended: captures are kept shard by shard, all else starts over."""
+    name = next((word for word in words if word[:1] != "-"), "")
+    if name == selftest.NAME:  # kept only in a folder of the user's
+        return any(word.startswith(("-o", "--output")) for word in words)
+    return name in (demo.NAME, profile.NAME, capture.NAME)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        with interruptible(resumes=next((word for word in words if word[:1] != "-"), "") in _RESUMING):
+        with interruptible(resumes=_resumes(words)):
             return _run(words)
     except Interrupted as signal:
         print(signal.line, file=sys.stderr)

@@ -172,27 +172,23 @@ def arm_request(
 ) -> ArmRequest:
     """What an arm of a recipe is, on a run whose tokens are sampled or given.
 
-        Args:
-            name: of the recipe.
-            options: of vLLM or transformers, by their own names.
-            given: the run's completions were given with its prompts.
-            arm: what the arm is called; None = after its recipe.
-            sampler: else, the arm that samples them; every other arm scores what it sampled.
-            reference: the reference arm of the recipe's role; None = called after its role, of unknown path.
-            is_other_checkpoint: the arm loads other weights than the reference arm of its role, which is there already.
-            routes: the arm whose experts ``train-replay`` forces.
-            scoring: how vLLM scores given completions, ``prefill`` or ``decode``.
-    <<<<<<< Updated upstream
-            accept: a finding that does not end a capture in vLLM.
-            server: URL of the server that is the engine.
-    =======
-            accept: a finding that does not end a capture.
-    >>>>>>> Stashed changes
-            batching, replay: for the arms that have one; ``train-repeat`` defaults to padded batches of 4.
+    Args:
+        name: of the recipe.
+        options: of vLLM or transformers, by their own names.
+        given: the run's completions were given with its prompts.
+        arm: what the arm is called; None = after its recipe.
+        sampler: else, the arm that samples them; every other arm scores what it sampled.
+        reference: the reference arm of the recipe's role; None = called after its role, of unknown path.
+        is_other_checkpoint: the arm loads other weights than the reference arm of its role, which is there already.
+        routes: the arm whose experts ``train-replay`` forces.
+        scoring: how vLLM scores given completions, ``prefill`` or ``decode``.
+        accept: a finding that does not end a capture.
+        server: URL of the server that is the engine.
+        batching, replay: for the arms that have one; ``train-repeat`` defaults to padded batches of 4.
 
-        Raises:
-            RunError: no such recipe.
-            EngineError: the recipe samples, and the run has its tokens.
+    Raises:
+        RunError: no such recipe.
+        EngineError: the recipe samples, and the run has its tokens.
     """
     made, arm = recipe(name), arm or name
     reference = reference or Reference(made.role)
