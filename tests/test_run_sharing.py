@@ -33,6 +33,7 @@ from moediag.run.capture import Shard, Slice
 from moediag.run.create import replaced
 from moediag.run.derived import derived_damage
 from moediag.run.reader import open_run
+from moediag.run.records import write_record
 from moediag.run.writer import RunWriter
 
 LAYOUT: dict[str, Any] = {"n_prompts": 12, "shard_size": 2}
@@ -202,6 +203,38 @@ def test_of_workers_that_begin_an_arm_differently_at_the_same_instant_one_kind_g
     assert len(refused) >= 2
     assert all("versions.scripted" in line or "begun anew by another process" in line for line in refused)
     assert derived_damage(run.path) == []
+
+
+def test_a_shard_claimed_while_its_arm_is_begun_anew_is_not_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look for claims and the new arm.json a shard of the old arm was claimed, filled and kept."""
+    run = create_scripted_run(tmp_path / "run", **LAYOUT)
+    early, late = RunWriter(run), RunWriter(run)
+    early.begin_arm(made_otherwise(arm_of(run, "infer"), versions={"scripted": "1"}))
+    refused: list[str] = []
+
+    def fill() -> None:
+        try:
+            with early.claim("infer", run.shards[0]):
+                write_scripted_shard(early, "infer", run.shards[0])
+        except RunConflictError as error:
+            refused.append(str(error))
+
+    filler = threading.Thread(target=fill)
+
+    def write_late(path: Path, record: Any) -> None:
+        monkeypatch.undo()
+        filler.start()
+        filler.join(0.5)  # as long as a small shard takes and longer
+        write_record(path, record)
+
+    monkeypatch.setattr("moediag.run.writer.write_record", write_late)
+    late.begin_arm(made_otherwise(arm_of(run, "infer"), versions={"scripted": "2"}))
+    filler.join()
+    assert len(refused) == 1
+    assert "begun anew by another process" in refused[0]
+    assert run.missing_shards("infer") == list(run.shards)
 
 
 def test_a_worker_whose_arm_was_begun_anew_writes_nothing_into_it(tmp_path: Path) -> None:

@@ -205,9 +205,15 @@ class RunWriter:
         """Hold one shard of an arm while it is captured; gives False when another process holds it.
 
         What a killed holder left of this shard is removed: nobody else writes files of that name.
+
+        Raises:
+            RunConflictError: the arm that this writer began was begun anew, otherwise, by another process.
         """
         with claims.claim(self._claim_file(arm, shard.stem)) as is_mine:
             if is_mine:
+                # Whoever begins the arm anew may have looked for claims just before this one was taken: wait for it.
+                with claims.claim(self._claim_file(arm, "arm"), wait=True):
+                    self._refuse_begun_anew(arm)
                 remove_leftovers(self.run.arm_folder(arm), shard.stem)
                 if arm == self.run.record.tokens.arm:  # only the arm that samples writes tokens
                     remove_leftovers(self.run.path / "tokens", shard.stem)
@@ -252,11 +258,8 @@ class RunWriter:
             ValueError: the capture has other arrays than the arm's record says.
             RunConflictError: the arm that this writer began was begun anew, otherwise, by another process.
         """
+        self._refuse_begun_anew(arm)
         record = self.run.arm(arm)
-        if self._made_as.get(arm, record.made_as()) != record.made_as():
-            raise RunConflictError(
-                f"arm {arm} of {self.run.path} was begun anew by another process, otherwise made; use another -o"
-            )
         expected = {*record.arrays} - {DISTRIBUTIONS}
         if {*capture.arrays()} != expected:
             raise ValueError(f"arm {arm} has {sorted(capture.arrays())}, arm.json says {sorted(expected)}")
@@ -267,6 +270,13 @@ class RunWriter:
             of_vocab = {"n_rows": len(vocab), "tokens_sha256": facts["tokens_sha256"], **made}
             self._commit(f"arms/{arm}", shard, ".safetensors", encode_vocab(vocab), of_vocab, ".vocab")
         self._commit(f"arms/{arm}", shard, ".safetensors", data, {**facts, **made})
+
+    def _refuse_begun_anew(self, arm: str) -> None:
+        begun = self._made_as.get(arm)
+        if begun is not None and self.run.arm(arm).made_as() != begun:
+            raise RunConflictError(
+                f"arm {arm} of {self.run.path} was begun anew by another process, otherwise made; use another -o"
+            )
 
     def _claim_file(self, arm: str, what: str) -> Any:
         return self.run.path / CLAIMS / f"{arm}.{what}"
