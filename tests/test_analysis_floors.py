@@ -21,8 +21,8 @@ from moediag.analysis.floors import (
     metric_value,
     replay_words,
     variants,
-    verdict,
 )
+from moediag.diagnosis import Seen, verdict
 from moediag.results.pair_analysis import analyze_pair
 from moediag.results.pair_summary import pair_summary
 from moediag.run.capture import encode_prompts
@@ -79,7 +79,7 @@ def test_a_floor_of_zero_is_bit_exact_and_gives_no_ratio(pairs: dict[str, Any]) 
     for line in found["metrics"].values():
         assert line["is_bit_exact"]
         assert line["ratio"] is None
-    assert verdict(pairs[MAIN], found, 0, None)["word"] == "above repeating"
+    assert verdict(Seen(pairs[MAIN], found))["word"] == "above repeating"
 
 
 def test_a_side_that_was_not_measured_makes_no_floor_of_zero(pairs: dict[str, Any]) -> None:
@@ -89,9 +89,9 @@ def test_a_side_that_was_not_measured_makes_no_floor_of_zero(pairs: dict[str, An
     line = found["metrics"]["abs_logp_diff.mean"]
     assert line["note"] == "train side not measured"
     assert not line["is_bit_exact"]
-    assert verdict(pairs[MAIN], found, 0, None)["word"] == "cannot tell"
+    assert verdict(Seen(pairs[MAIN], found))["word"] == "cannot tell"
     assert floors({MAIN: pairs[MAIN]}, MAIN, own_of()) is None
-    assert "neither floor nor rounding scale" in verdict(pairs[MAIN], None, 0, None)["reason"]
+    assert "neither floor nor rounding scale" in verdict(Seen(pairs[MAIN]))["reason"]
 
 
 def test_prefilling_again_is_the_floor_of_a_prefilled_arm(pairs: dict[str, Any]) -> None:
@@ -107,22 +107,24 @@ def test_the_verdict_says_what_the_intervals_can_tell(pairs: dict[str, Any]) -> 
     main, small = pairs[MAIN], pairs[TRAIN_FLOOR]
     unscaled = {name: pair for name, pair in pairs.items() if name != ROUNDED}
     assert word_of({**pairs, MAIN: summary_of(0.12, 0.1)}) == "above rounding"  # 0.12 against 0.03
-    assert word_of({**pairs, ROUNDED: main}) == "of the size of rounding"
-    assert word_of(pairs) == "of the size of rounding", "two engines round in more places than the scale has"
+    assert word_of({**pairs, ROUNDED: main}) == "no larger than rounding"
+    assert word_of(pairs) == "no larger than rounding", "two engines round in more places than the scale has"
     assert word_of(unscaled) == "above repeating"
     assert word_of({**unscaled, MAIN: small, TRAIN_FLOOR: main}) == "no larger than repeating"
     found = floors(unscaled, MAIN, own_of())
-    assert "errors" in verdict(main, found, 3, None)["reason"]
+    of_faults = verdict(Seen(main, found, errors=["D01-token-lag: one", "D05: two"]))
+    assert (of_faults["word"], of_faults["tone"]) == ("capture or pipeline fault", "bad")
+    assert "2 errors in the capture, first: D01-token-lag: one" in of_faults["reason"]
     inside = replace_floor(found, main["logp"]["abs_logp_diff"]["mean"])
-    assert "contains the floor" in verdict(main, inside, 0, None)["reason"]
+    assert "contains the floor" in verdict(Seen(main, inside))["reason"]
     few = pair_summary(analyze_pair(make_pair(make_block(n_prompts=4, diff_scale=0.05))))
-    assert "too few prompts" in verdict(few, found, 0, None)["reason"]
+    assert "too few prompts" in verdict(Seen(few, found))["reason"]
 
 
 def test_an_engine_that_does_not_repeat_itself_is_the_finding(pairs: dict[str, Any]) -> None:
     """vLLM differed from itself by .124 nat and the verdict read "1.26 times its floor"."""
     noisy = {**pairs, MAIN: summary_of(0.16, 0.3), INFER_FLOOR: summary_of(0.12, 0.3)}
-    words = verdict(noisy[MAIN], floors(noisy, MAIN, own_of()), 0, None)
+    words = verdict(Seen(noisy[MAIN], floors(noisy, MAIN, own_of())))
     assert words["word"] == "does not repeat itself"
     assert words["reason"].startswith("vLLM scores the same tokens")
     calm = {**noisy, ROUNDED: summary_of(0.12 / FAR * 1.2, 0.05)}
@@ -141,7 +143,7 @@ def test_no_multiple_is_shown_of_a_floor_that_is_mostly_zeros(pairs: dict[str, A
     line = found["metrics"]["abs_logp_diff.mean"]
     assert line["floor"] > 0
     assert line["ratio"] is None
-    evidence = " | ".join(verdict(pairs[MAIN], found, 0, None)["evidence"])
+    evidence = " | ".join(verdict(Seen(pairs[MAIN], found))["evidence"])
     assert "bit-exact on 97.9 % of tokens, so no multiple of it is shown" in evidence
     assert "times the sum" not in evidence
     assert "rounding scale: one unit in the last place on router inputs makes mean abs logp diff" in evidence
@@ -165,7 +167,7 @@ def test_replay_of_some_layers_gives_no_verdict_on_routing(pairs: dict[str, Any]
 
 
 def word_of(pairs: dict[str, Any]) -> str:
-    return str(verdict(pairs[MAIN], floors(pairs, MAIN, own_of()), 0, None)["word"])
+    return str(verdict(Seen(pairs[MAIN], floors(pairs, MAIN, own_of())))["word"])
 
 
 def replace_floor(found: Any, floor: float) -> Any:
@@ -182,7 +184,7 @@ def test_dense_and_empty_pairs_have_floors_without_flips() -> None:
     unscored = replace(block, logp_train_T=block.logp_train_T * float("nan"))
     empty = pair_summary(analyze_pair(make_pair(unscored)))
     assert floors({MAIN: empty, TRAIN_FLOOR: empty}, MAIN, own_of()) is None
-    assert verdict(empty, None, 0, None)["reason"] == "no token was scored by both engines"
+    assert verdict(Seen(empty))["reason"] == "no token was scored by both engines"
 
 
 @given(st.sets(st.sampled_from(["infer", "train", "train-repeat", "infer-repeat", "train-fp32", "train-replay"])))

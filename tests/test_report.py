@@ -111,7 +111,7 @@ def test_sections_of_a_moe_run(page, moe):
         "<summary>Expert agreement by layer<", "<summary>Near ties: margins and flips<", "<summary>The tail<",
         "<summary>Drift by position and by length<", "<summary>IcePop mask<",
         "<summary>Noise floors and rounding scale<",
-        "<summary>What these numbers mean<", "## What these numbers cannot show", "<summary>Provenance<",
+        "<summary>What these numbers mean<", "## What these numbers cannot show", "<summary>Provenance, and how to make this page again<",
         "That training will be stable", "not thresholds", "moediag report RUN",
         *moe.summary()["provenance"]["captures"].values(), "arms.train.versions.scripted",
     ):  # fmt: skip
@@ -258,7 +258,7 @@ def replayed(moe, removed=0.41, layers=None, **replay):
 def test_routing_replay_stands_beside_the_plain_pair(moe):
     """A captured replay arm was analysed and then shown nowhere."""
     summary = replayed(moe)
-    text = section_of(run_report(summary, moe, []), "Routing replay")
+    text = section_of(run_report(summary, moe, []), "Routing replay and other changes")
     assert "| number | unit | infer\\~train | 95 % | infer\\~train-replay | 95 % | n |" in text
     for words in ("abs logp diff, mean", "abs logp diff, p99", "abs logp diff, max", "KL(infer‖train), k3",
                   "F(2): tokens whose ratio or its inverse is above 2", "flip rate: expert set differs"):  # fmt: skip

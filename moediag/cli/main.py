@@ -17,6 +17,7 @@ from moediag.cli import (
     capture,
     compare,
     demo,
+    diagnose,
     diff_env,
     env,
     export,
@@ -44,6 +45,7 @@ app = typer.Typer(
 for module in (
     demo,
     profile,
+    diagnose,
     capture,
     import_,
     export,
@@ -67,7 +69,7 @@ def _resumes(words: list[str]) -> bool:
     name = next((word for word in words if word[:1] != "-"), "")
     if name == selftest.NAME:  # kept only in a folder of the user's
         return any(word.startswith(("-o", "--output")) for word in words)
-    return name in (demo.NAME, profile.NAME, capture.NAME)
+    return name in (demo.NAME, profile.NAME, capture.NAME, diagnose.NAME)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -71,7 +71,7 @@ REMEDIES = declare(
     ),
     Column("flipped_to", "float64", "1", "such tokens with", nullable=True, label="to", kind="share"),
     Column("n_tokens", "int64", "token", "tokens scored with and without"),
-    section="remedies",
+    section="replay",
     caption="What each change that was tried would buy, on the same tokens; lower is better",
 )
 

@@ -169,20 +169,15 @@ def _other_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
 
 def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
     agreed = (
-        f"{_engines(seen)} compute the same function: in float32 all {function.n_sequences} sequences agree "
-        f"({_nat(function.mean)} on average, {sig(function.times)} times one float32 unit in the last place, n = "
+        f"{_engines(seen)} compute the same function: in float32 they differ by {_nat(function.mean)} on average, "
+        f"{sig(function.times)} times what one float32 unit in the last place does ({function.n_sequences} sequences, "
         f"{function.n_tokens:,} tokens)"
     )
     apart = seen.distances
     if apart is None:
         return _words(SAME_FUNCTION, agreed, "nowhere: both run in float32", "nothing to mend")
     rounding = seen.rounding
-    rounds = (
-        f"; in use {seen.engine(INFER)} rounds {sig(apart.infer.value)} nat away from it on average, "
-        f"{seen.engine(TRAIN)} {sig(apart.train.value)} nat (a typical token {sig(apart.ratio.value)} to 1"
-    )
     is_known = math.isfinite(apart.ratio.low) and math.isfinite(apart.ratio.high)
-    rounds += f", 95 %: {sig(apart.ratio.low)} to {sig(apart.ratio.high)})" if is_known else ")"
     worse = None
     if is_known and apart.ratio.low > WORSE:
         worse = INFER, TRAIN, apart.infer.value
@@ -192,21 +187,21 @@ def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
         side, other, value = worse
         scale = f", {sig(value / rounding['mean'])} times what one unit in the last place does" if rounding else ""
         return _words(
-            ROUNDS_WORSE, f"{agreed}{rounds}",
-            f"in {seen.engine(side)}{scale}: something there is kept in fewer bits than in {seen.engine(other)} "
-            "(router, head, KV cache, quantised activations)",
+            ROUNDS_WORSE, agreed,
+            f"in {seen.engine(side)}, which rounds {_nat(value)} away from it{scale}: something there is kept in fewer "
+            f"bits than in {seen.engine(other)} (router, head, KV cache, quantised activations)",
             "compare the dtypes of both sides, then module by module", "moediag diagnose CKPT -o RUN --modules",
         )  # fmt: skip
     production = seen.pair["logp"]["abs_logp_diff"]["mean_ci"]
     if rounding and production and production[0] > FAR * (apart.infer.value + apart.train.value):
         # each engine is near the function, and yet the pair in use is farther apart than the triangle allows
         return _words(
-            ABOVE_ROUNDING, f"{agreed}{rounds}; but the rollouts are {sig(production[0])} nat and more from train",
+            ABOVE_ROUNDING, f"{agreed}; but the rollouts are {sig(production[0])} nat and more from train",
             "in the settings that rollouts run with (sampling, cache, graphs), not in the model",
             "turn the rollouts' settings off one by one", VALIDATE,
         )  # fmt: skip
     where = f"nowhere: rounding, amplified by near-tie routing ({seen.flip_words})" if seen.flip_words else "nowhere"
-    return _words(SAME_FUNCTION, f"{agreed}{rounds}", where,
+    return _words(SAME_FUNCTION, agreed, where,
                   "nothing to mend in either engine; what a correction would do to the tokens", SIMULATE)  # fmt: skip
 
 
@@ -265,7 +260,7 @@ def _high(line: Summary) -> float:
 
 def _evidence(seen: Seen) -> list[str]:
     """What carries the verdict: the yardsticks, flips, and what forcing the experts removes."""
-    lines, pair, floor = [], seen.pair, seen.floor
+    lines, pair, floor = _distance_words(seen), seen.pair, seen.floor
     mean, rounding = pair["logp"]["abs_logp_diff"]["mean"], seen.rounding
     if rounding:
         times = f": the mismatch is {mean / rounding['mean']:.3g} times that" if mean and rounding["mean"] else ""
@@ -283,6 +278,20 @@ def _evidence(seen: Seen) -> list[str]:
         reason = (pair.get("left_out") or {}).get("routing")
         lines.append(f"routing left out: {reason}" if reason else "dense model: routing is no cause here")
     return lines + replay_words(seen.replay)
+
+
+def _distance_words(seen: Seen) -> list[str]:
+    """How far each engine rounds away from the function."""
+    apart = seen.distances
+    if apart is None or seen.function is None or not seen.function.is_same:
+        return []
+    is_known = math.isfinite(apart.ratio.low) and math.isfinite(apart.ratio.high)
+    bounds = f" [{sig(apart.ratio.low)}, {sig(apart.ratio.high)}]" if is_known else ""
+    return [
+        f"against its own float32 {seen.engine(INFER)} differs by {sig(apart.infer.value)} nat on average, "
+        f"{seen.engine(TRAIN)} by {sig(apart.train.value)} nat; on a typical token "
+        f"{sig(apart.ratio.value)} to 1{bounds} (n = {apart.n_tokens:,} tokens; to {WORSE:g} either way is ordinary)"
+    ]
 
 
 def _floor_words(line: Summary) -> str:

