@@ -187,7 +187,7 @@ def provenance_table(summary: Summary) -> Table:
     """Engines, versions, dtypes, sampling, seeds, digests."""
     facts = {key: dict(summary.get(key) or {}) for key in ("model", "sampling", "provenance", "arms")}
     facts["provenance"].pop("frames", None)  # digests of derived files: for the reader of summary.json, not of a page
-    return facts_table(facts, "Engines, versions, dtypes, sampling, seeds, digests", n_markdown=30)
+    return facts_table(facts, "Engines, versions, dtypes, sampling, seeds, digests", n_markdown=36)
 
 
 NO_FLOOR_WORDS: Final = Markdown(
