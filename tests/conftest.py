@@ -22,9 +22,11 @@ from moediag.engines.vllm.options import INFER_ENVIRONMENT
 # - flipped bytes of a run's files (test_run_directory): 10 a file here, 100 there;
 # - config classes of transformers (test_routers): those of experts and every sixth here, all there;
 # - odd runs drawn (test_figures_sets): each at one of two widths here, at both there.
-# ``make tables`` captures every router family and every way of running vLLM; here there is one of each kind.
+# ``make tables`` captures every router family and every way of running vLLM; here there is one of each kind. It trains
+# and profiles the whole demo, too, for test_demo; here the demo is the quick one of a third of the steps and prompts.
 SEED = int(os.environ.get("MOEDIAG_SEED", "0"))
 HUNT = int(os.environ.get("MOEDIAG_HUNT", "1"))
+N_PROMPTS, N_STEPS = (64, 300) if "MOEDIAG_WHOLE_DEMO" in os.environ else (24, 100)
 # A machine that is busy makes an example slow, not wrong.
 settings.register_profile("moediag", deadline=None, derandomize=True)
 settings.register_profile("hunt", deadline=None, max_examples=100 * HUNT, print_blob=True)
@@ -153,9 +155,10 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the real `moediag demo` leaves: trained pair, both runs, comparison."""
+    size = ("--limit", N_PROMPTS, "--steps", N_STEPS)
 
     def make(folder: Path) -> None:
-        done = run_moediag("demo", "-o", folder / "out", timeout=1500)
+        done = run_moediag("demo", "-o", folder / "out", *size, timeout=1500)
         assert done.returncode == 0, done.stderr[-3000:]
         (folder / "out" / "stdout.txt").write_text(done.stdout)
 
