@@ -20,15 +20,19 @@ from moediag.engines.vllm.options import INFER_ENVIRONMENT
 
 # Fixed, so that the suite fails for what was changed and not for its luck; ``make hunt`` draws others, and more cases:
 # - flipped bytes of a run's files (test_run_directory): 10 a file here, 100 there;
-# - config classes of transformers (test_routers): those of experts and every sixth here, all there;
-# - odd runs drawn (test_figures_sets): each at one of two widths here, at both there.
+# - config classes of transformers (test_routers): those of experts and every twelfth here, all there;
+# - odd runs drawn (test_figures_sets): each at one of two widths here, at both there;
+# - random healthy pairs (test_hygiene_clean): 100 here, 500 there; their orders and shards: 20 here, 60 HUNT there;
+# - spoilt runs and prompts files (test_run_fuzz): 100 and 400 here, 250 HUNT and 1000 HUNT there;
+# - flipped bits of derived files (test_run_derived): 200 here, 500 HUNT there;
+# - examples of a property that names no number of its own: 50 here, 100 HUNT there.
 # ``make tables`` captures every router family and every way of running vLLM; here there is one of each kind. It trains
 # and profiles the whole demo, too, for test_demo; here the demo is the quick one of a third of the steps and prompts.
 SEED = int(os.environ.get("MOEDIAG_SEED", "0"))
 HUNT = int(os.environ.get("MOEDIAG_HUNT", "1"))
 N_PROMPTS, N_STEPS = (64, 300) if "MOEDIAG_WHOLE_DEMO" in os.environ else (24, 100)
 # A machine that is busy makes an example slow, not wrong.
-settings.register_profile("moediag", deadline=None, derandomize=True)
+settings.register_profile("moediag", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("hunt", deadline=None, max_examples=100 * HUNT, print_blob=True)
 settings.load_profile("moediag" if HUNT == 1 else "hunt")
 
