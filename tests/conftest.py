@@ -38,6 +38,7 @@ settings.load_profile("moediag" if HUNT == 1 else "hunt")
 
 REPOSITORY = Path(__file__).parent.parent
 MOEDIAG = Path(sys.executable).with_name("moediag")
+ENGINE_PATH = (REPOSITORY / "tests", REPOSITORY / "tests" / "torchvision_stand_in")
 
 
 _ENGINE_VARIABLES = {name: os.environ.get(name) for name in INFER_ENVIRONMENT}
@@ -79,9 +80,11 @@ def run_moediag(*arguments: object, timeout: float = 600, **env: str) -> subproc
     )
 
 
-class KeptEngines(contextlib.AbstractContextManager["KeptEngines"]):
+class KeptEngines(Engines):
     """Engine processes that outlive the commands that use them: one per environment, as ``Engines`` has for one
     command. Starting vLLM takes 25 seconds of processor time; loading another tiny model into it takes six.
+
+    They can import the tasks and the stand-in of the tests, and run under the environment of the suite.
     """
 
     def __init__(self) -> None:
@@ -89,7 +92,11 @@ class KeptEngines(contextlib.AbstractContextManager["KeptEngines"]):
 
     def do(self, job: Job, env: dict[str, str], on_event: OnEvent) -> None:
         """As :meth:`Engines.do`; after an error the next job of that environment gets a new process."""
-        self._kept.setdefault(tuple(env.items()), Engines()).do(job, env, on_event)
+        path = os.pathsep.join([*map(str, ENGINE_PATH), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("PYTEST_CURRENT_TEST", raising=False)
+            patch.setenv("PYTHONPATH", path)
+            self._kept.setdefault(tuple(env.items()), Engines()).do(job, env, on_event)
 
     def __exit__(self, *_: object) -> None:
         """The end of a command, after which they are kept."""
@@ -123,13 +130,12 @@ def run_here(*arguments: object, engines: KeptEngines = ENGINES, **env: str) -> 
 
 @contextlib.contextmanager
 def keeping(engines: KeptEngines = ENGINES, **env: str) -> Iterator[None]:
-    """Commands and audits take the kept engines, under the environment of the suite and not of one test."""
+    """Commands and audits take the kept engines."""
     import moediag.audit.gradients as audit
     from moediag.cli import jobs
     from moediag.engines import launch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PYTEST_CURRENT_TEST", raising=False)
         for name, value in env.items():
             patch.setenv(name, value)
         for module in (jobs, audit, launch):  # the self-test imports it when it runs
