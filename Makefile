@@ -1,7 +1,8 @@
 # make demo   set up, then everything on a tiny MoE and a dense model; ends by printing where the report is
 # make test   set up, then every test
 # make check  format, lint and types
-# make tables every router family and every awkward way of running vLLM: the tables of reports/ that tests sample
+# make tables every router family and every awkward way of running vLLM: the tables of reports/ that tests sample;
+#             and the tests of the demo on the whole demo, of which they otherwise make the quick one
 # make hunt   the tests without engines with other random cases and ten times as many (HUNT=100: a hundred times)
 VENV := .venv
 READY := $(VENV)/.moediag-ready
@@ -32,6 +33,7 @@ check: $(READY)
 tables: $(READY)
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python tests/family_measures.py
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/execution.py $(DEMO)/checkpoints/moe
+	@MOEDIAG_WHOLE_DEMO=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_demo.py
 
 hunt: $(READY)
 	@seed=$${MOEDIAG_SEED:-$$(date +%s)}; echo "MOEDIAG_SEED=$$seed MOEDIAG_HUNT=$(HUNT)"; export OMP_NUM_THREADS=1; \

@@ -20,18 +20,25 @@ from moediag.engines.vllm.options import INFER_ENVIRONMENT
 
 # Fixed, so that the suite fails for what was changed and not for its luck; ``make hunt`` draws others, and more cases:
 # - flipped bytes of a run's files (test_run_directory): 10 a file here, 100 there;
-# - config classes of transformers (test_routers): those of experts and every sixth here, all there;
-# - odd runs drawn (test_figures_sets): each at one of two widths here, at both there.
-# ``make tables`` captures every router family and every way of running vLLM; here there is one of each kind.
+# - config classes of transformers (test_routers): those of experts and every twelfth here, all there;
+# - odd runs drawn (test_figures_sets): each at one of two widths here, at both there;
+# - random healthy pairs (test_hygiene_clean): 100 here, 500 there; their orders and shards: 20 here, 60 HUNT there;
+# - spoilt runs and prompts files (test_run_fuzz): 100 and 400 here, 250 HUNT and 1000 HUNT there;
+# - flipped bits of derived files (test_run_derived): 200 here, 500 HUNT there;
+# - examples of a property that names no number of its own: 50 here, 100 HUNT there.
+# ``make tables`` captures every router family and every way of running vLLM; here there is one of each kind. It trains
+# and profiles the whole demo, too, for test_demo; here the demo is the quick one of a third of the steps and prompts.
 SEED = int(os.environ.get("MOEDIAG_SEED", "0"))
 HUNT = int(os.environ.get("MOEDIAG_HUNT", "1"))
+N_PROMPTS, N_STEPS = (64, 300) if "MOEDIAG_WHOLE_DEMO" in os.environ else (24, 100)
 # A machine that is busy makes an example slow, not wrong.
-settings.register_profile("moediag", deadline=None, derandomize=True)
+settings.register_profile("moediag", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("hunt", deadline=None, max_examples=100 * HUNT, print_blob=True)
 settings.load_profile("moediag" if HUNT == 1 else "hunt")
 
 REPOSITORY = Path(__file__).parent.parent
 MOEDIAG = Path(sys.executable).with_name("moediag")
+ENGINE_PATH = (REPOSITORY / "tests", REPOSITORY / "tests" / "torchvision_stand_in")
 
 
 _ENGINE_VARIABLES = {name: os.environ.get(name) for name in INFER_ENVIRONMENT}
@@ -73,9 +80,11 @@ def run_moediag(*arguments: object, timeout: float = 600, **env: str) -> subproc
     )
 
 
-class KeptEngines(contextlib.AbstractContextManager["KeptEngines"]):
+class KeptEngines(Engines):
     """Engine processes that outlive the commands that use them: one per environment, as ``Engines`` has for one
     command. Starting vLLM takes 25 seconds of processor time; loading another tiny model into it takes six.
+
+    They can import the tasks and the stand-in of the tests, and run under the environment of the suite.
     """
 
     def __init__(self) -> None:
@@ -83,7 +92,11 @@ class KeptEngines(contextlib.AbstractContextManager["KeptEngines"]):
 
     def do(self, job: Job, env: dict[str, str], on_event: OnEvent) -> None:
         """As :meth:`Engines.do`; after an error the next job of that environment gets a new process."""
-        self._kept.setdefault(tuple(env.items()), Engines()).do(job, env, on_event)
+        path = os.pathsep.join([*map(str, ENGINE_PATH), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("PYTEST_CURRENT_TEST", raising=False)
+            patch.setenv("PYTHONPATH", path)
+            self._kept.setdefault(tuple(env.items()), Engines()).do(job, env, on_event)
 
     def __exit__(self, *_: object) -> None:
         """The end of a command, after which they are kept."""
@@ -117,13 +130,12 @@ def run_here(*arguments: object, engines: KeptEngines = ENGINES, **env: str) -> 
 
 @contextlib.contextmanager
 def keeping(engines: KeptEngines = ENGINES, **env: str) -> Iterator[None]:
-    """Commands and audits take the kept engines, under the environment of the suite and not of one test."""
+    """Commands and audits take the kept engines."""
     import moediag.audit.gradients as audit
     from moediag.cli import jobs
     from moediag.engines import launch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PYTEST_CURRENT_TEST", raising=False)
         for name, value in env.items():
             patch.setenv(name, value)
         for module in (jobs, audit, launch):  # the self-test imports it when it runs
@@ -153,9 +165,10 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the real `moediag demo` leaves: trained pair, both runs, comparison."""
+    size = ("--limit", N_PROMPTS, "--steps", N_STEPS)
 
     def make(folder: Path) -> None:
-        done = run_moediag("demo", "-o", folder / "out", timeout=1500)
+        done = run_moediag("demo", "-o", folder / "out", *size, timeout=1500)
         assert done.returncode == 0, done.stderr[-3000:]
         (folder / "out" / "stdout.txt").write_text(done.stdout)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +58,14 @@ def write_prompts(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def measure(checkpoint: Path, folder: Path, names: Collection[str]) -> dict[str, ExecutionMeasures]:
-    """Capture under the settings and compare."""
+def measure(
+    checkpoint: Path, folder: Path, names: Collection[str], kept: Engines | None = None
+) -> dict[str, ExecutionMeasures]:
+    """Capture under the settings and compare; with the kept engines where a setting needs no environment of its own."""
     write_prompts(folder)
     failed: dict[str, MoediagError] = {}
     for group in sorted({SETTINGS[name].group for name in names}):
-        with _engines_of(group) as engines:
+        with nullcontext(kept) if kept and group == "v1" else _engines_of(group) as engines:
             for name in sorted((name for name in names if SETTINGS[name].group == group), key=_load):
                 try:
                     _capture(engines, SETTINGS[name], open_checkpoint(str(checkpoint)), folder, folder / name)

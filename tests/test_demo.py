@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_here
+from conftest import N_PROMPTS, run_here
 
 from moediag.frames import declared_frames
 from moediag.results import load_frames
@@ -43,8 +43,8 @@ def test_the_summary_holds_the_contract(demo: Path) -> None:
         assert summary["model"]["architecture"]
         pair = summary["pairs"]["infer~train"]
         logp = pair["logp"]
-        assert pair["n_sequences"] >= 64
-        assert pair["n_tokens"] > 10_000
+        assert pair["n_sequences"] == N_PROMPTS
+        assert pair["n_tokens"] > 160 * N_PROMPTS
         assert {"mean", "p50", "p90", "p99", "p999", "max"} <= logp["abs_logp_diff"].keys()
         assert {"mean", "max"} <= logp["abs_prob_diff"].keys()
         for key in ("kl_infer_train_k1", "kl_infer_train_k2", "kl_infer_train_k3", "mean_ratio", "extreme_share_2"):
@@ -60,7 +60,8 @@ def test_the_summary_holds_the_contract(demo: Path) -> None:
 def test_the_trained_pair_shows_the_phenomenon(demo: Path) -> None:
     """MoE differs more than dense, most of all in the tail; agreement falls with depth; flips sit at near ties.
 
-    Ratios are bounded well below what was measured (see README), so that other machines' rounding passes too.
+    Ratios are bounded well below what was measured (README; of the quick demo 1.5, 2.5 and 4.2), so that other
+    machines' rounding passes too.
     """
     moe, dense = (summary_of(demo / name)["pairs"]["infer~train"] for name in ("moe", "dense"))
     for metric, ratio in (("mean", 1.3), ("p99", 1.3)):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from committed_tables import committed_table
-from conftest import keeping, run_here, run_moediag
+from conftest import ENGINES, keeping, run_here, run_moediag
 from execution_measures import COLUMNS, ExecutionMeasures, broken_claims, measure, write_prompts
 from execution_settings import SETTINGS
 
@@ -29,7 +29,7 @@ IN_SUITE = tuple(name for name, setting in SETTINGS.items() if setting.in_suite)
 
 @pytest.fixture(scope="module")
 def measured(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExecutionMeasures]:
-    return measure(demo / "checkpoints" / "moe", tmp_path_factory.mktemp("execution"), IN_SUITE)
+    return measure(demo / "checkpoints" / "moe", tmp_path_factory.mktemp("execution"), IN_SUITE, ENGINES)
 
 
 @pytest.mark.parametrize("name", IN_SUITE)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from committed_tables import committed_table
-from conftest import run_here
-from family_measures import BOUND, DIFFERING, ONE_SIDED, RING, STAND_IN, Measures, broken_claims, measure
-from probes import TESTS, engines_under
+from conftest import ENGINES, run_here
+from family_measures import BOUND, DIFFERING, ONE_SIDED, RING, Measures, broken_claims, measure
 
 from moediag.engines.assemble import MARGINS
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.hf.engine import load_model
 from moediag.engines.hf.taps import ForcedRoutes, RoutingTaps
-from moediag.engines.launch import Engines, Job
+from moediag.engines.launch import Job
 from moediag.engines.vllm.options import INFER_ENVIRONMENT
 from moediag.run.capture import WHOLE
 from moediag.selftest.families import FAMILIES, make_checkpoint
@@ -41,19 +39,13 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[Engines]:
-    with engines_under(TESTS, STAND_IN) as engines:
-        yield engines
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("families")
 
 
 @pytest.fixture(scope="module")
-def measured(engines: Engines, folder: Path) -> Measures:
-    return measure({dtype: tuple(kinds) for dtype, kinds in KINDS.items()}, folder, engines)
+def measured(folder: Path) -> Measures:
+    return measure({dtype: tuple(kinds) for dtype, kinds in KINDS.items()}, folder, ENGINES)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +105,7 @@ def test_gate_weights_that_multiply_an_experts_input_are_forced_there(tmp_path: 
     assert (halved_logits - own_logits).abs().max() > 1e-3
 
 
-def test_vllm_cpu_rope_in_the_layout_of_latent_attention(engines: Engines, measured: Measures, folder: Path) -> None:
+def test_vllm_cpu_rope_in_the_layout_of_latent_attention(measured: Measures, folder: Path) -> None:
     """Evidence for reports/families.md: vllm-cpu 0.32's rope kernel against vLLM's own PyTorch rope, same values.
 
     In the 2-D layout of ordinary attention the kernel is right. In the sliced 3-D layout that latent attention passes
@@ -122,7 +114,7 @@ def test_vllm_cpu_rope_in_the_layout_of_latent_attention(engines: Engines, measu
     """
     run, output = folder / str(torch.bfloat16) / "bailing_moe" / "run", folder / "rope.json"  # any run will do
     job = Job("vLLM", "probes:probe_rope", str(run), asdict(WHOLE), {"output": str(output)}, str(folder / "rope.log"))
-    engines.do(job, INFER_ENVIRONMENT, lambda event: None)
+    ENGINES.do(job, INFER_ENVIRONMENT, lambda event: None)
     query, key = (dict(zip(("flat", "sliced"), two, strict=True)) for two in json.loads(output.read_text()))
     assert max(query["flat"], key["flat"]) < 1e-5
     assert min(query["sliced"], key["sliced"]) > 0.1

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
-from probes import TESTS, engines_under, run_probe
+from conftest import ENGINES, write_jsonl
+from probes import run_probe
 
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.engines.arms import ArmRequest
@@ -47,8 +47,7 @@ def prefilled(demo: Path, moe: Run, tmp_path_factory: pytest.TempPathFactory) ->
     plan = make_plan(open_checkpoint(str(checkpoint)), prompts, SamplingOptions(), full_vocab=N_PREFILLED)
     run = plan.create(folder / "run", force=False)
     request = ArmRequest("infer", "infer", {"dtype": "bfloat16", "max_model_len": 512}, path=PREFILL)
-    with engines_under(TESTS) as engines:
-        run_probe(engines, "probe_observation", run, open_checkpoint(str(checkpoint)), request, folder / "probe.npz")
+    run_probe(ENGINES, "probe_observation", run, open_checkpoint(str(checkpoint)), request, folder / "probe.npz")
     with np.load(folder / "probe.npz") as arrays:
         return run, dict(arrays)
 

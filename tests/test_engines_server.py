@@ -85,13 +85,15 @@ def test_a_running_server_samples_and_scores_as_vllm_and_transformers_do(
     vllm_server: str, random_moe: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 the same tokens get the same log-probabilities from server, plain vLLM and transformers."""
-    monkeypatch.setenv(KEY, "open sesame")
     path, there = tmp_path / "run", ("--server", vllm_server)
     options = ("--max-tokens", 12, "--shard-size", 2, "-n", 2, "--temperature", 0.7, "--dtype", "float32")
+    monkeypatch.setenv(KEY, "open sesame")
     done = run_here("profile", random_moe, *there, "--prompts", prompts, *options, "-o", path)
     assert done.returncode == 0, done.stderr
+    monkeypatch.delenv(KEY)  # with it vLLM would be started in a process of another environment
     done = run_here("capture", "infer-redecode", random_moe, "--dtype", "float32", "-o", path)
     assert done.returncode == 0, done.stderr
+    monkeypatch.setenv(KEY, "open sesame")
     run = open_run(path)
     record = run.arm("infer")
     assert (record.role, record.engine, record.path, record.arrays) == ("infer", "server", "sampled", ("logp_T",))

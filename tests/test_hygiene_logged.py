@@ -117,8 +117,8 @@ def test_simulate_names_what_is_wrong_with_a_table_above_its_numbers(
     """Bug: log-probabilities off by one, or 8 % exact zeros, gave shares and means with intervals, without a word."""
     path, rule = tmp_path / "log.parquet", fault.split()[0]
     table(*FAULTS[fault](*sampled(0))).to_parquet(path)
-    arguments = ["simulate", str(path), "--method", "icepop:alpha=0.5,beta=5", "-o", str(tmp_path / "out")]
-    assert main(arguments) == 0
+    arguments = ["simulate", str(path), "--method", "icepop:alpha=0.5,beta=5"]
+    assert main([*arguments, "-o", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     level = "warning" if rule == "D28-same-bits" else "error"
     assert out.startswith(

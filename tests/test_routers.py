@@ -217,9 +217,9 @@ def test_every_config_class_of_transformers_is_dense_only_without_experts_anywhe
     from transformers import CONFIG_MAPPING
 
     names = set(CONFIG_MAPPING)
-    if HUNT == 1:  # all of them take a minute
+    if HUNT == 1:  # all of them take a minute or two
         of_experts = {name for name in names if re.search("moe|mixtral|deepseek|oss|ling|maverick|llama4", name)}
-        names = {*random.Random(SEED).sample(sorted(names), len(names) // 6), *of_experts, *OF_EXPERTS, *DENSE}
+        names = {*random.Random(SEED).sample(sorted(names), len(names) // 12), *of_experts, *OF_EXPERTS, *DENSE}
     found: dict[str, bool] = {}
     for name in sorted(names):
         try:
@@ -232,7 +232,7 @@ def test_every_config_class_of_transformers_is_dense_only_without_experts_anywhe
             assert not _counts_of_experts(as_saved), name
     counts = Counter(found.values())
     # a rule that sees experts everywhere would pass the rest
-    assert counts[False] > (60 if HUNT == 1 else 500)
+    assert counts[False] > (30 if HUNT == 1 else 500)
     assert counts[True] > (30 if HUNT == 1 else 60)
     assert {name for name, verdict in found.items() if verdict} >= OF_EXPERTS
     assert not {name for name, verdict in found.items() if verdict} & DENSE

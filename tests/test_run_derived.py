@@ -25,7 +25,7 @@ from moediag.run.files import read_sealed, sha256_bytes, write_atomic, write_sea
 from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
 
-N_FLIPS = 500 * HUNT
+N_FLIPS = 200 if HUNT == 1 else 500 * HUNT
 DERIVED = ("analysis", "simulate", "gradients")
 UNSEALED = {".png", ".svg", ".md", ".html", ".log"}
 """Figures, pages and logs: drawn again at any time, or of the engines."""

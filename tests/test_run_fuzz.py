@@ -31,7 +31,7 @@ from moediag.prompts import read_prompts
 from moediag.run.files import canonical_json, read_sealed, sha256_bytes, write_sealed
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "ring-tiny"
-N_PROMPTS_FILES, N_RUNS = 1000 * HUNT, 250 * HUNT
+N_PROMPTS_FILES, N_RUNS = (400, 100) if HUNT == 1 else (1000 * HUNT, 250 * HUNT)
 ODD_VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 7, 255, 2**31, 2**53 + 1, 2**70, 1.5, -0.0, 1e308, "", "x", "\u2028", "\U0001f600",
     "../../etc", "nan", [], {}, [None], [[]], [1, 2], {"": 1}, {"a": {"b": []}}, [-5], ["x"] * 3,

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import run_here
-from probes import TESTS, engines_under
+from conftest import ENGINES, run_here
 
 from moediag.cli.main import main
-from moediag.engines.launch import Engines, Job, OnEvent
+from moediag.engines.launch import Job, OnEvent
 from moediag.run.reader import open_run
 from moediag.selftest.cells import FAILED, PASSED, Row
 from moediag.selftest.check import Request, prepare, run_cells
@@ -23,15 +21,15 @@ FAMILY = "qwen3_moe"
 
 
 class Planted:
-    """Engine processes in which an arm of vLLM is captured by another task."""
+    """The suite's engine processes, in which an arm of vLLM is captured by another task."""
 
-    def __init__(self, engines: Engines, task: str, **options: str) -> None:
-        self.engines, self.task, self.options = engines, task, options
+    def __init__(self, task: str, **options: str) -> None:
+        self.task, self.options = task, options
 
     def do(self, job: Job, env: dict[str, str], on_event: OnEvent) -> None:
         if job.task.endswith(":capture_infer"):
             job = replace(job, task=self.task, options={**job.options, **self.options})
-        self.engines.do(job, env, on_event)
+        ENGINES.do(job, env, on_event)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +42,6 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
 @pytest.fixture
 def healthy(first: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
     return first[0]
-
-
-@pytest.fixture(scope="module")
-def engines() -> Iterator[Engines]:
-    with engines_under(TESTS) as engines:
-        yield engines
 
 
 def rows_by_property(rows: list[Row]) -> dict[str, Row]:
@@ -95,16 +87,14 @@ def test_the_observer_that_works_here_is_taken_and_why_is_said(random_moe: Path,
     assert all("observer" not in found.arm(arm).origin.configuration for arm in ("infer", "train"))
 
 
-def broken(healthy: Path, folder: Path, engines: Planted, **options: int) -> dict[str, Row]:
+def broken(healthy: Path, folder: Path, planted: Planted, **options: int) -> dict[str, Row]:
     """The healthy test once more, vLLM's arms captured with broken taps."""
     shutil.copytree(healthy, folder)
     for arm in (folder / FAMILY / "float32" / "arms").glob("infer*"):
         shutil.rmtree(arm)
     (cell,) = prepare(Request(families=(FAMILY,)), folder)[0]
     cell.vllm.update(options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PYTEST_CURRENT_TEST", raising=False)  # else every test has an engine process of its own
-        return rows_by_property(run_cells([cell], engines, lambda event: None, print))
+    return rows_by_property(run_cells([cell], planted, lambda event: None, print))
 
 
 def failing(rows: dict[str, Row]) -> set[str]:
@@ -112,17 +102,17 @@ def failing(rows: dict[str, Row]) -> set[str]:
 
 
 @pytest.mark.engines
-def test_a_tap_off_by_one_layer_fails_and_is_located(healthy: Path, engines: Engines, tmp_path: Path) -> None:
+def test_a_tap_off_by_one_layer_fails_and_is_located(healthy: Path, tmp_path: Path) -> None:
     """Ids and logits of another layer follow the rule: only the other engine tells."""
-    rows = broken(healthy, tmp_path / "out", Planted(engines, "planted:capture_broken", broken="off by one layer"))
+    rows = broken(healthy, tmp_path / "out", Planted("planted:capture_broken", broken="off by one layer"))
     assert rows["recorded ids are the rule's"].verdict == PASSED
     assert "both engines choose the same experts" in failing(rows)
     assert "same experts by MoE layer: 0." in rows["both engines choose the same experts"].reason
 
 
 @pytest.mark.engines
-def test_a_stale_buffer_fails_and_is_located(healthy: Path, engines: Engines, tmp_path: Path) -> None:
-    rows = broken(healthy, tmp_path / "out", Planted(engines, "planted:capture_broken", broken="stale buffer"))
+def test_a_stale_buffer_fails_and_is_located(healthy: Path, tmp_path: Path) -> None:
+    rows = broken(healthy, tmp_path / "out", Planted("planted:capture_broken", broken="stale buffer"))
     row = rows["recorded ids are the rule's"]
     assert row.verdict == FAILED
     assert "MoE layer 1: " in row.reason
@@ -131,15 +121,15 @@ def test_a_stale_buffer_fails_and_is_located(healthy: Path, engines: Engines, tm
 
 
 @pytest.mark.engines
-def test_a_tap_that_was_patched_out_fails_and_is_named(healthy: Path, engines: Engines, tmp_path: Path) -> None:
-    rows = broken(healthy, tmp_path / "out", Planted(engines, "planted:capture_broken", broken="patched out"))
+def test_a_tap_that_was_patched_out_fails_and_is_named(healthy: Path, tmp_path: Path) -> None:
+    rows = broken(healthy, tmp_path / "out", Planted("planted:capture_broken", broken="patched out"))
     assert failing(rows) == {"captured"}
     assert "MoE layers [1] never fired" in rows["captured"].reason
 
 
 @pytest.mark.engines
-def test_a_rank_that_sees_nothing_fails_and_is_named(healthy: Path, engines: Engines, tmp_path: Path) -> None:
-    planted = Planted(engines, "planted:capture_with_silent_rank")
+def test_a_rank_that_sees_nothing_fails_and_is_named(healthy: Path, tmp_path: Path) -> None:
+    planted = Planted("planted:capture_with_silent_rank")
     rows = broken(healthy, tmp_path / "out", planted, tensor_parallel_size=2)
     assert failing(rows) == {"captured"}
     assert "the taps of rank 1 saw" in rows["captured"].reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moediag.cli import options as o
+from moediag.demo.train import DENSE, MOE
 
 if TYPE_CHECKING:
     from moediag.cli.jobs import Arms
@@ -25,6 +27,12 @@ def command(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for everything.")] = Path(
         "moediag-demo"
     ),
+    limit: Annotated[
+        int, typer.Option(metavar="N", min=1, max=N_PROMPTS, help="Prompts sampled; fewer for a quick look.")
+    ] = N_PROMPTS,
+    steps: Annotated[
+        int, typer.Option(metavar="N", min=1, max=MOE.n_steps, help="Training steps; fewer for a quick look.")
+    ] = MOE.n_steps,
     no_text: o.NoText = False,
     force: o.Force = False,
 ) -> None:
@@ -33,7 +41,6 @@ def command(
     from moediag.cli.console import note, wrote
     from moediag.cli.table import show_table
     from moediag.demo.corpus import demo_prompts
-    from moediag.demo.train import MOE
     from moediag.notation import INFER, TRAIN
     from moediag.results import compare_runs
     from moediag.run.files import make_folder, write_atomic, write_error
@@ -41,11 +48,11 @@ def command(
     jobs.require(INFER, TRAIN)
     make_folder(output)
     try:
-        checkpoints = _checkpoints(output)
+        checkpoints = _checkpoints(output, steps)
     except OSError as error:
         raise write_error(error, Path(error.filename or output)) from error
     prompts = output / "prompts.jsonl"
-    lines = [json.dumps({"prompt": text}) + "\n" for text in demo_prompts(N_PROMPTS)]
+    lines = [json.dumps({"prompt": text}) + "\n" for text in demo_prompts(limit)]
     write_atomic(prompts, "".join(lines).encode())
     note(f"\n== {' and '.join(checkpoints)}: sampled by vLLM, scored by transformers ==")
     captures = [_begin(checkpoint, prompts, output / name, force) for name, checkpoint in checkpoints.items()]
@@ -87,7 +94,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MOEDIAG_CACHE") or Path(base) / "moediag") / "demo"
 
 
-def _checkpoints(output: Path) -> dict[str, Path]:
+def _checkpoints(output: Path, n_steps: int) -> dict[str, Path]:
     from moediag.cli.console import bar
     from moediag.demo.pair import build_pair
 
@@ -98,7 +105,8 @@ def _checkpoints(output: Path) -> dict[str, Path]:
             steps[name] = step
             progress.show(sum(steps.values()) / 2, n_steps, f"steps, {name} at {loss:.2f} nat per byte")
 
-        trained = build_pair(cache_folder(), on_step)
+        moe, dense = (replace(recipe, n_steps=n_steps) for recipe in (MOE, DENSE))
+        trained = build_pair(cache_folder(), on_step, moe=moe, dense=dense)
     folders = {}
     for name, folder in zip(("moe", "dense"), trained, strict=True):
         folders[name] = output / "checkpoints" / name

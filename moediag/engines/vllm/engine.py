@@ -107,9 +107,21 @@ def held_llm(held: Held, checkpoint: str, request: ArmRequest, reporter: Reporte
         reporter.stage("loading vLLM")
         if request.observer in (NATIVE, BOTH):
             require_native_observer()
+        _inspect_here(checkpoint)
         return LLM(model=checkpoint, worker_extension_cls=_WORKER, **options)
 
     return held.get(("vllm", checkpoint, options), load, _let_go)
+
+
+def _inspect_here(checkpoint: str) -> None:
+    """Have vLLM look at the model's class in this process. It does so in one that it starts for the purpose, lest CUDA
+    be initialised here; where there is no CUDA that only costs as much as starting this process did."""
+    from vllm import ModelRegistry
+    from vllm.platforms import current_platform
+
+    for name in json.loads((Path(checkpoint) / "config.json").read_text()).get("architectures") or ():
+        if current_platform.is_cpu() and name in ModelRegistry.models:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def _load_options(request: ArmRequest) -> dict[str, Any]:
