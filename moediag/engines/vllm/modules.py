@@ -1,0 +1,173 @@
+"""vLLM's modules on the inputs that another engine's modules received, inside its worker, in ordinary prefills.
+
+Attention keeps its forward context and its KV cache: only the hidden states that go in are replaced. Routers are given
+the other engine's logits (what their rule makes of them), and the experts its choices and gate weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from moediag.engines.modules import ModuleTaps, float32_error, layer_list, paired_names
+from moediag.engines.vllm.routing import not_on_path
+
+
+class ModuleRecorder:
+    """The modules of one worker on given inputs; set beside the taps that say whose rows a step has.
+
+    Args:
+        routers: decoder layer, holder and router of every MoE layer.
+        scales: what vLLM multiplies the sum of the experts' outputs by, by MoE layer.
+        given: file of another engine's pass.
+        order: its modules, in the order in which they ran.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        routers: Sequence[tuple[int, torch.nn.Module, Any]],
+        scales: Sequence[float],
+        given: Path,
+        order: Sequence[Sequence[Any]],
+    ) -> None:
+        self.runner, self.device = runner, runner.device
+        config = runner.model_config.hf_text_config
+        found = layer_list(runner.model, config.num_hidden_layers)
+        if found is None:
+            raise ValueError(f"{type(runner.model).__name__} has no list of {config.num_hidden_layers} decoder layers")
+        names, self.alone = paired_names([(int(l), str(n), str(k)) for l, n, k in order], *found)
+        self.given = load_file(given)
+        self.taps = ModuleTaps(*found, config.hidden_size, self.given, names)
+        self.taps.__enter__()
+        self._undo: list[Callable[[], None]] = []
+        self.unseen: list[int] = []
+        for scale, (layer, module, router) in zip(scales, routers, strict=True):
+            if not_on_path(module, router):
+                self.unseen.append(layer)
+            else:
+                self._tap_router(layer, module, router, scale)
+
+    def on_forward(
+        self, names: Sequence[str], counts: Sequence[int], positions: torch.Tensor, input_ids: torch.Tensor
+    ) -> None:
+        """Before the model runs: which rows of the sequence the step computes."""
+        if len(counts) != 1:
+            self.taps.problems.append(f"{len(counts)} sequences in one step, expected one")
+        self.taps.begin(int(positions[0]), int(sum(counts)))
+
+    def end_step(self) -> None:
+        """After the model ran: what comes until the next step is none of it."""
+        self.taps.begin(0, 0)
+
+    def on_sample(self, logits: torch.Tensor) -> None:
+        """Nothing: the head is given its rows by itself."""
+
+    def on_prompt(self, first: int, logits: torch.Tensor) -> None:
+        """Nothing."""
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self.taps.__exit__()
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    def write(self, output: Path) -> dict[str, Any]:
+        """The head on its given rows; then all that was kept to a file."""
+        model, rows = self.runner.model, self.given["in:head"]
+        dtype = self.runner.model_config.dtype
+        with torch.inference_mode():
+            logits = model.compute_logits(rows.to(self.device, dtype))
+        self.taps.seen["out:head"] = logits.float().to("cpu", copy=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.taps.seen.items()}, output)
+        return {
+            "alone": self.alone,
+            "problems": self.taps.problems[:5],
+            "unseen_routers": self.unseen,
+            "float32_error": float32_error(self.device),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+    def _tap_router(self, layer: int, module: torch.nn.Module, router: Any, scale: float) -> None:
+        original, taps = router.select_experts, self.taps
+        n_experts = int(router.global_num_experts)
+
+        def select_experts(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            own = kwargs["router_logits"] if "router_logits" in kwargs else args[1]
+            logits = taps.given_rows(f"router:{layer}", own) if taps.n_rows else None
+            if logits is None or own.shape[-1] != n_experts:
+                return original(*args, **kwargs)  # type: ignore[no-any-return]
+            n_rows = taps.n_rows
+            taps.keep(f"router:{layer}", own)
+            theirs = own.clone()
+            theirs[:n_rows] = logits
+            if "router_logits" in kwargs:
+                kwargs = {**kwargs, "router_logits": theirs}
+            else:
+                args = (args[0], theirs, *args[2:])
+            weights, ids = original(*args, **kwargs)
+            rule = torch.zeros(n_rows, n_experts, device=ids.device)
+            taps.keep(f"rule:{layer}", rule.scatter_add(1, ids[:n_rows].long(), weights[:n_rows].float() * scale))
+            weights, ids = weights.clone(), ids.clone()
+            forced = self.given[f"weights:{layer}"][taps.first_row : taps.first_row + n_rows].float() / scale
+            weights[:n_rows] = forced.to(weights.device, weights.dtype)
+            chosen = self.given[f"ids:{layer}"][taps.first_row : taps.first_row + n_rows]
+            ids[:n_rows] = chosen.to(ids.device, ids.dtype)
+            return weights, ids
+
+        router.select_experts = select_experts
+        self._undo.append(lambda: delattr(router, "select_experts"))
+        experts = getattr(module, "routed_experts", None)
+        run = getattr(experts, "forward_modular", None)
+        if run is None:
+            return
+
+        def forward_modular(*args: Any, **kwargs: Any) -> Any:
+            routed = run(*args, **kwargs)
+            if taps.n_rows and isinstance(routed, torch.Tensor):
+                taps.keep(f"routed:{layer}", routed[..., : taps.n_hidden] * scale)
+            return routed
+
+        experts.forward_modular = forward_modular
+        self._undo.append(lambda: delattr(experts, "forward_modular"))
+
+
+def record_modules(writer: Any, options: dict[str, Any], reporter: Any, held: Any) -> None:
+    """Prefill every sequence in every pass; writes what :func:`~..hf.modules.record_modules` writes.
+
+    A pass in float32 that vLLM refuses (some attention kernels have none) is left out; its reason is in ``<pass>.json``.
+
+    Args:
+        options: as there; ``options`` are vLLM's.
+    """
+    from vllm import SamplingParams
+
+    from moediag.engines.arms import ArmRequest
+    from moediag.engines.vllm.engine import held_llm
+
+    output = Path(options["output"])
+    parameters = SamplingParams(temperature=0.0, max_tokens=1)
+    for one in options["passes"]:
+        request = ArmRequest("modules", "infer", {**options["options"], "dtype": one["dtype"]})
+        order = json.loads((output / f"{one['given']}.json").read_text())["order"]
+        try:
+            llm = held_llm(held, options["folder"], request, reporter)
+        except Exception as error:  # vLLM raises anything
+            if not one["optional"]:
+                raise
+            lines = str(error).strip().splitlines() or [repr(error)]
+            (output / f"{one['name']}.json").write_text(json.dumps({"refused": lines[0]}))
+            continue
+        for i, (token_ids, _) in enumerate(options["sequences"]):
+            given, target = (str(output / f"{one[name]}-{i}.safetensors") for name in ("given", "name"))
+            llm.collective_rpc("moediag_modules_begin", args=(given, order))
+            llm.generate([{"prompt_token_ids": list(token_ids)}], parameters, use_tqdm=False)
+            facts = llm.collective_rpc("moediag_modules_end", args=(target,))[0]
+            reporter.progress(i + 1, len(options["sequences"]), f"sequences ({one['name']})")
+        (output / f"{one['name']}.json").write_text(json.dumps(facts))
