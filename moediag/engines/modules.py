@@ -20,6 +20,9 @@ import torch
 
 NORM, ATTENTION, MOE, OTHER = "norm", "attention", "moe", "other"
 
+INPUTS = ("in:", "arg:")
+"""How the names of inputs begin; outputs are ``out:``, ``stream:``, ``routed:``, ``router:``, ``rule:``."""
+
 _CACHED = ("past_key_values", "past_key_value", "cache_params", "position_embeddings", "attention_mask")
 """Arguments by which transformers' layers call what mixes positions, and nothing else."""
 
@@ -55,6 +58,14 @@ def float32_error(device: torch.device | str) -> float:
 def rows_of(tensor: torch.Tensor, n_rows: int) -> torch.Tensor:
     """The first rows of a tensor of any leading shape, on the host: later work in place does not reach them."""
     return tensor.detach().reshape(-1, tensor.shape[-1])[:n_rows].to("cpu", copy=True)
+
+
+def storable(kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What was kept, to be read without torch: outputs in float32, inputs as they are."""
+    return {
+        name: (one.float() if one.is_floating_point() and not name.startswith(INPUTS) else one).contiguous()
+        for name, one in kept.items()
+    }
 
 
 class ModuleTaps:

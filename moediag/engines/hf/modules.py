@@ -20,7 +20,7 @@ from moediag.engines.assemble import FULL
 from moediag.engines.hf.engine import held_model
 from moediag.engines.hf.routing import prove_model, route
 from moediag.engines.hf.taps import Block, RoutingTaps, find_blocks
-from moediag.engines.modules import ModuleTaps, float32_error, layer_list
+from moediag.engines.modules import ModuleTaps, float32_error, layer_list, storable
 from moediag.engines.process import Held, Reporter
 from moediag.engines.routers import ModelRouting, has_experts
 from moediag.errors import EngineError
@@ -84,7 +84,7 @@ def run_modules(
         rule = _rule(block, (given or taps.seen).get(f"router:{block.decoder_layer}"))
         if rule is not None:
             taps.seen[f"rule:{block.decoder_layer}"] = rule
-    return {name: tensor.contiguous() for name, tensor in taps.seen.items()}, taps.order
+    return storable(taps.seen), taps.order
 
 
 def _spec(model: Any) -> ModelRouting | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from moediag.engines.modules import ModuleTaps, float32_error, layer_list, paired_names
+from moediag.engines.modules import ModuleTaps, float32_error, layer_list, paired_names, storable
 from moediag.engines.vllm.routing import not_on_path
 
 
@@ -85,7 +85,7 @@ class ModuleRecorder:
         with torch.inference_mode():
             logits = model.compute_logits(rows.to(self.device, dtype))
         self.taps.seen["out:head"] = logits.float().to("cpu", copy=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.taps.seen.items()}, output)
+        save_file(storable(self.taps.seen), output)
         return {
             "alone": self.alone,
             "problems": self.taps.problems[:5],
