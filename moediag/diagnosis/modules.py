@@ -140,20 +140,22 @@ class Passes:
         order = [(int(layer), str(name), str(kind)) for layer, name, kind in self.reference["order"]]
         n_layers, is_first = max(layer for layer, _, _ in order), True
         moe, shared = set(self.reference["decoder_layers"]), set(self.reference["shared"])
-        for i, (layer, name, kind) in enumerate(order):
+        for layer, name, kind in order:
             shown = layer if layer < n_layers else -1
             if kind == "norm":
                 into = "embeddings" if is_first else f"residual stream into {name}"
                 yield Module(into, -1 if is_first else shown, f"stream:{layer}.{name}", is_stream=not is_first)
                 is_first = False
-            is_last_of_layer = i + 1 == len(order) or order[i + 1][0] != layer
-            if layer in moe and (kind == "moe" or is_last_of_layer):
+            is_experts = kind != "moe" and name == "experts"  # of a layer that is its own MoE block (gemma4)
+            if layer in moe and (kind == "moe" or is_experts):
                 moe.discard(layer)
                 yield Module("router", layer, f"router:{layer}")
                 yield Module("routing rule", layer, f"rule:{layer}")
                 yield Module("routed experts", layer, f"routed:{layer}")
                 if layer in shared and kind == "moe":
                     yield Module("shared experts", layer, f"shared:{layer}.{name}")
+            if is_experts and layer in self.reference["decoder_layers"]:
+                continue
             words = {"moe": f"MoE block ({name})", "attention": f"attention ({name})"}.get(kind, name)
             words = f"final norm ({name})" if kind == "norm" and shown < 0 else words
             parts = (f"routed:{layer}", f"shared:{layer}.{name}") if kind == "moe" else ()
@@ -165,6 +167,25 @@ class Passes:
         errors = [facts.get("float32_error", 0.0) for facts in self.facts.values()]
         worst = max(errors)
         return FLOAT32_BOUND if worst <= REAL_FLOAT32 else max(FLOAT32_BOUND, _PER_PRODUCT * worst)
+
+    def remarks(self) -> list[str]:
+        """What could not be compared, and why."""
+        remarks = [f"vLLM does not run in float32 here ({self.refusal})"] if self.refusal else []
+        seen = self.facts.get("infer-low", self.facts.get("infer-float32", {}))
+        if seen.get("alone"):
+            remarks.append(f"no module of vLLM stands for {', '.join(seen['alone'])} (decoder layer and name)")
+        if seen.get("unseen_routers"):
+            remarks.append(
+                f"vLLM's routers of decoder layers {seen['unseen_routers']} are not on the path of its experts: there "
+                "neither routers nor rules are compared, and each engine's experts take its own routes"
+            )
+        worst = max(facts.get("float32_error", 0.0) for facts in self.facts.values())
+        if worst > REAL_FLOAT32:
+            remarks.append(
+                f"float32 is not real float32 here: a matrix product is off by {sig(worst, 2)}, so the bound is "
+                f"{sig(self.float32_bound(), 2)}"
+            )
+        return [*remarks, *seen.get("problems", [])]
 
     @property
     def refusal(self) -> str:

@@ -68,6 +68,13 @@ def storable(kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+def arguments_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int | str, Any]:
+    """What a module is called with, by place or name, in order."""
+    arguments: dict[int | str, Any] = dict(enumerate(args))
+    arguments.update(kwargs)
+    return arguments
+
+
 class ModuleTaps:
     """Hooks on the modules of every decoder layer while the context is entered.
 
@@ -153,7 +160,7 @@ class ModuleTaps:
             places = self._hidden_places(args, kwargs)
             if not places:
                 return None
-            arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+            arguments = arguments_of(args, kwargs)
             hidden = arguments[places[0]]
             has_residual = is_norm(module) and len(places) > 1
             residual = arguments[places[1]] if has_residual else None
@@ -181,12 +188,12 @@ class ModuleTaps:
             pending = self._pending.get(key)
             if pending is None or pending[0] is None:
                 return None
-            own, residual, used = pending
+            own, residual, used = pending[0], pending[1], pending[2]
             self._pending[key] = (None, None, used)  # a second call in one forward is not looked at
             parts = output if isinstance(output, tuple | list) else (output,)
             wide = [part for part in parts if self._is_hidden(part)]
             if not wide and output is None:  # written into an argument
-                arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+                arguments = arguments_of(args, kwargs)
                 wide = [arguments[place] for place in self._hidden_places(args, kwargs)[1:]]
             if not wide:
                 return None
@@ -203,7 +210,7 @@ class ModuleTaps:
         return hook
 
     def _hidden_places(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | str]:
-        arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        arguments = arguments_of(args, kwargs)
         return [place for place, value in arguments.items() if self._is_hidden(value)]
 
     def _is_hidden(self, value: Any) -> bool:

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from moediag.engines.assemble import FULL
 from moediag.engines.hf.engine import held_model
 from moediag.engines.hf.routing import prove_model, route
-from moediag.engines.hf.taps import Block, RoutingTaps, find_blocks
-from moediag.engines.modules import ModuleTaps, float32_error, layer_list, storable
+from moediag.engines.hf.taps import Block, ForcedRoutes, RoutingTaps, find_blocks
+from moediag.engines.modules import ModuleTaps, arguments_of, float32_error, layer_list, storable
 from moediag.engines.process import Held, Reporter
 from moediag.engines.routers import ModelRouting, has_experts
 from moediag.errors import EngineError
@@ -48,6 +48,7 @@ def record_modules(writer: RunWriter, options: dict[str, Any], reporter: Reporte
             facts.setdefault("order", order)
             save_file(tensors, output / f"{one['name']}-{i}.safetensors")
             reporter.progress(i + 1, len(options["sequences"]), f"sequences ({one['name']})")
+        facts["factor"] = spec.factor_after_experts if spec else 1.0
         facts["decoder_layers"] = list(spec.decoder_layers) if spec else []
         facts["shared"] = _has_shared(model)
         (output / f"{one['name']}.json").write_text(json.dumps(facts))
@@ -73,7 +74,7 @@ def run_modules(
         stack.enter_context(taps)
         for block in blocks:
             _tap_experts(stack, taps, block, spec)
-        routing = stack.enter_context(RoutingTaps(model, spec, FULL)) if spec else None
+        routing = stack.enter_context(RoutingTaps(model, spec, FULL, _forced(spec, given))) if spec else None
         _tap_head(stack, taps, model.get_output_embeddings())
         columns = torch.tensor(list(head_rows), device=model.device)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
@@ -92,6 +93,16 @@ def _spec(model: Any) -> ModelRouting | None:
     if not has_experts(config):
         return None
     return prove_model(model, config, str(model.dtype).removeprefix("torch."), "the loaded model").routing
+
+
+def _forced(spec: ModelRouting, given: dict[str, torch.Tensor] | None) -> ForcedRoutes | None:
+    """Given routes for experts that see scaled inputs in place of ids and weights; the others get theirs directly."""
+    if given is None or not spec.scales_input:
+        return None
+    ids, weights = (
+        torch.stack([given[f"{name}:{layer}"] for layer in spec.decoder_layers], dim=1) for name in ("ids", "weights")
+    )
+    return ForcedRoutes(ids.long(), weights, range(spec.n_layers))
 
 
 def _has_shared(model: Any) -> list[int]:
@@ -113,14 +124,14 @@ def _tap_experts(stack: ExitStack, taps: ModuleTaps, block: Block, spec: ModelRo
     layer, factor = block.decoder_layer, 1.0 if spec is None else spec.factor_after_experts
 
     def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        arguments = arguments_of(args, kwargs)
         for place, value in arguments.items():
             if not isinstance(value, torch.Tensor):
                 continue
             name = f"arg:{layer}.{place}"
             if taps.given is None:
                 taps.seen[name] = value.detach().to("cpu", copy=True)
-            elif name in taps.given:
+            elif name in taps.given and not (spec is not None and spec.scales_input):
                 rows = taps.given[name].to(value.device)
                 arguments[place] = rows.to(value.dtype) if value.is_floating_point() else rows
         return tuple(arguments[i] for i in range(len(args))), {name: arguments[name] for name in kwargs}

@@ -7,7 +7,7 @@ the other engine's logits (what their rule makes of them), and the experts its c
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from moediag.engines.modules import ModuleTaps, float32_error, layer_list, paired_names, storable
 from moediag.engines.vllm.routing import not_on_path
+
+_SAME = 1e-2
+"""Relative distance within which a block's output is a number times its experts': rounding to bfloat16 is 4e-3."""
+_CALIBRATION_TOKENS = 16
 
 
 class ModuleRecorder:
@@ -26,6 +30,8 @@ class ModuleRecorder:
         scales: what vLLM multiplies the sum of the experts' outputs by, by MoE layer.
         given: file of another engine's pass.
         order: its modules, in the order in which they ran.
+        factors: what a MoE block of vLLM's model multiplies the output of its experts by, shared ones included, by
+            decoder layer (cohere averages the two); 1 where it is not told.
     """
 
     def __init__(
@@ -35,23 +41,26 @@ class ModuleRecorder:
         scales: Sequence[float],
         given: Path,
         order: Sequence[Sequence[Any]],
+        factors: Mapping[str, float],
     ) -> None:
         self.runner, self.device = runner, runner.device
         config = runner.model_config.hf_text_config
         found = layer_list(runner.model, config.num_hidden_layers)
         if found is None:
             raise ValueError(f"{type(runner.model).__name__} has no list of {config.num_hidden_layers} decoder layers")
-        names, self.alone = paired_names([(int(l), str(n), str(k)) for l, n, k in order], *found)
+        names, self.alone = paired_names([(int(layer), str(name), str(kind)) for layer, name, kind in order], *found)
         self.given = load_file(given)
         self.taps = ModuleTaps(*found, config.hidden_size, self.given, names)
         self.taps.__enter__()
         self._undo: list[Callable[[], None]] = []
         self.unseen: list[int] = []
+        self.factors: dict[str, float] = {}
         for scale, (layer, module, router) in zip(scales, routers, strict=True):
             if not_on_path(module, router):
                 self.unseen.append(layer)
             else:
-                self._tap_router(layer, module, router, scale)
+                self._tap_router(layer, module, router, scale * factors.get(str(layer), 1.0))
+            self._tap_block(layer, found[1][layer], module)
 
     def on_forward(
         self, names: Sequence[str], counts: Sequence[int], positions: torch.Tensor, input_ids: torch.Tensor
@@ -90,9 +99,31 @@ class ModuleRecorder:
             "alone": self.alone,
             "problems": self.taps.problems[:5],
             "unseen_routers": self.unseen,
+            "factors": self.factors,
             "float32_error": float32_error(self.device),
             "dtype": str(dtype).removeprefix("torch."),
         }
+
+    def _tap_block(self, layer: int, decoder: torch.nn.Module, experts: torch.nn.Module) -> None:
+        """Measure what the block makes of its experts' output: a number times it."""
+        seen: list[torch.Tensor] = []
+        block = next((one for one in decoder.children() if any(inner is experts for inner in one.modules())), experts)
+        if block is experts:
+            return
+
+        def after_experts(module: torch.nn.Module, args: Any, output: Any) -> None:
+            seen[:] = [output.detach().double().flatten()] if isinstance(output, torch.Tensor) else []
+
+        def after_block(module: torch.nn.Module, args: Any, output: Any) -> None:
+            made = output[0] if isinstance(output, tuple) else output
+            if self.taps.n_rows and seen and isinstance(made, torch.Tensor) and made.numel() == seen[0].numel():
+                x, y = seen[0], made.detach().double().flatten()
+                factor = float((x * y).sum() / x.square().sum())
+                if factor and float((y - factor * x).norm()) < _SAME * float(y.norm()):
+                    self.factors[str(layer)] = float(f"{factor:.3g}")
+
+        handles = (experts.register_forward_hook(after_experts), block.register_forward_hook(after_block))
+        self._undo += [handle.remove for handle in handles]
 
     def _tap_router(self, layer: int, module: torch.nn.Module, router: Any, scale: float) -> None:
         original, taps = router.select_experts, self.taps
@@ -123,10 +154,10 @@ class ModuleRecorder:
 
         router.select_experts = select_experts
         self._undo.append(lambda: delattr(router, "select_experts"))
-        experts = getattr(module, "routed_experts", None)
-        run = getattr(experts, "forward_modular", None)
-        if run is None:
+        experts: Any = getattr(module, "routed_experts", None)
+        if not hasattr(experts, "forward_modular"):
             return
+        run = experts.forward_modular
 
         def forward_modular(*args: Any, **kwargs: Any) -> Any:
             routed = run(*args, **kwargs)
@@ -141,7 +172,7 @@ class ModuleRecorder:
 def record_modules(writer: Any, options: dict[str, Any], reporter: Any, held: Any) -> None:
     """Prefill every sequence in every pass; writes what :func:`~..hf.modules.record_modules` writes.
 
-    A pass in float32 that vLLM refuses (some attention kernels have none) is left out; its reason is in ``<pass>.json``.
+    A pass in float32 that vLLM refuses (some attention kernels have none) is left out; the reason is in its facts.
 
     Args:
         options: as there; ``options`` are vLLM's.
@@ -155,7 +186,7 @@ def record_modules(writer: Any, options: dict[str, Any], reporter: Any, held: An
     parameters = SamplingParams(temperature=0.0, max_tokens=1)
     for one in options["passes"]:
         request = ArmRequest("modules", "infer", {**options["options"], "dtype": one["dtype"]})
-        order = json.loads((output / f"{one['given']}.json").read_text())["order"]
+        known = json.loads((output / f"{one['given']}.json").read_text())
         try:
             llm = held_llm(held, options["folder"], request, reporter)
         except Exception as error:  # vLLM raises anything
@@ -164,10 +195,21 @@ def record_modules(writer: Any, options: dict[str, Any], reporter: Any, held: An
             lines = str(error).strip().splitlines() or [repr(error)]
             (output / f"{one['name']}.json").write_text(json.dumps({"refused": lines[0]}))
             continue
-        for i, (token_ids, _) in enumerate(options["sequences"]):
-            given, target = (str(output / f"{one[name]}-{i}.safetensors") for name in ("given", "name"))
-            llm.collective_rpc("moediag_modules_begin", args=(given, order))
-            llm.generate([{"prompt_token_ids": list(token_ids)}], parameters, use_tqdm=False)
-            facts = llm.collective_rpc("moediag_modules_end", args=(target,))[0]
-            reporter.progress(i + 1, len(options["sequences"]), f"sequences ({one['name']})")
+
+        def run(token_ids: list[int], given: Path, target: Path, factors: dict[str, float]) -> dict[str, Any]:
+            llm.collective_rpc("moediag_modules_begin", args=(str(given), known["order"], factors))  # noqa: B023
+            llm.generate([{"prompt_token_ids": token_ids}], parameters, use_tqdm=False)  # noqa: B023
+            facts: dict[str, Any] = llm.collective_rpc("moediag_modules_end", args=(str(target),))[0]  # noqa: B023
+            return facts
+
+        sequences, factors = options["sequences"], {}
+        if known["factor"] != 1:  # does vLLM's block apply it, or its router?
+            spare = output / f"{one['name']}.calibration"
+            first = output / f"{one['given']}-0.safetensors"
+            factors = run(sequences[0][0][:_CALIBRATION_TOKENS], first, spare, {})["factors"]
+            spare.unlink()
+        for i, (token_ids, _) in enumerate(sequences):
+            given, target = (output / f"{one[name]}-{i}.safetensors" for name in ("given", "name"))
+            facts = run(token_ids, given, target, factors)
+            reporter.progress(i + 1, len(sequences), f"sequences ({one['name']})")
         (output / f"{one['name']}.json").write_text(json.dumps(facts))

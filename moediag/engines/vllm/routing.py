@@ -73,6 +73,7 @@ def run_routers(
 
 
 def not_on_path(module: torch.nn.Module, router: Any) -> str:
+    """Why the router's choices are not what the experts run on, or not vLLM's; empty where they are both."""
     method = getattr(getattr(module, "routed_experts", module), "quant_method", None)
     if getattr(method, "is_monolithic", False):
         return f"the monolithic kernel {type(method).__name__} routes by itself: vLLM's router is not on the path"
