@@ -290,7 +290,9 @@ def _record(
     is_low = low != FLOAT32
     first = "train-low" if is_low else "train-float32"
     again = [{"name": "train-float32", "dtype": FLOAT32, "given": first}] if is_low else []
-    lower = [{"name": "infer-low", "dtype": low, "given": first, "optional": False}] if is_low else []
+    free = {"name": "infer-free", "dtype": low, "given": first, "optional": False, "is_free": True}
+    lower = [{**free, "name": "infer-low", "is_free": False}] if is_low else []
+    exact = {**free, "name": "infer-float32", "dtype": FLOAT32, "optional": is_low, "is_free": False}
     length = max(len(one.token_ids) for one in chosen)
     train_options, infer_options = ({name: one[name] for name in one if name != "dtype"} for one in options)
     infer_options["max_model_len"] = max(int(infer_options.get("max_model_len") or 0), length)
@@ -305,7 +307,7 @@ def _record(
         (
             "vLLM",
             "vllm",
-            [*lower, {"name": "infer-float32", "dtype": FLOAT32, "given": first, "optional": is_low}],
+            [*lower, free, exact],
             infer_options,
             infer_environment(),
         ),

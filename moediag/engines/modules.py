@@ -200,8 +200,12 @@ class ModuleTaps:
             self.keep(f"out:{key}", wide[0])
             if not is_norm(module):
                 return None
-            is_added = residual is not None and len(wide) > 1 and torch.equal(wide[1], used)
-            total = own + residual if is_added and residual is not None else own
+            total = own
+            is_added = False
+            if residual is not None and len(wide) > 1:
+                expected = own + residual if used is own else used
+                is_added = bool(torch.isclose(wide[1], expected, equal_nan=True).all())
+                total = own + residual if is_added else own
             self.keep(f"stream:{key}", total)
             if residual is None or len(parts) < 2 or self.given is None:
                 return None
@@ -233,17 +237,18 @@ def _kind(module: torch.nn.Module, kwargs: dict[str, Any]) -> str:
 
 def paired_names(
     order: Sequence[tuple[int, str, str]], parent: torch.nn.Module, layers: torch.nn.ModuleList
-) -> tuple[dict[tuple[int, str], str], list[str]]:
+) -> tuple[dict[tuple[int, str], str], list[str], list[str]]:
     """What another engine's record calls the modules of this one: the same name, or the only ones left of their kind.
 
     Args:
         order: decoder layer, name and kind of the other engine's modules, in the order in which they ran.
 
     Returns:
-        Name there by decoder layer and name here; and the modules there that have no counterpart here.
+        Name there by decoder layer and name here; the modules there that have no counterpart here, and those here that
+        have none there.
     """
     names: dict[tuple[int, str], str] = {}
-    alone = []
+    alone, extra = [], []
     for layer in sorted({entry[0] for entry in order}):
         there = {name: kind for one, name, kind in order if one == layer}
         owner = layers[layer] if layer < len(layers) else parent
@@ -260,4 +265,5 @@ def paired_names(
                 names.update({(layer, mine): other for mine, other in zip(spare, left, strict=True)})
             else:
                 alone += [f"{layer}.{name}" for name in left]
-    return names, alone
+                extra += [f"{layer}.{name}" for name in spare if layer < len(layers)]
+    return names, alone, extra

@@ -22,7 +22,7 @@ from moediag.engines.hf.routing import prove_model, route
 from moediag.engines.hf.taps import Block, ForcedRoutes, RoutingTaps, find_blocks
 from moediag.engines.modules import ModuleTaps, arguments_of, float32_error, layer_list, storable
 from moediag.engines.process import Held, Reporter
-from moediag.engines.routers import ModelRouting, has_experts
+from moediag.engines.routers import ModelRouting
 from moediag.errors import EngineError
 from moediag.run.writer import RunWriter
 
@@ -89,9 +89,9 @@ def run_modules(
 
 
 def _spec(model: Any) -> ModelRouting | None:
-    config = model.config.get_text_config().to_dict()
-    if not has_experts(config):
+    if not find_blocks(model):
         return None
+    config = model.config.get_text_config().to_dict()
     return prove_model(model, config, str(model.dtype).removeprefix("torch."), "the loaded model").routing
 
 

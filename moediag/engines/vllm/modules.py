@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class ModuleRecorder:
         order: its modules, in the order in which they ran.
         factors: what a MoE block of vLLM's model multiplies the output of its experts by, shared ones included, by
             decoder layer (cohere averages the two); 1 where it is not told.
+        is_free: nothing is given: the engine runs as it is, and its residual streams are kept.
     """
 
     def __init__(
@@ -42,19 +44,24 @@ class ModuleRecorder:
         given: Path,
         order: Sequence[Sequence[Any]],
         factors: Mapping[str, float],
+        is_free: bool,
     ) -> None:
         self.runner, self.device = runner, runner.device
         config = runner.model_config.hf_text_config
         found = layer_list(runner.model, config.num_hidden_layers)
         if found is None:
             raise ValueError(f"{type(runner.model).__name__} has no list of {config.num_hidden_layers} decoder layers")
-        names, self.alone = paired_names([(int(layer), str(name), str(kind)) for layer, name, kind in order], *found)
-        self.given = load_file(given)
-        self.taps = ModuleTaps(*found, config.hidden_size, self.given, names)
+        names, self.alone, self.extra = paired_names(
+            [(int(layer), str(name), str(kind)) for layer, name, kind in order], *found
+        )
+        self.is_free, self.given = is_free, {} if is_free else load_file(given)
+        self.taps = ModuleTaps(*found, config.hidden_size, None if is_free else self.given, names)
         self.taps.__enter__()
         self._undo: list[Callable[[], None]] = []
         self.unseen: list[int] = []
         self.factors: dict[str, float] = {}
+        if is_free:
+            return
         for scale, (layer, module, router) in zip(scales, routers, strict=True):
             if not_on_path(module, router):
                 self.unseen.append(layer)
@@ -89,14 +96,17 @@ class ModuleRecorder:
 
     def write(self, output: Path) -> dict[str, Any]:
         """The head on its given rows; then all that was kept to a file."""
-        model, rows = self.runner.model, self.given["in:head"]
-        dtype = self.runner.model_config.dtype
-        with torch.inference_mode():
-            logits = model.compute_logits(rows.to(self.device, dtype))
-        self.taps.seen["out:head"] = logits.float().to("cpu", copy=True)
-        save_file(storable(self.taps.seen), output)
+        dtype, seen = self.runner.model_config.dtype, self.taps.seen
+        if self.is_free:
+            seen = {name: one for name, one in seen.items() if name.startswith("stream:")}
+        else:
+            with torch.inference_mode():
+                logits = self.runner.model.compute_logits(self.given["in:head"].to(self.device, dtype))
+            seen["out:head"] = logits.float().to("cpu", copy=True)
+        save_file(storable(seen), output)
         return {
             "alone": self.alone,
+            "extra": self.extra,
             "problems": self.taps.problems[:5],
             "unseen_routers": self.unseen,
             "factors": self.factors,
@@ -177,39 +187,45 @@ def record_modules(writer: Any, options: dict[str, Any], reporter: Any, held: An
     Args:
         options: as there; ``options`` are vLLM's.
     """
+    for one in options["passes"]:
+        try:
+            _run_pass(one, options, reporter, held)
+        except Exception as error:  # vLLM raises anything
+            if not one["optional"]:
+                raise
+            lines = str(error).strip().splitlines() or [repr(error)]
+            Path(options["output"], f"{one['name']}.json").write_text(json.dumps({"refused": lines[0]}))
+            with suppress(Exception):  # an engine that failed is not used again
+                held.get("none", lambda: None, lambda nothing: None)
+
+
+def _run_pass(one: dict[str, Any], options: dict[str, Any], reporter: Any, held: Any) -> None:
     from vllm import SamplingParams
 
     from moediag.engines.arms import ArmRequest
     from moediag.engines.vllm.engine import held_llm
 
-    output = Path(options["output"])
+    output, sequences = Path(options["output"]), options["sequences"]
+    factors: dict[str, float] = {}
     parameters = SamplingParams(temperature=0.0, max_tokens=1)
-    for one in options["passes"]:
-        request = ArmRequest("modules", "infer", {**options["options"], "dtype": one["dtype"]})
-        known = json.loads((output / f"{one['given']}.json").read_text())
-        try:
-            llm = held_llm(held, options["folder"], request, reporter)
-        except Exception as error:  # vLLM raises anything
-            if not one["optional"]:
-                raise
-            lines = str(error).strip().splitlines() or [repr(error)]
-            (output / f"{one['name']}.json").write_text(json.dumps({"refused": lines[0]}))
-            continue
+    known = json.loads((output / f"{one['given']}.json").read_text())
+    request = ArmRequest("modules", "infer", {**options["options"], "dtype": one["dtype"]})
+    llm = held_llm(held, options["folder"], request, reporter)
 
-        def run(token_ids: list[int], given: Path, target: Path, factors: dict[str, float]) -> dict[str, Any]:
-            llm.collective_rpc("moediag_modules_begin", args=(str(given), known["order"], factors))  # noqa: B023
-            llm.generate([{"prompt_token_ids": token_ids}], parameters, use_tqdm=False)  # noqa: B023
-            facts: dict[str, Any] = llm.collective_rpc("moediag_modules_end", args=(str(target),))[0]  # noqa: B023
-            return facts
+    def run(token_ids: list[int], given: Path, target: Path) -> dict[str, Any]:
+        arguments = (str(given), known["order"], factors, one["is_free"])
+        llm.collective_rpc("moediag_modules_begin", args=arguments)
+        llm.generate([{"prompt_token_ids": token_ids}], parameters, use_tqdm=False)
+        facts: dict[str, Any] = llm.collective_rpc("moediag_modules_end", args=(str(target),))[0]
+        return facts
 
-        sequences, factors = options["sequences"], {}
-        if known["factor"] != 1:  # does vLLM's block apply it, or its router?
-            spare = output / f"{one['name']}.calibration"
-            first = output / f"{one['given']}-0.safetensors"
-            factors = run(sequences[0][0][:_CALIBRATION_TOKENS], first, spare, {})["factors"]
-            spare.unlink()
-        for i, (token_ids, _) in enumerate(sequences):
-            given, target = (output / f"{one[name]}-{i}.safetensors" for name in ("given", "name"))
-            facts = run(token_ids, given, target, factors)
-            reporter.progress(i + 1, len(sequences), f"sequences ({one['name']})")
-        (output / f"{one['name']}.json").write_text(json.dumps(facts))
+    if known["factor"] != 1 and not one["is_free"]:  # does vLLM's block apply it, or its router?
+        spare = output / f"{one['name']}.calibration"
+        factors = run(sequences[0][0][:_CALIBRATION_TOKENS], output / f"{one['given']}-0.safetensors", spare)["factors"]
+        spare.unlink()
+    facts: dict[str, Any] = {}
+    for i, (token_ids, _) in enumerate(sequences):
+        given, target = (output / f"{one[name]}-{i}.safetensors" for name in ("given", "name"))
+        facts = run(token_ids, given, target)
+        reporter.progress(i + 1, len(sequences), f"sequences ({one['name']})")
+    (output / f"{one['name']}.json").write_text(json.dumps(facts))

@@ -101,11 +101,13 @@ class MoediagWorkerExtension:
             self._moediag_recorder.begin()
             self._moediag_recorder.keep_distributions((kept or {}) if self.rank == 0 else {})
 
-    def moediag_modules_begin(self, given: str, order: list[list[Any]], factors: dict[str, float]) -> None:
+    def moediag_modules_begin(
+        self, given: str, order: list[list[Any]], factors: dict[str, float], is_free: bool
+    ) -> None:
         """Give the modules what another engine's received, from now on; see :mod:`~.modules`."""
         self.moediag_remove()
         runner, routers = self.model_runner, find_routers(self.model_runner.model)
-        recorder = ModuleRecorder(runner, routers, scales_after_experts(routers), Path(given), order, factors)
+        recorder = ModuleRecorder(runner, routers, scales_after_experts(routers), Path(given), order, factors, is_free)
         self._moediag_modules = recorder
         self._moediag_undo = [*tap_runner(runner, recorder), recorder.remove]
 
