@@ -176,11 +176,11 @@ def choose_rows(
         IncompleteRunError: an arm is not there.
         EngineError: none of them has its token ids.
     """
-    wanted = list(sequences) or _worst_first(run, arms)
+    candidates = list(sequences) or _worst_first(run, arms)
     n_head = max(1, _HEAD_ELEMENTS // max(n_vocabulary, 1))
     chosen: list[Rows] = []
     shard_of = {seq_id: shard for shard in run.shards for seq_id in shard.seq_ids}
-    for seq_id in wanted:
+    for seq_id in candidates:
         left = max_rows - sum(len(one.token_ids) for one in chosen)
         if left < min(_LEAST_ROWS, max_rows):
             break
@@ -195,7 +195,9 @@ def choose_rows(
             rows = head[:n_head] if len(head) else np.arange(len(token_ids))[-1:]
             chosen.append(Rows(seq_id, token_ids.tolist(), rows.tolist()))
     if not chosen:
-        raise EngineError(f"{run.path}: none of the sequences {wanted[:5]} has its token ids, so no engine can be fed")
+        raise EngineError(
+            f"{run.path}: none of the sequences {candidates[:5]} has its token ids, so no engine can be fed"
+        )
     return chosen
 
 
@@ -313,7 +315,7 @@ def _record(
         ),
     )
     for (words, room, passes, own, environment), checkpoint in zip(jobs, checkpoints, strict=True):
-        told = {
+        job_options = {
             "folder": str(checkpoint.path),
             "options": own,
             "passes": passes,
@@ -321,4 +323,4 @@ def _record(
             "output": str(folder),
         }
         task, log = f"moediag.engines.{room}.modules:record_modules", run.path / "logs" / f"modules-{room}.log"
-        engines.do(Job(words, task, str(run.path), asdict(WHOLE), told, str(log)), environment, on_event)
+        engines.do(Job(words, task, str(run.path), asdict(WHOLE), job_options, str(log)), environment, on_event)

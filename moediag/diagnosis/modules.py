@@ -27,7 +27,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from moediag.frames import Column, declare, measured
+from moediag.analysis.declarations import MODULE_CHECKS
 from moediag.numbers import count, percent, sig
 
 FLOAT32_BOUND: Final = 1e-5
@@ -51,32 +51,6 @@ _TIE: Final = 1e-6
 
 SAME, OTHER, FOLLOWS, COARSER = "same function", "another function", "follows", "rounds more"
 BEYOND_ROUNDING, NOT_JUDGED = "beyond rounding", "not judged"
-
-MODULE_CHECKS = declare(
-    "module_checks",
-    "module of a decoder layer, in the order of computation",
-    Column("module", "str", "1", "what is compared: embeddings, a norm, attention, router, routed experts, ..., head"),
-    Column("decoder_layer", "int64", "1", "its decoder layer; -1 = none", label="decoder layer", kind="id"),
-    Column("n_rows", "int64", "token", "token rows given to both engines' modules"),
-    measured("float32_p50", "1", "median over rows of the relative difference of the outputs, both in float32"),
-    measured("float32_max", "1", "largest over rows of the relative difference of the outputs, both in float32"),
-    Column("n_beyond", "int64", "token", "rows whose float32 outputs differ by more than the bound", label="n beyond"),
-    measured("train_p50", "1", "median relative distance of transformers' low-precision output to its float32 one"),
-    measured("train_p99", "1", "its p99 over rows"),
-    measured("infer_p50", "1", "median relative distance of vLLM's low-precision output to transformers' float32 one"),
-    measured("infer_p99", "1", "its p99 over rows"),
-    measured("ratio", "1", "infer_p50 / train_p50: above 1, vLLM is farther from float32", kind="times"),
-    measured(
-        "free_p50",
-        "1",
-        "residual streams only: median relative difference of the engines' ordinary runs in the low precision, where "
-        "nothing is given: it grows with depth and is not judged",
-    ),
-    Column("n_bit_equal", "int64", "token", "rows equal bit for bit in both engines' own dtype", label="n bit-equal"),
-    Column("verdict", "str", "1", "same function, another function, rounds more, beyond rounding, follows, not judged"),
-    Column("note", "str", "1", "whose rounding, what it follows from, or why it is not judged; empty otherwise"),
-)
-"""Rows beyond the bound, and -1 for counts of what was not to be had."""
 
 Array = NDArray[np.float32]
 
@@ -268,7 +242,7 @@ def _measure(passes: Passes, module: Module, bound: float) -> dict[str, Any] | N
     found = passes.rows("infer-float32", module.key)
     error = _error(passes, module, found, reference)
     row |= {"float32_p50": _quantile(error, 0.5), "float32_max": _quantile(error, 1.0)}
-    row["n_beyond"] = -1 if error is None else int((~(error <= bound)).sum())  # NaN is beyond every bound
+    row["n_beyond"] = np.nan if error is None else float((~(error <= bound)).sum())  # NaN is beyond every bound
     own = {side: passes.rows(f"{side}-low", module.key) for side in ("train", "infer")}
     is_rounded = not module.is_stream and not module.key.startswith(("rule:", "shared:"))  # sums of several modules
     for side, rows in own.items():
@@ -281,7 +255,7 @@ def _measure(passes: Passes, module: Module, bound: float) -> dict[str, Any] | N
     row["free_p50"] = _quantile(None if free is None or start is None else relative_error(free, start), 0.5)
     mine, theirs = (own["train"], own["infer"]) if "train-low" in passes.facts else (reference, found)
     is_comparable = mine is not None and theirs is not None and mine.shape == theirs.shape
-    row["n_bit_equal"] = int((mine == theirs).all(1).sum()) if is_comparable else -1  # type: ignore[union-attr]
+    row["n_bit_equal"] = float((mine == theirs).all(1).sum()) if is_comparable else np.nan  # type: ignore[union-attr]
     return row
 
 
@@ -303,7 +277,7 @@ def _quantile(values: NDArray[np.float64] | None, q: float) -> float:
 def _judge(row: dict[str, Any], module: Module, passes: Passes, broken: dict[str, str]) -> tuple[str, str]:
     """Verdict and note of a module, after those before it."""
     is_seen = passes.has("infer-float32", module.key)
-    if is_seen and row["n_beyond"] < 0:
+    if is_seen and np.isnan(row["n_beyond"]):
         return OTHER, "its output has another shape in vLLM"
     if row["n_beyond"] > 0:
         causes = [broken[part] for part in module.parts if part in broken]
@@ -353,7 +327,7 @@ def first_words(frame: pd.DataFrame, bound: float = FLOAT32_BOUND) -> str:
         return (
             f"{name} is beyond rounding: on the same input vLLM's output is {sig(row['ratio'], 2)} times as far from "
             f"float32 as transformers' (bound {sig(BEYOND, 2)} times), n = {count(row['n_rows'], 'row')}; whether it "
-            f"computes another function cannot be told ({row['note']})"
+            f"computes another function cannot be decided ({row['note']})"
         )
     before = frame.iloc[: off.index[0]]
     agree = "its input and everything before it agree" if len(before) else "nothing comes before it"
@@ -385,7 +359,7 @@ def further_words(frame: pd.DataFrame) -> list[str]:
 
 def first_unequal_words(frame: pd.DataFrame) -> str:
     """The first module that is not bit-equal on the same input, where both engines claim to be."""
-    seen = frame[frame["n_bit_equal"] >= 0]
+    seen = frame[frame["n_bit_equal"].notna()]
     unequal = seen[seen["n_bit_equal"] < seen["n_rows"]]
     if unequal.empty:
         return f"all {count(len(seen), 'comparison')} are bit-equal, n = {count(int(seen['n_rows'].max()), 'row')}"
