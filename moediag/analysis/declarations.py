@@ -459,6 +459,7 @@ MODULE_CHECKS = declare(
     Column("n_rows", "int64", "token", "token rows given to both engines' modules"),
     measured("float32_p50", "1", "median over rows of the relative difference of the outputs, both in float32"),
     measured("float32_max", "1", "largest over rows of the relative difference of the outputs, both in float32"),
+    measured("bound", "1", "relative difference in float32 up to which it is rounding, for this module"),
     measured(
         "n_beyond",
         "token",

@@ -160,7 +160,7 @@ def compare_modules(
         frame = check_frame(folder)
         return Checked(
             frame,
-            first_words(frame, passes.float32_bound()),
+            first_words(frame),
             further_words(frame),
             first_unequal_words(frame),
             passes.remarks(),

@@ -39,12 +39,20 @@ PER_PRODUCT: Final = 40.0
 """The bound in units of the measured error of one float32 matrix product of 2,048 terms (2.5e-7 on a processor, 3e-4
 where it is TF32): where products are coarser, so is the bound."""
 
+PER_LOW: Final = 64.0
+"""The bound in units of what a module's distance in the low precision (p99 over rows) comes to in float32, by the ratio
+of the two roundings: a module that amplifies rounding (attention with large logits) does so in either. Healthy modules:
+up to HEALTHY_LOW."""
+
 COARSE: Final = 4.0
 """Ratio of the engines' distances to float32 beyond which one rounds abnormally. Healthy modules of those
 families: 0.43 to 1.5; a router in bfloat16 beside one in float32: 6 and more."""
 
 BEYOND: Final = 10.0
 """Where vLLM cannot run in float32: ratio of distances beyond which rounding no longer explains its output."""
+
+_EPSILON: Final = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
+"""Rounding of a number, relative."""
 
 _TIE: Final = 1e-6
 """Relative difference of router logits that either engine may order either way."""
@@ -240,14 +248,19 @@ def _measure(passes: Passes, module: Module, bound: float) -> dict[str, Any] | N
         return None
     row: dict[str, Any] = {"module": module.words, "decoder_layer": module.layer, "n_rows": len(reference)}
     found = passes.rows("infer-float32", module.key)
-    error = _error(passes, module, found, reference)
-    row |= {"float32_p50": _quantile(error, 0.5), "float32_max": _quantile(error, 1.0)}
-    row["n_beyond"] = np.nan if error is None else float((~(error <= bound)).sum())  # NaN is beyond every bound
     own = {side: passes.rows(f"{side}-low", module.key) for side in ("train", "infer")}
-    is_rounded = not module.is_stream and not module.key.startswith(("rule:", "shared:"))  # sums of several modules
-    for side, rows in own.items():
-        distance = _error(passes, module, rows, reference) if is_rounded else None
-        row |= {f"{side}_p50": _quantile(distance, 0.5), f"{side}_p99": _quantile(distance, 0.99)}
+    distances = {side: _error(passes, module, rows, reference) for side, rows in own.items()}
+    is_rule = module.key.startswith("rule:")
+    if distances["train"] is not None and not is_rule:  # a rule is given logits: nothing is amplified
+        epsilon = _EPSILON[passes.facts["train-low"]["dtype"]]
+        bound = max(bound, PER_LOW * _EPSILON["float32"] / epsilon * _quantile(distances["train"], 0.99))
+    error = _error(passes, module, found, reference)
+    row |= {"float32_p50": _quantile(error, 0.5), "float32_max": _quantile(error, 1.0), "bound": bound}
+    row["n_beyond"] = np.nan if error is None else float((~(error <= bound)).sum())  # NaN is beyond every bound
+    is_rounded = not (module.is_stream or is_rule or module.key.startswith("shared:"))  # not of several modules
+    for side, distance in distances.items():
+        shown = distance if is_rounded else None
+        row |= {f"{side}_p50": _quantile(shown, 0.5), f"{side}_p99": _quantile(shown, 0.99)}
     train, infer = row["train_p50"], row["infer_p50"]
     row["ratio"] = infer / train if train > 0 else np.nan
     free = passes.rows("infer-free", module.key)
@@ -294,9 +307,6 @@ def _judge(row: dict[str, Any], module: Module, passes: Passes, broken: dict[str
     return _rounding(row, str(low.get("dtype", "")), SAME if is_seen else NOT_JUDGED, passes.refusal)
 
 
-_EPSILON: Final = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
-
-
 def _rounding(row: dict[str, Any], dtype: str, otherwise: str, note: str) -> tuple[str, str]:
     distances = {"transformers": float(row["train_p50"]), "vLLM": float(row["infer_p50"])}
     least = _EPSILON.get(dtype, 0.0) / 16  # rounding once to the dtype gives 0.4 of it: less is not rounded at all
@@ -307,7 +317,7 @@ def _rounding(row: dict[str, Any], dtype: str, otherwise: str, note: str) -> tup
     return COARSER, f"{far}: relative distance {words}"
 
 
-def first_words(frame: pd.DataFrame, bound: float = FLOAT32_BOUND) -> str:
+def first_words(frame: pd.DataFrame) -> str:
     """The first module beyond rounding in a sentence, or that there is none, with n and the bound."""
     off = frame[frame["verdict"].isin((OTHER, BEYOND_ROUNDING))]
     fine = frame[frame["verdict"].isin((SAME, COARSER)) & (frame["n_beyond"] == 0)]
@@ -319,7 +329,7 @@ def first_words(frame: pd.DataFrame, bound: float = FLOAT32_BOUND) -> str:
         return (
             f"every module computes the same function in both engines: {count(len(fine), 'comparison')} of outputs on "
             f"the same input, float32 against float32, differ by at most {sig(healthy, 2)} of a row's norm "
-            f"(bound {sig(bound, 2)}), n = {count(int(fine['n_rows'].max()), 'row')}"
+            f"(rounding up to {sig(float(frame['bound'].min()), 2)}), n = {count(int(fine['n_rows'].max()), 'row')}"
         )
     row = off.iloc[0]
     name = _name(row)
@@ -334,8 +344,8 @@ def first_words(frame: pd.DataFrame, bound: float = FLOAT32_BOUND) -> str:
     return (
         f"{name} computes another function: on the same input its output differs by {percent(row['float32_p50'])} in "
         f"the median row and {percent(row['float32_max'])} in the worst (float32 against float32; the other modules "
-        f"of this model: at most {sig(healthy, 2)}; bound {sig(bound, 2)}), in {count(row['n_beyond'])} of "
-        f"{count(row['n_rows'], 'row')}; {agree}"
+        f"of this model: at most {sig(healthy, 2)}; rounding up to {sig(row['bound'], 2)}), in "
+        f"{count(row['n_beyond'])} of {count(row['n_rows'], 'row')}; {agree}"
     )
 
 
