@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from committed_tables import committed_table
 from conftest import ENGINES, run_here, write_jsonl
 from module_faults import DENSE, FAULTS, ModuleBench, first_off
 from safetensors.numpy import save_file
@@ -154,6 +155,24 @@ def test_without_float32_in_vllm_only_distances_judge(tmp_path: Path) -> None:
     assert first_words(frame).startswith("attention (self_attn) of decoder layer 0 is beyond rounding")
     assert "no float32 attention kernel" in first_words(frame)
     assert set(frame["verdict"]) == {"beyond rounding", "not judged"}
+    written.passes["infer-low"]["out:0.self_attn"] = written.passes["train-low"]["out:0.self_attn"]
+    words = first_words(check_frame(written.write()))
+    assert words.startswith("no module is beyond rounding: on the same input vLLM's outputs are at most 1.0")
+    assert "cannot be excluded without float32 in vLLM (no float32 attention kernel)" in words
+
+
+def test_a_module_that_ends_elsewhere_is_no_fault_where_what_it_adds_up_to_agrees(tmp_path: Path) -> None:
+    """Bug: a norm that transformers has inside its MoE block and vLLM beside it (axk1) made every block another
+    function."""
+    written = Written(tmp_path / "w")
+    written.passes["infer-float32"]["out:0.mlp"] = written.exact["out:0.mlp"] * np.float32(1.5)
+    assert (check_frame(written.write())["verdict"] == "another function").any()
+    written.facts["infer-float32"] = {"extra": ["0.post_mlp_layernorm"]}
+    frame = check_frame(written.write()).set_index("module")
+    assert set(frame["verdict"]) == {"same function", "not judged"}
+    assert "it ends elsewhere in vLLM" in frame.loc["MoE block (mlp)", "note"]
+    written.passes["infer-float32"]["stream:1.norm"] = written.exact["stream:1.norm"] * np.float32(1.5)
+    assert (check_frame(written.write())["verdict"] == "another function").any()
 
 
 def test_float32_that_is_none_moves_the_bound(tmp_path: Path) -> None:
@@ -164,6 +183,15 @@ def test_float32_that_is_none_moves_the_bound(tmp_path: Path) -> None:
     assert (check_frame(written.write())["verdict"] == "another function").any()
     written.facts["infer-float32"] = {"float32_error": 3e-4}
     assert set(check_frame(written.write())["verdict"]) == {"same function"}
+
+
+def test_every_planted_fault_was_named_right_in_the_committed_table() -> None:
+    """What takes too long here: every fault in either engine, by ``python benchmarks/modules.py faults``."""
+    table = committed_table("modules.md", "faults")
+    assert list(zip(table["family"], table["fault"], strict=True)) == [
+        (family, name) for family, planted in FAULTS.items() for name in planted
+    ]
+    assert set(table["in transformers"]) == set(table["in vLLM"]) == {"right"}
 
 
 # With the engines
