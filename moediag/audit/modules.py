@@ -36,8 +36,8 @@ MAX_BYTES: Final = 8 << 30
 """Scratch on disk: of larger models fewer token rows are taken."""
 N_WORST: Final = 4
 _LEAST_ROWS: Final = 16
-_HEAD_ELEMENTS: Final = 1 << 24
-"""Logits kept per sequence: 64 MB in float32."""
+_HEAD_ELEMENTS: Final = 1 << 22
+"""Logits kept per sequence: 17 MB in float32."""
 _NAMES = {"half": "float16", "float": FLOAT32}  # vLLM's
 _BYTES_PER_ELEMENT: Final = {True: 12 + 4 * 40, False: 28 + 2 * 44}
 """Bytes per token row, decoder layer and hidden unit, with and without passes in a lower precision: six inputs of the
