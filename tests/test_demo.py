@@ -95,7 +95,7 @@ def test_every_frame_on_disk_matches_its_declaration(demo: Path) -> None:
     """Simulations, audits and trends keep theirs in folders of their own; every other declared frame is there."""
     elsewhere = {"correction_statistics", "masked_by_stratum", "overlap", "recommended_band",
                  "sweep_by_band", "ratio_counts", "masked_entropy", "gradient_audit", "gradient_references",
-                 "trend_by_step"}  # fmt: skip
+                 "trend_by_step", "module_checks"}  # fmt: skip
     frames = load_frames(open_run(demo / "moe"))
     assert frames.keys() == {spec.name for spec in declared_frames()} - elsewhere
 

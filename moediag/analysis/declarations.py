@@ -450,3 +450,37 @@ FORECAST_FLIPS = declare(
     caption="Flips forecast for the pair under the noise of another [share of n]; lower is better; no interval, the "
     "noise is an estimate, too",
 )
+
+MODULE_CHECKS = declare(
+    "module_checks",
+    "module of a decoder layer, in the order of computation",
+    Column("module", "str", "1", "what is compared: embeddings, a norm, attention, router, routed experts, ..., head"),
+    Column("decoder_layer", "int64", "1", "its decoder layer; -1 = none", label="decoder layer", kind="id"),
+    Column("n_rows", "int64", "token", "token rows given to both engines' modules"),
+    measured("float32_p50", "1", "median over rows of the relative difference of the outputs, both in float32"),
+    measured("float32_max", "1", "largest over rows of the relative difference of the outputs, both in float32"),
+    measured("bound", "1", "relative difference in float32 up to which it is rounding, for this module"),
+    measured(
+        "n_beyond",
+        "token",
+        "rows whose float32 outputs differ by more than the bound; NaN = vLLM has none",
+        "n beyond",
+        kind="count",
+    ),
+    measured("train_p50", "1", "median relative distance of transformers' low-precision output to its float32 one"),
+    measured("train_p99", "1", "its p99 over rows"),
+    measured("infer_p50", "1", "median relative distance of vLLM's low-precision output to transformers' float32 one"),
+    measured("infer_p99", "1", "its p99 over rows"),
+    measured("ratio", "1", "infer_p50 / train_p50: above 1, vLLM is farther from float32", kind="times"),
+    measured(
+        "free_p50",
+        "1",
+        "residual streams only: median relative difference of the engines' ordinary runs in the low precision, where "
+        "nothing is given: it grows with depth and is not judged",
+    ),
+    measured(
+        "n_bit_equal", "token", "rows equal bit for bit in the low precision; NaN = none", "n bit-equal", kind="count"
+    ),
+    Column("verdict", "str", "1", "same function, another function, rounds more, beyond rounding, follows, not judged"),
+    Column("note", "str", "1", "whose rounding, what it follows from, or why it is not judged; empty otherwise"),
+)

@@ -41,7 +41,7 @@ def run_routers(
     tensors: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
         for layer, (decoder_layer, module, router) in enumerate(routers):
-            fact: dict[str, Any] = {"decoder_layer": decoder_layer, "reason": _not_on_path(module, router)}
+            fact: dict[str, Any] = {"decoder_layer": decoder_layer, "reason": not_on_path(module, router)}
             facts.append(fact)
             if fact["reason"]:
                 continue
@@ -72,7 +72,8 @@ def run_routers(
     return facts
 
 
-def _not_on_path(module: torch.nn.Module, router: Any) -> str:
+def not_on_path(module: torch.nn.Module, router: Any) -> str:
+    """Why the router's choices are not what the experts run on, or not vLLM's; empty where they are both."""
     method = getattr(getattr(module, "routed_experts", module), "quant_method", None)
     if getattr(method, "is_monolithic", False):
         return f"the monolithic kernel {type(method).__name__} routes by itself: vLLM's router is not on the path"

@@ -26,6 +26,7 @@ from moediag.engines.assemble import IDS
 from moediag.engines.provenance import process_facts
 from moediag.engines.routers import ModelRouting
 from moediag.engines.vllm.built import vllm_dtypes, vllm_kernels
+from moediag.engines.vllm.modules import ModuleRecorder
 from moediag.engines.vllm.routing import run_routers
 from moediag.engines.vllm.rows import StepRecorder
 
@@ -99,6 +100,23 @@ class MoediagWorkerExtension:
         if hasattr(self, "_moediag_recorder"):
             self._moediag_recorder.begin()
             self._moediag_recorder.keep_distributions((kept or {}) if self.rank == 0 else {})
+
+    def moediag_modules_begin(
+        self, given: str, order: list[list[Any]], factors: dict[str, float], is_free: bool
+    ) -> None:
+        """Give the modules what another engine's received, from now on; see :mod:`~.modules`."""
+        self.moediag_remove()
+        runner, routers = self.model_runner, find_routers(self.model_runner.model)
+        recorder = ModuleRecorder(runner, routers, scales_after_experts(routers), Path(given), order, factors, is_free)
+        self._moediag_modules = recorder
+        self._moediag_undo = [*tap_runner(runner, recorder), recorder.remove]
+
+    def moediag_modules_end(self, output: str) -> dict[str, Any]:
+        """Write what they made of it, and take everything off."""
+        facts = self._moediag_modules.write(Path(output))
+        self.moediag_remove()
+        del self._moediag_modules
+        return facts
 
     def moediag_bias(self) -> list[list[float]] | None:
         """The routers' correction bias by MoE layer and expert; None where the rule has none."""
@@ -199,7 +217,7 @@ def _tap_router(router: Any, layer: int, recorder: StepRecorder) -> Undo:
 # Runners: whose rows a step has, when it begins and ends, what the sampler gets
 
 
-def tap_runner(runner: Any, recorder: StepRecorder) -> list[Undo]:
+def tap_runner(runner: Any, recorder: StepRecorder | ModuleRecorder) -> list[Undo]:
     """Set the taps on steps, the model's inputs and the sampler; returns how to take them off."""
     adapter = _V2Runner(runner) if is_v2(runner) else _V1Runner(runner)
     return [
@@ -323,7 +341,7 @@ class _V2Runner:
         return []
 
 
-def _tap_steps(runner: Any, adapter: _V1Runner | _V2Runner, recorder: StepRecorder) -> Undo:
+def _tap_steps(runner: Any, adapter: _V1Runner | _V2Runner, recorder: StepRecorder | ModuleRecorder) -> Undo:
     original = runner.execute_model
 
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -338,7 +356,7 @@ def _tap_steps(runner: Any, adapter: _V1Runner | _V2Runner, recorder: StepRecord
     return lambda: delattr(runner, "execute_model")
 
 
-def _tap_model(model: torch.nn.Module, adapter: _V1Runner | _V2Runner, recorder: StepRecorder) -> Undo:
+def _tap_model(model: torch.nn.Module, adapter: _V1Runner | _V2Runner, recorder: StepRecorder | ModuleRecorder) -> Undo:
     def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = adapter.batch()
         if batch is not None:  # None: a dummy run of vLLM's own
