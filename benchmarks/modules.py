@@ -20,8 +20,7 @@ from committed_tables import commit_table, markdown
 from conftest import ENGINES
 from module_faults import DENSE, FAULTS, ModuleBench, first_off
 
-from moediag.audit.modules import Checked
-from moediag.diagnosis.modules import COARSER, OTHER, SAME
+from moediag.diagnosis.modules import COARSER, OTHER, SAME, ModuleChecks
 from moediag.errors import MoediagError
 from moediag.numbers import sig, times
 from moediag.selftest.families import FAMILIES
@@ -69,7 +68,7 @@ def families(folder: Path) -> Iterator[tuple[list[str], str]]:
         yield family_row(family, checked), problem
 
 
-def family_row(family: str, checked: Checked) -> list[str]:
+def family_row(family: str, checked: ModuleChecks) -> list[str]:
     """Cells of a family's row."""
     frame = checked.frame
     same = frame[frame["verdict"].isin((SAME, COARSER)) & frame["float32_max"].notna()]

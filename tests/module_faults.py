@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moediag.audit.modules import Checked, DoesJobs, Rows, compare_modules
+from moediag.audit.modules import DoesJobs, Rows, compare_modules
 from moediag.demo.tokenizer import byte_tokenizer
+from moediag.diagnosis.modules import ModuleChecks
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.run.reader import Run
@@ -164,7 +165,7 @@ class ModuleBench:
             for i, n in enumerate(lengths)
         ]
 
-    def check(self, train: Path | None = None, infer: Path | None = None) -> Checked:
+    def check(self, train: Path | None = None, infer: Path | None = None) -> ModuleChecks:
         """The modules of both engines, of the clean checkpoint where no other is given."""
         options = {**(FAMILIES[self.family].engine if self.family in FAMILIES else {}), "max_model_len": 128}
         return compare_modules(
@@ -177,7 +178,7 @@ class ModuleBench:
             lambda event: None,
         )
 
-    def named(self, name: str, side: str) -> tuple[str, int, Checked]:
+    def named(self, name: str, side: str) -> tuple[str, int, ModuleChecks]:
         """The first module that is off, and its decoder layer, with a fault planted in what one engine loads."""
         fault = FAULTS[self.family][name]
         folder = self.folder / f"{name.replace(' ', '-').replace('%', '')}-{side}"
@@ -185,7 +186,7 @@ class ModuleBench:
         return (*first_off(checked), checked)
 
 
-def first_off(checked: Checked) -> tuple[str, int]:
+def first_off(checked: ModuleChecks) -> tuple[str, int]:
     """Module and decoder layer of the first that is off; empty and -1 where none is."""
     off = checked.frame[checked.frame["verdict"] == "another function"]
     return ("", -1) if off.empty else (str(off.iloc[0]["module"]), int(off.iloc[0]["decoder_layer"]))

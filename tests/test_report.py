@@ -111,7 +111,8 @@ def test_sections_of_a_moe_run(page, moe):
         "<summary>Expert agreement by layer<", "<summary>Near ties: margins and flips<", "<summary>The tail<",
         "<summary>Drift by position and by length<", "<summary>IcePop mask<",
         "<summary>Noise floors and rounding scale<",
-        "<summary>What these numbers mean<", "## What these numbers cannot show", "<summary>Provenance, and how to make this page again<",
+        "<summary>What these numbers mean<", "## What these numbers cannot show",
+        "<summary>Provenance, and how to make this page again<",
         "That training will be stable", "not thresholds", "moediag report RUN",
         *moe.summary()["provenance"]["captures"].values(), "arms.train.versions.scripted",
     ):  # fmt: skip

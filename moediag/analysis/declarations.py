@@ -483,4 +483,6 @@ MODULE_CHECKS = declare(
     ),
     Column("verdict", "str", "1", "same function, another function, rounds more, beyond rounding, follows, not judged"),
     Column("note", "str", "1", "whose rounding, what it follows from, or why it is not judged; empty otherwise"),
+    section="ladder",
+    caption="Every module of both engines on the same inputs: relative differences of its outputs; lower is better",
 )

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
-import pandas as pd
 
-from moediag.diagnosis.modules import Passes, check_frame, first_unequal_words, first_words, further_words
+from moediag.diagnosis.modules import DIAGNOSIS, ModuleChecks
 from moediag.engines.arms import ArmRequest
 from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.launch import TRAIN_ENVIRONMENT, Job, OnEvent
@@ -69,25 +68,6 @@ class Rows:
     head_rows: list[int]
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What a module check found.
-
-    Args:
-        frame: ``module_checks``, one row per module in the order of computation.
-        first: the first module beyond rounding in a sentence, or that there is none.
-        further: every other one, and modules that round more in one engine than in the other, a sentence each.
-        unequal: the first module that is not bit-equal; only of interest where the engines claim to be.
-        remarks: what could not be compared, and why.
-    """
-
-    frame: pd.DataFrame
-    first: str
-    further: list[str]
-    unequal: str
-    remarks: list[str]
-
-
 def check_modules(
     engines: DoesJobs,
     run: Run,
@@ -103,7 +83,7 @@ def check_modules(
     train_options: Mapping[str, Any] | None = None,
     infer_options: Mapping[str, Any] | None = None,
     keep: Path | None = None,
-) -> Checked:
+) -> ModuleChecks:
     """Compare every module of both engines on the same inputs.
 
     Args:
@@ -152,19 +132,11 @@ def compare_modules(
     options: tuple[Mapping[str, Any], Mapping[str, Any]],
     on_event: OnEvent,
     keep: Path | None = None,
-) -> Checked:
+) -> ModuleChecks:
     """Compare every module on chosen rows; arguments as :func:`check_modules` finds them, train's before infer's."""
     with _scratch(run, keep) as folder:
         _record(engines, run, folder, chosen, low, checkpoints, options, on_event)
-        passes = Passes(folder)
-        frame = check_frame(folder)
-        return Checked(
-            frame,
-            first_words(frame),
-            further_words(frame),
-            first_unequal_words(frame),
-            passes.remarks(),
-        )
+        return ModuleChecks.of(folder)
 
 
 def choose_rows(
@@ -269,7 +241,7 @@ def _options(arm: ArmRecord, checkpoint: Checkpoint) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _scratch(run: Run, keep: Path | None) -> Iterator[Path]:
-    folder = keep or run.path / "diagnosis" / f".modules-{process_tag()}"
+    folder = keep or run.path / DIAGNOSIS / f".modules-{process_tag()}"
     make_folder(folder)
     try:
         yield folder

@@ -37,6 +37,15 @@ Turn = Annotated[
 ByLayer = Annotated[
     bool, typer.Option("--replay-by-layer", help="Rung L9 layer by layer: replay of MoE layers up to l, and from l on.")
 ]
+Modules = Annotated[
+    bool | None,
+    typer.Option(
+        "--modules/--no-modules",
+        help="Give every module of both engines the same inputs and name the first that differs. Default: where the "
+        "engines compute different functions, or one rounds worse.",
+        show_default=False,
+    ),
+]
 Whole = Annotated[
     bool, typer.Option("--whole", help="Climb every rung, though an earlier one has shown the cause already.")
 ]
@@ -56,6 +65,7 @@ def command(
     prompts: o.OptionalPrompts = None,
     turn: Turn = None,
     replay_by_layer: ByLayer = False,
+    modules: Modules = None,
     whole: Whole = False,
     as_json: o.Json = False,
     force: o.Force = False,
@@ -71,11 +81,11 @@ def command(
     from moediag.run.reader import open_run
 
     if output is None:
-        if prompts is not None or turn or replay_by_layer:
-            raise typer.BadParameter("arms are made with a checkpoint: moediag diagnose CKPT -o RUN")
+        if prompts is not None or turn or replay_by_layer or modules:
+            raise typer.BadParameter("engines run with a checkpoint: moediag diagnose CKPT -o RUN")
         run = open_run(Path(target))
     else:
-        run = _climb(target, output, prompts, settings, turn or [], replay_by_layer, whole, force)
+        run = _climb(target, output, prompts, settings, turn or [], replay_by_layer, modules, whole, force)
     with bar("analysis") as progress:
         progress.on_event({"stage": "metrics"})
         summary = analyze_run(run)
@@ -97,6 +107,7 @@ def _climb(
     settings: Settings,
     turned: Sequence[str],
     by_layer: bool,
+    modules: bool | None,
     whole: bool,
     force: bool,
 ) -> Run:
@@ -105,9 +116,12 @@ def _climb(
     Raises:
         MoediagError: as ``capture``.
     """
+    from moediag.audit.modules import check_modules
     from moediag.cli import jobs
     from moediag.cli.console import bar, note
-    from moediag.diagnosis.verdict import BIT_EXACT, NOT_REPEATING, OTHER_FUNCTION
+    from moediag.diagnosis.modules import kept_checks
+    from moediag.diagnosis.verdict import BIT_EXACT, NOT_REPEATING, OTHER_FUNCTION, ROUNDS_WORSE
+    from moediag.engines.launch import Engines
     from moediag.engines.plan import needed_length, why_no_float32
     from moediag.results import analyze_run
     from moediag.run.writer import RunWriter
@@ -148,6 +162,11 @@ def _climb(
         if word in (BIT_EXACT, NOT_REPEATING, OTHER_FUNCTION):
             note(f"Ended    the cause is plain ({word}); --whole climbs on")
             break
+    if modules is None:
+        modules = analyze_run(run)["verdict"]["word"] in (OTHER_FUNCTION, ROUNDS_WORSE)
+    if modules and kept_checks(run) is None:
+        with Engines() as engines, bar("modules") as progress:
+            check_modules(engines, run, checkpoint, checkpoint, progress.on_event).keep(run)
     return run
 
 

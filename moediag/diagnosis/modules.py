@@ -28,7 +28,15 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from moediag.analysis.declarations import MODULE_CHECKS
+from moediag.notation import INFER, TRAIN
 from moediag.numbers import count, percent, sig
+from moediag.run.derived import captures_digest
+from moediag.run.files import make_folder, read_sealed, write_sealed
+from moediag.run.reader import Run
+
+DIAGNOSIS: Final = "diagnosis"
+"""Folder of a run with what engines found for its diagnosis."""
+_KEPT: Final = "modules.json"
 
 FLOAT32_BOUND: Final = 1e-5
 """Relative error of a row beyond which two float32 modules compute different functions. In 24 healthy tiny families of
@@ -315,6 +323,65 @@ def _rounding(row: dict[str, Any], dtype: str, otherwise: str, note: str) -> tup
         return otherwise, note
     words = f"{sig(distances[far], 2)} from float32 in {far}, {sig(distances[near], 2)} in {near}"
     return COARSER, f"{far}: relative distance {words}"
+
+
+@dataclass(frozen=True)
+class ModuleChecks:
+    """What a check of modules found.
+
+    Args:
+        frame: ``module_checks``, one row per module in the order of computation.
+        first: the first module beyond rounding in a sentence, or that there is none.
+        further: every other one, and modules that round more in one engine than in the other, a sentence each.
+        unequal: the first module that is not bit-equal; only of interest where the engines claim to be.
+        remarks: what could not be compared, and why.
+    """
+
+    frame: pd.DataFrame
+    first: str
+    further: list[str]
+    unequal: str
+    remarks: list[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> ModuleChecks:
+        """What both engines left in a folder."""
+        frame = check_frame(folder)
+        return cls(
+            frame, first_words(frame), further_words(frame), first_unequal_words(frame), Passes(folder).remarks()
+        )
+
+    @property
+    def is_off(self) -> bool:
+        """Whether a module computes another function, or is beyond rounding."""
+        return bool(self.frame["verdict"].isin((OTHER, BEYOND_ROUNDING)).any())
+
+    def keep(self, run: Run) -> None:
+        """Write it into the run, for its analysis to show."""
+        make_folder(run.path / DIAGNOSIS)
+        rows = json.loads(self.frame.to_json(orient="records", double_precision=15))
+        words = {"first": self.first, "further": self.further, "unequal": self.unequal, "remarks": self.remarks}
+        write_sealed(run.path / DIAGNOSIS / _KEPT, {**words, "rows": rows, "captures": _captures(run)})
+
+
+def kept_checks(run: Run) -> ModuleChecks | None:
+    """The check of modules that was kept in the run; None where there is none, or it is of other captures.
+
+    Raises:
+        CorruptRunError: changed since it was written.
+    """
+    path = run.path / DIAGNOSIS / _KEPT
+    if not path.exists():
+        return None
+    kept = read_sealed(path)
+    if kept["captures"] != _captures(run):
+        return None
+    frame = MODULE_CHECKS.validate(pd.DataFrame(kept["rows"], columns=MODULE_CHECKS.names))
+    return ModuleChecks(frame, kept["first"], kept["further"], kept["unequal"], kept["remarks"])
+
+
+def _captures(run: Run) -> dict[str, str]:
+    return captures_digest(run, [run.reference(TRAIN), run.reference(INFER)])
 
 
 def first_words(frame: pd.DataFrame) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from moediag.analysis.floors import FAR, is_mostly_exact, replay_words
 from moediag.diagnosis.function import SAME, Distances, FunctionTest
+from moediag.diagnosis.modules import ModuleChecks
 from moediag.notation import INFER, TRAIN
 from moediag.numbers import percent, sig
 
@@ -42,6 +43,7 @@ Ours: healthy pairs were measured at 0.8 to 1.25 (reports/diagnosis.md)."""
 Summary = Mapping[str, Any]
 
 DIAGNOSE: Final = "moediag diagnose CKPT -o RUN"
+MODULES: Final = "moediag diagnose CKPT -o RUN --modules"
 VALIDATE: Final = "moediag validate RUN"
 SIMULATE: Final = "moediag simulate RUN"
 
@@ -57,6 +59,7 @@ class Seen:
         weights: how the weights that the two arms loaded differ, in words; empty where both loaded the same.
         errors: lines of validation errors that were overridden.
         function, distances: the float32 arms' part.
+        modules: a check of the engines' modules on the same inputs.
         engines: words for the engine of each side, by role.
         is_on_accelerator: float32 may be something else there.
     """
@@ -68,6 +71,7 @@ class Seen:
     errors: Sequence[str] = ()
     function: FunctionTest | None = None
     distances: Distances | None = None
+    modules: ModuleChecks | None = None
     engines: Mapping[str, str] | None = None
     is_on_accelerator: bool = False
 
@@ -153,6 +157,8 @@ def _other_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
         note = "; on an accelerator float32 may be TF32 or an attention kernel of less, which looks like this"
         then = "turn TF32 off in both engines and capture the float32 arms again"
         return _words(CANNOT_TELL, reason + note, "", then, DIAGNOSE)
+    if seen.modules is not None and seen.modules.is_off:
+        return _words(OTHER_FUNCTION, reason, f"{seen.modules.first}. {_WHOSE}", _THIRD_PARTY)
     if function.first_layer is not None:
         where = (
             f"at or before the router of decoder layer {function.first_decoder_layer}: the first whose expert sets "
@@ -162,9 +168,17 @@ def _other_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
         where = "behind the last router, or too small to move an expert: experts of the last layer, norm or head"
     else:
         where = "no router tells; the modules have to be compared one by one"
-    where += ". Whose it is two engines cannot tell: that takes a third party (the publisher's own code)"
-    return _words(OTHER_FUNCTION, reason, where, "compare module by module on the same inputs",
-                  "moediag diagnose CKPT -o RUN --modules")  # fmt: skip
+    if seen.modules is not None:  # and none of them is off
+        where = f"in no module that could be compared ({seen.modules.first}); {where}"
+        return _words(OTHER_FUNCTION, reason, f"{where}. {_WHOSE}", _THIRD_PARTY)
+    return _words(OTHER_FUNCTION, reason, f"{where}. {_WHOSE}", "compare module by module on the same inputs", MODULES)
+
+
+_WHOSE: Final = "Whose it is two engines cannot tell"
+_THIRD_PARTY: Final = (
+    "read that module in both engines beside the config keys that it uses; the publisher's own code, or another "
+    "implementation, tells whose it is"
+)
 
 
 def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
@@ -190,7 +204,7 @@ def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
             ROUNDS_WORSE, agreed,
             f"in {seen.engine(side)}, which rounds {_nat(value)} away from it{scale}: something there is kept in fewer "
             f"bits than in {seen.engine(other)} (router, head, KV cache, quantised activations)",
-            "compare the dtypes of both sides, then module by module", "moediag diagnose CKPT -o RUN --modules",
+            *_rounding_next(seen),
         )  # fmt: skip
     production = seen.pair["logp"]["abs_logp_diff"]["mean_ci"]
     if rounding and production and production[0] > FAR * (apart.infer.value + apart.train.value):
@@ -203,6 +217,14 @@ def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
     where = f"nowhere: rounding, amplified by near-tie routing ({seen.flip_words})" if seen.flip_words else "nowhere"
     return _words(SAME_FUNCTION, agreed, where,
                   "nothing to mend in either engine; what a correction would do to the tokens", SIMULATE)  # fmt: skip
+
+
+def _rounding_next(seen: Seen) -> tuple[str, ...]:
+    """What to do about an engine that rounds worse: its modules, or to compare them."""
+    if seen.modules is None:
+        return "compare the dtypes of both sides, then module by module on the same inputs", MODULES
+    found = [line for line in seen.modules.further if "rounds more" in line]
+    return (f"look at {'; '.join(found)}" if found else "no single module rounds more: look at the KV cache and head",)
 
 
 def _by_scale(seen: Seen) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from moediag.analysis.floors import variants
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.diagnosis import ladder, remedies, same_function
 from moediag.diagnosis.function import float32_arms
+from moediag.diagnosis.modules import kept_checks
 from moediag.errors import RunError
 from moediag.folder import SUMMARY, made_together, write_frames
 from moediag.hygiene import check_run
@@ -66,11 +67,13 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
     if exact is not None:  # whole distributions are kept of the observed arms only
         frames[observed] |= exact.frames()
     provenance = {"validation_errors": len(errors), "no_text": no_text}
-    summary = summarize(run, analyses, own, same_function(run, arms), errors, provenance)
+    modules = kept_checks(run)
+    summary = summarize(run, analyses, own, same_function(run, arms), modules, errors, provenance)
     tokens = {analysis.pair_name: analysis.tokens for analysis in analyses}
     frames[main.name] |= {
         "ladder": ladder(run, summary["pairs"], summary),
         "remedies": remedies(run, tokens, summary["pairs"], observed),
+        **({"module_checks": modules.frame} if modules is not None else {}),
     }
     with made_together(run.path, ANALYSIS) as made:
         digests = {pair: write_frames(made / ANALYSIS / pair, some) for pair, some in frames.items()}

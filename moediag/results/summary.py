@@ -12,6 +12,7 @@ import pandas as pd
 from moediag.analysis.floors import Variant, floors
 from moediag.analysis.tokens import Tokens
 from moediag.diagnosis import Distances, FunctionTest, Seen, distances, verdict
+from moediag.diagnosis.modules import ModuleChecks
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.results.pair_analysis import PairAnalysis
 from moediag.results.pair_summary import pair_summary
@@ -35,6 +36,7 @@ def summarize(
     analyses: Sequence[PairAnalysis],
     own: Sequence[Variant],
     function: FunctionTest | None,
+    modules: ModuleChecks | None,
     errors: Sequence[str],
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def summarize(
         analyses: the main pair first.
         own: arms compared with the arm of their own side.
         function: whether both engines compute the same function; None without float32 arms.
+        modules: what a check of both engines' modules found; None without one.
         errors: lines of validation errors that were overridden.
         provenance: what the analysis adds.
     """
@@ -56,6 +59,7 @@ def summarize(
     replay = _replay_summary(run, tokens, observed)
     apart = None if function is None else _distances(run, function, tokens)
     weights = _weights(run, *run.main_arms)
+    differ = (weights or {}).get("words", "")
     analysed = {arm for analysis in analyses for arm in (analysis.minuend, analysis.subtrahend)}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -80,9 +84,7 @@ def summarize(
         "main_pair": main,
         "observed_pair": observed if observed in pairs else None,
         "replay_pair": next(iter(_replay_pairs(run, pairs)), None),
-        "verdict": verdict(
-            Seen(pairs[main], floor, replay, (weights or {}).get("words", ""), errors, function, apart, **_sides(run))
-        ),
+        "verdict": verdict(Seen(pairs[main], floor, replay, differ, errors, function, apart, modules, **_sides(run))),
         "function": None if function is None else function.content(),
         "distances": None if apart is None else apart.content(),
         "pairs": pairs,
