@@ -75,7 +75,7 @@ def arm_of(run: Run, recipe: str, **changes: Any) -> ArmRecord:
         "role": made.role,
         "engine": "scripted",
         "path": "teacher-forced" if made.role == "train" else "sampled",
-        "variant_of": None if is_reference else made.role,
+        "variant_of": None if is_reference else made.of or made.role,
         "change": made.change,
         "checkpoint": run.record.checkpoint,
         "origin": Captured(
