@@ -7,6 +7,7 @@ resumed capture equals an undisturbed one. See :mod:`moediag.engines.vllm.worker
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, ROUTER_RULES, UNOBSERVED, ArmRequest
 from moediag.engines.assemble import IDS, capture_of, gate_weights_words, order_rows, recomputed_rows, token_rows
 from moediag.engines.plan import known_sampling, load_prompt_tokens
-from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, seed_of
+from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, importing, seed_of
 from moediag.engines.proof import Agreement, Proof, Shown, agreement, read_proof, refuse_stored_rules, shown_there
 from moediag.engines.provenance import arm_sections
 from moediag.engines.routers import ModelRouting
@@ -102,7 +103,9 @@ def held_llm(held: Held, checkpoint: str, request: ArmRequest, reporter: Reporte
     options = _load_options(request)
 
     def load() -> Any:
-        from vllm import LLM
+        with importing():
+            from vllm import LLM
+        gc.freeze()  # vLLM looks for garbage several times: not in all that was imported, too
 
         reporter.stage("loading vLLM")
         if request.observer in (NATIVE, BOTH):
@@ -136,10 +139,12 @@ def _load_options(request: ArmRequest) -> dict[str, Any]:
 
 def _let_go(llm: Any) -> None:
     """End vLLM's engine: its workers and its process groups, which another engine in this process makes anew."""
+    import torch
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     llm.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
+    if torch.distributed.is_initialized():  # versions whose shutdown leaves them
+        cleanup_dist_env_and_memory()
 
 
 class InferEngine:
