@@ -86,8 +86,8 @@ def described_arms(run: reader.Run) -> pd.DataFrame:
     """One row per arm: its record's role, engine and path, what it changes, its origin, and how far it is captured."""
     rows = []
     for name in run.arms():
-        n_there = len(run.shards) - len(run.missing_shards(name))
-        shards = f"{n_there} of {len(run.shards)}"
+        covered = run.shards_of(name)
+        shards = f"{len(covered) - len(run.missing_shards(name))} of {len(covered)}"
         try:
             arm = run.arm(name)
         except MoediagError as error:

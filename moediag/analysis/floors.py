@@ -36,11 +36,6 @@ FAR: Final = 2.0
 change, at the routers, while two engines round on their own in every module; the demo's healthy MoE pair differs by
 1.1 scales, and floors of healthy engines on CPU are 0 to 0.1."""
 
-REPEATING, ABOVE_REPEATING = "no larger than repeating", "above repeating"
-ROUNDING, ABOVE_ROUNDING = "of the size of rounding", "above rounding"
-NOT_REPEATING, CANNOT_TELL = "does not repeat itself", "cannot tell"
-"""The words of a verdict."""
-
 Summary = Mapping[str, Any]
 
 
@@ -109,8 +104,10 @@ def floors(pairs: Mapping[str, Summary], main: str, own: Sequence[Variant]) -> d
         against the same tokens decoded under those that capture forces) and ``noise``; None when nothing was measured.
     """
 
+    varied = {variant.arm for variant in own}  # a variant of one of these is no yardstick of the main pair
+
     def lines(role: str, *changes: str) -> list[dict[str, Any]]:
-        near = [variant for variant in own if variant.role == role and variant.is_beside_main]
+        near = [one for one in own if one.role == role and one.is_beside_main and one.of not in varied]
         some = (variant for change in changes for variant in near if variant.change == change)
         return [line for variant in some if (line := _line(pairs, variant))]
 
@@ -202,122 +199,6 @@ def is_mostly_exact(line: Summary | None) -> bool:
     """Whether an engine repeated itself bit for bit on most tokens."""
     share = None if line is None else line.get("bit_exact_share")
     return share is not None and share > MOSTLY
-
-
-def verdict(
-    pair: Summary, floor: Summary | None, n_errors: int, replay: Summary | None, weights: Summary | None = None
-) -> dict[str, Any]:
-    """The verdict on the main pair, with its evidence: is the mismatch larger than what repeating or rounding makes?
-
-    That the two arms loaded other weights stands beside the word (``weights``): then the mismatch is of these, too.
-
-    In this order: an engine whose own floor is far above the rounding scale *does not repeat itself*; a mismatch within
-    the floor is *no larger than repeating*; up to :data:`FAR` rounding scales *of the size of rounding*; else *above*.
-    Where nothing can be told, the reason is given.
-
-    Args:
-        n_errors: validation errors that were overridden.
-        replay: ``routing_replay`` of the summary.
-        weights: ``weights`` of the summary; None where both arms loaded the same checkpoint.
-    """
-    found = _verdict(pair, floor, n_errors, replay)
-    return {**found, "weights": weights["words"]} if weights else found
-
-
-def _verdict(pair: Summary, floor: Summary | None, n_errors: int, replay: Summary | None) -> dict[str, Any]:
-    mean = pair["logp"]["abs_logp_diff"]
-    evidence = _evidence(pair, floor, replay)
-    if n_errors:
-        return _words(CANNOT_TELL, f"validation found {n_errors} errors in the capture", evidence)
-    if mean["mean"] is None:
-        return _words(CANNOT_TELL, "no token was scored by both engines", evidence)
-    rounding = (floor or {}).get("rounding")
-    for side in (INFER, TRAIN):
-        line = (floor or {}).get(side)
-        if line and rounding and _low(line) > FAR * _high(rounding):
-            engine = line["engine"]
-            reason = (
-                f"{engine} scores the same tokens {line['mean']:.3g} nat away from its own first pass, "
-                f"{line['mean'] / rounding['mean']:.3g} times what one unit in the last place does to this model: find "
-                f"out why {engine} does not repeat itself (kernels, state, memory) before comparing it with anything"
-            )
-            return _words(NOT_REPEATING, reason, evidence)
-    if mean["mean_ci"] is None:
-        return _words(CANNOT_TELL, "the mean has no interval (too few prompts)", evidence)
-    low, high = mean["mean_ci"]
-    own = (floor or {}).get("metrics", {}).get("abs_logp_diff.mean", {})
-    if own.get("floor") is not None and high <= own["floor"]:
-        return _words(REPEATING, "each engine differs from itself by as much: nothing to fix", evidence)
-    if rounding:
-        times = f"{mean['mean'] / rounding['mean']:.3g} times what one unit in the last place does to this model"
-        if low <= FAR * _high(rounding):
-            reason = (
-                f"the mismatch is {times}, and two engines round in every module: up to {FAR:g} times is ordinary. "
-                "A fault below that cannot be excluded: profile once more with --dtype float32, where engines that "
-                "compute the same function agree to about 1e-6 nat"
-            )
-            return _words(ROUNDING, reason, evidence)
-        reason = f"the mismatch is {times}: look for a cause that is not rounding (moediag validate RUN, then replay)"
-        return _words(ABOVE_ROUNDING, reason, evidence)
-    if own.get("floor") is None:
-        return _words(
-            CANNOT_TELL, "neither floor nor rounding scale was measured (profile without --no-floors)", evidence
-        )
-    if own["note"]:
-        return _words(CANNOT_TELL, f"half a noise floor only: {own['note']}", evidence)
-    if low > own["floor"]:
-        reason = "the engines differ by more than each from itself; whether that is ordinary rounding was not measured"
-        return _words(ABOVE_REPEATING, reason, evidence)
-    return _words(CANNOT_TELL, "the interval of the mean contains the floor: more prompts would tell", evidence)
-
-
-def _low(line: Summary) -> float:
-    return float(line["mean_ci"][0] if line.get("mean_ci") else line["mean"])
-
-
-def _high(line: Summary) -> float:
-    return float(line["mean_ci"][1] if line.get("mean_ci") else line["mean"])
-
-
-def _words(word: str, reason: str, evidence: list[str]) -> dict[str, Any]:
-    return {"word": word, "reason": reason, "evidence": evidence}
-
-
-def _evidence(pair: Summary, floor: Summary | None, replay: Summary | None) -> list[str]:
-    """What carries the verdict: both yardsticks, flips, and what forcing the experts removes."""
-    lines, routing = [], pair["routing"]
-    mean = pair["logp"]["abs_logp_diff"]["mean"]
-    rounding = (floor or {}).get("rounding")
-    if rounding:
-        times = f": the mismatch is {mean / rounding['mean']:.3g} times that" if mean and rounding["mean"] else ""
-        change = "router inputs" if routing else "every block's hidden state"
-        lines.append(f"rounding scale: one unit in the last place on {change} makes {_mean_words(rounding)}{times}")
-    for side in (INFER, TRAIN):
-        if line := (floor or {}).get(side):
-            lines.append(f"floor of {side}, {line['engine']} against itself: {_floor_words(line)}")
-    ratio = (floor or {}).get("metrics", {}).get("abs_logp_diff.mean", {}).get("ratio")
-    if ratio is not None:
-        lines.append(f"the mismatch is {ratio:.3g} times the sum of both floors")
-    if routing and routing["any_layer_share"] is not None:
-        lines.append(f"{100 * routing['any_layer_share']:.3g} % of tokens have a flip somewhere")
-    if not routing:
-        reason = (pair.get("left_out") or {}).get("routing")
-        lines.append(f"routing left out: {reason}" if reason else "dense model: routing is no cause here")
-    return lines + replay_words(replay)
-
-
-def _floor_words(line: Summary) -> str:
-    if line["is_bit_exact"]:
-        return f"bit-exact (n = {line['n_tokens']:,} tokens)"
-    share = line["bit_exact_share"]
-    exact = "" if share is None else f"; bit-exact on {100 * share:.3g} % of tokens"
-    exact += ", so no multiple of it is shown" if is_mostly_exact(line) else ""
-    return f"{_mean_words(line)}{exact}"
-
-
-def _mean_words(line: Summary) -> str:
-    bounds = f" [{line['mean_ci'][0]:.3g}, {line['mean_ci'][1]:.3g}]" if line["mean_ci"] else ""
-    return f"mean abs logp diff {line['mean']:.3g} nat{bounds} (n = {line['n_tokens']:,} tokens)"
 
 
 def replay_words(replay: Summary | None) -> list[str]:

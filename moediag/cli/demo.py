@@ -118,6 +118,7 @@ def _begin(checkpoint: Path, prompts: Path, output: Path, force: bool) -> Arms:
     plan = settings.plan(str(checkpoint), prompts, INFER)
     # The replay arm says how much of the mismatch is routing.
     recipes = jobs.profile_recipes(replay=plan.checkpoint.routing is not None, floors=True)
+    recipes += jobs.float32_recipes(plan, settings)
     request = partial(settings.request, max_model_len=plan.max_model_len, seed=settings.seed)
     requests = jobs.requests_of(recipes, plan, request)
     jobs.announce(plan, output, requests, settings.dtype.value, is_anew=force)

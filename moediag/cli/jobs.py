@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
 from moediag.engines.arms import AUTO, HOOKS, UNOBSERVED, ArmRequest, Reference
 from moediag.engines.checkpoint import Checkpoint, compare_checkpoints, compare_records, open_checkpoint
 from moediag.engines.launch import ENGINES, Engines, choose_observer, fill_arm
-from moediag.engines.plan import Plan, check_loadable, known_sampling
+from moediag.engines.plan import Plan, check_loadable, known_sampling, why_no_float32
 from moediag.engines.tokenised import refuse_other_tokenizer
 from moediag.engines.versions import remarks
 from moediag.errors import CheckpointError, DiskFullError, IncompleteRunError, RunConflictError
@@ -25,7 +26,11 @@ from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM, recipe
 from moediag.run.records import CheckpointRecord, Tokenizer
 from moediag.run.writer import RunWriter
 
+if TYPE_CHECKING:
+    from moediag.cli.settings import Settings
+
 INFER_PRODUCTION, INFER_SERVER = "infer-production", "infer-server"
+FLOAT32 = ("infer-fp32", "train-fp32", "train-fp32-perturbed")
 
 Requesting = Callable[..., ArmRequest]
 """Gives the request of a recipe's arm: recipe, whether completions are given, and what ``arm_request`` takes."""
@@ -58,15 +63,39 @@ def profile_recipes(replay: bool, floors: bool, production: bool = False, has_se
     return [*first, INFER_SERVER if has_server else INFER, TRAIN, *(["train-replay"] if replay else []), *own]
 
 
+def float32_recipes(plan: Plan, settings: Settings, has_other_checkpoint: bool = False) -> list[str]:
+    """The arms that tell whether both engines compute the same function; none, with a note, where they cannot be made.
+
+    Args:
+        has_other_checkpoint: the engines load two checkpoints.
+    """
+    why = why_no_float32(plan.checkpoint, settings.dtype.value, settings.tensor_parallel_size)
+    if settings.server is not None:
+        why = "the server's weights cannot be loaded in float32 from here"
+    if has_other_checkpoint:
+        why = "the engines load two checkpoints: one checkpoint in both tells the engines' part"
+    if why:
+        note(f"Float32  not run: {why}")
+        return []
+    n_covered = min(plan.n_sequences, plan.shard_size)
+    note(
+        f"Float32  both engines once more in float32 on {n_covered} of {plan.n_sequences} sequences: do they compute "
+        "the same function? (--no-fp32 leaves it out)"
+    )
+    return list(FLOAT32)
+
+
 def requests_of(recipes: Sequence[str], plan: Plan, request_of: Requesting) -> list[ArmRequest]:
     """The requests of a planned run's arms, each beside the reference arm of its role among those before it."""
     requests: list[ArmRequest] = []
     for name in recipes:
-        role, there = recipe(name).role, {request.arm: request for request in requests}
-        reference = Reference(role, there[role].path, there[role].engine) if role in there else Reference(role)
+        made, there = recipe(name), {request.arm: request for request in requests}
+        of = made.of or made.role
+        reference = Reference(of, there[of].path, there[of].engine) if of in there else Reference(of)
         arm = INFER if name == INFER_SERVER else name
         given = plan.completion_ids is not None
-        requests.append(request_of(name, given, arm=arm, sampler=plan.sampled_by, reference=reference))
+        more = {"sampler": plan.sampled_by, "reference": reference, "n_shards": made.first_shards}
+        requests.append(request_of(name, given, arm=arm, **more))
     return requests
 
 
@@ -161,6 +190,9 @@ def reference_for(run: Run, name: str, arm: str, checkpoint: Checkpoint) -> tupl
     """
     made, digest = recipe(name), checkpoint.record.digest
     records = [run.arm(one) for one in run.arms()]
+    if made.of:
+        found = next((one for one in records if one.captured and one.captured.recipe == made.of), None)
+        return Reference(found.name, found.path, found.engine) if found else Reference(made.of), False
     there = next((one for one in records if one.name == run.reference(made.role)), None)
     if made.change is not None:
         own = [one for one in records if (one.role, one.engine) == (made.role, made.engine)]
@@ -247,6 +279,7 @@ class Arms:
             self.writer.refuse_other_request(
                 request.arm, request.recipe, request.variant_of, checkpoint.record, request.configuration()
             )
+            self.writer.widen_arm(request.arm, request.n_shards)
 
     def compare_weights(self) -> None:
         """Keep how every other checkpoint differs from the run's, once."""
@@ -371,7 +404,7 @@ def finish(run: Run, training_window: int | None = None, no_text: bool = False) 
         summary = analyze_run(run, no_text=no_text)
         progress.on_event({"stage": "figures and report"})
         report = report_run(run, training_window, no_text=no_text)
-    show_table({run.path.resolve().name: summary})
+    show_table({run.path.resolve().name: summary}, str(run.path))
     wrote(run.path / "summary.json")
     wrote(report.with_suffix(".html"))
     wrote(report)

@@ -179,6 +179,15 @@ Floors = Annotated[
         help="Measure noise floors: each engine against itself in other batches, and the scale of one-ulp noise.",
     ),
 ]
+Float32 = Annotated[
+    bool | None,
+    typer.Option(
+        "--fp32/--no-fp32",
+        help="Run both engines in float32 as well, on the first sequences: do they compute the same function? "
+        "Default: with floors, where the model fits.",
+        show_default=False,
+    ),
+]
 ProductionRollouts = Annotated[
     bool,
     typer.Option(

@@ -21,6 +21,7 @@ def command(
     infer_checkpoint: o.InferCheckpoint = None,
     replay: o.Replay = False,
     floors: o.Floors = True,
+    fp32: o.Float32 = None,
     production_rollouts: o.ProductionRollouts = False,
     training_window: o.TrainingWindow = None,
     no_text: o.NoText = False,
@@ -48,9 +49,10 @@ def command(
         # what only rollouts may do is left out where the same tokens are decoded again, observed
         is_beside_rollouts=production_rollouts,
     )
-    requests = jobs.requests_of(
-        jobs.profile_recipes(replay, floors, production_rollouts, settings.server is not None), plan, request
-    )
+    recipes = jobs.profile_recipes(replay, floors, production_rollouts, settings.server is not None)
+    if fp32 or (fp32 is None and floors):
+        recipes += jobs.float32_recipes(plan, settings, has_other_checkpoint=infer_checkpoint is not None)
+    requests = jobs.requests_of(recipes, plan, request)
     jobs.announce(plan, output, requests, settings.dtype.value, is_anew=force)
     run = plan.create(output, force)
     jobs.capture(jobs.Arms(RunWriter(run), requests, checkpoints))

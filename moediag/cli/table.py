@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from moediag.analysis.metrics import METRICS, Metric
 from moediag.cli.console import say
+from moediag.diagnosis import LADDER
 from moediag.numbers import NONE, count, in_unit, is_number
 from moediag.report.measures import carried_words, label_of, text_origin
 from moediag.report.sections import engines_compared
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from moediag.results.simulation import Simulation
 
 Row = Mapping[str, Any]
@@ -49,11 +52,42 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: i
     return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
 
 
-def show_table(summaries: dict[str, dict[str, Any]]) -> None:
-    """The headline numbers, one column per run with its floor and its replay beside it, and the verdicts."""
+def show_verdict(label: str, summary: dict[str, Any], run: str = "RUN") -> None:
+    """Is something wrong, where, what next.
+
+    Args:
+        run: the run's folder, for the commands.
+    """
+    verdict = summary.get("verdict")
+    if not verdict:
+        return
+    say(f"{label}: {verdict['word']}")
+    then = verdict.get("next") or {"words": "", "commands": []}
+    checkpoint = str((summary.get("model") or {}).get("path") or "CKPT")
+    commands = ", ".join(one.replace("RUN", run).replace("CKPT", checkpoint) for one in then["commands"])
+    lines = [
+        ("", verdict.get("weights", "")),
+        ("", verdict["reason"]),
+        ("where: ", verdict.get("where", "")),
+        ("next: ", f"{then['words']}{': ' if commands else ''}{commands}"),
+    ]
+    for name, words in lines:
+        if words:
+            _say_wrapped(f"  {name}{words}")
+
+
+def show_ladder(frame: pd.DataFrame) -> None:
+    """The ladder, a row per rung."""
+    columns = [LADDER[name] for name in ("rung", "compared", "mean", "yardstick", "finding", "says")]
+    rows = [[column.text(row[column.name]) for column in columns] for row in frame.to_dict("records")]
+    say(table_text([column.header for column in columns], rows, width=_WIDTH))
+
+
+def show_table(summaries: dict[str, dict[str, Any]], run: str = "RUN") -> None:
+    """The verdicts, then the headline numbers, one column per run with its floor and its replay beside it."""
     for label, summary in summaries.items():
-        if weights := summary.get("weights"):
-            say(f"{label}: {weights['words']}")
+        show_verdict(label, summary, run)
+    say()
     columns = {title: column for label, summary in summaries.items() for title, column in _columns(label, summary)}
     pairs = [summary["pairs"][summary["main_pair"]] for summary in summaries.values()]
     origin = " or ".join(sorted({text_origin(summary) for summary in summaries.values()} - {""}))
@@ -89,10 +123,7 @@ def _columns(label: str, summary: dict[str, Any]) -> Iterator[tuple[str, Cell]]:
 def _words(summary: dict[str, Any]) -> Iterator[str]:
     """Engines, verdict, means that hang on one prompt, and what the further A/A pairs say."""
     yield engines_compared(summary)
-    verdict = summary.get("verdict")
-    if verdict:
-        yield f"{verdict['word']}: {verdict['reason']}"
-        yield from (f"  {line}" for line in verdict["evidence"])
+    yield from (f"  {line}" for line in (summary.get("verdict") or {}).get("evidence") or ())
     for metric in _shown():
         if words := carried_words(metric.largest_share(summary["pairs"][summary["main_pair"]])):
             yield f"{metric.label}: {words} of it; other samples of such prompts may lie outside the interval"
@@ -174,4 +205,8 @@ def show_sentences(simulation: Simulation) -> None:
 
     summary = simulation.summary()
     for line in [*sentences(summary, simulation.frames), *(f"Note: {note}." for note in summary["notes"])]:
-        say(textwrap.fill(line, _WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))
+        _say_wrapped(line)
+
+
+def _say_wrapped(text: str) -> None:
+    say(textwrap.fill(text, _WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))

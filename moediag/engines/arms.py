@@ -52,6 +52,10 @@ def strongest(absent: Mapping[str, str]) -> tuple[str, str]:
     raise CaptureError(f"no observer sees vLLM's routing here: hooks: {absent[HOOKS]}; native: {absent[NATIVE]}")
 
 
+_ASIDE = ("arm", "recipe", "options", "variant_of", "change", "accept", "server", "n_shards")
+"""Fields of a request that do not depart from a default, or say nothing of how the arm is made."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """The arm that a recipe's arm repeats or changes: its name, its engine and how it got its scores, if known."""
@@ -78,6 +82,7 @@ class ArmRequest:
         perturbation: what is done to transformers' router inputs, see :mod:`moediag.engines.hf.perturbation`.
         accept: a finding that does not end the capture, of :data:`ACCEPTABLE`; not part of what the arm is.
         server: URL of the server that is the engine; not part of what the arm is.
+        n_shards: shards of the run that it covers, from the first on; None = all; not part of what the arm is.
     """
 
     arm: str
@@ -93,6 +98,7 @@ class ArmRequest:
     perturbation: str = ""
     accept: str = ""
     server: str = ""
+    n_shards: int | None = None
 
     @property
     def engine(self) -> str:
@@ -105,8 +111,7 @@ class ArmRequest:
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.name not in ("arm", "recipe", "options", "variant_of", "change", "accept", "server")
-            and getattr(self, f.name) != default.get(f.name, f.default)
+            if f.name not in _ASIDE and getattr(self, f.name) != default.get(f.name, f.default)
         }
 
     def configuration(self) -> dict[str, Any]:
@@ -149,6 +154,7 @@ class ArmRequest:
             origin=origin,
             # Both engines give the log-softmax of the raw logits in float32, before temperature and truncation.
             score=Score(temperature=1.0, processed=False, dtype="float32"),
+            n_shards=self.n_shards,
             **more,
         )
 
@@ -169,6 +175,7 @@ def arm_request(
     replay: dict[str, Any] | None = None,
     accept: str = "",
     server: str = "",
+    n_shards: int | None = None,
 ) -> ArmRequest:
     """What an arm of a recipe is, on a run whose tokens are sampled or given.
 
@@ -219,4 +226,5 @@ def arm_request(
         perturbation=made.perturbation,
         accept=accept,
         server=server if made.engine == SERVER else "",
+        n_shards=n_shards,
     )

@@ -7,11 +7,13 @@ so a difference in tokenisation can never enter a pair.
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from moediag import __version__
 from moediag.engines.arms import ArmRequest
@@ -20,6 +22,7 @@ from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.redaction import redact
 from moediag.engines.routers import refuse_ambiguous_rule
 from moediag.engines.tokenised import check_lengths, map_digest, token_map, tokenise
+from moediag.engines.versions import VLLM_CPU, installed
 from moediag.errors import CheckpointError, CorruptRunError, EngineError, RunError
 from moediag.notation import INFER, NO_TOKEN
 from moediag.prompts import read_prompts
@@ -115,10 +118,14 @@ class Plan:
     @property
     def max_token_rows(self) -> int:
         """Largest number of token rows the run can get."""
+        return sum(self._longest())
+
+    def _longest(self) -> list[int]:
+        """Most token rows of every sequence."""
         if self.completion_ids:
-            return sum(len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True))
+            return [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
         longest = (min(len(p) + self.sampling.max_tokens, self.max_model_len) for p in self.prompt_ids)
-        return self.sampling.n * sum(longest)
+        return [length for length in longest for _ in range(self.sampling.n)]
 
     @property
     def n_vocabulary(self) -> int:
@@ -154,7 +161,9 @@ class Plan:
             sizes = {name: sizes[name] for name in sizes if name in ("logp_T", "entropy_T", "expert_ids_TLK")}
         n_keeping = sum(request.variant_of is None for request in arms)
         vocabulary = n_keeping * self.vocabulary_bytes(self.full_vocab)
-        return self.max_token_rows * (len(arms) * sum(sizes.values()) + 8) + vocabulary
+        longest = self._longest()
+        n_rows = sum(sum(longest[: arm.n_shards * self.shard_size if arm.n_shards else None]) for arm in arms)
+        return n_rows * sum(sizes.values()) + 8 * sum(longest) + vocabulary
 
     def configuration(self) -> dict[str, Any]:
         """What makes two runs the same; digests and not paths."""
@@ -281,6 +290,46 @@ def needed_length(run: Run, checkpoint: Checkpoint) -> int:
     if run.record.tokens.origin != "sampled":
         return _room(checkpoint, max(len(p) + len(c or []) for _, _, p, c in sequences) + 1)
     return _room(checkpoint, max(len(p) for _, _, p, _ in sequences) + int(known_sampling(run)["max_tokens"]))
+
+
+_FLOAT32_ROOM: Final = 1.25
+"""Memory that a model in float32 takes over its weights: activations and the KV cache of a few sequences. Ours."""
+
+
+def why_no_float32(checkpoint: Checkpoint, dtype: str, tensor_parallel_size: int = 1) -> str:
+    """Why both engines cannot, or need not, run the checkpoint once more in float32; empty where they can.
+
+    Args:
+        dtype: of the model, as requested.
+    """
+    if (checkpoint.stored_dtype if dtype == "auto" else dtype) == "float32":
+        return "both engines run in float32 as it is"
+    if checkpoint.record.quantization:
+        return "the weights are quantised"
+    n_parameters = sum(math.prod(shape) for _, _, shape, _ in checkpoint.tensors)
+    needed, (room, where) = _FLOAT32_ROOM * 4 * n_parameters, _memory()
+    if room is None:
+        return f"how much memory {where} has could not be read"
+    if needed > room * tensor_parallel_size:
+        return (
+            f"{n_parameters / 1e9:,.3g} billion parameters need about {needed / 2**30:,.0f} GiB in float32, {where} "
+            f"has {room * tensor_parallel_size / 2**30:,.0f} GiB"
+        )
+    return ""
+
+
+def _memory() -> tuple[int | None, str]:
+    """Memory for a model [byte] and whose it is: the smallest accelerator's, else what the machine has free."""
+    if installed(VLLM_CPU.package) is None and (smi := shutil.which("nvidia-smi")) is not None:
+        asked = [smi, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+        sizes = [int(size) for size in found if size.isdecimal()]
+        return (min(sizes) * 2**20 if sizes else None), "the accelerator"
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024, "this machine"
+    except (OSError, KeyError, ValueError):
+        return None, "this machine"
 
 
 def known_sampling(run: Run) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def fill_missing_shards(
         for shard in writer.own_missing_shards(arm):
             n_filled += _fill_shard(writer, arm, shard, reporter, capture_shard)
     writer.remove_dead_claims(arm)
-    _show_progress(reporter, writer, _n_done(writer, arm))
+    reporter.progress(_n_done(writer, arm), _n_all(writer, arm), "sequences")
 
 
 def _fill_shard(
@@ -134,23 +134,19 @@ def _fill_shard(
     with writer.claim(arm, shard) as is_mine:
         if not is_mine or writer.run.has_capture(arm, shard):
             return False
-        n_done = _n_done(writer, arm)
-        _show_progress(reporter, writer, n_done)
-        capture_shard(shard, lambda n_in_shard: _show_progress(reporter, writer, n_done + n_in_shard))
+        n_done, n_all = _n_done(writer, arm), _n_all(writer, arm)
+        reporter.progress(n_done, n_all, "sequences")
+        capture_shard(shard, lambda n_in_shard: reporter.progress(n_done + n_in_shard, n_all, "sequences"))
     return True
 
 
 def _n_done(writer: RunWriter, arm: str) -> int:
     """Sequences of this worker's slice that are committed, whoever captured them."""
-    return _n_all(writer) - sum(shard.n_sequences for shard in writer.own_missing_shards(arm))
+    return _n_all(writer, arm) - sum(shard.n_sequences for shard in writer.own_missing_shards(arm))
 
 
-def _n_all(writer: RunWriter) -> int:
-    return sum(shard.n_sequences for shard in writer.run.shards if writer.worker.has(shard))
-
-
-def _show_progress(reporter: Reporter, writer: RunWriter, n_done: float) -> None:
-    reporter.progress(n_done, _n_all(writer), "sequences")
+def _n_all(writer: RunWriter, arm: str) -> int:
+    return sum(shard.n_sequences for shard in writer.run.shards_of(arm) if writer.worker.has(shard))
 
 
 Task = Callable[[RunWriter, dict[str, Any], Reporter, Held], None]

@@ -384,6 +384,8 @@ def _check_shard(
     tokens = _read_tokens(run, shard, found)
     infer: Rows | None = None
     for arm in sorted(hygiene, key=lambda name: name != reference):
+        if shard not in run.shards_of(arm):
+            continue
         rows = _read_rows(run, arm, shard, tokens, shapes[arm], found)
         if rows is None:
             continue

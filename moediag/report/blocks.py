@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from moediag.figures import FIGURES, SIMULATION_FIGURES
 from moediag.numbers import NONE, in_unit, is_number
-from moediag.report.text import Markdown, fence_for, plain, whole_line
+from moediag.report.text import Markdown, code, fence_for, plain, whole_line
 
 _FIGURES: Final = FIGURES | SIMULATION_FIGURES
 
@@ -148,17 +148,32 @@ class Verdict:
 
     Args:
         label: the run's name in a comparison; empty on a run's own page.
-        word: one of the verdict's words in :mod:`moediag.analysis.floors`.
+        word, tone: one of the verdict's words in :mod:`moediag.diagnosis.verdict`, and what it means: ``good``,
+            ``calm``, ``warn`` or ``bad``.
         reason: why that word.
+        where: where the cause is, as far as known; may be empty.
+        then: what to do next; ``commands`` to do it with.
         evidence: lines that carry it.
         seen: what was measured, in sentences.
     """
 
     label: str
     word: str
+    tone: str
     reason: Markdown
+    where: Markdown
+    then: Markdown
+    commands: tuple[str, ...]
     evidence: tuple[Markdown, ...]
     seen: Markdown
+
+    @property
+    def directions(self) -> list[Markdown]:
+        """Where the cause is and what to do next, a line each; what is not known is left out."""
+        commands = ", ".join(map(code, self.commands))
+        then = f"{self.then}{': ' if self.then and commands else ''}{commands}"
+        lines = [("Where", self.where), ("Next", then)]
+        return [Markdown(f"**{name}**: {words}{'' if words.endswith('.') else '.'}") for name, words in lines if words]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from moediag.analysis.floors import CANNOT_TELL
 from moediag.analysis.metrics import METRICS
+from moediag.diagnosis.verdict import CANNOT_TELL
 from moediag.numbers import NONE, count, is_number, percent, sig, times
 from moediag.report.blocks import Verdict, interval, number
 from moediag.report.measures import (
@@ -26,10 +26,15 @@ def verdict_of(summary: Summary, pair: Summary, frames: Frames, label: str = "")
     """The summary's verdict with what was seen; a summary from before verdicts cannot tell."""
     given = summary.get("verdict") or {}
     missing = "the summary holds no verdict (it was written before noise floors were): run moediag analyze again"
+    then = given.get("next") or {}
     return Verdict(
         one_line(label),
         one_line(given.get("word") or CANNOT_TELL),
+        one_line(given.get("tone") or "calm"),
         _reason(str(given.get("weights") or ""), str(given.get("reason") or missing)),
+        plain(str(given.get("where") or "")),
+        plain(str(then.get("words") or "")),
+        tuple(map(one_line, then.get("commands") or ())),
         tuple(plain(line) for line in given.get("evidence") or ()),
         seen_words(pair, frames, text_origin(summary)),
     )

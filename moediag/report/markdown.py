@@ -30,7 +30,7 @@ def _verdicts(verdicts: tuple[Verdict, ...]) -> list[str]:
     if len(verdicts) == 1 and not verdicts[0].label:
         verdict = verdicts[0]
         evidence = "\n".join(f"- {line}" for line in verdict.evidence)
-        return [part for part in (_headed(verdict), evidence, verdict.seen) if part]
+        return [part for part in (_headed(verdict), *verdict.directions, evidence, verdict.seen) if part]
     lines = [f"- {plain(verdict.label)}: {_headed(verdict)} {verdict.seen}" for verdict in verdicts]
     return ["\n".join(lines)] if len(lines) <= _MOST_RUNS else [_folded("Verdicts", ["\n".join(lines)])]
 

@@ -139,6 +139,8 @@ class Place:
 
 
 SECTIONS: Final = (
+    Place("ladder", "Where it comes from: the ladder", is_for_frames=True),
+    Place("remedies", "What would it buy", is_for_frames=True),
     Place("compared", "What was compared", lambda c: sections.compared_blocks(c.summary)),
     Place("numbers", "Log-probability mismatch", caption="Mismatch of infer and train, every number"),
     Place("further", "Numbers that other frameworks print"),

@@ -9,6 +9,8 @@ import pandas as pd
 from moediag.analysis.flips.explained import flip_headlines, predict_flips
 from moediag.analysis.floors import variants
 from moediag.analysis.vocabulary import exact_divergences
+from moediag.diagnosis import ladder, remedies, same_function
+from moediag.diagnosis.function import float32_arms
 from moediag.errors import RunError
 from moediag.folder import SUMMARY, made_together, write_frames
 from moediag.hygiene import check_run
@@ -46,14 +48,15 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
     main = run.pair(minuend, subtrahend)
     own = variants(run, arms)
     pairs = {main.name: main}
-    for names in [(train, infer), *_across(run, arms, train, infer), *((one.of, one.arm) for one in own)]:
+    float32 = float32_arms(run, arms)
+    both = [float32] if float32 is not None else []
+    for names in [(train, infer), *both, *_across(run, arms, train, infer), *((one.of, one.arm) for one in own)]:
         pair = run.pair(*names)
         pairs.setdefault(pair.name, pair)
-    errors = [finding for finding in check_run(run, arms=arms) if finding.level == "error"]
+    errors = [finding.line() for finding in check_run(run, arms=arms) if finding.level == "error"]
     if errors and not force:
         raise RunError(
-            f"{run.path} has {len(errors)} validation errors, first: {errors[0].line()}; "
-            f"see moediag validate {run.path}"
+            f"{run.path} has {len(errors)} validation errors, first: {errors[0]}; see moediag validate {run.path}"
         )
     analyses = [analyze_pair(pair) for pair in pairs.values()]
     frames = {analysis.pair_name: _shared(analysis.frames(), no_text) for analysis in analyses}
@@ -62,10 +65,17 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
     exact, observed = exact_divergences(run), run.pair_name(train, infer)
     if exact is not None:  # whole distributions are kept of the observed arms only
         frames[observed] |= exact.frames()
+    provenance = {"validation_errors": len(errors), "no_text": no_text}
+    summary = summarize(run, analyses, own, same_function(run, arms), errors, provenance)
+    tokens = {analysis.pair_name: analysis.tokens for analysis in analyses}
+    frames[main.name] |= {
+        "ladder": ladder(run, summary["pairs"], summary),
+        "remedies": remedies(run, tokens, summary["pairs"], observed),
+    }
     with made_together(run.path, ANALYSIS) as made:
         digests = {pair: write_frames(made / ANALYSIS / pair, some) for pair, some in frames.items()}
-        provenance = {"frames": digests, "validation_errors": len(errors), "no_text": no_text}
-        summary = summarize(run, analyses, own, provenance) | {"predicted_flips": flip_headlines(predictions)}
+        summary |= {"predicted_flips": flip_headlines(predictions)}
+        summary["provenance"] |= {"frames": digests}
         if exact is not None:
             summary["pairs"][observed]["logp"] |= exact.summary()
         write_sealed(made / SUMMARY, summary)
@@ -77,7 +87,8 @@ def _across(run: Run, arms: list[str], train: str, infer: str) -> list[tuple[str
     across = []
     for arm in arms:
         record = run.arm(arm)
-        if arm in (train, infer) or record.change in _OWN_SIDE_ONLY:
+        is_prefilled = record.role == INFER and record.change == "path"  # the model's part without decoding's
+        if arm in (train, infer) or (record.change in _OWN_SIDE_ONLY and not is_prefilled):
             continue
         across.append((train, arm) if record.role == INFER else (arm, infer))
     ours = [run.arm(arm) for arm in arms if run.arm(arm).change == "engine"]  # beside what another tool recorded

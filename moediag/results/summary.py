@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 
-from moediag.analysis.floors import Variant, floors, verdict
+from moediag.analysis.floors import Variant, floors
 from moediag.analysis.tokens import Tokens
+from moediag.diagnosis import Distances, FunctionTest, Seen, distances, verdict
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.results.pair_analysis import PairAnalysis
 from moediag.results.pair_summary import pair_summary
 from moediag.run.derived import captures_digest
 from moediag.run.reader import Run
+from moediag.run.recipes import ENGINE_WORDS
 from moediag.statistics.intervals import cluster_sums, ratio_mean_interval
 
 BROKEN_REPLAY: Final = -9.0
@@ -29,21 +31,30 @@ _LEAST_BROKEN: Final = 1e-5
 
 
 def summarize(
-    run: Run, analyses: Sequence[PairAnalysis], own: Sequence[Variant], provenance: dict[str, Any]
+    run: Run,
+    analyses: Sequence[PairAnalysis],
+    own: Sequence[Variant],
+    function: FunctionTest | None,
+    errors: Sequence[str],
+    provenance: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of summary.json.
 
     Args:
         analyses: the main pair first.
         own: arms compared with the arm of their own side.
-        provenance: what the analysis adds: digests of its frames, number of validation errors overridden.
+        function: whether both engines compute the same function; None without float32 arms.
+        errors: lines of validation errors that were overridden.
+        provenance: what the analysis adds.
     """
     record = run.record
     pairs = {analysis.pair_name: pair_summary(analysis) for analysis in analyses}
     main = analyses[0].pair_name
     observed = run.pair_name(run.reference(TRAIN), run.reference(INFER))
     floor = floors(pairs, main, own)
-    replay = _replay_summary(run, {analysis.pair_name: analysis.tokens for analysis in analyses}, observed)
+    tokens = {analysis.pair_name: analysis.tokens for analysis in analyses}
+    replay = _replay_summary(run, tokens, observed)
+    apart = None if function is None else _distances(run, function, tokens)
     weights = _weights(run, *run.main_arms)
     analysed = {arm for analysis in analyses for arm in (analysis.minuend, analysis.subtrahend)}
     return {
@@ -69,10 +80,31 @@ def summarize(
         "main_pair": main,
         "observed_pair": observed if observed in pairs else None,
         "replay_pair": next(iter(_replay_pairs(run, pairs)), None),
-        "verdict": verdict(pairs[main], floor, provenance["validation_errors"], replay, weights),
+        "verdict": verdict(
+            Seen(pairs[main], floor, replay, (weights or {}).get("words", ""), errors, function, apart, **_sides(run))
+        ),
+        "function": None if function is None else function.content(),
+        "distances": None if apart is None else apart.content(),
         "pairs": pairs,
         "floors": floor,
         "routing_replay": replay,
+    }
+
+
+def _distances(run: Run, function: FunctionTest, tokens: Mapping[str, pd.DataFrame]) -> Distances | None:
+    """Each engine's distance to its own float32; None where one of them runs in float32 as it is."""
+    infer, train = function.pair.split("~")
+    own = [run.pair_name(run.reference(role), arm) for arm, role in ((infer, INFER), (train, TRAIN))]
+    return distances(tokens[own[0]], tokens[own[1]]) if set(own) <= {*tokens} else None
+
+
+def _sides(run: Run) -> dict[str, Any]:
+    """What a verdict says of the engines of the main pair."""
+    arms = {TRAIN: run.arm(run.main_arms[0]), INFER: run.arm(run.main_arms[1])}
+    accelerators = (arm.captured.environment.get("accelerator") for arm in arms.values() if arm.captured)
+    return {
+        "engines": {role: ENGINE_WORDS.get(arm.engine, arm.engine) for role, arm in arms.items()},
+        "is_on_accelerator": any(one not in (None, "None") for one in accelerators),
     }
 
 

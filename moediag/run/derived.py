@@ -61,7 +61,7 @@ def captures_digest(run: Run, arms: Iterable[str] | None = None) -> dict[str, st
         arms: None = every complete arm.
     """
     return {
-        arm: digest_of([run.capture_sidecar(arm, shard).data_sha256 for shard in run.shards])
+        arm: digest_of([run.capture_sidecar(arm, shard).data_sha256 for shard in run.shards_of(arm)])
         for arm in (filter(run.is_complete, run.arms()) if arms is None else arms)
     }
 

@@ -232,12 +232,21 @@ class Run:
             return False
         return not self.keeps_vocab(arm, shard) or self._is_committed(folder, shard, ".safetensors", ".vocab")
 
+    def shards_of(self, arm: str) -> tuple[Shard, ...]:
+        """The shards that the arm covers: the run's, or the first of them."""
+        if not (self.arm_folder(arm) / "arm.json").exists():
+            return self.shards
+        try:
+            return self.shards[: self.arm(arm).n_shards]
+        except RunError:  # damage is found by whoever reads the arm
+            return self.shards
+
     def missing_shards(self, arm: str) -> list[Shard]:
         """Shards the arm has still to capture, in order."""
-        return [shard for shard in self.shards if not self.has_capture(arm, shard)]
+        return [shard for shard in self.shards_of(arm) if not self.has_capture(arm, shard)]
 
     def is_complete(self, arm: str) -> bool:
-        """True when every shard of the arm is committed."""
+        """True when every shard that the arm covers is committed."""
         return not self.missing_shards(arm)
 
     def prompts(self) -> bytes:
@@ -389,7 +398,7 @@ class Run:
         return f"{subtrahend}~{minuend}"
 
     def pair(self, arm_a: str, arm_b: str, with_logits: bool = False) -> Pair:
-        """Two arms as a pair; the sign is train minus infer where roles say so, else a minus b.
+        """Two arms as a pair on the shards that both cover; train minus infer where roles say so, else a minus b.
 
         Args:
             with_logits: let the blocks hold router logits, where both arms kept them.
@@ -402,13 +411,14 @@ class Run:
             missing = self.missing_shards(arm)
             if missing:
                 raise IncompleteRunError(
-                    f"{self.path}: arm {arm} lacks {len(missing)} of {len(self.shards)} shards (first: "
+                    f"{self.path}: arm {arm} lacks {len(missing)} of {len(self.shards_of(arm))} shards (first: "
                     f"{missing[0].stem}); run the same capture again to complete it"
                 )
         routing = _CommonRouting.of(self.arm(minuend), self.arm(self._routes_of(minuend, subtrahend)))
+        shards = min(self.shards_of(minuend), self.shards_of(subtrahend), key=len)
 
         def read_blocks() -> Iterator[PairBlock]:
-            return (self._block(minuend, subtrahend, routing, shard, with_logits) for shard in self.shards)
+            return (self._block(minuend, subtrahend, routing, shard, with_logits) for shard in shards)
 
         return Pair(
             name=f"{subtrahend}~{minuend}",

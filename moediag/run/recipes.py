@@ -28,6 +28,8 @@ class Recipe:
         options: engine options that it fixes.
         batching, perturbation: see :class:`~moediag.engines.arms.ArmRequest`.
         is_observed: routing is recorded.
+        of: the recipe whose arm it changes; empty = the reference arm of its role.
+        first_shards: ``profile`` captures it of so many shards of the run only; None = of all.
     """
 
     role: Role
@@ -41,6 +43,8 @@ class Recipe:
     perturbation: str = ""
     reversed_order: bool = False
     is_observed: bool = True
+    of: str = ""
+    first_shards: int | None = None
 
 
 RECIPES: Final = {
@@ -73,6 +77,10 @@ RECIPES: Final = {
     "infer-server-rescore": Recipe(
         "infer", SERVER, "the running server again, prefill of the same tokens", "path", PREFILL
     ),
+    "infer-fp32": Recipe(
+        "infer", VLLM, "vLLM in float32, prefill of the same tokens", "dtype", PREFILL, options={"dtype": "float32"},
+        first_shards=1,
+    ),
     "train-repeat": Recipe(
         "train", TRANSFORMERS, "transformers again, in padded batches of 4", "repeat", TEACHER_FORCED,
         batching={"batch_size": 4, "layout": "padded"},
@@ -83,7 +91,14 @@ RECIPES: Final = {
         "perturbation", TEACHER_FORCED, perturbation="ulp",
     ),
     "train-fp32": Recipe(
-        "train", TRANSFORMERS, "transformers in float32", "dtype", TEACHER_FORCED, options={"dtype": "float32"}
+        "train", TRANSFORMERS, "transformers in float32", "dtype", TEACHER_FORCED, options={"dtype": "float32"},
+        first_shards=1,
+    ),
+    "train-fp32-perturbed": Recipe(
+        "train", TRANSFORMERS,
+        "transformers in float32 with router inputs (dense: every layer's) moved by one unit in the last place",
+        "perturbation", TEACHER_FORCED, options={"dtype": "float32"}, perturbation="ulp", of="train-fp32",
+        first_shards=1,
     ),
     "train-router-fp32": Recipe(
         "train", TRANSFORMERS, "transformers with the routers' matmul in float32", "router-dtype", TEACHER_FORCED,

@@ -29,7 +29,7 @@ Role = Literal["infer", "train", "reference"]
 ScorePath = Literal["sampled", "decode", "prefill", "teacher-forced", "unknown"]
 Change = Literal[
     "repeat", "path", "engine", "perturbation", "replay", "dtype", "router-dtype", "batching", "observation",
-    "checkpoint",
+    "checkpoint", "option",
 ]  # fmt: skip
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -441,6 +441,7 @@ class ArmRecord(Record):
             output), ``effective, on the expert's input``, or None: kept by nobody, or of undefined scale.
         correction_bias_sha256: digest of the routers' correction bias, which stands beside.
         disagreements: where the loaded routers follow another rule than config.json.
+        n_shards: it covers only so many of the run's shards, from the first on; None = all.
     """
 
     kind: Literal["moediag arm"] = "moediag arm"
@@ -461,6 +462,7 @@ class ArmRecord(Record):
     gate_weights: str | None = None
     correction_bias_sha256: str | None = None
     disagreements: tuple[str, ...] = ()
+    n_shards: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _is_one_thing(self) -> Self:

@@ -121,6 +121,17 @@ class RunWriter:
             self._made_as[name] = record.made_as()
         return record
 
+    def widen_arm(self, arm: str, n_shards: int | None) -> None:
+        """Have an arm that was begun for the run's first shards cover more of them.
+
+        Args:
+            n_shards: so many at least; None = all.
+        """
+        with claims.claim(self._claim_file(arm, "arm"), wait=True):
+            there = self.run.arm(arm)
+            if there.n_shards is not None and (n_shards is None or n_shards > there.n_shards):
+                write_record(self.run.arm_folder(arm) / "arm.json", there.model_copy(update={"n_shards": n_shards}))
+
     def refuse_other_request(
         self,
         arm: str,

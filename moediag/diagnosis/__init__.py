@@ -1,0 +1,18 @@
+"""Where a mismatch comes from: the same function or another, the ladder, and the verdict."""
+
+from moediag.diagnosis.function import Distances, FunctionTest, distances, same_function
+from moediag.diagnosis.ladder import LADDER, REMEDIES, ladder, remedies
+from moediag.diagnosis.verdict import Seen, verdict
+
+__all__ = [
+    "LADDER",
+    "REMEDIES",
+    "Distances",
+    "FunctionTest",
+    "Seen",
+    "distances",
+    "ladder",
+    "remedies",
+    "same_function",
+    "verdict",
+]

@@ -1,0 +1,273 @@
+"""Do two engines compute the same function? Both in float32 on the same tokens, sequence by sequence.
+
+What rounding leaves of a difference in float32 is some 2**16 times smaller than in bfloat16, and so are the margins at
+which an expert set can flip: engines of one function agree to a small multiple of the float32 rounding scale, engines
+of two functions hardly ever do.
+
+Invariants:
+    - a sequence counts up to its first flip at a near tie, prompt included: what follows carries the other experts'
+      outputs in its attention, and is not rounding any more. A flip at no near tie is a difference of functions;
+    - the scale is of the same model and the same tokens: float32 against float32 moved by one unit in the last place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from moediag.notation import INFER, TRAIN
+from moediag.run.capture import is_scored
+from moediag.run.reader import Run
+from moediag.statistics.intervals import Interval, cluster_sums, ratio_mean_interval
+
+FLOAT32: Final = "float32"
+SAME: Final = 10.0
+"""Float32 rounding scales up to which a sequence agrees. Ours, and far from both sides: healthy pairs were measured at
+0.3 to 3 (reports/diagnosis.md), one part in a hundred of one router's weights at more than 1,000."""
+NEAR_TIE: Final = 1e-4
+"""Margin of choice scores up to which a flip in float32 is one of a near tie. Ours: float32 moves a score by about 1e-6
+after some layers, one part in a hundred of the weights by about 1e-2; halfway on a logarithmic scale."""
+_FEW: Final = 0.05
+"""Share of sequences that may differ where all the others agree, without calling it another function: then it is
+something about those sequences. Ours."""
+
+
+_LEAST: Final = 1e-7
+"""Distances below this are float32's own rounding of a log-probability [nat]."""
+
+
+@dataclass(frozen=True)
+class FunctionTest:
+    """Whether two engines compute the same function.
+
+    Args:
+        is_same: None where it cannot be told, for the reason in ``note``.
+        pair: both engines in float32.
+        scale_pair: float32 against float32 moved by one unit in the last place; None = not measured.
+        n_sequences, n_agreeing: with a token before any near tie's flip, and those of them that agree.
+        n_tokens: such tokens.
+        n_near_ties: sequences cut at a flip of a near tie.
+        mean: mean abs logp diff over those tokens [nat]; ``scale``: the same of the scale pair.
+        differing: sequences that differ, at most five.
+        first_layer: MoE layer of the first flip at no near tie, over all rows; None = no such flip.
+        first_decoder_layer: its decoder layer.
+        layer_share: share of rows whose set differs there.
+    """
+
+    is_same: bool | None
+    pair: str
+    scale_pair: str | None
+    n_sequences: int
+    n_agreeing: int
+    n_tokens: int
+    n_near_ties: int
+    mean: float | None
+    scale: float | None
+    differing: tuple[int, ...] = ()
+    first_layer: int | None = None
+    first_decoder_layer: int | None = None
+    layer_share: float | None = None
+    note: str = ""
+
+    @property
+    def times(self) -> float | None:
+        """Mean over scale."""
+        return self.mean / self.scale if self.mean is not None and self.scale else None
+
+    def content(self) -> dict[str, Any]:
+        """As summary.json holds it."""
+        return {**asdict(self), "differing": list(self.differing), "times": self.times}
+
+
+def float32_arms(run: Run, arms: Sequence[str]) -> tuple[str, str] | None:
+    """(train, infer) arms that ran in float32, of the reference arms' checkpoint; None where one is missing."""
+    found = []
+    for role in (TRAIN, INFER):
+        reference = run.reference(role)
+        names = [reference, *(arm for arm in arms if run.arm(arm).variant_of == reference)]
+        is_own = (
+            arm for arm in names
+            if arm in arms and run.arm(arm).dtype == FLOAT32 and run.arm(arm).change in (None, "dtype")
+        )  # fmt: skip
+        found.append(next(is_own, None))
+    train, infer = found
+    if train is None or infer is None or run.arm(train).checkpoint != run.arm(infer).checkpoint:
+        return None
+    return train, infer
+
+
+def same_function(run: Run, arms: Sequence[str]) -> FunctionTest | None:
+    """Hold both engines' float32 arms against each other; None where there are not both.
+
+    Args:
+        arms: complete arms of the run.
+    """
+    both = float32_arms(run, arms)
+    if both is None:
+        return None
+    train, infer = both
+    moved = (arm for arm in arms if run.arm(arm).variant_of == train and run.arm(arm).change == "perturbation")
+    perturbed = next(moved, None)
+    sequences, flips = compare_sequences(run, train, infer)
+    scale, scale_pair = None, None
+    if perturbed is not None:
+        own, _ = compare_sequences(run, train, perturbed)
+        scale, scale_pair = _pooled(own), run.pair_name(train, perturbed)
+    tested = sequences[(sequences["n_tokens"] > 0) | sequences["is_other"]]
+    known = partial(
+        FunctionTest,
+        pair=run.pair_name(train, infer),
+        scale_pair=scale_pair,
+        n_sequences=len(tested),
+        n_tokens=int(tested["n_tokens"].sum()),
+        n_near_ties=int((sequences["is_flipped"] & ~sequences["is_other"]).sum()),
+        mean=_pooled(tested),
+        scale=scale,
+    )
+    if not len(tested):
+        return known(is_same=None, n_agreeing=0, note="no token stands before a flip of a near tie")
+    if not scale:
+        return known(is_same=None, n_agreeing=0, note="the float32 rounding scale was not measured")
+    differs = tested["is_other"] | (tested["mean"] > SAME * scale)
+    n_differing = int(differs.sum())
+    is_same = True if not n_differing else False if n_differing > _FEW * len(tested) else None
+    found = known(
+        is_same=is_same,
+        n_agreeing=len(tested) - n_differing,
+        differing=tuple(int(one) for one in tested.loc[differs, "seq_id"].head(5)),
+        note="" if is_same is not None else f"{n_differing} of {len(tested)} sequences differ, all the others agree",
+    )
+    return replace(found, **flips) if n_differing else found
+
+
+def compare_sequences(run: Run, minuend: str, subtrahend: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Two arms sequence by sequence, up to the first flip of a near tie.
+
+    Returns:
+        A row per sequence: ``seq_id``, ``n_tokens`` and ``sum`` and ``mean`` of abs(logp_diff) [nat] over scored tokens
+        before the first flip, ``is_flipped``, ``is_other`` (its first flip is at no near tie); and, over all rows, the
+        first MoE layer with a flip at no near tie, its decoder layer and the share of its rows whose sets differ.
+    """
+    rows: list[dict[str, Any]] = []
+    layers = run.arm(minuend).decoder_layers
+    n_other_L, n_flipped_L, n_rows = (np.zeros(len(layers), np.int64) for _ in range(3))
+    for shard in min(run.shards_of(minuend), run.shards_of(subtrahend), key=len):
+        tokens = run.tokens(shard)
+        a, b = run.readable(minuend, shard), run.readable(subtrahend, shard)
+        diff_T = np.abs(a.logp_T.astype(np.float64) - b.logp_T)
+        scored_T = tokens.is_scored_T & is_scored(a.logp_T, b.logp_T)
+        flipped_TL, margin_TL = _flips(a, b)
+        other_TL = flipped_TL & (margin_TL > NEAR_TIE)
+        if flipped_TL.shape[1] == len(layers):
+            n_other_L += other_TL.sum(0)
+            n_flipped_L += flipped_TL.sum(0)
+            n_rows += len(flipped_TL)
+        for start, end in tokens.sequence_bounds():
+            row = np.flatnonzero(flipped_TL[start:end].any(1))
+            first = int(row[0]) if len(row) else end - start
+            # the row of a token routes the token behind it: token ``first`` itself is scored by the row before
+            usable = slice(start, min(start + first + 1, end))
+            values = diff_T[usable][scored_T[usable]]
+            # in a row, layers after the first that flips carry its experts' outputs
+            is_other = bool(len(row)) and bool(other_TL[start + first, np.flatnonzero(flipped_TL[start + first])[0]])
+            total = float(values.sum())
+            rows.append({
+                "seq_id": int(tokens.seq_id_T[start]), "n_tokens": len(values), "sum": total,
+                "mean": total / len(values) if len(values) else np.nan,
+                "is_flipped": bool(len(row)), "is_other": is_other,
+            })  # fmt: skip
+    first_L = np.flatnonzero(n_other_L)
+    where: dict[str, Any] = {}
+    if len(first_L):
+        layer = int(first_L[0])
+        where = {
+            "first_layer": layer,
+            "first_decoder_layer": int(layers[layer]),
+            "layer_share": float(n_flipped_L[layer] / n_rows[layer]),
+        }
+    columns = ["seq_id", "n_tokens", "sum", "mean", "is_flipped", "is_other"]
+    return pd.DataFrame(rows, columns=columns), where
+
+
+def _flips(a: Any, b: Any) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Rows whose expert sets differ, (T, L), and the smaller of both margins there; without margins a near tie's."""
+    if a.expert_ids_TLK is None or b.expert_ids_TLK is None or a.expert_ids_TLK.shape != b.expert_ids_TLK.shape:
+        return np.zeros((len(a.logp_T), 0), bool), np.zeros((len(a.logp_T), 0))
+    ids_TLK, others_TLK = np.sort(a.expert_ids_TLK, -1), np.sort(b.expert_ids_TLK, -1)
+    is_routed_TL = (ids_TLK[..., 0] >= 0) & (others_TLK[..., 0] >= 0)
+    flipped_TL = (ids_TLK != others_TLK).any(-1) & is_routed_TL
+    margins = [one.margin_TL for one in (a, b) if one.margin_TL is not None]
+    margin_TL = np.min(margins, axis=0).astype(np.float64) if margins else np.zeros(flipped_TL.shape)
+    return flipped_TL, margin_TL
+
+
+def _pooled(sequences: pd.DataFrame) -> float | None:
+    n = int(sequences["n_tokens"].sum())
+    return float(sequences["sum"].sum() / n) if n else None
+
+
+@dataclass(frozen=True)
+class Distances:
+    """How far each engine's low precision is from the function, on the same tokens [nat]; the lower rounds better.
+
+    Args:
+        infer, train: mean abs(logp - logp of the engine's own float32).
+        ratio: infer's distance over train's of a typical token (geometric mean over tokens: flips, of which a few
+            carry the means, hardly move it); 1 = neither rounds worse.
+    """
+
+    infer: Interval
+    train: Interval
+    ratio: Interval
+    n_tokens: int
+
+    def content(self) -> dict[str, Any]:
+        """As summary.json holds it."""
+        return {
+            **{name: _content(getattr(self, name)) for name in ("infer", "train", "ratio")},
+            "n_tokens": self.n_tokens,
+            "n_prompts": self.ratio.n_clusters,
+        }
+
+
+def _content(interval: Interval) -> dict[str, Any]:
+    is_known = np.isfinite([interval.low, interval.high]).all()
+    return {
+        "value": float(interval.value) if np.isfinite(interval.value) else None,
+        "ci": [float(interval.low), float(interval.high)] if is_known else None,
+        "note": interval.note,
+    }
+
+
+def distances(infer: pd.DataFrame, train: pd.DataFrame) -> Distances | None:
+    """Each engine against its own float32; None without a token that all four arms scored.
+
+    Args:
+        infer, train: frames ``tokens`` of each engine's pair with its float32 arm, of the same tokens.
+    """
+    keys = ["seq_id", "position"]
+    joined = infer.merge(train, on=keys, suffixes=("", "_of_train"))
+    infer_N = np.abs(joined["logp_train"].to_numpy(np.float64) - joined["logp_infer"].to_numpy(np.float64))
+    train_N = np.abs(
+        joined["logp_train_of_train"].to_numpy(np.float64) - joined["logp_infer_of_train"].to_numpy(np.float64)
+    )
+    is_known = np.isfinite(infer_N) & np.isfinite(train_N)
+    if not is_known.any():
+        return None
+    prompt_T = joined["prompt_id"].to_numpy()[is_known]
+    log_N = np.log(np.maximum(infer_N, _LEAST)) - np.log(np.maximum(train_N, _LEAST))
+    n_C = cluster_sums(np.ones(len(prompt_T)), prompt_T)
+    means = [
+        ratio_mean_interval(cluster_sums(one[is_known], prompt_T), n_C, kind="positive").one()
+        for one in (infer_N, train_N)
+    ]
+    log = ratio_mean_interval(cluster_sums(log_N[is_known], prompt_T), n_C).one()
+    ratio = replace(log, value=math.exp(log.value), low=math.exp(log.low), high=math.exp(log.high))
+    return Distances(means[0], means[1], ratio, int(is_known.sum()))

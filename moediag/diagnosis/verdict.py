@@ -1,0 +1,299 @@
+"""The verdict on a run's main pair: is something wrong, where, what next; every word with the numbers behind it.
+
+Three yardsticks, weakest first: what repeating does to each engine (floors), what one unit in the last place does to
+this model (rounding scale), and whether both engines compute the same function in float32. Healthy is said only by the
+last one; the second alone cannot exclude a fault smaller than rounding. *Whose* a difference of functions is, two
+engines alone cannot tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from moediag.analysis.floors import FAR, is_mostly_exact, replay_words
+from moediag.diagnosis.function import SAME, Distances, FunctionTest
+from moediag.notation import INFER, TRAIN
+from moediag.numbers import percent, sig
+
+BIT_EXACT = "bit-exact"
+SAME_FUNCTION = "same function, rounding only"
+ROUNDS_WORSE = "same function, one engine rounds worse"
+OTHER_FUNCTION = "different function"
+FAULT = "capture or pipeline fault"
+REPEATING, ABOVE_REPEATING = "no larger than repeating", "above repeating"
+ROUNDING, ABOVE_ROUNDING = "no larger than rounding", "above rounding"
+NOT_REPEATING, CANNOT_TELL = "does not repeat itself", "cannot tell"
+
+TONES: Final = {
+    **dict.fromkeys((BIT_EXACT, SAME_FUNCTION, REPEATING), "good"),
+    **dict.fromkeys((ABOVE_REPEATING, ABOVE_ROUNDING, ROUNDS_WORSE), "warn"),
+    **dict.fromkeys((OTHER_FUNCTION, FAULT, NOT_REPEATING), "bad"),
+    **dict.fromkeys((ROUNDING, CANNOT_TELL), "calm"),
+}
+"""The words of a verdict: nothing to mend, something to look at, something wrong, not known."""
+
+WORSE: Final = 1.5
+"""Times that one engine's typical token is farther from the function than the other's, from which on it rounds worse.
+Ours: healthy pairs were measured at 0.8 to 1.25 (reports/diagnosis.md)."""
+
+Summary = Mapping[str, Any]
+
+DIAGNOSE: Final = "moediag diagnose CKPT -o RUN"
+VALIDATE: Final = "moediag validate RUN"
+SIMULATE: Final = "moediag simulate RUN"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a verdict is made of; the words for the engines are of the arms compared.
+
+    Args:
+        pair: summary of the main pair.
+        floor: ``floors`` of the summary.
+        replay: ``routing_replay`` of the summary.
+        weights: how the weights that the two arms loaded differ, in words; empty where both loaded the same.
+        errors: lines of validation errors that were overridden.
+        function, distances: the float32 arms' part.
+        engines: words for the engine of each side, by role.
+        is_on_accelerator: float32 may be something else there.
+    """
+
+    pair: Summary
+    floor: Summary | None = None
+    replay: Summary | None = None
+    weights: str = ""
+    errors: Sequence[str] = ()
+    function: FunctionTest | None = None
+    distances: Distances | None = None
+    engines: Mapping[str, str] | None = None
+    is_on_accelerator: bool = False
+
+    def engine(self, role: str) -> str:
+        """Words for the engine of a side."""
+        return (self.engines or {}).get(role, role)
+
+    @property
+    def rounding(self) -> Summary | None:
+        """The rounding scale's line of the floors."""
+        return (self.floor or {}).get("rounding")
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether experts were compared."""
+        return bool(self.pair["routing"])
+
+    @property
+    def flip_words(self) -> str:
+        """Share of tokens with a flip; empty without routing."""
+        share = (self.pair["routing"] or {}).get("any_layer_share")
+        return "" if share is None else f"{percent(share)} of tokens have a flip in some layer"
+
+
+def verdict(seen: Seen) -> dict[str, Any]:
+    """The verdict: ``word``, ``tone``, ``reason`` (is something wrong), ``where``, ``next`` (words and commands),
+    ``evidence`` (lines), and ``weights`` where the two arms loaded other weights: then the mismatch is of these, too.
+
+    In commands CKPT stands for the checkpoint and RUN for the run's folder.
+    """
+    found = _verdict(seen) | {"evidence": _evidence(seen)}
+    found["tone"] = TONES[found["word"]]
+    return {**found, "weights": seen.weights} if seen.weights else found
+
+
+def _verdict(seen: Seen) -> dict[str, Any]:
+    mean = seen.pair["logp"]["abs_logp_diff"]
+    if seen.errors:
+        n = len(seen.errors)
+        reason = f"validation found {n} error{'' if n == 1 else 's'} in the capture, first: {seen.errors[0]}"
+        return _words(FAULT, reason, "in the recorded data: no number of this page means what it says",
+                      "every finding with its cause and next check", VALIDATE)  # fmt: skip
+    if mean["mean"] is None:
+        return _words(CANNOT_TELL, "no token was scored by both engines", "", "what was captured, row by row", VALIDATE)
+    if mean["max"] == 0:
+        return _words(
+            BIT_EXACT, "both engines give the same log-probabilities, bit for bit", "nowhere", "nothing to do"
+        )
+    if (repeats := _not_repeating(seen)) is not None:
+        return repeats
+    if seen.function is not None and not seen.weights:
+        if seen.function.is_same is False:
+            return _other_function(seen, seen.function)
+        if seen.function.is_same:
+            return _same_function(seen, seen.function)
+    return _by_scale(seen)
+
+
+def _not_repeating(seen: Seen) -> dict[str, Any] | None:
+    """An engine whose own floor is far above the rounding scale."""
+    for side in (INFER, TRAIN):
+        line, rounding = (seen.floor or {}).get(side), seen.rounding
+        if line and rounding and _low(line) > FAR * _high(rounding):
+            engine = line["engine"]
+            reason = (
+                f"{engine} scores the same tokens {line['mean']:.3g} nat away from its own first pass, "
+                f"{line['mean'] / rounding['mean']:.3g} times what one unit in the last place does to this model"
+            )
+            where = f"in {engine}: kernels, state or memory"
+            return _words(NOT_REPEATING, reason, where, f"find out why {engine} does not repeat itself before "
+                          "comparing it with anything: other batches, eager execution, no cache", VALIDATE)  # fmt: skip
+    return None
+
+
+def _other_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
+    mean = seen.pair["logp"]["abs_logp_diff"]["mean"]
+    reason = (
+        f"in float32, where rounding makes {sig(function.scale)} nat, {_engines(seen)} still differ by "
+        f"{_nat(function.mean)} ({function.n_sequences - function.n_agreeing} of {function.n_sequences} sequences "
+        f"differ by more than {SAME:g} times rounding; the mismatch in use is {sig(mean)} nat)"
+    )
+    if seen.is_on_accelerator and function.mean is not None and mean and function.mean < mean / 4:
+        note = "; on an accelerator float32 may be TF32 or an attention kernel of less, which looks like this"
+        then = "turn TF32 off in both engines and capture the float32 arms again"
+        return _words(CANNOT_TELL, reason + note, "", then, DIAGNOSE)
+    if function.first_layer is not None:
+        where = (
+            f"at or before the router of decoder layer {function.first_decoder_layer}: the first whose expert sets "
+            f"differ at no near tie ({percent(function.layer_share)} of rows)"
+        )
+    elif seen.is_routed:
+        where = "behind the last router, or too small to move an expert: experts of the last layer, norm or head"
+    else:
+        where = "no router tells; the modules have to be compared one by one"
+    where += ". Whose it is two engines cannot tell: that takes a third party (the publisher's own code)"
+    return _words(OTHER_FUNCTION, reason, where, "compare module by module on the same inputs",
+                  "moediag diagnose CKPT -o RUN --modules")  # fmt: skip
+
+
+def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
+    agreed = (
+        f"{_engines(seen)} compute the same function: in float32 all {function.n_sequences} sequences agree "
+        f"({_nat(function.mean)} on average, {sig(function.times)} times one float32 unit in the last place, n = "
+        f"{function.n_tokens:,} tokens)"
+    )
+    apart = seen.distances
+    if apart is None:
+        return _words(SAME_FUNCTION, agreed, "nowhere: both run in float32", "nothing to mend")
+    rounding = seen.rounding
+    rounds = (
+        f"; in use {seen.engine(INFER)} rounds {sig(apart.infer.value)} nat away from it on average, "
+        f"{seen.engine(TRAIN)} {sig(apart.train.value)} nat (a typical token {sig(apart.ratio.value)} to 1"
+    )
+    is_known = math.isfinite(apart.ratio.low) and math.isfinite(apart.ratio.high)
+    rounds += f", 95 %: {sig(apart.ratio.low)} to {sig(apart.ratio.high)})" if is_known else ")"
+    worse = None
+    if is_known and apart.ratio.low > WORSE:
+        worse = INFER, TRAIN, apart.infer.value
+    elif is_known and apart.ratio.high < 1 / WORSE:
+        worse = TRAIN, INFER, apart.train.value
+    if worse is not None:
+        side, other, value = worse
+        scale = f", {sig(value / rounding['mean'])} times what one unit in the last place does" if rounding else ""
+        return _words(
+            ROUNDS_WORSE, f"{agreed}{rounds}",
+            f"in {seen.engine(side)}{scale}: something there is kept in fewer bits than in {seen.engine(other)} "
+            "(router, head, KV cache, quantised activations)",
+            "compare the dtypes of both sides, then module by module", "moediag diagnose CKPT -o RUN --modules",
+        )  # fmt: skip
+    production = seen.pair["logp"]["abs_logp_diff"]["mean_ci"]
+    if rounding and production and production[0] > FAR * (apart.infer.value + apart.train.value):
+        # each engine is near the function, and yet the pair in use is farther apart than the triangle allows
+        return _words(
+            ABOVE_ROUNDING, f"{agreed}{rounds}; but the rollouts are {sig(production[0])} nat and more from train",
+            "in the settings that rollouts run with (sampling, cache, graphs), not in the model",
+            "turn the rollouts' settings off one by one", VALIDATE,
+        )  # fmt: skip
+    where = f"nowhere: rounding, amplified by near-tie routing ({seen.flip_words})" if seen.flip_words else "nowhere"
+    return _words(SAME_FUNCTION, f"{agreed}{rounds}", where,
+                  "nothing to mend in either engine; what a correction would do to the tokens", SIMULATE)  # fmt: skip
+
+
+def _by_scale(seen: Seen) -> dict[str, Any]:
+    """Without a word from float32: by what repeating and rounding do."""
+    mean = seen.pair["logp"]["abs_logp_diff"]
+    untold = seen.function.note if seen.function is not None else "no float32 arms"
+    if seen.function is not None and seen.function.differing:
+        untold += f" (sequences {', '.join(map(str, seen.function.differing))})"
+    if mean["mean_ci"] is None:
+        reason = f"the mismatch of {sig(mean['mean'])} nat has no interval (too few prompts)"
+        return _words(CANNOT_TELL, reason, "", "more prompts, and both engines in float32", DIAGNOSE)
+    low, high = mean["mean_ci"]
+    own = (seen.floor or {}).get("metrics", {}).get("abs_logp_diff.mean", {})
+    if own.get("floor") is not None and high <= own["floor"]:
+        return _words(REPEATING, "each engine differs from itself by as much", "nowhere", "nothing to mend", SIMULATE)
+    if (rounding := seen.rounding) is not None:
+        times = f"{mean['mean'] / rounding['mean']:.3g} times what one unit in the last place does to this model"
+        if low <= FAR * _high(rounding):
+            reason = (
+                f"the mismatch is {times}, and two engines round in every module: up to {FAR:g} times is ordinary; "
+                f"a fault below that cannot be excluded ({untold})"
+            )
+            return _words(ROUNDING, reason, "", "do both engines compute the same function in float32?", DIAGNOSE)
+        return _words(ABOVE_ROUNDING, f"the mismatch is {times}: rounding does not make that", "",
+                      "do both engines compute the same function in float32?", DIAGNOSE)  # fmt: skip
+    if own.get("floor") is None:
+        return _words(CANNOT_TELL, "neither floor nor rounding scale was measured", "", "measure them", DIAGNOSE)
+    if own["note"]:
+        return _words(CANNOT_TELL, f"half a noise floor only: {own['note']}", "", "measure the other side", DIAGNOSE)
+    if low > own["floor"]:
+        reason = "the engines differ by more than each from itself; whether that is ordinary rounding was not measured"
+        return _words(ABOVE_REPEATING, reason, "", "measure the rounding scale and float32", DIAGNOSE)
+    return _words(CANNOT_TELL, "the interval of the mean contains the floor", "", "more prompts would tell", DIAGNOSE)
+
+
+def _words(word: str, reason: str, where: str, then: str, *commands: str) -> dict[str, Any]:
+    return {"word": word, "reason": reason, "where": where, "next": {"words": then, "commands": list(commands)}}
+
+
+def _engines(seen: Seen) -> str:
+    return f"{seen.engine(INFER)} and {seen.engine(TRAIN)}"
+
+
+def _nat(value: float | None) -> str:
+    return f"{sig(value)} nat"
+
+
+def _low(line: Summary) -> float:
+    return float(line["mean_ci"][0] if line.get("mean_ci") else line["mean"])
+
+
+def _high(line: Summary) -> float:
+    return float(line["mean_ci"][1] if line.get("mean_ci") else line["mean"])
+
+
+def _evidence(seen: Seen) -> list[str]:
+    """What carries the verdict: the yardsticks, flips, and what forcing the experts removes."""
+    lines, pair, floor = [], seen.pair, seen.floor
+    mean, rounding = pair["logp"]["abs_logp_diff"]["mean"], seen.rounding
+    if rounding:
+        times = f": the mismatch is {mean / rounding['mean']:.3g} times that" if mean and rounding["mean"] else ""
+        change = "router inputs" if seen.is_routed else "every block's hidden state"
+        lines.append(f"rounding scale: one unit in the last place on {change} makes {_mean_words(rounding)}{times}")
+    for side in (INFER, TRAIN):
+        if line := (floor or {}).get(side):
+            lines.append(f"floor of {side}, {line['engine']} against itself: {_floor_words(line)}")
+    ratio = (floor or {}).get("metrics", {}).get("abs_logp_diff.mean", {}).get("ratio")
+    if ratio is not None:
+        lines.append(f"the mismatch is {ratio:.3g} times the sum of both floors")
+    if seen.flip_words:
+        lines.append(seen.flip_words)
+    if not seen.is_routed:
+        reason = (pair.get("left_out") or {}).get("routing")
+        lines.append(f"routing left out: {reason}" if reason else "dense model: routing is no cause here")
+    return lines + replay_words(seen.replay)
+
+
+def _floor_words(line: Summary) -> str:
+    if line["is_bit_exact"]:
+        return f"bit-exact (n = {line['n_tokens']:,} tokens)"
+    share = line["bit_exact_share"]
+    exact = "" if share is None else f"; bit-exact on {100 * share:.3g} % of tokens"
+    exact += ", so no multiple of it is shown" if is_mostly_exact(line) else ""
+    return f"{_mean_words(line)}{exact}"
+
+
+def _mean_words(line: Summary) -> str:
+    bounds = f" [{line['mean_ci'][0]:.3g}, {line['mean_ci'][1]:.3g}]" if line["mean_ci"] else ""
+    return f"mean abs logp diff {line['mean']:.3g} nat{bounds} (n = {line['n_tokens']:,} tokens)"
