@@ -66,6 +66,8 @@ class Cell:
         layer: decoder layer that the fault is in, -1 = the whole model.
         word, where, reason: the verdict's.
         named_layer: decoder layer that the verdict names; -1 = none.
+        times: float32 against float32, in units of the float32 rounding scale.
+        ratio: infer's distance from the function over train's, of a typical token.
         refused: what capture said where it refused the arm before it was captured.
         no_effect: the faulty engine gave bit for bit what the clean one does: nothing was planted.
         absent: the model has no such part.
@@ -83,6 +85,8 @@ class Cell:
     where: str = ""
     reason: str = ""
     named_layer: int = -1
+    times: float = math.nan
+    ratio: float = math.nan
     refused: str = ""
     no_effect: bool = False
     absent: str = ""
@@ -112,18 +116,21 @@ def verdict_of(run: Run) -> dict[str, Any]:
     """What the diagnosis says of a run: ``word``, ``where``, ``reason``, ``named_layer``; the one place to read it."""
     summary = analyze_run(run)
     found, function = summary["verdict"], summary["function"] or {}
-    layer = function.get("first_decoder_layer")
+    layer, times = function.get("first_decoder_layer"), function.get("times")
+    ratio = ((summary["distances"] or {}).get("ratio") or {}).get("value")
     pair = summary["pairs"][summary["main_pair"]]
     return {
         "word": found["word"], "where": found["where"], "reason": found["reason"],
         "named_layer": -1 if layer is None or found["word"] != OTHER_FUNCTION else int(layer),
+        "times": math.nan if times is None else times, "ratio": math.nan if ratio is None else ratio,
         "n_tokens": int(pair["n_tokens"]), "mean_abs_logp_diff": float(pair["logp"]["abs_logp_diff"]["mean"]),
     }  # fmt: skip
 
 
 def cells() -> list[tuple[str, str, int, str, str]]:
     """(model, dtype, seed, fault, side) of everything that is measured, healthy controls first."""
-    found = [(model, "bfloat16", seed, CLEAN, "") for model in HEALTHY for seed in ((0, 1) if model in FAULTY else (0,))]
+    seeds = {model: (0, 1) if model in FAULTY else (0,) for model in HEALTHY}
+    found = [(model, "bfloat16", seed, CLEAN, "") for model in HEALTHY for seed in seeds[model]]
     found += [(model, "float16", 0, CLEAN, "") for model in TRAINED]
     sides = (TRANSFORMERS, VLLM)
     found += [(model, "bfloat16", 0, fault, side) for side in sides for model in FAULTY for fault in FAULTS]
@@ -313,7 +320,8 @@ def tables(measured: list[Cell]) -> dict[str, str]:
             row.append(f"{sum(cell.is_right for cell in some)} of {len(some)}"
                        f"{f' ({n_refused} refused at capture)' if n_refused else ''}")  # fmt: skip
         by_fault.append(row)
-    healthy = [(cell.model, cell.dtype, cell.seed, f"{cell.n_tokens:,}", f"{cell.mean_abs_logp_diff:.3g}", cell.word)
+    healthy = [(cell.model, cell.dtype, cell.seed, f"{cell.n_tokens:,}", f"{cell.mean_abs_logp_diff:.3g}",
+                f"{cell.times:.2g}", f"{cell.ratio:.2f}", cell.word)
                for cell in counted if cell.fault == CLEAN]  # fmt: skip
     misses = [(cell.model, cell.dtype, cell.fault, ENGINE_WORDS.get(cell.side, "-"), " or ".join(cell.expected),
                cell.word, cell.where or "-") for cell in counted if not cell.is_right]  # fmt: skip
@@ -322,7 +330,19 @@ def tables(measured: list[Cell]) -> dict[str, str]:
     return {
         "shares": markdown(["cells", "right"], summary),
         "faults": markdown(["fault", "what", "kind", "named, in transformers", "named, in vLLM"], by_fault),
-        "healthy": markdown(["model", "dtype", "seed", "tokens", "mean abs logp diff [nat]", "said"], healthy),
+        "healthy": markdown(
+            [
+                "model",
+                "dtype",
+                "seed",
+                "tokens",
+                "mean abs logp diff [nat]",
+                "in float32, in rounding scales",
+                "infer's distance over train's",
+                "said",
+            ],
+            healthy,
+        ),
         "misses": markdown(["model", "dtype", "fault", "in", "expected", "said", "where"], misses),
         "left out": markdown(["model", "fault", "in", "why"], left_out),
     }

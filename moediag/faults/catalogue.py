@@ -1,8 +1,8 @@
 """The catalogue of faults: what each changes, in which module, and how it is planted.
 
-A fault of the **function** is planted in an edited copy of the checkpoint, which one engine loads while the run's record
-still names the clean one: to the run it looks as if the engine computed something else. A fault of **rounding** is
-planted in the loaded model, of either engine: numbers that pass a module are kept in fewer bits, on one side only.
+A fault of the **function** is planted in an edited copy of the checkpoint, which one engine loads while the run's
+record still names the clean one: to the run it looks as if the engine computed something else. A fault of **rounding**
+is planted in the loaded model, of either engine: numbers that pass a module are kept in fewer bits, on one side only.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ FAULTS: Final[Mapping[str, Fault]] = {
 """Faults by name."""
 
 
-def planted_checkpoint(clean: Checkpoint, fault: Fault, layer: int, folder: Path, dtypes: tuple[str, ...]) -> Checkpoint:
+def planted_checkpoint(
+    clean: Checkpoint, fault: Fault, layer: int, folder: Path, dtypes: tuple[str, ...]
+) -> Checkpoint:
     """An edited copy in ``folder``, which calls itself the clean checkpoint: same record, same routing, same proof.
 
     Args:
@@ -258,7 +260,7 @@ def _rounded_input(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
     return args, kwargs
 
 
-def _rounded_output(module: torch.nn.Module, args: Any, output: Any) -> Any:
+def _rounded_output(module: Any, args: Any, output: Any) -> Any:
     """Keys and values; queries that lie before them in one tensor (vLLM) stay as they are."""
     values = output[0] if isinstance(output, tuple) else output
     n_query = int(module.num_heads * module.head_size) if hasattr(module, "num_kv_heads") else 0
