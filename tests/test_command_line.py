@@ -310,7 +310,7 @@ def test_analysis_and_figures_import_no_engine() -> None:
 _ROOMS = (
     ("notation",), ("errors",), ("numbers",), ("frames",), ("prompts",), ("statistics",),
     ("run", "folder"),  # a run is made as every result folder is, and both write files alike
-    ("importers",), ("analysis",), ("hygiene",), ("corrections",), ("figures",), ("report",), ("results",),
+    ("importers",), ("analysis",), ("hygiene",), ("corrections",), ("diagnosis",), ("figures",), ("report",), ("results",),
     ("shown",), ("headlines",), ("library",),
 )  # fmt: skip
 """Lowest first: each imports only from what stands before it."""
