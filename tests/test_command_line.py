@@ -327,6 +327,7 @@ def test_imports_only_point_downwards() -> None:
     allowed["engines"] = {*_BELOW_THE_ENGINES, "engines"}
     allowed["audit"] = {*allowed["diagnosis"], "engines", "audit"}
     allowed["selftest"] = {*allowed["hygiene"], "engines", "demo", "selftest"}
+    allowed["faults"] = {*_BELOW_THE_ENGINES, "engines", "faults"}
     allowed["demo"] = {*_BELOW_THE_ENGINES, "demo"}
     allowed["cli"] = {*level, "engines", "audit", "selftest", "demo", "cli"}
     package = REPOSITORY / "moediag"

@@ -38,7 +38,7 @@ from moediag.hygiene.chance import (
 from moediag.hygiene.findings import N_PLACES, Count, Finding, Place, counted, finding
 from moediag.hygiene.rows import MIN_ROWS, TOKEN_LAGS, Rows, aligned
 from moediag.run.capture import LARGEST_ROUNDED_LOGP
-from moediag.statistics.intervals import ratio_mean_interval
+from moediag.statistics.intervals import Interval, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
 
@@ -62,11 +62,11 @@ far off on purpose: streams of other sequences were within 0.1 of 0, so that 130
 _LEAST_LIMIT, _MOST_LIMIT = 0.2, 0.5
 """Correlation of one sequence of many tokens, and of few, that still passes for 0."""
 
-_LEAST_SCALE = math.log(1.03)
+LEAST_SCALE = math.log(1.03)
 """Log of the ratio of spreads that is never an error; ours: a softmax temperature of 0.9 gives 0.04 to 0.05,
 and vLLM against transformers 0.0007 on the trained demo pair (19,395 tokens, r = 0.9996)."""
 
-_LEAST_OFFSET = 1e-3
+LEAST_OFFSET = 1e-3
 """Distance of a mean ratio from 1 that is never worth a word; ours: logps rounded to bfloat16 bias it by less."""
 
 _MOST_LOG_RATIO = 20.0
@@ -166,17 +166,24 @@ class TokenLag:
             for i, value in enumerate((np.ones_like(x), x, y, x * x, y * y, x * y)):
                 sums[:, i] += np.bincount(group, value, minlength=N_GROUPS)
 
-    def findings(self, where: str) -> list[Finding]:
-        """The lag of the largest correlation, where it is not 0 by more than chance."""
+    def best(self) -> tuple[int, float, float, int, bool] | None:
+        """The lag other than 0 of the largest correlation: the lag, its r, that at 0, tokens, and whether it is larger
+        by more than chance; None where nothing varies."""
         r = {lag: float(correlation(sums.sum(axis=0))) for lag, sums in self._sums.items()}
         lags = [lag for lag in TOKEN_LAGS if np.isfinite(r[lag])]
         if not lags or not np.isfinite(r[0]):
-            return []
+            return None
         best = max(lags, key=lambda lag: r[lag])
-        if not correlation_excess(self._sums[best], self._sums[0], self._n_copies, len(TOKEN_LAGS)):
+        is_larger = correlation_excess(self._sums[best], self._sums[0], self._n_copies, len(TOKEN_LAGS))
+        return best, r[best], r[0], int(self._sums[best][:, 0].sum()), is_larger
+
+    def findings(self, where: str) -> list[Finding]:
+        """The lag of the largest correlation, where it is not 0 by more than chance."""
+        found = self.best()
+        if found is None or not found[-1]:
             return []
-        message = f"train's logps correlate with infer's at lag {best:+d} (r = {r[best]:.3f}), not at 0 ({r[0]:.3f})"
-        n = int(self._sums[best][:, 0].sum())
+        best, r, r_0, n, _ = found
+        message = f"train's logps correlate with infer's at lag {best:+d} (r = {r:.3f}), not at 0 ({r_0:.3f})"
         return [finding("D01-token-lag", where, f"{message}, {n:,} tokens", n_of=n)]
 
 
@@ -275,25 +282,36 @@ class Temperature:
 
     def findings(self, where: str) -> list[Finding]:
         """A ratio of spreads that noise of either side cannot give."""
-        totals = self._sums_GS.sum(axis=0)
-        log_ratio, r = _log_spread(totals), float(correlation(totals))
-        if not (math.isfinite(log_ratio) and r > 0):
+        log_ratio, r, is_scaled = spread(self._sums_GS)
+        if not is_scaled:
             return []
-
-        def excess(sums: Float64) -> Float64:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                return np.asarray(math.copysign(1, log_ratio) * _log_spread(sums) + 2 * np.log(correlation(sums)))
-
-        if not is_positive(self._sums_GS, lambda sums: excess(sums) - _LEAST_SCALE):
-            return []
-        ratio = math.exp(abs(log_ratio))
+        ratio, n = math.exp(abs(log_ratio)), int(self._sums_GS[:, 0].sum())
         wide, narrow = ("train", "infer") if log_ratio > 0 else ("infer", "train")
         message = (
-            f"{wide}'s logps are spread {ratio:.3f} times as wide as {narrow}'s (r = {r:.3f}, {int(totals[0]):,} "
+            f"{wide}'s logps are spread {ratio:.3f} times as wide as {narrow}'s (r = {r:.3f}, {n:,} "
             f"tokens), as a temperature on one side does: {1 / ratio:.2f} in {wide} if logps were divided by it, "
             "further from 1 if logits were"
         )
-        return [finding("D10-temperature", where, message, n_of=int(totals[0]))]
+        return [finding("D10-temperature", where, message, n_of=n)]
+
+
+def spread(sums_GS: Float64) -> tuple[float, float, bool]:
+    """Log of y's standard deviation over x's, their correlation, and whether the ratio is one that noise of either side
+    cannot give (D10).
+
+    Args:
+        sums_GS: per group the sums of 1, x, y, x^2, y^2, xy.
+    """
+    totals = sums_GS.sum(axis=0)
+    log_ratio, r = float(_log_spread(totals)), float(correlation(totals))
+    if not (math.isfinite(log_ratio) and r > 0):
+        return log_ratio, r, False
+
+    def excess(sums: Float64) -> Float64:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(math.copysign(1, log_ratio) * _log_spread(sums) + 2 * np.log(correlation(sums)))
+
+    return log_ratio, r, is_positive(sums_GS, lambda sums: excess(sums) - LEAST_SCALE)
 
 
 class SameBits:
@@ -322,7 +340,7 @@ class MeanRatio:
     def __init__(self) -> None:
         self._n_G, self._sum_G, self._squares = np.zeros(N_GROUPS), np.zeros(N_GROUPS), 0.0
         self._parts: list[Float64] = []  # prompt, n, sum of ratios
-        self._n_copies = 1
+        self._n_copies, self._n_prompts = 1, 0
 
     def add(self, train: Rows, infer: Rows) -> None:
         """Add a shard of both sides, same tokens."""
@@ -338,25 +356,35 @@ class MeanRatio:
         sums = (np.bincount(row), np.bincount(row, excess))
         self._parts.append(np.stack([prompts, *sums], axis=1).astype(np.float64))
 
-    def findings(self, where: str) -> list[Finding]:
-        """A mean away from 1 by more than chance, with its interval over prompts."""
+    def measured(self) -> tuple[float, Interval | None, int, bool]:
+        """The mean less 1, its interval over prompts, tokens, and whether the mean is away from 1 by more than
+        chance and by what is worth a word."""
         n = float(self._n_G.sum())
-        offset = float(self._sum_G.sum()) / n if n else 0.0
-        if abs(offset) < _LEAST_OFFSET:
-            return []
+        if not n:
+            return 0.0, None, 0, False
+        offset = float(self._sum_G.sum()) / n
         signed_G = math.copysign(1, offset) * self._sum_G
-        if not mean_is_positive(self._n_G, signed_G, self._squares, self._n_copies, n_tests=2):
-            return []
+        is_away = abs(offset) >= LEAST_OFFSET and mean_is_positive(
+            self._n_G, signed_G, self._squares, self._n_copies, n_tests=2
+        )
         parts = np.concatenate(self._parts)
         _, row = np.unique(parts[:, 0], return_inverse=True)
         n_C, sum_C = (np.bincount(row, parts[:, column]) for column in (1, 2))
         interval = ratio_mean_interval(sum_C, n_C).one()
+        self._n_prompts = len(n_C)
+        return offset, interval, int(n), is_away
+
+    def findings(self, where: str) -> list[Finding]:
+        """A mean away from 1 by more than chance, with its interval over prompts."""
+        offset, interval, n, is_away = self.measured()
+        if not is_away or interval is None:
+            return []
         bounds = f"[{1 + interval.low:.4f}, {1 + interval.high:.4f}]" if math.isfinite(interval.low) else "no interval"
         message = (
-            f"mean of train's over infer's probability is {1 + offset:.4f} ({bounds}, {len(n_C):,} prompts, "
-            f"{n:,.0f} tokens); 1 where infer samples what it scores"
+            f"mean of train's over infer's probability is {1 + offset:.4f} ({bounds}, {self._n_prompts:,} prompts, "
+            f"{n:,} tokens); 1 where infer samples what it scores"
         )
-        return [finding("D09-mean-ratio", where, message, n_of=int(n))]
+        return [finding("D09-mean-ratio", where, message, n_of=n)]
 
 
 class ContradictedZeros:
