@@ -95,7 +95,7 @@ def test_it_is_analysed_as_it_was_then(run: Run) -> None:
         pair = summary["pairs"][name]
         assert (pair["n_tokens"], pair["n_sequences"], pair["n_unscored"]) == (144, 6, 0)
         now = (pair["logp"]["abs_logp_diff"]["mean"], pair["logp"]["kl_infer_train_k3"], pair["routing"]["flip_rate"])
-        assert now == then
+        assert now == pytest.approx(then, rel=1e-14)  # the last bit of expm1 is the processor's
     floors = summary["floors"]
     assert [floors[side]["arm"] for side in ("infer", "train", "rounding")] == [
         "infer-repeat",

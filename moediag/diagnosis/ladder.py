@@ -15,6 +15,7 @@ import pandas as pd
 
 from moediag.analysis.floors import FAR
 from moediag.analysis.metrics import METRICS
+from moediag.diagnosis.recorded import HEALTHY
 from moediag.frames import Column, declare, measured, with_ci
 from moediag.notation import INFER, TRAIN
 from moediag.numbers import sig
@@ -173,11 +174,15 @@ def _rungs(run: Run, pairs: Mapping[str, Summary], summary: Summary) -> list[Run
     infers = [arm for arm in arms if run.arm(arm).role == INFER]
     recorded = next((arm for arm in infers if run.arm(arm).captured is None), "")
     ours = next((arm for arm in infers if run.arm(arm).captured is not None), "")
-    rungs.append(compare(
+    rollouts = compare(
         Rung("L8", "alignment, staleness, weight sync", "recorded rollouts against infer's own scores",
              says="moediag import FORMAT PATH -o RUN, then moediag capture infer CKPT -o RUN"),
         recorded, ours,
-    ))  # fmt: skip
+    )  # fmt: skip
+    if explained := summary.get("recorded"):
+        finding = OTHER if explained["faults"] else SAME if explained["name"] == HEALTHY else SEEN
+        rollouts = replace(rollouts, finding=finding, says=explained["words"])
+    rungs.append(rollouts)
     if run.routers:
         replayed = [arm for arm in arms if run.arm(arm).change == "replay" and run.is_complete(arm)]
         for arm in replayed or [""]:

@@ -19,8 +19,8 @@ Temperature and truncation change most tokens by more than other weights do: bes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any, Final
 
@@ -182,10 +182,32 @@ class Explanation:
     checks: tuple[Check, ...]
     next_check: str
 
+    def content(self) -> dict[str, Any]:
+        """As summary.json holds it."""
+        faults = [asdict(fault) for fault in self.faults]
+        words = {"name": self.name, "words": self.words, "next_check": self.next_check}
+        return {**words, "faults": faults, "evidence": list(self.evidence)}
+
     @property
     def evidence(self) -> tuple[str, ...]:
         """A line of every check, those that found something first."""
         return tuple(check.line for check in sorted(self.checks, key=lambda check: not check.is_found))
+
+
+def explain_recorded(run: Run, arms: Sequence[str]) -> Explanation | None:
+    """What is wrong with the rollouts that the run was imported with; None where they are not, or nothing is beside.
+
+    Args:
+        arms: complete arms of the run.
+    """
+    records = [run.arm(arm) for arm in arms]
+    recorded = next((one.name for one in records if one.captured is None and one.role == "infer"), None)
+    if recorded is None or not run.arm(recorded).arrays or all(one.captured is None for one in records):
+        return None
+    try:
+        return explain(recorded_tokens(run, recorded))
+    except RunError:  # no arm of our own engines covers the run
+        return None
 
 
 def recorded_tokens(run: Run, recorded: str) -> RecordedTokens:
@@ -196,7 +218,8 @@ def recorded_tokens(run: Run, recorded: str) -> RecordedTokens:
     Raises:
         RunError: no arm of our own engines is there.
     """
-    own = [run.arm(arm) for arm in run.arms() if arm != recorded and run.is_complete(arm)]
+    whole = [arm for arm in run.arms() if run.shards_of(arm) == run.shards and run.is_complete(arm)]
+    own = [run.arm(arm) for arm in whole if arm != recorded]
     own = [arm for arm in own if arm.captured and arm.change not in ("replay", "perturbation", "router-dtype")]
     if not own:
         raise RunError(

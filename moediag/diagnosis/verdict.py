@@ -16,6 +16,7 @@ from typing import Any, Final
 from moediag.analysis.floors import FAR, is_mostly_exact, replay_words
 from moediag.diagnosis.function import SAME, Distances, FunctionTest
 from moediag.diagnosis.modules import ModuleChecks
+from moediag.diagnosis.recorded import Explanation
 from moediag.notation import INFER, TRAIN
 from moediag.numbers import percent, sig
 
@@ -60,6 +61,7 @@ class Seen:
         errors: lines of validation errors that were overridden.
         function, distances: the float32 arms' part.
         modules: a check of the engines' modules on the same inputs.
+        recorded: what is wrong with imported rollouts.
         engines: words for the engine of each side, by role.
         is_on_accelerator: float32 may be something else there.
     """
@@ -72,6 +74,7 @@ class Seen:
     function: FunctionTest | None = None
     distances: Distances | None = None
     modules: ModuleChecks | None = None
+    recorded: Explanation | None = None
     engines: Mapping[str, str] | None = None
     is_on_accelerator: bool = False
 
@@ -120,6 +123,10 @@ def _verdict(seen: Seen) -> dict[str, Any]:
         return _words(
             BIT_EXACT, "both engines give the same log-probabilities, bit for bit", "nowhere", "nothing to do"
         )
+    if seen.recorded is not None and seen.recorded.faults:
+        causes = "; ".join(dict.fromkeys(fault.cause for fault in seen.recorded.faults))
+        return _words(FAULT, seen.recorded.words, f"in the recorded log-probabilities: {causes}",
+                      seen.recorded.next_check)  # fmt: skip
     if (repeats := _not_repeating(seen)) is not None:
         return repeats
     if seen.function is not None and not seen.weights:

@@ -12,12 +12,13 @@ from moediag.analysis.vocabulary import exact_divergences
 from moediag.diagnosis import ladder, remedies, same_function
 from moediag.diagnosis.function import float32_arms
 from moediag.diagnosis.modules import kept_checks
+from moediag.diagnosis.recorded import explain_recorded
 from moediag.errors import RunError
 from moediag.folder import SUMMARY, made_together, write_frames
 from moediag.hygiene import check_run
 from moediag.notation import INFER, TRAIN
 from moediag.results.pair_analysis import analyze_pair
-from moediag.results.summary import summarize
+from moediag.results.summary import Found, summarize
 from moediag.run.derived import ANALYSIS
 from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run
@@ -68,7 +69,8 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
         frames[observed] |= exact.frames()
     provenance = {"validation_errors": len(errors), "no_text": no_text}
     modules = kept_checks(run)
-    summary = summarize(run, analyses, own, same_function(run, arms), modules, errors, provenance)
+    found = Found(same_function(run, arms), modules, explain_recorded(run, arms), errors)
+    summary = summarize(run, analyses, own, found, provenance)
     tokens = {analysis.pair_name: analysis.tokens for analysis in analyses}
     frames[main.name] |= {
         "ladder": ladder(run, summary["pairs"], summary),

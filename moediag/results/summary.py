@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +14,7 @@ from moediag.analysis.floors import Variant, floors
 from moediag.analysis.tokens import Tokens
 from moediag.diagnosis import Distances, FunctionTest, Seen, distances, verdict
 from moediag.diagnosis.modules import ModuleChecks
+from moediag.diagnosis.recorded import Explanation
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.results.pair_analysis import PairAnalysis
 from moediag.results.pair_summary import pair_summary
@@ -31,13 +33,28 @@ _LEAST_BROKEN: Final = 1e-5
 """A mean below this is float32 rounding with replay or without [nat]: over those families at most 1e-6."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What the diagnosis found before the verdict.
+
+    Args:
+        function: whether both engines compute the same function; None without float32 arms.
+        modules: what a check of both engines' modules found; None without one.
+        recorded: what is wrong with imported rollouts; None where the run was not imported.
+        errors: lines of validation errors that were overridden.
+    """
+
+    function: FunctionTest | None
+    modules: ModuleChecks | None
+    recorded: Explanation | None
+    errors: Sequence[str]
+
+
 def summarize(
     run: Run,
     analyses: Sequence[PairAnalysis],
     own: Sequence[Variant],
-    function: FunctionTest | None,
-    modules: ModuleChecks | None,
-    errors: Sequence[str],
+    found: Found,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of summary.json.
@@ -45,9 +62,6 @@ def summarize(
     Args:
         analyses: the main pair first.
         own: arms compared with the arm of their own side.
-        function: whether both engines compute the same function; None without float32 arms.
-        modules: what a check of both engines' modules found; None without one.
-        errors: lines of validation errors that were overridden.
         provenance: what the analysis adds.
     """
     record = run.record
@@ -57,6 +71,7 @@ def summarize(
     floor = floors(pairs, main, own)
     tokens = {analysis.pair_name: analysis.tokens for analysis in analyses}
     replay = _replay_summary(run, tokens, observed)
+    function, recorded = found.function, found.recorded
     apart = None if function is None else _distances(run, function, tokens)
     weights = _weights(run, *run.main_arms)
     differ = (weights or {}).get("words", "")
@@ -84,7 +99,21 @@ def summarize(
         "main_pair": main,
         "observed_pair": observed if observed in pairs else None,
         "replay_pair": next(iter(_replay_pairs(run, pairs)), None),
-        "verdict": verdict(Seen(pairs[main], floor, replay, differ, errors, function, apart, modules, **_sides(run))),
+        "verdict": verdict(
+            Seen(
+                pairs[main],
+                floor,
+                replay,
+                differ,
+                found.errors,
+                function,
+                apart,
+                found.modules,
+                recorded,
+                **_sides(run),
+            )
+        ),
+        "recorded": None if recorded is None else recorded.content(),
         "function": None if function is None else function.content(),
         "distances": None if apart is None else apart.content(),
         "pairs": pairs,
