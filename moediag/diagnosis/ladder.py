@@ -149,7 +149,7 @@ def _rungs(run: Run, pairs: Mapping[str, Summary], summary: Summary) -> list[Run
         ),
     ]  # fmt: skip
     rungs.append(_in_float32(function, (train, infer)))
-    model = Rung("L4", "the same, in the precision in use", "infer prefilling the tokens, against train",
+    model = Rung("L4", "the same, in the precision in use", "infer prefilling, against train",
                  says="moediag capture infer-rescore CKPT -o RUN")  # fmt: skip
     is_decoded = infer in arms and run.arm(infer).path in ("sampled", "decode")
     rescored = variant(INFER, "path") if is_decoded else infer
@@ -167,7 +167,7 @@ def _rungs(run: Run, pairs: Mapping[str, Summary], summary: Summary) -> list[Run
     ] or [option]
     production = next((arm for arm in arms if run.arm(arm).change == "observation"), "")
     rungs.append(compare(
-        Rung("L7", "sampling parameters, logprobs mode, cache", "rollouts as they run, against infer observed",
+        Rung("L7", "sampling parameters, logprobs mode, cache", "rollouts as they run, against observed",
              says="begin the run with moediag profile --production-rollouts"),
         production, infer, production,
     ))  # fmt: skip
@@ -175,7 +175,7 @@ def _rungs(run: Run, pairs: Mapping[str, Summary], summary: Summary) -> list[Run
     recorded = next((arm for arm in infers if run.arm(arm).captured is None), "")
     ours = next((arm for arm in infers if run.arm(arm).captured is not None), "")
     rollouts = compare(
-        Rung("L8", "alignment, staleness, weight sync", "recorded rollouts against infer's own scores",
+        Rung("L8", "alignment, staleness, weight sync", "recorded rollouts against own scores",
              says="moediag import FORMAT PATH -o RUN, then moediag capture infer CKPT -o RUN"),
         recorded, ours,
     )  # fmt: skip
@@ -186,7 +186,7 @@ def _rungs(run: Run, pairs: Mapping[str, Summary], summary: Summary) -> list[Run
     if run.routers:
         replayed = [arm for arm in arms if run.arm(arm).change == "replay" and run.is_complete(arm)]
         for arm in replayed or [""]:
-            what = f"train with infer's experts forced{forced_layers(run, arm)}, against infer"
+            what = f"infer's experts forced on train{forced_layers(run, arm)}"
             rung = Rung("L9", "routing: the most that replay can buy", what,
                         says="moediag capture train-replay CKPT -o RUN")  # fmt: skip
             rungs.append(compare(rung, arm, infer, arm))
@@ -195,7 +195,7 @@ def _rungs(run: Run, pairs: Mapping[str, Summary], summary: Summary) -> list[Run
 
 def _in_float32(function: Summary | None, references: tuple[str, str]) -> Rung:
     """L4 where rounding is smallest: do both engines compute the same function?"""
-    rung = Rung("L4", "weights, rope, router, formula", "both engines in float32, the same tokens prefilled",
+    rung = Rung("L4", "weights, rope, router, formula", "both engines in float32",
                 says="moediag diagnose CKPT -o RUN")  # fmt: skip
     if not function:
         return rung
