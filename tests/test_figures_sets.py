@@ -23,7 +23,7 @@ from moediag.results.simulation import read_tokens, simulate
 pytestmark = pytest.mark.filterwarnings("error")
 
 ROUTING = {name for name, kind in FIGURES.items() if kind.is_routing}
-DIFFERENCES = {"tail_curve", "ratio_histogram", "logp_diff_by_p_infer", "position_drift", "sequence_drift"}
+DIFFERENCES = {"tail_curve", "ratio_histogram", "logp_diff_by_p_infer", "position_drift", "sequence_drift", "ladder"}
 
 
 @pytest.fixture(scope="module")

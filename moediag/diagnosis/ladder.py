@@ -149,15 +149,18 @@ def _rungs(run: Run, pairs: Mapping[str, Summary], summary: Summary) -> list[Run
         ),
     ]  # fmt: skip
     rungs.append(_in_float32(function, (train, infer)))
-    model = Rung("L4", "the same, in the precision in use", "infer prefilling, against train",
-                 says="moediag capture infer-rescore CKPT -o RUN")  # fmt: skip
     is_decoded = infer in arms and run.arm(infer).path in ("sampled", "decode")
-    rescored = variant(INFER, "path") if is_decoded else infer
-    rungs.append(compare(model, rescored, train))
     if is_decoded:
+        rescored = variant(INFER, "path")
+        model = Rung("L4", "the same, in the precision in use", "infer prefilling, against train",
+                     says="moediag capture infer-rescore CKPT -o RUN")  # fmt: skip
         decoding = Rung("L5", "decode kernels, KV dtype, chunked prefill", "infer decoding against infer prefilling",
                         says="moediag capture infer-rescore CKPT -o RUN")  # fmt: skip
-        rungs.append(compare(decoding, rescored, infer, rescored))
+        rungs += [compare(model, rescored, train), compare(decoding, rescored, infer, rescored)]
+    way = "decoding" if is_decoded else "prefilling"
+    in_use = Rung("L5" if is_decoded else "L4", "the whole, as captured", f"infer {way}, against train",
+                  says="moediag capture infer CKPT -o RUN")  # fmt: skip
+    rungs.append(compare(in_use, infer, train, infer, train))
     option = Rung("L6", "compile, topology, kernels", "infer with one option changed, against train",
                   says="moediag diagnose CKPT -o RUN --turn OPTION=VALUE")  # fmt: skip
     turned = [arm for arm in arms if run.arm(arm).change == "option" and run.is_complete(arm)]

@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moediag.figures.registry import Frames, Panel, figure
-from moediag.figures.style import GREY, INK, RunStyle, add_words, figure_text, new_figure
+from moediag.figures.registry import NO_DIFFERENCE, Frames, Panel, figure
+from moediag.figures.style import GREY, INK, RunStyle, add_words, figure_text, figure_width, is_column, new_figure
 from moediag.numbers import sig
 
 _ROW: Final = 0.34
@@ -20,7 +20,10 @@ _HEAD: Final = 0.9
 
 
 def _nothing_run(frames: Frames) -> str:
-    return "" if frames["ladder"]["mean"].notna().any() else "no rung with a number was run"
+    means = frames["ladder"]["mean"]
+    if not means.notna().any():
+        return "no rung with a number was run"
+    return "" if (means > 0).any() else NO_DIFFERENCE
 
 
 @figure(
@@ -75,7 +78,7 @@ def ladder_finding(frames: Mapping[str, pd.DataFrame]) -> str:
 
 
 def _draw(ax: Axes, frame: pd.DataFrame, style: RunStyle, lowest: float) -> None:
-    y_R = np.arange(len(frame))[::-1]
+    y_R, width = np.arange(len(frame))[::-1], 22 if is_column(figure_width(ax)) else 46
     ax.set_xscale("log")
     mean_R = np.maximum(frame["mean"].to_numpy(float), lowest)
     for y, (_, row) in zip(y_R, frame.iterrows(), strict=True):
@@ -84,7 +87,7 @@ def _draw(ax: Axes, frame: pd.DataFrame, style: RunStyle, lowest: float) -> None
         if row["mean"] > 0 and row["mean_ci_low"] > 0:
             ax.plot([row["mean_ci_low"], row["mean_ci_high"]], [y, y], color=style.colour, linewidth=1.4)
     ax.plot(mean_R, y_R, linestyle="none", marker=style.marker, color=style.colour, markersize=4.5)
-    ax.set_yticks(y_R, [figure_text(f"{row['rung']} {row['compared']}", 46) for _, row in frame.iterrows()])
+    ax.set_yticks(y_R, [figure_text(f"{row['rung']} {row['compared']}", width) for _, row in frame.iterrows()])
     ax.set_ylim(-0.7, len(frame) - 0.3)
     ax.set_xlim(lowest / 1.5, None)
     ax.tick_params(axis="y", length=0, colors=INK)
