@@ -44,7 +44,7 @@ def test_every_command_of_the_readme_runs(demo: Path, tmp_path: Path, monkeypatc
     n_run = 0
     with closing(KeptEngines()) as engines:
         for kind, body, reason in readme_blocks():
-            if reason or body.strip() in NOT_RUN:
+            if reason or kind not in ("sh", "python") or body.strip() in NOT_RUN:
                 continue
             for command in [line.split() for line in body.splitlines()] if kind == "sh" else [["python", body]]:
                 if command[0] == "moediag":
