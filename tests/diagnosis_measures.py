@@ -39,6 +39,7 @@ from moediag.engines.launch import fill_arm
 from moediag.engines.plan import SamplingOptions, load_prompt_tokens, make_plan
 from moediag.errors import CheckpointError, MoediagError
 from moediag.faults import FAULTS, FUNCTION, fill_planted_arm, planted_checkpoint
+from moediag.numbers import sig
 from moediag.results import analyze_run
 from moediag.run.reader import Run, open_run
 from moediag.run.recipes import ENGINE_WORDS, RECIPES, TRANSFORMERS, VLLM
@@ -137,8 +138,13 @@ def cells() -> list[tuple[str, str, int, str, str]]:
     return found
 
 
-def measure(folder: Path, engines: KeptEngines, chosen: Iterable[str]) -> list[Cell]:
-    """Every cell, from the folder where it is there already; one process of each engine serves all of them."""
+def measure(folder: Path, engines: KeptEngines, chosen: Iterable[str], is_there_only: bool = False) -> list[Cell]:
+    """Every cell, from the folder where it is there already; one process of each engine serves all of them.
+
+    Args:
+        chosen: parts of names of cells; empty = all.
+        is_there_only: nothing is measured.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     measured = []
     for model, dtype, seed, fault, side in cells():
@@ -146,6 +152,8 @@ def measure(folder: Path, engines: KeptEngines, chosen: Iterable[str]) -> list[C
         if chosen and not any(one in name for one in chosen):
             continue
         result = folder / f"{name}.json"
+        if is_there_only and not result.exists():
+            continue
         if not result.exists():
             cell = Cell(model, dtype, seed, fault, side)
             found = _measure(folder, engines, cell)
@@ -321,7 +329,7 @@ def tables(measured: list[Cell]) -> dict[str, str]:
                        f"{f' ({n_refused} refused at capture)' if n_refused else ''}")  # fmt: skip
         by_fault.append(row)
     healthy = [(cell.model, cell.dtype, cell.seed, f"{cell.n_tokens:,}", f"{cell.mean_abs_logp_diff:.3g}",
-                f"{cell.times:.2g}", f"{cell.ratio:.2f}", cell.word)
+                sig(cell.times, 2), sig(cell.ratio, 2), cell.word)
                for cell in counted if cell.fault == CLEAN]  # fmt: skip
     misses = [(cell.model, cell.dtype, cell.fault, ENGINE_WORDS.get(cell.side, "-"), " or ".join(cell.expected),
                cell.word, cell.where or "-") for cell in counted if not cell.is_right]  # fmt: skip
@@ -357,12 +365,13 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where checkpoints, runs and results are kept; default: nowhere")
     parser.add_argument("names", nargs="*", help="parts of names of cells (model~dtype~seed~fault~side); then no table "
                         "is written")  # fmt: skip
+    parser.add_argument("--tables", action="store_true", help="write the tables of what the folder holds; none is made")
     given = parser.parse_args()
     engines = KeptEngines()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as passing:
         try:
-            measured = measure(given.folder or Path(passing), engines, given.names)
+            measured = measure(given.folder or Path(passing), engines, given.names, given.tables)
         finally:
             engines.close()
     for title, table in tables(measured).items():

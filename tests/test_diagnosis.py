@@ -247,6 +247,7 @@ def test_distances_pair_tokens_whatever_their_order() -> None:
     assert found.infer.value == pytest.approx(expected[0].mean())
     assert found.ratio.value == pytest.approx(np.exp(np.log(expected[0] / expected[1]).mean()))
     assert found.ratio.low > WORSE
+    assert found.mean_ratio.value == pytest.approx(expected[0].sum() / expected[1].sum())
     assert distances(infer, train.assign(logp_train=np.nan)) is None
 
 
@@ -259,13 +260,15 @@ def test_the_engine_that_rounds_worse_is_named(ratio: float, side: str) -> None:
         return Interval(value, value / 1.1, value * 1.1, 24)
 
     pair = pair_summary(analyze_pair(make_pair(make_block(n_prompts=24))))
-    apart = Distances(about(0.02 * ratio), about(0.02), about(ratio), 480)
+    apart = Distances(about(0.02 * ratio), about(0.02), about(ratio), about(1.0), 480)
     engines = {"infer": "vLLM", "train": "transformers"}
     found = verdict(Seen(pair, function=SAME_TEST, distances=apart, engines=engines))
     assert found["word"] == "same function, one engine rounds worse"
     assert found["where"].startswith(f"in {side}, which rounds")
     alike = verdict(Seen(pair, function=SAME_TEST, distances=replace(apart, ratio=about(1.2)), engines=engines))
     assert alike["word"] == "same function, rounding only"
+    in_flips = replace(apart, ratio=about(1.2), mean_ratio=about(ratio))
+    assert verdict(Seen(pair, function=SAME_TEST, distances=in_flips, engines=engines))["where"] == found["where"]
 
 
 def test_float32_on_an_accelerator_may_be_something_else() -> None:

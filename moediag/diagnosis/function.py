@@ -221,17 +221,19 @@ class Distances:
         infer, train: mean abs(logp - logp of the engine's own float32).
         ratio: infer's distance over train's of a typical token (geometric mean over tokens: flips, of which a few
             carry the means, hardly move it); 1 = neither rounds worse.
+        mean_ratio: infer's mean over train's, which a fault that shows in flips alone moves.
     """
 
     infer: Interval
     train: Interval
     ratio: Interval
+    mean_ratio: Interval
     n_tokens: int
 
     def content(self) -> dict[str, Any]:
         """As summary.json holds it."""
         return {
-            **{name: _content(getattr(self, name)) for name in ("infer", "train", "ratio")},
+            **{name: _content(getattr(self, name)) for name in ("infer", "train", "ratio", "mean_ratio")},
             "n_tokens": self.n_tokens,
             "n_prompts": self.ratio.n_clusters,
         }
@@ -264,10 +266,11 @@ def distances(infer: pd.DataFrame, train: pd.DataFrame) -> Distances | None:
     prompt_T = joined["prompt_id"].to_numpy()[is_known]
     log_N = np.log(np.maximum(infer_N, _LEAST)) - np.log(np.maximum(train_N, _LEAST))
     n_C = cluster_sums(np.ones(len(prompt_T)), prompt_T)
-    means = [
-        ratio_mean_interval(cluster_sums(one[is_known], prompt_T), n_C, kind="positive").one()
-        for one in (infer_N, train_N)
-    ]
+    infer_C, train_C = (cluster_sums(one[is_known], prompt_T) for one in (infer_N, train_N))
+    infer_mean, train_mean, mean_ratio = (
+        ratio_mean_interval(sum_C, by_C, kind="positive").one()
+        for sum_C, by_C in ((infer_C, n_C), (train_C, n_C), (infer_C, train_C))
+    )
     log = ratio_mean_interval(cluster_sums(log_N[is_known], prompt_T), n_C).one()
     ratio = replace(log, value=math.exp(log.value), low=math.exp(log.low), high=math.exp(log.high))
-    return Distances(means[0], means[1], ratio, int(is_known.sum()))
+    return Distances(infer_mean, train_mean, ratio, mean_ratio, int(is_known.sum()))

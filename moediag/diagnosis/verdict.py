@@ -8,7 +8,6 @@ engines alone cannot tell.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -38,7 +37,8 @@ TONES: Final = {
 """The words of a verdict: nothing to mend, something to look at, something wrong, not known."""
 
 WORSE: Final = 1.5
-"""Times that one engine's typical token is farther from the function than the other's, from which on it rounds worse.
+"""Times that one engine's typical token, or its mean, is farther from the function than the other's, with the whole
+interval, from which on it rounds worse.
 Ours: healthy pairs were measured at 0.8 to 1.25 (reports/diagnosis.md)."""
 
 Summary = Mapping[str, Any]
@@ -155,10 +155,11 @@ def _not_repeating(seen: Seen) -> dict[str, Any] | None:
 
 def _other_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
     mean = seen.pair["logp"]["abs_logp_diff"]["mean"]
+    how = "choose other experts at no near tie" if function.mean is None else f"still differ by {_nat(function.mean)}"
     reason = (
-        f"in float32, where rounding makes {sig(function.scale)} nat, {_engines(seen)} still differ by "
-        f"{_nat(function.mean)} ({function.n_sequences - function.n_agreeing} of {function.n_sequences} sequences "
-        f"differ by more than {SAME:g} times rounding; the mismatch in use is {sig(mean)} nat)"
+        f"in float32, where rounding makes {sig(function.scale)} nat, {_engines(seen)} {how} "
+        f"({function.n_sequences - function.n_agreeing} of {function.n_sequences} sequences differ by more than "
+        f"{SAME:g} times rounding; the mismatch in use is {sig(mean)} nat)"
     )
     if seen.is_on_accelerator and function.mean is not None and mean and function.mean < mean / 4:
         note = "; on an accelerator float32 may be TF32 or an attention kernel of less, which looks like this"
@@ -198,12 +199,12 @@ def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
     if apart is None:
         return _words(SAME_FUNCTION, agreed, "nowhere: both run in float32", "nothing to mend")
     rounding = seen.rounding
-    is_known = math.isfinite(apart.ratio.low) and math.isfinite(apart.ratio.high)
     worse = None
-    if is_known and apart.ratio.low > WORSE:
-        worse = INFER, TRAIN, apart.infer.value
-    elif is_known and apart.ratio.high < 1 / WORSE:
-        worse = TRAIN, INFER, apart.train.value
+    for ratio in (apart.ratio, apart.mean_ratio):  # comparisons with NaN, no interval, are false
+        if ratio.low > WORSE:
+            worse = INFER, TRAIN, apart.infer.value
+        elif ratio.high < 1 / WORSE:
+            worse = TRAIN, INFER, apart.train.value
     if worse is not None:
         side, other, value = worse
         scale = f", {sig(value / rounding['mean'])} times what one unit in the last place does" if rounding else ""
@@ -314,12 +315,15 @@ def _distance_words(seen: Seen) -> list[str]:
     apart = seen.distances
     if apart is None or seen.function is None or not seen.function.is_same:
         return []
-    is_known = math.isfinite(apart.ratio.low) and math.isfinite(apart.ratio.high)
-    bounds = f" [{sig(apart.ratio.low)}, {sig(apart.ratio.high)}]" if is_known else ""
+    ratios = [
+        f"{what} {sig(ratio.value)} to 1"
+        + (f" [{sig(ratio.low)}, {sig(ratio.high)}]" if ratio.low < ratio.high else "")
+        for what, ratio in (("in the mean", apart.mean_ratio), ("on a typical token", apart.ratio))
+    ]
     return [
         f"against its own float32 {seen.engine(INFER)} differs by {sig(apart.infer.value)} nat on average, "
-        f"{seen.engine(TRAIN)} by {sig(apart.train.value)} nat; on a typical token "
-        f"{sig(apart.ratio.value)} to 1{bounds} (n = {apart.n_tokens:,} tokens; to {WORSE:g} either way is ordinary)"
+        f"{seen.engine(TRAIN)} by {sig(apart.train.value)} nat: {', '.join(ratios)} (n = {apart.n_tokens:,} tokens; to "
+        f"{WORSE:g} either way is ordinary)"
     ]
 
 
