@@ -77,6 +77,7 @@ def command(
     """
     from moediag.cli.console import bar, say, say_json, wrote
     from moediag.cli.table import show_ladder, show_verdict
+    from moediag.diagnosis.ladder import engine_seconds
     from moediag.results import analyze_run, load_frames, report_run
     from moediag.run.reader import open_run
 
@@ -96,7 +97,7 @@ def command(
         return
     show_verdict(run.path.resolve().name, summary, str(run.path))
     say()
-    show_ladder(load_frames(run)["ladder"])
+    show_ladder(load_frames(run)["ladder"], partial(engine_seconds, run))
     wrote(report.with_suffix(".html"))
 
 

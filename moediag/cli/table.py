@@ -76,11 +76,18 @@ def show_verdict(label: str, summary: dict[str, Any], run: str = "RUN") -> None:
             _say_wrapped(f"  {name}{words}")
 
 
-def show_ladder(frame: pd.DataFrame) -> None:
-    """The ladder, a row per rung."""
+def show_ladder(frame: pd.DataFrame, seconds: Callable[[Sequence[str]], float | None]) -> None:
+    """The ladder, a row per rung.
+
+    Args:
+        seconds: engine time of some arms, None = not known.
+    """
     columns = [LADDER[name] for name in ("rung", "compared", "mean", "yardstick", "finding", "says")]
-    rows = [[column.text(row[column.name]) for column in columns] for row in frame.to_dict("records")]
-    say(table_text([column.header for column in columns], rows, width=_WIDTH))
+    rows = []
+    for row in frame.to_dict("records"):
+        cost = seconds([arm for arm in row["arms"].split(", ") if arm])
+        rows.append([*(column.text(row[column.name]) for column in columns), "" if cost is None else f"{cost:.3g} s"])
+    say(table_text([*(column.header for column in columns), "cost"], rows, width=_WIDTH))
 
 
 def show_table(summaries: dict[str, dict[str, Any]], run: str = "RUN") -> None:

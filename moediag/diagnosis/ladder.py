@@ -43,7 +43,7 @@ LADDER = declare(
     Column("n_tokens", "int64", "token", "tokens compared"),
     Column("finding", "str", "1", "bit-exact, within or beyond rounding, same, different, measured, or not run"),
     Column("says", "str", "1", "what the rung says; of one that was not run, the command that would"),
-    measured("seconds", "s", "engine time of the rung's own arms"),
+    Column("arms", "str", "1", "arms that only this rung needs; empty where there are none", label="own arms"),
     section="ladder",
     caption="The ladder: what each rung compares, its mean abs(logp_diff) beside rounding, and what it rules out",
 )
@@ -109,7 +109,7 @@ def ladder(run: Run, pairs: Mapping[str, Summary], summary: Summary) -> pd.DataF
             "rung": rung.rung, "rules_out": rung.rules_out, "compared": rung.compared, "pair": rung.pair,
             "mean": mean.get("mean"), "mean_ci_low": low, "mean_ci_high": high, "p99": mean.get("p99"),
             "yardstick": rung.yardstick, "n_tokens": pairs[rung.pair]["n_tokens"] if rung.pair in pairs else 0,
-            "finding": rung.finding, "says": rung.says, "seconds": _seconds(run, rung.arms),
+            "finding": rung.finding, "says": rung.says, "arms": ", ".join(rung.arms),
         })  # fmt: skip
     return LADDER.validate(pd.DataFrame(rows, columns=LADDER.names))
 
@@ -266,7 +266,8 @@ def forced_layers(run: Run, name: str) -> str:
     return f" in MoE layers {first or 0} to {'the last' if last is None else last}"
 
 
-def _seconds(run: Run, arms: Sequence[str]) -> float | None:
+def engine_seconds(run: Run, arms: Sequence[str]) -> float | None:
+    """Engine time that arms took [s], loading aside; None where nothing is known of it."""
     times = [run.capture_sidecar(arm, shard).seconds for arm in arms for shard in run.shards_of(arm)]
     known = [one for one in times if one is not None]
     return float(sum(known)) if known else None

@@ -251,7 +251,7 @@ VIEWS: Final[dict[str, View]] = {
         ),
         note=lambda frame: f" ({count(frame['n_vocabulary'].iloc[0])} tokens)",
     ),
-    "ladder": View(("rung", "compared", "mean", "yardstick", "finding", "says", "n_tokens", "seconds", "rules_out")),
+    "ladder": View(("rung", "compared", "mean", "yardstick", "finding", "says", "n_tokens", "arms", "rules_out")),
     "tail_curve": View(
         ("threshold", Cell("tau", lambda row: Markdown(sig(math.exp(row["threshold"])))), "share_above", "n_above",
          "n_tokens"),
