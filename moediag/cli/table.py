@@ -61,12 +61,13 @@ def show_verdict(label: str, summary: dict[str, Any], run: str = "RUN") -> None:
     verdict = summary.get("verdict")
     if not verdict:
         return
+    if weights := verdict.get("weights"):  # before anything else
+        say(f"{label}: {weights}")
     say(f"{label}: {verdict['word']}")
     then = verdict.get("next") or {"words": "", "commands": []}
     checkpoint = str((summary.get("model") or {}).get("path") or "CKPT")
     commands = ", ".join(one.replace("RUN", run).replace("CKPT", checkpoint) for one in then["commands"])
     lines = [
-        ("", verdict.get("weights", "")),
         ("", verdict["reason"]),
         ("where: ", verdict.get("where", "")),
         ("next: ", f"{then['words']}{': ' if commands else ''}{commands}"),
