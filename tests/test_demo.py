@@ -75,6 +75,26 @@ def test_the_trained_pair_shows_the_phenomenon(demo: Path) -> None:
     assert moe["margins"]["median_logit_margin_flipped"] < 0.1 * moe["margins"]["median_logit_margin_all"]
 
 
+@pytest.mark.parametrize("name", ["moe", "dense"])
+def test_the_engines_compute_the_same_function_and_it_is_said_first(demo: Path, name: str) -> None:
+    """Of a perfectly healthy pair the first screen said "above floor"."""
+    summary, ladder = summary_of(demo / name), load_frames(open_run(demo / name))["ladder"]
+    assert summary["verdict"]["word"] == "same function, rounding only"
+    function = summary["function"]
+    assert function["n_agreeing"] == function["n_sequences"] > 16
+    assert 0.2 < function["times"] < 5
+    assert function["mean"] < 1e-4 * summary["pairs"]["infer~train"]["logp"]["abs_logp_diff"]["mean"]
+    assert 0.7 < summary["distances"]["ratio"]["value"] < 1.4
+    found = dict(zip(ladder["compared"], ladder["finding"], strict=True))
+    assert found["both engines in float32"] == "same"
+    assert found["infer decoding, against train"] == "within rounding"
+    printed = (demo / "stdout.txt").read_text()
+    assert f"{name}: same function, rounding only" in printed
+    assert (
+        (demo / name / "report.md").read_text().splitlines()[2].startswith("**Verdict: same function, rounding only**")
+    )
+
+
 def test_prompt_and_response_stay_inside_the_training_window(demo: Path) -> None:
     """Beyond the window the mismatch jumps: an artefact of the tiny model, not the drift of the source."""
     from moediag.demo.train import MOE

@@ -153,7 +153,7 @@ def _climb(
         missing = [one for one in requests if one.arm not in run.arms() or not run.is_complete(one.arm)]
         if not missing:
             continue
-        note(f"Stage {nth + 1}  {', '.join(one.arm for one in missing)}")
+        note(f"Stage {nth + 1}  {', '.join(one.arm for one in missing)}: {_cost(run, missing)}")
         jobs.capture(jobs.Arms(RunWriter(run), missing, dict.fromkeys((INFER, TRAIN), checkpoint)))
         if whole or stage is opted:
             continue
@@ -169,6 +169,26 @@ def _climb(
         with Engines() as engines, bar("modules") as progress:
             check_modules(engines, run, checkpoint, checkpoint, progress.on_event).keep(run)
     return run
+
+
+def _cost(run: Run, requests: Sequence[ArmRequest]) -> str:
+    """Time and disk that arms will take, from what the run's reference arms took; what is not known is said."""
+    from moediag.run.recipes import recipe
+
+    seconds, n_bytes, unknown = 0.0, 0, []
+    for request in requests:
+        like = run.reference(recipe(request.recipe).role)
+        if like not in run.arms() or not run.is_complete(like):
+            unknown.append(request.arm)
+            continue
+        for shard in run.shards[: request.n_shards]:
+            sidecar = run.capture_sidecar(like, shard)
+            seconds, n_bytes = seconds + (sidecar.seconds or 0.0), n_bytes + sidecar.n_bytes
+    n_loads = len({(one.engine, str(one.options)) for one in requests})
+    loads = f"{n_loads} loads of an engine (some 25 s each on two cores, more for large weights)"
+    if unknown:
+        return f"{loads}; each arm takes one pass over the tokens, how long is known once {unknown[0]} is there"
+    return f"{loads}, about {seconds:,.0f} s of passes as the arms before took, {n_bytes / 1e6:,.1f} MB"
 
 
 def _request(run: Run, checkpoint: Checkpoint, settings: Settings, longest: int, name: str, **more: Any) -> ArmRequest:
