@@ -39,6 +39,7 @@ from moediag.engines.launch import fill_arm
 from moediag.engines.plan import SamplingOptions, load_prompt_tokens, make_plan
 from moediag.errors import CheckpointError, MoediagError
 from moediag.faults import FAULTS, FUNCTION, fill_planted_arm, planted_checkpoint
+from moediag.faults.catalogue import NO_MODULE
 from moediag.numbers import sig
 from moediag.results import analyze_run
 from moediag.run.reader import Run, open_run
@@ -200,6 +201,8 @@ def _measure(folder: Path, engines: KeptEngines, cell: Cell) -> Cell:
         try:
             fill(request=request)
         except MoediagError as error:
+            if NO_MODULE in str(error):
+                return replace(cell, layer=layer, absent=str(error))
             # the proof of routers found it: what would be said were it accepted is asked of the verdict
             refused = refused or str(error).partition(". Nothing was sampled")[0]
             shutil.rmtree(run_path / "arms" / request.arm, ignore_errors=True)

@@ -29,6 +29,7 @@ Edit = Callable[[Tensors, dict[str, Any], int], int]
 """Changes tensors by name, or entries of config.json, in place, in one decoder layer; returns how many it changed."""
 Undo = Callable[[], None]
 
+NO_MODULE: Final = "has no module for this"
 _LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 _MOE: Final = "(?:mlp|block_sparse_moe|feed_forward)"
 
@@ -170,7 +171,7 @@ FAULTS: Final[Mapping[str, Fault]] = {
     "activations-fp8": Fault("every MoE block's input in float8", ROUNDING, "routed experts", of_layer=False,
                              input_of=_MOE),
     "kv-fp8": Fault("keys and values in float8", ROUNDING, "attention", of_layer=False,
-                    output_of=r"self_attn\.(?:k_proj|v_proj|qkv_proj)"),
+                    output_of=r"(?:self_attn|attn)\.(?:k_proj|v_proj|qkv_proj)"),
     "head-fp8": Fault("the head's input in float8", ROUNDING, "head", of_layer=False,
                       input_of="lm_head|logits_processor"),
 }  # fmt: skip
@@ -239,7 +240,7 @@ def plant(model: torch.nn.Module, name: str, moe_layers: tuple[int, ...]) -> Und
         elif fault.output_of and re.fullmatch(fault.output_of, rest):
             handles.append(module.register_forward_hook(_rounded_output))
     if not handles:
-        raise CheckpointError(f"{type(model).__name__} has no module for this: {fault.words}; choose another fault")
+        raise CheckpointError(f"{type(model).__name__} {NO_MODULE}: {fault.words}; choose another fault")
 
     def undo() -> None:
         for handle in handles:
