@@ -81,7 +81,7 @@ def test_main_leaves_the_handlers_of_its_caller_in_place(capsys: pytest.CaptureF
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-RESUMING = {"demo", "profile", "capture", "selftest -o folder"}
+RESUMING = {"demo", "profile", "capture", "diagnose", "selftest -o folder"}
 
 
 @pytest.mark.parametrize("command", [*sorted(registered()), "selftest -o folder"])

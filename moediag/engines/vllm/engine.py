@@ -396,6 +396,8 @@ class InferEngine:
             native = self._native_routing(tokens, shard, responses)
             cross_check(tokens, routing["expert_ids_TLK"], native["expert_ids_TLK"])
         entropy_T = entropies(tokens, apart.pop("entropy").numpy(), request_seq_ids)
+        if self.path == PREFILL:  # what is sampled behind a chunk is thrown away: a row here and there, no record
+            entropy_T[:] = np.nan
         dtypes = {n: _DTYPE_NAMES[str(t.dtype)] for n, t in rows.items() if str(t.dtype) in _DTYPE_NAMES}
         facts = recomputed_rows(tokens, numpy_rows, request_seq_ids)
         shard_facts = {"router_dtypes": observed["router_dtypes"], **facts}
