@@ -60,7 +60,7 @@ def scored(model: Any, spec: Any, batching: Batching, level: str = MARGINS, rout
 def test_a_batch_gives_what_each_sequence_gives_alone(loaded: Any, name: str, layout: str) -> None:
     model, spec = loaded[name]
     reference, batched = (scored(model, spec, Batching(size, layout)) for size in (1, 3))
-    torch.testing.assert_close(batched["logp_T"], reference["logp_T"], atol=1e-5, rtol=0, equal_nan=True)
+    torch.testing.assert_close(batched["logp_T"], reference["logp_T"], atol=3e-5, rtol=0, equal_nan=True)
     torch.testing.assert_close(batched["margin_TL"], reference["margin_TL"], atol=5e-5, rtol=0)
     assert torch.equal(batched["expert_ids_TLK"].sort(-1)[0], reference["expert_ids_TLK"].sort(-1)[0])
 
