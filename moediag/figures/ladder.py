@@ -32,6 +32,7 @@ def _nothing_run(frames: Frames) -> str:
     caption="Mean abs(logp_diff) of every rung that was run; the grey bar is what one unit in the last place makes "
     "there.",
     section="ladder",
+    floor_of="abs_logp_diff.mean",
     absent=_nothing_run,
 )  # fmt: skip
 def plot_ladder(frames: Mapping[str, pd.DataFrame], *, panel: Panel) -> Figure:

@@ -289,7 +289,7 @@ VIEWS: Final[dict[str, View]] = {
          Cell("explained", lambda row: number(row["explained"], "share")), "gap", "calibration_error",
          "calibration_error_expected", "n_choices"),
         _all_methods_then_best,
-        n_markdown=30,
+        n_markdown=20,
     ),
     "flip_calibration": View(
         (Cell("P(flip)", lambda row: f"{sig(row['bin_low'], 2)} to {sig(row['bin_high'], 2)}", is_text=True),
