@@ -13,7 +13,7 @@ Rung L8 of the ladder. ``d`` = recorded - own, of trained response tokens. Each 
     - **Other weights**: none of these, and farther from own than our engines are from each other. Certain only where
       other checkpoints have scored the tokens as well, and one of them fits (D28).
 
-Temperature and truncation change most tokens by more than other weights do: beside them nothing is said of weights.
+Temperature and truncation change most tokens by more than other weights do: beside them weights are left out.
 """
 
 from __future__ import annotations
@@ -469,7 +469,7 @@ def _temperature(tokens: RecordedTokens, own_T: Float64) -> tuple[Check | None, 
     words = f"spread of recorded over own log-probabilities {where} (r = {r:.4f}); 1 / T of a temperature T"
     limit = (
         f"farther from 1 than noise of either side can make it (twice -log r) and by {math.exp(LEAST_SCALE) - 1:.0%} "
-        "means scaled (rule D10)"
+        "means scaled (rule D10-temperature)"
     )
     return Check(TEMPERATURE, words, value, low, high, int(used_T.sum()), limit, is_scaled), 1 / value
 
@@ -522,14 +522,14 @@ def _truncation(
     limit = (
         f"below 1 by more than chance and {LEAST_OFFSET:g}, with "
         f"{f'{MIN_ROWS} such zeros beside a temperature' if is_scaled else f'{GAINING:.0%} gaining'}, means truncated "
-        "(rule D09); it supposes that the tokens were drawn from what is recorded"
+        "(rule D09-mean-ratio); it supposes that the tokens were drawn from what is recorded"
     )
     halves = _halves(tokens, own_T)
-    said = (
+    kept = (
         f"renormalised over a part of the vocabulary that keeps {1 + offset:.1%} of its mass on average "
         f"({halves}), at least {math.exp(-max(most, 0.0)):.1%} for 995 of 1,000 tokens"
     )
-    return Check(TRUNCATED, words, 1 + offset, low, high, n, limit, is_cut), said
+    return Check(TRUNCATED, words, 1 + offset, low, high, n, limit, is_cut), kept
 
 
 def _halves(tokens: RecordedTokens, own_T: Float64) -> str:
@@ -592,21 +592,21 @@ def _weights(
     check = Check(OTHER_WEIGHTS, words, ratio, low, high, n, limit, is_far and not is_float32)
     checks.append(check)
     if is_far and is_float32:
-        said = f"{mean:.3g} nat from {own} on average, but all own arms are float32: a coarser dtype does that, too"
-        return Explanation(CANNOT_TELL, said, tuple(faults), tuple(checks),
+        words = f"{mean:.3g} nat from {own} on average, but all own arms are float32: a coarser dtype does that, too"
+        return Explanation(CANNOT_TELL, words, tuple(faults), tuple(checks),
                            "score the tokens in the rollout engine's dtype: moediag capture train CKPT --dtype "
                            "bfloat16 --name train-bf16 -o RUN")  # fmt: skip
     if is_far:
         cause, next_check = CAUSES[OTHER_WEIGHTS]
-        said = f"{ratio:.2g} times as far from our own engines as these are from each other, by nothing named above"
-        faults.append(Fault(OTHER_WEIGHTS, said, cause, next_check))
+        words = f"{ratio:.2g} times as far from our own engines as these are from each other, by nothing named above"
+        faults.append(Fault(OTHER_WEIGHTS, words, cause, next_check))
     if faults:
         return _explanation(faults, checks)
-    said = (
+    words = (
         "equal to our own, bit for bit" if mean == 0 else
         f"no farther from {own} ({mean:.3g} nat) than rounding explains; a fault below that cannot be seen"
     )  # fmt: skip
-    return Explanation(HEALTHY, said, (), tuple(checks), "nothing to do")
+    return Explanation(HEALTHY, words, (), tuple(checks), "nothing to do")
 
 
 def _yardstick(tokens: RecordedTokens, scale_words: str) -> Float64:
@@ -639,7 +639,7 @@ def _fitting(tokens: RecordedTokens, own: str, scale: float, slack_T: Float64) -
             f"{own} ({float(own_T.mean()):.3g} nat)"
         )
         check = Check(OTHER_WEIGHTS, words, float(gain_T.mean()), math.nan, math.nan, len(tokens),
-                      f"a gain above 0 by more than chance (1 in {1 / ALPHA:,.0f}) means that checkpoint (rule D28)",
+                      f"a gain above 0 by more than chance (1 in {1 / ALPHA:,.0f}) means that checkpoint",
                       True)  # fmt: skip
         best = check if best is None or check.value > best.value else best
     return best
