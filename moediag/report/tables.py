@@ -20,7 +20,7 @@ from moediag.notation import POOLED
 from moediag.numbers import NONE, count, in_unit, percent, sig
 from moediag.report.blocks import Table, interval, number, table
 from moediag.report.decode import TokenTexts
-from moediag.report.text import Markdown, code, visible
+from moediag.report.text import Markdown, code, plain, visible
 
 Row = Mapping[str, Any]
 
@@ -251,7 +251,10 @@ VIEWS: Final[dict[str, View]] = {
         ),
         note=lambda frame: f" ({count(frame['n_vocabulary'].iloc[0])} tokens)",
     ),
-    "ladder": View(("rung", "compared", "mean", "yardstick", "finding", "says", "n_tokens", "arms", "rules_out")),
+    "ladder": View(
+        (Cell("rung", lambda row: plain(f"{row['rung']}: {row['compared']}"), is_text=True), "mean", "yardstick",
+         "finding", "says", "n_tokens", "rules_out"),
+    ),
     "tail_curve": View(
         ("threshold", Cell("tau", lambda row: Markdown(sig(math.exp(row["threshold"])))), "share_above", "n_above",
          "n_tokens"),
