@@ -301,6 +301,13 @@ def _ulp(dtype: str) -> float:
     return float(torch.finfo(getattr(torch, dtype)).eps)
 
 
+def _least(dtype: str) -> float:
+    """What values near 0 may be off by: as many units of the smallest number as others of their last place. float16's
+    is 6e-8, so that a gate weight below 6e-5 has fewer digits than its dtype."""
+    finfo = torch.finfo(getattr(torch, dtype))
+    return 2 * _ULPS * max(float(finfo.smallest_normal) * float(finfo.eps), 1e-36)
+
+
 def _dtypes(own: str, rows: Rows) -> list[str]:
     """Dtypes that scores or weights may have been computed in; a narrow one is seldom told by its result."""
     return list(dict.fromkeys([own or "float32", rows.logits_dtype]))
@@ -353,7 +360,7 @@ def _same_scores(rows: Rows, rule: ModelRouting, scores_NE: torch.Tensor, dtype:
     bias = rows.vectors.get(rule.bias_name)
     scale = ours.nan_to_num(neginf=0.0).abs() + (0 if bias is None else bias.abs())
     spread = rows.logits_NE[used_N].abs().amax(-1, keepdim=True)
-    room = _ulp(dtype) * (2 * _ULPS + spread) * scale + 1e-36
+    room = _ulp(dtype) * (2 * _ULPS + spread) * scale + _least(dtype)
     return bool((seen.isfinite() == ours.isfinite()).all()) and bool(
         ((seen - ours).nan_to_num(0.0, 0.0, 0.0).abs() <= room).all()
     )
@@ -398,7 +405,7 @@ def gate_differs(rows: Rows, rule: ModelRouting, dtype: str) -> torch.Tensor:
     ours = gate_weights(rows.logits_NE, rows.ids_NK, rule, rows.vectors.get(rule.expert_scale_name))
     seen = rows.gates_NK * (rows.factor or 1.0)
     spread = rows.logits_NE.abs().amax(-1, keepdim=True)
-    room = _ulp(dtype) * (2 * _ULPS + spread) * torch.maximum(ours.abs(), seen.abs()) + 1e-36
+    room = _ulp(dtype) * (2 * _ULPS + spread) * torch.maximum(ours.abs(), seen.abs()) + _least(dtype)
     return ~((seen - ours).abs() <= room) & ~(seen.isnan() & ours.isnan())
 
 
