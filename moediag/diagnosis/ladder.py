@@ -300,6 +300,7 @@ def remedies(run: Run, frames: Mapping[str, pd.DataFrame], pairs: Mapping[str, S
 
 
 _REMEDIES: Final = ("replay", "dtype", "router-dtype", "batching", "option")
+"""Changes that somebody could make for good."""
 
 
 def _change_words(run: Run, record: ArmRecord) -> str:

@@ -202,7 +202,7 @@ def explain_recorded(run: Run, arms: Sequence[str]) -> Explanation | None:
     """
     records = [run.arm(arm) for arm in arms]
     recorded = next((one.name for one in records if one.captured is None and one.role == "infer"), None)
-    if recorded is None or not run.arm(recorded).arrays or all(one.captured is None for one in records):
+    if recorded is None or all(one.captured is None for one in records):
         return None
     try:
         return explain(recorded_tokens(run, recorded))

@@ -48,10 +48,11 @@ def plot_ladder(frames: Mapping[str, pd.DataFrame], *, panel: Panel) -> Figure:
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     above = [frame.loc[:, ["mean", "yardstick"]].to_numpy().ravel() for frame in shown.values()]
     positive = np.concatenate([*above, [1.0]])
-    lowest = float(positive[positive > 0].min()) / 30
+    positive = positive[positive > 0]
+    ends = float(positive.min()) / 30, 3 * float(np.max(positive[:-1], initial=0.0) or 1.0)
     for nth, (label, frame) in enumerate(shown.items()):
         ax = figure.add_subplot(grid[nth])
-        _draw(ax, frame, panel.styles[label], lowest)
+        _draw(ax, frame, panel.styles[label], ends)
         ax.set_title(figure_text(label))
         if nth == len(shown) - 1:
             ax.set_xlabel("mean abs(logp_diff) [nat]")
@@ -78,10 +79,10 @@ def ladder_finding(frames: Mapping[str, pd.DataFrame]) -> str:
     return "\n".join(parts) or "No run"
 
 
-def _draw(ax: Axes, frame: pd.DataFrame, style: RunStyle, lowest: float) -> None:
+def _draw(ax: Axes, frame: pd.DataFrame, style: RunStyle, ends: tuple[float, float]) -> None:
     y_R, width = np.arange(len(frame))[::-1], 22 if is_column(figure_width(ax)) else 46
     ax.set_xscale("log")
-    mean_R = np.maximum(frame["mean"].to_numpy(float), lowest)
+    mean_R = np.maximum(frame["mean"].to_numpy(float), ends[0])
     for y, (_, row) in zip(y_R, frame.iterrows(), strict=True):
         if row["yardstick"] > 0:
             ax.plot([row["yardstick"]] * 2, [y - 0.33, y + 0.33], color=GREY, linewidth=3, alpha=0.6)
@@ -90,6 +91,6 @@ def _draw(ax: Axes, frame: pd.DataFrame, style: RunStyle, lowest: float) -> None
     ax.plot(mean_R, y_R, linestyle="none", marker=style.marker, color=style.colour, markersize=4.5)
     ax.set_yticks(y_R, [figure_text(f"{row['rung']} {row['compared']}", width) for _, row in frame.iterrows()])
     ax.set_ylim(-0.7, len(frame) - 0.3)
-    ax.set_xlim(lowest / 1.5, None)
+    ax.set_xlim(ends[0] / 1.5, ends[1])  # the same for every run
     ax.tick_params(axis="y", length=0, colors=INK)
     ax.grid(axis="y", visible=False)
