@@ -1,13 +1,14 @@
-"""A run held against conditions: its summary as it was analysed, and the rules of ``validate`` on its files now."""
+"""A run held against conditions: its summary as it was analysed, its diagnosis, and ``validate`` on its files now."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from moediag.diagnosis.gate import Gate, Subject, judge, parse_conditions
 from moediag.errors import RunError
-from moediag.hygiene import check_run
+from moediag.hygiene import Finding, check_run
 from moediag.report.gate_pages import gate_junit, gate_markdown
 from moediag.results.load import load_summary
 from moediag.results.report import label_of
@@ -44,12 +45,20 @@ def gate_run(
     summary = load_summary(opened)
     other = None if baseline is None else _baseline(open_run(baseline))
     found = check_run(opened, arms=list(summary["arms"]))
+    found += _diagnosed(summary, {one.rule for one in found})
     gate = judge(Subject(label_of(opened), summary, found), parsed, other, allowed=allowed, max_skipped=max_skipped)
     if markdown is not None:
         write_atomic(markdown, gate_markdown(gate).encode())
     if junit is not None:
         write_atomic(junit, gate_junit(gate))
     return gate
+
+
+def _diagnosed(summary: dict[str, Any], known: Collection[str]) -> list[Finding]:
+    """What the diagnosis found of the main pair, beside the findings of the rules on the files."""
+    causes = (summary.get("verdict") or {}).get("causes") or ()
+    facts = ("level", "rule", "where", "message", "n", "n_of")
+    return [Finding(**{name: one[name] for name in facts}) for one in causes if one["rule"] not in known]
 
 
 def _baseline(run: Run) -> Subject:
