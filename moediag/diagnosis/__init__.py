@@ -2,6 +2,7 @@
 
 from moediag.diagnosis.function import Distances, FunctionTest, distances, same_function
 from moediag.diagnosis.ladder import LADDER, REMEDIES, ladder, remedies
+from moediag.diagnosis.reference import Whose, whose
 from moediag.diagnosis.verdict import Seen, verdict
 
 __all__ = [
@@ -10,9 +11,11 @@ __all__ = [
     "Distances",
     "FunctionTest",
     "Seen",
+    "Whose",
     "distances",
     "ladder",
     "remedies",
     "same_function",
     "verdict",
+    "whose",
 ]

@@ -12,7 +12,7 @@ import pandas as pd
 
 from moediag.analysis.floors import Variant, floors
 from moediag.analysis.tokens import Tokens
-from moediag.diagnosis import Distances, FunctionTest, Seen, distances, verdict
+from moediag.diagnosis import Distances, FunctionTest, Seen, Whose, distances, verdict
 from moediag.diagnosis.modules import ModuleChecks
 from moediag.diagnosis.recorded import Explanation
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
@@ -42,12 +42,14 @@ class Found:
         modules: what a check of both engines' modules found; None without one.
         recorded: what is wrong with imported rollouts; None where the run was not imported.
         errors: lines of validation errors that were overridden.
+        whose: what a third party says of a difference of functions; None without one.
     """
 
     function: FunctionTest | None
     modules: ModuleChecks | None
     recorded: Explanation | None
     errors: Sequence[str]
+    whose: Whose | None = None
 
 
 def summarize(
@@ -76,6 +78,7 @@ def summarize(
     weights = _weights(run, *run.main_arms)
     differ = (weights or {}).get("words", "")
     analysed = {arm for analysis in analyses for arm in (analysis.minuend, analysis.subtrahend)}
+    analysed |= {found.whose.arm} if found.whose is not None and found.whose.arm else set()
     return {
         "schema_version": SCHEMA_VERSION,
         "step": record.step,
@@ -111,11 +114,13 @@ def summarize(
                 found.modules,
                 recorded,
                 **_sides(run),
+                whose=found.whose,
             )
         ),
         "recorded": None if recorded is None else recorded.content(),
         "function": None if function is None else function.content(),
         "distances": None if apart is None else apart.content(),
+        "whose": None if found.whose is None else found.whose.content(),
         "pairs": pairs,
         "floors": floor,
         "routing_replay": replay,
