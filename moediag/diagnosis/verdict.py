@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from moediag.analysis.floors import FAR, is_mostly_exact, replay_words
 from moediag.diagnosis.function import SAME, Distances, FunctionTest
-from moediag.diagnosis.modules import ModuleChecks
+from moediag.diagnosis.modules import ModuleChecks, unlike_words
 from moediag.diagnosis.recorded import Explanation
 from moediag.notation import INFER, TRAIN
 from moediag.numbers import percent, sig
@@ -207,6 +207,14 @@ def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
             worse = TRAIN, INFER, apart.train.value
     if worse is not None:
         side, other, value = worse
+        lines = unlike_words(seen.modules.frame) if seen.modules is not None else []
+        unlike = [line for line in lines if f" in {seen.engine(side)}: " in line]
+        if unlike:
+            return _words(
+                OTHER_FUNCTION, f"{agreed}; in the precision in use {seen.engine(side)} is {_nat(value)} away from it",
+                f"in {seen.engine(side)}, which does there what it does not in float32: {unlike[0]}",
+                "read that module for what it does in this dtype only; another dtype is the way around it", MODULES,
+            )  # fmt: skip
         scale = f", {sig(value / rounding['mean'])} times what one unit in the last place does" if rounding else ""
         return _words(
             ROUNDS_WORSE, agreed,
