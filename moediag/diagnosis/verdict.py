@@ -24,6 +24,7 @@ from moediag.diagnosis.causes import (
 )
 from moediag.diagnosis.causes import causes as all_causes
 from moediag.diagnosis.function import SAME, FunctionTest
+from moediag.diagnosis.modules import unlike_words
 from moediag.hygiene.findings import Finding
 from moediag.hygiene.rules import DIAGNOSIS, ERROR, RULES
 from moediag.notation import INFER, TRAIN
@@ -171,6 +172,14 @@ def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
     if side:
         other = TRAIN if side == INFER else INFER
         value = (apart.infer if side == INFER else apart.train).value
+        lines = unlike_words(seen.modules.frame) if seen.modules is not None else []
+        unlike = [line for line in lines if f" in {seen.engine(side)}: " in line]
+        if unlike:
+            return _words(
+                OTHER_FUNCTION, f"{agreed}; in the precision in use {seen.engine(side)} is {_nat(value)} away from it",
+                f"in {seen.engine(side)}, which does there what it does not in float32: {unlike[0]}",
+                "read that module for what it does in this dtype only; another dtype is the way around it", MODULES,
+            )  # fmt: skip
         scale = f", {sig(value / rounding['mean'])} times what one unit in the last place does" if rounding else ""
         return _words(
             ROUNDS_WORSE, agreed,
