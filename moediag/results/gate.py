@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from moediag.diagnosis.gate import Gate, Subject, judge, parse_conditions
 from moediag.errors import RunError
-from moediag.hygiene import check_run
+from moediag.hygiene import Finding, check_run
 from moediag.report.gate_pages import gate_junit, gate_markdown
 from moediag.results.load import load_summary
 from moediag.results.report import label_of
@@ -44,6 +45,8 @@ def gate_run(
     summary = load_summary(opened)
     other = None if baseline is None else _baseline(open_run(baseline))
     found = check_run(opened, arms=list(summary["arms"]))
+    known = {(one.rule, one.where) for one in found}
+    found += [one for one in _causes(summary) if (one.rule, one.where) not in known]
     gate = judge(Subject(label_of(opened), summary, found), parsed, other, allowed=allowed, max_skipped=max_skipped)
     if markdown is not None:
         write_atomic(markdown, gate_markdown(gate).encode())
@@ -55,3 +58,10 @@ def gate_run(
 def _baseline(run: Run) -> Subject:
     """The baseline's numbers; whether its data hold was for its own gate to find."""
     return Subject(label_of(run), load_summary(run))
+
+
+def _causes(summary: dict[str, Any]) -> list[Finding]:
+    """What the diagnosis found when the run was analysed."""
+    return [
+        Finding(*(one[key] for key in ("level", "rule", "where", "message"))) for one in summary["verdict"]["causes"]
+    ]
