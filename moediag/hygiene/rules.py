@@ -24,6 +24,7 @@ FOREIGN = "data of another tool"
 TEMPERATURES = "sampling temperatures"
 """What a rule may need, in words that follow "no"."""
 DIAGNOSIS = "diagnosis"
+SERIES = "series over training steps (moediag trend)"
 """What a rule needs that the diagnosis of a run's main pair applies, and no look at single files."""
 
 
@@ -190,6 +191,54 @@ _TABLE = (
     Rule("softmaxed-logits", "stored router logits are probabilities: none negative, rows sum to 1",
          "the engine returns softmax output under the name router_logits", ERROR,
          "hook the router before its softmax", LOGITS),
+    # A series over training steps: what moediag trend says
+    Rule("D25-first-update", "fine at the first step, and after an update a level or a rise that is no rounding",
+         "the weight sync: transfer dtype, sharding, tensors left out or renamed", WARNING,
+         "compare fingerprints of both sides' weights before and after the weight sync (transfer dtype, sharding), and "
+         "repeat the steps with lr = 0: if it comes back, the sync or the engine's state is at fault, not the learning",
+         SERIES, threshold="a metric in nat, or its rise per step; 1 nat (20 times the mean past which IcePop's run "
+         "failed), or 10 times per step with intervals apart and above the published start (published mismatches "
+         "double within 20 steps)"),
+    Rule("D27-lr-zero", "the mismatch grows or jumps with a learning rate of 0",
+         "not the learning: the weight sync destroys weights, or the engine keeps a state (caches)", ERROR,
+         "compare fingerprints of the rollout engine's weights at both steps; restart the engine: does it reset?",
+         SERIES, threshold="D25-first-update at learning rate 0, or Kendall's rank correlation with the step; 1 in "
+         "1,000 by chance (ours: a training has some tens of steps)"),
+    Rule("D26-grows-resets", "the mismatch grows over the steps and falls back when the rollout engine is restarted",
+         "state of the engine: a KV or prefix cache of older weights, or memory that is not reset", ERROR,
+         "reset the prefix cache at every weight update; compare tokens with and without cached prefix", SERIES,
+         threshold="changes at restarts against all others (Mann-Whitney, exact); 1 in 1,000 by chance, and half of "
+         "the growth lost (ours)"),
+    Rule("beyond-rounding", "beyond rounding from the first step on",
+         "no drift: other weights, other tokens, or another sampling than what is scored", WARNING,
+         "check that both sides hold the same weights (fingerprints; unsharded against sharded), score the same tokens "
+         "(rules D32-token-ids and D01-token-lag) and sample from what they score (rule D10-temperature)", SERIES,
+         threshold="a metric in nat; 1 (35 times the highest mean abs logp diff of a healthy stack)"),
+    Rule("start-level", "the first step is far above where healthy training is published to start",
+         "no drift of training: sampling parameters, precision, or tokens of the two sides", WARNING,
+         "compare the two sides at that step first: tokens, sampling parameters, precision", SERIES,
+         threshold="the first value over the highest published start (named with its source); 3, as healthy stacks are "
+         "a factor of 2.5 apart, and its interval above it"),
+    Rule("infinite-metric", "a metric is infinite", "a ratio beyond float64, or a token that one side calls impossible",
+         WARNING, "find those tokens before anything else", SERIES, threshold="a value; infinite"),
+    # Tokens of a table or of a pair: estimates and levels
+    Rule("constant-offset", "one side's log-probabilities are offset by about the same in every token",
+         "normalised over another vocabulary (masked, truncated or padded logits), or a constant left in the "
+         "log-sum-exp of one side", ERROR,
+         "sum the probabilities of one whole distribution on each side: which is not 1?", BOTH_LOGPS,
+         threshold="mean of logp_train - logp_infer over its standard deviation; 3, by more than its error (1 in a "
+         "million): under honest sampling the mean is minus half the variance, so 3 would need a deviation of 6 nat"),
+    Rule("regime-change", "inside sequences the level of abs(logp_diff) changes sharply at one place",
+         "weights updated in mid-rollout (segments of two versions), or a cache, chunk or window that ends there",
+         WARNING, "which weight version, chunk or cached prefix begins there? compare the places over sequences",
+         FOREIGN,
+         threshold="largest partial sum of which side of its median abs(logp_diff) / (1 - p_infer) is on; "
+         "1 in a million over all sequences (Kolmogorov), a level 3 times as high beside it (ours), and above 0.028 "
+         "nat, the highest mean of a healthy stack (GLM-4.5-Air)"),
+    Rule("not-estimable", "chi2 below 0: an estimate that its own sample cannot carry",
+         "a mean of ratios whose large ones are not among these sequences: products over long responses", NOTE,
+         "a token-level or geometric estimate, or more and shorter sequences; no bound on the mismatch", FOREIGN,
+         threshold="chi2 of ratios; 0, as the mean of squares of a variable of mean 1 is at least 1"),
     # The main pair of a run, by its arms: what moediag diagnose says
     Rule("not-repeating", "an engine scores the same tokens far from its own first pass",
          "kernels that depend on the batch, state of a cache, memory", ERROR,
