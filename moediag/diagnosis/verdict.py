@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from moediag.analysis.floors import FAR, is_mostly_exact, replay_words
-from moediag.diagnosis.function import SAME, Distances, FunctionTest
+from moediag.diagnosis.function import SAME, Distances, FirstLayers, FunctionTest
 from moediag.diagnosis.modules import ModuleChecks
 from moediag.diagnosis.recorded import Explanation
 from moediag.diagnosis.reference import Whose
@@ -67,6 +67,7 @@ class Seen:
         engines: words for the engine of each side, by role.
         is_on_accelerator: float32 may be something else there.
         whose: what a third party says.
+        first_layers: float32 of a part, where the whole was too large.
     """
 
     pair: Summary
@@ -81,6 +82,7 @@ class Seen:
     engines: Mapping[str, str] | None = None
     is_on_accelerator: bool = False
     whose: Whose | None = None
+    first_layers: FirstLayers | None = None
 
     def engine(self, role: str) -> str:
         """Words for the engine of a side."""
@@ -138,6 +140,10 @@ def _verdict(seen: Seen) -> dict[str, Any]:
             return _other_function(seen, seen.function)
         if seen.function.is_same:
             return _same_function(seen, seen.function)
+    cut = seen.first_layers if seen.function is None and not seen.weights else None
+    if cut is not None and cut.function.is_same is False:
+        found = _other_function(seen, cut.function)
+        return {**found, "reason": f"cut to {cut.part}: {found['reason']}"}
     return _by_scale(seen)
 
 
@@ -253,6 +259,8 @@ def _by_scale(seen: Seen) -> dict[str, Any]:
     """Without a word from float32: by what repeating and rounding do."""
     mean = seen.pair["logp"]["abs_logp_diff"]
     untold = seen.function.note if seen.function is not None else "no float32 arms"
+    if seen.function is None and seen.first_layers is not None:
+        untold = seen.first_layers.words
     if seen.function is not None and seen.function.differing:
         untold += f" (sequences {', '.join(map(str, seen.function.differing))})"
     if mean["mean_ci"] is None:
@@ -306,6 +314,7 @@ def _evidence(seen: Seen) -> list[str]:
     """What carries the verdict: the yardsticks, flips, and what forcing the experts removes."""
     lines, pair, floor = _distance_words(seen), seen.pair, seen.floor
     lines += seen.whose.evidence if seen.whose is not None else ()
+    lines += [seen.first_layers.words] if seen.first_layers is not None else []
     mean, rounding = pair["logp"]["abs_logp_diff"]["mean"], seen.rounding
     if rounding:
         times = f": the mismatch is {mean / rounding['mean']:.3g} times that" if mean and rounding["mean"] else ""

@@ -12,7 +12,7 @@ import pandas as pd
 
 from moediag.analysis.floors import Variant, floors
 from moediag.analysis.tokens import Tokens
-from moediag.diagnosis import Distances, FunctionTest, Seen, Whose, distances, verdict
+from moediag.diagnosis import Distances, FirstLayers, FunctionTest, Seen, Whose, distances, verdict
 from moediag.diagnosis.modules import ModuleChecks
 from moediag.diagnosis.recorded import Explanation
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
@@ -43,6 +43,7 @@ class Found:
         recorded: what is wrong with imported rollouts; None where the run was not imported.
         errors: lines of validation errors that were overridden.
         whose: what a third party says of a difference of functions; None without one.
+        first_layers: float32 of the first layers; None where the whole was run, or nothing.
     """
 
     function: FunctionTest | None
@@ -50,6 +51,7 @@ class Found:
     recorded: Explanation | None
     errors: Sequence[str]
     whose: Whose | None = None
+    first_layers: FirstLayers | None = None
 
 
 def summarize(
@@ -115,11 +117,13 @@ def summarize(
                 recorded,
                 **_sides(run),
                 whose=found.whose,
+                first_layers=found.first_layers,
             )
         ),
         "recorded": None if recorded is None else recorded.content(),
         "function": None if function is None else function.content(),
         "distances": None if apart is None else apart.content(),
+        "first_layers": None if found.first_layers is None else found.first_layers.content(),
         "whose": None if found.whose is None else found.whose.content(),
         "pairs": pairs,
         "floors": floor,
