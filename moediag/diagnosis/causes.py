@@ -14,7 +14,7 @@ from typing import Any, Final
 import pandas as pd
 
 from moediag.analysis.floors import FAR
-from moediag.diagnosis.function import Distances, FunctionTest
+from moediag.diagnosis.function import Distances, FirstLayers, FunctionTest
 from moediag.diagnosis.layers import (
     FROM_A_POSITION,
     GATES,
@@ -69,6 +69,7 @@ class Seen:
         engines: words for the engine of each side, by role.
         is_on_accelerator: float32 may be something else there.
         whose: what a third party says.
+        first_layers: float32 of a part, where the whole was too large.
     """
 
     pair: Summary
@@ -85,6 +86,7 @@ class Seen:
     engines: Mapping[str, str] | None = None
     is_on_accelerator: bool = False
     whose: Whose | None = None
+    first_layers: FirstLayers | None = None
 
     def engine(self, role: str) -> str:
         """Words for the engine of a side."""
@@ -198,7 +200,11 @@ def _repeating(seen: Seen) -> Iterator[Finding]:
 
 def _function(seen: Seen) -> Iterator[Finding]:
     """Where two functions part: the first router that differs, and the rows in which it does."""
-    function, layers = seen.function, seen.layers
+    function, layers, cut = seen.function, seen.layers, seen.first_layers
+    if function is None and cut is not None and cut.function.is_same is False and not seen.weights:
+        words = f"in float32, cut to {cut.part}, {seen.both} differ by {sig(cut.function.mean)} nat on average"
+        yield finding("other-function", cut.part, words, n=cut.function.n_sequences - cut.function.n_agreeing,
+                      n_of=cut.function.n_sequences)  # fmt: skip
     if function is None or not seen.is_other or seen.weights or is_doubtful_float32(seen):
         return
     if layers is None or layers.first is None:
