@@ -34,8 +34,8 @@ from moediag.diagnosis.recorded import (
     Explanation,
 )
 from moediag.diagnosis.reference import Whose
-from moediag.hygiene.findings import Finding, by_level, finding
-from moediag.hygiene.rules import ERROR, NOTE, RULES, WARNING
+from moediag.hygiene.findings import LEVELS, Finding, by_level, finding
+from moediag.hygiene.rules import ERROR, RULES, WARNING
 from moediag.notation import INFER, TRAIN
 from moediag.numbers import percent, sig
 
@@ -144,14 +144,30 @@ class Seen:
 
 
 def causes(seen: Seen) -> list[Finding]:
-    """Every rule that fired, likeliest first."""
+    """Every rule that fired, likeliest first; what another fault brings with it by its nature stands behind that."""
     order = list(RULES)
     of_pair = sorted(_of_pair(seen), key=lambda found: order.index(found.rule))
-    noted = [found for found in seen.findings if found.level == NOTE]
-    serious = by_level([found for found in seen.findings if found.level != NOTE])
-    # a warning about the capture is a cause that a difference of functions explains as well: that one stands first
-    return by_level([*(one for one in serious if one.level == ERROR), *of_pair,
-                     *(one for one in serious if one.level != ERROR), *noted])  # fmt: skip
+    errors = [found for found in seen.findings if found.level == ERROR]
+    # a warning about the capture may be the sign of a difference of functions: that one stands first
+    others = [found for found in seen.findings if found.level != ERROR]
+    found = by_level([*errors, *of_pair, *others])
+    fired = {one.rule for one in found}
+
+    def brought_by(rule: str) -> set[str]:
+        return {one for one in fired if rule in RULES[one].companions and one not in RULES[rule].companions}
+
+    first = [one for one in found if not brought_by(one.rule)]
+    brought = [one for one in found if brought_by(one.rule)]
+    for one in brought:
+        behind = max((nth for nth, other in enumerate(first) if other.rule in brought_by(one.rule)), default=-1)
+        first.insert(behind + 1, one)
+    # an origin of a lower level stands where the first of what it brings would
+    return sorted(first, key=lambda one: min(_rank(other.level) for other in (one, *brought)
+                                             if other is one or one.rule in brought_by(other.rule)))  # fmt: skip
+
+
+def _rank(level: str) -> int:
+    return LEVELS.index(level)
 
 
 def _of_pair(seen: Seen) -> Iterator[Finding]:
