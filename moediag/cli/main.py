@@ -54,10 +54,10 @@ class _Grouped(TyperGroup):
         """Write a list of commands for every group."""
         widest = max(map(len, self.commands))
         for heading, modules in GROUPS.items():
-            said = {module.NAME: self.commands[module.NAME].get_short_help_str(limit=200) for module in modules}
+            words = {module.NAME: self.commands[module.NAME].get_short_help_str(limit=200) for module in modules}
             with formatter.section(heading):
                 formatter.write_dl(
-                    [(name.ljust(widest), re.split(r"[:;.](?: |$)", words)[0]) for name, words in said.items()]
+                    [(name.ljust(widest), re.split(r"[:;.](?: |$)", line)[0]) for name, line in words.items()]
                 )
 
 
