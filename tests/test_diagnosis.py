@@ -16,10 +16,13 @@ from synthetic import make_block, make_pair
 from synthetic_runs import SOFTMAX
 
 from moediag.diagnosis import Seen, distances, same_function, verdict, whose
+from moediag.diagnosis.causes import causes
 from moediag.diagnosis.function import NEAR_TIE, SAME, Distances, FunctionTest, compare_sequences
 from moediag.diagnosis.ladder import engine_seconds
+from moediag.diagnosis.modules import MODULE_CHECKS, ModuleChecks
 from moediag.diagnosis.verdict import TONES, WORSE
 from moediag.hygiene import check_run
+from moediag.hygiene.findings import finding
 from moediag.results import analyze_run, load_frames
 from moediag.results.pair_analysis import analyze_pair
 from moediag.results.pair_summary import pair_summary
@@ -376,6 +379,32 @@ def test_the_engine_that_rounds_worse_is_named(ratio: float, side: str) -> None:
     assert verdict(Seen(pair, function=SAME_TEST, distances=in_flips, engines=engines))["where"] == found["where"]
 
 
+def test_an_engine_that_is_another_only_in_its_low_precision_is_not_said_to_round(tmp_path: Path) -> None:
+    """Bug: GLM-4 MoE in float16, 0.6 nat from its own float32 in vLLM (reports/families.md), was "one engine rounds
+    worse: something there is kept in fewer bits"; the comparison of modules knows better."""
+    columns = dict.fromkeys(MODULE_CHECKS.names, 0.0)
+    row = {**columns, "module": "MoE block (mlp)", "decoder_layer": 1, "n_rows": 40, "verdict": "no rounding",
+           "note": "vLLM: relative distance 0.60 from float32 in vLLM, 0.00050 in transformers"}  # fmt: skip
+    modules = ModuleChecks(pd.DataFrame([row]), "every module computes the same function", [], "", [])
+
+    def about(value: float) -> Interval:
+        return Interval(value, value / 1.1, value * 1.1, 24)
+
+    pair = pair_summary(analyze_pair(make_pair(make_block(n_prompts=24))))
+    apart = Distances(about(0.6), about(0.005), about(100.0), about(120.0), 480)
+    seen = Seen(pair, function=SAME_TEST, distances=apart, modules=modules,
+                engines={"infer": "vLLM", "train": "transformers"})  # fmt: skip
+    found = verdict(seen)
+    assert found["word"] == "different function"
+    assert found["reason"].endswith("in the precision in use vLLM is 0.600 nat away from it")
+    assert found["where"].startswith(
+        "in vLLM, which does there what it does not in float32: MoE block (mlp) of decoder layers 1 differs by more "
+        "than any rounding in vLLM: relative distance 0.60 from float32"
+    )
+    flipped = replace(apart, infer=apart.train, train=apart.infer, ratio=about(0.01), mean_ratio=about(0.01))
+    assert verdict(replace(seen, distances=flipped))["word"] == "same function, one engine rounds worse"
+
+
 def test_float32_on_an_accelerator_may_be_something_else() -> None:
     """TF32 in one engine differs by thousands of float32 roundings, and is no other function."""
     pair = pair_summary(analyze_pair(make_pair(make_block(n_prompts=24, diff_scale=0.1))))
@@ -399,3 +428,20 @@ def test_other_weights_leave_the_function_untold() -> None:
 def test_every_word_of_a_verdict_has_a_tone() -> None:
     assert set(TONES.values()) == {"good", "calm", "warn", "bad"}
     assert SAME > 3
+
+
+@pytest.mark.parametrize(
+    ("fired", "ranked"),
+    [
+        (["completeness", "D08-cached-prefix", "D16-exact-ties"],
+         ["D08-cached-prefix", "completeness", "D16-exact-ties"]),
+        (["D31-zero-logp", "D01-token-lag"], ["D01-token-lag", "D31-zero-logp"]),
+        (["D02-layer-at-chance", "D02-twin-layers"], ["D02-layer-at-chance", "D02-twin-layers"]),
+        (["D14-gate-factor", "D31-nan-logp"], ["D31-nan-logp", "D14-gate-factor"]),
+    ],
+)  # fmt: skip
+def test_what_a_fault_brings_with_it_stands_behind_it(fired: list[str], ranked: list[str]) -> None:
+    """Bug: rows missing at a cached prefix were called incomplete first, and the prefix cache third."""
+    pair = {"logp": {"abs_logp_diff": {"max": 0, "mean": 0, "mean_ci": None}}, "routing": None}
+    found = causes(Seen(pair, findings=[finding(rule, "infer", "as measured") for rule in fired]))
+    assert [one.rule for one in found] == ranked

@@ -155,6 +155,7 @@ def _climb(
     from moediag.diagnosis.verdict import BIT_EXACT, NOT_REPEATING, OTHER_FUNCTION, ROUNDS_WORSE
     from moediag.engines.launch import Engines
     from moediag.engines.plan import needed_length, why_no_float32
+    from moediag.errors import EngineError
     from moediag.results import analyze_run
     from moediag.run.writer import RunWriter
 
@@ -169,7 +170,10 @@ def _climb(
     why = why_no_float32(checkpoint, settings.dtype.value, settings.tensor_parallel_size, room)
     if why:
         note(f"Float32  not run of the whole model: {why}")
-    rest = [name for name in REST if name != "train-replay" or checkpoint.routing is not None]
+    no_replay = jobs.why_no_replay(checkpoint, settings.dtype.value)
+    if no_replay and checkpoint.routing is not None:
+        note(f"Replay   not run: {no_replay}")
+    rest = [name for name in REST if name != "train-replay" or not no_replay]
     stages: list[list[Callable[[], ArmRequest]]] = [
         [partial(_request, run, checkpoint, settings, longest, name) for name in names]
         for names in (FIRST if why else (*FIRST, *jobs.FLOAT32), rest)
@@ -185,7 +189,7 @@ def _climb(
     opted: list[Callable[[], ArmRequest]] = [
         partial(_turned, run, checkpoint, settings, longest, option) for option in turned
     ]
-    if by_layer:
+    if by_layer and not no_replay:
         opted += _by_layer(run, checkpoint, settings, longest)
     for nth, stage in enumerate([*stages, opted]):
         requests = [make() for make in stage]
@@ -193,7 +197,15 @@ def _climb(
         if not missing:
             continue
         note(f"Stage {nth + 1}  {', '.join(one.arm for one in missing)}: {_cost(run, missing)}")
-        jobs.capture(jobs.Arms(RunWriter(run), missing, checkpoints))
+        arms = jobs.Arms(RunWriter(run), missing, checkpoints)
+        try:
+            jobs.capture(arms)
+        except EngineError as error:
+            in_use = [one for one in missing if one.recipe not in jobs.FLOAT32]
+            if len(in_use) == len(missing):
+                raise
+            note(f"Float32  not run: {error}")  # an engine may have no kernel for it; if it was not that, it ends here
+            jobs.capture(replace(arms, requests=[one for one in in_use if not run.is_complete(one.arm)]))
         if why and nth == 0:
             _capture_first_layers(run, checkpoint, settings, room)
         if whole or stage is opted:
@@ -319,8 +331,7 @@ def _turned(run: Run, checkpoint: Checkpoint, settings: Settings, longest: int, 
 
 def _by_layer(run: Run, checkpoint: Checkpoint, settings: Settings, longest: int) -> list[Callable[[], ArmRequest]]:
     """Replay of MoE layers up to l, and from l on, for every l."""
-    if checkpoint.routing is None:
-        return []
+    assert checkpoint.routing is not None
     last = checkpoint.routing.n_layers - 1
     ranges = [(0, layer) for layer in range(last)] + [(layer, last) for layer in range(1, last + 1)]
     make = partial(_request, run, checkpoint, settings, longest, "train-replay")

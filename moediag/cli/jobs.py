@@ -85,6 +85,14 @@ def float32_recipes(plan: Plan, settings: Settings, has_other_checkpoint: bool =
     return list(FLOAT32)
 
 
+def why_no_replay(checkpoint: Checkpoint, dtype: str) -> str:
+    """Why experts cannot be forced on transformers' model; empty where nothing its routers showed speaks against it."""
+    if checkpoint.routing is None:
+        return "a dense model has no routes"
+    fitted = checkpoint.proof(dtype).fit
+    return "" if fitted.rule is None else fitted.replay
+
+
 def requests_of(recipes: Sequence[str], plan: Plan, request_of: Requesting) -> list[ArmRequest]:
     """The requests of a planned run's arms, each beside the reference arm of its role among those before it."""
     requests: list[ArmRequest] = []

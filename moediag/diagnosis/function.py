@@ -229,7 +229,7 @@ def compare_sequences(
         a, b = run.readable(minuend, shard), run.readable(subtrahend, shard)
         diff_T = np.abs(a.logp_T.astype(np.float64) - b.logp_T)
         scored_T = tokens.is_scored_T & is_scored(a.logp_T, b.logp_T)
-        flipped_TL, margin_TL = _flips(a, b, may_flip)
+        flipped_TL, margin_TL = compared_flips(a, b, may_flip)
         other_TL = flipped_TL & (margin_TL > NEAR_TIE)
         if flipped_TL.shape[1] == len(layers):
             n_other_L += other_TL.sum(0)
@@ -262,7 +262,7 @@ def compare_sequences(
     return pd.DataFrame(rows, columns=columns), where
 
 
-def _flips(a: Capture, b: Capture, may_flip: float) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def compared_flips(a: Capture, b: Capture, may_flip: float = 0.0) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Rows whose expert sets differ, (T, L), and the smaller of both margins there; without margins a near tie's."""
     if a.is_routed != b.is_routed:
         known_TL = (a if a.is_routed else b).margin_TL
