@@ -150,6 +150,7 @@ def _climb(
     from moediag.audit.modules import check_modules
     from moediag.cli import jobs
     from moediag.cli.console import bar, note
+    from moediag.diagnosis.function import FLOAT32
     from moediag.diagnosis.modules import kept_checks
     from moediag.diagnosis.verdict import BIT_EXACT, NOT_REPEATING, OTHER_FUNCTION, ROUNDS_WORSE
     from moediag.engines.launch import Engines
@@ -178,7 +179,9 @@ def _climb(
         for names in (FIRST if why else (*FIRST, *jobs.FLOAT32), rest)
     ]
     checkpoints = dict.fromkeys((INFER, TRAIN), checkpoint)
-    if third is not None:
+    if third is not None and why and _dtype(checkpoint, settings) != FLOAT32:
+        note(f"Reference not run: it is held against float32 arms of the whole model; {why}")
+    elif third is not None:
         checkpoints[REFERENCE] = _open_reference(output, third)
         trusting = replace(settings, trust_remote_code=third[1])
         of_third = checkpoints[REFERENCE]
@@ -221,16 +224,22 @@ def _climb(
     return run
 
 
+def _dtype(checkpoint: Checkpoint, settings: Settings) -> str:
+    """The model's dtype in both engines."""
+    requested = settings.dtype.value
+    return checkpoint.stored_dtype if requested == "auto" else requested
+
+
 def _capture_first_layers(run: Run, checkpoint: Checkpoint, settings: Settings, room: float | None) -> None:
     """Both engines in float32 on the first layers of a model that is too large for it, in a run of its own."""
     from moediag.cli import jobs
     from moediag.cli.console import note
-    from moediag.diagnosis.function import FIRST_LAYERS
+    from moediag.diagnosis.function import FIRST_LAYERS, FLOAT32
     from moediag.engines.first_layers import cut_to_first, n_first_layers, n_parameters_of_first
     from moediag.engines.plan import SamplingOptions, make_plan, needed_length, why_too_large
     from moediag.run.writer import RunWriter
 
-    if checkpoint.stored_dtype == "float32" or settings.dtype.value == "float32" or checkpoint.record.quantization:
+    if _dtype(checkpoint, settings) == FLOAT32 or checkpoint.record.quantization:
         return
     n_layers = n_first_layers(checkpoint)
     why = why_too_large(n_parameters_of_first(checkpoint, n_layers), settings.tensor_parallel_size, room)
