@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from test_hygiene_logged import findings_of, sampled, serious, table
 
 from moediag.cli.main import main
+from moediag.hygiene.foreign import check_file
 from moediag.hygiene.levels import OFFSET_SPREADS, change_point, not_estimable
 from moediag.results.trend import measure_trend
 
@@ -132,7 +134,7 @@ def test_a_chi2_of_products_below_0_is_not_estimable(tmp_path: Path, capsys: pyt
     chi2 = sum(math.exp(2 * x) for x in log_ratio) / 64 - 1
     ess = sum(math.exp(x) for x in log_ratio) ** 2 / sum(math.exp(2 * x) for x in log_ratio)
     assert chi2 < 0
-    assert f"is {chi2:.4g}," in found.message
+    assert f"is {chi2:.4g} (at most -0." in found.message
     assert f"effective sample size of {ess:.1f}" in found.message
     path = tmp_path / "log.parquet"
     table(train, infer).to_parquet(path)
@@ -161,3 +163,46 @@ def test_simulate_says_that_the_mean_ratio_is_not_1(tmp_path: Path, capsys: pyte
     table(train - 0.0055, infer).to_parquet(path)
     assert main(["simulate", str(path), "--method", "icepop"]) == 0
     assert capsys.readouterr().out.startswith("warning: D09-mean-ratio: infer~train: mean of train's over infer's")
+
+
+def two_columns(path: Path, train: np.ndarray, infer: np.ndarray) -> Path:
+    pd.DataFrame({"logp_train": train.ravel(), "logp_infer": infer.ravel()}).to_parquet(path)
+    return path
+
+
+def test_two_columns_and_nothing_else_are_one_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: a table of two log-probabilities per token was refused for want of sequences that nothing needed."""
+    path = two_columns(tmp_path / "two.parquet", *noisy(0))
+    assert main(["validate", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "note: no-sequences: infer~train: neither seq_id nor position: rows are one cluster" in out
+    assert main(["simulate", str(path), "--method", "icepop:alpha=0.5,beta=5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["n_scored_tokens"], found["n_scored_prompts"]) == (32 * 320, 1)
+    assert any("there is no interval" in note for note in found["notes"])
+    (row,) = [row for row in found["frames"]["correction_statistics"] if row["correction"].startswith("icepop")]
+    assert row["masked_share"] is not None
+    assert row["masked_share_ci_low"] is row["masked_share_ci_high"] is None
+
+
+def test_two_columns_show_faults_that_need_no_order_and_no_others(tmp_path: Path) -> None:
+    train, infer = noisy(0)
+    for sides, expected in (
+        ((train - 0.1, infer), ["constant-offset"]),
+        ((train / 0.7, infer), ["D10-temperature"]),
+        ((np.roll(train.ravel(), 1), infer), ["D09-mean-ratio"]),  # that it is a shift needs an order
+        (updated_in_the_middle(0, 8), []),
+    ):
+        found = check_file(two_columns(tmp_path / "two.parquet", *sides)).findings
+        assert [one.rule for one in found if one.level != "note"] == expected
+
+
+def test_one_of_the_two_that_name_a_place_is_not_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.parquet"
+    table(*noisy(0)).drop(columns="position").to_parquet(path)
+    assert main(["validate", str(path)]) == 1
+    assert "lacks position" in capsys.readouterr().err
+    two_columns(path, *noisy(0))
+    assert main(["import", "table", str(path), "-o", str(tmp_path / "run")]) == 1
+    assert "lacks seq_id and position, which a run needs" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

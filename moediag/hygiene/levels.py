@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from moediag.hygiene.chance import ALPHA, N_GROUPS, group_of, is_positive
 from moediag.hygiene.findings import N_PLACES, Finding, Place, finding
 from moediag.hygiene.logps import LEAST_OFFSET, Float64, scored
 from moediag.hygiene.rows import Rows
+from moediag.statistics.resampling import TAIL
 
 OFFSET_SPREADS = 3.0
 """Standard deviations of d from which on its mean is an offset. Honest Gaussian noise of deviation s has a mean of
@@ -158,7 +160,8 @@ def change_point(level_N: Float64) -> tuple[int, float]:
 
 
 def not_estimable(logp_train_T: Any, logp_infer_T: Any, sequence_T: NDArray[Any], where: str) -> list[Finding]:
-    """chi2 of the products of ratios over whole sequences, where it is below 0, with their effective sample size."""
+    """chi2 of the products of ratios over whole sequences, where it is below 0 by more than its error, with their
+    effective sample size."""
     diff_T = np.asarray(logp_train_T, np.float64) - np.asarray(logp_infer_T, np.float64)
     is_scored_T = np.isfinite(diff_T)
     _, row_N = np.unique(sequence_T[is_scored_T], return_inverse=True)
@@ -167,14 +170,17 @@ def not_estimable(logp_train_T: Any, logp_infer_T: Any, sequence_T: NDArray[Any]
     if n < 2:
         return []
     with np.errstate(over="ignore"):
-        chi2 = float(np.exp(2 * log_ratio_S).mean()) - 1
-    if not chi2 < 0:
+        square_S = np.exp(2 * log_ratio_S)
+        chi2, error = float(square_S.mean()) - 1, float(square_S.std(ddof=1)) / math.sqrt(n)
+        high = chi2 + float(stats.t.isf(TAIL, n - 1)) * error
+    if not high < 0:
         return []
     weight_S = np.exp(log_ratio_S - log_ratio_S[-1])
     ess = float(weight_S.sum() ** 2 / (weight_S**2).sum())
+    mean = float(np.exp(log_ratio_S).mean())
     message = (
-        f"chi2 of the sequences' ratios is {chi2:.4g}, and no chi2 is below 0: the sequences that would carry it are "
-        f"not among these {n:,}; their products have an effective sample size of {ess:.1f} and a mean of "
-        f"{float(np.exp(log_ratio_S).mean()):.3g}"
+        f"chi2 of the sequences' ratios is {chi2:.4g} (at most {high:.3g}), and no chi2 is below 0: the sequences that "
+        f"would carry it are not among these {n:,}; their products have an effective sample size of {ess:.1f} and a "
+        f"mean of {mean:.3g}"
     )
     return [finding("not-estimable", where, message, n_of=n)]

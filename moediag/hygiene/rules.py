@@ -235,10 +235,15 @@ _TABLE = (
          threshold="largest partial sum of which side of its median abs(logp_diff) / (1 - p_infer) is on; "
          "1 in a million over all sequences (Kolmogorov), a level 3 times as high beside it (ours), and above 0.028 "
          "nat, the highest mean of a healthy stack (GLM-4.5-Air)"),
+    Rule("no-sequences", "a table that does not say which sequence its tokens belong to",
+         "two columns of log-probabilities and nothing else", NOTE,
+         "add seq_id and position: shifts, mixed sequences and intervals need them", FOREIGN,
+         threshold="columns seq_id and position; both missing"),
     Rule("not-estimable", "chi2 below 0: an estimate that its own sample cannot carry",
          "a mean of ratios whose large ones are not among these sequences: products over long responses", NOTE,
          "a token-level or geometric estimate, or more and shorter sequences; no bound on the mismatch", FOREIGN,
-         threshold="chi2 of ratios; 0, as the mean of squares of a variable of mean 1 is at least 1"),
+         threshold="chi2 of ratios, high end of its interval where there is one; 0, as the mean of squares of a "
+         "variable of mean 1 is at least 1"),
     # The main pair of a run, by its arms: what moediag diagnose says
     Rule("not-repeating", "an engine scores the same tokens far from its own first pass",
          "kernels that depend on the batch, state of a cache, memory", ERROR,

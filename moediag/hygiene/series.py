@@ -72,7 +72,7 @@ def _of_metric(metric: str, rows: pd.DataFrame, schedule: Schedule) -> Iterator[
     """The first of the rules that one metric breaks; at learning rate 0 nothing else explains it."""
     if found := _infinite(rows):
         yield finding("infinite-metric", metric, found)
-    elif metric in CHI2 and (rows["value"] < 0).any():
+    elif metric in CHI2 and _is_negative(rows).any():
         yield finding("not-estimable", metric, _negative_chi2(rows))
     elif metric not in KNOWN:
         return
@@ -90,10 +90,15 @@ def _of_metric(metric: str, rows: pd.DataFrame, schedule: Schedule) -> Iterator[
         yield finding("start-level", metric, found)
 
 
+def _is_negative(rows: pd.DataFrame) -> NDArray[np.bool_]:
+    """Whether a value is below 0, with its interval where it has one."""
+    return np.asarray((rows["value"] < 0) & ~(rows["value_ci_high"] >= 0))
+
+
 def _negative_chi2(rows: pd.DataFrame) -> str:
     value_N, step_N = rows["value"].to_numpy(np.float64), rows["step"].to_numpy()
     least = int(value_N.argmin())
-    n_below = int((value_N < 0).sum())
+    n_below = int(_is_negative(rows).sum())
     return (
         f"{value_N[least]:.4g} at step {step_N[least]}, below 0 at {n_below} of {len(rows)} steps: the mean of squared "
         f"ratios is {1 + value_N[least]:.3g} there, and at least 1 by definition; the ratios that would carry it are "
