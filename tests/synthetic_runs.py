@@ -17,6 +17,7 @@ import pandas as pd
 from hygiene_captures import Healthy, capture_of
 from records import arm_of, checkpoint_of, new_run
 
+from moediag.analysis.declarations import MODULE_CHECKS
 from moediag.frames import declared_frames
 from moediag.results import analyze_run, load_frames
 from moediag.run.capture import TokenRows
@@ -101,7 +102,26 @@ def make_run(
                 writer.write_tokens(shard, tokens)
         run = open_run(run_path)
         summary = analyze_run(run, force=not is_scored)
-        return AnalysedRun(load_frames(run), summary)
+        frames = {**load_frames(run), "module_checks": module_checks(rng, max(n_layers, 1), scale)}
+        return AnalysedRun(frames, summary)
+
+
+def module_checks(rng: np.random.Generator, n_layers: int, scale: float) -> pd.DataFrame:
+    """A frame of healthy modules: attention and a block a layer, whose streams drift apart by ``scale``."""
+    places = [("embeddings", -1, True)]
+    for layer in range(n_layers):
+        places += [("residual stream into input_layernorm", layer, True)] if layer else []
+        places += [("attention (self_attn)", layer, False)]
+        places += [("residual stream into post_attention_layernorm", layer, True), ("mlp", layer, False)]
+    places += [("residual stream into norm", -1, True), ("head", -1, False)]
+    rows = []
+    for nth, (module, layer, is_stream) in enumerate(places):
+        own = np.nan if is_stream else 0.002 * scale * rng.uniform(0.8, 1.2)
+        apart = 0.001 * scale * nth * rng.uniform(0.8, 1.2) if is_stream else np.nan
+        row = dict.fromkeys(MODULE_CHECKS.names, np.nan) | {"train_p50": own, "infer_p50": own, "free_p50": apart}
+        rows.append(row | {"module": module, "decoder_layer": layer, "n_rows": 512, "verdict": "same function",
+                           "note": ""})  # fmt: skip
+    return MODULE_CHECKS.validate(pd.DataFrame(rows))
 
 
 def empty_frame(spec: Any) -> pd.DataFrame:
