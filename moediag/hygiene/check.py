@@ -18,7 +18,16 @@ from moediag.hygiene.buffers import Completeness, Filler, Stale, count_prefixes
 from moediag.hygiene.expert_ids import Identifiers, LayerAtChance, LayerLag, RowLag, TwinLayers
 from moediag.hygiene.findings import Finding, by_level, finding
 from moediag.hygiene.levels import ConstantOffset, RegimeChange
-from moediag.hygiene.logps import ContradictedZeros, Logps, MeanRatio, OtherSequence, SameBits, Temperature, TokenLag
+from moediag.hygiene.logps import (
+    ContradictedZeros,
+    Logps,
+    MeanRatio,
+    OtherSequence,
+    SameBits,
+    StoredBits,
+    Temperature,
+    TokenLag,
+)
 from moediag.hygiene.router_scores import GateFactor, RouterScores
 from moediag.hygiene.rows import Rows, Shape
 from moediag.hygiene.rules import (
@@ -103,7 +112,7 @@ class ArmHygiene:
     """Every rule about one arm, fed shard by shard."""
 
     def __init__(self, shape: Shape, is_sampled: bool) -> None:
-        self._rules: list[_ArmRule] = [Logps()]
+        self._rules: list[_ArmRule] = [Logps(), StoredBits()]
         self._completeness = Completeness(is_sampled)
         if shape.n_layers:
             self._rules += [Identifiers(shape), Filler(shape), TwinLayers(shape), Stale(shape), RouterScores(shape)]

@@ -137,6 +137,31 @@ class Logps:
         return found
 
 
+class StoredBits:
+    """Whether all log-probabilities of an arm lie on the grid of a 16-bit type: cast to it before they were kept."""
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._n_on = dict.fromkeys(("bfloat16", "float16"), 0)
+
+    def add(self, rows: Rows) -> None:
+        """Count a shard's distinct values: those that repeat are no further evidence."""
+        logp_T = rows.capture.logp_T[rows.tokens.is_scored_T]
+        values_N = np.unique(logp_T[np.isfinite(logp_T) & (logp_T < 0)]).astype(np.float32)
+        self._n += len(values_N)
+        self._n_on["bfloat16"] += int((values_N.view(np.uint32) & 0xFFFF == 0).sum())
+        with np.errstate(over="ignore"):
+            self._n_on["float16"] += int((values_N.astype(np.float16).astype(np.float32) == values_N).sum())
+
+    def findings(self, where: str) -> list[Finding]:
+        """The type on whose grid every value lies; a coarser grid than both lies on bfloat16's, too."""
+        kept = next((dtype for dtype, n in self._n_on.items() if self._n >= MIN_ROWS and n == self._n), None)
+        if kept is None:
+            return []
+        message = f"all of {self._n:,} distinct log-probabilities are {kept} values"
+        return [finding("rounded-logp", where, message, n=self._n, n_of=self._n)]
+
+
 def _longest_run(hit_T: NDArray[np.bool_], is_first_T: NDArray[np.bool_]) -> int:
     """Longest run of hits inside one sequence; a sequence begins with its prompt, so no run reaches into the next."""
     if not hit_T.any():

@@ -222,6 +222,11 @@ _TABLE = (
          "any; or beside less than -1 nat on the other side, more than 0.04 (R3's collapse mark) and twice what "
          "near-certain tokens show, beyond chance (1e-6); or in blocks on both sides at the ends of sequences, "
          "longer than certain tokens make"),
+    Rule("rounded-logp", "every log-probability lies on a coarse grid", "cast to 16 bits, or printed with few "
+         "decimals, before it was kept", WARNING, "keep log-probabilities in float32: ratios of few 1e-3 are made of "
+         "rounding", LOGPS, companions=("D29-head", "rounds-worse"),
+         threshold="distinct values off the grid of bfloat16 or float16 (rollouts: of so many decimals, too); none of "
+         "at least 20, each of which lies on it by chance once in 65,536 or 8,192"),
     Rule("D31-certain-tokens", "log-probabilities of exactly 0 that no entropy contradicts",
          "near-certain tokens, rounded to 0", NOTE, "nothing; means over them are small by nature", LOGPS,
          threshold="logps of exactly 0 that no entropy contradicts; any"),
@@ -373,9 +378,6 @@ _TABLE = (
     Rule("D28-other-weights", "the two arms loaded other weights", "two checkpoints, steps or quantisations", WARNING,
          "one checkpoint in both engines tells the engines' part", DIAGNOSIS,
          threshold="digests of the tensors that the arms loaded; any that differs"),
-    Rule("rounded-logp", "every recorded log-probability lies on a coarse grid", "cast to 16 bits, or printed with few "
-         "decimals, before it was kept", WARNING, "keep log-probabilities in float32", DIAGNOSIS,
-         threshold="values off the grid of a dtype or of so many decimals; none (by chance one in 65,536 lies on it)"),
     Rule("D35-replay-without-effect", "forcing infer's experts makes the mismatch larger",
          "the forced experts are of other rows or layers", WARNING, "compare rows and layers of the forced experts",
          DIAGNOSIS, threshold="mean abs(logp_diff) with replay over without; 10: over 13 families it was at most 1.1"),
