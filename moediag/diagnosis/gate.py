@@ -51,7 +51,7 @@ class Subject:
     Args:
         label: what the run is called.
         summary: its summary.json.
-        findings: what the rules of ``validate`` found in the arms of the summary.
+        findings: what the rules of ``validate`` found in the arms of the summary, and the diagnosis in its pair.
     """
 
     label: str

@@ -1,4 +1,4 @@
-"""A run held against conditions: its summary as it was analysed, and the rules of ``validate`` on its files now."""
+"""A run held against conditions: its summary as it was analysed, its diagnosis, and ``validate`` on its files now."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def gate_run(
     other = None if baseline is None else _baseline(open_run(baseline))
     found = check_run(opened, arms=list(summary["arms"]))
     known = {(one.rule, one.where) for one in found}
-    found += [one for one in _causes(summary) if (one.rule, one.where) not in known]
+    found += [one for one in _diagnosed(summary) if (one.rule, one.where) not in known]
     gate = judge(Subject(label_of(opened), summary, found), parsed, other, allowed=allowed, max_skipped=max_skipped)
     if markdown is not None:
         write_atomic(markdown, gate_markdown(gate).encode())
@@ -55,13 +55,13 @@ def gate_run(
     return gate
 
 
+def _diagnosed(summary: dict[str, Any]) -> list[Finding]:
+    """What the diagnosis found when the run was analysed."""
+    causes = (summary.get("verdict") or {}).get("causes") or ()
+    facts = ("level", "rule", "where", "message", "n", "n_of")
+    return [Finding(**{name: one[name] for name in facts}) for one in causes]
+
+
 def _baseline(run: Run) -> Subject:
     """The baseline's numbers; whether its data hold was for its own gate to find."""
     return Subject(label_of(run), load_summary(run))
-
-
-def _causes(summary: dict[str, Any]) -> list[Finding]:
-    """What the diagnosis found when the run was analysed."""
-    return [
-        Finding(*(one[key] for key in ("level", "rule", "where", "message"))) for one in summary["verdict"]["causes"]
-    ]
