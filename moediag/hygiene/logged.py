@@ -18,7 +18,7 @@ from moediag.hygiene.chance import ALPHA
 from moediag.hygiene.check import Inspection, check_capture, check_pair
 from moediag.hygiene.findings import Finding, Place, by_level, finding
 from moediag.hygiene.levels import not_estimable
-from moediag.hygiene.rules import BOTH_LOGPS, ENTROPIES, FOREIGN, LOGPS, TEMPERATURES, WARNING
+from moediag.hygiene.rules import BOTH_LOGPS, ENTROPIES, ERROR, FOREIGN, LOGPS, TEMPERATURES, WARNING
 from moediag.importers.tokens import LoggedTokens
 from moediag.notation import INFER, TRAIN
 from moediag.run.capture import Capture, TokenRows
@@ -54,7 +54,7 @@ def check_logged(tokens: LoggedTokens, *, is_foreign: bool = True) -> list[Findi
     step_T = tokens.get("step")
     temperature_T = tokens.get("temperature")
     found = check_tokens(*columns, **facts) if step_T is None else check_steps(step_T, *columns, **facts)
-    if step_T is None:
+    if step_T is None and not any(one.level == ERROR for one in found):  # of what is wrong no estimate is worth a word
         found += not_estimable(columns[0], columns[1], tokens.row_T, f"{INFER}~{TRAIN}")
     if not tokens.has_places:
         message = "neither seq_id nor position: rows are one cluster, and rules about sequences and places are left out"
