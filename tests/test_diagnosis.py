@@ -15,12 +15,14 @@ from records import arm_of, checkpoint_of, new_run
 from synthetic import make_block, make_pair
 from synthetic_runs import SOFTMAX
 
-from moediag.diagnosis import Seen, distances, same_function, verdict
+from moediag.diagnosis import Seen, distances, same_function, verdict, whose
+from moediag.diagnosis.causes import causes
 from moediag.diagnosis.function import NEAR_TIE, SAME, Distances, FunctionTest, compare_sequences
 from moediag.diagnosis.ladder import engine_seconds
 from moediag.diagnosis.modules import MODULE_CHECKS, ModuleChecks
 from moediag.diagnosis.verdict import TONES, WORSE
 from moediag.hygiene import check_run
+from moediag.hygiene.findings import finding
 from moediag.results import analyze_run, load_frames
 from moediag.results.pair_analysis import analyze_pair
 from moediag.results.pair_summary import pair_summary
@@ -48,7 +50,10 @@ def tokens_of(seqs: range) -> TokenRows:
     )
 
 
-def run_with(path: Path, differing: float = 0.0, fp32_shards: int = 1) -> Run:
+def run_with(
+    path: Path, differing: float = 0.0, fp32_shards: int = 1, n_vocabulary: int | None = None,
+    sampler: str | None = "infer",
+) -> Run:  # fmt: skip
     """A run of 24 sequences in three shards: bf16 arms that differ by 0.01 nat, float32 arms of the first shard only.
 
     Args:
@@ -57,7 +62,8 @@ def run_with(path: Path, differing: float = 0.0, fp32_shards: int = 1) -> Run:
     sink = io.BytesIO()
     ids = [[1] * N_PROMPT_TOKENS] * N_PROMPTS
     pd.DataFrame({"prompt_token_ids": ids, "completion_token_ids": None}).to_parquet(sink)
-    run = new_run(path, sink.getvalue(), N_PROMPTS, 8, checkpoint_of(range(LAYERS), EXPERTS, K, SOFTMAX))
+    checkpoint = checkpoint_of(range(LAYERS), EXPERTS, K, SOFTMAX, n_vocabulary=n_vocabulary)
+    run = new_run(path, sink.getvalue(), N_PROMPTS, 8, checkpoint, sampler=sampler)
     writer, h = RunWriter(run), Healthy(shape=(EXPERTS, K, LAYERS), has_scores=True)
     for shard in run.shards:
         tokens = tokens_of(shard.seq_ids)
@@ -225,6 +231,105 @@ def with_capture(run: Run, arm: str, capture: Capture) -> FunctionTest:
     return found
 
 
+def with_reference(run: Run, like: str, moved: float = 0.0) -> Run:
+    """The run with a reference arm that gives what a float32 arm gives, and half a rounding more."""
+    shard = run.shards[0]
+    logp_T = run.capture(like, shard).logp_T
+    capture = Capture(logp_T + np.float32(moved))
+    writer = RunWriter(run)
+    writer.begin_arm(arm_of(run, "reference", arrays=("logp_T",), dtype="float32", routers=(), n_shards=1))
+    writer.write_capture("reference", shard, run.tokens(shard), capture, {"seconds": 1.0}, {})
+    return run
+
+
+@pytest.mark.parametrize(
+    ("like", "off", "words"),
+    [
+        ("infer-fp32", "train", "It is transformers': the reference ("),
+        ("train-fp32", "infer", "It is vLLM's: the reference ("),
+    ],
+)
+def test_the_side_that_the_reference_is_not_with_is_named(tmp_path: Path, like: str, off: str, words: str) -> None:
+    run = with_reference(run_with(tmp_path / "run", differing=1e-3), like)
+    named = {"infer": "vLLM", "train": "transformers"}
+    found = whose(run, run.arms(), same_function(run, run.arms()), named)
+    assert found is not None
+    assert (found.side, found.words[: len(words)]) == (off, words)
+    assert [getattr(found, side).n_agreeing for side in (off, {"infer": "train", "train": "infer"}[off])] == [0, 8]
+    verdict = analyze_run(run)["verdict"]
+    assert "the reference (scripted) agrees with" in verdict["where"]
+
+
+def test_a_reference_with_neither_or_with_both_names_nobody(tmp_path: Path) -> None:
+    apart = with_reference(run_with(tmp_path / "neither", differing=1e-3), "infer-fp32", 1e-2)
+    found = whose(apart, apart.arms(), same_function(apart, apart.arms()))
+    assert found is not None
+    assert (found.side, "agrees with neither" in found.words) == (None, True)
+    both = with_reference(run_with(tmp_path / "both"), "infer-fp32")
+    found = whose(both, both.arms(), same_function(both, both.arms()))
+    assert found is not None
+    assert (found.side, found.words, found.infer.n_agreeing, found.train.n_agreeing) == (None, "", 8, 8)
+
+
+def test_a_flip_that_the_reference_does_not_show_blames_no_engine(tmp_path: Path) -> None:
+    """The reference kept no experts: what follows a choice within rounding may be its own flip."""
+    run = with_reference(run_with(tmp_path / "run"), "train-fp32")
+    shard = run.shards[0]
+    tokens = run.tokens(shard)
+    row = int(np.flatnonzero(tokens.seq_id_T == 3)[N_PROMPT_TOKENS + 4])
+    for arm in ("infer-fp32", "train-fp32"):
+        capture = run.capture(arm, shard)
+        margin = capture.margin_TL.copy()
+        margin[row, 1] = 0.0
+        with_capture(run, arm, replace(capture, margin_TL=margin))
+    logp_T = run.capture("reference", shard).logp_T.copy()
+    logp_T[row + 1 : row + 5] += 0.1
+    RunWriter(run).write_capture("reference", shard, tokens, Capture(logp_T), {}, {})
+    found = whose(run, run.arms(), same_function(run, run.arms()))
+    assert found is not None
+    assert [(one.n_agreeing, one.n_sequences) for one in (found.infer, found.train)] == [(8, 8), (8, 8)]
+    assert found.infer.n_tokens == 7 * N_RESPONSE + 5
+
+
+def test_an_engine_is_held_to_the_other_where_the_reference_agrees_with_that(tmp_path: Path) -> None:
+    """A near tie's flip between the engines: the reference, which went with one of them, does not blame the other."""
+    run = with_reference(run_with(tmp_path / "run"), "train-fp32")
+    shard = run.shards[0]
+    tokens, capture = run.tokens(shard), run.capture("infer-fp32", shard)
+    row = int(np.flatnonzero(tokens.seq_id_T == 3)[N_PROMPT_TOKENS + 4])
+    ids, margin, logp = capture.expert_ids_TLK.copy(), capture.margin_TL.copy(), capture.logp_T.copy()
+    ids[row, 1, -1], margin[row, 1] = next(iter(set(range(EXPERTS)) - set(ids[row, 1].tolist()))), 5e-5
+    logp[row + 1 : row + 5] += 0.1
+    with_capture(run, "infer-fp32", replace(capture, expert_ids_TLK=ids, margin_TL=margin, logp_T=logp))
+    found = whose(run, run.arms(), same_function(run, run.arms()))
+    assert found is not None
+    assert [(one.n_agreeing, one.n_tokens) for one in (found.infer, found.train)] == [
+        (8, 7 * N_RESPONSE + 5), (8, 8 * N_RESPONSE)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gain", "better"), [(0.02, "train"), (-0.02, "infer")])
+def test_given_text_is_likelier_by_the_right_function(tmp_path: Path, gain: float, better: str) -> None:
+    given = run_with(tmp_path / "given", differing=-gain, n_vocabulary=300, sampler=None)
+    found = whose(given, given.arms(), same_function(given, given.arms()))
+    assert found is not None
+    assert found.perplexity is not None
+    assert found.perplexity.better == better
+    plain = [
+        float(a) - float(b)
+        for a, b in zip(
+            *(given.capture(arm, given.shards[0]).logp_T for arm in ("train-fp32", "infer-fp32")), strict=True
+        )
+        if np.isfinite(a)
+    ]
+    assert found.perplexity.gain.value == pytest.approx(np.mean(plain))
+    assert found.perplexity.n_tokens == len(plain) == 8 * N_RESPONSE
+    assert "likely, not certainly" in found.evidence[0]
+    untrained = run_with(tmp_path / "untrained", differing=-gain, n_vocabulary=4, sampler=None)
+    assert whose(untrained, untrained.arms(), same_function(untrained, untrained.arms())) is None
+    sampled = run_with(tmp_path / "sampled", differing=-gain, n_vocabulary=300)
+    assert whose(sampled, sampled.arms(), same_function(sampled, sampled.arms())) is None
+
+
 def test_without_the_float32_scale_nothing_is_called_the_same(tmp_path: Path) -> None:
     run = run_with(tmp_path / "run")
     found = same_function(run, [arm for arm in run.arms() if arm != "train-fp32-perturbed"])
@@ -323,3 +428,20 @@ def test_other_weights_leave_the_function_untold() -> None:
 def test_every_word_of_a_verdict_has_a_tone() -> None:
     assert set(TONES.values()) == {"good", "calm", "warn", "bad"}
     assert SAME > 3
+
+
+@pytest.mark.parametrize(
+    ("fired", "ranked"),
+    [
+        (["completeness", "D08-cached-prefix", "D16-exact-ties"],
+         ["D08-cached-prefix", "completeness", "D16-exact-ties"]),
+        (["D31-zero-logp", "D01-token-lag"], ["D01-token-lag", "D31-zero-logp"]),
+        (["D02-layer-at-chance", "D02-twin-layers"], ["D02-layer-at-chance", "D02-twin-layers"]),
+        (["D14-gate-factor", "D31-nan-logp"], ["D31-nan-logp", "D14-gate-factor"]),
+    ],
+)  # fmt: skip
+def test_what_a_fault_brings_with_it_stands_behind_it(fired: list[str], ranked: list[str]) -> None:
+    """Bug: rows missing at a cached prefix were called incomplete first, and the prefix cache third."""
+    pair = {"logp": {"abs_logp_diff": {"max": 0, "mean": 0, "mean_ci": None}}, "routing": None}
+    found = causes(Seen(pair, findings=[finding(rule, "infer", "as measured") for rule in fired]))
+    assert [one.rule for one in found] == ranked

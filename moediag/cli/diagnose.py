@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ import typer
 
 from moediag.cli import options as o
 from moediag.cli.settings import Settings, with_settings
-from moediag.notation import INFER, TRAIN
+from moediag.notation import INFER, REFERENCE, TRAIN
 
 if TYPE_CHECKING:
     from moediag.engines.arms import ArmRequest
@@ -46,6 +47,28 @@ Modules = Annotated[
         show_default=False,
     ),
 ]
+ReferenceFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        metavar="FOLDER",
+        help="The same weights with modelling code of their own, as publishers ship it: run in float32 as a third "
+        "implementation, which tells whose a difference of functions is. May be CKPT itself.",
+    ),
+]
+TrustReference = Annotated[
+    bool, typer.Option("--trust-reference-code", help="Run the modelling code that lies in the --reference folder.")
+]
+Float32Memory = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="GIB",
+        help="Memory that a model in float32 may take on each device; a larger model is cut to its first layers, a "
+        "test of these alone. Default: what the device has.",
+        show_default=False,
+    ),
+]
 Whole = Annotated[
     bool, typer.Option("--whole", help="Climb every rung, though an earlier one has shown the cause already.")
 ]
@@ -66,6 +89,9 @@ def command(
     turn: Turn = None,
     replay_by_layer: ByLayer = False,
     modules: Modules = None,
+    reference: ReferenceFolder = None,
+    trust_reference_code: TrustReference = False,
+    float32_memory: Float32Memory = None,
     whole: Whole = False,
     as_json: o.Json = False,
     force: o.Force = False,
@@ -82,18 +108,20 @@ def command(
     from moediag.run.reader import open_run
 
     if output is None:
-        if prompts is not None or turn or replay_by_layer or modules:
+        if prompts is not None or turn or replay_by_layer or modules or reference is not None:
             raise typer.BadParameter("engines run with a checkpoint: moediag diagnose CKPT -o RUN")
         run = open_run(Path(target))
     else:
-        run = _climb(target, output, prompts, settings, turn or [], replay_by_layer, modules, whole, force)
+        third = None if reference is None else (reference, trust_reference_code)
+        room = None if float32_memory is None else float32_memory * 2**30
+        run = _climb(target, output, prompts, settings, turn or [], replay_by_layer, modules, third, room, whole, force)
     with bar("analysis") as progress:
         progress.on_event({"stage": "metrics"})
         summary = analyze_run(run)
         progress.on_event({"stage": "figures and report"})
         report = report_run(run)
     if as_json:
-        say_json({key: summary[key] for key in ("verdict", "function", "distances", "floors")})
+        say_json({key: summary[key] for key in ("verdict", "function", "whose", "distances", "floors")})
         return
     show_verdict(run.path.resolve().name, summary, str(run.path))
     say()
@@ -109,6 +137,8 @@ def _climb(
     turned: Sequence[str],
     by_layer: bool,
     modules: bool | None,
+    third: tuple[str, bool] | None,
+    room: float | None,
     whole: bool,
     force: bool,
 ) -> Run:
@@ -136,9 +166,9 @@ def _climb(
         given = settings.revision, settings.trust_remote_code
         run, checkpoint = jobs.join(output, ckpt, *given, is_other_checkpoint=False)
     longest = settings.max_model_len or needed_length(run, checkpoint)
-    why = why_no_float32(checkpoint, settings.dtype.value, settings.tensor_parallel_size)
+    why = why_no_float32(checkpoint, settings.dtype.value, settings.tensor_parallel_size, room)
     if why:
-        note(f"Float32  not run: {why}")
+        note(f"Float32  not run of the whole model: {why}")
     no_replay = jobs.why_no_replay(checkpoint, settings.dtype.value)
     if no_replay and checkpoint.routing is not None:
         note(f"Replay   not run: {no_replay}")
@@ -147,6 +177,12 @@ def _climb(
         [partial(_request, run, checkpoint, settings, longest, name) for name in names]
         for names in (FIRST if why else (*FIRST, *jobs.FLOAT32), rest)
     ]
+    checkpoints = dict.fromkeys((INFER, TRAIN), checkpoint)
+    if third is not None:
+        checkpoints[REFERENCE] = _open_reference(output, third)
+        trusting = replace(settings, trust_remote_code=third[1])
+        of_third = checkpoints[REFERENCE]
+        stages[0].append(partial(_request, run, of_third, trusting, longest, REFERENCE))
     opted: list[Callable[[], ArmRequest]] = [
         partial(_turned, run, checkpoint, settings, longest, option) for option in turned
     ]
@@ -158,7 +194,7 @@ def _climb(
         if not missing:
             continue
         note(f"Stage {nth + 1}  {', '.join(one.arm for one in missing)}: {_cost(run, missing)}")
-        arms = jobs.Arms(RunWriter(run), missing, dict.fromkeys((INFER, TRAIN), checkpoint))
+        arms = jobs.Arms(RunWriter(run), missing, checkpoints)
         try:
             jobs.capture(arms)
         except EngineError as error:
@@ -167,6 +203,8 @@ def _climb(
                 raise
             note(f"Float32  not run: {error}")  # an engine may have no kernel for it; if it was not that, it ends here
             jobs.capture(replace(arms, requests=[one for one in in_use if not run.is_complete(one.arm)]))
+        if why and nth == 0:
+            _capture_first_layers(run, checkpoint, settings, room)
         if whole or stage is opted:
             continue
         with bar("analysis") as progress:
@@ -181,6 +219,47 @@ def _climb(
         with Engines() as engines, bar("modules") as progress:
             check_modules(engines, run, checkpoint, checkpoint, progress.on_event).keep(run)
     return run
+
+
+def _capture_first_layers(run: Run, checkpoint: Checkpoint, settings: Settings, room: float | None) -> None:
+    """Both engines in float32 on the first layers of a model that is too large for it, in a run of its own."""
+    from moediag.cli import jobs
+    from moediag.cli.console import note
+    from moediag.diagnosis.function import FIRST_LAYERS
+    from moediag.engines.first_layers import cut_to_first, n_first_layers, n_parameters_of_first
+    from moediag.engines.plan import SamplingOptions, make_plan, needed_length, why_too_large
+    from moediag.run.writer import RunWriter
+
+    if checkpoint.stored_dtype == "float32" or settings.dtype.value == "float32" or checkpoint.record.quantization:
+        return
+    n_layers = n_first_layers(checkpoint)
+    why = why_too_large(n_parameters_of_first(checkpoint, n_layers), settings.tensor_parallel_size, room)
+    n_all = checkpoint.record.n_decoder_layers
+    if why or n_layers == n_all:
+        note(f"Float32  no first layers either: {why or 'every kind of layer takes all of them'}")
+        return
+    note(f"Float32  both engines on the first {n_layers} of {n_all} decoder layers: every kind of layer, and one more")
+    with tempfile.TemporaryDirectory(dir=run.path, prefix="cut-") as work:
+        cut = cut_to_first(checkpoint, n_layers, Path(work) / FIRST_LAYERS)
+        prompts, tokens = Path(work) / "tokens.jsonl", run.tokens(run.shards[0])
+        with prompts.open("w") as file:
+            for start, end in tokens.sequence_bounds():
+                ids, n = tokens.token_id_T[start:end].tolist(), int((~tokens.is_response_T[start:end]).sum())
+                file.write(json.dumps({"prompt_token_ids": ids[:n], "completion_token_ids": ids[n:]}) + "\n")
+        plan = make_plan(cut, prompts, SamplingOptions(), trust_remote_code=settings.trust_remote_code)
+        own = plan.create(run.path / FIRST_LAYERS, force=False)
+        in_float32 = replace(settings, dtype=o.ModelDtype.float32)
+        longest = settings.max_model_len or needed_length(own, cut)
+        requests = [_request(own, cut, in_float32, longest, name) for name in FIRST]
+        jobs.capture(jobs.Arms(RunWriter(own), requests, dict.fromkeys((INFER, TRAIN), cut)))
+
+
+def _open_reference(output: Path, third: tuple[str, bool]) -> Checkpoint:
+    """The folder of a third implementation, whose routers are not looked at."""
+    from moediag.cli import jobs
+
+    folder, is_trusted = third
+    return jobs.join(output, folder, None, is_trusted, is_other_checkpoint=True, is_observed=False)[1]
 
 
 def _cost(run: Run, requests: Sequence[ArmRequest]) -> str:

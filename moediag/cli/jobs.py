@@ -163,8 +163,12 @@ def join(
     revision: str | None,
     trust_remote_code: bool,
     is_other_checkpoint: bool,
+    is_observed: bool = True,
 ) -> tuple[Run, Checkpoint]:
     """An arm for a run that exists: the run's checkpoint, wherever it lies on this machine, or another one.
+
+    Args:
+        is_observed: the arm records routing.
 
     Raises:
         RunConflictError: the checkpoint is not the one the run was made with, or it is and was called another.
@@ -173,6 +177,7 @@ def join(
         SchemaVersionError: the run was made by an earlier version.
     """
     run, checkpoint = open_run(output), open_checkpoint(ckpt, revision, trust_remote_code)
+    checkpoint = replace(checkpoint, is_observed=is_observed)
     RunWriter(run).refuse_earlier_schema()
     known_sampling(run)
     there = None if run.record.checkpoint is None else run.checkpoint(run.record.checkpoint)

@@ -1,16 +1,19 @@
 """Entry point ``moediag``: maps errors to one line and an exit code.
 
 Exit codes: 0 done, 1 a moediag error (one line on stderr), 2 usage, 3 the answer is no (findings of error
-grade in ``validate``, a failed ``selftest``, ``--strict``, ``diff-env --fail-on-difference``), 130 interrupted,
-143 ended by SIGTERM.
+grade in ``validate``, a failed ``gate`` or ``selftest``, ``--strict``, ``diff-env --fail-on-difference``), 130
+interrupted, 143 ended by SIGTERM.
 Nothing heavy is imported until a command runs.
 """
 
 from __future__ import annotations
 
+import re
 import sys
+from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
 
 from moediag.cli import (
     analyze,
@@ -21,6 +24,7 @@ from moediag.cli import (
     diff_env,
     env,
     export,
+    gate,
     import_,
     inspect,
     profile,
@@ -34,34 +38,58 @@ from moediag.cli import (
 from moediag.cli.signals import Interrupted, interruptible
 from moediag.errors import MoediagError
 
+GROUPS: Final = {
+    "Run the engines": (demo, profile, diagnose, capture, selftest),
+    "Read what is there": (analyze, report, compare, gate, simulate, trend, validate),
+    "Other tools' data": (import_, export),
+    "Look up": (inspect, schema, env, diff_env),
+}
+"""Commands as --help groups them."""
+
+
+class _Grouped(TyperGroup):
+    """Commands under the heading of their group."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a list of commands for every group."""
+        widest = max(map(len, self.commands))
+        for heading, modules in GROUPS.items():
+            said = {module.NAME: self.commands[module.NAME].get_short_help_str(limit=200) for module in modules}
+            with formatter.section(heading):
+                formatter.write_dl(
+                    [(name.ljust(widest), re.split(r"[:;.](?: |$)", words)[0]) for name, words in said.items()]
+                )
+
+
 app = typer.Typer(
     name="moediag",
+    cls=_Grouped,
     help="Routing-mismatch diagnostics for MoE models: what vLLM sampled against what transformers trains on.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (
-    demo,
-    profile,
-    diagnose,
-    capture,
-    import_,
-    export,
-    analyze,
-    compare,
-    simulate,
-    trend,
-    report,
-    validate,
-    selftest,
-    inspect,
-    schema,
-    env,
-    diff_env,
-):
-    app.command(module.NAME)(module.command)
+for modules in GROUPS.values():
+    for module in modules:
+        app.command(module.NAME)(module.command)
+
+
+def _show_version(is_given: bool) -> None:
+    if is_given:
+        from moediag import __version__
+
+        typer.echo(f"moediag {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of every command."""
 
 
 def _resumes(words: list[str]) -> bool:

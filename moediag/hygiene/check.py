@@ -17,6 +17,7 @@ from moediag.errors import RunError
 from moediag.hygiene.buffers import Completeness, Filler, Stale, count_prefixes
 from moediag.hygiene.expert_ids import Identifiers, LayerAtChance, LayerLag, RowLag, TwinLayers
 from moediag.hygiene.findings import Finding, by_level, finding
+from moediag.hygiene.levels import ConstantOffset, RegimeChange
 from moediag.hygiene.logps import ContradictedZeros, Logps, MeanRatio, OtherSequence, SameBits, Temperature, TokenLag
 from moediag.hygiene.router_scores import GateFactor, RouterScores
 from moediag.hygiene.rows import Rows, Shape
@@ -144,9 +145,9 @@ class PairHygiene:
 
     def __init__(self, arms: tuple[str, str], shape: Shape, is_foreign: bool = False) -> None:
         self._lag = TokenLag()
-        self._rules: list[_PairRule] = [OtherSequence(), Temperature()]
+        self._rules: list[_PairRule] = [OtherSequence(), Temperature(), ConstantOffset()]
         self._zeros = [ContradictedZeros(arm) for arm in arms]
-        self._foreign_rules: list[_PairRule] = [SameBits(), MeanRatio()] if is_foreign else []
+        self._foreign_rules: list[_PairRule] = [SameBits(), MeanRatio(), RegimeChange()] if is_foreign else []
         self._routed_rules: list[_PairRule] = []
         if shape.n_layers:
             self._routed_rules = [RowLag(shape), LayerLag(shape), LayerAtChance(shape), GateFactor(shape)]

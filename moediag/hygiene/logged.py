@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from moediag.hygiene.chance import ALPHA
 from moediag.hygiene.check import Inspection, check_capture, check_pair
 from moediag.hygiene.findings import Finding, Place, by_level, finding
+from moediag.hygiene.levels import not_estimable
 from moediag.hygiene.rules import BOTH_LOGPS, ENTROPIES, FOREIGN, LOGPS, TEMPERATURES, WARNING
 from moediag.importers.tokens import LoggedTokens
 from moediag.notation import INFER, TRAIN
@@ -52,6 +53,8 @@ def check_logged(tokens: LoggedTokens, *, is_foreign: bool = True) -> list[Findi
     step_T = tokens.get("step")
     temperature_T = tokens.get("temperature")
     found = check_tokens(*columns, **facts) if step_T is None else check_steps(step_T, *columns, **facts)
+    if step_T is None:
+        found += not_estimable(columns[0], columns[1], tokens.row_T, f"{INFER}~{TRAIN}")
     if not tokens.is_masked:
         is_zero_T = (columns[0] == 0) & (columns[1] == 0)
         padding = unmasked_padding(is_zero_T, tokens.start_S, tokens.where)

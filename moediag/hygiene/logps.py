@@ -200,7 +200,7 @@ class OtherSequence:
 
     def add(self, train: Rows, infer: Rows) -> None:
         """Add a shard of both sides, same tokens."""
-        scored_T, x_T, y_T = _scored(train, infer)
+        scored_T, x_T, y_T = scored(train, infer)
         tokens = train.tokens
         self._n_copies = max(self._n_copies, int(tokens.sample_index_T.max(initial=0)) + 1)
         start_S = np.flatnonzero(train.starts)
@@ -273,7 +273,7 @@ class Temperature:
 
     def add(self, train: Rows, infer: Rows) -> None:
         """Add a shard of both sides, same tokens."""
-        scored_T, x_T, y_T = _scored(train, infer)
+        scored_T, x_T, y_T = scored(train, infer)
         scored_T &= (x_T != 0) & (y_T != 0)
         x, y = x_T[scored_T], y_T[scored_T]
         group = group_of(train.tokens.prompt_id_T[scored_T], train.tokens.position_T[scored_T])
@@ -322,7 +322,7 @@ class SameBits:
 
     def add(self, train: Rows, infer: Rows) -> None:
         """Add a shard of both sides, same tokens."""
-        scored_T, x_T, y_T = _scored(train, infer)
+        scored_T, x_T, y_T = scored(train, infer)
         scored_T &= (x_T != 0) | (y_T != 0)
         self._same.add(train.tokens, scored_T & (x_T == y_T), int(scored_T.sum()), train.prefixes)
 
@@ -344,7 +344,7 @@ class MeanRatio:
 
     def add(self, train: Rows, infer: Rows) -> None:
         """Add a shard of both sides, same tokens."""
-        scored_T, x_T, y_T = _scored(train, infer)
+        scored_T, x_T, y_T = scored(train, infer)
         tokens = train.tokens
         self._n_copies = max(self._n_copies, int(tokens.sample_index_T.max(initial=0)) + 1)
         excess = np.exp(np.minimum(y_T[scored_T] - x_T[scored_T], _MOST_LOG_RATIO)) - 1
@@ -430,7 +430,7 @@ def _trailing(hit_T: NDArray[np.bool_], ends_T: NDArray[np.bool_]) -> NDArray[np
     return np.asarray(next_miss_T > next_end_T)
 
 
-def _scored(train: Rows, infer: Rows) -> tuple[NDArray[np.bool_], Float64, Float64]:
+def scored(train: Rows, infer: Rows) -> tuple[NDArray[np.bool_], Float64, Float64]:
     """Response tokens that both sides scored, and (infer's, train's) logps of all rows."""
     x_T, y_T = (rows.capture.logp_T.astype(np.float64) for rows in (infer, train))
     return train.tokens.is_scored_T & np.isfinite(x_T) & np.isfinite(y_T), x_T, y_T

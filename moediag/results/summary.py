@@ -12,9 +12,11 @@ import pandas as pd
 
 from moediag.analysis.floors import Variant, floors
 from moediag.analysis.tokens import Tokens
-from moediag.diagnosis import Distances, FunctionTest, Seen, distances, verdict
+from moediag.diagnosis import Distances, FirstLayers, FunctionTest, Seen, Whose, distances, verdict
+from moediag.diagnosis.layers import LayersApart
 from moediag.diagnosis.modules import ModuleChecks
 from moediag.diagnosis.recorded import Explanation
+from moediag.hygiene import Finding
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.results.pair_analysis import PairAnalysis
 from moediag.results.pair_summary import pair_summary
@@ -41,13 +43,19 @@ class Found:
         function: whether both engines compute the same function; None without float32 arms.
         modules: what a check of both engines' modules found; None without one.
         recorded: what is wrong with imported rollouts; None where the run was not imported.
-        errors: lines of validation errors that were overridden.
+        layers: since which layer they do not; None without float32 arms.
+        findings: of the rules on the capture; errors among them were overridden.
+        whose: what a third party says of a difference of functions; None without one.
+        first_layers: float32 of the first layers; None where the whole was run, or nothing.
     """
 
     function: FunctionTest | None
     modules: ModuleChecks | None
     recorded: Explanation | None
-    errors: Sequence[str]
+    layers: LayersApart | None
+    findings: Sequence[Finding]
+    whose: Whose | None = None
+    first_layers: FirstLayers | None = None
 
 
 def summarize(
@@ -76,6 +84,7 @@ def summarize(
     weights = _weights(run, *run.main_arms)
     differ = (weights or {}).get("words", "")
     analysed = {arm for analysis in analyses for arm in (analysis.minuend, analysis.subtrahend)}
+    analysed |= {found.whose.arm} if found.whose is not None and found.whose.arm else set()
     return {
         "schema_version": SCHEMA_VERSION,
         "step": record.step,
@@ -105,17 +114,24 @@ def summarize(
                 floor,
                 replay,
                 differ,
-                found.errors,
+                found.findings,
                 function,
                 apart,
+                found.layers,
                 found.modules,
                 recorded,
+                analyses[0].sequences,
                 **_sides(run),
+                whose=found.whose,
+                first_layers=found.first_layers,
             )
         ),
         "recorded": None if recorded is None else recorded.content(),
         "function": None if function is None else function.content(),
+        "layers_apart": None if found.layers is None else found.layers.content(),
         "distances": None if apart is None else apart.content(),
+        "first_layers": None if found.first_layers is None else found.first_layers.content(),
+        "whose": None if found.whose is None else found.whose.content(),
         "pairs": pairs,
         "floors": floor,
         "routing_replay": replay,
