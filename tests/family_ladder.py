@@ -43,8 +43,9 @@ UNFOLLOWED = {
     "jetmoe": "routing cannot be captured, and the command compares nothing without",
     "hunyuan_v1_moe": "the same",
     "deepseek_v4": "vLLM does not load what transformers writes",
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe"), "vLLM's CPU build has no float32 kernel: judged by scale alone"),
 }
-"""Of which there is no verdict, and why."""
+"""Of which there is no verdict, or none by float32, and why."""
 
 
 @dataclass(frozen=True)
