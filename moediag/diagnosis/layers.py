@@ -113,6 +113,15 @@ class LayersApart:
         return "nowhere" if self.first is None else self.place_of(self.first)
 
     @property
+    def words(self) -> str:
+        """How far both engines are apart where they first differ."""
+        what = "the engines' gate weights" if self.pattern == GATES else "the engines"
+        return (
+            f"in float32 {what} differ at {self.place}: "
+            f"{self.n_differing:,} of {self.n_rows:,} rows by more than {FAR_ROW:g} times rounding"
+        )
+
+    @property
     def below(self) -> str:
         """The MoE layer before it, in words."""
         return f"decoder layer {self._decoder_layer(self.first - 1)}" if self.first else "no layer"

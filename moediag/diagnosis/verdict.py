@@ -98,6 +98,9 @@ def _verdict(seen: Seen, causes: Sequence[Finding]) -> dict[str, Any]:
         if seen.is_same:
             return _same_function(seen, seen.function)
     cut = seen.first_layers if seen.function is None and not seen.weights else None
+    if seen.modules is not None and seen.modules.is_off and not seen.weights:
+        reason = f"on the same inputs a module of {seen.both} differs by more than rounding"
+        return _words(OTHER_FUNCTION, reason, f"{seen.modules.first}. {_whose(seen)}", *_third_party(seen))
     if cut is not None and cut.function.is_same is False:
         found = _other_function(seen, cut.function, causes)
         return {**found, "reason": f"cut to {cut.part}: {found['reason']}"}
@@ -124,9 +127,13 @@ def _other_function(seen: Seen, function: FunctionTest, causes: Sequence[Finding
     mean = seen.pair["logp"]["abs_logp_diff"]["mean"]
     how = "choose other experts at no near tie" if function.mean is None else f"still differ by {_nat(function.mean)}"
     reason = (
-        f"in float32, where rounding makes {sig(function.scale)} nat, {seen.both} {how} "
-        f"({function.n_sequences - function.n_agreeing} of {function.n_sequences} sequences differ by more than "
-        f"{SAME:g} times rounding; the mismatch in use is {sig(mean)} nat)"
+        seen.layers.words
+        if function.is_same is not False and seen.layers is not None
+        else (
+            f"in float32, where rounding makes {sig(function.scale)} nat, {seen.both} {how} "
+            f"({function.n_sequences - function.n_agreeing} of {function.n_sequences} sequences differ by more than "
+            f"{SAME:g} times rounding; the mismatch in use is {sig(mean)} nat)"
+        )
     )
     if is_doubtful_float32(seen):
         note = "; on an accelerator float32 may be TF32 or an attention kernel of less, which looks like this"
