@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,10 @@ def test_a_model_too_large_for_float32_is_tested_in_its_first_layers(
     assert cut.arm("infer").dtype == cut.arm("train").dtype == "float32"
     assert cut.checkpoint(str(cut.record.checkpoint)).source.endswith(f"(first {n_kept} of 6 decoder layers)")
     assert not list(run_path.glob("cut-*"))
+    shutil.rmtree(cut.path)  # the stage's arms are there, and its first layers are not
+    made = run_here("diagnose", checkpoint, "-o", run_path, "--float32-memory", MEMORY[family], "--no-modules")
+    assert made.returncode == 0, made.stderr
+    assert json.loads((run_path / "summary.json").read_text())["first_layers"] == first
     again = run_here("diagnose", run_path)
     assert again.returncode == 0, again.stderr
     assert part in " ".join(again.stdout.split())

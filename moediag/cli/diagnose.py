@@ -17,6 +17,7 @@ from moediag.cli.settings import Settings, with_settings
 from moediag.notation import INFER, REFERENCE, TRAIN
 
 if TYPE_CHECKING:
+    from moediag.cli.jobs import Arms
     from moediag.engines.arms import ArmRequest
     from moediag.engines.checkpoint import Checkpoint
     from moediag.run.reader import Run
@@ -150,12 +151,11 @@ def _climb(
     from moediag.audit.modules import check_modules
     from moediag.cli import jobs
     from moediag.cli.console import bar, note
-    from moediag.diagnosis.function import FLOAT32
+    from moediag.diagnosis.function import FLOAT32, first_layers
     from moediag.diagnosis.modules import kept_checks
     from moediag.diagnosis.verdict import BIT_EXACT, NOT_REPEATING, OTHER_FUNCTION, ROUNDS_WORSE
     from moediag.engines.launch import Engines
     from moediag.engines.plan import needed_length, why_no_float32
-    from moediag.errors import EngineError
     from moediag.results import analyze_run
     from moediag.run.writer import RunWriter
 
@@ -194,19 +194,13 @@ def _climb(
     for nth, stage in enumerate([*stages, opted]):
         requests = [make() for make in stage]
         missing = [one for one in requests if one.arm not in run.arms() or not run.is_complete(one.arm)]
-        if not missing:
+        is_cut = bool(why) and nth == 0 and first_layers(run) is None
+        if not missing and not is_cut:
             continue
-        note(f"Stage {nth + 1}  {', '.join(one.arm for one in missing)}: {_cost(run, missing)}")
-        arms = jobs.Arms(RunWriter(run), missing, checkpoints)
-        try:
-            jobs.capture(arms)
-        except EngineError as error:
-            in_use = [one for one in missing if one.recipe not in jobs.FLOAT32]
-            if len(in_use) == len(missing):
-                raise
-            note(f"Float32  not run: {error}")  # an engine may have no kernel for it; if it was not that, it ends here
-            jobs.capture(replace(arms, requests=[one for one in in_use if not run.is_complete(one.arm)]))
-        if why and nth == 0:
+        if missing:
+            note(f"Stage {nth + 1}  {', '.join(one.arm for one in missing)}: {_cost(run, missing)}")
+            _capture_stage(jobs.Arms(RunWriter(run), missing, checkpoints))
+        if is_cut:
             _capture_first_layers(run, checkpoint, settings, room)
         if whole or stage is opted:
             continue
@@ -222,6 +216,24 @@ def _climb(
         with Engines() as engines, bar("modules") as progress:
             check_modules(engines, run, checkpoint, checkpoint, progress.on_event).keep(run)
     return run
+
+
+def _capture_stage(arms: Arms) -> None:
+    """The arms of a stage; float32 that an engine cannot run is left out, with a note."""
+    from moediag.cli import jobs
+    from moediag.cli.console import note
+    from moediag.errors import EngineError
+
+    run = arms.writer.run
+    try:
+        jobs.capture(arms)
+    except EngineError as error:
+        waiting = [one for one in arms.requests if not run.is_complete(one.arm)]
+        in_use = [one for one in waiting if one.recipe not in jobs.FLOAT32]
+        if len(in_use) == len(waiting):
+            raise
+        note(f"Float32  not run: {error}")  # an engine may have no kernel for it; if it was not that, it ends here
+        jobs.capture(replace(arms, requests=in_use))
 
 
 def _dtype(checkpoint: Checkpoint, settings: Settings) -> str:
