@@ -13,6 +13,8 @@ from records import arm_of
 from scripted_engine import make_scripted_run
 
 from moediag.hygiene import Finding, check_run
+from moediag.hygiene.buffers import _Blocks
+from moediag.hygiene.rows import Rows, Shape
 from moediag.hygiene.rules import RULES, Rule
 from moediag.run.capture import Capture
 from moediag.run.reader import Run, open_run
@@ -179,6 +181,51 @@ def test_a_cached_prefix_is_named_with_its_block_size() -> None:
     assert named.level == "warning"
     assert "multiples of 16 (block size)" in named.message
     assert (named.n, named.n_of) == (12, 24)
+
+
+def stale_message(start: int, end: int, *, length: int, shape: tuple[int, int, int] = (16, 4, 6), n: int = 1) -> str:
+    """What D05 says where infer's row 10 stands in rows start..end-1 of every sequence, routing and scores."""
+    h = Healthy(shape=shape, n_prompts=n, prompt_length=6, response_length=length, certain_share=0.05)
+    tokens, train, infer = make(h)
+    for array in infer.arrays().values():
+        for first, last in tokens.sequence_bounds() if array.ndim > 1 else []:
+            array[first + start : min(first + end, last - 1)] = array[first + 10]
+    (found,) = [f for f in all_findings(h, tokens, train, infer) if f.rule == "D05-stale-rows"]
+    return found.message
+
+
+def test_stale_rows_name_the_block_and_the_size_that_it_touches() -> None:
+    """67 rows from 4,039 on, chunks of 4,096 (sglang issue 36404): the finding gave no position but the first."""
+    message = stale_message(4039, 4039 + 67, length=9000)
+    assert "longest block: 66 rows from position 4,040 of sequence 0" in message
+    assert "1 of 1 blocks touch multiples of 4,096 (by chance 0.017)" in message
+    message = stale_message(150, 217, length=500)
+    assert "longest block: 66 rows from position 151 of sequence 0" in message
+    assert "multiples" not in message, "67 rows touch a multiple of 64 wherever they lie"
+
+
+def test_stale_blocks_of_many_sequences_name_their_common_size() -> None:
+    message = stale_message(64, 70, length=200, n=12)
+    # rows 65..69 and what touches them are seven positions of 64
+    assert f"12 of 12 blocks touch multiples of 64 (by chance {(7 / 64) ** 12:.2g})" in message
+    assert "multiples" not in stale_message(70, 76, length=200, n=12)
+
+
+@pytest.mark.parametrize("size", [16, 64, 512])
+def test_a_size_is_named_no_more_often_than_its_chance(size: int) -> None:
+    """Blocks that begin anywhere: a size in at most 5 % of findings, within what 400 of them show."""
+    rng = np.random.default_rng(size)
+    h = Healthy(n_prompts=1, prompt_length=6, response_length=3000)
+    tokens, _, infer = make(h)
+    rows = Rows(tokens, infer, Shape(3, 8, 2, True))
+    n_named = 0
+    for _ in range(400):
+        blocks, late_T = _Blocks(), np.zeros(len(tokens), bool)
+        start, length = int(rng.integers(20, len(tokens) - size)), int(rng.integers(3, size))
+        late_T[start : start + length] = True
+        blocks.add(rows, late_T, late_T, before=1)
+        n_named += "multiples" in blocks.text()
+    assert n_named / 400 < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
 
 
 def test_missing_layers_are_named_as_layers() -> None:

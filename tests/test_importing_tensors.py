@@ -271,7 +271,7 @@ DAMAGE: dict[str, tuple[str, str, Callable[[Any], Any], str]] = {
                            "rollout_routed_experts has 45 rows for 47 tokens; expected 46"),
     "segments joined twice": (
         "slime", "rollout_data/0.pt", in_sample(5, rollout_routed_experts=lambda rows: torch.cat([rows[:30], rows])),
-        "rollout_routed_experts has 79 rows for 50 tokens"),
+        "has 79 rows for 50 tokens; rows 30..59 repeat rows 0..29: segments of a generation that was interrupted"),
     "routes in bytes": ("slime", "rollout_data/0.pt",
                         in_sample(2, rollout_routed_experts=lambda rows: rows.view(torch.uint8)),
                         r"routes have \(L, K\) = \(5, 16\), the first ones \(5, 4\)"),

@@ -234,7 +234,7 @@ def _function(seen: Seen) -> Iterator[Finding]:
     before = f"; {layers.before}" if layers.before else ""
     if layers.pattern == GATES:
         words = f"gate weights of the same experts differ in {of} of {here}, whose router logits agree{before}"
-        yield finding("gate-formula", here, words, **counted)
+        yield finding("gate-formula", here, f"{words}; {layers.formula}", **counted)
     elif layers.pattern == SOME_EXPERTS:
         plural = "s" if len(layers.experts) > 1 else ""
         experts = f"expert{plural} {', '.join(map(str, layers.experts))} of {layers.below}"

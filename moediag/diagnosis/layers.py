@@ -23,6 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.diagnosis.function import SAME, compared_flips, float32_arms
+from moediag.diagnosis.gate_formula import bases_of, formula_words, formulas_of, weights_of
 from moediag.frames import Column, declare, measured, with_ci
 from moediag.notation import INFER, TRAIN
 from moediag.run.capture import Capture, TokenRows, is_scored
@@ -82,6 +83,7 @@ class LayersApart:
         slope: of log(difference) on log(position), where the first rows agree.
         position: first position that differs, where those before it agree.
         experts: chosen in the MoE layer before exactly by the rows that differ.
+        formula: of the gate weights that differ, in words (:mod:`moediag.diagnosis.gate_formula`).
     """
 
     frame: pd.DataFrame
@@ -92,6 +94,7 @@ class LayersApart:
     slope: float | None = None
     position: int | None = None
     experts: tuple[int, ...] = ()
+    formula: str = ""
 
     def content(self) -> dict[str, Any]:
         """As summary.json holds it."""
@@ -194,7 +197,7 @@ def layers_apart(run: Run, arms: Sequence[str]) -> LayersApart | None:
     parts = [_rows(run, shard, train, infer, perturbed) for shard in run.shards_of(train)]
     rows = _Rows.joined(parts)
     times_TQ, scale_Q = _in_scales(rows.apart_TQ, rows.scale_TQ)
-    gates_TL, _ = _in_scales(rows.gates_TL, rows.gates_scale_TL)
+    gates_TL, gates_scale_L = _in_scales(rows.gates_TL, rows.gates_scale_TL)
     n_layers = gates_TL.shape[1]
     decoder_layers = [*run.arm(train).decoder_layers[:n_layers], -1]
     own = _own_rounding(run, train, infer, scale_Q)
@@ -215,8 +218,31 @@ def layers_apart(run: Run, arms: Sequence[str]) -> LayersApart | None:
         if q < n_layers and _differs(gates_TL[:, q], rows.seq_T):
             is_known_T = np.isfinite(gates_TL[:, q])
             return replace(found, first=q, pattern=GATES, n_rows=int(is_known_T.sum()),
-                           n_differing=int((gates_TL[is_known_T, q] > FAR_ROW).sum()))  # fmt: skip
+                           n_differing=int((gates_TL[is_known_T, q] > FAR_ROW).sum()),
+                           formula=_formula(run, train, infer, q, is_known_T, FAR_ROW * gates_scale_L[q]))  # fmt: skip
     return found
+
+
+def _formula(run: Run, train: str, infer: str, layer: int, is_used_T: Bool, rounding: float) -> str:
+    """Which formulas the two sides' gate weights of a layer follow, over the rows that were compared."""
+    parts: dict[str, list[dict[str, Any]]] = {INFER: [], TRAIN: []}
+    biases = {arm: run.correction_bias(arm) for arm in (train, infer)}
+    for shard in run.shards_of(train):
+        captures = {TRAIN: (train, run.readable(train, shard)), INFER: (infer, run.readable(infer, shard))}
+        for side, other in ((INFER, TRAIN), (TRAIN, INFER)):
+            arm, own = captures[side]
+            router = run.arm(arm).routers[layer]
+            bases = bases_of(own, captures[other][1], router.spec, biases[arm], layer, other)
+            parts[side].append({"": weights_of(own, layer), **bases})
+    sides = {}
+    for side, of_shards in parts.items():
+        names = [name for name in of_shards[0] if all(name in one for one in of_shards)]
+        arrays = {name: np.concatenate([one[name] for one in of_shards])[is_used_T] for name in names}
+        weights_NK = arrays.pop("")
+        is_positive_N = weights_NK.sum(axis=1) > 0
+        bases = {name: base_NK[is_positive_N] for name, base_NK in arrays.items()}
+        sides[side] = formulas_of(weights_NK[is_positive_N], bases, rounding)
+    return formula_words(sides, rounding)
 
 
 def _in_scales(apart_TQ: Float64, scaled_TQ: Float64) -> tuple[Float64, Float64]:

@@ -18,6 +18,8 @@ Evidence, at each distance d = 1 .. 64 (d = 1: a step's buffer not refreshed; d 
       (a run of identical rows counts at its own distance only);
     - with ids alone, same sets in all layers, against :func:`moediag.hygiene.chance.joint_rate` of neighbours; for
       d > 1 only matches inside runs of at least 3. At L <= 2, or where every set is popular, ids alone do not decide.
+    What lies behind it is often a size: a prefill chunk, a cache block. Blocks of stale rows that touch multiples of a
+    power of two more often than their lengths explain name that size (:class:`_Blocks`).
 
 **Missing** (D06, D07, D08), :class:`Completeness`: which rows lack routing, and why: the sampled last token, a rank's
 share, a cached prefix, or no known pattern. Counts of whole sequences, so that the order of sequences and the shards do
@@ -31,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from moediag.hygiene.chance import ALPHA, exceeds, exceeds_others, joint_rate
 from moediag.hygiene.findings import Count, Finding, counted, finding
@@ -43,6 +46,12 @@ _FLAT = 1e-3
 MAX_LAG = 64
 _LEAST_RUN = 3
 _CHUNK = 1024
+
+_SIZES = tuple(2**i for i in range(4, 14))
+"""Sizes whose multiples stale rows may begin or end at: cache blocks are 16 tokens and up, prefill chunks up to 8,192
+(SGLang's and vLLM's defaults)."""
+_BY_CHANCE = 0.05
+"""Chance below which a size is named in a finding that stands without it; it is shown."""
 
 _RANKS = (2, 3, 4, 6, 8, 16)
 _MOST = 0.95
@@ -177,6 +186,59 @@ class Filler:
         return float(math.comb(self._shape.n_experts, self._shape.top_k))
 
 
+class _Blocks:
+    """Runs of stale rows, and which powers of two their positions touch multiples of."""
+
+    def __init__(self) -> None:
+        self._n, self._n_positions = 0, 0
+        self._touch_S = np.zeros(len(_SIZES), dtype=np.int64)
+        self._longest = (0, 0, 0)  # length, then sequence and first position, negated: the first of equal ones
+
+    def add(self, rows: Rows, late_T: NDArray[np.bool_], alike_T: NDArray[np.bool_], before: int) -> None:
+        """Count the blocks of rows that repeat an earlier one.
+
+        Args:
+            late_T: rows that repeat another token's.
+            alike_T: rows that repeat one, be it of the same token: a block may hold such rows, none consists of them.
+            before: rows before a block that may belong to it: of a row and its copies none is known to be the first.
+        """
+        edge_N = np.flatnonzero(np.diff(np.r_[False, alike_T, False].astype(np.int8)))
+        n_late_T = np.r_[0, np.cumsum(late_T)]
+        is_stale_N = n_late_T[edge_N[1::2]] > n_late_T[edge_N[::2]]
+        start_N, length_N = edge_N[::2][is_stale_N], (edge_N[1::2] - edge_N[::2])[is_stale_N]
+        first_N = rows.tokens.position_T[start_N].astype(np.int64)
+        seq_N = rows.tokens.seq_id_T[start_N]
+        longest = zip(length_N.tolist(), (-seq_N).tolist(), (-first_N).tolist(), strict=True)
+        self._longest = max([self._longest, *longest])
+        # samples of one prompt may be copies of each other
+        is_own_N = rows.tokens.sample_index_T[start_N] == 0
+        low_N, high_N = np.maximum(first_N - before, 1)[is_own_N], (first_N + length_N)[is_own_N]
+        self._n += len(low_N)
+        self._n_positions += int((high_N - low_N + 1).sum())
+        for which, size in enumerate(_SIZES):
+            self._touch_S[which] += int((high_N // size > (low_N - 1) // size).sum())
+
+    def text(self) -> str:
+        """The longest block, and the size that their positions name, if any."""
+        length, seq_id, first = self._longest[0], -self._longest[1], -self._longest[2]
+        words = f"longest block: {length:,} rows from position {first:,} of sequence {seq_id}"
+        if not self._n:
+            return words
+        mean = self._n_positions / self._n
+        # multiples of a power of two are those of every smaller one: the least chance of all is no more than its value
+        chance_S = [
+            float(stats.binom.sf(n_touch - 1, self._n, min(1.0, mean / size)))
+            for n_touch, size in zip(self._touch_S.tolist(), _SIZES, strict=True)
+        ]
+        which = min(range(len(_SIZES)), key=lambda i: chance_S[i])
+        if chance_S[which] >= _BY_CHANCE:
+            return words
+        return (
+            f"{words}; {self._touch_S[which]:,} of {self._n:,} blocks touch multiples of {_SIZES[which]:,} (by chance "
+            f"{chance_S[which]:.2g}): is that the size of a prefill chunk, cache block or graph?"
+        )
+
+
 class Stale:
     """Counts repeated rows of one arm by distance."""
 
@@ -184,6 +246,7 @@ class Stale:
         self._shape = shape
         self._sets = [Count() for _ in range(MAX_LAG + 1)]  # by distance; 0 is not used
         self._bits = [Count() for _ in range(MAX_LAG + 1)]
+        self._set_blocks, self._bit_blocks = ([_Blocks() for _ in range(MAX_LAG + 1)] for _ in range(2))
         self._neighbours_L = np.zeros(shape.n_layers, dtype=np.int64)
         self._has_scores = True
 
@@ -197,12 +260,18 @@ class Stale:
         self._has_scores &= bits_T is not None
         same_TL = over_slots(np.logical_and, rows.sets[1:] == rows.sets[:-1])
         self._neighbours_L += same_TL[_pairs(rows, usable_T, 1)].sum(axis=0)
-        self._add_lags(rows, usable_T, sets_T, self._sets, _LEAST_RUN)
+        self._add_lags(rows, usable_T, sets_T, self._sets, self._set_blocks, _LEAST_RUN)
         if bits_T is not None:
-            self._add_lags(rows, usable_T, bits_T, self._bits, 1)
+            self._add_lags(rows, usable_T, bits_T, self._bits, self._bit_blocks, 1)
 
     def _add_lags(
-        self, rows: Rows, usable_T: NDArray[np.bool_], hash_T: NDArray[np.uint64], counts: list[Count], least_run: int
+        self,
+        rows: Rows,
+        usable_T: NDArray[np.bool_],
+        hash_T: NDArray[np.uint64],
+        counts: list[Count],
+        blocks: list[_Blocks],
+        least_run: int,
     ) -> None:
         run_T = np.cumsum(np.r_[True, (hash_T[1:] != hash_T[:-1]) | rows.starts[1:]])
         for lag in range(1, min(MAX_LAG, len(rows) - 1) + 1):
@@ -214,12 +283,16 @@ class Stale:
                 hit_T = _in_runs(hit_T)
             late_T = np.r_[np.zeros(lag, dtype=np.bool_), hit_T]
             counts[lag].add(rows.tokens, late_T, int(np.count_nonzero(pair_T)), rows.prefixes)
+            if hit_T.any():
+                alike_T = rows.follows(lag) & usable_T[lag:] & usable_T[:-lag] & (hash_T[lag:] == hash_T[:-lag])
+                alike_T = np.r_[np.zeros(lag, dtype=np.bool_), alike_T]
+                blocks[lag].add(rows, late_T, alike_T, before=int(lag == 1))
 
     def findings(self, where: str) -> list[Finding]:
         """The most telling distance, if any."""
         by_scores = self._lags_by_scores()
         if by_scores:
-            return [self._finding(where, by_scores, self._bits, "ids, gate weights and margins")]
+            return [self._finding(where, by_scores, self._bits, self._bit_blocks, "ids, gate weights and margins")]
         neighbours = self._sets[1]
         rate = joint_rate(self._neighbours_L, neighbours.n_of)
         by_ids = [
@@ -227,15 +300,21 @@ class Stale:
             for lag, count in enumerate(self._sets)
             if self._shape.n_layers > 2 and exceeds(count.n_distinct, count.n_of, rate, n_tests=MAX_LAG)
         ] or ([1] if self._never_changes(neighbours) else [])
-        return [self._finding(where, by_ids, self._sets, "ids", rate)] if by_ids else []
+        return [self._finding(where, by_ids, self._sets, self._set_blocks, "ids", rate)] if by_ids else []
 
     def _finding(
-        self, where: str, lags: list[int], counts: list[Count], what: str, rate: float | None = None
+        self,
+        where: str,
+        lags: list[int],
+        counts: list[Count],
+        blocks: list[_Blocks],
+        what: str,
+        rate: float | None = None,
     ) -> Finding:
         lag = max(lags, key=lambda d: counts[d].n)
         message = (
             f"{counts[lag].text()} rows {lag} after another token's repeat its routing in all {self._shape.n_layers} "
-            f"layers ({what})"
+            f"layers ({what}); {blocks[lag].text()}"
         )
         return counted("D05-stale-rows", where, message, counts[lag], rate)
 

@@ -34,6 +34,7 @@ from moediag.importers.rollouts import (
     placed_routes,
     short,
 )
+from moediag.importers.sequences import repeated_rows
 from moediag.importers.text import text_steps
 from moediag.notation import INFER, NOT_ROUTED, TRAIN
 from moediag.numbers import count
@@ -238,7 +239,8 @@ def _of_verl(where: str, sample: dict[str, Any], step: Step) -> Rollout:
     routes = sample["routed_experts"]
     if routes is not None:
         if len(routes) != n:
-            raise DumpError(f"{where}: routed_experts has {len(routes)} rows for {n} tokens")
+            words = repeated_rows(routes, n - 1)
+            raise DumpError(f"{where}: routed_experts has {len(routes)} rows for {n} tokens{words and f'; {words}'}")
         rollout.expert_ids[INFER] = placed_routes(n, 0, routes, where, "routed_experts")
         # what no engine consumed, or did not report, is expert 0 in every slot of every layer, as no router routes
         if routes.shape[2] > 1:

@@ -43,7 +43,7 @@ from moediag.importers.rollouts import (
     whole_number,
     whole_numbers,
 )
-from moediag.importers.sequences import no_id
+from moediag.importers.sequences import no_id, repeated_rows
 from moediag.importers.tables import first_record, json_lines
 from moediag.notation import INFER, NO_TOKEN, NOT_ROUTED
 
@@ -480,7 +480,8 @@ def _vllm_routes(where: str, of_prompt: Any, of_rest: Any, rows: int) -> NDArray
     if len(ids) != rows:
         raise DumpError(
             f"{where}: routed_experts have {len(ids)} rows, expected {rows} (prompt + response - 1, less "
-            "--first-row where routed_experts_prompt_start was set); cut, or of another request?"
+            "--first-row where routed_experts_prompt_start was set); "
+            f"{repeated_rows(ids, rows) or 'cut, or of another request?'}"
         )
     wide = ids.astype(np.int16 if ids.dtype.itemsize == 1 else np.int64)
     largest = np.iinfo(ids.dtype).max

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moediag.errors import DumpError
+from moediag.importers.sequences import repeated_rows
 from moediag.importers.tables import OnProgress, silent
 from moediag.notation import INFER, NOT_ROUTED, TRAIN
 from moediag.run.files import sha256_file, tokenizer_digest
@@ -314,7 +315,8 @@ def placed_routes(n: int, start: int, rows: NDArray[Any], where: str, name: str)
         raise DumpError(f"{where}: {name} should be [rows][layers][K], found shape {rows.shape}")
     if start + len(rows) > n:
         raise DumpError(
-            f"{where}: {name} has {len(rows)} rows from row {start} for {n} tokens; expected at most {n - start}"
+            f"{where}: {name} has {len(rows)} rows from row {start} for {n} tokens; "
+            f"{repeated_rows(rows, n - 1 - start) or f'expected at most {n - start}'}"
         )
     array = np.full((n, *rows.shape[1:]), NOT_ROUTED, np.result_type(rows.dtype, np.int16))
     array[start : start + len(rows)] = rows

@@ -162,9 +162,10 @@ def _expert_ids(
                 f"{path} sequence {i}: {name} has (L, K) = {rows.shape[1:]}, the first one {ids_TLK.shape[1:]}"
             )
         if start + first_row + len(rows) > end:
+            expected = "expected prompt + response - 1 (see --first-row)"
             raise DumpError(
                 f"{path} sequence {i}: {name} has {len(rows)} rows from row {first_row} for {end - start} tokens; "
-                f"{_repeated_segment(rows, end - start - 1 - first_row)}"
+                f"{repeated_rows(rows, end - start - 1 - first_row) or expected}"
             )
         if np.abs(rows).max() > np.iinfo(np.int16).max:
             raise DumpError(f"{path} sequence {i}: {name} holds {no_id(int(rows.flat[np.abs(rows).argmax()]))}")
@@ -206,13 +207,16 @@ def _longest(hit_L: NDArray[np.bool_]) -> int:
     return int(np.diff(np.flatnonzero(np.r_[True, ~hit_L, True])).max() - 1)
 
 
-def _repeated_segment(rows: NDArray[np.int64], n_expected: int) -> str:
-    """What is wrong with more rows than tokens: a generation that was interrupted and stored once per segment?"""
+def repeated_rows(rows: NDArray[Any], n_expected: int) -> str:
+    """More rows than expected that hold the first ones twice: a generation that was interrupted, and stored once per
+    segment, in words; empty where they do not."""
     seam = len(rows) - n_expected
     n = min(seam, n_expected)
-    same = (rows[:n] == rows[seam : seam + n]).all(axis=(1, 2)) if n > 0 else np.zeros(0, dtype=bool)
-    if n < _LEAST_SEGMENT or same.mean() < _LEAST_REPEATED:
-        return "expected prompt + response - 1 (see --first-row)"
+    if n < _LEAST_SEGMENT:
+        return ""
+    same = (rows[:n] == rows[seam : seam + n]).reshape(n, -1).all(axis=1)
+    if same.mean() < _LEAST_REPEATED:
+        return ""
     return (
         f"rows {seam}..{seam + n - 1} repeat rows 0..{n - 1}: segments of a generation that was interrupted and "
         f"resumed were joined, each with the whole sequence so far; keep the last {n_expected} rows"

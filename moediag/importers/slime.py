@@ -32,6 +32,7 @@ from moediag.importers.rollouts import (
     short,
     whole_numbers,
 )
+from moediag.importers.sequences import repeated_rows
 from moediag.notation import INFER, TRAIN
 from moediag.numbers import count
 
@@ -195,8 +196,8 @@ def _of_columns(where: str, sample: Columns) -> Rollout:
     if routes is not None:
         if len(routes) != n - 1:
             raise DumpError(
-                f"{where}: rollout_routed_experts has {len(routes)} rows for {n} tokens; expected {n - 1}, one per "
-                "consumed token"
+                f"{where}: rollout_routed_experts has {len(routes)} rows for {n} tokens; "
+                f"{repeated_rows(routes, n - 1) or f'expected {n - 1}, one per consumed token'}"
             )
         rollout.expert_ids[INFER] = placed_routes(n, 0, routes, where, "rollout_routed_experts")
     reward = sample.get("local_raw_reward", sample.get("reward"))
