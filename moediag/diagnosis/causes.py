@@ -150,7 +150,7 @@ def causes(seen: Seen) -> list[Finding]:
     errors = [found for found in seen.findings if found.level == ERROR]
     # a warning about the capture may be the sign of a difference of functions: that one stands first
     others = [found for found in seen.findings if found.level != ERROR]
-    found = by_level([*errors, *of_pair, *others])
+    found = _once(by_level([*errors, *of_pair, *others]))
     fired = {one.rule for one in found}
 
     def brought_by(rule: str) -> set[str]:
@@ -164,6 +164,19 @@ def causes(seen: Seen) -> list[Finding]:
     # an origin of a lower level stands where the first of what it brings would
     return sorted(first, key=lambda one: min(_rank(other.level) for other in (one, *brought)
                                              if other is one or one.rule in brought_by(other.rule)))  # fmt: skip
+
+
+def _once(found: Sequence[Finding]) -> list[Finding]:
+    """Each rule once, with how many more arms, pairs or layers it fired in."""
+    by_rule: dict[str, list[Finding]] = {}
+    for one in found:
+        by_rule.setdefault(one.rule, []).append(one)
+    return [
+        some[0]
+        if len(some) == 1
+        else replace(some[0], message=f"{some[0].message}; {len(some) - 1} more such findings")
+        for some in by_rule.values()
+    ]
 
 
 def _rank(level: str) -> int:
