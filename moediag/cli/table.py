@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from moediag.analysis.metrics import METRICS, Metric
 from moediag.cli.console import say
 from moediag.diagnosis import LADDER
+from moediag.hygiene.rules import NOTE
 from moediag.numbers import NONE, count, in_unit, is_number
 from moediag.report.measures import carried_words, label_of, text_origin
 from moediag.report.sections import engines_compared
@@ -72,6 +73,9 @@ def show_verdict(label: str, summary: dict[str, Any], run: str = "RUN") -> None:
         ("where: ", verdict.get("where", "")),
         ("next: ", f"{then['words']}{': ' if commands else ''}{commands}"),
     ]
+    # the first cause is what the verdict speaks of
+    others = [one for one in verdict.get("causes", ()) if one["level"] != NOTE][1:]
+    lines += [("also: ", f"{one['level']} {one['rule']}: {one['message']}") for one in others]
     for name, words in lines:
         if words:
             _say_wrapped(f"  {name}{words}")

@@ -1,17 +1,21 @@
 """Where a mismatch comes from: the same function or another, the ladder, and the verdict."""
 
+from moediag.diagnosis.causes import Seen
 from moediag.diagnosis.function import Distances, FunctionTest, distances, same_function
 from moediag.diagnosis.ladder import LADDER, REMEDIES, ladder, remedies
-from moediag.diagnosis.verdict import Seen, verdict
+from moediag.diagnosis.layers import LAYERS_APART, layers_apart
+from moediag.diagnosis.verdict import verdict
 
 __all__ = [
     "LADDER",
+    "LAYERS_APART",
     "REMEDIES",
     "Distances",
     "FunctionTest",
     "Seen",
     "distances",
     "ladder",
+    "layers_apart",
     "remedies",
     "same_function",
     "verdict",

@@ -163,7 +163,7 @@ def compare_sequences(run: Run, minuend: str, subtrahend: str) -> tuple[pd.DataF
         a, b = run.readable(minuend, shard), run.readable(subtrahend, shard)
         diff_T = np.abs(a.logp_T.astype(np.float64) - b.logp_T)
         scored_T = tokens.is_scored_T & is_scored(a.logp_T, b.logp_T)
-        flipped_TL, margin_TL = _flips(a, b)
+        flipped_TL, margin_TL = compared_flips(a, b)
         other_TL = flipped_TL & (margin_TL > NEAR_TIE)
         if flipped_TL.shape[1] == len(layers):
             n_other_L += other_TL.sum(0)
@@ -196,7 +196,7 @@ def compare_sequences(run: Run, minuend: str, subtrahend: str) -> tuple[pd.DataF
     return pd.DataFrame(rows, columns=columns), where
 
 
-def _flips(a: Any, b: Any) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def compared_flips(a: Any, b: Any) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Rows whose expert sets differ, (T, L), and the smaller of both margins there; without margins a near tie's."""
     if a.expert_ids_TLK is None or b.expert_ids_TLK is None or a.expert_ids_TLK.shape != b.expert_ids_TLK.shape:
         return np.zeros((len(a.logp_T), 0), bool), np.zeros((len(a.logp_T), 0))

@@ -8,16 +8,26 @@ engines alone cannot tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Final
 
 from moediag.analysis.floors import FAR, is_mostly_exact, replay_words
-from moediag.diagnosis.function import SAME, Distances, FunctionTest
-from moediag.diagnosis.modules import ModuleChecks
-from moediag.diagnosis.recorded import Explanation
+from moediag.diagnosis.causes import (
+    WORSE,
+    Seen,
+    Summary,
+    high_of,
+    is_doubtful_float32,
+    low_of,
+    ruled_out,
+    untold,
+)
+from moediag.diagnosis.causes import causes as all_causes
+from moediag.diagnosis.function import SAME, FunctionTest
+from moediag.hygiene.findings import Finding
+from moediag.hygiene.rules import DIAGNOSIS, ERROR, RULES
 from moediag.notation import INFER, TRAIN
-from moediag.numbers import percent, sig
+from moediag.numbers import sig
 
 BIT_EXACT = "bit-exact"
 SAME_FUNCTION = "same function, rounding only"
@@ -36,85 +46,36 @@ TONES: Final = {
 }
 """The words of a verdict: nothing to mend, something to look at, something wrong, not known."""
 
-WORSE: Final = 1.5
-"""Times that one engine's typical token, or its mean, is farther from the function than the other's, with the whole
-interval, from which on it rounds worse.
-Ours: healthy pairs were measured at 0.8 to 1.25 (reports/diagnosis.md)."""
-
-Summary = Mapping[str, Any]
-
 DIAGNOSE: Final = "moediag diagnose CKPT -o RUN"
 MODULES: Final = "moediag diagnose CKPT -o RUN --modules"
 VALIDATE: Final = "moediag validate RUN"
 SIMULATE: Final = "moediag simulate RUN"
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a verdict is made of; the words for the engines are of the arms compared.
-
-    Args:
-        pair: summary of the main pair.
-        floor: ``floors`` of the summary.
-        replay: ``routing_replay`` of the summary.
-        weights: how the weights that the two arms loaded differ, in words; empty where both loaded the same.
-        errors: lines of validation errors that were overridden.
-        function, distances: the float32 arms' part.
-        modules: a check of the engines' modules on the same inputs.
-        recorded: what is wrong with imported rollouts.
-        engines: words for the engine of each side, by role.
-        is_on_accelerator: float32 may be something else there.
-    """
-
-    pair: Summary
-    floor: Summary | None = None
-    replay: Summary | None = None
-    weights: str = ""
-    errors: Sequence[str] = ()
-    function: FunctionTest | None = None
-    distances: Distances | None = None
-    modules: ModuleChecks | None = None
-    recorded: Explanation | None = None
-    engines: Mapping[str, str] | None = None
-    is_on_accelerator: bool = False
-
-    def engine(self, role: str) -> str:
-        """Words for the engine of a side."""
-        return (self.engines or {}).get(role, role)
-
-    @property
-    def rounding(self) -> Summary | None:
-        """The rounding scale's line of the floors."""
-        return (self.floor or {}).get("rounding")
-
-    @property
-    def is_routed(self) -> bool:
-        """Whether experts were compared."""
-        return bool(self.pair["routing"])
-
-    @property
-    def flip_words(self) -> str:
-        """Share of tokens with a flip; empty without routing."""
-        share = (self.pair["routing"] or {}).get("any_layer_share")
-        return "" if share is None else f"{percent(share)} of tokens have a flip in some layer"
-
-
 def verdict(seen: Seen) -> dict[str, Any]:
     """The verdict: ``word``, ``tone``, ``reason`` (is something wrong), ``where``, ``next`` (words and commands),
-    ``evidence`` (lines), and ``weights`` where the two arms loaded other weights: then the mismatch is of these, too.
+    ``evidence`` (lines); ``causes`` (findings, likeliest first), ``ruled_out`` (lines), ``untold`` (words and command);
+    and ``weights`` where the two arms loaded other weights: then the mismatch is of these, too.
 
     In commands CKPT stands for the checkpoint and RUN for the run's folder.
     """
-    found = _verdict(seen) | {"evidence": _evidence(seen)}
+    causes = all_causes(seen)
+    found = _verdict(seen, causes) | {
+        "evidence": _evidence(seen),
+        "causes": [one.record() for one in causes],
+        "ruled_out": ruled_out(seen, causes),
+        "untold": untold(seen),
+    }
     found["tone"] = TONES[found["word"]]
     return {**found, "weights": seen.weights} if seen.weights else found
 
 
-def _verdict(seen: Seen) -> dict[str, Any]:
+def _verdict(seen: Seen, causes: Sequence[Finding]) -> dict[str, Any]:
     mean = seen.pair["logp"]["abs_logp_diff"]
     if seen.errors:
         n = len(seen.errors)
-        reason = f"validation found {n} error{'' if n == 1 else 's'} in the capture, first: {seen.errors[0]}"
+        first = seen.errors[0]
+        reason = f"validation found {n} error{'' if n == 1 else 's'} in the capture, first: {first.line()}"
         return _words(FAULT, reason, "in the recorded data: no number of this page means what it says",
                       "every finding with its cause and next check", VALIDATE)  # fmt: skip
     if mean["mean"] is None:
@@ -124,15 +85,15 @@ def _verdict(seen: Seen) -> dict[str, Any]:
             BIT_EXACT, "both engines give the same log-probabilities, bit for bit", "nowhere", "nothing to do"
         )
     if seen.recorded is not None and seen.recorded.faults:
-        causes = "; ".join(dict.fromkeys(fault.cause for fault in seen.recorded.faults))
-        return _words(FAULT, seen.recorded.words, f"in the recorded log-probabilities: {causes}",
+        likely = "; ".join(dict.fromkeys(fault.cause for fault in seen.recorded.faults))
+        return _words(FAULT, seen.recorded.words, f"in the recorded log-probabilities: {likely}",
                       seen.recorded.next_check)  # fmt: skip
     if (repeats := _not_repeating(seen)) is not None:
         return repeats
     if seen.function is not None and not seen.weights:
-        if seen.function.is_same is False:
-            return _other_function(seen, seen.function)
-        if seen.function.is_same:
+        if seen.is_other:
+            return _other_function(seen, seen.function, causes)
+        if seen.is_same:
             return _same_function(seen, seen.function)
     return _by_scale(seen)
 
@@ -141,7 +102,7 @@ def _not_repeating(seen: Seen) -> dict[str, Any] | None:
     """An engine whose own floor is far above the rounding scale."""
     for side in (INFER, TRAIN):
         line, rounding = (seen.floor or {}).get(side), seen.rounding
-        if line and rounding and _low(line) > FAR * _high(rounding):
+        if line and rounding and low_of(line) > FAR * high_of(rounding):
             engine = line["engine"]
             reason = (
                 f"{engine} scores the same tokens {line['mean']:.3g} nat away from its own first pass, "
@@ -153,29 +114,25 @@ def _not_repeating(seen: Seen) -> dict[str, Any] | None:
     return None
 
 
-def _other_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
+def _other_function(seen: Seen, function: FunctionTest, causes: Sequence[Finding]) -> dict[str, Any]:
     mean = seen.pair["logp"]["abs_logp_diff"]["mean"]
     how = "choose other experts at no near tie" if function.mean is None else f"still differ by {_nat(function.mean)}"
     reason = (
-        f"in float32, where rounding makes {sig(function.scale)} nat, {_engines(seen)} {how} "
+        f"in float32, where rounding makes {sig(function.scale)} nat, {seen.both} {how} "
         f"({function.n_sequences - function.n_agreeing} of {function.n_sequences} sequences differ by more than "
         f"{SAME:g} times rounding; the mismatch in use is {sig(mean)} nat)"
     )
-    if seen.is_on_accelerator and function.mean is not None and mean and function.mean < mean / 4:
+    if is_doubtful_float32(seen):
         note = "; on an accelerator float32 may be TF32 or an attention kernel of less, which looks like this"
         then = "turn TF32 off in both engines and capture the float32 arms again"
         return _words(CANNOT_TELL, reason + note, "", then, DIAGNOSE)
     if seen.modules is not None and seen.modules.is_off:
         return _words(OTHER_FUNCTION, reason, f"{seen.modules.first}. {_WHOSE}", _THIRD_PARTY)
-    if function.first_layer is not None:
-        where = (
-            f"at or before the router of decoder layer {function.first_decoder_layer}: the first whose expert sets "
-            f"differ at no near tie ({percent(function.layer_share)} of rows)"
-        )
-    elif seen.is_routed:
-        where = "behind the last router, or too small to move an expert: experts of the last layer, norm or head"
-    else:
+    local = next((one for one in causes if RULES[one.rule].needs == DIAGNOSIS and one.level == ERROR), None)
+    if local is None or local.rule in ("other-function", "not-repeating"):
         where = "no router tells; the modules have to be compared one by one"
+    else:
+        where = f"{local.message}. Likely: {local.cause}"
     if seen.modules is not None:  # and none of them is off
         where = f"in no module that could be compared ({seen.modules.first}); {where}"
         return _words(OTHER_FUNCTION, reason, f"{where}. {_WHOSE}", _THIRD_PARTY)
@@ -191,7 +148,7 @@ _THIRD_PARTY: Final = (
 
 def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
     agreed = (
-        f"{_engines(seen)} compute the same function: in float32 they differ by {_nat(function.mean)} on average, "
+        f"{seen.both} compute the same function: in float32 they differ by {_nat(function.mean)} on average, "
         f"{sig(function.times)} times what one float32 unit in the last place does ({function.n_sequences} sequences, "
         f"{function.n_tokens:,} tokens)"
     )
@@ -199,14 +156,10 @@ def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
     if apart is None:
         return _words(SAME_FUNCTION, agreed, "nowhere: both run in float32", "nothing to mend")
     rounding = seen.rounding
-    worse = None
-    for ratio in (apart.ratio, apart.mean_ratio):  # comparisons with NaN, no interval, are false
-        if ratio.low > WORSE:
-            worse = INFER, TRAIN, apart.infer.value
-        elif ratio.high < 1 / WORSE:
-            worse = TRAIN, INFER, apart.train.value
-    if worse is not None:
-        side, other, value = worse
+    side = seen.worse
+    if side:
+        other = TRAIN if side == INFER else INFER
+        value = (apart.infer if side == INFER else apart.train).value
         scale = f", {sig(value / rounding['mean'])} times what one unit in the last place does" if rounding else ""
         return _words(
             ROUNDS_WORSE, agreed,
@@ -250,7 +203,7 @@ def _by_scale(seen: Seen) -> dict[str, Any]:
         return _words(REPEATING, "each engine differs from itself by as much", "nowhere", "nothing to mend", SIMULATE)
     if (rounding := seen.rounding) is not None:
         times = f"{mean['mean'] / rounding['mean']:.3g} times what one unit in the last place does to this model"
-        if low <= FAR * _high(rounding):
+        if low <= FAR * high_of(rounding):
             reason = (
                 f"the mismatch is {times}, and two engines round in every module: up to {FAR:g} times is ordinary; "
                 f"a fault below that cannot be excluded ({untold})"
@@ -272,20 +225,8 @@ def _words(word: str, reason: str, where: str, then: str, *commands: str) -> dic
     return {"word": word, "reason": reason, "where": where, "next": {"words": then, "commands": list(commands)}}
 
 
-def _engines(seen: Seen) -> str:
-    return f"{seen.engine(INFER)} and {seen.engine(TRAIN)}"
-
-
 def _nat(value: float | None) -> str:
     return f"{sig(value)} nat"
-
-
-def _low(line: Summary) -> float:
-    return float(line["mean_ci"][0] if line.get("mean_ci") else line["mean"])
-
-
-def _high(line: Summary) -> float:
-    return float(line["mean_ci"][1] if line.get("mean_ci") else line["mean"])
 
 
 def _evidence(seen: Seen) -> list[str]:
@@ -313,7 +254,7 @@ def _evidence(seen: Seen) -> list[str]:
 def _distance_words(seen: Seen) -> list[str]:
     """How far each engine rounds away from the function."""
     apart = seen.distances
-    if apart is None or seen.function is None or not seen.function.is_same:
+    if apart is None or not seen.is_same:
         return []
     ratios = [
         f"{what} {sig(ratio.value)} to 1"

@@ -23,6 +23,15 @@ BOTH_TOKENS = "token ids of both sides"
 FOREIGN = "data of another tool"
 TEMPERATURES = "sampling temperatures"
 """What a rule may need, in words that follow "no"."""
+DIAGNOSIS = "diagnosis"
+"""What a rule needs that the diagnosis of a run's main pair applies, and no look at single files."""
+
+
+FAR_WORDS = "2, as the scale is of one change and engines round in every module"
+LAYERS_WORDS = (
+    "difference of router margins or log-probabilities in float32, in root mean squares of what one unit in the last "
+    "place makes there; 100 in two sequences, or a median above 10: healthy families stay below 30"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Rule:
         next_check: what to look at next.
         needs: what must be there for the rule to be applied at all.
         companions: other rules that the same fault raises at error level, by its nature.
+        threshold: the statistic, its limit, and where the limit comes from.
     """
 
     name: str
@@ -45,6 +55,7 @@ class Rule:
     next_check: str
     needs: str
     companions: tuple[str, ...] = ()
+    threshold: str = ""
 
 
 _TABLE = (
@@ -179,6 +190,76 @@ _TABLE = (
     Rule("softmaxed-logits", "stored router logits are probabilities: none negative, rows sum to 1",
          "the engine returns softmax output under the name router_logits", ERROR,
          "hook the router before its softmax", LOGITS),
+    # The main pair of a run, by its arms: what moediag diagnose says
+    Rule("not-repeating", "an engine scores the same tokens far from its own first pass",
+         "kernels that depend on the batch, state of a cache, memory", ERROR,
+         "other batches, eager execution, no cache: until it repeats itself nothing else is worth comparing", DIAGNOSIS,
+         threshold=f"low end of the floor's interval over the rounding scale's high end; {FAR_WORDS}"),
+    Rule("gate-formula", "in float32 the same experts are chosen by the same logits, and their gate weights differ",
+         "norm_topk_prob, routed_scaling_factor, weights taken from biased scores, or softmax before TopK on one side",
+         ERROR, "print one row of both sides: ratio of the weights' sums, then of the weights", DIAGNOSIS,
+         threshold=LAYERS_WORDS),
+    Rule("expert-weights", "in float32 rows agree until certain experts are chosen, and differ since",
+         "those experts' weights, or the order in which experts were loaded (slots permuted)", ERROR,
+         "compare those experts' tensors; moediag diagnose CKPT -o RUN --modules", DIAGNOSIS, threshold=LAYERS_WORDS),
+    Rule("D17-attention-scale", "in float32 the first row of a sequence agrees, all others differ alike",
+         "attention: its softmax scale, a norm of queries or keys, its mask", ERROR,
+         "attention scale and query norms of both sides; moediag diagnose CKPT -o RUN --modules", DIAGNOSIS,
+         threshold=f"{LAYERS_WORDS}; slope of log(difference) on log(position) below 0.3"),
+    Rule("D18-grows-with-position", "in float32 the first row of a sequence agrees, and the difference grows with "
+         "position", "rope: theta, scaling, the part of the head that is rotated, or its dtype", ERROR,
+         "rope parameters of both sides; moediag diagnose CKPT -o RUN --modules", DIAGNOSIS,
+         threshold=f"{LAYERS_WORDS}; slope of log(difference) on log(position) of 0.3 and more"),
+    Rule("D19-change-point", "in float32 rows agree up to a position and differ from there on",
+         "a sliding window, a prefill chunk, a cache block, or rope that changes with length", ERROR,
+         "which window, chunk or block has that size? moediag diagnose CKPT -o RUN --modules", DIAGNOSIS,
+         threshold=LAYERS_WORDS),
+    Rule("D12-router", "in float32 the logits of one router differ in every row, and those of the routers before do "
+         "not", "that router's weights, bias or dtype, the norm before it, or what was added since the router before: "
+         "experts, shared expert, attention's output; in the first router, weights of another step altogether", ERROR,
+         "moediag diagnose CKPT -o RUN --modules", DIAGNOSIS, threshold=LAYERS_WORDS),
+    Rule("D29-head", "all routers agree and log-probabilities do not",
+         "head or final norm (weights, bias, dtype, logit scale), or the last layer's experts", ERROR,
+         "head and final norm of both sides; moediag diagnose CKPT -o RUN --modules", DIAGNOSIS,
+         threshold=LAYERS_WORDS),
+    Rule("other-function", "the engines differ in float32, and no router says where", "weights, rope, norm, head or "
+         "formula", ERROR, "moediag diagnose CKPT -o RUN --modules", DIAGNOSIS,
+         threshold="mean abs(logp_diff) of a sequence in float32 over the float32 rounding scale; 10: healthy pairs "
+         "were measured at 0.3 to 3"),
+    Rule("rounds-worse", "one engine is farther from the common function than the other",
+         "fewer bits there: router, experts' activations, KV cache, accumulation", WARNING,
+         "compare the dtypes of both sides; moediag diagnose CKPT -o RUN --modules", DIAGNOSIS,
+         threshold="ratio of the engines' distances from their own float32, whole interval; 1.5: healthy pairs were "
+         "measured at 0.8 to 1.25"),
+    Rule("rollout-settings", "both engines are near the function, and the rollouts are farther from train than the two "
+         "distances allow", "what rollouts alone run with: sampling, prefix cache, graphs, kernels", WARNING,
+         "turn the rollouts' settings off one by one: moediag diagnose CKPT -o RUN --turn OPTION=VALUE", DIAGNOSIS,
+         threshold=f"mean abs(logp_diff) over the sum of both distances, low end of its interval; {FAR_WORDS}"),
+    Rule("D21-few-sequences", "a few sequences differ by far more than the others do",
+         "a fault that depends on the prompt: a wrong token, state left behind, a length or a template", WARNING,
+         "the worst sequences alone, in either engine", DIAGNOSIS,
+         threshold="mean abs(logp_diff) of a sequence over the median sequence's; 30, and no more than 5 % of "
+         "sequences: of healthy pairs none was beyond 12"),
+    Rule("D28-other-weights", "the two arms loaded other weights", "two checkpoints, steps or quantisations", WARNING,
+         "one checkpoint in both engines tells the engines' part", DIAGNOSIS,
+         threshold="digests of the tensors that the arms loaded; any that differs"),
+    Rule("rounded-logp", "every recorded log-probability lies on a coarse grid", "cast to 16 bits, or printed with few "
+         "decimals, before it was kept", WARNING, "keep log-probabilities in float32", DIAGNOSIS,
+         threshold="values off the grid of a dtype or of so many decimals; none (by chance one in 65,536 lies on it)"),
+    Rule("D35-replay-without-effect", "forcing infer's experts makes the mismatch larger",
+         "the forced experts are of other rows or layers", WARNING, "compare rows and layers of the forced experts",
+         DIAGNOSIS, threshold="mean abs(logp_diff) with replay over without; 10: over 13 families it was at most 1.1"),
+    Rule("D13-near-ties", "expert sets differ at near ties", "rounding, amplified by TopK: normal for a MoE", NOTE,
+         "how much is it worth? moediag capture train-replay CKPT -o RUN", DIAGNOSIS,
+         threshold="any flip, while both engines compute the same function"),
+    Rule("D23-routing", "forcing infer's experts removes more than half of the mismatch", "routing carries it", NOTE,
+         "routing replay (R3), routers in float32", DIAGNOSIS,
+         threshold="share of the mean that replay removes, low end of its interval; 0.5"),
+    Rule("D24-not-routing", "forcing infer's experts removes less than a fifth of the mismatch",
+         "kernels of experts and attention, head, order of sums", NOTE, "sweep backends: moediag diagnose --turn",
+         DIAGNOSIS, threshold="share of the mean that replay removes, high end of its interval; 0.2"),
+    Rule("D30-floor", "the engines differ by no more than each from itself", "nothing to mend", NOTE,
+         "moediag simulate RUN", DIAGNOSIS, threshold="high end of the mean's interval over the sum of both floors; 1"),
 )  # fmt: skip
 
 RULES = {rule.name: rule for rule in _TABLE}
@@ -186,7 +267,7 @@ RULES = {rule.name: rule for rule in _TABLE}
 
 
 def left_out(has: Iterable[str]) -> dict[str, list[str]]:
-    """What is not there -> the rules that could not be applied without it.
+    """What is not there -> the rules that could not be applied without it; those of the diagnosis apart.
 
     Example:
         >>> left_out({rule.needs for rule in RULES.values()} - {DISTRIBUTIONS})
@@ -194,6 +275,6 @@ def left_out(has: Iterable[str]) -> dict[str, list[str]]:
     """
     missing: dict[str, list[str]] = {}
     for rule in _TABLE:
-        if rule.needs not in set(has):
+        if rule.needs not in {DIAGNOSIS, *has}:
             missing.setdefault(rule.needs, []).append(rule.name)
     return missing

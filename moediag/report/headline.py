@@ -11,7 +11,7 @@ import pandas as pd
 from moediag.analysis.metrics import METRICS
 from moediag.diagnosis.verdict import CANNOT_TELL
 from moediag.numbers import NONE, count, is_number, percent, sig, times
-from moediag.report.blocks import Verdict, interval, number
+from moediag.report.blocks import Block, Bullets, Verdict, interval, number
 from moediag.report.measures import (
     FORCED,
     Frames,
@@ -19,7 +19,7 @@ from moediag.report.measures import (
     bent_parameters,
     text_origin,
 )
-from moediag.report.text import Markdown, one_line, plain
+from moediag.report.text import Markdown, code, one_line, plain
 
 
 def verdict_of(summary: Summary, pair: Summary, frames: Frames, label: str = "") -> Verdict:
@@ -38,6 +38,25 @@ def verdict_of(summary: Summary, pair: Summary, frames: Frames, label: str = "")
         tuple(plain(line) for line in given.get("evidence") or ()),
         seen_words(pair, frames, text_origin(summary)),
     )
+
+
+def cause_blocks(summary: Summary) -> list[Block]:
+    """Every rule that fired, likeliest first; what was ruled out; what could not be told, with the command."""
+    given = summary.get("verdict") or {}
+    found = [
+        Markdown(f"**{plain(one['rule'])}** ({plain(one['level'])}): {plain(one['message'])}. "
+                 f"Likely: {plain(one['cause'])}. Next: {plain(one['next_check'])}.")
+        for one in given.get("causes") or ()
+    ]  # fmt: skip
+    missing = [Markdown(f"{plain(one['words'])}: {code(one['command'])}") for one in given.get("untold") or ()]
+    blocks: list[Block] = []
+    for title, lines in (
+        ("What the rules found, likeliest first:", found),
+        ("Ruled out:", [plain(line) for line in given.get("ruled_out") or ()]),
+        ("Not told, and what would tell:", missing),
+    ):
+        blocks += [Markdown(title), Bullets(tuple(lines))] if lines else []
+    return blocks
 
 
 def _reason(weights: str, reason: str) -> Markdown:

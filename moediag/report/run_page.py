@@ -21,7 +21,7 @@ from moediag.numbers import count, is_number, sig, times
 from moediag.report import definitions, sections
 from moediag.report.blocks import Block, Page, Picture, Section, Shell, interval, number, section
 from moediag.report.decode import TokenTexts
-from moediag.report.headline import length_words, margin_words, sampling_words, slope_words, verdict_of
+from moediag.report.headline import cause_blocks, length_words, margin_words, sampling_words, slope_words, verdict_of
 from moediag.report.measures import (
     Frames,
     Summary,
@@ -139,7 +139,7 @@ class Place:
 
 
 SECTIONS: Final = (
-    Place("ladder", "Where it comes from: the ladder", is_for_frames=True),
+    Place("ladder", "Where it comes from: the ladder", lambda c: cause_blocks(c.summary)),
     Place("compared", "What was compared", lambda c: sections.compared_blocks(c.summary)),
     Place("numbers", "Log-probability mismatch", caption="Mismatch of infer and train, every number"),
     Place("further", "Numbers that other frameworks print"),

@@ -255,6 +255,11 @@ VIEWS: Final[dict[str, View]] = {
         (Cell("rung", lambda row: plain(f"{row['rung']}: {row['compared']}"), is_text=True), "mean", "yardstick",
          "finding", "says", "n_tokens", "rules_out"),
     ),
+    "layers_apart": View(
+        (Cell("since", lambda row: plain(f"decoder layer {row['decoder_layer']:.0f}, {row['what']}"
+                                         if row["decoder_layer"] >= 0 else str(row["what"])), is_text=True),
+         "times_p50", "times_max", "beyond_share", "gates_p50", "gates_beyond_share", "infer_over_train", "n_rows"),
+    ),
     "tail_curve": View(
         ("threshold", Cell("tau", lambda row: Markdown(sig(math.exp(row["threshold"])))), "share_above", "n_above",
          "n_tokens"),

@@ -9,7 +9,7 @@ import pandas as pd
 from moediag.analysis.flips.explained import flip_headlines, predict_flips
 from moediag.analysis.floors import variants
 from moediag.analysis.vocabulary import exact_divergences
-from moediag.diagnosis import ladder, remedies, same_function
+from moediag.diagnosis import ladder, layers_apart, remedies, same_function
 from moediag.diagnosis.function import float32_arms
 from moediag.diagnosis.modules import kept_checks
 from moediag.diagnosis.recorded import explain_recorded
@@ -55,10 +55,12 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
     for names in [(train, infer), *both, *_across(run, arms, train, infer), *((one.of, one.arm) for one in own)]:
         pair = run.pair(*names)
         pairs.setdefault(pair.name, pair)
-    errors = [finding.line() for finding in check_run(run, arms=arms) if finding.level == "error"]
+    findings = check_run(run, arms=arms)
+    errors = [finding for finding in findings if finding.level == "error"]
     if errors and not force:
         raise RunError(
-            f"{run.path} has {len(errors)} validation errors, first: {errors[0]}; see moediag validate {run.path}"
+            f"{run.path} has {len(errors)} validation errors, first: {errors[0].line()}; see moediag validate "
+            f"{run.path}"
         )
     analyses = [analyze_pair(pair) for pair in pairs.values()]
     frames = {analysis.pair_name: _shared(analysis.frames(), no_text) for analysis in analyses}
@@ -69,12 +71,14 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
         frames[observed] |= exact.frames()
     provenance = {"validation_errors": len(errors), "no_text": no_text}
     modules = kept_checks(run)
-    found = Found(same_function(run, arms), modules, explain_recorded(run, arms), errors)
+    layers = layers_apart(run, arms)
+    found = Found(same_function(run, arms), modules, explain_recorded(run, arms), layers, findings)
     summary = summarize(run, analyses, own, found, provenance)
     tokens = {analysis.pair_name: analysis.tokens for analysis in analyses}
     frames[main.name] |= {
         "ladder": ladder(run, summary["pairs"], summary),
         "remedies": remedies(run, tokens, summary["pairs"], observed),
+        **({"layers_apart": layers.frame} if layers is not None else {}),
         **({"module_checks": modules.frame} if modules is not None else {}),
     }
     with made_together(run.path, ANALYSIS) as made:

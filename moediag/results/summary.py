@@ -13,8 +13,10 @@ import pandas as pd
 from moediag.analysis.floors import Variant, floors
 from moediag.analysis.tokens import Tokens
 from moediag.diagnosis import Distances, FunctionTest, Seen, distances, verdict
+from moediag.diagnosis.layers import LayersApart
 from moediag.diagnosis.modules import ModuleChecks
 from moediag.diagnosis.recorded import Explanation
+from moediag.hygiene import Finding
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.results.pair_analysis import PairAnalysis
 from moediag.results.pair_summary import pair_summary
@@ -41,13 +43,15 @@ class Found:
         function: whether both engines compute the same function; None without float32 arms.
         modules: what a check of both engines' modules found; None without one.
         recorded: what is wrong with imported rollouts; None where the run was not imported.
-        errors: lines of validation errors that were overridden.
+        layers: since which layer they do not; None without float32 arms.
+        findings: of the rules on the capture; errors among them were overridden.
     """
 
     function: FunctionTest | None
     modules: ModuleChecks | None
     recorded: Explanation | None
-    errors: Sequence[str]
+    layers: LayersApart | None
+    findings: Sequence[Finding]
 
 
 def summarize(
@@ -105,16 +109,19 @@ def summarize(
                 floor,
                 replay,
                 differ,
-                found.errors,
+                found.findings,
                 function,
                 apart,
+                found.layers,
                 found.modules,
                 recorded,
+                analyses[0].sequences,
                 **_sides(run),
             )
         ),
         "recorded": None if recorded is None else recorded.content(),
         "function": None if function is None else function.content(),
+        "layers_apart": None if found.layers is None else found.layers.content(),
         "distances": None if apart is None else apart.content(),
         "pairs": pairs,
         "floors": floor,
