@@ -17,8 +17,8 @@ import os
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from committed_tables import commit_table, markdown
 from conftest import KeptEngines
+from scipy.stats import binomtest
 
 from moediag.cli import jobs
 from moediag.cli.demo import cache_folder
@@ -41,10 +43,15 @@ from moediag.engines.checkpoint import Checkpoint, open_checkpoint
 from moediag.engines.launch import fill_arm
 from moediag.engines.plan import SamplingOptions, make_plan
 from moediag.errors import CheckpointError, MoediagError
-from moediag.faults import FAULTS, FUNCTION, RECORD, fill_planted_arm, planted_checkpoint, spoil_arm
+from moediag.faults import FAULTS, FUNCTION, RECORD, ROUNDING, fill_planted_arm, planted_checkpoint, spoil_arm
 from moediag.faults.planting import NO_MODULE
+from moediag.folder import SUMMARY
+from moediag.hygiene.rules import NOTE
+from moediag.numbers import sig
+from moediag.results import analyze_run
+from moediag.run.files import read_sealed
 from moediag.run.reader import Run, open_run
-from moediag.run.recipes import RECIPES, TRANSFORMERS, VLLM
+from moediag.run.recipes import ENGINE_WORDS, RECIPES, TRANSFORMERS, VLLM
 from moediag.run.writer import RunWriter
 from moediag.selftest.families import FAMILIES, make_checkpoint
 
@@ -56,7 +63,7 @@ IN_VLLM = ("attention-scale", "expert-redrawn", "head-perturbed", "router-weight
            "activations-fp8", "temperature", "top-p", "gates-biased")  # fmt: skip
 """Faults that are planted in vLLM as well, or in it alone."""
 IN_BOTH_RECORDS = ("logps-lag", "logps-bf16", "rows-lag")
-CLEAN = "clean"
+CLEAN, REFUSED = "clean", "refused at capture"
 _DERIVED = shutil.ignore_patterns("partials", "analysis", "figures", "report*", "summary.json", "logs", "diagnosis")
 
 
@@ -70,7 +77,7 @@ class Cell:
         threads: of the arithmetic.
         layer: decoder layer that the fault is in, -1 = the whole model.
         refused: what capture said where it refused an arm, which was then captured with the finding accepted.
-        absent: why there is no run: the model has no such part, or no capture was to be had.
+        absent: why there is no run: the model has no such part, or capture refused the arm for good.
         no_effect: the faulty engine gave bit for bit what the clean one does.
     """
 
@@ -92,6 +99,16 @@ class Cell:
         return "~".join(part for part in parts if part)
 
     @property
+    def counts(self) -> bool:
+        """There was something to be named: by the diagnosis, or by a capture that refused it."""
+        return not self.no_effect and (not self.absent or self.is_refused)
+
+    @property
+    def is_refused(self) -> bool:
+        """The fault was named before anything was captured, and is no finding that can be accepted."""
+        return self.absent.startswith(REFUSED)
+
+    @property
     def is_quoted(self) -> bool:
         """It is of the half on which no rule was tuned."""
         return self.seed >= 100
@@ -107,7 +124,8 @@ def healthy() -> list[Cell]:
     found += [Cell(model, "float16", seed) for model in TRAINED for seed in (0, 100)]
     found += [Cell(model, "float32", 100) for model in TRAINED]
     found += [Cell(model, "bfloat16", seed) for seed in (100, 101)
-              for model in ("mixtral", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "hy_v3", "exaone_moe")]  # fmt: skip
+              for model in ("mixtral", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "hy_v3",
+                            "exaone_moe")]  # fmt: skip
     found += [Cell(model, "bfloat16", 102, threads=2) for model in ("demo-moe", "demo-dense")]
     return found
 
@@ -240,7 +258,7 @@ class Maker:
     def _spoil(self, cell: Cell, clean: Run) -> Cell:
         run = self._copy(cell, clean)
         arms = [arm for arm in run.arms() if run.arm(arm).engine == cell.side]
-        if not all([spoil_arm(RunWriter(run), arm, cell.fault) for arm in arms]):
+        if not all(spoil_arm(RunWriter(run), arm, cell.fault) for arm in arms):
             return replace(cell, absent="the arms have no such array")
         return cell
 
@@ -281,7 +299,7 @@ class Maker:
                 try:
                     self._fill(cell, run, source, replace(request, accept=ROUTER_RULES), name)
                 except MoediagError as second:
-                    return replace(cell, absent=f"refused at capture: {second}")
+                    return replace(cell, absent=f"{REFUSED}: {second}")
             run = open_run(run.path)
         return cell
 
@@ -323,13 +341,171 @@ def make(folder: Path, names: Sequence[str]) -> None:
         engines.close()
 
 
+# Reading: what the diagnosis names of each run
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was named of a cell's run.
+
+    Args:
+        causes: rules that fired, likeliest first; ``serious`` those of error or warning level.
+        word, tone: the verdict's.
+        mean: of abs(logp_diff) [nat] over ``n_tokens`` tokens.
+        failed: why the run could not be analysed.
+    """
+
+    cell: Cell
+    causes: tuple[str, ...] = ()
+    serious: tuple[str, ...] = ()
+    word: str = ""
+    tone: str = ""
+    mean: float | None = None
+    n_tokens: int = 0
+    failed: str = ""
+
+    def is_right(self, n_first: int) -> bool:
+        """A right answer is among the first so many causes; of a healthy pair: nothing is called wrong."""
+        if self.cell.fault == CLEAN:
+            return not self.serious and self.tone in ("good", "calm")
+        return self.cell.is_refused or bool(set(self.causes[:n_first]) & set(FAULTS[self.cell.fault].causes))
+
+
+def read_cell(folder: Path, is_kept: bool, cell: Cell) -> Reading:
+    """The diagnosis of a run that is there; no engine is needed.
+
+    Args:
+        is_kept: what an earlier analysis said, where there was one.
+    """
+    run = open_run(folder / "runs" / cell.name)
+    try:
+        kept = run.path / SUMMARY
+        summary = read_sealed(kept) if is_kept and kept.exists() else analyze_run(run, force=True)
+    except MoediagError as error:
+        return Reading(cell, failed=str(error))
+    found = summary["verdict"]
+    logp = summary["pairs"][summary["main_pair"]]["logp"]["abs_logp_diff"]
+    return Reading(
+        cell,
+        causes=tuple(dict.fromkeys(cause["rule"] for cause in found["causes"])),
+        serious=tuple(dict.fromkeys(cause["rule"] for cause in found["causes"] if cause["level"] != NOTE)),
+        word=found["word"],
+        tone=found["tone"],
+        mean=logp["mean"],
+        n_tokens=summary["pairs"][summary["main_pair"]]["n_tokens"],
+    )
+
+
+def read(folder: Path, names: Sequence[str], is_kept: bool = False) -> list[Reading]:
+    """What is named of every cell that there is; a line each."""
+    cells = [Cell(**json.loads(path.read_text())) for path in sorted((folder / "runs").glob("*.json"))]
+    chosen = [cell for cell in cells if not names or any(name in cell.name for name in names)]
+    kept = [cell for cell in chosen if not cell.absent and not cell.no_effect]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        readings = []
+        for one in pool.map(partial(read_cell, folder, is_kept), kept):
+            mark = "ok " if one.is_right(1) else "3  " if one.is_right(3) else "   "
+            print(f"{mark} {one.cell.name}: {', '.join(one.causes) or '-'}; {one.word}{one.failed}", flush=True)
+            readings.append(one)
+    return [*readings, *(Reading(cell) for cell in chosen if cell not in kept)]
+
+
+def wilson(n: int, n_of: int) -> str:
+    """A share with its 95 % interval (Wilson's)."""
+    if not n_of:
+        return "-"
+    low, high = binomtest(n, n_of).proportion_ci(method="wilson")
+    return f"{n} of {n_of} ({100 * n / n_of:.0f} %, 95 %: {100 * low:.0f} to {100 * high:.0f})"
+
+
+def tables(readings: Sequence[Reading]) -> dict[str, str]:
+    """Every table of reports/diagnosis.md by its name."""
+    read_ones = [one for one in readings if one.cell.counts]
+    halves = {"tuning": [one for one in read_ones if not one.cell.is_quoted],
+              "quoted": [one for one in read_ones if one.cell.is_quoted]}  # fmt: skip
+    shares = []
+    for words, kind in (("a fault of the function", FUNCTION), ("a fault of rounding", ROUNDING),
+                        ("a fault of the record", RECORD), ("any fault", ""), ("a healthy pair", CLEAN)):  # fmt: skip
+        row: list[object] = [words]
+        for half in halves.values():
+            some = [one for one in half if kind == CLEAN == one.cell.fault
+                    or (one.cell.fault != CLEAN and kind in ("", FAULTS[one.cell.fault].kind))]  # fmt: skip
+            row += [
+                wilson(sum(one.is_right(n) for one in some), len(some)) for n in ((1,) if kind == CLEAN else (1, 3))
+            ]
+            row += ["-"] * (kind == CLEAN)
+        shares.append(row)
+    columns = [(model, side) for half in (TUNING, QUOTED) for model in half for side in (TRANSFORMERS, VLLM)]
+    by_place = {(one.cell.fault, one.cell.model, one.cell.side): one for one in readings}
+    matrix = [[name, fault.words, " or ".join(fault.causes),
+               *(_named(by_place.get((name, model, side))) for model, side in columns)]
+              for name, fault in FAULTS.items()]  # fmt: skip
+    return {
+        "shares": markdown(["what was done", "tuning: right cause first", "among the first three",
+                            "quoted: right cause first", "among the first three"], shares),
+        "matrix": markdown(["fault", "what", "right", *(f"{model}, {ENGINE_WORDS[side]}" for model, side in columns)],
+                           matrix),
+        "healthy": markdown(
+            ["model", "dtype", "seed", "threads", "tokens", "mean abs logp diff [nat]", "said", "causes"],
+            [(one.cell.model, one.cell.dtype, one.cell.seed, one.cell.threads, f"{one.n_tokens:,}",
+              sig(one.mean), one.word, ", ".join(one.causes) or "-")
+             for one in read_ones if one.cell.fault == CLEAN]),
+        "misses": markdown(
+            ["model", "dtype", "seed", "fault", "in", "right", "causes named", "said"],
+            [(one.cell.model, one.cell.dtype, one.cell.seed, one.cell.fault, ENGINE_WORDS.get(one.cell.side, "-"),
+              "nothing" if one.cell.fault == CLEAN else " or ".join(FAULTS[one.cell.fault].causes),
+              ", ".join(one.causes) or "-", one.failed or one.word) for one in read_ones if not one.is_right(1)]),
+        "refused": markdown(
+            ["model", "fault", "in", "said before anything was captured"],
+            [(one.cell.model, one.cell.fault, ENGINE_WORDS[one.cell.side], one.cell.refused)
+             for one in readings if one.cell.refused]),
+        "left out": markdown(
+            ["why", "cells"],
+            [(why, ", ".join(names)) for why, names in _left_out(readings).items()]),
+    }  # fmt: skip
+
+
+def _named(one: Reading | None) -> str:
+    """A cell of the matrix: the first cause; in bold where it is right; where it is only among three, its place."""
+    if one is None:
+        return ""
+    if one.cell.absent:
+        return f"**{REFUSED}**" if one.cell.is_refused else "absent"
+    if one.cell.no_effect:
+        return "no effect"
+    first = one.causes[0] if one.causes else "nothing"
+    if one.is_right(1):
+        return f"**{first}**"
+    place = next((nth for nth, cause in enumerate(one.causes[:3], 1) if cause in FAULTS[one.cell.fault].causes), 0)
+    return f"{first}; right at {place}" if place else first
+
+
+def _left_out(readings: Sequence[Reading]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for one in readings:
+        if not one.cell.counts:
+            why = one.cell.absent or "bit for bit what the clean engine gives"
+            found.setdefault(why, []).append(one.cell.name)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("make",))
+    parser.add_argument("stage", choices=("make", "read"))
     parser.add_argument("--folder", type=Path, required=True, help="where checkpoints and runs are kept")
-    parser.add_argument("names", nargs="*", help="parts of names of cells (model~dtype~seed~fault~side)")
+    parser.add_argument("names", nargs="*", help="parts of names of cells (model~dtype~seed~fault~side); then no table "
+                        "is written")  # fmt: skip
+    parser.add_argument("--kept", action="store_true", help="read: what an earlier analysis said, where there was one; "
+                        "right while no rule has changed")  # fmt: skip
     given = parser.parse_intermixed_args()
-    make(given.folder, given.names)
+    if given.stage == "make":
+        make(given.folder, given.names)
+        return 0
+    for title, table in tables(read(given.folder, given.names, given.kept)).items():
+        if given.names:
+            print(f"\n{title}\n{table}")
+        else:
+            commit_table("diagnosis.md", title, table)
     return 0
 
 

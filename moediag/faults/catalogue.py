@@ -19,6 +19,8 @@ from moediag.faults.recorded import Spoil
 from moediag.run.recipes import TRANSFORMERS, VLLM
 
 FUNCTION, ROUNDING, RECORD = "function", "rounding", "record"
+NO_RULE: Final = "no rule"
+"""Stands in the place of a fault's causes where none of the rules looks for it."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Fault:
     Args:
         words: what it changes, by how much.
         kind: :data:`FUNCTION`, :data:`ROUNDING` or :data:`RECORD`.
-        causes: names of causes that are the right answer, each of them; empty: that nothing is wrong.
+        causes: rules of which each is a right answer, by name.
         module: where it is, as a diagnosis should name it; empty: in no module.
         of_layer: it is in one decoder layer; else in the whole model.
         edit: of the checkpoint.
@@ -60,6 +62,8 @@ _rounding = partial(Fault, kind=ROUNDING, of_layer=False, in_float32=False)
 _record = partial(Fault, kind=RECORD, of_layer=False)
 
 _GATES = ("gate-formula", "D14-gate-factor", "gate-sum")
+_EXPERTS = ("expert-weights", "D29-head")  # the last layer's experts move log-probabilities alone
+_AFTER_A_ROUTER = ("D12-router", "D29-head")  # in every row: at the next router, or behind the last
 _QUERIES = (rf"{ATTENTION}\.(?:q_norm|query_layernorm)\.weight", rf"{ATTENTION}\.q_b_proj\.weight",
             rf"{ATTENTION}\.q_proj\.(?:weight|bias)")  # fmt: skip
 _NORM = (r"(?:post_attention_layernorm|pre_mlp_layernorm|ffn_norm)\.weight",)
@@ -89,40 +93,40 @@ FAULTS: Final[Mapping[str, Fault]] = {
         of_layer=False, edit=edits.entry("attention_multiplier", lambda factor: factor * 1.05, float)),
     # experts
     "expert-redrawn": _function(
-        "one expert of one layer drawn anew", causes=("expert-weights",), module="routed experts",
+        "one expert of one layer drawn anew", causes=_EXPERTS, module="routed experts",
         edit=edits.experts(edits.redrawn, expert=0)),
     "expert-perturbed": _function(
-        "one expert of one layer off by 5 % of its spread", causes=("expert-weights",), module="routed experts",
+        "one expert of one layer off by 5 % of its spread", causes=_EXPERTS, module="routed experts",
         edit=edits.experts(edits.noisy(0.05), expert=0)),
     "experts-redrawn": _function(
-        "all experts of all layers drawn anew", causes=("expert-weights",), module="routed experts", of_layer=False,
+        "all experts of all layers drawn anew", causes=_EXPERTS, module="routed experts", of_layer=False,
         edit=edits.experts(edits.redrawn)),
     "experts-permuted": _function(
-        "every expert of one layer in its neighbour's slot", causes=("expert-weights",), module="routed experts",
+        "every expert of one layer in its neighbour's slot", causes=_EXPERTS, module="routed experts",
         edit=edits.permuted_experts),
     "shared-expert": _function(
-        "one layer's shared expert 5 % larger", causes=("shared-expert",), module="shared expert",
+        "one layer's shared expert 5 % larger", causes=_AFTER_A_ROUTER, module="shared expert",
         edit=edits.layers_tensors(edits.scaled(1.05), _SHARED)),
     "shared-expert-dropped": _function(
-        "one layer's shared expert gives nothing", causes=("shared-expert",), module="shared expert",
+        "one layer's shared expert gives nothing", causes=_AFTER_A_ROUTER, module="shared expert",
         edit=edits.layers_tensors(edits.zeroed, _SHARED)),
     "below-rounding": _function(
         "one expert of one layer off by 0.1 % of its spread: less than bfloat16 keeps",
-        causes=("expert-weights", "D30-floor", "D13-near-ties"), module="routed experts",
+        causes=(*_EXPERTS, "D30-floor", "D13-near-ties"), module="routed experts",
         edit=edits.experts(edits.noisy(0.001), expert=0)),
     # norms, embeddings, head
     "norm-weight": _function(
-        "weights of the norm before one layer's experts 5 % larger", causes=("norm-or-router-input",), module="norm",
+        "weights of the norm before one layer's experts 5 % larger", causes=("D12-router",), module="norm",
         edit=edits.layers_tensors(edits.scaled(1.05), *_NORM)),
     "embeddings": _function(
-        "embeddings off by 5 % of their spread", causes=("embeddings", "D28-other-weights"), module="embeddings",
+        "embeddings off by 5 % of their spread", causes=("D12-router",), module="embeddings",
         of_layer=False, edit=edits.models_tensors(edits.noisy(0.05), EMBEDDINGS)),
     "residual-multiplier": _function(
-        "config.json's residual multiplier 5 % larger", causes=("norm-or-router-input", "D28-other-weights"),
+        "config.json's residual multiplier 5 % larger", causes=("D12-router",),
         module="residual stream", of_layer=False,
         edit=edits.entry("residual_multiplier", lambda factor: factor * 1.05, float)),
     "dense-mlp": _function(
-        "the MLP of the layers without experts 5 % larger", causes=("dense-mlp", "norm-or-router-input"), module="mlp",
+        "the MLP of the layers without experts 5 % larger", causes=("D12-router",), module="mlp",
         of_layer=False, edit=edits.layers_tensors(edits.scaled(1.05), rf"{MOE}\.down_proj\.weight")),
     "final-norm": _function(
         "the final norm's weights off by 5 %", causes=("D29-head",), module="final norm", of_layer=False,
@@ -179,10 +183,10 @@ FAULTS: Final[Mapping[str, Fault]] = {
         modules="routers", hook=loaded.with_biased_gates, sides=(VLLM,), with_bias=True),
     # weights and numbers everywhere
     "stale-weights": _function(
-        "every tensor off by 2 % of its spread: the weights of another step", causes=("D28-other-weights",),
-        of_layer=False, edit=edits.all_tensors(edits.noisy(0.02))),
+        "every tensor off by 2 % of its spread: the weights of another step",
+        causes=("D28-other-weights", "D12-router"), of_layer=False, edit=edits.all_tensors(edits.noisy(0.02))),
     "other-weights": _function(
-        "every tensor drawn anew: another checkpoint", causes=("D28-other-weights", "D01-other-sequence"),
+        "every tensor drawn anew: another checkpoint", causes=("D28-other-weights", "D12-router", "D01-other-sequence"),
         of_layer=False, edit=edits.all_tensors(edits.redrawn)),
     "activations-fp8": _rounding(
         "every MoE block's input in float8", causes=("rounds-worse",), module="routed experts", modules=MOE,
@@ -209,7 +213,7 @@ FAULTS: Final[Mapping[str, Fault]] = {
         hook=lambda module: loaded.with_output(module, loaded.of_the_nucleus)),
     "wrong-token": _function(
         "one token of a fifth of the sequences embedded as its neighbour",
-        causes=("D21-few-sequences", "D32-token-ids", "other-sequence-rows"), of_layer=False,
+        causes=("D21-few-sequences", "D32-token-ids"), of_layer=False,
         modules="embed_tokens|word_embeddings", hook=loaded.with_a_wrong_token, sides=(TRANSFORMERS,)),
     # the record of log-probabilities
     "logps-lag": _record("log-probabilities one token late", causes=("D01-token-lag",), spoil=recorded.logps_lag),
@@ -222,7 +226,7 @@ FAULTS: Final[Mapping[str, Fault]] = {
         "log-probabilities 0 in the last eighth of every response", causes=("D31-zero-logp",),
         spoil=recorded.zero_tail),
     "logps-bf16": _record(
-        "log-probabilities kept in bfloat16", causes=("rounded-logps", "rounds-worse", "D29-head"),
+        "log-probabilities kept in bfloat16", causes=("rounded-logp",),
         spoil=recorded.bfloat16_logps),
     # the record of routing
     "rows-lag": _record("routing rows one row late", causes=("D01-row-lag",), spoil=recorded.rows_lag),
@@ -254,7 +258,7 @@ FAULTS: Final[Mapping[str, Fault]] = {
     "doubled-rows": _record(
         "a block of rows stands twice in every sequence", causes=("D05-stale-rows",), spoil=recorded.doubled_rows),
     "rows-of-other-sequences": _record(
-        "two sequences have each other's routing rows", causes=("other-sequence-rows", "D21-few-sequences"),
+        "two sequences have each other's routing rows", causes=(NO_RULE,),
         spoil=recorded.other_sequences_rows),
     "rank-local": _record(
         "one rank of four kept its own rows", causes=("D07-rank-local",), spoil=recorded.rank_local),
