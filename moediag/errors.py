@@ -72,3 +72,11 @@ class DumpError(MoediagError, ValueError):
 
 class FrameError(MoediagError, ValueError):
     """A table does not match its declaration."""
+
+
+class ConditionError(MoediagError, ValueError):
+    """A condition of a gate cannot be read; ``text`` is the condition, ``at`` the index of what is wrong in it."""
+
+    def __init__(self, message: str, text: str, at: int) -> None:
+        super().__init__(message)
+        self.text, self.at = text, at

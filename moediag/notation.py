@@ -45,3 +45,6 @@ NO_TOKEN: Final = -1
 TRAIN: Final = "train"
 INFER: Final = "infer"
 """The two sides of a pair by *role*; an arm's name says nothing."""
+
+REFERENCE: Final = "reference"
+"""The role of a third implementation, neither side's."""

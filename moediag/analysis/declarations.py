@@ -481,7 +481,12 @@ MODULE_CHECKS = declare(
     measured(
         "n_bit_equal", "token", "rows equal bit for bit in the low precision; NaN = none", "n bit-equal", kind="count"
     ),
-    Column("verdict", "str", "1", "same function, another function, rounds more, beyond rounding, follows, not judged"),
+    Column(
+        "verdict",
+        "str",
+        "1",
+        "same function, another function, rounds more, no rounding, beyond rounding, follows, not judged",
+    ),
     Column("note", "str", "1", "whose rounding, what it follows from, or why it is not judged; empty otherwise"),
     section="ladder",
     caption="Every module of both engines on the same inputs: relative differences of its outputs; lower is better",

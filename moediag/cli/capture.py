@@ -9,7 +9,7 @@ import typer
 
 from moediag.cli import options as o
 from moediag.cli.settings import Settings, with_settings
-from moediag.notation import INFER
+from moediag.notation import INFER, REFERENCE
 from moediag.run.recipes import RECIPES, SERVER
 
 if TYPE_CHECKING:
@@ -81,7 +81,9 @@ def command(
     else:
         _refuse_without_effect(context)
         given = ckpt, settings.revision, settings.trust_remote_code
-        run, checkpoint = jobs.join(output, *given, is_other_checkpoint=other_checkpoint)
+        is_third = made.role == REFERENCE
+        is_other = other_checkpoint or is_third
+        run, checkpoint = jobs.join(output, *given, is_other_checkpoint=is_other, is_observed=not is_third)
         longest = settings.max_model_len or needed_length(run, checkpoint)
     reference, has_other_weights = jobs.reference_for(run, recipe.value, arm, checkpoint)
     made_as = request(

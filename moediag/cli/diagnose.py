@@ -13,7 +13,7 @@ import typer
 
 from moediag.cli import options as o
 from moediag.cli.settings import Settings, with_settings
-from moediag.notation import INFER, TRAIN
+from moediag.notation import INFER, REFERENCE, TRAIN
 
 if TYPE_CHECKING:
     from moediag.engines.arms import ArmRequest
@@ -46,6 +46,18 @@ Modules = Annotated[
         show_default=False,
     ),
 ]
+ReferenceFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        metavar="FOLDER",
+        help="The same weights with modelling code of their own, as publishers ship it: run in float32 as a third "
+        "implementation, which tells whose a difference of functions is. May be CKPT itself.",
+    ),
+]
+TrustReference = Annotated[
+    bool, typer.Option("--trust-reference-code", help="Run the modelling code that lies in the --reference folder.")
+]
 Whole = Annotated[
     bool, typer.Option("--whole", help="Climb every rung, though an earlier one has shown the cause already.")
 ]
@@ -66,6 +78,8 @@ def command(
     turn: Turn = None,
     replay_by_layer: ByLayer = False,
     modules: Modules = None,
+    reference: ReferenceFolder = None,
+    trust_reference_code: TrustReference = False,
     whole: Whole = False,
     as_json: o.Json = False,
     force: o.Force = False,
@@ -82,18 +96,19 @@ def command(
     from moediag.run.reader import open_run
 
     if output is None:
-        if prompts is not None or turn or replay_by_layer or modules:
+        if prompts is not None or turn or replay_by_layer or modules or reference is not None:
             raise typer.BadParameter("engines run with a checkpoint: moediag diagnose CKPT -o RUN")
         run = open_run(Path(target))
     else:
-        run = _climb(target, output, prompts, settings, turn or [], replay_by_layer, modules, whole, force)
+        third = None if reference is None else (reference, trust_reference_code)
+        run = _climb(target, output, prompts, settings, turn or [], replay_by_layer, modules, third, whole, force)
     with bar("analysis") as progress:
         progress.on_event({"stage": "metrics"})
         summary = analyze_run(run)
         progress.on_event({"stage": "figures and report"})
         report = report_run(run)
     if as_json:
-        say_json({key: summary[key] for key in ("verdict", "function", "distances", "floors")})
+        say_json({key: summary[key] for key in ("verdict", "function", "whose", "distances", "floors")})
         return
     show_verdict(run.path.resolve().name, summary, str(run.path))
     say()
@@ -109,6 +124,7 @@ def _climb(
     turned: Sequence[str],
     by_layer: bool,
     modules: bool | None,
+    third: tuple[str, bool] | None,
     whole: bool,
     force: bool,
 ) -> Run:
@@ -124,6 +140,7 @@ def _climb(
     from moediag.diagnosis.verdict import BIT_EXACT, NOT_REPEATING, OTHER_FUNCTION, ROUNDS_WORSE
     from moediag.engines.launch import Engines
     from moediag.engines.plan import needed_length, why_no_float32
+    from moediag.errors import EngineError
     from moediag.results import analyze_run
     from moediag.run.writer import RunWriter
 
@@ -138,15 +155,24 @@ def _climb(
     why = why_no_float32(checkpoint, settings.dtype.value, settings.tensor_parallel_size)
     if why:
         note(f"Float32  not run: {why}")
-    rest = [name for name in REST if name != "train-replay" or checkpoint.routing is not None]
+    no_replay = jobs.why_no_replay(checkpoint, settings.dtype.value)
+    if no_replay and checkpoint.routing is not None:
+        note(f"Replay   not run: {no_replay}")
+    rest = [name for name in REST if name != "train-replay" or not no_replay]
     stages: list[list[Callable[[], ArmRequest]]] = [
         [partial(_request, run, checkpoint, settings, longest, name) for name in names]
         for names in (FIRST if why else (*FIRST, *jobs.FLOAT32), rest)
     ]
+    checkpoints = dict.fromkeys((INFER, TRAIN), checkpoint)
+    if third is not None:
+        checkpoints[REFERENCE] = _open_reference(output, third)
+        trusting = replace(settings, trust_remote_code=third[1])
+        of_third = checkpoints[REFERENCE]
+        stages[0].append(partial(_request, run, of_third, trusting, longest, REFERENCE))
     opted: list[Callable[[], ArmRequest]] = [
         partial(_turned, run, checkpoint, settings, longest, option) for option in turned
     ]
-    if by_layer:
+    if by_layer and not no_replay:
         opted += _by_layer(run, checkpoint, settings, longest)
     for nth, stage in enumerate([*stages, opted]):
         requests = [make() for make in stage]
@@ -154,7 +180,15 @@ def _climb(
         if not missing:
             continue
         note(f"Stage {nth + 1}  {', '.join(one.arm for one in missing)}: {_cost(run, missing)}")
-        jobs.capture(jobs.Arms(RunWriter(run), missing, dict.fromkeys((INFER, TRAIN), checkpoint)))
+        arms = jobs.Arms(RunWriter(run), missing, checkpoints)
+        try:
+            jobs.capture(arms)
+        except EngineError as error:
+            in_use = [one for one in missing if one.recipe not in jobs.FLOAT32]
+            if len(in_use) == len(missing):
+                raise
+            note(f"Float32  not run: {error}")  # an engine may have no kernel for it; if it was not that, it ends here
+            jobs.capture(replace(arms, requests=[one for one in in_use if not run.is_complete(one.arm)]))
         if whole or stage is opted:
             continue
         with bar("analysis") as progress:
@@ -169,6 +203,14 @@ def _climb(
         with Engines() as engines, bar("modules") as progress:
             check_modules(engines, run, checkpoint, checkpoint, progress.on_event).keep(run)
     return run
+
+
+def _open_reference(output: Path, third: tuple[str, bool]) -> Checkpoint:
+    """The folder of a third implementation, whose routers are not looked at."""
+    from moediag.cli import jobs
+
+    folder, is_trusted = third
+    return jobs.join(output, folder, None, is_trusted, is_other_checkpoint=True, is_observed=False)[1]
 
 
 def _cost(run: Run, requests: Sequence[ArmRequest]) -> str:
@@ -231,8 +273,7 @@ def _turned(run: Run, checkpoint: Checkpoint, settings: Settings, longest: int, 
 
 def _by_layer(run: Run, checkpoint: Checkpoint, settings: Settings, longest: int) -> list[Callable[[], ArmRequest]]:
     """Replay of MoE layers up to l, and from l on, for every l."""
-    if checkpoint.routing is None:
-        return []
+    assert checkpoint.routing is not None
     last = checkpoint.routing.n_layers - 1
     ranges = [(0, layer) for layer in range(last)] + [(layer, last) for layer in range(1, last + 1)]
     make = partial(_request, run, checkpoint, settings, longest, "train-replay")

@@ -85,6 +85,14 @@ def float32_recipes(plan: Plan, settings: Settings, has_other_checkpoint: bool =
     return list(FLOAT32)
 
 
+def why_no_replay(checkpoint: Checkpoint, dtype: str) -> str:
+    """Why experts cannot be forced on transformers' model; empty where nothing its routers showed speaks against it."""
+    if checkpoint.routing is None:
+        return "a dense model has no routes"
+    fitted = checkpoint.proof(dtype).fit
+    return "" if fitted.rule is None else fitted.replay
+
+
 def requests_of(recipes: Sequence[str], plan: Plan, request_of: Requesting) -> list[ArmRequest]:
     """The requests of a planned run's arms, each beside the reference arm of its role among those before it."""
     requests: list[ArmRequest] = []
@@ -155,8 +163,12 @@ def join(
     revision: str | None,
     trust_remote_code: bool,
     is_other_checkpoint: bool,
+    is_observed: bool = True,
 ) -> tuple[Run, Checkpoint]:
     """An arm for a run that exists: the run's checkpoint, wherever it lies on this machine, or another one.
+
+    Args:
+        is_observed: the arm records routing.
 
     Raises:
         RunConflictError: the checkpoint is not the one the run was made with, or it is and was called another.
@@ -165,6 +177,7 @@ def join(
         SchemaVersionError: the run was made by an earlier version.
     """
     run, checkpoint = open_run(output), open_checkpoint(ckpt, revision, trust_remote_code)
+    checkpoint = replace(checkpoint, is_observed=is_observed)
     RunWriter(run).refuse_earlier_schema()
     known_sampling(run)
     there = None if run.record.checkpoint is None else run.checkpoint(run.record.checkpoint)

@@ -1,8 +1,8 @@
 """Entry point ``moediag``: maps errors to one line and an exit code.
 
 Exit codes: 0 done, 1 a moediag error (one line on stderr), 2 usage, 3 the answer is no (findings of error
-grade in ``validate``, a failed ``selftest``, ``--strict``, ``diff-env --fail-on-difference``), 130 interrupted,
-143 ended by SIGTERM.
+grade in ``validate``, a failed ``gate`` or ``selftest``, ``--strict``, ``diff-env --fail-on-difference``), 130
+interrupted, 143 ended by SIGTERM.
 Nothing heavy is imported until a command runs.
 """
 
@@ -21,6 +21,7 @@ from moediag.cli import (
     diff_env,
     env,
     export,
+    gate,
     import_,
     inspect,
     profile,
@@ -51,6 +52,7 @@ for module in (
     export,
     analyze,
     compare,
+    gate,
     simulate,
     trend,
     report,

@@ -4,6 +4,7 @@ from moediag.diagnosis.causes import Seen
 from moediag.diagnosis.function import Distances, FunctionTest, distances, same_function
 from moediag.diagnosis.ladder import LADDER, REMEDIES, ladder, remedies
 from moediag.diagnosis.layers import LAYERS_APART, layers_apart
+from moediag.diagnosis.reference import Whose, whose
 from moediag.diagnosis.verdict import verdict
 
 __all__ = [
@@ -13,10 +14,12 @@ __all__ = [
     "Distances",
     "FunctionTest",
     "Seen",
+    "Whose",
     "distances",
     "ladder",
     "layers_apart",
     "remedies",
     "same_function",
     "verdict",
+    "whose",
 ]

@@ -33,6 +33,7 @@ from moediag.diagnosis.recorded import (
     TRUNCATED,
     Explanation,
 )
+from moediag.diagnosis.reference import Whose
 from moediag.hygiene.findings import Finding, by_level, finding
 from moediag.hygiene.rules import ERROR, NOTE, RULES, WARNING
 from moediag.notation import INFER, TRAIN
@@ -67,6 +68,7 @@ class Seen:
         sequences: frame ``sequences`` of the main pair.
         engines: words for the engine of each side, by role.
         is_on_accelerator: float32 may be something else there.
+        whose: what a third party says.
     """
 
     pair: Summary
@@ -82,6 +84,7 @@ class Seen:
     sequences: pd.DataFrame | None = None
     engines: Mapping[str, str] | None = None
     is_on_accelerator: bool = False
+    whose: Whose | None = None
 
     def engine(self, role: str) -> str:
         """Words for the engine of a side."""

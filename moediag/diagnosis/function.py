@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.notation import INFER, TRAIN
-from moediag.run.capture import is_scored
+from moediag.run.capture import Capture, is_scored
 from moediag.run.reader import Run
 from moediag.statistics.intervals import Interval, cluster_sums, ratio_mean_interval
 
@@ -34,7 +34,7 @@ SAME: Final = 10.0
 NEAR_TIE: Final = 1e-4
 """Margin of choice scores up to which a flip in float32 is one of a near tie. Ours: float32 moves a score by about 1e-6
 after some layers, one part in a hundred of the weights by about 1e-2; halfway on a logarithmic scale."""
-_FEW: Final = 0.05
+FEW: Final = 0.05
 """Share of sequences that may differ where all the others agree, without calling it another function: then it is
 something about those sequences. Ours."""
 
@@ -119,8 +119,8 @@ def same_function(run: Run, arms: Sequence[str]) -> FunctionTest | None:
     scale, scale_pair = None, None
     if perturbed is not None:
         own, _ = compare_sequences(run, train, perturbed)
-        scale, scale_pair = _pooled(own), run.pair_name(train, perturbed)
-    tested = sequences[(sequences["n_tokens"] > 0) | sequences["is_other"]]
+        scale, scale_pair = pooled_mean(own), run.pair_name(train, perturbed)
+    tested = tested_sequences(sequences)
     known = partial(
         FunctionTest,
         pair=run.pair_name(train, infer),
@@ -128,16 +128,16 @@ def same_function(run: Run, arms: Sequence[str]) -> FunctionTest | None:
         n_sequences=len(tested),
         n_tokens=int(tested["n_tokens"].sum()),
         n_near_ties=int((sequences["is_flipped"] & ~sequences["is_other"]).sum()),
-        mean=_pooled(tested),
+        mean=pooled_mean(tested),
         scale=scale,
     )
     if not len(tested):
         return known(is_same=None, n_agreeing=0, note="no token stands before a flip of a near tie")
     if not scale:
         return known(is_same=None, n_agreeing=0, note="the float32 rounding scale was not measured")
-    differs = tested["is_other"] | (tested["mean"] > SAME * scale)
+    differs = is_differing(tested, scale)
     n_differing = int(differs.sum())
-    is_same = True if not n_differing else False if n_differing > _FEW * len(tested) else None
+    is_same = True if not n_differing else False if n_differing > FEW * len(tested) else None
     found = known(
         is_same=is_same,
         n_agreeing=len(tested) - n_differing,
@@ -147,8 +147,24 @@ def same_function(run: Run, arms: Sequence[str]) -> FunctionTest | None:
     return replace(found, **flips) if n_differing else found
 
 
-def compare_sequences(run: Run, minuend: str, subtrahend: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+def tested_sequences(sequences: pd.DataFrame) -> pd.DataFrame:
+    """Those of :func:`compare_sequences` that say something: with a token before a flip, or a flip at no near tie."""
+    return sequences[(sequences["n_tokens"] > 0) | sequences["is_other"]]
+
+
+def is_differing(tested: pd.DataFrame, scale: float) -> pd.Series[bool]:
+    """Which tested sequences differ by more than :data:`SAME` float32 rounding scales [nat]."""
+    return tested["is_other"] | (tested["mean"] > SAME * scale)
+
+
+def compare_sequences(
+    run: Run, minuend: str, subtrahend: str, may_flip: float = 0.0
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Two arms sequence by sequence, up to the first flip of a near tie.
+
+    Args:
+        may_flip: where one arm kept no experts, margin of the other's choice scores up to which it may have flipped:
+            counted as a flip of a near tie.
 
     Returns:
         A row per sequence: ``seq_id``, ``n_tokens`` and ``sum`` and ``mean`` of abs(logp_diff) [nat] over scored tokens
@@ -163,7 +179,7 @@ def compare_sequences(run: Run, minuend: str, subtrahend: str) -> tuple[pd.DataF
         a, b = run.readable(minuend, shard), run.readable(subtrahend, shard)
         diff_T = np.abs(a.logp_T.astype(np.float64) - b.logp_T)
         scored_T = tokens.is_scored_T & is_scored(a.logp_T, b.logp_T)
-        flipped_TL, margin_TL = compared_flips(a, b)
+        flipped_TL, margin_TL = compared_flips(a, b, may_flip)
         other_TL = flipped_TL & (margin_TL > NEAR_TIE)
         if flipped_TL.shape[1] == len(layers):
             n_other_L += other_TL.sum(0)
@@ -196,8 +212,12 @@ def compare_sequences(run: Run, minuend: str, subtrahend: str) -> tuple[pd.DataF
     return pd.DataFrame(rows, columns=columns), where
 
 
-def compared_flips(a: Any, b: Any) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def compared_flips(a: Capture, b: Capture, may_flip: float = 0.0) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Rows whose expert sets differ, (T, L), and the smaller of both margins there; without margins a near tie's."""
+    if a.is_routed != b.is_routed:
+        known_TL = (a if a.is_routed else b).margin_TL
+        if known_TL is not None:
+            return np.asarray(known_TL <= may_flip), known_TL.astype(np.float64)
     if a.expert_ids_TLK is None or b.expert_ids_TLK is None or a.expert_ids_TLK.shape != b.expert_ids_TLK.shape:
         return np.zeros((len(a.logp_T), 0), bool), np.zeros((len(a.logp_T), 0))
     ids_TLK, others_TLK = np.sort(a.expert_ids_TLK, -1), np.sort(b.expert_ids_TLK, -1)
@@ -208,7 +228,8 @@ def compared_flips(a: Any, b: Any) -> tuple[NDArray[np.bool_], NDArray[np.float6
     return flipped_TL, margin_TL
 
 
-def _pooled(sequences: pd.DataFrame) -> float | None:
+def pooled_mean(sequences: pd.DataFrame) -> float | None:
+    """Mean abs logp diff over the sequences' tokens [nat]; None without one."""
     n = int(sequences["n_tokens"].sum())
     return float(sequences["sum"].sum() / n) if n else None
 

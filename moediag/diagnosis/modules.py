@@ -59,6 +59,11 @@ families: 0.43 to 1.5; a router in bfloat16 beside one in float32: 6 and more.""
 BEYOND: Final = 10.0
 """Where vLLM cannot run in float32: ratio of distances beyond which rounding no longer explains its output."""
 
+UNLIKE: Final = 0.25
+"""Median relative distance to float32 that no rounding makes: of the formats in use the coarsest, four bits of e2m1,
+rounds a number by up to a quarter. Beyond it, and beyond :data:`COARSE`, an engine computes something else in its low
+precision, or scales there what it scales back elsewhere (vLLM's DeepSeek in float16)."""
+
 _EPSILON: Final = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 """Rounding of a number, relative."""
 
@@ -67,6 +72,10 @@ _TIE: Final = 1e-6
 
 SAME, OTHER, FOLLOWS, COARSER = "same function", "another function", "follows", "rounds more"
 BEYOND_ROUNDING, NOT_JUDGED = "beyond rounding", "not judged"
+NO_ROUNDING = "no rounding"
+"""The same function in float32, and in the low precision farther from it than any rounding."""
+_JUDGED: Final = (SAME, COARSER, NO_ROUNDING)
+"""Verdicts on modules that compute the same function in float32."""
 
 Array = NDArray[np.float32]
 
@@ -322,7 +331,7 @@ def _rounding(row: dict[str, Any], dtype: str, otherwise: str, note: str) -> tup
     if max(distances[far], least) < COARSE * max(distances[near], least):
         return otherwise, note
     words = f"{sig(distances[far], 2)} from float32 in {far}, {sig(distances[near], 2)} in {near}"
-    return COARSER, f"{far}: relative distance {words}"
+    return NO_ROUNDING if distances[far] > UNLIKE else COARSER, f"{far}: relative distance {words}"
 
 
 @dataclass(frozen=True)
@@ -387,10 +396,10 @@ def _captures(run: Run) -> dict[str, str]:
 def first_words(frame: pd.DataFrame) -> str:
     """The first module beyond rounding in a sentence, or that there is none, with n and the bound."""
     off = frame[frame["verdict"].isin((OTHER, BEYOND_ROUNDING))]
-    fine = frame[frame["verdict"].isin((SAME, COARSER)) & (frame["n_beyond"] == 0)]
+    fine = frame[frame["verdict"].isin(_JUDGED) & (frame["n_beyond"] == 0)]
     healthy = float(fine["float32_max"].max()) if len(fine) else float("nan")
     if off.empty:
-        judged = frame[frame["verdict"].isin((SAME, COARSER))]
+        judged = frame[frame["verdict"].isin(_JUDGED)]
         if judged.empty:
             return _without_float32(frame)
         return (
@@ -436,11 +445,21 @@ def further_words(frame: pd.DataFrame) -> list[str]:
         f"{count(row['n_rows'], 'row')}"
         for _, row in off[off["verdict"] == OTHER].iterrows()
     ]
-    coarse = frame[frame["verdict"] == COARSER]
-    for module, rows in coarse.groupby("module", sort=False):
+    return lines + unlike_words(frame) + _low_words(frame, COARSER, "rounds more")
+
+
+def unlike_words(frame: pd.DataFrame) -> list[str]:
+    """Which modules do in an engine's low precision what no rounding does, a line each."""
+    lines = _low_words(frame, NO_ROUNDING, "differs by more than any rounding")
+    return [f"{line}, where no format of four bits or more rounds by over {sig(UNLIKE)}" for line in lines]
+
+
+def _low_words(frame: pd.DataFrame, verdict: str, what: str) -> list[str]:
+    lines = []
+    for module, rows in frame[frame["verdict"] == verdict].groupby("module", sort=False):
         layers = ", ".join(str(layer) for layer in rows["decoder_layer"] if layer >= 0)
         lines.append(
-            f"{module}{f' of decoder layers {layers}' if layers else ''} rounds more in {rows['note'].iloc[0]} "
+            f"{module}{f' of decoder layers {layers}' if layers else ''} {what} in {rows['note'].iloc[0]} "
             f"(median of n = {count(int(rows['n_rows'].iloc[0]), 'row')})"
         )
     return lines

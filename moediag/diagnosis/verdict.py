@@ -3,7 +3,7 @@
 Three yardsticks, weakest first: what repeating does to each engine (floors), what one unit in the last place does to
 this model (rounding scale), and whether both engines compute the same function in float32. Healthy is said only by the
 last one; the second alone cannot exclude a fault smaller than rounding. *Whose* a difference of functions is, two
-engines alone cannot tell.
+engines alone cannot tell; a third implementation can.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from moediag.diagnosis.causes import (
 )
 from moediag.diagnosis.causes import causes as all_causes
 from moediag.diagnosis.function import SAME, FunctionTest
+from moediag.diagnosis.modules import unlike_words
 from moediag.hygiene.findings import Finding
 from moediag.hygiene.rules import DIAGNOSIS, ERROR, RULES
 from moediag.notation import INFER, TRAIN
@@ -48,6 +49,7 @@ TONES: Final = {
 
 DIAGNOSE: Final = "moediag diagnose CKPT -o RUN"
 MODULES: Final = "moediag diagnose CKPT -o RUN --modules"
+THIRD_PARTY: Final = "moediag diagnose CKPT -o RUN --reference FOLDER"
 VALIDATE: Final = "moediag validate RUN"
 SIMULATE: Final = "moediag simulate RUN"
 
@@ -127,7 +129,7 @@ def _other_function(seen: Seen, function: FunctionTest, causes: Sequence[Finding
         then = "turn TF32 off in both engines and capture the float32 arms again"
         return _words(CANNOT_TELL, reason + note, "", then, DIAGNOSE)
     if seen.modules is not None and seen.modules.is_off:
-        return _words(OTHER_FUNCTION, reason, f"{seen.modules.first}. {_WHOSE}", _THIRD_PARTY)
+        return _words(OTHER_FUNCTION, reason, f"{seen.modules.first}. {_whose(seen)}", *_third_party(seen))
     local = next((one for one in causes if RULES[one.rule].needs == DIAGNOSIS and one.level == ERROR), None)
     if local is None or local.rule in ("other-function", "not-repeating"):
         where = "no router tells; the modules have to be compared one by one"
@@ -135,15 +137,25 @@ def _other_function(seen: Seen, function: FunctionTest, causes: Sequence[Finding
         where = f"{local.message}. Likely: {local.cause}"
     if seen.modules is not None:  # and none of them is off
         where = f"in no module that could be compared ({seen.modules.first}); {where}"
-        return _words(OTHER_FUNCTION, reason, f"{where}. {_WHOSE}", _THIRD_PARTY)
-    return _words(OTHER_FUNCTION, reason, f"{where}. {_WHOSE}", "compare module by module on the same inputs", MODULES)
+        return _words(OTHER_FUNCTION, reason, f"{where}. {_whose(seen)}", *_third_party(seen))
+    then = "compare module by module on the same inputs"
+    return _words(OTHER_FUNCTION, reason, f"{where}. {_whose(seen)}", then, MODULES)
 
 
-_WHOSE: Final = "Whose it is two engines cannot tell"
-_THIRD_PARTY: Final = (
-    "read that module in both engines beside the config keys that it uses; the publisher's own code, or another "
-    "implementation, tells whose it is"
-)
+def _whose(seen: Seen) -> str:
+    words = seen.whose.words if seen.whose is not None else ""
+    return words or "Whose it is two engines cannot tell"
+
+
+def _third_party(seen: Seen) -> tuple[str, ...]:
+    """What to do next about a module that differs."""
+    if seen.whose is not None and seen.whose.side is not None:
+        return (f"read that module in {seen.engine(seen.whose.side)} beside the config keys that it uses",)
+    read = "read that module in both engines beside the config keys that it uses"
+    if seen.whose is not None and seen.whose.arm is not None:
+        return (read,)
+    more = f"{read}; the publisher's own code, or another implementation, tells whose it is"
+    return more, THIRD_PARTY
 
 
 def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
@@ -160,6 +172,14 @@ def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
     if side:
         other = TRAIN if side == INFER else INFER
         value = (apart.infer if side == INFER else apart.train).value
+        lines = unlike_words(seen.modules.frame) if seen.modules is not None else []
+        unlike = [line for line in lines if f" in {seen.engine(side)}: " in line]
+        if unlike:
+            return _words(
+                OTHER_FUNCTION, f"{agreed}; in the precision in use {seen.engine(side)} is {_nat(value)} away from it",
+                f"in {seen.engine(side)}, which does there what it does not in float32: {unlike[0]}",
+                "read that module for what it does in this dtype only; another dtype is the way around it", MODULES,
+            )  # fmt: skip
         scale = f", {sig(value / rounding['mean'])} times what one unit in the last place does" if rounding else ""
         return _words(
             ROUNDS_WORSE, agreed,
@@ -232,6 +252,7 @@ def _nat(value: float | None) -> str:
 def _evidence(seen: Seen) -> list[str]:
     """What carries the verdict: the yardsticks, flips, and what forcing the experts removes."""
     lines, pair, floor = _distance_words(seen), seen.pair, seen.floor
+    lines += seen.whose.evidence if seen.whose is not None else ()
     mean, rounding = pair["logp"]["abs_logp_diff"]["mean"], seen.rounding
     if rounding:
         times = f": the mismatch is {mean / rounding['mean']:.3g} times that" if mean and rounding["mean"] else ""

@@ -36,6 +36,7 @@ class Checkpoint:
         name: what the user called it (folder or hub id); only shown, never compared.
         config: config.json.
         trust_remote_code: code of the checkpoint may be run.
+        is_observed: its routing is captured; else its routers are not looked at.
     """
 
     path: Path
@@ -44,15 +45,16 @@ class Checkpoint:
     config: dict[str, Any]
     weight_files: tuple[Path, ...]
     trust_remote_code: bool = False
+    is_observed: bool = True
 
     @cached_property
     def routing(self) -> ModelRouting | None:
-        """How its routers choose, as transformers' code shows it (seconds); None for a dense model.
+        """How its routers choose, as transformers' code shows it (seconds); None if dense, or not observed.
 
         Raises:
             CheckpointError: its routing cannot be captured.
         """
-        return self.proof(self.stored_dtype).routing if has_experts(self.config) else None
+        return self.proof(self.stored_dtype).routing if self.is_observed and has_experts(self.config) else None
 
     def proof(self, dtype: str) -> Proof:
         """What its routers, loaded alone in a dtype, do with seeded probes.

@@ -95,10 +95,7 @@ class Child:
             if "end" in event:
                 return
             on_event(event)
-        status = self._process.wait()
-        raise EngineError(
-            f"the {job.engine} engine died (exit status {status}) without a word; its output is in {job.log}"
-        )
+        raise EngineError(f"the {job.engine} engine died ({_death(self._process.wait())}); its output is in {job.log}")
 
     def close(self) -> None:
         """End the engine and the processes it started, vLLM's workers too: the child leads a group of its own."""
@@ -109,6 +106,17 @@ class Child:
         with contextlib.suppress(OSError):  # a child that died early leaves nobody to flush to
             if self._process.stdin:
                 self._process.stdin.close()
+
+
+def _death(status: int) -> str:
+    """How a process that said nothing ended: by a signal, where its status is negative."""
+    if status >= 0:
+        return f"exit status {status}, without a word"
+    name = signal.Signals(-status).name
+    causes = {"SIGSEGV": "its native code touched memory that is not its own: no setting of moediag's; another dtype "
+                         "or kernel may run",
+              "SIGKILL": "most likely the machine ran out of memory: fewer sequences or a smaller model"}  # fmt: skip
+    return "; ".join(filter(None, (f"killed by {name}", causes.get(name))))
 
 
 class Engines:

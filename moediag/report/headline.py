@@ -53,7 +53,7 @@ def cause_blocks(summary: Summary) -> list[Block]:
     for title, lines in (
         ("What the rules found, likeliest first:", found),
         ("Ruled out:", [plain(line) for line in given.get("ruled_out") or ()]),
-        ("Not told, and what would tell:", missing),
+        ("Not known, and what would show it:", missing),
     ):
         blocks += [Markdown(title), Bullets(tuple(lines))] if lines else []
     return blocks

@@ -9,14 +9,14 @@ import pandas as pd
 from moediag.analysis.flips.explained import flip_headlines, predict_flips
 from moediag.analysis.floors import variants
 from moediag.analysis.vocabulary import exact_divergences
-from moediag.diagnosis import ladder, layers_apart, remedies, same_function
+from moediag.diagnosis import ladder, layers_apart, remedies, same_function, whose
 from moediag.diagnosis.function import float32_arms
 from moediag.diagnosis.modules import kept_checks
 from moediag.diagnosis.recorded import explain_recorded
 from moediag.errors import RunError
 from moediag.folder import SUMMARY, made_together, write_frames
 from moediag.hygiene import check_run
-from moediag.notation import INFER, TRAIN
+from moediag.notation import INFER, REFERENCE, TRAIN
 from moediag.results.pair_analysis import analyze_pair
 from moediag.results.summary import Found, summarize
 from moediag.run.derived import ANALYSIS
@@ -71,8 +71,9 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
         frames[observed] |= exact.frames()
     provenance = {"validation_errors": len(errors), "no_text": no_text}
     modules = kept_checks(run)
-    layers = layers_apart(run, arms)
-    found = Found(same_function(run, arms), modules, explain_recorded(run, arms), layers, findings)
+    function, layers = same_function(run, arms), layers_apart(run, arms)
+    third = whose(run, arms, function)
+    found = Found(function, modules, explain_recorded(run, arms), layers, findings, third)
     summary = summarize(run, analyses, own, found, provenance)
     tokens = {analysis.pair_name: analysis.tokens for analysis in analyses}
     frames[main.name] |= {
@@ -97,7 +98,8 @@ def _across(run: Run, arms: list[str], train: str, infer: str) -> list[tuple[str
     for arm in arms:
         record = run.arm(arm)
         is_prefilled = record.role == INFER and record.change == "path"  # the model's part without decoding's
-        if arm in (train, infer) or (record.change in _OWN_SIDE_ONLY and not is_prefilled):
+        is_third = record.role == REFERENCE  # held against both engines' float32, sequence by sequence
+        if arm in (train, infer) or is_third or (record.change in _OWN_SIDE_ONLY and not is_prefilled):
             continue
         across.append((train, arm) if record.role == INFER else (arm, infer))
     ours = [run.arm(arm) for arm in arms if run.arm(arm).change == "engine"]  # beside what another tool recorded

@@ -12,7 +12,7 @@ import pandas as pd
 
 from moediag.analysis.floors import Variant, floors
 from moediag.analysis.tokens import Tokens
-from moediag.diagnosis import Distances, FunctionTest, Seen, distances, verdict
+from moediag.diagnosis import Distances, FunctionTest, Seen, Whose, distances, verdict
 from moediag.diagnosis.layers import LayersApart
 from moediag.diagnosis.modules import ModuleChecks
 from moediag.diagnosis.recorded import Explanation
@@ -45,6 +45,7 @@ class Found:
         recorded: what is wrong with imported rollouts; None where the run was not imported.
         layers: since which layer they do not; None without float32 arms.
         findings: of the rules on the capture; errors among them were overridden.
+        whose: what a third party says of a difference of functions; None without one.
     """
 
     function: FunctionTest | None
@@ -52,6 +53,7 @@ class Found:
     recorded: Explanation | None
     layers: LayersApart | None
     findings: Sequence[Finding]
+    whose: Whose | None = None
 
 
 def summarize(
@@ -80,6 +82,7 @@ def summarize(
     weights = _weights(run, *run.main_arms)
     differ = (weights or {}).get("words", "")
     analysed = {arm for analysis in analyses for arm in (analysis.minuend, analysis.subtrahend)}
+    analysed |= {found.whose.arm} if found.whose is not None and found.whose.arm else set()
     return {
         "schema_version": SCHEMA_VERSION,
         "step": record.step,
@@ -117,12 +120,14 @@ def summarize(
                 recorded,
                 analyses[0].sequences,
                 **_sides(run),
+                whose=found.whose,
             )
         ),
         "recorded": None if recorded is None else recorded.content(),
         "function": None if function is None else function.content(),
         "layers_apart": None if found.layers is None else found.layers.content(),
         "distances": None if apart is None else apart.content(),
+        "whose": None if found.whose is None else found.whose.content(),
         "pairs": pairs,
         "floors": floor,
         "routing_replay": replay,

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moediag.errors import AlignmentError, CorruptRunError, IncompleteRunError, RunError
-from moediag.notation import INFER, TRAIN
+from moediag.notation import INFER, REFERENCE, TRAIN
 from moediag.run import schema1
 from moediag.run.align import Pair, PairBlock, align
 from moediag.run.capture import Capture, Shard, TokenRows, decode_capture, decode_prompts, decode_tokens
@@ -64,7 +64,7 @@ BIAS = "correction-bias.json"
 DISTRIBUTIONS = "distributions"
 """Among an arm's arrays: whole next-token distributions of some sequences."""
 
-_MINUEND_ORDER = (TRAIN, "reference", INFER)
+_MINUEND_ORDER = (TRAIN, REFERENCE, INFER)
 
 
 class Run:

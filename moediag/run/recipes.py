@@ -100,6 +100,12 @@ RECIPES: Final = {
         "perturbation", TEACHER_FORCED, options={"dtype": "float32"}, perturbation="ulp", of="train-fp32",
         first_shards=1,
     ),
+    "reference": Recipe(
+        "reference", TRANSFORMERS,
+        "the same weights in float32 by another implementation, as the publisher's modelling code beside them "
+        "(--trust-remote-code); log-probabilities only",
+        path=TEACHER_FORCED, options={"dtype": "float32"}, is_observed=False, first_shards=1,
+    ),
     "train-router-fp32": Recipe(
         "train", TRANSFORMERS, "transformers with the routers' matmul in float32", "router-dtype", TEACHER_FORCED,
         perturbation="router-fp32",

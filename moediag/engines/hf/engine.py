@@ -6,12 +6,15 @@ numerics knobs of their own (:mod:`.batching`). The hooks only copy what routers
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +32,10 @@ from moediag.engines.proof import Proof, refuse_stored_rules
 from moediag.engines.provenance import arm_sections, plain, process_facts, stored_dtypes
 from moediag.engines.routers import ModelRouting
 from moediag.engines.versions import numeric_versions, require_train_engine
-from moediag.errors import CheckpointError, IncompleteRunError
+from moediag.errors import CheckpointError, EngineError, IncompleteRunError
+from moediag.notation import REFERENCE, TRAIN
 from moediag.run.capture import Capture, Shard, TokenRows, arrays_of
+from moediag.run.files import sha256_bytes
 from moediag.run.reader import Run
 from moediag.run.recipes import recipe
 from moediag.run.records import ArmRecord
@@ -70,6 +75,8 @@ def fill_arm(
     """Load the model, begin the arm, fill its missing shards."""
     request = ArmRequest(**options["request"])
     model = held_model(held, options["folder"], request.options, reporter)
+    if recipe(request.recipe).role == REFERENCE:
+        _refuse_no_third_party(writer.run, model)
     engine = kind(writer, model, request, options["routing"])
     writer.begin_arm(engine.arm_record(options["checkpoint"], options["configuration"]), engine.correction_bias())
     fill_missing_shards(writer, request.arm, reporter, engine.capture_shard)
@@ -107,6 +114,21 @@ def _refuse_other_weights(run: Run, source: str, shard: Shard) -> None:
     raise IncompleteRunError(
         f"{run.path}: arm {source} {reason}, so --replay-weights cannot force them; leave it out, or begin another run"
     )
+
+
+def _refuse_no_third_party(run: Run, model: Any) -> None:
+    """A reference that is the train arm's own code once more would always agree with it.
+
+    Raises:
+        EngineError: it is.
+    """
+    code = model_code(model)
+    for arm in run.arms():
+        if run.arm(arm).role == TRAIN and run.arm(arm).facts.get("model_code") == code:
+            raise EngineError(
+                f"the reference would be {code}, which arm {arm} is too: that is no third party; give a folder with "
+                "modelling code of its own and let it run (--trust-remote-code, in diagnose --trust-reference-code)"
+            )
 
 
 @dataclass(frozen=True)
@@ -181,7 +203,7 @@ class TrainEngine:
             "router_dtypes": self.proof.shown[0].stage_dtypes if self.proof else None,
             "observer": "forward hooks on routers and experts" if self.spec else "none needed",
         }
-        is_reference = self.request.variant_of is None
+        is_reference = self.request.variant_of is None and recipe(self.request.recipe).is_observed
         return self.request.record(
             checkpoint,
             configuration,
@@ -204,6 +226,7 @@ class TrainEngine:
             "batching": self.batching.words,
             "replay": asdict(self.replay) if self.replay else None,
             "perturbation": self.request.perturbation or None,
+            "model_code": model_code(self.model),
         }
 
     def correction_bias(self) -> list[list[float]] | None:
@@ -289,6 +312,17 @@ def dtypes(model: Any, has_cache: bool) -> dict[str, Any]:
     }
 
 
+def model_code(model: Any) -> str:
+    """The class that computes, and whose code it is: that of transformers, or the checkpoint's, by file and digest."""
+    kind = type(model)
+    if kind.__module__.startswith("transformers."):
+        return f"{kind.__name__} of transformers {version('transformers')}"
+    if kind.__module__.startswith("moediag."):
+        return f"{kind.__name__} of moediag"
+    source = Path(str(inspect.getsourcefile(kind)))
+    return f"{kind.__name__} of {source.name} (sha256 {sha256_bytes(source.read_bytes())[:12]})"
+
+
 def engine_config(model: Any, has_cache: bool) -> dict[str, Any]:
     """Where transformers put the model, and how it was stored."""
     devices = set(map(str, (getattr(model, "hf_device_map", None) or {"": model.device}).values()))
@@ -311,7 +345,11 @@ def held_model(held: Held, checkpoint: str, options: dict[str, Any], reporter: R
 
 
 def load_model(checkpoint: str, options: dict[str, Any]) -> Any:
-    """Load a causal language model for scoring, on the GPU where there is one."""
+    """Load a causal language model for scoring, on the GPU where there is one.
+
+    Raises:
+        CheckpointError: the checkpoint's own code does not find its weights in it.
+    """
     from transformers import AutoModelForCausalLM
 
     from moediag.engines.hf import bailing
@@ -320,7 +358,15 @@ def load_model(checkpoint: str, options: dict[str, Any]) -> Any:
     options = dict(options)
     if "device_map" not in options and torch.cuda.is_available():
         options["device_map"] = "cuda"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True, **options)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        checkpoint, use_safetensors=True, output_loading_info=True, **options
+    )
+    left = sorted({*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])})
+    if left and options.get("trust_remote_code"):  # of another transformers' time: it would run on random weights
+        raise CheckpointError(
+            f"{model_code(model)} found no weights in {checkpoint} for {len(left)} of its tensors, first {left[0]}; "
+            "run it with the transformers it was written for, in an environment of its own"
+        )
     return model.eval()
 
 
@@ -376,7 +422,11 @@ def score_batch(
     line_N, column_N = batch.places(row_N - 1)  # a token is scored by the row before it
     columns, column_N = torch.unique(column_N, return_inverse=True)
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs(token_id_T).items()}
-    logits_BCV = model(**inputs, use_cache=False, logits_to_keep=columns.to(model.device)).logits
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits_BCV = model(**inputs, use_cache=False, logits_to_keep=columns.to(model.device)).logits
+    else:  # a publisher's code of before: the whole vocabulary behind every token
+        logits_BCV = model(**inputs, use_cache=False).logits
+        logits_BCV = logits_BCV[:, columns.to(logits_BCV.device)]
     line_N, column_N = line_N.to(logits_BCV.device), column_N.to(logits_BCV.device)
     for first in range(0, len(row_N), _LOGIT_ROWS):
         rows = slice(first, first + _LOGIT_ROWS)

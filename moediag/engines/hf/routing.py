@@ -196,14 +196,25 @@ def _run(
     rows.answer_NK = forced_NK
     is_logits = [_is_same(part, answer.logits) for part in seen["gate"]]
     rows.logits_output = is_logits.index(True) if any(is_logits) else None
-    _take_routes(rows, seen, hidden_NH, output)
-    if answer.compared is not None and rows.ids_NK is not None and answer.n_kept == rows.top_k:
+    _take_routes(rows, seen, hidden_NH, output, answer.chosen if forced_NK is None else forced_NK)
+    if (
+        answer.compared is not None
+        and rows.ids_NK is not None
+        and answer.chosen is not None
+        and answer.chosen.shape[-1] == rows.top_k
+    ):
         rows.compared_NE, rows.compared_dtype = answer.compared.float().cpu(), _name(answer.compared.dtype)
     return rows
 
 
-def _take_routes(rows: Rows, seen: dict[str, Any], hidden_NH: torch.Tensor, output: Any) -> None:
-    """Ids and effective weights: what the experts were given, or what the router gave where they see none."""
+def _take_routes(
+    rows: Rows, seen: dict[str, Any], hidden_NH: torch.Tensor, output: Any, chosen_NK: torch.Tensor | None
+) -> None:
+    """Ids and effective weights: what the experts were given, or what the router gave where they see none.
+
+    Args:
+        chosen_NK: what its TopK took: a weight too small for its dtype is 0 and shows no id.
+    """
     n_rows, given = len(hidden_NH), seen.get("experts")
     found = find_routes(given if given is not None else seen["gate"])
     if found is not None:
@@ -215,15 +226,29 @@ def _take_routes(rows: Rows, seen: dict[str, Any], hidden_NH: torch.Tensor, outp
         rows.factor = _factor(output.reshape(n_rows, -1), seen["answered"])
         return
     for part in seen["gate"]:  # one score per expert, 0 where it is not chosen, on the experts' input
-        counts = (part != 0).sum(-1) if part.is_floating_point() and part.shape[-1] == rows.n_experts else None
-        if counts is None or given is None or len(set(counts.tolist())) != 1 or int(counts[0]) == rows.n_experts:
+        if given is None or not part.is_floating_point() or part.shape[-1] != rows.n_experts:
+            continue
+        chosen = _nonzero(part, chosen_NK)
+        if chosen is None:
             continue
         scaled = hidden_NH[None] * part.transpose(0, 1)[..., None]
         if any(_is_same(one, scaled) for one in given):
-            weights_NK, ids_NK = torch.topk(part, int(counts[0]), dim=-1)
+            ids_NK, weights_NK = chosen, part.gather(1, chosen)
             rows.ids_NK, rows.gates_NK, rows.gate_dtype = ids_NK.cpu(), weights_NK.float().cpu(), _name(part.dtype)
             rows.scales_input = True
             return
+
+
+def _nonzero(scores_NE: torch.Tensor, chosen_NK: torch.Tensor | None) -> torch.Tensor | None:
+    """Ids of the scores that are not 0, as many in every row, by size; else what TopK took, where none lies outside."""
+    is_used_NE = scores_NE != 0
+    counts = set(is_used_NE.sum(-1).tolist())
+    if len(counts) == 1 and 0 < (top_k := counts.pop()) < scores_NE.shape[-1]:
+        return torch.topk(scores_NE, top_k, dim=-1).indices
+    if chosen_NK is None or chosen_NK.shape[-1] == scores_NE.shape[-1]:
+        return None
+    ids_NK = chosen_NK.to(scores_NE.device).long()
+    return ids_NK if not is_used_NE.scatter(1, ids_NK, False).any() else None
 
 
 def _factor(output_NH: torch.Tensor, answered_NH: torch.Tensor | None) -> float | None:
@@ -305,14 +330,14 @@ class _Answer(RouterMatmul):
         self.logits = None
 
     compared: torch.Tensor | None = None
-    n_kept = 0
+    chosen: torch.Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
         if func in (torch.topk, torch.Tensor.topk):
             scores = args[0] if args else (kwargs or {})["input"]
             if scores.shape[-1] == self.n_experts:
-                self.compared, self.n_kept = scores.reshape(-1, self.n_experts).clone(), result[1].shape[-1]
+                self.compared, self.chosen = scores.reshape(-1, self.n_experts).clone(), result[1].flatten(0, -2)
         return result
 
 
