@@ -99,7 +99,8 @@ FAULTS: Final[Mapping[str, Fault]] = {
         "one expert of one layer off by 5 % of its spread", causes=_EXPERTS, module="routed experts",
         edit=edits.experts(edits.noisy(0.05), expert=0)),
     "experts-redrawn": _function(
-        "all experts of all layers drawn anew", causes=_EXPERTS, module="routed experts", of_layer=False,
+        "all experts of all layers drawn anew", causes=(*_EXPERTS, "D12-router"), module="routed experts",
+        of_layer=False,
         edit=edits.experts(edits.redrawn)),
     "experts-permuted": _function(
         "every expert of one layer in its neighbour's slot", causes=_EXPERTS, module="routed experts",
