@@ -347,6 +347,10 @@ def _zero_tail_and_entropy(h: Healthy, tokens: TokenRows, infer: Any, train: Any
     infer["entropy_T"][(infer["logp_T"] == 0)] = 0
 
 
+def _stored_in_16_bits(h: Healthy, tokens: TokenRows, infer: Any, train: Any) -> None:
+    infer["logp_T"][:] = infer["logp_T"].astype(np.float16)
+
+
 def _flat(h: Healthy, tokens: TokenRows, infer: Any, train: Any) -> None:
     layer = h.shape[2] // 2
     last = np.r_[tokens.seq_id_T[1:] != tokens.seq_id_T[:-1], True]
@@ -449,6 +453,7 @@ FAULTS = {
     "D31-zero-logp": _zero_tail,
     "D31-zero-logp and entropy": _zero_tail_and_entropy,
     "D34-flat-router": _flat,
+    "rounded-logp": _stored_in_16_bits,
     "softmaxed-logits": _softmaxed,
 }
 

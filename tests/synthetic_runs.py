@@ -17,6 +17,8 @@ import pandas as pd
 from hygiene_captures import Healthy, capture_of
 from records import arm_of, checkpoint_of, new_run
 
+from moediag.analysis.declarations import MODULE_CHECKS
+from moediag.diagnosis import LAYERS_APART
 from moediag.frames import declared_frames
 from moediag.results import analyze_run, load_frames
 from moediag.run.capture import TokenRows
@@ -101,7 +103,40 @@ def make_run(
                 writer.write_tokens(shard, tokens)
         run = open_run(run_path)
         summary = analyze_run(run, force=not is_scored)
-        return AnalysedRun(load_frames(run), summary)
+        frames = {
+            **load_frames(run),
+            "layers_apart": layers_apart_of(rng, n_layers, scale),
+            "module_checks": module_checks(rng, max(n_layers, 1), scale),
+        }
+        return AnalysedRun(frames, summary)
+
+
+def layers_apart_of(rng: np.random.Generator, n_layers: int, scale: float) -> pd.DataFrame:
+    """A frame of engines that agree in float32; a row per MoE layer and one of the log-probability."""
+    n = n_layers + 1
+    times_Q = scale * rng.uniform(0.5, 1.5, n)
+    row = {"layer": np.arange(n), "decoder_layer": [*range(n_layers), -1], "n_rows": 512, "scale": 1e-7,
+           "what": ["margin of router logits"] * n_layers + ["log-probability"], "times_p50": times_Q,
+           "times_p99": 4 * times_Q, "times_max": 8 * times_Q, "beyond_share": 0.0}  # fmt: skip
+    return LAYERS_APART.validate(pd.DataFrame(row).reindex(columns=LAYERS_APART.names))
+
+
+def module_checks(rng: np.random.Generator, n_layers: int, scale: float) -> pd.DataFrame:
+    """A frame of healthy modules: attention and a block a layer, whose streams drift apart by ``scale``."""
+    places = [("embeddings", -1, True)]
+    for layer in range(n_layers):
+        places += [("residual stream into input_layernorm", layer, True)] if layer else []
+        places += [("attention (self_attn)", layer, False)]
+        places += [("residual stream into post_attention_layernorm", layer, True), ("mlp", layer, False)]
+    places += [("residual stream into norm", -1, True), ("head", -1, False)]
+    rows = []
+    for nth, (module, layer, is_stream) in enumerate(places):
+        own = np.nan if is_stream else 0.002 * scale * rng.uniform(0.8, 1.2)
+        apart = 0.001 * scale * nth * rng.uniform(0.8, 1.2) if is_stream else np.nan
+        row = dict.fromkeys(MODULE_CHECKS.names, np.nan) | {"train_p50": own, "infer_p50": own, "free_p50": apart}
+        rows.append(row | {"module": module, "decoder_layer": layer, "n_rows": 512, "verdict": "same function",
+                           "note": ""})  # fmt: skip
+    return MODULE_CHECKS.validate(pd.DataFrame(rows))
 
 
 def empty_frame(spec: Any) -> pd.DataFrame:

@@ -17,10 +17,12 @@ import pytest
 from conftest import MOEDIAG, REPOSITORY, run_moediag, write_jsonl
 from scripted_engine import make_scripted_run
 
+import moediag
 from moediag.cli import jobs
 from moediag.cli import main as entry
-from moediag.cli.main import main
+from moediag.cli.main import app, main
 from moediag.cli.options import NOT_SO
+from moediag.corrections import METHODS, PRESETS
 from moediag.engines import versions
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.errors import CheckpointError, DependencyError
@@ -409,3 +411,22 @@ def test_json_of_a_missing_run_is_still_one_line(tmp_path: Path) -> None:
     done = run_moediag("analyze", tmp_path / "absent", "--json")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
+
+
+def test_help_is_short_and_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bug: neither -h nor --version existed, and short helps ended in dots at 80 columns."""
+    assert main(["-h"]) == 0
+    shown = capsys.readouterr().out
+    assert "..." not in shown.replace("[ARGS]...", "")
+    assert [command.name for command in app.registered_commands if f"\n  {command.name} " not in shown] == []
+    assert main(["profile", "-h"]) == 0
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"moediag {moediag.__version__}"
+
+
+def test_simulate_lists_what_it_can_simulate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--list"]) == 0
+    shown = capsys.readouterr().out
+    # a correction is one word, that is pasted whole
+    assert max(len(line) for line in shown.splitlines() if "=" not in line) <= 80
+    assert [name for name in (*METHODS, *PRESETS) if not re.search(rf"^  {re.escape(name)}\b", shown, re.M)] == []

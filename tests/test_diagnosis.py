@@ -16,11 +16,13 @@ from synthetic import make_block, make_pair
 from synthetic_runs import SOFTMAX
 
 from moediag.diagnosis import Seen, distances, same_function, verdict, whose
+from moediag.diagnosis.causes import causes
 from moediag.diagnosis.function import NEAR_TIE, SAME, Distances, FunctionTest, compare_sequences
 from moediag.diagnosis.ladder import engine_seconds
 from moediag.diagnosis.modules import MODULE_CHECKS, ModuleChecks
 from moediag.diagnosis.verdict import TONES, WORSE
 from moediag.hygiene import check_run
+from moediag.hygiene.findings import finding
 from moediag.results import analyze_run, load_frames
 from moediag.results.pair_analysis import analyze_pair
 from moediag.results.pair_summary import pair_summary
@@ -426,3 +428,20 @@ def test_other_weights_leave_the_function_untold() -> None:
 def test_every_word_of_a_verdict_has_a_tone() -> None:
     assert set(TONES.values()) == {"good", "calm", "warn", "bad"}
     assert SAME > 3
+
+
+@pytest.mark.parametrize(
+    ("fired", "ranked"),
+    [
+        (["completeness", "D08-cached-prefix", "D16-exact-ties"],
+         ["D08-cached-prefix", "completeness", "D16-exact-ties"]),
+        (["D31-zero-logp", "D01-token-lag"], ["D01-token-lag", "D31-zero-logp"]),
+        (["D02-layer-at-chance", "D02-twin-layers"], ["D02-layer-at-chance", "D02-twin-layers"]),
+        (["D14-gate-factor", "D31-nan-logp"], ["D31-nan-logp", "D14-gate-factor"]),
+    ],
+)  # fmt: skip
+def test_what_a_fault_brings_with_it_stands_behind_it(fired: list[str], ranked: list[str]) -> None:
+    """Bug: rows missing at a cached prefix were called incomplete first, and the prefix cache third."""
+    pair = {"logp": {"abs_logp_diff": {"max": 0, "mean": 0, "mean_ci": None}}, "routing": None}
+    found = causes(Seen(pair, findings=[finding(rule, "infer", "as measured") for rule in fired]))
+    assert [one.rule for one in found] == ranked

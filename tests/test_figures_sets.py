@@ -23,7 +23,8 @@ from moediag.results.simulation import read_tokens, simulate
 pytestmark = pytest.mark.filterwarnings("error")
 
 ROUTING = {name for name, kind in FIGURES.items() if kind.is_routing}
-DIFFERENCES = {"tail_curve", "ratio_histogram", "logp_diff_by_p_infer", "position_drift", "sequence_drift", "ladder"}
+DIFFERENCES = {"tail_curve", "ratio_histogram", "logp_diff_by_p_infer", "position_drift", "sequence_drift", "ladder",
+               "layers_apart"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

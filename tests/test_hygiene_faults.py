@@ -256,7 +256,10 @@ def test_arrays_of_another_shape_are_one_finding_and_no_traceback() -> None:
 
 
 def test_every_rule_is_described() -> None:
-    assert all(isinstance(rule, Rule) and all((rule.symptom, rule.cause, rule.next_check)) for rule in RULES.values())
+    assert all(isinstance(rule, Rule) for rule in RULES.values())
+    assert all(all((r.symptom, r.threshold, r.cause, r.next_check)) for r in RULES.values())
+    # the statistic, then its limit with its source
+    assert [rule.name for rule in RULES.values() if not all(map(str.strip, rule.threshold.partition(";")))] == []
     assert {companion for rule in RULES.values() for companion in rule.companions} <= set(RULES)
     assert {rule.level for rule in RULES.values()} == {"error", "warning", "note"}
 

@@ -164,9 +164,14 @@ def test_validate_prints_errors_first_with_places_cause_and_a_summary(
 def test_the_table_of_rules_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "--list-rules"]) == 0
     out = capsys.readouterr().out
-    assert all(f"{name}  [" in out for name in RULES)
+    assert max(map(len, out.splitlines())) <= 80
+    words = " ".join(out.split())
+    for rule in RULES.values():
+        assert f"{rule.name} [{rule.level}]" in words
+        assert all(text in words for text in (rule.symptom, rule.threshold, rule.cause, rule.next_check))
     assert main(["validate", "--list-rules", "--json"]) == 0
-    assert [rule["name"] for rule in json.loads(capsys.readouterr().out)] == list(RULES)
+    listed = json.loads(capsys.readouterr().out)
+    assert [(rule["name"], rule["threshold"]) for rule in listed] == [(r.name, r.threshold) for r in RULES.values()]
 
 
 def test_validate_without_anything_to_check_is_a_usage_error() -> None:

@@ -1,4 +1,4 @@
-"""The README's commands run, in order, on the demo's output; what is not run stands in a visible list."""
+"""The commands of the README and of its recipes run, in order, on the demo's output; what is not is on a list."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BLOCK = re.compile(r"(?:<!-- not run in tests: (?P<reason>.*?) -->\n)?```(?P<ki
 
 
 def readme_blocks() -> list[tuple[str, str, str | None]]:
-    text = (REPOSITORY / "README.md").read_text()
+    text = "\n".join((REPOSITORY / page).read_text() for page in ("README.md", "reports/recipes.md"))
     return [(match["kind"], match["body"], match["reason"]) for match in _BLOCK.finditer(text)]
 
 
@@ -62,9 +62,7 @@ def test_every_command_of_the_readme_runs(demo: Path, tmp_path: Path, monkeypatc
 def test_the_numbers_of_the_readme_are_those_of_the_committed_demo_report() -> None:
     """The README's table and the report beside its picture come from one run."""
     report = (REPOSITORY / "reports" / "demo" / "report.md").read_text()
-    table = (
-        (REPOSITORY / "README.md").read_text().split("Demo numbers on two CPU cores")[1].split("The demo's recipe")[0]
-    )
+    table = (REPOSITORY / "README.md").read_text().split("What is normal?")[1].split("## More")[0]
     rows = [line for line in table.splitlines() if line.startswith(("| MoE |", "| dense |"))]
     cells = [cell.strip() for row in rows for cell in row.split("|")[2:6]]
     assert len(cells) == 8

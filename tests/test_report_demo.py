@@ -16,7 +16,9 @@ KEPT = REPOSITORY / "reports" / "demo"
 def test_the_kept_report_shows_every_figure_it_holds() -> None:
     page = (KEPT / "report.md").read_text()
     linked = re.findall(r"\]\(figures/(\w+)\.png\)", page)
-    assert sorted(linked) == sorted(path.stem for path in (KEPT / "figures").iterdir()) == sorted(FIGURES)
+    held = {path.stem for path in (KEPT / "figures").iterdir()}
+    assert sorted(linked) == sorted(held)
+    assert held == {*FIGURES} - {"module_depth"}  # the demo's engines are not compared module by module
     sizes = {folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
              for folder in (KEPT, KEPT / "simulate")}  # fmt: skip
     assert sizes[KEPT] - sizes[KEPT / "simulate"] < 3_000_000

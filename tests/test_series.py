@@ -29,7 +29,8 @@ from moediag.analysis.series import (
 )
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.errors import DumpError
-from moediag.results.trend import measure_trend, outcome_lines
+from moediag.hygiene.series import Schedule, check_series
+from moediag.results.trend import Given, measure_trend, outcome_lines
 from moediag.results.trend_sources import read_trend, steps_of
 from moediag.run.files import read_sealed, write_sealed
 
@@ -279,8 +280,8 @@ def test_tokens_that_a_side_calls_impossible_are_left_out_and_counted(tmp_path):
 def test_an_infinite_metric_is_a_warning(tmp_path):
     """Bug: a metric that is infinite at one step vanished from every sentence."""
     found = measure_trend([steps_table(tmp_path, step=range(10), k3=[0.1] * 9 + [np.inf], k3_se=0.01)], None, None)
-    assert found.warnings[0].startswith("kl_infer_train_k3: infinite at 1 of 10 steps, first at step 9")
-    assert outcome_lines(found)[0].startswith("Warning: ")
+    expected = "warning: infinite-metric: kl_infer_train_k3: infinite at 1 of 10 steps, first at step 9"
+    assert outcome_lines(found)[0] == found.findings[0].line() == expected
     assert "agree" not in found.recurrence.reason
 
 
@@ -290,24 +291,26 @@ def test_a_collapse_after_two_steps_is_no_rounding(tmp_path, column, steps):
     """Bug: .0175, then 66.5 two steps later, was only "cannot tell"."""
     values = [0.0175, 0.9, 66.5] if len(steps) == 3 else [0.0175, 66.5]
     found = measure_trend([steps_table(tmp_path, step=steps, **{column: values})], None, None)
-    assert len(found.warnings) == 1
+    assert [one.rule for one in found.findings] == ["D25-first-update"]
+    lines = " ".join(outcome_lines(found)[:2])
     for words in ("no rounding does this", "66.5", "after 0.0175 at step 0", "weight sync (transfer dtype", "lr = 0"):
-        assert words in found.warnings[0]
+        assert words in lines
 
 
 def test_a_mismatch_that_is_beyond_rounding_from_the_first_step_is_not_put_down_to_an_update(tmp_path):
     found = measure_trend([steps_table(tmp_path, step=[0, 1], mean_abs_logp_diff=[1.33, 60.0])], None, None)
-    assert "1.33 nat at step 0 and 60 at step 1, from the first on: no rounding does this" in found.warnings[0]
-    assert "weight sync" not in found.warnings[0]
+    assert [one.rule for one in found.findings] == ["beyond-rounding"]
+    lines = " ".join(outcome_lines(found)[:2])
+    assert "1.33 nat at step 0 and 60 at step 1, from the first on: no rounding does this" in lines
+    assert "weight sync" not in lines
 
 
 def test_a_start_far_above_what_is_published_is_said_with_its_source(tmp_path):
     """Bug: a KL of 0.05 at the first step, where below 0.01 is recommended, passed without a word."""
     found = measure_trend([steps_table(tmp_path, step=[0, 20], kl_sample_train_v1=[0.05, 0.1])], None, None)
-    assert found.warnings[0].startswith(
-        "kl_infer_train_k1: starts at 0.05 (step 0), 5 times 0.01 (Tinker's documentation"
-    )
-    assert "no drift of training" in found.warnings[0]
+    assert [(one.rule, one.where) for one in found.findings] == [("start-level", "kl_infer_train_k1")]
+    assert found.findings[0].message.startswith("starts at 0.05 (step 0), 5 times 0.01 (Tinker's documentation")
+    assert "no drift of training" in found.findings[0].message
 
 
 @pytest.mark.parametrize(
@@ -321,7 +324,74 @@ def test_a_start_far_above_what_is_published_is_said_with_its_source(tmp_path):
     ],
 )
 def test_what_others_publish_as_healthy_raises_no_warning(tmp_path, columns):
-    assert not measure_trend([steps_table(tmp_path, step=[0, 1, 2], **columns)], None, None).warnings
+    assert not measure_trend([steps_table(tmp_path, step=[0, 1, 2], **columns)], None, None).findings
+
+
+def by_step(values, **columns):
+    """A table of steps whose metric is mean abs logp diff."""
+    return dict(step=range(len(values)), mean_abs_logp_diff=values, **columns)
+
+
+def rules(path, given=None):
+    return [one.rule for one in measure_trend([path], None, None, given=given or Given()).findings]
+
+
+def test_the_same_collapse_at_learning_rate_0_is_not_the_learning(tmp_path):
+    """The two-way sharded run of the report: 0.0175, then 66.5, with lr = 0 alike; 0.017 unsharded stays quiet."""
+    collapse = by_step([0.0175, 0.0175, 66.5])
+    assert rules(steps_table(tmp_path, **collapse, lr=[0.0] * 3)) == ["D27-lr-zero", "D25-first-update"]
+    assert rules(steps_table(tmp_path, **collapse, lr=[0.0, 1e-6, 1e-6])) == ["D25-first-update"]
+    assert rules(steps_table(tmp_path, **collapse), Given(lr=0.0)) == ["D27-lr-zero", "D25-first-update"]
+    assert rules(steps_table(tmp_path, **by_step([0.017, 0.0171, 0.0169]), lr=[0.0] * 3)) == []
+
+
+def test_a_slow_growth_at_learning_rate_0_is_the_engine_s_state(tmp_path):
+    grows = [0.015 * 1.05**i for i in range(12)]
+    assert rules(steps_table(tmp_path, **by_step(grows), lr=[0.0] * 12)) == ["D27-lr-zero"]
+    assert rules(steps_table(tmp_path, **by_step(grows), lr=[1e-6] * 12)) == []
+    level = 0.015 * np.exp(0.05 * np.random.default_rng(0).normal(size=12))
+    assert rules(steps_table(tmp_path, **by_step(level), lr=[0.0] * 12)) == []
+
+
+def test_growth_that_restarts_take_back_is_the_engine_s_state(tmp_path):
+    """A stale cache: 5 % a step, back to the start at each of three restarts; without marks nothing is concluded."""
+    noise = np.exp(0.01 * np.random.default_rng(0).normal(size=24))
+    values, restart = 0.015 * 1.05 ** (np.arange(24) % 6) * noise, [int(i % 6 == 0 and i > 0) for i in range(24)]
+    assert rules(steps_table(tmp_path, **by_step(values), restart=restart)) == ["D26-grows-resets"]
+    assert rules(steps_table(tmp_path, **by_step(values)), Given(restarts=frozenset({6, 12, 18}))) == [
+        "D26-grows-resets"
+    ]
+    assert rules(steps_table(tmp_path, **by_step(values))) == []
+    grows_on = 0.015 * 1.02 ** np.arange(24) * noise
+    assert rules(steps_table(tmp_path, **by_step(grows_on), restart=restart)) == []
+
+
+def test_a_level_that_only_fluctuates_is_quiet_at_learning_rate_0_and_over_restarts():
+    """200 series of noise alone: at 1 in 1,000 each, none is expected of either rule."""
+    rng, fired = np.random.default_rng(0), 0
+    for _ in range(200):
+        n = int(rng.integers(3, 40))
+        rows = {"step": range(n), "source": "x", "metric": "abs_logp_diff.mean", "n_tokens": 100, "n_prompts": 10}
+        level = 0.015 * np.exp(0.2 * rng.normal(size=n))
+        more = {
+            "value_ci_low": np.nan,
+            "value_ci_high": np.nan,
+            "se": np.nan,
+            "unit": "nat",
+            "direction": "",
+            "note": "",
+        }
+        trend = TREND_BY_STEP.validate(pd.DataFrame({**rows, "value": level, **more}))
+        restarts = frozenset(rng.choice(np.arange(1, n), size=max(1, n // 6), replace=False).tolist())
+        fired += len(check_series(trend, Schedule({}, restarts)))
+        fired += len(check_series(trend, Schedule(dict.fromkeys(range(n), 0.0))))
+    assert fired <= 2
+
+
+def test_a_rate_or_a_restart_is_no_metric(tmp_path):
+    source = read_trend([steps_table(tmp_path, **by_step([0.01, 0.011]), lr=[1e-6, 0], restart=[0, 1])], None, silent)
+    assert set(source.trend["metric"]) == {"abs_logp_diff.mean"}
+    assert source.schedule == Schedule({0: 1e-6, 1: 0.0}, frozenset({1}))
 
 
 def test_a_table_of_tokens_of_very_many_steps_is_thinned_and_that_is_said(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from scripted_engine import make_scripted_run
 
 from moediag.cli.main import main
 from moediag.figures.series import plot_trend
+from moediag.hygiene.findings import finding
 from moediag.results.trend_sources import read_trend
 from moediag.run.files import read_sealed, sha256_bytes
 from moediag.statistics.intervals import Interval
@@ -243,13 +244,13 @@ def test_an_infinite_step_is_drawn_and_said(capsys, tmp_path):
     path = tmp_path / "t.csv"
     pd.DataFrame({"step": range(10), "k3": [0.1] * 9 + [np.inf], "k3_se": 0.01}).to_csv(path, index=False)
     trend = read_trend([path], None, lambda *done: None).trend
-    figure = plot_trend(trend, warnings=("k3: infinite at 1 of 10 steps",))
+    figure = plot_trend(trend, findings=(finding("infinite-metric", "k3", "infinite at 1 of 10 steps"),))
     markers = [line for line in figure.axes[0].get_lines() if line.get_marker() == "^"]
     assert [list(line.get_xdata()) for line in markers] == [[9]]
     assert "Triangles at the top: infinite there" in words(figure)
     assert "Warning: k3: infinite at 1 of 10 steps" in words(figure)
     status, captured = run(capsys, path, "-o", tmp_path / "out")
     assert status == 0
-    assert captured.out.startswith("Warning: kl_infer_train_k3: infinite at 1 of 10 steps")
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["warnings"]
+    assert captured.out.startswith("warning: infinite-metric: kl_infer_train_k3: infinite at 1 of 10 steps")
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["findings"]
     assert "infinite at 1 of 10 steps" in (tmp_path / "out" / "report.md").read_text()

@@ -4,8 +4,7 @@ Invariants:
     - the numbers of a step are those of its own tokens, by the same formulas and intervals as any pair's;
     - a standard error is that of the interval given (half its width over 1.96): wide where prompts are few or single
       tokens decide, and absent, never 0, where there is no interval;
-    - published numbers are *marks* with their source, other stacks' and often one run's: never a threshold;
-    - what no drift explains (infinite values, levels beyond rounding, jumps) is a warning, also where no fit can tell.
+    - published numbers are *marks* with their source, other stacks' and often one run's: never a threshold.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy import special
 
 from moediag.analysis.measures import ICEPOP_BAND, QUANTILE_MEASURES, TOKEN_MEASURES
@@ -108,16 +106,6 @@ MARKS: Final = (
          high=0.002, is_start=True),
 )  # fmt: skip
 """Numbers that others published, drawn as named lines or bands; stacks differ, so none says what is too much here."""
-
-NO_ROUNDING: Final = 1.0
-"""Nat from which on neither rounding nor flipped experts is the cause. Ours: 35 times the highest mean abs logp diff of
-a healthy stack, 20 times the one past which IcePop's run failed; the KL is smaller still."""
-JUMP: Final = 10.0
-"""Rise per training step that is no drift. Ours: published mismatches double within 20 steps (tinker-feedback, issue
-22) or rise over 150 (IcePop post)."""
-FAR_START: Final = 3.0
-"""Times the highest published start from which on a start is called high. Ours: healthy stacks themselves are a factor
-of 2.5 apart (mean abs logp diff 0.011 to 0.028)."""
 
 
 def standard_error_of(low: float, high: float) -> float:
@@ -260,93 +248,7 @@ def range_of(metric: str) -> tuple[float, float]:
     return -math.inf if is_signed else 0.0, 1.0 if known and known.is_share else math.inf
 
 
-def warnings_of(trend: pd.DataFrame) -> tuple[str, ...]:
-    """What no drift of training explains: infinite values, levels beyond rounding, jumps, a start far above others'.
-
-    None of it needs a fit, so two steps are enough. One warning per metric, the worst: values that contradict each
-    other within one metric are one finding.
-
-    Args:
-        trend: frame ``trend_by_step``, ascending.
-    """
-    found = []
-    for metric, rows in trend.groupby("metric", sort=False):
-        known = rows.dropna(subset=["value"])
-        warning = _infinite(known) or (_beyond_rounding(known) or _far_start(known) if str(metric) in KNOWN else "")
-        found += [f"{metric}: {warning}"] if warning else []
-    return tuple(found)
-
-
-def _infinite(rows: pd.DataFrame) -> str:
-    wrong = rows[np.isinf(rows["value"])]
-    if wrong.empty:
-        return ""
-    return (
-        f"infinite at {len(wrong)} of {len(rows)} steps, first at step {wrong['step'].iloc[0]}: a ratio beyond "
-        "float64, or a token that one side calls impossible; find those tokens before anything else"
-    )
-
-
-def _beyond_rounding(rows: pd.DataFrame) -> str:
-    """A level or a rise that neither rounding nor compounding of it gives, with what to check."""
-    unit = str(rows["unit"].iloc[0])
-    value_N, step_N = np.abs(rows["value"].to_numpy(np.float64)), rows["step"].to_numpy()
-    is_beyond_N = (value_N >= NO_ROUNDING) & (unit == "nat") & (rows["metric"].iloc[0] != "abs_logp_diff.p99")
-    at = np.flatnonzero(is_beyond_N | _jumps(rows, value_N))
-    if not len(at):
-        return ""
-    first, worst = int(at[0]), int(value_N.argmax())
-    value = f"{value_N[first]:.3g}{' nat' if unit == 'nat' else ''} at step {step_N[first]}"
-    if worst != first:
-        value += f" and {value_N[worst]:.3g} at step {step_N[worst]}"
-    cause = (
-        "no rounding does this" if value_N[worst] >= NO_ROUNDING else "rounding that compounds does not rise so fast"
-    )
-    if rows["metric"].iloc[0] == "kl_infer_train_k3":
-        cause += " (unless a few tokens carry the k3: see the mean)"
-    if first == 0:
-        return (
-            f"{value}, from the first on: {cause}, and no drift either. Check that both sides hold the same weights "
-            "(fingerprints; unsharded against sharded), score the same tokens (rules D32-token-ids and D01-token-lag) "
-            "and sample from what they score (rule D10-temperature)"
-        )
-    return (
-        f"{value}, after {value_N[first - 1]:.3g} at step {step_N[first - 1]}: {cause}. It came with an update: "
-        "compare fingerprints of both sides' weights before and after the weight sync (transfer dtype, sharding), "
-        "and repeat the steps with lr = 0: if it comes back, the sync or the engine's state is at fault, not the "
-        "learning"
-    )
-
-
-def _jumps(rows: pd.DataFrame, value_N: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """(N,) whether a step stands a factor of :data:`JUMP` per training step above the one before.
-
-    Only above the level that healthy training starts from, where that is published, and only where the intervals of the
-    two, if there are any, lie apart: one token can carry a k3.
-    """
-    published = _published(str(rows["metric"].iloc[0]))
-    low_N, high_N = (rows[f"value_ci_{end}"].to_numpy(np.float64) for end in ("low", "high"))
-    gap_N = np.diff(rows["step"].to_numpy(np.float64))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rise_N = np.log(value_N[1:] / value_N[:-1]) / gap_N
-    is_apart_N = ~(low_N[1:] <= high_N[:-1])  # also where one is not known
-    level = published.highest if published else math.inf
-    return np.append(False, (rise_N >= math.log(JUMP)) & np.isfinite(rise_N) & is_apart_N & (value_N[1:] > level))
-
-
-def _published(metric: str) -> Mark | None:
+def published_start(metric: str) -> Mark | None:
     """The highest level at which healthy training starts, as published."""
     there = [mark for mark in MARKS if mark.metric == metric and mark.is_start]
     return max(there, key=lambda mark: mark.highest, default=None)
-
-
-def _far_start(rows: pd.DataFrame) -> str:
-    first, mark = rows.iloc[0], _published(str(rows["metric"].iloc[0]))
-    if mark is None or abs(first["value"]) < FAR_START * mark.highest or first["value_ci_low"] <= mark.highest:
-        return ""
-    times = abs(first["value"]) / mark.highest
-    return (
-        f"starts at {first['value']:.3g} (step {first['step']}), {times:.2g} times {mark.highest:g} ({mark.source}): "
-        "high from the start, so no drift of training. Stacks differ, but compare the two sides at that step first: "
-        "tokens, sampling parameters, precision"
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -58,6 +59,16 @@ ReferenceFolder = Annotated[
 TrustReference = Annotated[
     bool, typer.Option("--trust-reference-code", help="Run the modelling code that lies in the --reference folder.")
 ]
+Float32Memory = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="GIB",
+        help="Memory that a model in float32 may take on each device; a larger model is cut to its first layers, a "
+        "test of these alone. Default: what the device has.",
+        show_default=False,
+    ),
+]
 Whole = Annotated[
     bool, typer.Option("--whole", help="Climb every rung, though an earlier one has shown the cause already.")
 ]
@@ -80,6 +91,7 @@ def command(
     modules: Modules = None,
     reference: ReferenceFolder = None,
     trust_reference_code: TrustReference = False,
+    float32_memory: Float32Memory = None,
     whole: Whole = False,
     as_json: o.Json = False,
     force: o.Force = False,
@@ -101,7 +113,8 @@ def command(
         run = open_run(Path(target))
     else:
         third = None if reference is None else (reference, trust_reference_code)
-        run = _climb(target, output, prompts, settings, turn or [], replay_by_layer, modules, third, whole, force)
+        room = None if float32_memory is None else float32_memory * 2**30
+        run = _climb(target, output, prompts, settings, turn or [], replay_by_layer, modules, third, room, whole, force)
     with bar("analysis") as progress:
         progress.on_event({"stage": "metrics"})
         summary = analyze_run(run)
@@ -125,6 +138,7 @@ def _climb(
     by_layer: bool,
     modules: bool | None,
     third: tuple[str, bool] | None,
+    room: float | None,
     whole: bool,
     force: bool,
 ) -> Run:
@@ -136,6 +150,7 @@ def _climb(
     from moediag.audit.modules import check_modules
     from moediag.cli import jobs
     from moediag.cli.console import bar, note
+    from moediag.diagnosis.function import FLOAT32
     from moediag.diagnosis.modules import kept_checks
     from moediag.diagnosis.verdict import BIT_EXACT, NOT_REPEATING, OTHER_FUNCTION, ROUNDS_WORSE
     from moediag.engines.launch import Engines
@@ -152,9 +167,9 @@ def _climb(
         given = settings.revision, settings.trust_remote_code
         run, checkpoint = jobs.join(output, ckpt, *given, is_other_checkpoint=False)
     longest = settings.max_model_len or needed_length(run, checkpoint)
-    why = why_no_float32(checkpoint, settings.dtype.value, settings.tensor_parallel_size)
+    why = why_no_float32(checkpoint, settings.dtype.value, settings.tensor_parallel_size, room)
     if why:
-        note(f"Float32  not run: {why}")
+        note(f"Float32  not run of the whole model: {why}")
     no_replay = jobs.why_no_replay(checkpoint, settings.dtype.value)
     if no_replay and checkpoint.routing is not None:
         note(f"Replay   not run: {no_replay}")
@@ -164,7 +179,9 @@ def _climb(
         for names in (FIRST if why else (*FIRST, *jobs.FLOAT32), rest)
     ]
     checkpoints = dict.fromkeys((INFER, TRAIN), checkpoint)
-    if third is not None:
+    if third is not None and why and _dtype(checkpoint, settings) != FLOAT32:
+        note(f"Reference not run: it is held against float32 arms of the whole model; {why}")
+    elif third is not None:
         checkpoints[REFERENCE] = _open_reference(output, third)
         trusting = replace(settings, trust_remote_code=third[1])
         of_third = checkpoints[REFERENCE]
@@ -189,6 +206,8 @@ def _climb(
                 raise
             note(f"Float32  not run: {error}")  # an engine may have no kernel for it; if it was not that, it ends here
             jobs.capture(replace(arms, requests=[one for one in in_use if not run.is_complete(one.arm)]))
+        if why and nth == 0:
+            _capture_first_layers(run, checkpoint, settings, room)
         if whole or stage is opted:
             continue
         with bar("analysis") as progress:
@@ -203,6 +222,45 @@ def _climb(
         with Engines() as engines, bar("modules") as progress:
             check_modules(engines, run, checkpoint, checkpoint, progress.on_event).keep(run)
     return run
+
+
+def _dtype(checkpoint: Checkpoint, settings: Settings) -> str:
+    """The model's dtype in both engines."""
+    requested = settings.dtype.value
+    return checkpoint.stored_dtype if requested == "auto" else requested
+
+
+def _capture_first_layers(run: Run, checkpoint: Checkpoint, settings: Settings, room: float | None) -> None:
+    """Both engines in float32 on the first layers of a model that is too large for it, in a run of its own."""
+    from moediag.cli import jobs
+    from moediag.cli.console import note
+    from moediag.diagnosis.function import FIRST_LAYERS, FLOAT32
+    from moediag.engines.first_layers import cut_to_first, n_first_layers, n_parameters_of_first
+    from moediag.engines.plan import SamplingOptions, make_plan, needed_length, why_too_large
+    from moediag.run.writer import RunWriter
+
+    if _dtype(checkpoint, settings) == FLOAT32 or checkpoint.record.quantization:
+        return
+    n_layers = n_first_layers(checkpoint)
+    why = why_too_large(n_parameters_of_first(checkpoint, n_layers), settings.tensor_parallel_size, room)
+    n_all = checkpoint.record.n_decoder_layers
+    if why or n_layers == n_all:
+        note(f"Float32  no first layers either: {why or 'every kind of layer takes all of them'}")
+        return
+    note(f"Float32  both engines on the first {n_layers} of {n_all} decoder layers: every kind of layer, and one more")
+    with tempfile.TemporaryDirectory(dir=run.path, prefix="cut-") as work:
+        cut = cut_to_first(checkpoint, n_layers, Path(work) / FIRST_LAYERS)
+        prompts, tokens = Path(work) / "tokens.jsonl", run.tokens(run.shards[0])
+        with prompts.open("w") as file:
+            for start, end in tokens.sequence_bounds():
+                ids, n = tokens.token_id_T[start:end].tolist(), int((~tokens.is_response_T[start:end]).sum())
+                file.write(json.dumps({"prompt_token_ids": ids[:n], "completion_token_ids": ids[n:]}) + "\n")
+        plan = make_plan(cut, prompts, SamplingOptions(), trust_remote_code=settings.trust_remote_code)
+        own = plan.create(run.path / FIRST_LAYERS, force=False)
+        in_float32 = replace(settings, dtype=o.ModelDtype.float32)
+        longest = settings.max_model_len or needed_length(own, cut)
+        requests = [_request(own, cut, in_float32, longest, name) for name in FIRST]
+        jobs.capture(jobs.Arms(RunWriter(own), requests, dict.fromkeys((INFER, TRAIN), cut)))
 
 
 def _open_reference(output: Path, third: tuple[str, bool]) -> Checkpoint:

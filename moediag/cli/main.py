@@ -8,9 +8,12 @@ Nothing heavy is imported until a command runs.
 
 from __future__ import annotations
 
+import re
 import sys
+from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
 
 from moediag.cli import (
     analyze,
@@ -35,35 +38,58 @@ from moediag.cli import (
 from moediag.cli.signals import Interrupted, interruptible
 from moediag.errors import MoediagError
 
+GROUPS: Final = {
+    "Run the engines": (demo, profile, diagnose, capture, selftest),
+    "Read what is there": (analyze, report, compare, gate, simulate, trend, validate),
+    "Other tools' data": (import_, export),
+    "Look up": (inspect, schema, env, diff_env),
+}
+"""Commands as --help groups them."""
+
+
+class _Grouped(TyperGroup):
+    """Commands under the heading of their group."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a list of commands for every group."""
+        widest = max(map(len, self.commands))
+        for heading, modules in GROUPS.items():
+            words = {module.NAME: self.commands[module.NAME].get_short_help_str(limit=200) for module in modules}
+            with formatter.section(heading):
+                formatter.write_dl(
+                    [(name.ljust(widest), re.split(r"[:;.](?: |$)", line)[0]) for name, line in words.items()]
+                )
+
+
 app = typer.Typer(
     name="moediag",
+    cls=_Grouped,
     help="Routing-mismatch diagnostics for MoE models: what vLLM sampled against what transformers trains on.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (
-    demo,
-    profile,
-    diagnose,
-    capture,
-    import_,
-    export,
-    analyze,
-    compare,
-    gate,
-    simulate,
-    trend,
-    report,
-    validate,
-    selftest,
-    inspect,
-    schema,
-    env,
-    diff_env,
-):
-    app.command(module.NAME)(module.command)
+for modules in GROUPS.values():
+    for module in modules:
+        app.command(module.NAME)(module.command)
+
+
+def _show_version(is_given: bool) -> None:
+    if is_given:
+        from moediag import __version__
+
+        typer.echo(f"moediag {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of every command."""
 
 
 def _resumes(words: list[str]) -> bool:

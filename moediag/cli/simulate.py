@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -34,6 +35,29 @@ Methods = Annotated[
 ]
 Presets = Annotated[
     list[str] | None, typer.Option("--preset", metavar="NAME", help="Preset, framework or paper; may be repeated.")
+]
+
+
+def _list(is_given: bool) -> None:
+    """Print every method and preset, and end."""
+    if not is_given:
+        return
+    from moediag.cli.console import say
+    from moediag.corrections import METHODS, PRESETS
+
+    say("Methods (--method NAME:name=value,...+NAME):")
+    for name, method in METHODS.items():
+        defaults = ",".join(f"{key}={value:g}" for key, value in method.parameters.items())
+        say(f"  {name}{':' if defaults else ''}{defaults}")
+    say("Presets (--preset NAME, or the framework or paper in brackets):")
+    for name, preset in PRESETS.items():
+        say(f"  {name} [{preset.group}]: {preset.words}")
+        say(textwrap.fill(preset.source, 80, initial_indent="      ", subsequent_indent="      "))
+    raise typer.Exit
+
+
+Listing = Annotated[
+    bool, typer.Option("--list", callback=_list, is_eager=True, help="Print every method and preset, and exit.")
 ]
 Everything = Annotated[
     bool, typer.Option("--all", help="Every preset and every method, with a sweep; the default when nothing is named.")
@@ -108,6 +132,7 @@ def command(
     force: Annotated[
         bool, typer.Option("--force", help="Write over a file, or replace the simulation of another request.")
     ] = False,
+    listing: Listing = False,
 ) -> None:
     """Simulate IcePop and its rivals on the same logged tokens: what each masks, weighs and leaves; needs no engine.
 

@@ -29,6 +29,17 @@ Fit = Annotated[
     str | None,
     typer.Option("--fit", metavar="METRIC", help="Metric to fit; default: the best estimate of the KL that is there."),
 ]
+LearningRate = Annotated[
+    float | None,
+    typer.Option("--lr", min=0.0, help="Learning rate of every step, 0 for a control; default: the table's column lr."),
+]
+Restarts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="40,80,...",
+        help="Steps that are the first after a restart of the rollout engine; default: the table's column restart.",
+    ),
+]
 OutputFolder = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder for the table, page and figures.")
 ]
@@ -39,6 +50,8 @@ def command(
     targets: Targets,
     steps: Steps = None,
     fit: Fit = None,
+    lr: LearningRate = None,
+    restarts: Restarts = None,
     output: OutputFolder = None,
     tokens: o.TokensTable = None,
     trust_pickle: o.TrustPickle = False,
@@ -50,26 +63,27 @@ def command(
     """Show every metric by training step, and fit delta' = (1 + a) delta - b, or say why the steps cannot tell."""
     from moediag.cli.console import bar, say, say_json, wrote
     from moediag.folder import refuse_other
-    from moediag.hygiene.findings import headline
     from moediag.importers.rollouts import Options
-    from moediag.results.trend import KIND, measure_trend, outcome_lines, trend_request, write_trend
+    from moediag.results.trend import KIND, Given, measure_trend, outcome_lines, trend_request, write_trend
 
     numbers = _numbers(steps)
-    request = None if output is None else trend_request(targets, numbers, fit, output)
+    given = Given(lr, None if restarts is None else frozenset(_numbers(restarts) or ()))
+    request = None if output is None else trend_request(targets, numbers, fit, output, given)
     if output is not None and request is not None:
         refuse_other(output, KIND, request, force)
     with bar("trend") as progress:
-        trend = measure_trend(targets, numbers, fit, progress.show, Options(tokens=tokens, trust_pickle=trust_pickle))
+        options = Options(tokens=tokens, trust_pickle=trust_pickle)
+        trend = measure_trend(targets, numbers, fit, progress.show, options, given)
     written = [] if output is None or request is None else write_trend(trend, output, request, force, pdf)
     if as_json:
         say_json(trend.summary())
     else:
-        for line in [*headline(trend.source.findings), *outcome_lines(trend)]:
+        for line in outcome_lines(trend):
             say(line)
         for path in written:
             wrote(path)
     if strict:
-        o.refuse_errors(trend.source.findings)
+        o.refuse_errors(trend.findings)
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from moediag.hygiene import Finding, Inspection
 
 NAME = "validate"
+
+_WIDTH = 80
+"""Longest line of the table of rules [character]."""
 
 Target = Annotated[
     list[Path] | None,
@@ -128,7 +132,14 @@ def _show_rules(as_json: bool) -> None:
     if as_json:
         say_json([vars(rule) for rule in RULES.values()])
         return
+    say("(1e-6) is the chance that a rule fires on a healthy capture, at most.")
     for rule in RULES.values():
         say(f"{rule.name}  [{rule.level}]")
-        say(f"    {rule.symptom}")
-        say(f"    likely: {rule.cause}; next: {rule.next_check}")
+        for what, words in (
+            ("", rule.symptom),
+            ("measured; limit: ", rule.threshold),
+            ("likely: ", rule.cause),
+            ("next: ", rule.next_check),
+        ):
+            text = f"{what}{words}"
+            say(fill(text, _WIDTH, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False))

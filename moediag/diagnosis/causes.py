@@ -14,7 +14,7 @@ from typing import Any, Final
 import pandas as pd
 
 from moediag.analysis.floors import FAR
-from moediag.diagnosis.function import Distances, FunctionTest
+from moediag.diagnosis.function import Distances, FirstLayers, FunctionTest
 from moediag.diagnosis.layers import (
     FROM_A_POSITION,
     GATES,
@@ -34,8 +34,8 @@ from moediag.diagnosis.recorded import (
     Explanation,
 )
 from moediag.diagnosis.reference import Whose
-from moediag.hygiene.findings import Finding, by_level, finding
-from moediag.hygiene.rules import ERROR, NOTE, RULES, WARNING
+from moediag.hygiene.findings import LEVELS, Finding, by_level, finding
+from moediag.hygiene.rules import ERROR, RULES, WARNING
 from moediag.notation import INFER, TRAIN
 from moediag.numbers import percent, sig
 
@@ -69,6 +69,7 @@ class Seen:
         engines: words for the engine of each side, by role.
         is_on_accelerator: float32 may be something else there.
         whose: what a third party says.
+        first_layers: float32 of a part, where the whole was too large.
     """
 
     pair: Summary
@@ -85,6 +86,7 @@ class Seen:
     engines: Mapping[str, str] | None = None
     is_on_accelerator: bool = False
     whose: Whose | None = None
+    first_layers: FirstLayers | None = None
 
     def engine(self, role: str) -> str:
         """Words for the engine of a side."""
@@ -142,14 +144,30 @@ class Seen:
 
 
 def causes(seen: Seen) -> list[Finding]:
-    """Every rule that fired, likeliest first."""
+    """Every rule that fired, likeliest first; what another fault brings with it by its nature stands behind that."""
     order = list(RULES)
     of_pair = sorted(_of_pair(seen), key=lambda found: order.index(found.rule))
-    noted = [found for found in seen.findings if found.level == NOTE]
-    serious = by_level([found for found in seen.findings if found.level != NOTE])
-    # a warning about the capture is a cause that a difference of functions explains as well: that one stands first
-    return by_level([*(one for one in serious if one.level == ERROR), *of_pair,
-                     *(one for one in serious if one.level != ERROR), *noted])  # fmt: skip
+    errors = [found for found in seen.findings if found.level == ERROR]
+    # a warning about the capture may be the sign of a difference of functions: that one stands first
+    others = [found for found in seen.findings if found.level != ERROR]
+    found = by_level([*errors, *of_pair, *others])
+    fired = {one.rule for one in found}
+
+    def brought_by(rule: str) -> set[str]:
+        return {one for one in fired if rule in RULES[one].companions and one not in RULES[rule].companions}
+
+    first = [one for one in found if not brought_by(one.rule)]
+    brought = [one for one in found if brought_by(one.rule)]
+    for one in brought:
+        behind = max((nth for nth, other in enumerate(first) if other.rule in brought_by(one.rule)), default=-1)
+        first.insert(behind + 1, one)
+    # an origin of a lower level stands where the first of what it brings would
+    return sorted(first, key=lambda one: min(_rank(other.level) for other in (one, *brought)
+                                             if other is one or one.rule in brought_by(other.rule)))  # fmt: skip
+
+
+def _rank(level: str) -> int:
+    return LEVELS.index(level)
 
 
 def _of_pair(seen: Seen) -> Iterator[Finding]:
@@ -198,7 +216,11 @@ def _repeating(seen: Seen) -> Iterator[Finding]:
 
 def _function(seen: Seen) -> Iterator[Finding]:
     """Where two functions part: the first router that differs, and the rows in which it does."""
-    function, layers = seen.function, seen.layers
+    function, layers, cut = seen.function, seen.layers, seen.first_layers
+    if function is None and cut is not None and cut.function.is_same is False and not seen.weights:
+        words = f"in float32, cut to {cut.part}, {seen.both} differ by {sig(cut.function.mean)} nat on average"
+        yield finding("other-function", cut.part, words, n=cut.function.n_sequences - cut.function.n_agreeing,
+                      n_of=cut.function.n_sequences)  # fmt: skip
     if function is None or not seen.is_other or seen.weights or is_doubtful_float32(seen):
         return
     if layers is None or layers.first is None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from moediag.notation import INFER, TRAIN
 from moediag.run.capture import Capture, is_scored
-from moediag.run.reader import Run
+from moediag.run.reader import Run, open_run
 from moediag.statistics.intervals import Interval, cluster_sums, ratio_mean_interval
 
 FLOAT32: Final = "float32"
@@ -86,11 +86,61 @@ class FunctionTest:
         return {**asdict(self), "differing": list(self.differing), "times": self.times}
 
 
+FIRST_LAYERS: Final = "first-layers"
+"""Folder in a run of a model too large for float32: a run of its first decoder layers, on the same tokens."""
+
+
+@dataclass(frozen=True)
+class FirstLayers:
+    """Whether both engines compute the same function in the first layers of a model too large for float32.
+
+    Args:
+        function: of the checkpoint cut to these layers, its own head behind them.
+        n_layers, n_all: decoder layers kept, and of the whole model.
+    """
+
+    function: FunctionTest
+    n_layers: int
+    n_all: int
+
+    @property
+    def words(self) -> str:
+        """A clause for the verdict; never of the whole model."""
+        n = f"{self.function.n_agreeing} of {self.function.n_sequences} sequences"
+        if self.function.is_same is None:
+            return f"{self.part}: {self.function.note}"
+        same = "compute the same function" if self.function.is_same else "do not compute the same function"
+        return f"{self.part} {same} in float32 ({n} agree); the {self.n_all - self.n_layers} behind them were not run"
+
+    @property
+    def part(self) -> str:
+        """Which layers."""
+        return f"the first {self.n_layers} of {self.n_all} decoder layers"
+
+    def content(self) -> dict[str, Any]:
+        """As summary.json holds it."""
+        return {"n_layers": self.n_layers, "n_all": self.n_all, "words": self.words, **self.function.content()}
+
+
+def first_layers(run: Run) -> FirstLayers | None:
+    """What the run of the first layers shows; None where there is none, or it is not complete."""
+    path = run.path / FIRST_LAYERS
+    if not (path / "run.json").exists() or run.record.checkpoint is None:
+        return None
+    cut = open_run(path)
+    function = same_function(cut, [arm for arm in cut.arms() if cut.is_complete(arm)])
+    n_layers = cut.checkpoint(str(cut.record.checkpoint)).n_decoder_layers
+    n_all = run.checkpoint(run.record.checkpoint).n_decoder_layers
+    return None if function is None or not n_layers or not n_all else FirstLayers(function, n_layers, n_all)
+
+
 def float32_arms(run: Run, arms: Sequence[str]) -> tuple[str, str] | None:
     """(train, infer) arms that ran in float32, of the reference arms' checkpoint; None where one is missing."""
     found = []
     for role in (TRAIN, INFER):
         reference = run.reference(role)
+        if reference not in run.arms():
+            return None
         names = [reference, *(arm for arm in arms if run.arm(arm).variant_of == reference)]
         is_own = (
             arm for arm in names

@@ -148,7 +148,7 @@ def _rungs(run: Run, pairs: Mapping[str, Summary], summary: Summary) -> list[Run
             infer_again, infer, infer_again,
         ),
     ]  # fmt: skip
-    rungs.append(_in_float32(function, (train, infer)))
+    rungs.append(_in_float32(function, (train, infer), summary.get("first_layers")))
     is_decoded = infer in arms and run.arm(infer).path in ("sampled", "decode")
     if is_decoded:
         rescored = variant(INFER, "path")
@@ -196,10 +196,12 @@ def _rungs(run: Run, pairs: Mapping[str, Summary], summary: Summary) -> list[Run
     return rungs
 
 
-def _in_float32(function: Summary | None, references: tuple[str, str]) -> Rung:
+def _in_float32(function: Summary | None, references: tuple[str, str], first_layers: Summary | None) -> Rung:
     """L4 where rounding is smallest: do both engines compute the same function?"""
     rung = Rung("L4", "weights, rope, router, formula", "both engines in float32",
                 says="moediag diagnose CKPT -o RUN")  # fmt: skip
+    if not function and first_layers:
+        return replace(rung, finding=OTHER if first_layers["is_same"] is False else SEEN, says=first_layers["words"])
     if not function:
         return rung
     says = f"{function['n_agreeing']} of {function['n_sequences']} sequences agree"

@@ -97,6 +97,10 @@ def _verdict(seen: Seen, causes: Sequence[Finding]) -> dict[str, Any]:
             return _other_function(seen, seen.function, causes)
         if seen.is_same:
             return _same_function(seen, seen.function)
+    cut = seen.first_layers if seen.function is None and not seen.weights else None
+    if cut is not None and cut.function.is_same is False:
+        found = _other_function(seen, cut.function, causes)
+        return {**found, "reason": f"cut to {cut.part}: {found['reason']}"}
     return _by_scale(seen)
 
 
@@ -212,6 +216,8 @@ def _by_scale(seen: Seen) -> dict[str, Any]:
     """Without a word from float32: by what repeating and rounding do."""
     mean = seen.pair["logp"]["abs_logp_diff"]
     untold = seen.function.note if seen.function is not None else "no float32 arms"
+    if seen.function is None and seen.first_layers is not None:
+        untold = seen.first_layers.words
     if seen.function is not None and seen.function.differing:
         untold += f" (sequences {', '.join(map(str, seen.function.differing))})"
     if mean["mean_ci"] is None:
@@ -253,6 +259,7 @@ def _evidence(seen: Seen) -> list[str]:
     """What carries the verdict: the yardsticks, flips, and what forcing the experts removes."""
     lines, pair, floor = _distance_words(seen), seen.pair, seen.floor
     lines += seen.whose.evidence if seen.whose is not None else ()
+    lines += [seen.first_layers.words] if seen.first_layers is not None else []
     mean, rounding = pair["logp"]["abs_logp_diff"]["mean"], seen.rounding
     if rounding:
         times = f": the mismatch is {mean / rounding['mean']:.3g} times that" if mean and rounding["mean"] else ""

@@ -296,24 +296,34 @@ _FLOAT32_ROOM: Final = 1.25
 """Memory that a model in float32 takes over its weights: activations and the KV cache of a few sequences. Ours."""
 
 
-def why_no_float32(checkpoint: Checkpoint, dtype: str, tensor_parallel_size: int = 1) -> str:
+def why_no_float32(
+    checkpoint: Checkpoint, dtype: str, tensor_parallel_size: int = 1, given_room: float | None = None
+) -> str:
     """Why both engines cannot, or need not, run the checkpoint once more in float32; empty where they can.
 
     Args:
         dtype: of the model, as requested.
+        given_room: memory that it may take on each device [byte]; None = what is there.
     """
     if (checkpoint.stored_dtype if dtype == "auto" else dtype) == "float32":
         return "both engines run in float32 as it is"
     if checkpoint.record.quantization:
         return "the weights are quantised"
     n_parameters = sum(math.prod(shape) for _, _, shape, _ in checkpoint.tensors)
+    return why_too_large(n_parameters, tensor_parallel_size, given_room)
+
+
+def why_too_large(n_parameters: int, tensor_parallel_size: int = 1, given_room: float | None = None) -> str:
+    """Why so many parameters do not fit in float32; empty where they do. Arguments as of :func:`why_no_float32`."""
     needed, (room, where) = _FLOAT32_ROOM * 4 * n_parameters, _memory()
+    if given_room is not None:
+        room, where = int(given_room), "--float32-memory"
     if room is None:
         return f"how much memory {where} has could not be read"
     if needed > room * tensor_parallel_size:
         return (
-            f"{n_parameters / 1e9:,.3g} billion parameters need about {needed / 2**30:,.0f} GiB in float32, {where} "
-            f"has {room * tensor_parallel_size / 2**30:,.0f} GiB"
+            f"{n_parameters / 1e9:,.3g} billion parameters need about {needed / 2**30:,.3g} GiB in float32, {where} "
+            f"has {room * tensor_parallel_size / 2**30:,.3g} GiB"
         )
     return ""
 

@@ -28,6 +28,8 @@ from moediag.figures.style import (
     wrapped,
 )
 from moediag.figures.ticks import log_axis
+from moediag.hygiene.findings import Finding
+from moediag.hygiene.rules import NOTE
 from moediag.numbers import count, sig, times
 from moediag.statistics.intervals import Interval
 from moediag.statistics.recurrence import Recurrence
@@ -66,7 +68,7 @@ def plot_trend(
     *,
     is_kl: bool = True,
     marks: Sequence[Mark] = MARKS,
-    warnings: Sequence[str] = (),
+    findings: Sequence[Finding] = (),
     caption: str = "",
     width: float = FULL_WIDTH,
 ) -> Figure:
@@ -78,7 +80,7 @@ def plot_trend(
         delta: the metric it was fitted to.
         is_kl: False where the text was not freely sampled: k1 and k3 are then called statistics.
         marks: published numbers, named lines, or bands where a range was published, where they are near the data.
-        warnings: what no drift of training explains: said first.
+        findings: what is wrong with the tokens or the steps; those above a note come first in the caption.
         caption: said under the axes first.
         width: of the figure [inch].
     """
@@ -94,7 +96,7 @@ def plot_trend(
         off_axis += _draw_metric(ax, metric_rows(trend, metric), found, [m for m in marks if m.metric == metric])
         ax.set_title(wrapped(title_of(metric, is_kl), panel_width - _BESIDE_PANEL, _PANEL_TITLE_SIZE))
     notes = [
-        *(f"Warning: {warning}." for warning in warnings),
+        *(f"{one.level.capitalize()}: {one.where}: {one.message}." for one in findings if one.level != NOTE),
         caption,
         _counts(trend),
         _band_note(trend),

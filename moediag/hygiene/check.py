@@ -17,7 +17,17 @@ from moediag.errors import RunError
 from moediag.hygiene.buffers import Completeness, Filler, Stale, count_prefixes
 from moediag.hygiene.expert_ids import Identifiers, LayerAtChance, LayerLag, RowLag, TwinLayers
 from moediag.hygiene.findings import Finding, by_level, finding
-from moediag.hygiene.logps import ContradictedZeros, Logps, MeanRatio, OtherSequence, SameBits, Temperature, TokenLag
+from moediag.hygiene.levels import ConstantOffset, RegimeChange
+from moediag.hygiene.logps import (
+    ContradictedZeros,
+    Logps,
+    MeanRatio,
+    OtherSequence,
+    SameBits,
+    StoredBits,
+    Temperature,
+    TokenLag,
+)
 from moediag.hygiene.router_scores import GateFactor, RouterScores
 from moediag.hygiene.rows import Rows, Shape
 from moediag.hygiene.rules import (
@@ -102,7 +112,7 @@ class ArmHygiene:
     """Every rule about one arm, fed shard by shard."""
 
     def __init__(self, shape: Shape, is_sampled: bool) -> None:
-        self._rules: list[_ArmRule] = [Logps()]
+        self._rules: list[_ArmRule] = [Logps(), StoredBits()]
         self._completeness = Completeness(is_sampled)
         if shape.n_layers:
             self._rules += [Identifiers(shape), Filler(shape), TwinLayers(shape), Stale(shape), RouterScores(shape)]
@@ -140,13 +150,16 @@ class PairHygiene:
         shape: of the routing that *both* have; without layers only log-probabilities are compared.
         is_foreign: whether another tool made the data: then one side may be a copy of the other, and how infer sampled
             is not known.
+        has_places: whether sequences and positions are known; without them no rule about them is applied.
     """
 
-    def __init__(self, arms: tuple[str, str], shape: Shape, is_foreign: bool = False) -> None:
-        self._lag = TokenLag()
-        self._rules: list[_PairRule] = [OtherSequence(), Temperature()]
+    def __init__(self, arms: tuple[str, str], shape: Shape, is_foreign: bool = False, has_places: bool = True) -> None:
+        self._shifts: list[_PairRule] = [TokenLag()] if has_places else []
+        self._rules: list[_PairRule] = [Temperature(), ConstantOffset()]
+        self._rules = [OtherSequence(), *self._rules] if has_places else self._rules
         self._zeros = [ContradictedZeros(arm) for arm in arms]
         self._foreign_rules: list[_PairRule] = [SameBits(), MeanRatio()] if is_foreign else []
+        self._foreign_rules += [RegimeChange()] if is_foreign and has_places else []
         self._routed_rules: list[_PairRule] = []
         if shape.n_layers:
             self._routed_rules = [RowLag(shape), LayerLag(shape), LayerAtChance(shape), GateFactor(shape)]
@@ -156,12 +169,13 @@ class PairHygiene:
         """Feed a shard of both arms."""
         self._zeros[0].add(train, infer)
         self._zeros[1].add(infer, train)
-        for rule in (self._lag, *self._rules, *self._foreign_rules, *self._routed_rules):
+        for rule in (*self._shifts, *self._rules, *self._foreign_rules, *self._routed_rules):
             rule.add(train, infer)
 
     def findings(self, where: str) -> list[Finding]:
         """All findings of the pair; what a fault already named brings with it is not named again."""
-        found = self._lag.findings(where) or [item for rule in self._rules for item in rule.findings(where)]
+        found = [item for rule in self._shifts for item in rule.findings(where)]
+        found = found or [item for rule in self._rules for item in rule.findings(where)]
         found += [item for side in self._zeros for item in side.findings(where)]
         found = found or [item for rule in self._foreign_rules for item in rule.findings(where)]
         return found + [item for rule in self._routed_rules for item in rule.findings(where)]
@@ -263,6 +277,7 @@ def check_pair(
     n_experts: int = 0,
     where: str = "infer~train",
     is_foreign: bool = False,
+    has_places: bool = True,
 ) -> list[Finding]:
     """Check two arms of the same tokens beside each other; each alone is :func:`check_capture`'s business.
 
@@ -270,7 +285,7 @@ def check_pair(
 
     Args:
         n_experts: E; 0 = infer's largest id + 1.
-        is_foreign: as for :class:`PairHygiene`.
+        is_foreign, has_places: as for :class:`PairHygiene`.
     """
     wrong = _misfits(tokens, train.unrouted(), _DENSE, where) or _misfits(tokens, infer.unrouted(), _DENSE, where)
     if wrong:
@@ -280,7 +295,7 @@ def check_pair(
         wrong = _misfits(tokens, infer, shape, where) or _misfits(tokens, train, shape, where)
     if wrong or not shape.n_layers:
         shape, train, infer = _DENSE, train.unrouted(), infer.unrouted()
-    hygiene = PairHygiene((where.partition("~")[2], where.partition("~")[0]), shape, is_foreign)
+    hygiene = PairHygiene((where.partition("~")[2], where.partition("~")[0]), shape, is_foreign, has_places)
     hygiene.add(Rows(tokens, train, shape), Rows(tokens, infer, shape))
     return by_level(wrong + hygiene.findings(where))
 

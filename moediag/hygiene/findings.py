@@ -95,14 +95,17 @@ def counted(rule: str, where: str, message: str, count: Count, base_rate: float 
 
 
 def headline(findings: Iterable[Finding]) -> list[str]:
-    """The worst finding in full, and the others above a note by name, as lines; none where nothing is wrong."""
-    serious = by_level([found for found in findings if found.level != NOTE])
+    """The worst finding in full, and the others above a note by name, as lines; then what the numbers below it cannot
+    be read as; none where nothing is wrong."""
+    some = list(findings)
+    serious = by_level([found for found in some if found.level != NOTE])
+    noted = [found.line() for found in some if found.rule == "not-estimable"]
     if not serious:
-        return []
+        return noted
     worst = serious[0]
     lines = [worst.line(), f"    likely: {worst.cause}; next: {worst.next_check}"]
     others = [f"{found.level} {found.rule} ({found.where})" for found in serious[1:]]
-    return [*lines, f"    also: {', '.join(others)}"] if others else lines
+    return [*lines, *([f"    also: {', '.join(others)}"] if others else []), *noted]
 
 
 def by_level(findings: list[Finding]) -> list[Finding]:

@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 from moediag.hygiene.chance import ALPHA
 from moediag.hygiene.check import Inspection, check_capture, check_pair
 from moediag.hygiene.findings import Finding, Place, by_level, finding
-from moediag.hygiene.rules import BOTH_LOGPS, ENTROPIES, FOREIGN, LOGPS, TEMPERATURES, WARNING
+from moediag.hygiene.levels import not_estimable
+from moediag.hygiene.rules import BOTH_LOGPS, ENTROPIES, ERROR, FOREIGN, LOGPS, TEMPERATURES, WARNING
 from moediag.importers.tokens import LoggedTokens
 from moediag.notation import INFER, TRAIN
 from moediag.run.capture import Capture, TokenRows
@@ -48,11 +49,17 @@ def check_logged(tokens: LoggedTokens, *, is_foreign: bool = True) -> list[Findi
         "prompt_T": tokens.prompt_row_S[tokens.row_T],
         "entropy_T": tokens.get("entropy"),
         "is_foreign": is_foreign,
+        "has_places": tokens.has_places,
     }
     step_T = tokens.get("step")
     temperature_T = tokens.get("temperature")
     found = check_tokens(*columns, **facts) if step_T is None else check_steps(step_T, *columns, **facts)
-    if not tokens.is_masked:
+    if step_T is None and not any(one.level == ERROR for one in found):  # of what is wrong no estimate is worth a word
+        found += not_estimable(columns[0], columns[1], tokens.row_T, f"{INFER}~{TRAIN}")
+    if not tokens.has_places:
+        message = "neither seq_id nor position: rows are one cluster, and rules about sequences and places are left out"
+        found.append(finding("no-sequences", f"{INFER}~{TRAIN}", message, n_of=len(tokens)))
+    elif not tokens.is_masked:
         is_zero_T = (columns[0] == 0) & (columns[1] == 0)
         padding = unmasked_padding(is_zero_T, tokens.start_S, tokens.where)
         known = {one.rule for one in padding}
@@ -113,6 +120,7 @@ def check_tokens(
     entropy_T: ArrayLike | None = None,
     arms: tuple[str, str] = (TRAIN, INFER),
     is_foreign: bool = True,
+    has_places: bool = True,
 ) -> list[Finding]:
     """Findings on logged response tokens, errors first.
 
@@ -126,7 +134,7 @@ def check_tokens(
         token_id_T: token ids.
         entropy_T: entropies of infer's distribution [nat].
         arms: names of the two sides, train first.
-        is_foreign: whether another tool made the data (:class:`~moediag.hygiene.check.PairHygiene`).
+        is_foreign, has_places: as for :class:`~moediag.hygiene.check.PairHygiene`.
     """
     train_T, infer_T = (np.asarray(values, dtype=np.float32) for values in (logp_train_T, logp_infer_T))
     row_T = np.asarray(sequence_T, dtype=np.int64)
@@ -149,7 +157,9 @@ def check_tokens(
     entropy_N = None if entropy_T is None else np.asarray(entropy_T, dtype=np.float32)[order_N]
     train, infer = Capture(train_N), Capture(infer_N, entropy_N)
     found = [*check_capture(tokens, infer, arm=arms[1]), *check_capture(tokens, train, arm=arms[0], is_sampled=False)]
-    found += check_pair(tokens, train, infer, where=f"{arms[1]}~{arms[0]}", is_foreign=is_foreign)
+    found += check_pair(
+        tokens, train, infer, where=f"{arms[1]}~{arms[0]}", is_foreign=is_foreign, has_places=has_places
+    )
 
     first_of = dict(zip(row_N[start_S].tolist(), start_S.tolist(), strict=True))
 

@@ -137,6 +137,31 @@ class Logps:
         return found
 
 
+class StoredBits:
+    """Whether all log-probabilities of an arm lie on the grid of a 16-bit type: cast to it before they were kept."""
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._n_on = dict.fromkeys(("bfloat16", "float16"), 0)
+
+    def add(self, rows: Rows) -> None:
+        """Count a shard's distinct values: those that repeat are no further evidence."""
+        logp_T = rows.capture.logp_T[rows.tokens.is_scored_T]
+        values_N = np.unique(logp_T[np.isfinite(logp_T) & (logp_T < 0)]).astype(np.float32)
+        self._n += len(values_N)
+        self._n_on["bfloat16"] += int((values_N.view(np.uint32) & 0xFFFF == 0).sum())
+        with np.errstate(over="ignore"):
+            self._n_on["float16"] += int((values_N.astype(np.float16).astype(np.float32) == values_N).sum())
+
+    def findings(self, where: str) -> list[Finding]:
+        """The type on whose grid every value lies; a coarser grid than both lies on bfloat16's, too."""
+        kept = next((dtype for dtype, n in self._n_on.items() if self._n >= MIN_ROWS and n == self._n), None)
+        if kept is None:
+            return []
+        message = f"all of {self._n:,} distinct log-probabilities are {kept} values"
+        return [finding("rounded-logp", where, message, n=self._n, n_of=self._n)]
+
+
 def _longest_run(hit_T: NDArray[np.bool_], is_first_T: NDArray[np.bool_]) -> int:
     """Longest run of hits inside one sequence; a sequence begins with its prompt, so no run reaches into the next."""
     if not hit_T.any():
@@ -200,7 +225,7 @@ class OtherSequence:
 
     def add(self, train: Rows, infer: Rows) -> None:
         """Add a shard of both sides, same tokens."""
-        scored_T, x_T, y_T = _scored(train, infer)
+        scored_T, x_T, y_T = scored(train, infer)
         tokens = train.tokens
         self._n_copies = max(self._n_copies, int(tokens.sample_index_T.max(initial=0)) + 1)
         start_S = np.flatnonzero(train.starts)
@@ -273,7 +298,7 @@ class Temperature:
 
     def add(self, train: Rows, infer: Rows) -> None:
         """Add a shard of both sides, same tokens."""
-        scored_T, x_T, y_T = _scored(train, infer)
+        scored_T, x_T, y_T = scored(train, infer)
         scored_T &= (x_T != 0) & (y_T != 0)
         x, y = x_T[scored_T], y_T[scored_T]
         group = group_of(train.tokens.prompt_id_T[scored_T], train.tokens.position_T[scored_T])
@@ -322,7 +347,7 @@ class SameBits:
 
     def add(self, train: Rows, infer: Rows) -> None:
         """Add a shard of both sides, same tokens."""
-        scored_T, x_T, y_T = _scored(train, infer)
+        scored_T, x_T, y_T = scored(train, infer)
         scored_T &= (x_T != 0) | (y_T != 0)
         self._same.add(train.tokens, scored_T & (x_T == y_T), int(scored_T.sum()), train.prefixes)
 
@@ -344,7 +369,7 @@ class MeanRatio:
 
     def add(self, train: Rows, infer: Rows) -> None:
         """Add a shard of both sides, same tokens."""
-        scored_T, x_T, y_T = _scored(train, infer)
+        scored_T, x_T, y_T = scored(train, infer)
         tokens = train.tokens
         self._n_copies = max(self._n_copies, int(tokens.sample_index_T.max(initial=0)) + 1)
         excess = np.exp(np.minimum(y_T[scored_T] - x_T[scored_T], _MOST_LOG_RATIO)) - 1
@@ -430,7 +455,7 @@ def _trailing(hit_T: NDArray[np.bool_], ends_T: NDArray[np.bool_]) -> NDArray[np
     return np.asarray(next_miss_T > next_end_T)
 
 
-def _scored(train: Rows, infer: Rows) -> tuple[NDArray[np.bool_], Float64, Float64]:
+def scored(train: Rows, infer: Rows) -> tuple[NDArray[np.bool_], Float64, Float64]:
     """Response tokens that both sides scored, and (infer's, train's) logps of all rows."""
     x_T, y_T = (rows.capture.logp_T.astype(np.float64) for rows in (infer, train))
     return train.tokens.is_scored_T & np.isfinite(x_T) & np.isfinite(y_T), x_T, y_T

@@ -60,6 +60,8 @@ _COLUMNS: Final = (
 )
 KNOWN: Final = {column.name: column for column in _COLUMNS}
 REQUIRED: Final = ("seq_id", "position", "logp_train", "logp_infer")
+PLACE: Final = REQUIRED[:2]
+"""What says where a token stands; a table without both is one cluster of tokens in no order."""
 KEYS: Final = ("seq_id", "position", "prompt_id", "sample_index")
 """What names a row in a table of weights, as far as the table has it."""
 
@@ -112,7 +114,8 @@ def known_names(there: Collection[str], where: str) -> tuple[dict[str, str], tup
         Known name -> the table's name of it, and notes on the names that are others'.
 
     Raises:
-        DumpError: a required column is missing, or two frameworks' log-probabilities are there.
+        DumpError: a required column is missing (both of :data:`PLACE` may be), or two frameworks' log-probabilities
+            are there.
     """
     taken = {
         column.name: next(alias for alias in column.aliases if alias in there)
@@ -126,7 +129,7 @@ def known_names(there: Collection[str], where: str) -> tuple[dict[str, str], tup
         taken |= {ours: theirs for pair in found.values() for ours, theirs in zip(REQUIRED[2:], pair, strict=True)}
     name_of = {name: name for name in KNOWN if name in there} | taken
     missing = [name for name in REQUIRED if name not in name_of]
-    if missing:
+    if missing and tuple(missing) != PLACE:
         pairs = "; ".join(f"{framework}: {' and '.join(names)}" for framework, names in LOGP_PAIRS.items())
         raise DumpError(
             f"{where} lacks {', '.join(missing)}; found {', '.join(map(str, there)) or 'no column'} "

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moediag.errors import DumpError
-from moediag.importers.columns import is_token_table
+from moediag.importers.columns import PLACE, is_token_table
 from moediag.importers.rollouts import Importer, Options, Rollout, Step, from_mask
 from moediag.importers.sequences import Dump, is_sequence_table, read_sequences
 from moediag.importers.tables import KINDS, Ids, open_table
@@ -47,6 +47,11 @@ def read_tokens(files: Sequence[Path], options: Options) -> list[Step]:
             f"{files[0]} and {files[1]} are two tables; a table stands alone, with a column step where it has several"
         )
     table = TokenTable.of(files[0], options.mask, "choose one with --mask COLUMN")
+    if not table.has_places:
+        missing = " and ".join(PLACE)
+        raise DumpError(
+            f"{table.where} lacks {missing}, which a run needs; moediag validate and simulate take it as it is"
+        )
     tokens = table.read(options.on_progress)
     order_N = canonical_order(tokens.columns, tokens.where)
     step_N = tokens.columns["step"][order_N] if "step" in tokens.columns else None

@@ -21,7 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.errors import DumpError
-from moediag.importers.columns import KNOWN, Kind, LossMasks, known_names
+from moediag.importers.columns import KNOWN, PLACE, Kind, LossMasks, known_names
 from moediag.importers.tables import Columns, Ids, OnProgress, TableFile, frame_column, open_table
 from moediag.run.capture import LARGEST_ROUNDED_LOGP, is_scored
 
@@ -78,6 +78,11 @@ class TokenTable:
         name_of, notes = known_names(there, where)
         return cls(where, there, name_of, LossMasks.among(there, where, mask, advice), notes, table)
 
+    @property
+    def has_places(self) -> bool:
+        """Whether the table says which sequence a token belongs to, and where it stands there."""
+        return set(PLACE) <= {*self.name_of}
+
     def without(self, names: Collection[str]) -> TokenTable:
         """The table without some of its known columns."""
         return replace(self, name_of={ours: theirs for ours, theirs in self.name_of.items() if ours not in names})
@@ -102,11 +107,13 @@ class TokenTable:
         else:
             read = {name: frame_column(self._table, name, kind) for name, kind in kinds.items()}
         is_response_N, masked = self.masks.response(read)
+        columns = {ours: read[theirs] for ours, theirs in self.name_of.items()}
         return LoggedTokens.of(
-            {ours: read[theirs] for ours, theirs in self.name_of.items()},
+            columns if self.has_places else columns | _one_sequence(columns),
             self.where,
             is_response_N,
             notes=(*masked, *self.notes, *([f"columns not used: {', '.join(unused)}"] if unused else [])),
+            has_places=self.has_places,
         )
 
 
@@ -121,6 +128,8 @@ class LoggedTokens:
         logps: name -> log-probabilities of the tokens, as they are to be used [nat].
         read_notes, logp_notes: what a reader has to know of the columns and of their log-probabilities.
         is_masked: whether prompt and padding are known to be left out.
+        has_places: whether sequences and positions are known; else all rows are one sequence, in the table's order,
+            of which nothing is concluded.
     """
 
     columns: Columns
@@ -130,16 +139,24 @@ class LoggedTokens:
     read_notes: tuple[str, ...] = ()
     logp_notes: tuple[str, ...] = ()
     is_masked: bool = True
+    has_places: bool = True
 
     @classmethod
     def of(
-        cls, columns: Columns, where: str, is_response_N: NDArray[np.bool_] | None, *, notes: tuple[str, ...] = ()
+        cls,
+        columns: Columns,
+        where: str,
+        is_response_N: NDArray[np.bool_] | None,
+        *,
+        notes: tuple[str, ...] = (),
+        has_places: bool = True,
     ) -> LoggedTokens:
         """The response tokens among rows.
 
         Args:
             columns: the required columns (:data:`~moediag.importers.columns.REQUIRED`) and any other known one.
             is_response_N: which rows are response tokens; None = not known, every row is taken for one.
+            notes, has_places: as kept.
 
         Raises:
             DumpError: two rows of one place, no response token, or log-probabilities that no model gives.
@@ -149,7 +166,7 @@ class LoggedTokens:
             input_row_T = input_row_T[is_response_N[input_row_T]]
         if not len(input_row_T):
             raise DumpError(f"{where} holds no response token; check the loss mask")
-        tokens = cls(columns, where, input_row_T, {}, notes, is_masked=is_response_N is not None)
+        tokens = cls(columns, where, input_row_T, {}, notes, is_masked=is_response_N is not None, has_places=has_places)
         tokens = tokens._with_logps()
         if not tokens.is_scored_T.any():
             raise DumpError(f"{where}: no response token has both log-probabilities; there is nothing to compare")
@@ -260,7 +277,10 @@ class LoggedTokens:
                 f"{n_unscored:,} of {n_tokens:,} response tokens lack a log-probability (not scored, weight 0)"
             )
         found += self.logp_notes
-        if "prompt_id" not in self.columns:
+        if not self.has_places:
+            found.append("neither seq_id nor position: all rows count as one sequence of one prompt, so there is no "
+                         "interval, and whatever is computed per sequence is of all rows at once")  # fmt: skip
+        elif "prompt_id" not in self.columns:
             found.append("no prompt_id: every sequence counts as a prompt of its own, which makes intervals too short "
                          "where several are samples of one prompt")  # fmt: skip
         return tuple(found)
@@ -305,6 +325,12 @@ class LoggedTokens:
                          f"({sides}): a sampled token has no probability of 0, so they are left out of every statistic "
                          "and get weight 0 (D31-impossible-logp)")  # fmt: skip
         return replace(self, logps=logps, logp_notes=tuple(notes))
+
+
+def _one_sequence(columns: Columns) -> Columns:
+    """Places for rows that have none: one sequence, in the table's order."""
+    n = len(next(iter(columns.values())))
+    return {"seq_id": Ids(np.zeros(n, np.intp), np.array([0])), "position": np.arange(n)}
 
 
 def canonical_order(columns: Columns, where: str) -> NDArray[np.intp]:

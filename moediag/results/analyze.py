@@ -9,7 +9,7 @@ import pandas as pd
 from moediag.analysis.flips.explained import flip_headlines, predict_flips
 from moediag.analysis.floors import variants
 from moediag.analysis.vocabulary import exact_divergences
-from moediag.diagnosis import ladder, layers_apart, remedies, same_function, whose
+from moediag.diagnosis import first_layers, ladder, layers_apart, remedies, same_function, whose
 from moediag.diagnosis.function import float32_arms
 from moediag.diagnosis.modules import kept_checks
 from moediag.diagnosis.recorded import explain_recorded
@@ -73,7 +73,8 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
     modules = kept_checks(run)
     function, layers = same_function(run, arms), layers_apart(run, arms)
     third = whose(run, arms, function)
-    found = Found(function, modules, explain_recorded(run, arms), layers, findings, third)
+    cut = first_layers(run) if function is None else None
+    found = Found(function, modules, explain_recorded(run, arms), layers, findings, third, cut)
     summary = summarize(run, analyses, own, found, provenance)
     tokens = {analysis.pair_name: analysis.tokens for analysis in analyses}
     frames[main.name] |= {

@@ -45,7 +45,8 @@ def gate_run(
     summary = load_summary(opened)
     other = None if baseline is None else _baseline(open_run(baseline))
     found = check_run(opened, arms=list(summary["arms"]))
-    found += _diagnosed(summary, {one.rule for one in found})
+    known = {(one.rule, one.where) for one in found}
+    found += [one for one in _diagnosed(summary) if (one.rule, one.where) not in known]
     gate = judge(Subject(label_of(opened), summary, found), parsed, other, allowed=allowed, max_skipped=max_skipped)
     if markdown is not None:
         write_atomic(markdown, gate_markdown(gate).encode())
@@ -54,11 +55,11 @@ def gate_run(
     return gate
 
 
-def _diagnosed(summary: dict[str, Any], known: Collection[str]) -> list[Finding]:
-    """What the diagnosis found of the main pair, beside the findings of the rules on the files."""
+def _diagnosed(summary: dict[str, Any]) -> list[Finding]:
+    """What the diagnosis found when the run was analysed."""
     causes = (summary.get("verdict") or {}).get("causes") or ()
     facts = ("level", "rule", "where", "message", "n", "n_of")
-    return [Finding(**{name: one[name] for name in facts}) for one in causes if one["rule"] not in known]
+    return [Finding(**{name: one[name] for name in facts}) for one in causes]
 
 
 def _baseline(run: Run) -> Subject:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from moediag.analysis.floors import Variant, floors
 from moediag.analysis.tokens import Tokens
-from moediag.diagnosis import Distances, FunctionTest, Seen, Whose, distances, verdict
+from moediag.diagnosis import Distances, FirstLayers, FunctionTest, Seen, Whose, distances, verdict
 from moediag.diagnosis.layers import LayersApart
 from moediag.diagnosis.modules import ModuleChecks
 from moediag.diagnosis.recorded import Explanation
@@ -46,6 +46,7 @@ class Found:
         layers: since which layer they do not; None without float32 arms.
         findings: of the rules on the capture; errors among them were overridden.
         whose: what a third party says of a difference of functions; None without one.
+        first_layers: float32 of the first layers; None where the whole was run, or nothing.
     """
 
     function: FunctionTest | None
@@ -54,6 +55,7 @@ class Found:
     layers: LayersApart | None
     findings: Sequence[Finding]
     whose: Whose | None = None
+    first_layers: FirstLayers | None = None
 
 
 def summarize(
@@ -121,12 +123,14 @@ def summarize(
                 analyses[0].sequences,
                 **_sides(run),
                 whose=found.whose,
+                first_layers=found.first_layers,
             )
         ),
         "recorded": None if recorded is None else recorded.content(),
         "function": None if function is None else function.content(),
         "layers_apart": None if found.layers is None else found.layers.content(),
         "distances": None if apart is None else apart.content(),
+        "first_layers": None if found.first_layers is None else found.first_layers.content(),
         "whose": None if found.whose is None else found.whose.content(),
         "pairs": pairs,
         "floors": floor,

@@ -8,18 +8,19 @@ from __future__ import annotations
 import math
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
 
-from moediag.analysis.series import KL_METRICS, MARKS, delta_metric, trend_recurrence, warnings_of
+from moediag.analysis.series import KL_METRICS, MARKS, delta_metric, trend_recurrence
 from moediag.figures.series import plot_trend, title_of
 from moediag.figures.style import formats, save_figure
 from moediag.folder import SUMMARY, records, result_folder, write_frames
-from moediag.hygiene.findings import headline
+from moediag.hygiene.findings import Finding, by_level, headline
+from moediag.hygiene.series import Schedule, check_series
 from moediag.importers.rollouts import Options
 from moediag.notation import SCHEMA_VERSION
 from moediag.numbers import sig
@@ -41,17 +42,36 @@ LIMITS: Final = (
     "Published numbers are named marks of other stacks, often of one run, and no thresholds.",
 )
 
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller knows of the training, instead of the table's columns.
+
+    Args:
+        lr: learning rate of every step.
+        restarts: steps that are the first after a restart of the rollout engine.
+    """
+
+    lr: float | None = None
+    restarts: frozenset[int] | None = None
+
+    def over(self, schedule: Schedule, steps: Iterable[int]) -> Schedule:
+        """A schedule with what is given in its place."""
+        rates = schedule.learning_rates if self.lr is None else dict.fromkeys(steps, self.lr)
+        return Schedule(rates, schedule.restarts if self.restarts is None else self.restarts)
+
+
 OnStage = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A series, the metric that is delta in it, how it grows, and what no drift of training explains."""
+    """A series, the metric that is delta in it, how it grows, and what is wrong with its tokens or its steps."""
 
     source: TrendSource
     delta: str | None
     recurrence: Recurrence
-    warnings: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """Strict JSON: steps by metric, the fit, how it was read, and what it cannot show."""
@@ -59,9 +79,8 @@ class Trend:
             "schema_version": SCHEMA_VERSION,
             "kind": KIND,
             "step_origin": self.source.step_origin,
-            "warnings": list(self.warnings),
             "notes": list(self.source.notes),
-            "findings": [found.record() for found in self.source.findings],
+            "findings": [found.record() for found in self.findings],
             "is_kl": self.source.is_kl,
             "metrics": {
                 metric: records(rows.drop(columns="metric"))
@@ -80,6 +99,7 @@ def measure_trend(
     metric: str | None,
     on_stage: OnStage = lambda *done: None,
     options: Options | None = None,
+    given: Given = Given(),
 ) -> Trend:
     """Read the series and fit the recurrence, or say why it cannot tell.
 
@@ -89,6 +109,7 @@ def measure_trend(
         metric: the one that is delta; None = the best KL there is.
         on_stage: called with (done, of how much, unit).
         options: what is to be known of a framework's dump.
+        given: the training's schedule, where the table does not have it.
 
     Raises:
         DumpError: the table or --steps cannot be used, or there is no such metric.
@@ -100,16 +121,24 @@ def measure_trend(
         trend = trend[~trend["metric"].isin(KL_METRICS[1:])]
     delta = delta_metric(trend, metric)
     recurrence = trend_recurrence(trend, delta, lambda done, total: on_stage(done, total, "bounds"))
-    return Trend(source, delta, recurrence, warnings_of(source.trend))
+    schedule = given.over(source.schedule, map(int, trend["step"].unique()))
+    found = by_level([*source.findings, *check_series(source.trend, schedule)])
+    return Trend(source, delta, recurrence, tuple(found))
 
 
 def trend_request(
-    targets: Sequence[Path], steps: Sequence[int] | None, metric: str | None, output: Path
+    targets: Sequence[Path],
+    steps: Sequence[int] | None,
+    metric: str | None,
+    output: Path,
+    given: Given = Given(),
 ) -> dict[str, Any]:
     """What a trend in the folder answers, and must have answered to be replaced by this one without ``force``."""
     there = [os.path.relpath(target.resolve(), output.resolve()) for target in targets]
     names = ", ".join(target.resolve().name for target in targets)
-    return {"of": names, "targets": there, "steps": None if steps is None else list(steps), "metric": metric}
+    more: dict[str, Any] = {} if given.lr is None else {"lr": given.lr}
+    more |= {} if given.restarts is None else {"restarts": sorted(given.restarts)}
+    return {"of": names, "targets": there, "steps": None if steps is None else list(steps), "metric": metric, **more}
 
 
 def write_trend(
@@ -129,7 +158,7 @@ def write_trend(
     caption = f"Steps: {source.step_origin}. {sentences}"
     with result_folder(output, KIND, request, force) as made:
         figure = plot_trend(
-            source.trend, trend.recurrence, trend.delta, is_kl=source.is_kl, warnings=trend.warnings, caption=caption
+            source.trend, trend.recurrence, trend.delta, is_kl=source.is_kl, findings=trend.findings, caption=caption
         )
         save_figure(figure, made / "figures", "trend", formats(pdf))
         write_atomic(made / "report.md", trend_page(trend).encode())
@@ -143,8 +172,7 @@ def trend_page(trend: Trend) -> str:
     name = plain(title_of(trend.delta or "delta", trend.source.is_kl))
     parts = [
         "# Mismatch over training steps",
-        "\n".join(plain(line) for line in headline(trend.source.findings)),
-        str(Bullets(tuple(_prose(f"Warning: {warning}.") for warning in trend.warnings))) if trend.warnings else "",
+        "\n\n".join(_prose(line) for line in headline(trend.findings)),
         f"**{plain(trend.recurrence.outcome)}** ({name}): {_prose(trend.recurrence.reason)}.",
         f"Steps: {plain(trend.source.step_origin)}.",
         str(Bullets(tuple(plain(note) for note in trend.source.notes))) if trend.source.notes else "",
@@ -180,8 +208,9 @@ def _ends_table(trend: Trend) -> Any:
 
 
 def outcome_lines(trend: Trend) -> list[str]:
-    """What the command prints: warnings, a line per metric, then the outcome and what it rests on."""
-    lines = [f"Warning: {warning}." for warning in trend.warnings] + [""] * bool(trend.warnings)
+    """What the command prints: the worst finding, a line per metric, then the outcome and what it rests on."""
+    worst = headline(trend.findings)
+    lines = [*worst, *[""] * bool(worst)]
     for metric, rows in trend.source.trend.groupby("metric", sort=False):
         known = rows.dropna(subset=["value"])
         if len(known):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -37,6 +37,7 @@ from moediag.analysis.vocabulary import exact_divergences
 from moediag.errors import DumpError
 from moediag.hygiene.findings import Finding
 from moediag.hygiene.logged import check_logged
+from moediag.hygiene.series import Schedule
 from moediag.importers.columns import is_token_table
 from moediag.importers.registry import foreign_format
 from moediag.importers.rollouts import Options
@@ -52,6 +53,7 @@ SYNONYMS: Final = {
     "p99_abs_logp_diff": "abs_logp_diff.p99",
     "k1": "kl_infer_train_k1",
     "k3": "kl_infer_train_k3",
+    "chi2_seq": "chi2_sequence",
     # verl's kl is k1, but elsewhere the word is k3, or the KL to a reference model: it stays what the table calls it
     **{
         alias.name: metric.name
@@ -64,6 +66,8 @@ SYNONYMS: Final = {
 
 _COUNTS: Final = ("n_tokens", "n_prompts")
 _PARTS: Final = ("_se", "_ci_low", "_ci_high")
+_RATES: Final = ("lr", "learning_rate", "actor/lr")  # verl's name is the last
+_RESTART: Final = "restart"
 _TRAILING: Final = re.compile(r"(\d+)$")
 MOST_TOKEN_STEPS: Final = 500
 """Steps of a table of tokens that are measured: one takes about 0.06 s on one core, most of it for its intervals."""
@@ -80,6 +84,7 @@ class TrendSource:
         step_origin: how the steps came by their numbers.
         is_kl: whether k1 and k3 may stand for a KL: not on text that infer did not sample freely.
         findings: what is wrong with the tokens, or likely so, by the rules of ``validate``; none of a table of steps.
+        schedule: learning rates and restarts, where a table of steps has them.
     """
 
     trend: pd.DataFrame
@@ -87,6 +92,7 @@ class TrendSource:
     is_kl: bool
     notes: tuple[str, ...]
     findings: tuple[Finding, ...] = ()
+    schedule: Schedule = field(default_factory=Schedule)
 
 
 def read_trend(
@@ -263,7 +269,7 @@ class _Infinite:
 def _read_steps(table: TableFile, on_progress: OnProgress) -> TrendSource:
     """A table of one row per step."""
     numeric = [name for name, kind in table.types.items() if _is_number(kind) and name != "step"]
-    metrics = [name for name in numeric if name not in _COUNTS and not name.endswith(_PARTS)]
+    metrics = [name for name in numeric if name not in (*_COUNTS, *_RATES, _RESTART) and not name.endswith(_PARTS)]
     if not metrics:
         raise DumpError(f"{table.path} has no column of numbers beside step; found {', '.join(table.types)}")
     columns = table.read({"step": "whole", **dict.fromkeys(numeric, "number")}, on_progress)
@@ -285,7 +291,15 @@ def _read_steps(table: TableFile, on_progress: OnProgress) -> TrendSource:
     for theirs, ours in names.items():
         notes += _refuse_values(table.path, frame, theirs, ours)
     parts = [_metric_of_steps(table.path, frame, theirs, ours) for theirs, ours in names.items()]
-    return TrendSource(trend_of(parts), "column step", True, tuple(notes))
+    return TrendSource(trend_of(parts), "column step", True, tuple(notes), schedule=_schedule(frame))
+
+
+def _schedule(frame: pd.DataFrame) -> Schedule:
+    """Learning rates (steps without one are not known to have any) and steps marked as restarts by a number but 0."""
+    rates = next((frame[name] for name in _RATES if name in frame), pd.Series(dtype=np.float64))
+    known = {} if rates.empty or rates.isna().any() else dict(zip(frame["step"], rates, strict=True))
+    marked = frame[_RESTART].fillna(0) != 0 if _RESTART in frame else np.zeros(len(frame), np.bool_)
+    return Schedule(known, frozenset(map(int, frame.loc[marked, "step"])))
 
 
 def _refuse_values(path: Path, frame: pd.DataFrame, theirs: str, ours: str) -> list[str]:
