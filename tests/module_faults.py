@@ -1,17 +1,11 @@
-"""Faults planted in the checkpoint that one engine loads, while the other loads the clean one: what must be named."""
+"""Faults of the catalogue, and smaller ones, planted in what one engine loads: the module that must be named."""
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moediag.audit.modules import DoesJobs, Rows, compare_modules
@@ -19,6 +13,21 @@ from moediag.demo.tokenizer import byte_tokenizer
 from moediag.diagnosis.modules import ModuleChecks
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.plan import SamplingOptions, make_plan
+from moediag.faults import FAULTS as CATALOGUE
+from moediag.faults import FUNCTION, Fault, planted_checkpoint
+from moediag.faults.edits import (
+    BIAS,
+    EMBEDDINGS,
+    FINAL_NORM,
+    MOE,
+    Edit,
+    entry,
+    head,
+    layers_tensors,
+    models_tensors,
+    noisy,
+    scaled,
+)
 from moediag.run.reader import Run
 from moediag.selftest.families import _COMMON, FAMILIES, MAX_LENGTH, make_checkpoint, randomise
 
@@ -27,93 +36,76 @@ DENSE = "qwen3"
 
 
 @dataclass(frozen=True)
-class Fault:
-    """An edit of a checkpoint, and the module and decoder layer that are off (-1 = none).
-
-    Args:
-        tensors: pattern of the names of the stored tensors that ``change`` is made to.
-        config: entries of config.json that are changed.
-    """
+class Planted:
+    """A fault, and the module and decoder layer that are off (-1 = none)."""
 
     module: str
     layer: int
-    tensors: str = ""
-    change: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
-    config: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
+    fault: Fault
 
 
-def _scaled(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda tensor: tensor * factor
+def _known(module: str, layer: int, name: str) -> Planted:
+    return Planted(module, layer, CATALOGUE[name])
 
 
-def _redrawn(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(7)).to(tensor) * tensor.std()
+def _small(module: str, layer: int, edit: Edit) -> Planted:
+    """Too small for the log-probabilities of a run to tell: modules on the same inputs do."""
+    return Planted(
+        module, layer, Fault("as small as a module check can tell", FUNCTION, (), of_layer=layer >= 0, edit=edit)
+    )
 
 
-def _expert_3(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.cat([tensor[:3], _redrawn(tensor[3:4]), tensor[4:]])
-
-
-def _moved(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor + 0.2 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(7)).to(tensor)
-
-
-def _theta(config: dict[str, Any]) -> dict[str, Any]:
-    rope = config["rope_parameters"]
-    return {"rope_parameters": {**rope, "rope_theta": rope["rope_theta"] * 1.05}}
-
-
+_1_PC = scaled(1.01)
 _EVERYWHERE = {
-    "rope theta by 5 %": Fault("attention (self_attn)", 0, config=_theta),
-    "embeddings": Fault("embeddings", -1, r"embed_tokens", _scaled(1.01)),
-    "a norm's weight": Fault("post_attention_layernorm", 1, r"\.1\.post_attention_layernorm", _scaled(1.01)),
-    "final norm": Fault("final norm (norm)", -1, r"model\.norm\.", _scaled(1.01)),
-    "head": Fault("head", -1, r"lm_head", _scaled(1.01)),
+    "rope theta by 5 %": _known("attention (self_attn)", 0, "rope-theta"),
+    "embeddings": _small("embeddings", -1, models_tensors(_1_PC, EMBEDDINGS)),
+    "a norm's weight": _small(
+        "post_attention_layernorm", 1, layers_tensors(_1_PC, r"post_attention_layernorm\.weight")
+    ),
+    "final norm": _small("final norm (norm)", -1, models_tensors(_1_PC, FINAL_NORM)),
+    "head": _small("head", -1, head(_1_PC)),
 }
 _MOE = {
     **_EVERYWHERE,
-    "router by 1 %": Fault("router", 2, r"\.2\.mlp\.(gate|router)\.(weight|bias)", _scaled(1.01)),
+    "router by 1 %": _small("router", 2, layers_tensors(_1_PC, rf"{MOE}\.(?:gate|router)\.(?:weight|bias)")),
 }
-_NO_RENORM = Fault("routing rule", 0, config=lambda config: {"norm_topk_prob": False})
-FAULTS: dict[str, dict[str, Fault]] = {
+FAULTS: dict[str, dict[str, Planted]] = {
     "qwen3_moe": {
         **_MOE,
-        "attention scale": Fault("attention (self_attn)", 1, r"\.1\.self_attn\.q_norm", _scaled(1.05)),
-        "one expert": Fault("routed experts", 2, r"\.2\.mlp\.experts\.3\.", _redrawn),
-        "dense MLP": Fault("mlp", 1, r"\.1\.mlp\.down_proj", _scaled(1.01)),
-        "renormalisation off": _NO_RENORM,
+        "attention scale": _known("attention (self_attn)", 1, "attention-scale"),
+        "one expert": _known("routed experts", 2, "expert-redrawn"),
+        "dense MLP": _small("mlp", 1, layers_tensors(_1_PC, rf"{MOE}\.down_proj\.weight")),
+        "renormalisation off": _known("routing rule", 0, "renormalisation"),
     },
     "glm4_moe": {
         **_MOE,
-        "attention scale": Fault("attention (self_attn)", 1, r"\.1\.self_attn\.q_norm", _scaled(1.05)),
-        "one expert": Fault("routed experts", 2, r"\.2\.mlp\.experts\.3\.", _redrawn),
-        "shared expert": Fault("shared experts", 1, r"\.1\.mlp\.shared_experts\.down_proj", _scaled(1.01)),
-        "correction bias": Fault("routing rule", 2, r"\.2\.mlp\.gate\.e_score_correction_bias", _moved),
-        "scaling factor": Fault("routing rule", 1, config=lambda config: {"routed_scaling_factor": 2.0}),
-        "renormalisation off": Fault("routing rule", 1, config=lambda config: {"norm_topk_prob": False}),
+        "attention scale": _known("attention (self_attn)", 1, "attention-scale"),
+        "one expert": _known("routed experts", 2, "expert-redrawn"),
+        "shared expert": _small(
+            "shared experts", 1, layers_tensors(_1_PC, rf"{MOE}\.shared_experts\.down_proj\.weight")
+        ),
+        "correction bias": _small("routing rule", 2, layers_tensors(noisy(1.0), BIAS)),
+        "scaling factor": _known("routing rule", 1, "scaling-factor"),
+        "renormalisation off": _known("routing rule", 1, "renormalisation"),
     },
     "gpt_oss": {
         **_MOE,
-        "attention scale": Fault("attention (self_attn)", 1, r"\.1\.self_attn\.q_proj", _scaled(1.05)),
-        "one expert": Fault("routed experts", 2, r"\.2\.mlp\.experts\.down_proj$", _expert_3),
-        "sliding window": Fault("attention (self_attn)", 0, config=lambda config: {"sliding_window": 12}),
-        "attention sink": Fault("attention (self_attn)", 1, r"\.1\.self_attn\.sinks", _moved),
+        "attention scale": _known("attention (self_attn)", 1, "attention-scale"),
+        "one expert": _known("routed experts", 2, "expert-redrawn"),
+        "sliding window": _known("attention (self_attn)", 0, "sliding-window"),
+        "attention sink": _known("attention (self_attn)", 1, "attention-sink"),
     },
     "granitemoe": {
-        "residual multiplier": Fault(
-            "residual stream into post_attention_layernorm", 0, config=lambda config: {"residual_multiplier": 0.23}
-        ),
-        "logits scaling": Fault("head", -1, config=lambda config: {"logits_scaling": 6.1}),
-        "attention multiplier": Fault(
-            "attention (self_attn)", 0, config=lambda config: {"attention_multiplier": 0.0165}
-        ),
+        "residual multiplier": _known("residual stream into post_attention_layernorm", 0, "residual-multiplier"),
+        "logits scaling": _small("head", -1, entry("logits_scaling", lambda factor: factor + 0.1, float)),
+        "attention multiplier": _known("attention (self_attn)", 0, "attention-multiplier"),
     },
     DENSE: {
         **_EVERYWHERE,
-        "attention scale": Fault("attention (self_attn)", 1, r"\.1\.self_attn\.q_norm", _scaled(1.05)),
-        "MLP": Fault("mlp", 2, r"\.2\.mlp\.down_proj", _scaled(1.01)),
+        "attention scale": _known("attention (self_attn)", 1, "attention-scale"),
+        "MLP": _small("mlp", 2, layers_tensors(_1_PC, rf"{MOE}\.down_proj\.weight")),
     },
-}  # fmt: skip
+}
 """By family, fault by fault."""
 
 
@@ -129,22 +121,9 @@ def checkpoint_of(family: str, folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-def plant(clean: Path, folder: Path, fault: Fault) -> Path:
+def plant(clean: Path, folder: Path, planted: Planted) -> Path:
     """A copy of a checkpoint with the fault."""
-    shutil.copytree(clean, folder)
-    if fault.tensors:
-        tensors, pattern = load_file(clean / "model.safetensors"), re.compile(fault.tensors)
-        hit = [name for name in tensors if pattern.search(name)]
-        assert hit, f"no tensor is called {fault.tensors}: {sorted(tensors)}"
-        changed = {
-            name: fault.change(tensor.float()).to(tensor.dtype) for name, tensor in tensors.items() if name in hit
-        }
-        save_file({**tensors, **changed}, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((clean / "config.json").read_text())
-    new = fault.config(config)
-    assert not new or any(config.get(name) != value for name, value in new.items()), "nothing changed"
-    (folder / "config.json").write_text(json.dumps({**config, **new}))
-    return folder
+    return planted_checkpoint(open_checkpoint(str(clean)), planted.fault, planted.layer, folder, ()).path
 
 
 class ModuleBench:
@@ -180,8 +159,8 @@ class ModuleBench:
 
     def named(self, name: str, side: str) -> tuple[str, int, ModuleChecks]:
         """The first module that is off, and its decoder layer, with a fault planted in what one engine loads."""
-        fault = FAULTS[self.family][name]
-        folder = self.folder / f"{name.replace(' ', '-').replace('%', '')}-{side}"
+        fault, stem = FAULTS[self.family][name], name.replace(" ", "-").replace("%", "")
+        folder = self.folder / f"{stem}-{side}"
         checked = self.check(**{side: plant(self.clean, folder, fault)})
         return (*first_off(checked), checked)
 
@@ -190,8 +169,3 @@ def first_off(checked: ModuleChecks) -> tuple[str, int]:
     """Module and decoder layer of the first that is off; empty and -1 where none is."""
     off = checked.frame[checked.frame["verdict"] == "another function"]
     return ("", -1) if off.empty else (str(off.iloc[0]["module"]), int(off.iloc[0]["decoder_layer"]))
-
-
-def as_record(fault: Fault) -> dict[str, Any]:
-    """What is said of it in a table."""
-    return {name: value for name, value in asdict(fault).items() if name in ("module", "layer")}

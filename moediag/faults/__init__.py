@@ -1,6 +1,6 @@
-"""Faults planted in what an engine loads or does, to prove that a diagnosis finds them."""
+"""Faults planted in what an engine loads or does, or in what was recorded, to prove that a diagnosis finds them."""
 
-from moediag.faults.catalogue import FAULTS, FUNCTION, ROUNDING, Fault, planted_checkpoint
-from moediag.faults.planting import fill_planted_arm
+from moediag.faults.catalogue import FAULTS, FUNCTION, RECORD, ROUNDING, Fault
+from moediag.faults.planting import fill_planted_arm, planted_checkpoint, spoil_arm
 
-__all__ = ["FAULTS", "FUNCTION", "ROUNDING", "Fault", "fill_planted_arm", "planted_checkpoint"]
+__all__ = ["FAULTS", "FUNCTION", "RECORD", "ROUNDING", "Fault", "fill_planted_arm", "planted_checkpoint", "spoil_arm"]
