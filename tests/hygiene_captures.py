@@ -6,6 +6,7 @@ A row is a function of its prefix, as in a model: samples of one prompt share th
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -486,6 +487,33 @@ def write_run(path: Path, h: Healthy, tokens: TokenRows, train: Capture, infer: 
             if arm == "infer":
                 writer.write_tokens(shard, part)
     return open_run(path)
+
+
+def records_of(tokens: TokenRows, train: Capture, infer: Capture, first_row: int = 0) -> list[dict[str, Any]]:
+    """The pair as vLLM's own names have it; the last token has no row."""
+    records = []
+    for start, end in tokens.sequence_bounds():
+        response = tokens.is_response_T[start:end]
+        ids = tokens.token_id_T[start:end]
+        record: dict[str, Any] = {
+            "prompt_id": int(tokens.prompt_id_T[start]),
+            "prompt_token_ids": ids[~response].tolist(),
+            "token_ids": ids[response].tolist(),
+        }
+        for prefix, capture in (("", infer), ("train_", train)):
+            record[f"{prefix}logprobs"] = capture.logp_T[start:end][response].astype(float).tolist()
+            record[f"{prefix}routed_experts"] = capture.expert_ids_TLK[start + first_row : end - 1].tolist()  # type: ignore[index]
+        records.append(record)
+    return records
+
+
+def write_dump(path: Path, records: list[dict[str, Any]]) -> Path:
+    """A dump of one row per sequence."""
+    if path.suffix == ".parquet":
+        pd.DataFrame(records).to_parquet(path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 def rows_of(tokens: TokenRows, rows: Any) -> TokenRows:

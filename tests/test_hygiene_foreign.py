@@ -7,44 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
-from hygiene_captures import FAULTS, Healthy, make, plant, write_run
+from hygiene_captures import FAULTS, Healthy, make, plant, records_of, write_dump, write_run
 
 from moediag.cli.main import main
 from moediag.errors import DumpError
 from moediag.hygiene.foreign import check_file
 from moediag.hygiene.rules import RULES
 from moediag.importers.sequences import read_sequences
-from moediag.run.capture import Capture, TokenRows
 
 SHAPE = (16, 4, 6)
-
-
-def records_of(tokens: TokenRows, train: Capture, infer: Capture, first_row: int = 0) -> list[dict[str, Any]]:
-    """The pair as vLLM's own names have it; the last token has no row."""
-    records = []
-    for start, end in tokens.sequence_bounds():
-        response = tokens.is_response_T[start:end]
-        ids = tokens.token_id_T[start:end]
-        record: dict[str, Any] = {
-            "prompt_id": int(tokens.prompt_id_T[start]),
-            "prompt_token_ids": ids[~response].tolist(),
-            "token_ids": ids[response].tolist(),
-        }
-        for prefix, capture in (("", infer), ("train_", train)):
-            record[f"{prefix}logprobs"] = capture.logp_T[start:end][response].astype(float).tolist()
-            record[f"{prefix}routed_experts"] = capture.expert_ids_TLK[start + first_row : end - 1].tolist()  # type: ignore[index]
-        records.append(record)
-    return records
-
-
-def write_dump(path: Path, records: list[dict[str, Any]]) -> Path:
-    if path.suffix == ".parquet":
-        pd.DataFrame(records).to_parquet(path)
-    else:
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

@@ -2,8 +2,9 @@
 
 Candidates are held against each side's weights of the chosen experts: the scores s of its own router logits, or s plus
 the correction bias b, where logits were kept; the other side's weights w; each as it is or divided by its sum over the
-K, and each with a constant factor. A formula is named only where it leaves no more than float32 rounds: several come
-near.
+K, and each with a constant factor. Without logits s + b is a w + b, with the a of every row that fits best: K weights
+with a given sum decide that for K of 3 and more. A formula is named only where it leaves no more than float32 rounds:
+several come near.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Float64 = NDArray[np.float64]
 _CERTAIN: Final = 0.99
 """Share of rows that a formula must explain: in single ones the scores themselves may differ."""
 
-_SYMBOLS: Final = "s = scores, b = correction bias, w = the other side's weights, sums over the K"
+_SYMBOLS: Final = "s = scores, b = correction bias, w = the other side's weights, a of each row; sums over the K"
 
 
 class Formula(NamedTuple):
@@ -53,11 +54,12 @@ def formulas_of(weights_NK: Float64, bases: Mapping[str, Float64], rounding: flo
         bare = name.strip("()")
         for words, formula_NK in ((bare, base_NK), (f"{name} / sum({bare})", divided_NK)):
             with np.errstate(divide="ignore", invalid="ignore"):
-                factor = float(np.nanmedian(weights_NK.sum(axis=1) / formula_NK.sum(axis=1)))
+                factor_N = weights_NK.sum(axis=1) / formula_NK.sum(axis=1)
+            factor = float(np.median(factor_N[np.isfinite(factor_N)])) if np.isfinite(factor_N).any() else 1.0
             if is_plain := abs(factor - 1) <= rounding:
                 factor = 1.0
             apart_N = np.abs(weights_NK - factor * formula_NK).max(axis=1) / weights_NK.max(axis=1)
-            residual = float(np.quantile(np.nan_to_num(apart_N, nan=np.inf), _CERTAIN))
+            residual = float(np.quantile(np.nan_to_num(apart_N, nan=np.inf), _CERTAIN, method="higher"))
             words = f"({words})" if words == bare and bare != name and not is_plain else words
             found.append(Formula(words if is_plain else f"{factor:.4g} * {words}", residual))
     # what rounds alike is equal: dividing by a sum of 1 explains no more than not dividing
@@ -103,7 +105,20 @@ def bases_of(
         if bias_LE is not None:
             bases["(s + b)"] = bases["s"] + bias_LE[layer].astype(np.float64)[index_TK]
     bases[f"w_{of}"] = _by_number(other, layer)[1]
+    if "s" not in bases and bias_LE is not None and ids_TK.shape[1] > 2:
+        bias_TK = bias_LE[layer].astype(np.float64)[np.maximum(ids_TK, 0).astype(np.int64)]
+        bases[f"(a w_{of} + b)"] = _with_bias(weights_of(own, layer), bases[f"w_{of}"], bias_TK)
     return bases
+
+
+def _with_bias(weights_TK: Float64, other_TK: Float64, bias_TK: Float64) -> Float64:
+    """(T, K) a w + b with the a of every row, least squares, that makes it proportional to the row's own weights."""
+    total_T1, bias_T1 = weights_TK.sum(axis=1, keepdims=True), bias_TK.sum(axis=1, keepdims=True)
+    x_TK = weights_TK * other_TK.sum(axis=1, keepdims=True) - total_T1 * other_TK
+    y_TK = total_T1 * bias_TK - weights_TK * bias_T1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        a_T1 = (x_TK * y_TK).sum(axis=1, keepdims=True) / (x_TK**2).sum(axis=1, keepdims=True)
+    return np.asarray(np.where(a_T1 > 0, a_T1, np.nan) * other_TK + bias_TK)
 
 
 def weights_of(capture: Capture, layer: int) -> Float64:

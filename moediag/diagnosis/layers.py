@@ -242,7 +242,8 @@ def _formula(run: Run, train: str, infer: str, layer: int, is_used_T: Bool, roun
         weights_NK = arrays.pop("")
         is_positive_N = weights_NK.sum(axis=1) > 0
         bases = {name: base_NK[is_positive_N] for name, base_NK in arrays.items()}
-        sides[side] = formulas_of(weights_NK[is_positive_N], bases, rounding)
+        if is_positive_N.any():  # weights of nothing but 0 follow no formula
+            sides[side] = formulas_of(weights_NK[is_positive_N], bases, rounding)
     return formula_words(sides, rounding)
 
 

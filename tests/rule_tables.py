@@ -1,0 +1,240 @@
+"""The list of reports/rules.md: every rule, and what it says of a planted fault and of the same capture without it.
+
+Usage: python tests/rule_tables.py
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from committed_tables import commit_table
+from hygiene_captures import (
+    FAULTS,
+    Healthy,
+    all_findings,
+    bf16,
+    make,
+    plant,
+    records_of,
+    write_dump,
+    write_run,
+)
+
+from moediag.hygiene import Finding, check_pair, check_run
+from moediag.hygiene.foreign import check_file
+from moediag.hygiene.rules import DIAGNOSIS, RULES
+from moediag.run.capture import Capture, TokenRows
+from moediag.run.reader import Run, open_run
+from moediag.run.writer import RunWriter
+
+HEALTHY = Healthy(shape=(16, 4, 6), certain_share=0.05, has_logits=True)
+Pair = tuple[TokenRows, Capture, Capture]
+Change = Callable[[TokenRows, dict[str, np.ndarray], dict[str, np.ndarray]], None]
+"""Of (tokens, train's arrays, infer's arrays), in place."""
+
+
+def _changed(change: Change, h: Healthy = HEALTHY) -> Pair:
+    tokens, train, infer = make(h)
+    arrays = [{name: array.copy() for name, array in side.arrays().items()} for side in (train, infer)]
+    change(tokens, *arrays)
+    return tokens, Capture(**arrays[0]), Capture(**arrays[1])
+
+
+def _ends(tokens: TokenRows) -> np.ndarray:
+    return np.array([end - 1 for _, end in tokens.sequence_bounds()])
+
+
+def _response(tokens: TokenRows, every: int) -> np.ndarray:
+    return np.flatnonzero(tokens.is_response_T)[::every]
+
+
+def _last_row(tokens: TokenRows, train: Any, infer: Any) -> None:
+    for name, array in train.items():
+        if array.ndim > 1:
+            array[_ends(tokens)] = -1 if name == "expert_ids_TLK" else np.nan
+
+
+def _in(side: int, name: str, value: Any, where: Callable[[TokenRows], Any]) -> Change:
+    def change(tokens: TokenRows, *sides: dict[str, np.ndarray]) -> None:
+        sides[side][name][where(tokens)] = value
+
+    return change
+
+
+def _scaled(tokens: TokenRows, train: Any, infer: Any) -> None:
+    train["gate_weights_TLK"] = bf16(train["gate_weights_TLK"] * 2.5)
+
+
+def _not_renormalised(tokens: TokenRows, train: Any, infer: Any) -> None:
+    _, bare, _ = make(replace(HEALTHY, renormalize=False))
+    train["gate_weights_TLK"] = bare.arrays()["gate_weights_TLK"].copy()
+
+
+def _ties(tokens: TokenRows, train: Any, infer: Any) -> None:
+    del infer["router_logits_TLE"]
+    for name in ("margin_TL", "logit_margin_TL"):
+        infer[name][np.random.default_rng(0).random(infer[name].shape) < 0.06] = 0
+
+
+def _moved_margins(tokens: TokenRows, train: Any, infer: Any) -> None:
+    infer["logit_margin_TL"] = np.roll(infer["logit_margin_TL"], 1, axis=1)
+
+
+TRAIN, INFER = 0, 1
+ROW = lambda tokens: (3, 2)  # noqa: E731
+OF_CAPTURES: dict[str, Change] = {
+    "completeness": _in(INFER, "expert_ids_TLK", -1, lambda tokens: np.s_[:, 3:]),
+    "D06-last-row": _last_row,
+    "D14-gate-factor": _scaled,
+    "D16-exact-ties": _ties,
+    "D31-rounded-logp": _in(INFER, "logp_T", 5e-5, lambda tokens: _response(tokens, 40)),
+    "D31-entropy": _in(INFER, "entropy_T", np.nan, lambda tokens: _response(tokens, 40)),
+    "gate-not-finite": _in(INFER, "gate_weights_TLK", np.nan, ROW),
+    "gate-sum": _not_renormalised,
+    "margin-not-finite": _in(INFER, "margin_TL", -1.0, ROW),
+    "margin-logits": _moved_margins,
+    "logits-not-finite": _in(INFER, "router_logits_TLE", np.inf, ROW),
+}
+
+
+def _copied(tokens: TokenRows, train: Any, infer: Any) -> None:
+    train["logp_T"] = infer["logp_T"].copy()
+
+
+def _offset(tokens: TokenRows, train: Any, infer: Any) -> None:
+    train["logp_T"] = infer["logp_T"] - np.float32(0.1)
+
+
+OF_FOREIGN: dict[str, Change] = {"D09-mean-ratio": _offset, "D28-same-bits": _copied}
+
+
+def _damage(run: Run) -> None:
+    path = run.arm_folder("train") / "shard-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+
+
+def _lose(run: Run) -> None:
+    for path in run.arm_folder("train").glob("shard-00000*"):
+        path.unlink()
+
+
+def _lose_arms(run: Run) -> None:
+    for path in sorted((run.path / "arms").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _other_tokens(run: Run) -> None:
+    shard = run.shards[0]
+    tokens = run.tokens(shard)
+    other = replace(tokens, token_id_T=tokens.token_id_T + 1)
+    RunWriter(run).write_capture("train", shard, other, run.capture("train", shard), {}, {})
+
+
+OF_RUNS: dict[str, Callable[[Run], None]] = {
+    "damaged": _damage, "missing-shard": _lose, "no-arm": _lose_arms, "token-identity": _other_tokens,
+}  # fmt: skip
+
+
+def _dense(record: dict[str, Any]) -> None:
+    for name in ("routed_experts", "train_routed_experts"):
+        ids = np.array(record[name])
+        record[name] = np.concatenate([np.zeros_like(ids[:, :1]), ids], axis=1).tolist()
+
+
+def _retokenised(record: dict[str, Any]) -> None:
+    record["train_token_ids"] = [*record["token_ids"][:-1], record["token_ids"][-1] + 1]
+
+
+OF_DUMPS: dict[str, Callable[[dict[str, Any]], None]] = {"D03-dense-slot": _dense, "D32-token-ids": _retokenised}
+
+
+def rule_examples(folder: Path) -> dict[str, tuple[list[Finding], list[Finding]]]:
+    """Rule -> what every rule says of a fault of its kind, and of the same capture without it.
+
+    Args:
+        folder: empty; runs and dumps are written there.
+    """
+    clean, found = all_findings(HEALTHY, *make(HEALTHY)), {}
+    for fault in FAULTS:
+        name = fault.split()[0]
+        h = replace(HEALTHY, samples=2, prompt_length=40) if name == "D08-cached-prefix" else HEALTHY
+        if name not in found:
+            found[name] = all_findings(h, *plant(fault, h, *make(h))), all_findings(h, *make(h))
+    for name, change in OF_CAPTURES.items():
+        found[name] = all_findings(HEALTHY, *_changed(change)), clean
+    none_certain = replace(HEALTHY, certain_share=0)
+    found["D31-certain-tokens"] = clean, all_findings(none_certain, *make(none_certain))
+    for name, change in OF_FOREIGN.items():
+        faulty, healthy = _changed(change), make(HEALTHY)
+        found[name] = (
+            check_pair(*faulty, n_experts=16, is_foreign=True),
+            check_pair(*healthy, n_experts=16, is_foreign=True),
+        )
+    for name, spoil in OF_RUNS.items():
+        run = write_run(folder / name, HEALTHY, *make(HEALTHY))
+        healthy_run = check_run(run)
+        spoil(run)
+        found[name] = check_run(open_run(run.path)), healthy_run
+    records = [records_of(*make(HEALTHY)) for _ in range(1 + len(OF_DUMPS))]
+    healthy_dump = check_file(write_dump(folder / "dump.jsonl", records[0]), 16).findings
+    for (name, edit), some in zip(OF_DUMPS.items(), records[1:], strict=True):
+        for record in some:
+            edit(record)
+        found[name] = check_file(write_dump(folder / f"{name}.jsonl", some), 16).findings, healthy_dump
+    found["D10-sampling-temperature"] = _of_table(folder, 0.7), _of_table(folder, 1.0)
+    return found
+
+
+def _of_table(folder: Path, temperature: float) -> list[Finding]:
+    tokens, train, infer = make(HEALTHY)
+    rows = np.flatnonzero(tokens.is_response_T)
+    columns = {"seq_id": tokens.seq_id_T, "position": tokens.position_T, "logp_train": train.logp_T,
+               "logp_infer": infer.logp_T}  # fmt: skip
+    frame = pd.DataFrame({name: values[rows] for name, values in columns.items()}).assign(temperature=temperature)
+    frame.to_parquet(path := folder / f"tokens-{temperature}.parquet")
+    return check_file(path).findings
+
+
+def rules_text(folder: Path) -> str:
+    """A section per rule.
+
+    Args:
+        folder: empty; no message keeps its name.
+    """
+    examples = rule_examples(folder)
+    sections, nameless = [], []
+    for rule in RULES.values():
+        lines = [
+            f"### {rule.name}",
+            f"{rule.symptom[0].upper()}{rule.symptom[1:]} ({rule.level}).",
+            f"- measured; limit: {rule.threshold}\n- likely: {rule.cause}\n- next: {rule.next_check}",
+        ]
+        if rule.name in examples:
+            of_fault, of_clean = (
+                [one for one in findings if one.rule == rule.name] for findings in examples[rule.name]
+            )
+            assert of_fault, f"{rule.name} does not name its own fault"
+            lines[2] += f"\n- planted: `{of_fault[0].line()}`\n- without it: {_quiet(of_clean)}"
+        elif rule.needs == DIAGNOSIS:
+            lines[2] += "\n- planted and without it: on engines, fault by fault, in [diagnosis.md](diagnosis.md)"
+        else:
+            nameless.append(rule.name)
+            lines[2] += "\n- planted: no example yet"
+        sections += lines
+    last = f"No example yet: {', '.join(nameless) or 'none'}."
+    return "\n\n".join([*sections, last]).replace(f"{folder}/", "")
+
+
+def _quiet(findings: list[Finding]) -> str:
+    return f"`{findings[0].line()}`" if findings else "nothing"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        commit_table("rules.md", "rules", rules_text(Path(name)))
