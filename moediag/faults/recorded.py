@@ -49,10 +49,10 @@ def logps_lag(tokens: TokenRows, arrays: Arrays) -> None:
 
 
 def rows_lag(tokens: TokenRows, arrays: Arrays) -> None:
-    """Every routing row stands one row late, within its sequence."""
+    """Every routing row stands one row late, within its sequence, which begins with its first row twice."""
     for array in _routing(arrays):
         for start, end in tokens.sequence_bounds():
-            array[start:end] = np.roll(array[start:end], 1, axis=0)
+            array[start + 1 : end] = array[start : end - 1].copy()
 
 
 def layers_lag(tokens: TokenRows, arrays: Arrays) -> None:
