@@ -103,8 +103,8 @@ FAULTS: Final[Mapping[str, Fault]] = {
         of_layer=False,
         edit=edits.experts(edits.redrawn)),
     "experts-permuted": _function(
-        "every expert of one layer in its neighbour's slot", causes=_EXPERTS, module="routed experts",
-        edit=edits.permuted_experts),
+        "every expert of one layer in its neighbour's slot", causes=(*_EXPERTS, "D12-router"),
+        module="routed experts", edit=edits.permuted_experts),
     "shared-expert": _function(
         "one layer's shared expert 5 % larger", causes=_AFTER_A_ROUTER, module="shared expert",
         edit=edits.layers_tensors(edits.scaled(1.05), _SHARED)),
