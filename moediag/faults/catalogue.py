@@ -103,8 +103,8 @@ FAULTS: Final[Mapping[str, Fault]] = {
         of_layer=False,
         edit=edits.experts(edits.redrawn)),
     "experts-permuted": _function(
-        "every expert of one layer in its neighbour's slot", causes=_EXPERTS, module="routed experts",
-        edit=edits.permuted_experts),
+        "every expert of one layer in its neighbour's slot", causes=(*_EXPERTS, "D12-router"),
+        module="routed experts", edit=edits.permuted_experts),
     "shared-expert": _function(
         "one layer's shared expert 5 % larger", causes=_AFTER_A_ROUTER, module="shared expert",
         edit=edits.layers_tensors(edits.scaled(1.05), _SHARED)),
@@ -209,7 +209,8 @@ FAULTS: Final[Mapping[str, Fault]] = {
         "logits divided by 0.7", causes=("D10-temperature",), of_layer=False,
         edit=edits.head(edits.scaled(1 / 0.7))),
     "top-p": _function(
-        f"logits outside the likeliest {loaded.TOP_P} of the probability are -inf", causes=("D09-mean-ratio",),
+        f"logits outside the likeliest {loaded.TOP_P} of the probability are -inf",
+        causes=("D09-mean-ratio", "D31-impossible-logp"),  # in an arm that scores the same tokens again, one is outside
         of_layer=False, modules="logits_processor", sides=(VLLM,),
         hook=lambda module: loaded.with_output(module, loaded.of_the_nucleus)),
     "wrong-token": _function(

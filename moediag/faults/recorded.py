@@ -49,10 +49,14 @@ def logps_lag(tokens: TokenRows, arrays: Arrays) -> None:
 
 
 def rows_lag(tokens: TokenRows, arrays: Arrays) -> None:
-    """Every routing row stands one row late, within its sequence."""
+    """Every routing row stands one row late: of sequences that lie end to end, cut one row too early."""
+    bounds = tokens.sequence_bounds()
     for array in _routing(arrays):
-        for start, end in tokens.sequence_bounds():
-            array[start:end] = np.roll(array[start:end], 1, axis=0)
+        # the last row of a sequence has no route where it was sampled: the one before ends what was recorded
+        before = [array[end - 2].copy() for _, end in (bounds[-1], *bounds[:-1])]
+        for (start, end), first in zip(bounds, before, strict=True):
+            array[start + 1 : end] = array[start : end - 1].copy()
+            array[start] = first
 
 
 def layers_lag(tokens: TokenRows, arrays: Arrays) -> None:
