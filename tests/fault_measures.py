@@ -286,7 +286,8 @@ class Maker:
                 if NO_MODULE in str(error):
                     return replace(cell, absent=str(error))
                 # before anything is captured the proof of routers may find it: what the diagnosis says is of interest
-                cell = replace(cell, refused=cell.refused or str(error).partition(". Nothing was sampled")[0])
+                line = str(error).removeprefix(f"{run.path}: ").partition(". Nothing was sampled")[0]
+                cell = replace(cell, refused=cell.refused or line)
                 shutil.rmtree(run.path / "arms" / request.arm, ignore_errors=True)
                 try:
                     self._fill(cell, run, source, replace(request, accept=ROUTER_RULES), name)
