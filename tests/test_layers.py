@@ -18,6 +18,7 @@ from moediag.diagnosis.layers import (
     LOGP,
     NOT_THE_FIRST,
     SOME_EXPERTS,
+    SOME_SEQUENCES,
     LayersApart,
     _differs,
     _experts,
@@ -169,3 +170,19 @@ def test_no_expert_is_blamed_for_rows_at_random(many: Any) -> None:
     differs_T = np.random.default_rng(1).random(240) < 0.5
     assert _experts(ids_TLK[:, 0], None, differs_T, ~differs_T) == ()
     assert pattern_of(np.where(differs_T, 5000.0, 1.0), ids_TLK, L, lengths).pattern == ALL_ROWS
+
+
+def test_a_few_sequences_are_named_and_not_attention(many: Any) -> None:
+    """Bug: three prompts with a wrong token were called attention, as no first row differed."""
+    lengths, tokens, ids_TLK = many
+    is_wrong_T = np.isin(tokens.seq_id_T, [2, 5, 7]) & (tokens.position_T > 3)
+    found = pattern_of(np.where(is_wrong_T, 5000.0, 1.0), ids_TLK, 0, lengths)
+    assert (found.pattern, found.sequences) == (SOME_SEQUENCES, (2, 5, 7))
+
+
+def test_what_leaves_most_rows_alone_is_not_attention(many: Any) -> None:
+    """Bug: a bias that moves one row in five, and by chance no first row, was called the softmax scale."""
+    lengths, tokens, ids_TLK = many
+    is_moved_T = (np.arange(240) % 5 == 3) & (tokens.position_T > 0)
+    found = pattern_of(np.where(is_moved_T, 5000.0, 1.0), ids_TLK, 1, lengths)
+    assert found.pattern == ALL_ROWS

@@ -21,6 +21,7 @@ from moediag.diagnosis.layers import (
     GROWS,
     NOT_THE_FIRST,
     SOME_EXPERTS,
+    SOME_SEQUENCES,
     LayersApart,
 )
 from moediag.diagnosis.modules import ModuleChecks
@@ -253,6 +254,10 @@ def _function(seen: Seen) -> Iterator[Finding]:
         experts = f"expert{plural} {', '.join(map(str, layers.experts))} of {layers.below}"
         words = f"{of} differ at {here}: those since {experts} was chosen; all others agree"
         yield finding("expert-weights", layers.below, words, **counted)
+    elif layers.pattern == SOME_SEQUENCES:
+        names = ", ".join(map(str, layers.sequences[:5])) + (" and others" if len(layers.sequences) > 5 else "")
+        words = f"{here} of sequences {names} differ ({of} in all), those of all other sequences agree{before}"
+        yield replace(finding("D21-few-sequences", here, words, **counted), level=ERROR)
     elif layers.pattern == FROM_A_POSITION and layers.position is not None:
         words = f"rows agree at {here} up to position {layers.position - 1} and differ from there on ({of}){before}"
         yield finding("D19-change-point", here, words, **counted)

@@ -79,11 +79,12 @@ class LayersApart:
         frame: frame ``layers_apart``.
         first: row of the frame that differs first; None = none does.
         pattern: what differs there: :data:`ALL_ROWS`, :data:`NOT_THE_FIRST`, :data:`FROM_A_POSITION`,
-            :data:`SOME_EXPERTS` or :data:`GATES`; empty where nothing differs.
+            :data:`SOME_EXPERTS`, :data:`SOME_SEQUENCES` or :data:`GATES`; empty where nothing differs.
         n_differing, n_rows: rows that differ there, of those compared.
         slope: of log(difference) on log(position), where the first rows agree.
         position: first position that differs, where those before it agree.
         experts: chosen in the MoE layer before exactly by the rows that differ.
+        sequences: the few in which rows differ, where all others agree.
         formula: of the gate weights that differ, in words (:mod:`moediag.diagnosis.gate_formula`).
     """
 
@@ -95,11 +96,16 @@ class LayersApart:
     slope: float | None = None
     position: int | None = None
     experts: tuple[int, ...] = ()
+    sequences: tuple[int, ...] = ()
     formula: str = ""
 
     def content(self) -> dict[str, Any]:
         """As summary.json holds it."""
-        return {**{name: value for name, value in vars(self).items() if name != "frame"}, "experts": [*self.experts]}
+        return {
+            **{name: value for name, value in vars(self).items() if name != "frame"},
+            "experts": [*self.experts],
+            "sequences": [*self.sequences],
+        }
 
     @property
     def is_behind_routers(self) -> bool:
@@ -154,7 +160,7 @@ class LayersApart:
 
 ALL_ROWS, NOT_THE_FIRST = "all rows", "all rows but the first of a sequence"
 FROM_A_POSITION, SOME_EXPERTS = "rows from a position on", "rows since certain experts were chosen"
-GATES = "gate weights, of the same experts"
+GATES, SOME_SEQUENCES = "gate weights, of the same experts", "some sequences"
 LOGP: Final = "log-probability"
 
 
@@ -279,6 +285,10 @@ def _rows(run: Run, shard: Any, train: str, infer: str, perturbed: str) -> _Rows
     def apart(one: Capture, other: Capture) -> Float64:
         diff_TQ = np.abs(columns(one) - columns(other))
         diff_TQ[~is_scored(one.logp_T, other.logp_T), -1] = np.nan
+        flipped_TL, _ = compared_flips(one, other)
+        if flipped_TL.shape[1] == n_layers:  # what separated the sets on one side separates them the other way round
+            sum_TL = np.abs(columns(one)[:, :-1]) + np.abs(columns(other)[:, :-1])
+            diff_TQ[:, :-1][flipped_TL] = sum_TL[flipped_TL]
         diff_TQ[_moved_by_flips(tokens, one, other, n_layers)] = np.nan
         return diff_TQ
 
@@ -374,21 +384,30 @@ def _pattern(found: LayersApart, column: int, times_T: Float64, rows: _Rows, n_l
     differs_T = is_known_T & (times_T > FAR_ROW)
     agrees_T = is_known_T & ~differs_T
     found = replace(found, first=column, n_differing=int(differs_T.sum()), n_rows=int(is_known_T.sum()))
-    first_T = is_known_T & (position_T == 0)
-    if not is_logp and first_T.any() and agrees_T[first_T].all() and differs_T.any():
+    experts: tuple[int, ...] = ()
+    if column and rows.ids_TLK is not None:
+        # a token is scored by the row before it; first rows are not scored
+        ids_TK = np.roll(rows.ids_TLK[:, -1], 1, axis=0) if is_logp else rows.ids_TLK[:, column - 1]
+        experts = _experts(ids_TK, None if is_logp else rows.seq_T, differs_T, agrees_T)
+    differing_S = np.unique(rows.seq_T[differs_T])
+    if 0 < len(differing_S) < 0.5 * len(np.unique(rows.seq_T)):
+        if experts:
+            return replace(found, pattern=SOME_EXPERTS, experts=experts)
+        reached_T = is_known_T & _since(differs_T, rows.seq_T)
+        if differs_T[reached_T].mean() > 0.5:
+            return replace(found, pattern=SOME_SEQUENCES, sequences=tuple(differing_S.tolist()))
+    first_T, later_T = is_known_T & (position_T == 0), is_known_T & (position_T > 0)
+    is_of_attention = first_T.any() and agrees_T[first_T].all() and differs_T.any()
+    if not is_logp and is_of_attention:
         start = int(position_T[differs_T].min())
         before_T = is_known_T & (position_T < start)
         if start > 2 and before_T.sum() >= _FEW and differs_T[is_known_T & (position_T >= start)].mean() > 0.5:
             return replace(found, pattern=FROM_A_POSITION, position=start)
-        x_N, y_N = np.log(position_T[differs_T]), np.log(times_T[differs_T])
-        slope = float(np.polyfit(x_N, y_N, 1)[0]) if np.ptp(x_N) > 0 else None
-        return replace(found, pattern=NOT_THE_FIRST, slope=slope)
-    if column and rows.ids_TLK is not None:
-        # a token is scored by the row before it; first rows are not scored
-        ids_TK = np.roll(rows.ids_TLK[:, -1], 1, axis=0) if is_logp else rows.ids_TLK[:, column - 1]
-        if experts := _experts(ids_TK, None if is_logp else rows.seq_T, differs_T, agrees_T):
-            return replace(found, pattern=SOME_EXPERTS, experts=experts)
-    return replace(found, pattern=ALL_ROWS)
+        if np.median(times_T[later_T]) > SAME:  # attention leaves hardly a row alone
+            x_N, y_N = np.log(position_T[differs_T]), np.log(times_T[differs_T])
+            slope = float(np.polyfit(x_N, y_N, 1)[0]) if np.ptp(x_N) > 0 else None
+            return replace(found, pattern=NOT_THE_FIRST, slope=slope)
+    return replace(found, pattern=SOME_EXPERTS if experts else ALL_ROWS, experts=experts)
 
 
 def _experts(ids_TK: NDArray[np.int16], seq_T: NDArray[Any] | None, differs_T: Bool, agrees_T: Bool) -> tuple[int, ...]:

@@ -373,8 +373,9 @@ _TABLE = (
     Rule("D21-few-sequences", "a few sequences differ by far more than the others do",
          "a fault that depends on the prompt: a wrong token, state left behind, a length or a template", WARNING,
          "the worst sequences alone, in either engine", DIAGNOSIS,
-         threshold="mean abs(logp_diff) of a sequence over the median sequence's; 30, and no more than 5 % of "
-         "sequences: of healthy pairs none was beyond 12"),
+         threshold="in float32, sequences with rows that differ (as the other rules of float32 count them): fewer than "
+         "half, and none in the others; else mean abs(logp_diff) of a sequence over the median sequence's; 30, and no "
+         "more than 5 % of sequences: of healthy pairs none was beyond 12"),
     Rule("D28-other-weights", "the two arms loaded other weights", "two checkpoints, steps or quantisations", WARNING,
          "one checkpoint in both engines tells the engines' part", DIAGNOSIS,
          threshold="digests of the tensors that the arms loaded; any that differs"),
