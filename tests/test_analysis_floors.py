@@ -23,6 +23,7 @@ from moediag.analysis.floors import (
     variants,
 )
 from moediag.diagnosis import Seen, verdict
+from moediag.hygiene.findings import finding
 from moediag.results.pair_analysis import analyze_pair
 from moediag.results.pair_summary import pair_summary
 from moediag.run.capture import encode_prompts
@@ -112,9 +113,10 @@ def test_the_verdict_says_what_the_intervals_can_tell(pairs: dict[str, Any]) -> 
     assert word_of(unscaled) == "above repeating"
     assert word_of({**unscaled, MAIN: small, TRAIN_FLOOR: main}) == "no larger than repeating"
     found = floors(unscaled, MAIN, own_of())
-    of_faults = verdict(Seen(main, found, errors=["D01-token-lag: one", "D05: two"]))
+    errors = [finding("D01-token-lag", "infer~train", "one"), finding("D05-stale-rows", "infer", "two")]
+    of_faults = verdict(Seen(main, found, findings=errors))
     assert (of_faults["word"], of_faults["tone"]) == ("capture or pipeline fault", "bad")
-    assert "2 errors in the capture, first: D01-token-lag: one" in of_faults["reason"]
+    assert "2 errors in the capture, first: error: D01-token-lag: infer~train: one" in of_faults["reason"]
     inside = replace_floor(found, main["logp"]["abs_logp_diff"]["mean"])
     assert "contains the floor" in verdict(Seen(main, inside))["reason"]
     few = pair_summary(analyze_pair(make_pair(make_block(n_prompts=4, diff_scale=0.05))))

@@ -28,7 +28,8 @@ def test_every_recipe_can_be_asked_for() -> None:
         sampler = arm if arm == INFER_PRODUCTION else "infer"
         request = arm_request(arm, {"dtype": "bfloat16"}, given=False, sampler=sampler)
         assert request.arm == arm
-        assert request.configuration()["dtype"] == ("float32" if "-fp32" in arm and "router" not in arm else "bfloat16")
+        is_float32 = arm == "reference" or ("-fp32" in arm and "router" not in arm)
+        assert request.configuration()["dtype"] == ("float32" if is_float32 else "bfloat16")
 
 
 @pytest.mark.parametrize(
