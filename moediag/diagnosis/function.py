@@ -292,7 +292,7 @@ class Distances:
         infer, train: mean abs(logp - logp of the engine's own float32).
         ratio: infer's distance over train's of a typical token (geometric mean over tokens: flips, of which a few
             carry the means, hardly move it); 1 = neither rounds worse.
-        mean_ratio: infer's mean over train's, which a fault that shows in flips alone moves.
+        mean_ratio: infer's mean over train's, which a few flips may carry: shown, and not judged by.
     """
 
     infer: Interval

@@ -364,8 +364,8 @@ _TABLE = (
     Rule("rounds-worse", "one engine is farther from the common function than the other",
          "fewer bits there: router, experts' activations, KV cache, accumulation", WARNING,
          "compare the dtypes of both sides; moediag diagnose CKPT -o RUN --modules", DIAGNOSIS,
-         threshold="ratio of the engines' distances from their own float32, whole interval; 1.5: healthy pairs were "
-         "measured at 0.8 to 1.25"),
+         threshold="ratio of the engines' distances from their own float32, of a typical token or a router's typical "
+         "margin, whole interval; 1.5: healthy pairs were measured at 0.8 to 1.25"),
     Rule("rollout-settings", "both engines are near the function, and the rollouts are farther from train than the two "
          "distances allow", "what rollouts alone run with: sampling, prefix cache, graphs, kernels", WARNING,
          "turn the rollouts' settings off one by one: moediag diagnose CKPT -o RUN --turn OPTION=VALUE", DIAGNOSIS,
