@@ -111,7 +111,16 @@ def _offset(tokens: TokenRows, train: Any, infer: Any) -> None:
     train["logp_T"] = infer["logp_T"] - np.float32(0.1)
 
 
-OF_FOREIGN: dict[str, Change] = {"D09-mean-ratio": _offset, "D28-same-bits": _copied}
+def _mass_lost(tokens: TokenRows, train: Any, infer: Any) -> None:
+    lost_T = np.random.default_rng(0).exponential(0.1, len(tokens))
+    train["logp_T"] = (infer["logp_T"] - lost_T).astype(np.float32)
+
+
+OF_FOREIGN: dict[str, Change] = {
+    "D09-mean-ratio": _mass_lost,
+    "D28-same-bits": _copied,
+    "constant-offset": _offset,
+}
 
 
 def _damage(run: Run) -> None:

@@ -259,6 +259,7 @@ VIEWS: Final[dict[str, View]] = {
         (Cell("since", lambda row: plain(f"decoder layer {row['decoder_layer']:.0f}, {row['what']}"
                                          if row["decoder_layer"] >= 0 else str(row["what"])), is_text=True),
          "times_p50", "times_max", "beyond_share", "gates_p50", "gates_beyond_share", "infer_over_train", "n_rows"),
+        n_markdown=12,
     ),
     "tail_curve": View(
         ("threshold", Cell("tau", lambda row: Markdown(sig(math.exp(row["threshold"])))), "share_above", "n_above",
@@ -275,6 +276,7 @@ VIEWS: Final[dict[str, View]] = {
     "agreement_by_layer": View(
         (_layer(), "same_set_rate", "cumulative_same_set_rate",
          Cell("overlap", lambda row: number(row["overlap"], "share")), "reorder_rate", "n_tokens"),
+        n_markdown=48,
     ),
     "flips_per_token": View(
         ("n_flipped_layers", "share", "independent_share", "abs_logp_diff_mean", "abs_logp_diff_p99", "n_tokens"),
