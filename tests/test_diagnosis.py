@@ -17,7 +17,7 @@ from synthetic_runs import SOFTMAX
 
 from moediag.diagnosis import Seen, distances, same_function, verdict, whose
 from moediag.diagnosis.causes import causes
-from moediag.diagnosis.function import NEAR_TIE, SAME, Distances, FunctionTest, compare_sequences
+from moediag.diagnosis.function import LEAST_SCALE, NEAR_TIE, SAME, Distances, FunctionTest, compare_sequences
 from moediag.diagnosis.ladder import engine_seconds
 from moediag.diagnosis.modules import MODULE_CHECKS, ModuleChecks
 from moediag.diagnosis.verdict import TONES, WORSE
@@ -133,6 +133,15 @@ def test_engines_that_agree_in_float32_are_called_healthy(healthy: Run) -> None:
     assert summary["verdict"]["next"]["commands"] == ["moediag simulate RUN"]
     assert summary["verdict"]["evidence"][0].startswith("against its own float32 ")
     assert 1 / WORSE < summary["distances"]["ratio"]["value"] < WORSE
+
+
+def test_no_rounding_scale_is_below_that_of_a_log_probability(healthy: Run) -> None:
+    """Bug: Llama 4 in float16, whose routers hardly move it, had a scale of 5e-8 nat: another function at 1e-6."""
+    found = same_function(healthy, list(healthy.arms()))
+    own, _ = compare_sequences(healthy, "train-fp32", "train-fp32-perturbed")
+    assert found is not None
+    assert own["sum"].sum() / own["n_tokens"].sum() < LEAST_SCALE
+    assert found.scale == LEAST_SCALE
 
 
 def test_engines_that_differ_in_float32_compute_different_functions(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
 from moediag.errors import CheckpointError
 from moediag.faults import FAULTS, RECORD, planted_checkpoint, spoil_arm
-from moediag.faults.catalogue import NO_RULE
 from moediag.faults.edits import permuted_experts
 from moediag.faults.planting import plant
 from moediag.hygiene import check_run
@@ -114,7 +113,7 @@ def test_permuted_experts_are_the_same_experts_stored_one_by_one_or_fused() -> N
 def test_every_right_answer_is_a_rule() -> None:
     for name, fault in FAULTS.items():
         assert fault.causes, name
-        assert set(fault.causes) <= {*RULES, NO_RULE}, name
+        assert set(fault.causes) <= {*RULES}, name
         ways = [fault.edit, fault.hook, fault.spoil]
         assert sum(way is not None for way in ways) == 1, f"{name} is planted in one way"
 

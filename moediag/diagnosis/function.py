@@ -39,6 +39,9 @@ FEW: Final = 0.05
 something about those sequences. Ours."""
 
 
+LEAST_SCALE: Final = 2.0**-22
+"""Rounding of a float32 log-softmax itself [nat]: half a unit in the last place of a log-sum-exp of 4 to 8. No rounding
+scale is smaller, however little a model's routers move (Llama 4 in float16, whose gates are nearly 0)."""
 _LEAST: Final = 1e-7
 """Distances below this are float32's own rounding of a log-probability [nat]."""
 
@@ -169,7 +172,8 @@ def same_function(run: Run, arms: Sequence[str]) -> FunctionTest | None:
     scale, scale_pair = None, None
     if perturbed is not None:
         own, _ = compare_sequences(run, train, perturbed)
-        scale, scale_pair = pooled_mean(own), run.pair_name(train, perturbed)
+        moved_by, scale_pair = pooled_mean(own), run.pair_name(train, perturbed)
+        scale = None if moved_by is None else max(moved_by, LEAST_SCALE)
     tested = tested_sequences(sequences)
     known = partial(
         FunctionTest,

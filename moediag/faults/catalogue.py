@@ -19,8 +19,6 @@ from moediag.faults.recorded import Spoil
 from moediag.run.recipes import TRANSFORMERS, VLLM
 
 FUNCTION, ROUNDING, RECORD = "function", "rounding", "record"
-NO_RULE: Final = "no rule"
-"""Stands in the place of a fault's causes where none of the rules looks for it."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +258,7 @@ FAULTS: Final[Mapping[str, Fault]] = {
     "doubled-rows": _record(
         "a block of rows stands twice in every sequence", causes=("D05-stale-rows",), spoil=recorded.doubled_rows),
     "rows-of-other-sequences": _record(
-        "two sequences have each other's routing rows", causes=(NO_RULE,),
+        "two sequences have each other's routing rows", causes=("D21-few-sequences",),
         spoil=recorded.other_sequences_rows),
     "rank-local": _record(
         "one rank of four kept its own rows", causes=("D07-rank-local",), spoil=recorded.rank_local),

@@ -371,7 +371,8 @@ _TABLE = (
          "turn the rollouts' settings off one by one: moediag diagnose CKPT -o RUN --turn OPTION=VALUE", DIAGNOSIS,
          threshold=f"mean abs(logp_diff) over the sum of both distances, low end of its interval; {FAR_WORDS}"),
     Rule("D21-few-sequences", "a few sequences differ by far more than the others do",
-         "a fault that depends on the prompt: a wrong token, state left behind, a length or a template", WARNING,
+         "a fault that depends on the prompt: a wrong token, another sequence's rows, state left behind, a length",
+         WARNING,
          "the worst sequences alone, in either engine", DIAGNOSIS,
          threshold="in float32, sequences with rows that differ (as the other rules of float32 count them): fewer than "
          "half, and none in the others; else mean abs(logp_diff) of a sequence over the median sequence's; 30, and no "
