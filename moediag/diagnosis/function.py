@@ -156,6 +156,12 @@ def float32_arms(run: Run, arms: Sequence[str]) -> tuple[str, str] | None:
     return train, infer
 
 
+def perturbed_arm(run: Run, arms: Sequence[str], of: str) -> str | None:
+    """The arm that repeats another with its numbers moved by one unit in the last place; None without one."""
+    moved = (arm for arm in arms if run.arm(arm).variant_of == of and run.arm(arm).change == "perturbation")
+    return next(moved, None)
+
+
 def same_function(run: Run, arms: Sequence[str]) -> FunctionTest | None:
     """Hold both engines' float32 arms against each other; None where there are not both.
 
@@ -166,8 +172,7 @@ def same_function(run: Run, arms: Sequence[str]) -> FunctionTest | None:
     if both is None:
         return None
     train, infer = both
-    moved = (arm for arm in arms if run.arm(arm).variant_of == train and run.arm(arm).change == "perturbation")
-    perturbed = next(moved, None)
+    perturbed = perturbed_arm(run, arms, train)
     sequences, flips = compare_sequences(run, train, infer)
     scale, scale_pair = None, None
     if perturbed is not None:

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from moediag.diagnosis.function import SAME, compared_flips, float32_arms
+from moediag.diagnosis.function import SAME, compared_flips, float32_arms, perturbed_arm
 from moediag.diagnosis.gate_formula import bases_of, formula_words, formulas_of, weights_of
 from moediag.frames import Column, declare, measured, with_ci
 from moediag.notation import INFER, TRAIN
@@ -198,8 +198,7 @@ def layers_apart(run: Run, arms: Sequence[str]) -> LayersApart | None:
     if both is None:
         return None
     train, infer = both
-    moved = (arm for arm in arms if run.arm(arm).variant_of == train and run.arm(arm).change == "perturbation")
-    if (perturbed := next(moved, None)) is None:
+    if (perturbed := perturbed_arm(run, arms, train)) is None:
         return None
     parts = [_rows(run, shard, train, infer, perturbed) for shard in run.shards_of(train)]
     rows = _Rows.joined(parts)

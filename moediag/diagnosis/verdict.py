@@ -18,7 +18,6 @@ from moediag.diagnosis.causes import (
     Summary,
     high_of,
     is_doubtful_float32,
-    low_of,
     ruled_out,
     untold,
 )
@@ -90,13 +89,16 @@ def _verdict(seen: Seen, causes: Sequence[Finding]) -> dict[str, Any]:
         likely = "; ".join(dict.fromkeys(fault.cause for fault in seen.recorded.faults))
         return _words(FAULT, seen.recorded.words, f"in the recorded log-probabilities: {likely}",
                       seen.recorded.next_check)  # fmt: skip
-    if (repeats := _not_repeating(seen)) is not None:
-        return repeats
+    fired = {one.rule: one for one in causes}
+    if (repeats := fired.get("not-repeating")) is not None:
+        return _words(NOT_REPEATING, repeats.message, f"in {repeats.where}: kernels, state or memory",
+                      f"find out why {repeats.where} does not repeat itself before comparing it with anything: other "
+                      "batches, eager execution, no cache", VALIDATE)  # fmt: skip
     if seen.function is not None and not seen.weights:
         if seen.is_other:
             return _other_function(seen, seen.function, causes)
         if seen.is_same:
-            return _same_function(seen, seen.function)
+            return _same_function(seen, seen.function, causes)
     cut = seen.first_layers if seen.function is None and not seen.weights else None
     if seen.modules is not None and seen.modules.is_off and not seen.weights:
         reason = f"on the same inputs a module of {seen.both} differs by more than rounding"
@@ -105,22 +107,6 @@ def _verdict(seen: Seen, causes: Sequence[Finding]) -> dict[str, Any]:
         found = _other_function(seen, cut.function, causes)
         return {**found, "reason": f"cut to {cut.part}: {found['reason']}"}
     return _by_scale(seen)
-
-
-def _not_repeating(seen: Seen) -> dict[str, Any] | None:
-    """An engine whose own floor is far above the rounding scale."""
-    for side in (INFER, TRAIN):
-        line, rounding = (seen.floor or {}).get(side), seen.rounding
-        if line and rounding and low_of(line) > FAR * high_of(rounding):
-            engine = line["engine"]
-            reason = (
-                f"{engine} scores the same tokens {line['mean']:.3g} nat away from its own first pass, "
-                f"{line['mean'] / rounding['mean']:.3g} times what one unit in the last place does to this model"
-            )
-            where = f"in {engine}: kernels, state or memory"
-            return _words(NOT_REPEATING, reason, where, f"find out why {engine} does not repeat itself before "
-                          "comparing it with anything: other batches, eager execution, no cache", VALIDATE)  # fmt: skip
-    return None
 
 
 def _other_function(seen: Seen, function: FunctionTest, causes: Sequence[Finding]) -> dict[str, Any]:
@@ -169,7 +155,7 @@ def _third_party(seen: Seen) -> tuple[str, ...]:
     return more, THIRD_PARTY
 
 
-def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
+def _same_function(seen: Seen, function: FunctionTest, causes: Sequence[Finding]) -> dict[str, Any]:
     agreed = (
         f"{seen.both} compute the same function: in float32 they differ by {_nat(function.mean)} on average, "
         f"{sig(function.times)} times what one float32 unit in the last place does ({function.n_sequences} sequences, "
@@ -198,11 +184,10 @@ def _same_function(seen: Seen, function: FunctionTest) -> dict[str, Any]:
             f"bits than in {seen.engine(other)} (router, head, KV cache, quantised activations)",
             *_rounding_next(seen),
         )  # fmt: skip
-    production = seen.pair["logp"]["abs_logp_diff"]["mean_ci"]
-    if rounding and production and production[0] > FAR * (apart.infer.value + apart.train.value):
-        # each engine is near the function, and yet the pair in use is farther apart than the triangle allows
+    settings = next((one for one in causes if one.rule == "rollout-settings"), None)
+    if settings is not None:
         return _words(
-            ABOVE_ROUNDING, f"{agreed}; but the rollouts are {sig(production[0])} nat and more from train",
+            ABOVE_ROUNDING, f"{agreed}; but {settings.message}",
             "in the settings that rollouts run with (sampling, cache, graphs), not in the model",
             "turn the rollouts' settings off one by one", VALIDATE,
         )  # fmt: skip
