@@ -13,7 +13,7 @@ from hygiene_captures import FAULTS, Healthy, make, plant, records_of, write_dum
 from moediag.cli.main import main
 from moediag.errors import DumpError
 from moediag.hygiene.foreign import check_file
-from moediag.hygiene.rules import RULES
+from moediag.hygiene.rules import DIAGNOSIS, RULES
 from moediag.importers.sequences import read_sequences
 
 SHAPE = (16, 4, 6)
@@ -130,7 +130,8 @@ def test_validate_prints_errors_first_with_places_cause_and_a_summary(
     assert levels[:-1] == sorted(levels[:-1], key=["error", "warning", "note"].index)
     assert lines[-1].startswith(f"{run.path}: 1 errors, 0 warnings, ")
     n_rows = 2 * sum(len(run.tokens(shard)) for shard in run.shards)
-    assert f" of {len(RULES)} rules applied to {n_rows:,} token rows; left out: " in lines[-1]
+    n_rules = sum(rule.needs != DIAGNOSIS for rule in RULES.values())
+    assert f" of {n_rules} rules applied to {n_rows:,} token rows; left out: " in lines[-1]
 
 
 def test_the_table_of_rules_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,8 +179,11 @@ def test_a_bug_found_logprobs_are_compared_although_one_side_alone_has_routing(
         "at lag +1" in out
     )
     summary = out.splitlines()[-1]
-    left_out = check_file(tmp_path / "dump.jsonl").left_out
-    assert f"{len(RULES) - sum(map(len, left_out.values()))} of {len(RULES)} rules applied" in summary
+    inspection = check_file(tmp_path / "dump.jsonl")
+    n_applied = sum(rule.needs in inspection.has for rule in RULES.values())
+    n_rules = sum(rule.needs != DIAGNOSIS for rule in RULES.values())
+    assert n_applied + sum(map(len, inspection.left_out.values())) == n_rules < len(RULES)
+    assert f"{n_applied} of {n_rules} rules applied" in summary, "rules of the diagnosis used to count as applied"
     assert "D01-row-lag, D02-layer-lag, D02-layer-at-chance because no expert ids of both sides" in summary
 
 

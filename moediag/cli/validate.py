@@ -88,14 +88,13 @@ def _inspect(targets: list[Path], num_experts: int | None, first_row: int, **of_
 
 def _show(target: Path, inspection: Inspection, as_json: bool) -> None:
     from moediag.cli.console import say, say_json
-    from moediag.hygiene.rules import RULES
 
     findings = inspection.findings
     if as_json:
         say_json(
             {
                 "n_errors": inspection.n_errors,
-                "n_rules": len(RULES),
+                "n_rules": inspection.n_rules,
                 "n_applied": inspection.n_applied,
                 "left_out": inspection.left_out,
                 "n_rows": inspection.n_rows,
@@ -109,7 +108,7 @@ def _show(target: Path, inspection: Inspection, as_json: bool) -> None:
     counts = ", ".join(
         f"{sum(finding.level == level for finding in findings)} {level}s" for level in ("error", "warning", "note")
     )
-    applied = f"{inspection.n_applied} of {len(RULES)} rules applied to {inspection.n_rows:,} token rows"
+    applied = f"{inspection.n_applied} of {inspection.n_rules} rules applied to {inspection.n_rows:,} token rows"
     without = "; ".join(f"{', '.join(names)} because no {what}" for what, names in inspection.left_out.items())
     say(f"{target}: {counts}; {applied}{f'; left out: {without}' if without else ''}")
 

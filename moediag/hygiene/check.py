@@ -78,8 +78,13 @@ class Inspection:
 
     @property
     def n_applied(self) -> int:
-        """Rules applied, of all there are."""
-        return len(RULES) - sum(map(len, self.left_out.values()))
+        """Rules that were applied; those of the diagnosis never are here."""
+        return sum(rule.needs in self.has for rule in RULES.values())
+
+    @property
+    def n_rules(self) -> int:
+        """Rules that could be applied where everything is there."""
+        return self.n_applied + sum(map(len, self.left_out.values()))
 
     @property
     def n_errors(self) -> int:
