@@ -211,6 +211,27 @@ def test_stale_blocks_of_many_sequences_name_their_common_size() -> None:
     assert "multiples" not in stale_message(70, 76, length=200, n=12)
 
 
+@pytest.mark.parametrize("size", [24, 40, 72])
+def test_stale_blocks_name_the_size_of_a_cuda_graph_that_is_no_power_of_two(size: int) -> None:
+    """Only powers of two were tried, while engines capture graphs for 1, 2, 4, 8, 16, 24, ..., 272, 288, ..."""
+    h = Healthy(shape=(16, 4, 6), n_prompts=8, prompt_length=6, response_length=1200, certain_share=0.05)
+    tokens, train, infer = make(h)
+    for array in infer.arrays().values():
+        for nth, (first, _) in enumerate(tokens.sequence_bounds() if array.ndim > 1 else []):
+            start = first + size * (nth + 1)
+            array[start : start + 6] = array[first + 10]
+    (found,) = [f for f in all_findings(h, tokens, train, infer) if f.rule == "D05-stale-rows"]
+    assert f"8 of 8 places of blocks touch multiples of {size} (by chance {41 * (7 / size) ** 8:.2g})" in found.message
+    assert found.message.endswith("or CUDA graph, which vLLM and SGLang capture?")
+
+
+def test_stale_blocks_at_one_place_are_one_piece_of_evidence_for_a_graph_s_size() -> None:
+    message = stale_message(40, 46, length=400, n=12)
+    assert "multiples" not in message
+    assert "from position 41 of sequence 0, at 40: vLLM and SGLang capture CUDA graphs of that size" in message
+    assert "CUDA graphs" not in stale_message(42, 47, length=400, n=12)
+
+
 @pytest.mark.parametrize("size", [16, 64, 512])
 def test_a_size_is_named_no_more_often_than_its_chance(size: int) -> None:
     """Blocks that begin anywhere: a size in at most 5 % of findings, within what 400 of them show."""

@@ -19,7 +19,7 @@ Evidence, at each distance d = 1 .. 64 (d = 1: a step's buffer not refreshed; d 
     - with ids alone, same sets in all layers, against :func:`moediag.hygiene.chance.joint_rate` of neighbours; for
       d > 1 only matches inside runs of at least 3. At L <= 2, or where every set is popular, ids alone do not decide.
     What lies behind it is often a size: a prefill chunk, a cache block. Blocks of stale rows that touch multiples of a
-    power of two more often than their lengths explain name that size (:class:`_Blocks`).
+    power of two, or of a CUDA graph's size, more often than their lengths explain name that size (:class:`_Blocks`).
 
 **Missing** (D06, D07, D08), :class:`Completeness`: which rows lack routing, and why: the sampled last token, a rank's
 share, a cached prefix, or no known pattern. Counts of whole sequences, so that the order of sequences and the shards do
@@ -50,6 +50,10 @@ _CHUNK = 1024
 _SIZES = tuple(2**i for i in range(4, 14))
 """Sizes whose multiples stale rows may begin or end at: cache blocks are 16 tokens and up, prefill chunks up to 8,192
 (SGLang's and vLLM's defaults)."""
+_GRAPHS = tuple(n for n in (*range(24, 256, 8), *range(272, 512, 16)) if n & (n - 1))
+"""Other sizes that both capture CUDA graphs for (vLLM 0.32 config/vllm.py, SGLang server_args.py): a batch is padded to
+the next of them. Each is a test of its own, so a chance counts this many times; and they lie so close that all blocks
+at one place are one piece of evidence."""
 _BY_CHANCE = 0.05
 """Chance below which a size is named in a finding that stands without it; it is shown."""
 
@@ -191,7 +195,8 @@ class _Blocks:
 
     def __init__(self) -> None:
         self._n, self._n_positions = 0, 0
-        self._touch_S = np.zeros(len(_SIZES), dtype=np.int64)
+        self._touch = dict.fromkeys(_SIZES, 0)
+        self._places: set[tuple[int, int]] = set()
         self._longest = (0, 0, 0)  # length, then sequence and first position, negated: the first of equal ones
 
     def add(self, rows: Rows, late_T: NDArray[np.bool_], alike_T: NDArray[np.bool_], before: int) -> None:
@@ -215,8 +220,9 @@ class _Blocks:
         low_N, high_N = np.maximum(first_N - before, 1)[is_own_N], (first_N + length_N)[is_own_N]
         self._n += len(low_N)
         self._n_positions += int((high_N - low_N + 1).sum())
-        for which, size in enumerate(_SIZES):
-            self._touch_S[which] += int((high_N // size > (low_N - 1) // size).sum())
+        for size in self._touch:
+            self._touch[size] += _n_touching(size, low_N, high_N)
+        self._places.update(zip(low_N.tolist(), high_N.tolist(), strict=True))
 
     def text(self) -> str:
         """The longest block, and the size that their positions name, if any."""
@@ -225,18 +231,32 @@ class _Blocks:
         if not self._n:
             return words
         mean = self._n_positions / self._n
+        touching = {size: (n_touch, self._n, 1) for size, n_touch in self._touch.items()}
+        low_N, high_N = np.array(sorted(self._places)).T
+        touching |= {size: (_n_touching(size, low_N, high_N), len(low_N), len(_GRAPHS)) for size in _GRAPHS}
         # multiples of a power of two are those of every smaller one: the least chance of all is no more than its value
-        chance_S = [
-            float(stats.binom.sf(n_touch - 1, self._n, min(1.0, mean / size)))
-            for n_touch, size in zip(self._touch_S.tolist(), _SIZES, strict=True)
-        ]
-        which = min(range(len(_SIZES)), key=lambda i: chance_S[i])
-        if chance_S[which] >= _BY_CHANCE:
+        chances = {
+            size: n_tests * float(stats.binom.sf(n_touch - 1, n, min(1.0, mean / size)))
+            for size, (n_touch, n, n_tests) in touching.items()
+        }
+        size = min(chances, key=lambda one: chances[one])
+        if chances[size] < _BY_CHANCE:
+            n_touch, n, _ = touching[size]
+            what = "blocks touch" if size in _SIZES else "places of blocks touch"
+            graph = ", which vLLM and SGLang capture" if size in _GRAPHS else ""
+            return (
+                f"{words}; {n_touch:,} of {n:,} {what} multiples of {size:,} (by chance {chances[size]:.2g}): is that "
+                f"the size of a prefill chunk, cache block or CUDA graph{graph}?"
+            )
+        at_size = next((one for one in (first, first - 1) if one in _GRAPHS), None)
+        if at_size is None:
             return words
-        return (
-            f"{words}; {self._touch_S[which]:,} of {self._n:,} blocks touch multiples of {_SIZES[which]:,} (by chance "
-            f"{chance_S[which]:.2g}): is that the size of a prefill chunk, cache block or graph?"
-        )
+        return f"{words}, at {at_size}: vLLM and SGLang capture CUDA graphs of that size (every 8, so one block in 4)"
+
+
+def _n_touching(size: int, low_N: NDArray[np.int64], high_N: NDArray[np.int64]) -> int:
+    """Blocks of positions that hold a multiple of a size."""
+    return int((high_N // size > (low_N - 1) // size).sum())
 
 
 class Stale:
