@@ -5,6 +5,7 @@ Usage: python tests/rule_tables.py
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,10 +26,14 @@ from hygiene_captures import (
     write_dump,
     write_run,
 )
+from test_hygiene_logged import sampled
+from test_run_vocabulary import make_run as make_vocabulary_run
+from test_run_vocabulary import write_shard
 
 from moediag.hygiene import Finding, check_pair, check_run
 from moediag.hygiene.foreign import check_file
 from moediag.hygiene.rules import DIAGNOSIS, RULES
+from moediag.results.trend import measure_trend
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
@@ -197,6 +202,11 @@ def rule_examples(folder: Path) -> dict[str, tuple[list[Finding], list[Finding]]
             edit(record)
         found[name] = check_file(write_dump(folder / f"{name}.jsonl", some), 16).findings, healthy_dump
     found["D10-sampling-temperature"] = _of_table(folder, 0.7), _of_table(folder, 1.0)
+    for name, change in OF_LONG_TABLES.items():
+        found[name] = _of_long_table(folder, change), _of_long_table(folder)
+    for name, columns in OF_SERIES.items():
+        found[name] = _of_series(folder, columns), _of_series(folder, {**columns, **HEALTHY_SERIES})
+    found["D31-distribution"] = _of_distributions(folder)
     return found
 
 
@@ -208,6 +218,70 @@ def _of_table(folder: Path, temperature: float) -> list[Finding]:
     frame = pd.DataFrame({name: values[rows] for name, values in columns.items()}).assign(temperature=temperature)
     frame.to_parquet(path := folder / f"tokens-{temperature}.parquet")
     return check_file(path).findings
+
+
+def _of_long_table(folder: Path, change: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame) -> list[Finding]:
+    """Of 24 sequences of 320 tokens, sampled from what infer scores."""
+    train, infer = sampled(0, (24, 320), 0.02)
+    seq_id, position = np.indices(train.shape)
+    columns = {"seq_id": seq_id, "position": position, "logp_train": train, "logp_infer": infer}
+    change(pd.DataFrame({name: values.ravel() for name, values in columns.items()})).to_parquet(
+        path := folder / "long.parquet"
+    )
+    return check_file(path).findings
+
+
+def _far(frame: pd.DataFrame, is_far: Any) -> pd.DataFrame:
+    """Noise of the logits eight times as large in some tokens."""
+    wild, _ = sampled(0, (24, 320), 0.16)
+    return frame.assign(logp_train=np.where(is_far, wild.ravel(), frame["logp_train"]))
+
+
+def _versions(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(weight_version=np.where(frame["position"] < 120, "4", "5"))
+
+
+OF_LONG_TABLES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "mixed-versions": _versions,
+    "stale-segments": lambda frame: _far(_versions(frame), frame["position"] < 120),
+    "regime-change": lambda frame: _far(frame, frame["position"] >= 120),
+    "no-sequences": lambda frame: frame[["logp_train", "logp_infer"]],
+    "not-estimable": lambda frame: frame.assign(
+        # a healthy run as published (verl issue 7242)
+        logp_train=np.minimum(frame["logp_infer"] - 0.0045 + 0.1 * np.random.default_rng(0).normal(size=len(frame)), 0)
+    ),
+}
+
+
+def _of_series(folder: Path, columns: dict[str, Any]) -> list[Finding]:
+    pd.DataFrame(columns).to_csv(path := folder / "steps.csv", index=False)
+    return list(measure_trend([path], None, None).findings)
+
+
+_CACHE = np.arange(24) % 6
+HEALTHY_SERIES = {"mean_abs_logp_diff": 0.016}
+"""At every step."""
+OF_SERIES: dict[str, dict[str, Any]] = {
+    # unsharded 0.017 nat, sharded in two a collapse after two steps (MarinFold issue 236)
+    "D25-first-update": {"step": range(3), "mean_abs_logp_diff": [0.0175, 0.0175, 66.5]},
+    "D27-lr-zero": {"step": range(3), "mean_abs_logp_diff": [0.0175, 0.0175, 66.5], "lr": [0.0] * 3},
+    "D26-grows-resets": {"step": range(24), "mean_abs_logp_diff": 0.015 * 1.05**_CACHE,
+                         "restart": ((_CACHE == 0) & (np.arange(24) > 0)).astype(int)},
+    # sharded in eight (the same)
+    "beyond-rounding": {"step": range(2), "mean_abs_logp_diff": [1.33, 60.0]},
+    "start-level": {"step": range(2), "mean_abs_logp_diff": [0.11, 0.1]},
+    "infinite-metric": {"step": range(3), "mean_abs_logp_diff": [0.0175, 0.0175, math.inf]},
+}  # fmt: skip
+"""Series over training steps, some as reported in public."""
+
+
+def _of_distributions(folder: Path) -> tuple[list[Finding], list[Finding]]:
+    run = make_vocabulary_run(folder / "distributions")
+    shard = run.shards[0]
+    healthy, vocab = check_run(run), run.load_vocab("train", shard)
+    assert vocab is not None
+    write_shard(run, "train", shard, replace(vocab, logps_NV=np.roll(vocab.logps_NV, 1, axis=1)))
+    return check_run(run), healthy
 
 
 def rules_text(folder: Path) -> str:

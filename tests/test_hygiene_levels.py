@@ -59,7 +59,7 @@ def test_a_change_of_weights_inside_sequences_is_named_with_its_place() -> None:
     found = [one for one in findings_of(table(*updated_in_the_middle(0, 8))) if one.level != "note"]
     assert [one.rule for one in found] == ["regime-change"]
     assert found[0].n is not None
-    assert found[0].n > 25
+    assert found[0].n > 20
     assert all(abs(place.position - 120) < 24 for place in found[0].places)
 
 
@@ -115,6 +115,60 @@ def test_the_place_of_a_change_is_that_of_a_plain_loop(seed: int, n: int) -> Non
     at, chance = change_point(level)
     assert sums[at - 1] == pytest.approx(max(sums[:-1]))
     assert 0 <= chance <= 1
+
+
+@pytest.mark.parametrize("tail", [1.2, 2.0, math.inf])
+@pytest.mark.parametrize("growth", [1.0, 5.0, 10.0])
+def test_a_bug_found_a_level_that_rises_slowly_is_no_change_of_regime(growth: float, tail: float) -> None:
+    """Levels that grew fivefold over 400 tokens were called a sharp change in one table of twenty: the sums pass a slow
+    rise in the end, and one large value beside the place gave the ratio."""
+    rng = np.random.default_rng(int(growth))
+    infer = -rng.exponential(size=(640, 400))
+    size = rng.normal(size=infer.shape) if math.isinf(tail) else rng.standard_t(tail, infer.shape)
+    rise = 1 + (growth - 1) * np.arange(400) / 400
+    train = np.minimum(infer + 0.05 * rise * size * -np.expm1(infer), 0.0)
+    assert "regime-change" not in [one.rule for one in findings_of(table(train, infer))]
+
+
+def versions_of(shape: tuple[int, ...], at: int) -> np.ndarray:
+    return np.where(np.arange(shape[1]) < at, "4", "5")[None].repeat(shape[0], axis=0).astype(object)
+
+
+def test_weights_that_change_inside_sequences_are_counted_and_placed(tmp_path: Path) -> None:
+    """A rollout resumed after a weight update (verl issue 6029): what stands on either side of the seam is of two
+    models, and nothing said so."""
+    train, infer = noisy(0, (12, 60))
+    version = versions_of(train.shape, 40)
+    version[:6] = "5"
+    version[:, -1] = None
+    found = findings_of(table(train, infer), weight_version_T=version.ravel())
+    assert [(one.rule, one.level) for one in found] == [("mixed-versions", "note")]
+    assert (found[0].n, found[0].n_of) == (6 * 40, 12 * 59)
+    assert [(place.seq_id, place.position) for place in found[0].places] == [(i, 40) for i in range(6, 11)]
+    assert "in 6 of 12 sequences weights change, at 6 places (version 4 to 5 at the first)" in found[0].message
+    frame = table(train, infer).assign(weight_version=version.ravel())
+    frame.to_parquet(tmp_path / "t.parquet")
+    assert [one.message for one in check_file(tmp_path / "t.parquet").findings] == [found[0].message]
+
+
+@pytest.mark.parametrize("factor", [1 / 4, 1.0, 4.0])
+def test_segments_of_earlier_weights_that_differ_more_or_less_are_a_warning(factor: float) -> None:
+    train, infer = noisy(0, (32, 120), noise=0.05)
+    other, _ = noisy(0, (32, 120), noise=0.05 * factor)
+    train = np.where(np.arange(120) < 50, other, train)
+    found = findings_of(table(train, infer), weight_version_T=versions_of(train.shape, 50).ravel())
+    if factor == 1:
+        assert [one.rule for one in found] == ["mixed-versions"]
+        return
+    assert serious(found) == ["stale-segments"]
+    (message,) = [one.message for one in found if one.rule == "stale-segments"]
+    uncertain, early = infer < math.log(0.99), np.broadcast_to(np.arange(120) < 50, infer.shape)
+    size = np.abs(train.astype(np.float32).astype(float) - infer.astype(np.float32).astype(float))
+    level = size / -np.expm1(infer)
+    ratio = level[uncertain & early].mean() / level[uncertain & ~early].mean()
+    means = [f"{size[uncertain & part].mean():.3g} nat" for part in (early, ~early)]
+    assert all(mean in message for mean in means)
+    assert f"{ratio:.3g} times as much" in message
 
 
 def of_a_healthy_run(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -7,13 +7,11 @@ from pathlib import Path
 from conftest import REPOSITORY
 from rule_tables import rule_examples, rules_text
 
-from moediag.hygiene.rules import DIAGNOSIS, RULES, SERIES
+from moediag.hygiene.rules import DIAGNOSIS, RULES
 
 TEXT = (REPOSITORY / "reports" / "rules.md").read_text()
-NO_EXAMPLE = {"D14-other-rule", "D31-distribution", "regime-change", "not-estimable", "no-sequences",
-              *(rule.name for rule in RULES.values() if rule.needs == SERIES)}  # fmt: skip
-"""What needs an engine whose router breaks its rule, whole distributions, a table of its own (test_hygiene_levels.py)
-or a series (test_series.py)."""
+NO_EXAMPLE = {"D14-other-rule"}
+"""What needs an engine whose router breaks its rule."""
 
 
 def test_the_page_is_what_the_rules_say(tmp_path: Path) -> None:

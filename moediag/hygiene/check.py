@@ -17,7 +17,7 @@ from moediag.errors import RunError
 from moediag.hygiene.buffers import Completeness, Filler, Stale, count_prefixes
 from moediag.hygiene.expert_ids import Identifiers, LayerAtChance, LayerLag, RowLag, TwinLayers
 from moediag.hygiene.findings import Finding, by_level, finding
-from moediag.hygiene.levels import ConstantOffset, RegimeChange
+from moediag.hygiene.levels import ConstantOffset, MixedVersions, RegimeChange, StaleSegments
 from moediag.hygiene.logps import (
     ContradictedZeros,
     Logps,
@@ -34,6 +34,7 @@ from moediag.hygiene.rules import (
     BOTH_GATES,
     BOTH_IDS,
     BOTH_LOGPS,
+    BOTH_VERSIONS,
     DISTRIBUTIONS,
     ENTROPIES,
     ERROR,
@@ -46,6 +47,7 @@ from moediag.hygiene.rules import (
     MARGINS,
     N_EXPERTS,
     RULES,
+    VERSIONS,
     WARNING,
     left_out,
 )
@@ -117,7 +119,7 @@ class ArmHygiene:
     """Every rule about one arm, fed shard by shard."""
 
     def __init__(self, shape: Shape, is_sampled: bool) -> None:
-        self._rules: list[_ArmRule] = [Logps(), StoredBits()]
+        self._rules: list[_ArmRule] = [Logps(), StoredBits(), *([MixedVersions()] if is_sampled else [])]
         self._completeness = Completeness(is_sampled)
         if shape.n_layers:
             self._rules += [Identifiers(shape), Filler(shape), TwinLayers(shape), Stale(shape), RouterScores(shape)]
@@ -130,7 +132,7 @@ class ArmHygiene:
         self.n_rows += len(rows)
         if not len(rows):
             return
-        self.has |= what_is_there(rows.capture)
+        self.has |= what_is_there(rows.capture) | ({VERSIONS} if rows.tokens.weight_version_T is not None else set())
         if rows.shape.n_layers:
             self._completeness.add(rows)
         for rule in self._rules:
@@ -163,8 +165,9 @@ class PairHygiene:
         self._rules: list[_PairRule] = [Temperature(), ConstantOffset()]
         self._rules = [OtherSequence(), *self._rules] if has_places else self._rules
         self._zeros = [ContradictedZeros(arm) for arm in arms]
-        self._foreign_rules: list[_PairRule] = [SameBits(), MeanRatio()] if is_foreign else []
-        self._foreign_rules += [RegimeChange()] if is_foreign and has_places else []
+        self._last_rules: list[_PairRule] = [StaleSegments()] if has_places else []
+        self._last_rules += [SameBits(), MeanRatio()] if is_foreign else []
+        self._last_rules += [RegimeChange()] if is_foreign and has_places else []
         self._routed_rules: list[_PairRule] = []
         if shape.n_layers:
             self._routed_rules = [RowLag(shape), LayerLag(shape), LayerAtChance(shape), GateFactor(shape)]
@@ -174,7 +177,7 @@ class PairHygiene:
         """Feed a shard of both arms."""
         self._zeros[0].add(train, infer)
         self._zeros[1].add(infer, train)
-        for rule in (*self._shifts, *self._rules, *self._foreign_rules, *self._routed_rules):
+        for rule in (*self._shifts, *self._rules, *self._last_rules, *self._routed_rules):
             rule.add(train, infer)
 
     def findings(self, where: str) -> list[Finding]:
@@ -182,7 +185,7 @@ class PairHygiene:
         found = [item for rule in self._shifts for item in rule.findings(where)]
         found = found or [item for rule in self._rules for item in rule.findings(where)]
         found += [item for side in self._zeros for item in side.findings(where)]
-        found = found or [item for rule in self._foreign_rules for item in rule.findings(where)]
+        found = found or [item for rule in self._last_rules for item in rule.findings(where)]
         return found + [item for rule in self._routed_rules for item in rule.findings(where)]
 
 
@@ -321,7 +324,8 @@ def what_is_there(capture: Capture) -> set[str]:
 def both_have(train: Collection[str], infer: Collection[str]) -> set[str]:
     """What two sides have for the rules about both."""
     both = {LOGPS: BOTH_LOGPS, IDS: BOTH_IDS, GATES: BOTH_GATES}
-    return {both[what] for what in both if what in train and what in infer}
+    found = {both[what] for what in both if what in train and what in infer}
+    return found | ({BOTH_VERSIONS} if BOTH_LOGPS in found and VERSIONS in infer else set())
 
 
 def _has_distributions(run: Run, arm: str) -> bool:

@@ -18,7 +18,17 @@ from moediag.hygiene.chance import ALPHA
 from moediag.hygiene.check import Inspection, check_capture, check_pair
 from moediag.hygiene.findings import Finding, Place, by_level, finding
 from moediag.hygiene.levels import not_estimable
-from moediag.hygiene.rules import BOTH_LOGPS, ENTROPIES, ERROR, FOREIGN, LOGPS, TEMPERATURES, WARNING
+from moediag.hygiene.rules import (
+    BOTH_LOGPS,
+    BOTH_VERSIONS,
+    ENTROPIES,
+    ERROR,
+    FOREIGN,
+    LOGPS,
+    TEMPERATURES,
+    VERSIONS,
+    WARNING,
+)
 from moediag.importers.tokens import LoggedTokens
 from moediag.notation import INFER, TRAIN
 from moediag.run.capture import Capture, TokenRows
@@ -29,6 +39,7 @@ def inspect_tokens(tokens: LoggedTokens) -> Inspection:
     has = {FOREIGN, LOGPS, BOTH_LOGPS}
     has |= {ENTROPIES} if "entropy" in tokens.columns else set()
     has |= {TEMPERATURES} if "temperature" in tokens.columns else set()
+    has |= {VERSIONS, BOTH_VERSIONS} if "weight_version" in tokens.columns else set()
     return Inspection(check_logged(tokens), frozenset(has), 2 * len(tokens))
 
 
@@ -48,6 +59,7 @@ def check_logged(tokens: LoggedTokens, *, is_foreign: bool = True) -> list[Findi
         "sequence_names_S": tokens.seq_id_S,
         "prompt_T": tokens.prompt_row_S[tokens.row_T],
         "entropy_T": tokens.get("entropy"),
+        "weight_version_T": tokens.get("weight_version"),
         "is_foreign": is_foreign,
         "has_places": tokens.has_places,
     }
@@ -100,7 +112,11 @@ def _check_temperatures(
     if any(one.rule == "D10-temperature" for one in found):
         return more
     for words, is_here_T in (("below", is_other_T & (temperature_T < 1)), ("above", is_other_T & (temperature_T > 1))):
-        parts = {name: facts[name][is_here_T] for name in ("prompt_T", "entropy_T") if facts[name] is not None}
+        parts = {
+            name: facts[name][is_here_T]
+            for name in ("prompt_T", "entropy_T", "weight_version_T")
+            if facts[name] is not None
+        }
         alone = check_tokens(*(column[is_here_T] for column in columns), **{**facts, **parts})
         for one in alone:
             if one.rule == "D10-temperature":
@@ -118,6 +134,7 @@ def check_tokens(
     prompt_T: NDArray[Any] | None = None,
     token_id_T: NDArray[Any] | None = None,
     entropy_T: ArrayLike | None = None,
+    weight_version_T: NDArray[Any] | None = None,
     arms: tuple[str, str] = (TRAIN, INFER),
     is_foreign: bool = True,
     has_places: bool = True,
@@ -133,6 +150,7 @@ def check_tokens(
         prompt_T: prompt of every token; None = every sequence has its own.
         token_id_T: token ids.
         entropy_T: entropies of infer's distribution [nat].
+        weight_version_T: version of the weights that sampled every token; empty or None = not known.
         arms: names of the two sides, train first.
         is_foreign, has_places: as for :class:`~moediag.hygiene.check.PairHygiene`.
     """
@@ -153,6 +171,7 @@ def check_tokens(
         position_T=index_N.astype(np.int32),
         token_id_T=(infer_N.view(np.int32) if token_id_T is None else token_id_T[order_N]).astype(np.int64),
         is_response_T=np.ones(len(row_N), dtype=np.bool_),
+        weight_version_T=None if weight_version_T is None else _versions(weight_version_T[order_N]),
     )
     entropy_N = None if entropy_T is None else np.asarray(entropy_T, dtype=np.float32)[order_N]
     train, infer = Capture(train_N), Capture(infer_N, entropy_N)
@@ -200,6 +219,11 @@ def check_steps(
         alone = check(order_T[start:end], sequence_T, sequence_names_S) if len(steps) > 1 else []
         found += [replace(item, where=f"step {step} {item.where}") for item in alone if item.rule not in known]
     return by_level(found)
+
+
+def _versions(version_N: NDArray[Any]) -> NDArray[np.object_]:
+    """As a token table has them: None = not known."""
+    return np.array([one or None for one in version_N], dtype=object)
 
 
 def _sample_index(prompt_N: NDArray[Any], start_S: NDArray[Any]) -> NDArray[np.int32]:

@@ -22,6 +22,8 @@ MARGINS, LOGITS = "margins", "router logits"
 BOTH_TOKENS = "token ids of both sides"
 FOREIGN = "data of another tool"
 TEMPERATURES = "sampling temperatures"
+VERSIONS = "weight versions"
+BOTH_VERSIONS = "weight versions beside log-probabilities of both sides"
 """What a rule may need, in words that follow "no"."""
 DIAGNOSIS = "diagnosis"
 SERIES = "series over training steps (moediag trend)"
@@ -314,8 +316,23 @@ _TABLE = (
          WARNING, "which weight version, chunk or cached prefix begins there? compare the places over sequences",
          FOREIGN,
          threshold="largest partial sum of which side of its median abs(logp_diff) / (1 - p_infer) is on; "
-         "1 in a million over all sequences (Kolmogorov), a level 3 times as high beside it (ours), and above 0.028 "
-         "nat, the highest mean of a healthy stack (GLM-4.5-Air)"),
+         "1 in a million over all sequences (Kolmogorov), and as rarely a step between lines through both sides, so "
+         "that no slow rise counts; a level 3 times as high beside it (ours), and above 0.028 nat, the highest mean "
+         "of a healthy stack (GLM-4.5-Air). False alarms in 8,000 healthy tables of 64 x 400 tokens (noise of normal "
+         "and heavy tails, rising up to fivefold, in clusters, of unlike sequences) and 346 captured pairs: none "
+         "[0, 5e-4]"),
+    Rule("mixed-versions", "sequences whose tokens were sampled by more than one weight version",
+         "normal for interrupted (partial) rollouts: a generation was resumed after a weight update", NOTE,
+         "score each segment, and replay its routing rows, with its own version's weights or leave the earlier "
+         "segments out; rows of the prefix that were computed again at the resume are the new version's", VERSIONS,
+         threshold="response tokens of another weight version than their sequence's last; any"),
+    Rule("stale-segments", "tokens of earlier weight versions differ more than those of their sequences' last, or less",
+         "one side's log-probabilities are of one version throughout, the other's change with the weights", WARNING,
+         "which weights scored the train side? score each segment with the version that sampled it, or correct for it",
+         BOTH_VERSIONS, companions=("regime-change",),
+         threshold="mean abs(logp_diff) / (1 - p_infer) before a sequence's last version over that in it, by "
+         "sequences with both; 1.5 either way, beyond chance (1e-6) (ours: halves of 295 healthy captured "
+         "pairs were 1.1 apart in the median, none by more than this)"),
     Rule("no-sequences", "a table that does not say which sequence its tokens belong to",
          "two columns of log-probabilities and nothing else", NOTE,
          "add seq_id and position: shifts, mixed sequences and intervals need them", FOREIGN,
