@@ -331,6 +331,42 @@ def test_zero_experts_are_offered_as_a_cause(tmp_path: Path) -> None:
     assert "always expert 0 (a zero expert written as 0, as LongCat's" in messages["D03-duplicate-ids"]
 
 
+def test_zero_experts_that_are_known_are_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LongCat's ids behind the experts', or expert 0 named more than once in their place (sglang issue 30387), are
+    healthy where zero_expert_num is given; a wrong id beside them is still found, and zeros in every row are."""
+    records = records_of(*make(Healthy(shape=SHAPE, certain_share=0)))
+    behind = in_infer(records, lambda ids: ids + 4)
+
+    def as_expert_0(ids: np.ndarray) -> np.ndarray:
+        return np.where(ids > 11, 0, ids)
+
+    as_zero = in_infer(records, as_expert_0)
+    of = {"behind": (behind, "16", "4"), "as expert 0": (as_zero, "12", "4")}
+    for name, (some, n, n_zero) in of.items():
+        path = write_dump(tmp_path / "dump.jsonl", some)
+        assert main(["validate", str(path), "--num-experts", n]) == 3, name
+        assert main(["validate", str(path), "--num-experts", n, "--zero-experts", n_zero]) == 0, name
+        assert main(["import", "sequences", str(path), "-o", str(tmp_path / name), "--num-experts", n,
+                     "--zero-experts", n_zero]) == 0  # fmt: skip
+        assert main(["validate", str(tmp_path / name)]) == 0, name
+    capsys.readouterr()
+    assert main(["validate", str(path), "--zero-experts", "4"]) == 1
+    assert "--zero-experts needs --num-experts" in capsys.readouterr().err
+
+    def five_twice(ids: np.ndarray) -> np.ndarray:
+        ids = as_expert_0(ids)
+        ids[5, 2] = [5, 5, 0, 1]
+        return ids
+
+    def errors(change: Any) -> set[str]:
+        path = write_dump(tmp_path / "dump.jsonl", in_infer(records, change))
+        return {one.rule for one in check_file(path, 12, n_zero_experts=4).findings if one.level == "error"}
+
+    assert errors(five_twice) == {"D03-duplicate-ids"}
+    assert errors(lambda ids: ids + 4) == {"D03-id-range"}
+    assert errors(np.zeros_like) == {"D03-never-bound"}
+
+
 def test_the_trainers_own_fillers_are_named_as_such(tmp_path: Path) -> None:
     """slime's rows of ids that count on used to be stale rows of a CUDA graph."""
     records = records_of(*make(Healthy(shape=SHAPE, certain_share=0, response_length=60)))

@@ -26,6 +26,9 @@ ListFormats = Annotated[bool, typer.Option("--list-formats", help="Print the for
 NumExperts = Annotated[
     int | None, typer.Option("--num-experts", min=1, help="Experts per layer; default: largest id + 1.")
 ]
+ZeroExperts = Annotated[
+    int, typer.Option("--zero-experts", min=0, help="Experts behind these that compute nothing (zero_expert_num).")
+]
 NumLayers = Annotated[
     int | None, typer.Option("--num-layers", min=1, help="Decoder layers; default: as the dump or its ids tell.")
 ]
@@ -52,6 +55,7 @@ def command(
     detect: Detect = False,
     list_formats: ListFormats = False,
     num_experts: NumExperts = None,
+    zero_experts: ZeroExperts = 0,
     num_layers: NumLayers = None,
     first_row: FirstRow = 0,
     temperature: SampledAt = None,
@@ -98,8 +102,8 @@ def command(
     files = files_of(importer, words[1:])
     with bar(f"importing {importer.name}") as progress:
         options = Options(
-            n_experts=num_experts, n_layers=num_layers, first_row=first_row, temperature=temperature,
-            mask=mask, tokens=tokens, trust_pickle=trust_pickle, on_progress=progress.show,
+            n_experts=num_experts, n_zero_experts=zero_experts, n_layers=num_layers, first_row=first_row,
+            temperature=temperature, mask=mask, tokens=tokens, trust_pickle=trust_pickle, on_progress=progress.show,
             pipeline_layers=_whole_numbers(pipeline_layers),
             tokenizer=tokenizer.parent if tokenizer and tokenizer.is_file() else tokenizer,
         )  # fmt: skip

@@ -29,6 +29,10 @@ Target = Annotated[
 NumExperts = Annotated[
     int | None, typer.Option("--num-experts", min=1, help="FILE: experts per layer; default: largest id + 1.")
 ]
+ZeroExperts = Annotated[
+    int,
+    typer.Option("--zero-experts", min=0, help="FILE: experts behind these that compute nothing."),
+]
 FirstRow = Annotated[
     int, typer.Option("--first-row", min=0, help="FILE: position of the first routing row in its sequence.")
 ]
@@ -39,6 +43,7 @@ ListRules = Annotated[bool, typer.Option("--list-rules", help="Print the table o
 def command(
     targets: Target = None,
     num_experts: NumExperts = None,
+    zero_experts: ZeroExperts = 0,
     first_row: FirstRow = 0,
     tokens: o.TokensTable = None,
     trust_pickle: o.TrustPickle = False,
@@ -59,13 +64,17 @@ def command(
         return
     if not targets:
         raise typer.BadParameter("give a run directory or a file, or --list-rules", param_hint="RUN|SERIES|FILE...")
-    inspection = _inspect(targets, num_experts, first_row, tokens=tokens, trust_pickle=trust_pickle)
+    inspection = _inspect(
+        targets, num_experts, first_row, n_zero_experts=zero_experts, tokens=tokens, trust_pickle=trust_pickle
+    )
     _show(targets[0], inspection, as_json)
     if inspection.n_errors or (strict and inspection.n_warnings):
         raise typer.Exit(o.NOT_SO)
 
 
-def _inspect(targets: list[Path], num_experts: int | None, first_row: int, **of_dump: Any) -> Inspection:
+def _inspect(
+    targets: list[Path], num_experts: int | None, first_row: int, n_zero_experts: int, **of_dump: Any
+) -> Inspection:
     from moediag.hygiene import inspect_run
     from moediag.hygiene.check import inspect_runs
     from moediag.hygiene.foreign import check_file
@@ -76,13 +85,14 @@ def _inspect(targets: list[Path], num_experts: int | None, first_row: int, **of_
     from moediag.run.series import is_series
 
     if foreign_format(targets) is not None:
-        with imported_for_now(targets, Options(n_experts=num_experts, first_row=first_row, **of_dump)) as runs:
+        options = Options(n_experts=num_experts, n_zero_experts=n_zero_experts, first_row=first_row, **of_dump)
+        with imported_for_now(targets, options) as runs:
             return inspect_runs(runs)
     if len(targets) > 1:
         raise typer.BadParameter(f"takes one run, series or table, found {len(targets)}", param_hint="RUN|SERIES|FILE")
     target = targets[0]
     if target.is_file():
-        return check_file(target, num_experts, first_row)
+        return check_file(target, num_experts, first_row, n_zero_experts)
     return inspect_runs(runs_of(target)) if is_series(target) else inspect_run(open_run(target))
 
 

@@ -254,6 +254,7 @@ def check_capture(
     arm: str = INFER,
     is_sampled: bool = True,
     renormalize: bool | None = None,
+    n_zero_experts: int = 0,
 ) -> list[Finding]:
     """Check one arm's arrays against its tokens.
 
@@ -264,8 +265,9 @@ def check_capture(
         arm: its name, which findings give.
         is_sampled: it decoded token by token, so that the last rows of sequences may lack routing.
         renormalize: whether gate weights are divided by their sum; None = unknown.
+        n_zero_experts: how many of the experts, the last, compute nothing.
     """
-    shape = _shape_of_arrays(capture, n_experts, renormalize)
+    shape = replace(_shape_of_arrays(capture, n_experts, renormalize), n_zero_experts=n_zero_experts)
     wrong = _misfits(tokens, capture, shape, arm)
     if wrong:
         return wrong
@@ -363,7 +365,7 @@ def _shape_of_arm(run: Run, arm: str) -> Shape:
     spec = specs.pop() if len(specs) == 1 else None
     n_experts = max(router.n_experts for router in routers)
     sums_to_factor = spec.renormalize and not spec.has_expert_scale if spec else None
-    return Shape(len(routers), n_experts, routers[0].top_k, sums_to_factor)
+    return Shape(len(routers), n_experts, routers[0].top_k, sums_to_factor, routers[0].n_zero_experts)
 
 
 def _common_shape(shape: Shape, other: Shape) -> Shape:

@@ -67,6 +67,8 @@ class Identifiers:
         zero_T = (rows.ids[odd_TL.any(axis=1)] == 0).all(axis=(1, 2))
         is_zero_throughout_N = np.repeat(zero_T, odd_TL[odd_TL.any(axis=1)].sum(axis=1))
         is_repeated_N = ~has_none_N & ~is_outside_N & ~is_zero_N & ~is_sentinel_N
+        if self._shape.n_zero_experts:  # a zero expert may be written as expert 0, with a weight of 0
+            is_repeated_N[is_repeated_N] = _is_other_than_zero_twice(ids_NK[is_repeated_N])
         for count, is_hit_N in (
             (self._partial, has_none_N),
             (self._sentinel, is_sentinel_N),
@@ -76,7 +78,8 @@ class Identifiers:
         ):
             count.add(rows.tokens, _at(odd_TL, is_hit_N), odd_TL.size)
         self._n_zero_L += _at(odd_TL, is_zero_N).sum(axis=0)
-        self._add_zero_layers(rows, _at(odd_TL, is_zero_N & ~is_zero_throughout_N))
+        if not self._shape.n_zero_experts:
+            self._add_zero_layers(rows, _at(odd_TL, is_zero_N & ~is_zero_throughout_N))
         self._twice_E += _named_twice(ids_NK[is_repeated_N], self._shape.n_experts)
         self._most = max(self._most, int(ids_NK[~is_sentinel_N].max(initial=NOT_ROUTED)))
         self._least = min(self._least, int(ids_NK.min(initial=NOT_ROUTED)))
@@ -146,6 +149,12 @@ def _at(odd_TL: NDArray[np.bool_], is_hit_N: NDArray[np.bool_]) -> NDArray[np.bo
     hit_TL = odd_TL.copy()
     hit_TL[odd_TL] = is_hit_N
     return hit_TL
+
+
+def _is_other_than_zero_twice(ids_NK: NDArray[np.int16]) -> NDArray[np.bool_]:
+    """Rows in which an expert other than 0 is named twice."""
+    ordered_NK = np.sort(ids_NK, axis=1)
+    return np.asarray(((ordered_NK[:, 1:] == ordered_NK[:, :-1]) & (ordered_NK[:, 1:] != 0)).any(axis=1))
 
 
 def _named_twice(ids_NK: NDArray[np.int16], n_experts: int) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from moediag.hygiene.findings import Finding, Place, by_level, finding
 from moediag.hygiene.logged import inspect_tokens
 from moediag.hygiene.rules import BOTH_TOKENS, FOREIGN, LOGPS, N_EXPERTS
 from moediag.importers.columns import is_token_table
-from moediag.importers.sequences import Dump, is_sequence_table, read_sequences
+from moediag.importers.sequences import Dump, is_sequence_table, read_sequences, total_experts
 from moediag.importers.tables import KINDS, open_table
 from moediag.importers.tokens import TokenTable
 from moediag.notation import INFER, TRAIN
@@ -19,34 +19,44 @@ from moediag.notation import INFER, TRAIN
 _CONTEXT = 3
 
 
-def check_file(path: Path, n_experts: int | None = None, first_row: int = 0) -> Inspection:
+def check_file(path: Path, n_experts: int | None = None, first_row: int = 0, n_zero_experts: int = 0) -> Inspection:
     """Apply the rules to a dump of sequences or a table of tokens, whichever the file's columns make it.
 
     Args:
         path: ``.parquet``, ``.csv`` (tables of tokens only), or JSON lines.
         n_experts, first_row: of a dump, see :func:`~moediag.importers.sequences.read_sequences`.
+        n_zero_experts: experts of a dump beside these that compute nothing.
 
     Raises:
         DumpError: neither, or what no log holds; names the row and the column.
     """
     table = open_table(path) if path.suffix in KINDS else None
     if table is None or not (path.suffix == ".csv" or is_token_table(table.types)) or is_sequence_table(table.types):
-        return check_dump(read_sequences(path, n_experts, first_row), is_sized=n_experts is not None)
+        dump = read_sequences(path, total_experts(n_experts, n_zero_experts), first_row)
+        return check_dump(dump, is_sized=n_experts is not None, n_zero_experts=n_zero_experts)
     return inspect_tokens(TokenTable.of(table).read())
 
 
-def check_dump(dump: Dump, *, is_sized: bool = False) -> Inspection:
+def check_dump(dump: Dump, *, is_sized: bool = False, n_zero_experts: int = 0) -> Inspection:
     """Apply the rules to a dump.
 
     Args:
         is_sized: whether the number of experts was given, not taken from the largest id.
+        n_zero_experts: how many of the experts, the last, compute nothing.
     """
     differing = _differing_tokens(dump)
     found = [*differing, *_dense_slots(dump)]
     sides = {arm: what_is_there(capture) for arm, capture in dump.captures.items()}
     has = {FOREIGN}.union(*sides.values())
     for arm, capture in dump.captures.items():
-        alone = check_capture(dump.tokens, capture, n_experts=dump.n_experts, arm=arm, is_sampled=arm == INFER)
+        alone = check_capture(
+            dump.tokens,
+            capture,
+            n_experts=dump.n_experts,
+            arm=arm,
+            is_sampled=arm == INFER,
+            n_zero_experts=n_zero_experts,
+        )
         # a side without any logprobs was dumped without them
         found += [item for item in alone if LOGPS in sides[arm] or item.rule != "D31-nan-logp"]
     if set(sides) == {INFER, TRAIN} and not differing:

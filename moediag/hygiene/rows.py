@@ -30,12 +30,14 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class Shape:
-    """What the model's routing is: L, E, K and whether gate weights are renormalised (None = unknown)."""
+    """What the model's routing is: L, E, K, whether gate weights are renormalised (None = unknown), and how many of
+    the experts, the last, compute nothing."""
 
     n_layers: int
     n_experts: int
     top_k: int
     renormalize: bool | None = None
+    n_zero_experts: int = 0
 
     @property
     def is_choice(self) -> bool:

@@ -117,9 +117,10 @@ _TABLE = (
          threshold="rows in which two layers' sets differ; none of so many that popularity would leave none less "
          "than once in 1e6 (by it, layers differ half as often as neighbouring rows)"),
     Rule("D03-duplicate-ids", "an expert named twice in one row", "rows overwritten, ids packed or cast wrongly", ERROR,
-         "look at those rows' block structure", IDS,
+         "look at those rows' block structure; zero experts written as expert 0: give --zero-experts", IDS,
          companions=("D03-all-zero",),
-         threshold="rows with an expert twice; any: no TopK gives one"),
+         threshold="rows with an expert twice; any: no TopK gives one (expert 0 where the model has zero experts "
+         "apart)"),
     Rule("D03-all-zero", "rows of nothing but expert 0", "a zero-filled buffer: the rows were never written", ERROR,
          "capture eagerly; compare which rows with the batch's padding", IDS,
          threshold="rows of expert 0 alone in all layers, K > 1; any: no TopK gives one"),
@@ -145,7 +146,8 @@ _TABLE = (
     Rule("D03-id-range", "expert ids outside 0 .. E-1",
          "zero experts (LongCat, zero_expert_num: ids from E on are no bug), physical ids under expert load "
          "balancing, or a fused shared expert", ERROR,
-         "zero experts: give --num-experts with them; else capture logical ids, leave out the shared expert's slot",
+         "zero experts: give --num-experts and --zero-experts; else capture logical ids, leave out the shared "
+         "expert's slot",
          N_EXPERTS,
          threshold="ids outside 0 .. E-1; any"),
     Rule("D04-filler-rows", "rows equal to experts 0..K-1 (or the last K), of ids that count on from slot to slot, or "

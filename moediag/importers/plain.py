@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moediag.errors import DumpError
 from moediag.importers.columns import PLACE, is_token_table
 from moediag.importers.rollouts import Importer, Options, Rollout, Step, from_mask
-from moediag.importers.sequences import Dump, is_sequence_table, read_sequences
+from moediag.importers.sequences import Dump, is_sequence_table, read_sequences, total_experts
 from moediag.importers.tables import KINDS, Ids, open_table
 from moediag.importers.tokens import LOGPS, LoggedTokens, TokenTable, canonical_order
 from moediag.notation import INFER, NOT_ROUTED, TRAIN
@@ -123,7 +123,7 @@ def read_dump(files: Sequence[Path], options: Options) -> list[Step]:
     """The one step of a dump of sequences."""
     if len(files) > 1:
         raise DumpError(f"{files[0]} and {files[1]} are two dumps of sequences; import them apart")
-    dump = read_sequences(files[0], options.n_experts, options.first_row)
+    dump = read_sequences(files[0], total_experts(options.n_experts, options.n_zero_experts), options.first_row)
     if dump.train_token_ids:
         bounds = dump.tokens.sequence_bounds()
         for i, other in dump.train_token_ids.items():

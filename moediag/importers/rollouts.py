@@ -104,7 +104,8 @@ class Options:
     """What the user says of a dump that the dump does not.
 
     Args:
-        n_experts: E; None = the largest id + 1.
+        n_experts: E, without zero experts; None = the largest id + 1.
+        n_zero_experts: experts after these that compute nothing.
         n_layers: decoder layers, dense ones among them; None = learnt from the ids where the dump does not say.
         first_row: position of the first routing row in its sequence (1 where a begin-of-text row was left out).
         temperature: that the tokens were sampled at.
@@ -117,6 +118,7 @@ class Options:
     """
 
     n_experts: int | None = None
+    n_zero_experts: int = 0
     n_layers: int | None = None
     first_row: int = 0
     temperature: float | None = None
@@ -137,6 +139,8 @@ class Options:
         if self.tokens and not self.tokens.is_file():
             raise DumpError(f"--tokens {self.tokens} is missing, or no file")
         known["tokens"] = self.tokens and sha256_file(self.tokens)
+        if self.n_zero_experts:
+            known["n_zero_experts"] = self.n_zero_experts
         if self.pipeline_layers:
             known["pipeline_layers"] = list(self.pipeline_layers)
         return known if self.tokenizer is None else {**known, "tokenizer": tokenizer_digest(self.tokenizer)}

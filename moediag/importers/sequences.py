@@ -96,6 +96,17 @@ def read_sequences(path: Path, n_experts: int | None = None, first_row: int = 0)
     return Dump(tokens, captures, n_experts, is_dense_L, _train_token_ids(path, records, prompts, responses))
 
 
+def total_experts(n_experts: int | None, n_zero_experts: int) -> int | None:
+    """Ids that a router may give: its experts', and behind them those of zero experts.
+
+    Raises:
+        DumpError: zero experts without the number of the others.
+    """
+    if n_experts is None and n_zero_experts:
+        raise DumpError("--zero-experts needs --num-experts: their ids are those behind the experts'")
+    return None if n_experts is None else n_experts + n_zero_experts
+
+
 def _token_lists(path: Path, records: list[dict[str, Any]], name: str) -> list[NDArray[np.int64]]:
     lists = []
     for i, record in enumerate(records):

@@ -28,7 +28,7 @@ from moediag.errors import DumpError, RunError
 from moediag.folder import made_whole, refuse_current_folder
 from moediag.importers.registry import files_of, foreign_format, importer_of
 from moediag.importers.rollouts import SIDES, Importer, Options, Rollout, Step
-from moediag.importers.sequences import dense_layers, no_id, zero_layers
+from moediag.importers.sequences import dense_layers, no_id, total_experts, zero_layers
 from moediag.notation import INFER, NO_TOKEN, NOT_ROUTED, TRAIN
 from moediag.run.capture import LARGEST_ROUNDED_LOGP, Capture, Shard, TokenRows
 from moediag.run.create import create_run
@@ -455,17 +455,19 @@ def _routers(step: Step, sides: Mapping[str, _Side], options: Options) -> dict[s
     widest = max(known.shape[1] for known in sides.values() if known.shape)
     n_experts = max(largest + 1, widest)
     scored = max((known.n_experts or 0 for known in sides.values()), default=0)
-    if scored and options.n_experts in (None, scored) and n_experts <= scored:
+    given = total_experts(options.n_experts, options.n_zero_experts)
+    if scored and given in (None, scored) and n_experts <= scored:
         n_experts = scored
-    elif options.n_experts is None:
+    elif given is None:
         step.notes.append(f"E is taken as the largest expert id + 1, {n_experts}; --num-experts tells it")
-    elif largest >= options.n_experts:
+    elif largest >= given:
+        zero = f" and --zero-experts {options.n_zero_experts}" if options.n_zero_experts else ""
         raise DumpError(
-            f"{step.files[0]}: the largest expert id is {largest}, with --num-experts {options.n_experts}; is the "
-            "width of the ids another one?"
+            f"{step.files[0]}: the largest expert id is {largest}, with --num-experts {options.n_experts}{zero}; is "
+            "the width of the ids another one?"
         )
     else:
-        n_experts = options.n_experts
+        n_experts = given
     layers = {side: np.flatnonzero(~dense_L) for side, dense_L in is_dense.items()}
     for side, dense_L in is_dense.items():
         if dense_L.any():
@@ -484,7 +486,12 @@ def _routers(step: Step, sides: Mapping[str, _Side], options: Options) -> dict[s
                 step.notes.append(f"{ARMS[side]}: which decoder layers are MoE is not known; layers count from 0")
     return {
         side: tuple(
-            Router(decoder_layer=int(layer), n_experts=n_experts, top_k=int(sides[side].shape[1]))  # type: ignore[index]
+            Router(
+                decoder_layer=int(layer),
+                n_experts=n_experts,
+                top_k=int(sides[side].shape[1]),  # type: ignore[index]
+                n_zero_experts=options.n_zero_experts,
+            )
             for layer in found_L
         )
         for side, found_L in layers.items()

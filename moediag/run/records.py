@@ -88,6 +88,7 @@ class Router(Record):
     Args:
         decoder_layer: its decoder layer.
         n_experts, top_k: E and K.
+        n_zero_experts: how many of these, the last, compute nothing (LongCat's ``zero_expert_num``).
         spec: its rule; None where it is not known (an imported dump).
         proof: how the rule is known: shown on the loaded router, or read from ``config.json``; where ``spec`` is None,
             why it is not known. None for an imported dump.
@@ -98,6 +99,7 @@ class Router(Record):
     top_k: Annotated[int, Field(ge=1)]
     spec: RouterSpec | None = None
     proof: str | None = None
+    n_zero_experts: Count = 0
 
     @model_validator(mode="after")
     def _is_a_routing(self) -> Self:
