@@ -46,6 +46,32 @@ def test_a_table_is_only_printed(table: Path, capsys: pytest.CaptureFixture[str]
     assert [path.name for path in table.parent.iterdir()] == ["t.parquet"]
 
 
+def test_presets_whose_source_gives_nan_say_so_only_where_a_token_has_such_a_ratio(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """exp(1000) times a mask of 0 is NaN (OpenRLHF pull request 1314, prime-rl pull request 2085); moediag gives the
+    token weight 0, and a reader of the framework's loss was not told."""
+    frame = logged(40)
+    path = write(frame, tmp_path / "t.parquet")
+    presets = ["--preset", "openrlhf-icepop", "--preset", "prime-rl-ipo"]
+    assert main(["simulate", str(path), *presets]) == 0
+    assert "NaN" not in capsys.readouterr().out
+    at = np.flatnonzero(frame["is_response"])[3]
+    for logp_infer, n in ((-88.0, 0), (-1000.0, 1)):
+        far = frame.copy()
+        far.loc[at, ["logp_train", "logp_infer"]] = -0.001, logp_infer
+        write(far, path)
+        assert main(["simulate", str(path), *presets]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert ("1 token with a ratio beyond float32 (log-ratio above 88.7)" in out) == bool(n)
+        assert ("openrlhf-icepop: NaN before its pull request 1314" in out) == bool(n)
+        assert ("prime-rl-ipo: NaN where the mask is a factor" in out) == bool(n)
+    assert main(["simulate", str(path), "--preset", "tis"]) == 0
+    assert "NaN" not in capsys.readouterr().out, "TIS cuts, and does not multiply by a mask"
+    found = weights("icepop", [-0.001, -0.001], [-1000.0, -0.001], [0, 0])
+    assert np.asarray(found).tolist() == [0.0, 1.0]
+
+
 def test_every_preset_and_every_method_stands_side_by_side_once() -> None:
     chosen = choose()
     words = list(map(str, chosen.values()))

@@ -38,6 +38,8 @@ class Preset:
         words: the correction, as :func:`~moediag.corrections.correction.parse_correction` reads it.
         source: paper, or repository and file.
         note: what the source does differently from the method of that name here; empty = nothing known.
+        of_overflow: what becomes of loss and gradient there where a masked token's ratio is beyond float32; empty =
+            nothing known.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Preset:
     words: str
     source: str
     note: str = ""
+    of_overflow: str = ""
 
     @cached_property
     def correction(self) -> Correction:
@@ -202,6 +205,7 @@ PRESETS: Final[dict[str, Preset]] = {
         Preset(
             "openrlhf-icepop", "openrlhf", "icepop:alpha=0.5,beta=5", _OPENRLHF + " (icepop)",
             "no clamp to +-20; masked tokens stay in the denominator; not applied with the GSPO loss",
+            "NaN before its pull request 1314 (2026-08): the mask was a factor, and infinity times 0 is no number",
         ),
         Preset(
             "openrlhf-seq-mask-tis", "openrlhf", "tis_token:cap=inf+geometric_band:low=0.5,high=5",
@@ -259,6 +263,7 @@ PRESETS: Final[dict[str, Preset]] = {
         Preset(
             "prime-rl-ipo", "prime-rl", "ipo:eps=0.1", "prime-rl, src/prime_rl/trainer/rl/loss.py (ipo_threshold)",
             "0.2 as the default loss of early 2026, 0.1 to 0.3 in its configurations; " + _PRIME_KL,
+            "NaN where the mask is a factor, as its pull request 2085 (2026-03, closed) reports: infinity times 0",
         ),
         Preset(
             "prime-rl-dppo", "prime-rl", "dppo_tv:eps_low=0.2,eps_high=0.2",

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+import numpy as np
 import pandas as pd
 
 from moediag.corrections import (
@@ -34,6 +35,7 @@ from moediag.folder import SUMMARY, records, result_folder, write_frames
 from moediag.hygiene.findings import headline
 from moediag.importers.tables import OnProgress
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
+from moediag.numbers import count
 from moediag.report.simulation_page import simulation_page
 from moediag.results.load import load_summary
 from moediag.results.report import write_pages
@@ -42,6 +44,8 @@ from moediag.run.files import digest_of, write_sealed
 from moediag.run.reader import Run
 
 SIMULATION: Final = "moediag simulation"
+LARGEST_LOG_RATIO: Final = float(np.log(np.finfo(np.float32).max))
+"""exp of more is infinite in float32 and bfloat16."""
 _LEAD: Final = "icepop:alpha=0.5,beta=5"
 _N_NAMED: Final = 4
 """Corrections named in a message."""
@@ -144,6 +148,17 @@ class Simulation:
     frames: dict[str, pd.DataFrame] = field(default_factory=dict)
     eps_clip: float = EPS_CLIP
 
+    def _overflow_notes(self) -> list[str]:
+        """Presets whose source turns tokens of these rows into no number; moediag gives such a token weight 0."""
+        frame = self.source.tokens.frame
+        n = int((frame["logp_train"] - frame["logp_infer"] > LARGEST_LOG_RATIO).sum())
+        named = {preset.name: preset.of_overflow for one in self.chosen.values() for preset in presets_of(one)}
+        words = "; ".join(f"{name}: {what}" for name, what in named.items() if what)
+        if not n or not words:
+            return []
+        beyond = f"{count(n, 'token')} with a ratio beyond float32 (log-ratio above {LARGEST_LOG_RATIO:.1f})"
+        return [f"{beyond}, which the source of some presets does not survive: {words}"]
+
     def summary(self) -> dict[str, Any]:
         """What was simulated, in plain types."""
         tokens = self.source.tokens
@@ -159,7 +174,7 @@ class Simulation:
             "n_scored_sequences": tokens.n_sequences,
             "n_scored_prompts": tokens.n_prompts,
             "reward": self.source.reward,
-            "notes": list(self.source.notes),
+            "notes": [*self.source.notes, *self._overflow_notes()],
             "findings": [found.record() for found in self.source.findings],
             "finding_words": headline(self.source.findings),
             "eps_clip": self.eps_clip,
