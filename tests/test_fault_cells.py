@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from conftest import ENGINES
 from fault_measures import (
     CLEAN,
@@ -17,10 +20,14 @@ from fault_measures import (
     tables,
     wilson,
 )
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from moediag.demo.tokenizer import byte_tokenizer
 from moediag.faults import FAULTS
+from moediag.run.files import read_sealed
 from moediag.run.reader import open_run
 from moediag.run.recipes import TRANSFORMERS, VLLM
+from moediag.selftest.families import _COMMON, FAMILIES, MAX_LENGTH, randomise
 
 MODEL = "qwen3_moe"
 PLANTED = {
@@ -58,6 +65,26 @@ def test_a_healthy_pair_raises_no_alarm_and_a_fault_of_each_kind_is_named_first(
     for fault, one in readings.items():
         assert one.is_right(1), (fault, one.word, one.causes)
     assert readings["attention-scale"].causes[0] in FAULTS["attention-scale"].causes
+
+
+@pytest.mark.engines
+def test_square_experts_in_the_other_layout_are_named_as_experts_weights_behind_a_right_router(tmp_path: Path) -> None:
+    """transformers issue 47031: where matrices are square, their layout was taken from their shape, and loaded
+    transposed without a word."""
+    cell = Cell(MODEL, "bfloat16", 0, "experts-transposed", TRANSFORMERS)
+    square = {**FAMILIES[MODEL].settings, "hidden_size": 64, "moe_intermediate_size": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(MODEL, **{**_COMMON, **square}))
+    randomise(model, square["num_experts"])
+    folder = tmp_path / "checkpoints" / f"{MODEL}-bfloat16"
+    model.to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer(MAX_LENGTH).save_pretrained(folder)
+    Maker(tmp_path, ENGINES).make(cell)
+    one = read_cell(tmp_path, False, cell)
+    assert one.is_right(1), (one.word, one.causes)
+    (summary,) = [read_sealed(path) for path in tmp_path.glob(f"runs/*{cell.fault}*/summary.json")]
+    cause = summary["verdict"]["causes"][0]
+    assert cause["rule"] in FAULTS[cell.fault].causes
+    assert "router" in cause["message"]
 
 
 @pytest.mark.engines

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from moediag.engines.checkpoint import Checkpoint, open_checkpoint
 from moediag.errors import CheckpointError
 from moediag.faults import FAULTS, RECORD, planted_checkpoint, spoil_arm
-from moediag.faults.edits import permuted_experts
+from moediag.faults.edits import permuted_experts, transposed_experts
 from moediag.faults.planting import plant
 from moediag.hygiene import check_run
 from moediag.hygiene.rules import RULES
@@ -49,7 +49,7 @@ ENTRIES = {
     "rope-theta": {"rope_parameters"}, "rope-theta-1pc": {"rope_parameters"}, "rope-and-head": {"rope_parameters"},
     "renormalisation": {"norm_topk_prob"}, "scaling-factor": {"routed_scaling_factor"},
 }  # fmt: skip
-ABSENT = {"sliding-window", "attention-sink", "attention-multiplier", "residual-multiplier"}
+ABSENT = {"experts-transposed", "sliding-window", "attention-sink", "attention-multiplier", "residual-multiplier"}
 """Faults that a GLM-4 MoE cannot have; others without tensors above change all of a kind."""
 
 
@@ -108,6 +108,19 @@ def test_permuted_experts_are_the_same_experts_stored_one_by_one_or_fused() -> N
     assert permuted_experts(fused, {}, 0) == 1
     slots = [float(one_by_one[f"layers.0.mlp.experts.{n}.w2.weight"][0, 0]) for n in range(4)]
     assert slots == fused["layers.0.mlp.experts.down_proj"][:, 0, 0].tolist() == [3, 0, 1, 2]
+
+
+def test_square_experts_are_transposed_one_by_one_or_fused_and_no_others() -> None:
+    """Where both layouts have one shape, a converter that decides by shape loads the wrong one silently (transformers
+    issue 47031): this is why no checkpoint of our own has square experts."""
+    square = torch.arange(9.0).view(3, 3)
+    one_by_one = {"layers.0.mlp.experts.0.down_proj.weight": square, "layers.0.mlp.experts.0.up_proj.weight":
+                  torch.ones(3, 4), "layers.0.mlp.gate.weight": square}  # fmt: skip
+    fused = {"layers.0.mlp.experts.down_proj": square.expand(2, 3, 3).contiguous()}
+    assert transposed_experts(one_by_one, {}, 0) == transposed_experts(fused, {}, 0) == 1
+    assert torch.equal(one_by_one["layers.0.mlp.experts.0.down_proj.weight"], square.T)
+    assert torch.equal(fused["layers.0.mlp.experts.down_proj"], square.T.expand(2, 3, 3))
+    assert torch.equal(one_by_one["layers.0.mlp.gate.weight"], square)
 
 
 def test_every_right_answer_is_a_rule() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -473,6 +474,64 @@ def test_fused_experts_are_those_of_transformers(random_moe: Path, moe: Tensors,
     assert compared(tmp_path, fused, moe).is_equal
     changed = {**moe, EXPERT: 2 * moe[EXPERT]}
     assert [tensor.name for tensor in compared(tmp_path, changed, fused).worst] == [EXPERT]
+
+
+EXPERTS = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
+
+
+def test_experts_drawn_anew_are_told_from_noise_by_norm_and_angle(moe: Tensors, tmp_path: Path) -> None:
+    """A converter that drops every expert (Megatron-LM pull request 5845) leaves weights of the right size and of no
+    direction; a relative error of 1.4 did not say so."""
+    torch.manual_seed(5)
+    is_expert = {name: EXPERTS.fullmatch(name) is not None for name in moe}
+    drawn = {name: torch.randn(t.shape) * t.float().std() if is_expert[name] else t for name, t in moe.items()}
+    result = compared(tmp_path, moe, {name: t.to(moe[name].dtype) for name, t in drawn.items()})
+    (group,) = [one for one in result.groups if one.group == "routed experts"]
+    x, y = (torch.cat([t[name].double().ravel() for name in moe if is_expert[name]]) for t in (moe, drawn))
+    assert group.norm_ratio == pytest.approx(float(y.norm() / x.norm()), rel=1e-3)
+    assert group.cosine == pytest.approx(float(x @ y / x.norm() / y.norm()), abs=1e-3)
+    words = "routed experts that differ have a norm ratio of 1.00 and a cosine of 0.00: other weights altogether"
+    assert words in result.summary
+    assert "(routers: equal)" in result.summary
+    noisy = {name: (t + torch.randn(t.shape) * 0.5 * t.float().std()).to(t.dtype) for name, t in moe.items()}
+    assert "norm ratio" not in compared(tmp_path, moe, noisy).summary
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_experts_in_other_slots_are_permuted_and_not_other_weights(
+    moe: Tensors, tmp_path: Path, is_fused: bool
+) -> None:
+    """Weights in remapped slots under logical ids (sglang issue 36861): every tensor differed, and that the experts are
+    the same multiset was not looked at."""
+    names = sorted({found[1] for name in moe if (found := EXPERTS.fullmatch(name))})
+    layer, n = names[-1], 1 + max(int(found[2]) for name in moe if (found := EXPERTS.fullmatch(name)))
+    order = [1, 0, *range(2, n)]
+    moved = {
+        f"{layer}.{order[int(found[2])]}.{found[3]}" if (found := EXPERTS.fullmatch(name)) and found[1] == layer
+        else name: tensor
+        for name, tensor in moe.items()
+    }  # fmt: skip
+
+    def kept(tensors: Tensors) -> Tensors:
+        if not is_fused:
+            return tensors
+        rest = {name: tensor for name, tensor in tensors.items() if not EXPERTS.fullmatch(name)}
+        stacks = {f"{one}.down_proj": torch.stack([tensors[f"{one}.{i}.down_proj.weight"] for i in range(n)])
+                  for one in names}  # fmt: skip
+        return {**rest, **stacks}
+
+    a, b = kept(moe), kept(moved)
+    result = compared(tmp_path, a, b)
+    assert [(one.layer, one.n_slots, one.n_experts) for one in result.permuted] == [(layer, 2, n)]
+    assert f"expert slots permuted, the experts themselves the same: 2 of {n} in {layer}" in result.summary
+    assert "other weights altogether" not in result.summary
+    if not is_fused:
+        facts = [tensor_facts([saved(tmp_path, f"f{i}", one)]) for i, one in enumerate((a, b))]
+        assert compare_facts(*facts).permuted == result.permuted
+    name = next(name for name in b if layer in name)
+    changed = {**b, name: b[name] + 1}
+    assert not compared(tmp_path, a, changed).permuted, "an expert that is another one is no permutation"
+    assert not compared(tmp_path, a, a).permuted
 
 
 def test_facts_alone_say_what_is_equal(moe: Tensors, tmp_path: Path) -> None:

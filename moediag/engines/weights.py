@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moediag.errors import CheckpointError
-from moediag.run.records import GroupDifference, NotComparable, TensorDifference, WeightsComparison
+from moediag.run.records import GroupDifference, NotComparable, PermutedExperts, TensorDifference, WeightsComparison
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) [bytes], from several threads but never at once."""
@@ -45,6 +45,10 @@ _CHUNK = 1 << 20  # bytes read at a time: stays in the cache between the read an
 _CHUNK_ELEMENTS = 1 << 18  # elements decoded at a time: 2 MiB as float64
 _MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors library
 _N_WORST = 8
+_N_LAYERS = 3  # named in a sentence
+_UNRELATED = 0.5
+"""Cosine below which tensors are other weights altogether. Ours: noise as large as the weights leaves 0.7, weights
+drawn anew 0, and the weights of another training step 1."""
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
@@ -60,13 +64,14 @@ EQUAL, ROUNDED, DIFFERS = "equal", "equal_after_rounding", "differs"
 DEQUANTISED, NOT_COMPARABLE, NOT_MEASURED = "dequantised", "not_comparable", "not_measured"
 KINDS = (EQUAL, ROUNDED, DIFFERS, DEQUANTISED, NOT_COMPARABLE, NOT_MEASURED)
 
+_ROUTED = "routed experts"
 # First match wins: the norms inside attention are norms, the gate of a shared expert is no router.
 GROUPS: dict[str, re.Pattern[str]] = {
     "router": re.compile(r"\.gate\.(weight|bias|wg\.|e_score_correction_bias|expert_bias)|\.router\.|"
                          r"e_score_correction_bias|expert_bias"),
     "norms": re.compile(r"norm|(^|\.)ln_"),
     "shared experts": re.compile(r"shared_(expert|mlp)"),
-    "routed experts": re.compile(r"\.experts\.|block_sparse_moe\.(input|output)_linear"),
+    _ROUTED: re.compile(r"\.experts\.|block_sparse_moe\.(input|output)_linear"),
     "embedding": re.compile(r"embed_tokens|word_embeddings|tok_embeddings|(^|\.)(wte|embed)\."),
     "head": re.compile(r"(^|\.)(lm_head|embed_out)\.|^(output|head)\."),
     "attention": re.compile(r"attn|attention"),
@@ -89,6 +94,7 @@ _PACKED = {
 }
 # As transformers 5 converts on loading: experts along dim 0, gate above up along dim 1 (its conversion_mapping.py).
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?")
+_SINGLE = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 _SPLIT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
@@ -173,7 +179,8 @@ def compare_weights(
         measured = list(pool.map(lambda pair: _compared(pair[0], pair[1], done), pairs))
         digests = dict(pool.map(lambda w: (w.stored, tensor_digest(w.stored, done)), (*a_twins, *b_twins)))
     rest = _one_sided(a_only, b_only, digests)
-    return _comparison([*measured, *rest], (n_scales_a, n_scales_b))
+    permuted = _permuted_experts(pairs, measured, tensor_digest)
+    return _comparison([*measured, *rest], (n_scales_a, n_scales_b), permuted)
 
 
 def compare_facts(a_facts: Iterable[Facts], b_facts: Iterable[Facts]) -> WeightsComparison:
@@ -186,7 +193,8 @@ def compare_facts(a_facts: Iterable[Facts], b_facts: Iterable[Facts]) -> Weights
     stored_b, digests_b = _stored_facts(b_facts)
     (a, n_scales_a), (b, n_scales_b) = _weights(stored_a, None), _weights(stored_b, None)
     judged = []
-    for name in (name for name in a if name in b):
+    pairs = [(a[name], b[name]) for name in a if name in b]
+    for name in (ours.name for ours, _ in pairs):
         same = len(a[name].parts) == len(b[name].parts) and all(
             (p.dtype, p.shape, digests_a[p]) == (q.dtype, q.shape, digests_b[q])
             for p, q in zip(a[name].parts, b[name].parts, strict=True)
@@ -194,8 +202,11 @@ def compare_facts(a_facts: Iterable[Facts], b_facts: Iterable[Facts]) -> Weights
         reason = "" if same else _obstacle(a[name], b[name])
         judged.append(_Measured(a[name], EQUAL if same else NOT_COMPARABLE if reason else NOT_MEASURED, reason))
     a_only, b_only = [w for n, w in a.items() if n not in b], [w for n, w in b.items() if n not in a]
-    rest = _one_sided(a_only, b_only, {**digests_a, **digests_b})
-    return _comparison([*judged, *rest], (n_scales_a, n_scales_b))
+    digests = {**digests_a, **digests_b}
+    rest = _one_sided(a_only, b_only, digests)
+    single = [pair for pair in pairs if _SINGLE.fullmatch(pair[0].name)]  # of a part of a tensor there is no digest
+    permuted = _permuted_experts(single, judged, digests.__getitem__)
+    return _comparison([*judged, *rest], (n_scales_a, n_scales_b), permuted)
 
 
 def scale_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -523,6 +534,7 @@ class _Measured:
     kind: str
     reason: str = ""
     square_a: float = 0.0
+    square_b: float = 0.0
     square_difference: float = 0.0
     largest: float = 0.0
     n_differing: int = 0
@@ -543,13 +555,14 @@ class _Measured:
         a, b = a.astype(np.float64), b.astype(np.float64)
         with np.errstate(all="ignore"):
             difference = a - b
-            square_a, square_difference = float(a @ a), float(difference @ difference)
+            square_a, square_b, square_difference = (float(x @ x) for x in (a, b, difference))
             if not math.isfinite(square_a + square_difference):
                 finite = np.isfinite(a) & np.isfinite(b)
                 self.n_not_finite += int(np.count_nonzero(differs & ~finite))
-                a, difference = a[finite], difference[finite]
-                square_a, square_difference = float(a @ a), float(difference @ difference)
+                a, b, difference = a[finite], b[finite], difference[finite]
+                square_a, square_b, square_difference = (float(x @ x) for x in (a, b, difference))
         self.square_a += square_a
+        self.square_b += square_b
         self.square_difference += square_difference
         self.largest = max(self.largest, float(np.max(np.abs(difference), initial=0.0)))
 
@@ -750,7 +763,49 @@ def _one_sided(a_only: list[_Weight], b_only: list[_Weight], digests: Mapping[St
     return result
 
 
-def _comparison(tensors: list[_Measured], n_scales: tuple[int, int]) -> WeightsComparison:
+def _permuted_experts(
+    pairs: list[tuple[_Weight, _Weight]], measured: list[_Measured], digest: Callable[[StoredTensor], str]
+) -> tuple[PermutedExperts, ...]:
+    """Layers whose experts are the same multiset, bit for bit, in another order: stored one by one, or fused."""
+    differing = {one.weight.name for one in measured if one.kind in (DIFFERS, NOT_MEASURED)}
+    of_layer: dict[str, list[tuple[_Weight, _Weight]]] = defaultdict(list)
+    for pair in pairs:
+        if (match := _SINGLE.fullmatch(pair[0].name) or _FUSED.fullmatch(pair[0].name)) is not None:
+            of_layer[match[1]].append(pair)
+    found = []
+    for layer, some in of_layer.items():
+        plain = all(len(w.parts) == 1 and not w.packed for pair in some for w in pair)
+        if not plain or not any(ours.name in differing for ours, _ in some):
+            continue
+        a, b = (_experts_digests([pair[side] for pair in some], digest) for side in (0, 1))
+        n_slots = sum(a[slot] != b.get(slot) for slot in a)
+        if n_slots and Counter(a.values()) == Counter(b.values()):
+            found.append(PermutedExperts(layer=layer, n_slots=n_slots, n_experts=len(a)))
+    return tuple(found)
+
+
+def _experts_digests(
+    weights: list[_Weight], digest: Callable[[StoredTensor], str]
+) -> dict[int, tuple[tuple[str, str], ...]]:
+    """By slot: the digests of an expert's tensors, by the end of their names."""
+    of_slot: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for weight in weights:
+        stored = weight.stored
+        if (match := _SINGLE.fullmatch(weight.name)) is not None:
+            of_slot[int(match[2])].append((match[3], digest(stored)))
+            continue
+        n_experts = stored.shape[0]
+        size = stored.n_bytes // n_experts
+        for slot in range(n_experts):
+            begin = stored.begin + slot * size
+            part = StoredTensor(stored.path, weight.name, stored.dtype, stored.shape[1:], begin, begin + size)
+            of_slot[slot].append((weight.name, digest(part)))
+    return {slot: tuple(sorted(some)) for slot, some in of_slot.items()}
+
+
+def _comparison(
+    tensors: list[_Measured], n_scales: tuple[int, int], permuted: tuple[PermutedExperts, ...]
+) -> WeightsComparison:
     by_group: dict[str, list[_Measured]] = {group: [] for group in GROUPS}
     by_reason: dict[str, list[_Measured]] = defaultdict(list)
     for tensor in tensors:
@@ -770,12 +825,13 @@ def _comparison(tensors: list[_Measured], n_scales: tuple[int, int]) -> WeightsC
     overall, groups = _together("all", tensors), [_together(group, some) for group, some in by_group.items() if some]
     reasons.sort(key=lambda reason: (-reason.n_tensors, reason.reason))
     return WeightsComparison(
-        summary=_sentence(overall, {group.group: group for group in groups}, reasons),
+        summary=_sentence(overall, {group.group: group for group in groups}, reasons, permuted),
         is_equal=set(overall.n_tensors) <= {EQUAL},
         overall=overall,
         groups=tuple(groups),
         worst=tuple(sorted(differing, key=_badness)[:_N_WORST]),
         not_comparable=tuple(reasons),
+        permuted=permuted,
         n_scales=n_scales,
     )
 
@@ -798,6 +854,7 @@ def _together(group: str, tensors: list[_Measured]) -> GroupDifference:
     largest = max((tensor.largest for tensor in measured), default=math.inf)
     square_difference = math.fsum(tensor.square_difference for tensor in measured)
     square_a = math.fsum(tensor.square_a for tensor in measured)
+    norm_ratio, cosine = _angle([tensor for tensor in measured if tensor.n_differing])
     return GroupDifference(
         group=group,
         n_tensors={kind: n_tensors[kind] for kind in KINDS if n_tensors[kind]},
@@ -806,10 +863,27 @@ def _together(group: str, tensors: list[_Measured]) -> GroupDifference:
         largest=largest if math.isfinite(largest) else None,
         share_differing=sum(t.n_differing for t in measured) / n_elements if n_elements else None,
         n_not_finite=sum(t.n_not_finite for t in measured),
+        norm_ratio=norm_ratio,
+        cosine=cosine,
     )
 
 
-def _sentence(overall: GroupDifference, groups: dict[str, GroupDifference], reasons: Sequence[NotComparable]) -> str:
+def _angle(tensors: list[_Measured]) -> tuple[float | None, float | None]:
+    """Ratio of norms, b's over a's, and cosine of the angle between the two; None where one is zero."""
+    a, b, apart = (
+        math.fsum(getattr(t, name) for t in tensors) for name in ("square_a", "square_b", "square_difference")
+    )
+    if not (a and b):
+        return None, None
+    return math.sqrt(b / a), max(-1.0, min(1.0, (a + b - apart) / (2 * math.sqrt(a * b))))
+
+
+def _sentence(
+    overall: GroupDifference,
+    groups: dict[str, GroupDifference],
+    reasons: Sequence[NotComparable],
+    permuted: Sequence[PermutedExperts],
+) -> str:
     counts = Counter(overall.n_tensors)
     n_all, n_differ = counts.total(), counts[DIFFERS] + counts[DEQUANTISED]
     if counts[EQUAL] == n_all:
@@ -821,10 +895,20 @@ def _sentence(overall: GroupDifference, groups: dict[str, GroupDifference], reas
         how = f" ({counts[DEQUANTISED]:,} after dequantising)" if counts[DEQUANTISED] else ""
         router = f" (routers: {_in_words(groups['router'])})" if "router" in groups else ""
         parts.append(f"{n_differ:,} of {n_all:,} tensors differ{how}, {_error(overall)} over all{router}")
+        parts += [
+            f"{name} that differ have a norm ratio of {group.norm_ratio:.2f} and a cosine of "
+            f"{round(group.cosine, 2) + 0.0:.2f}: other weights altogether (drawn anew, never loaded, or moved)"
+            for name, group in groups.items()
+            if group.cosine is not None and group.cosine < _UNRELATED and not (permuted and name == _ROUTED)
+        ]
     elif counts[EQUAL] + counts[ROUNDED]:
         parts.append(f"{counts[EQUAL] + counts[ROUNDED]:,} of {n_all:,} tensors equal")
     if counts[NOT_MEASURED]:
         parts.append(f"{counts[NOT_MEASURED]:,} of {n_all:,} tensors have other bytes, by how much was not measured")
+    if permuted:
+        where = ", ".join(f"{one.n_slots:,} of {one.n_experts:,} in {one.layer}" for one in permuted[:_N_LAYERS])
+        more = f" and {len(permuted) - _N_LAYERS:,} more layers" if len(permuted) > _N_LAYERS else ""
+        parts.append(f"expert slots permuted, the experts themselves the same: {where}{more}")
     if counts[NOT_COMPARABLE]:
         why = ", ".join(f"{reason.n_tensors:,} {reason.reason}" for reason in reasons)
         parts.append(f"{counts[NOT_COMPARABLE]:,} of {n_all:,} tensors cannot be compared ({why})")

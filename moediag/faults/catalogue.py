@@ -103,6 +103,9 @@ FAULTS: Final[Mapping[str, Fault]] = {
     "experts-permuted": _function(
         "every expert of one layer in its neighbour's slot", causes=(*_EXPERTS, "D12-router"),
         module="routed experts", edit=edits.permuted_experts),
+    "experts-transposed": _function(
+        "square matrices of one layer's experts in the other layout", causes=(*_EXPERTS, "D12-router"),
+        module="routed experts", edit=edits.transposed_experts),
     "shared-expert": _function(
         "one layer's shared expert 5 % larger", causes=_AFTER_A_ROUTER, module="shared expert",
         edit=edits.layers_tensors(edits.scaled(1.05), _SHARED)),

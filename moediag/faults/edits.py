@@ -157,6 +157,13 @@ def permuted_experts(tensors: Tensors, config: dict[str, Any], layer: int) -> in
     return len(names)
 
 
+def transposed_experts(tensors: Tensors, config: dict[str, Any], layer: int) -> int:
+    """Square matrices of the layer's experts, each in the other layout: no shape tells the two apart."""
+    names = of_layer(tensors, layer, rf"{MOE}\.experts\.\d+\..+weight", _FUSED)
+    square = [name for name in names if tensors[name].dim() > 1 and len({*tensors[name].shape[-2:]}) == 1]
+    return _change(tensors, square, lambda values: values.transpose(-1, -2))
+
+
 def rope(factor: float) -> Edit:
     """The base of rotary positions."""
 

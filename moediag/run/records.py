@@ -228,6 +228,8 @@ class GroupDifference(Record):
     Args:
         n_tensors, n_parameters: by kind; kinds that do not occur are left out.
         share_differing: of the elements of measured tensors; None if none was measured.
+        norm_ratio, cosine: of the tensors that differ together, ||b|| / ||a|| and the cosine of the angle between them;
+            None if none does, or one of them is zero.
     """
 
     group: str
@@ -237,6 +239,21 @@ class GroupDifference(Record):
     largest: float | None
     share_differing: float | None
     n_not_finite: Count
+    norm_ratio: float | None = None
+    cosine: float | None = None
+
+
+class PermutedExperts(Record):
+    """A layer whose experts are the same in both checkpoints, bit for bit, and lie in other slots.
+
+    Args:
+        layer: what the names of its experts' tensors begin with.
+        n_slots: slots that hold another expert, of ``n_experts``.
+    """
+
+    layer: str
+    n_slots: Count
+    n_experts: Count
 
 
 class NotComparable(Record):
@@ -259,6 +276,7 @@ class WeightsComparison(Record):
         overall: all tensors together; ``groups``: by what they are (routers, experts, attention, ...).
         worst: tensors that differ, largest relative error first, those with other non-finite elements before all.
         not_comparable: by reason, most tensors first.
+        permuted: layers whose experts only lie in other slots.
         n_scales: tensors of a and of b that only tell how others are stored; they are not counted as tensors.
     """
 
@@ -273,6 +291,7 @@ class WeightsComparison(Record):
     groups: tuple[GroupDifference, ...]
     worst: tuple[TensorDifference, ...]
     not_comparable: tuple[NotComparable, ...]
+    permuted: tuple[PermutedExperts, ...] = ()
     n_scales: tuple[Count, Count]
 
 
