@@ -26,6 +26,7 @@ from hygiene_captures import (
     write_dump,
     write_run,
 )
+from records import made_otherwise
 from test_hygiene_logged import sampled
 from test_run_vocabulary import make_run as make_vocabulary_run
 from test_run_vocabulary import write_shard
@@ -36,6 +37,7 @@ from moediag.hygiene.rules import DIAGNOSIS, RULES
 from moediag.results.trend import measure_trend
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.reader import Run, open_run
+from moediag.run.records import write_record
 from moediag.run.writer import RunWriter
 
 HEALTHY = Healthy(shape=(16, 4, 6), certain_share=0.05, has_logits=True)
@@ -150,8 +152,15 @@ def _other_tokens(run: Run) -> None:
     RunWriter(run).write_capture("train", shard, other, run.capture("train", shard), {}, {})
 
 
+def _resampled(run: Run) -> None:
+    record = run.arm("infer")
+    facts = {**record.facts, "sampling": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05}}
+    write_record(run.arm_folder("infer") / "arm.json", made_otherwise(record, facts=facts))
+
+
 OF_RUNS: dict[str, Callable[[Run], None]] = {
-    "damaged": _damage, "missing-shard": _lose, "no-arm": _lose_arms, "token-identity": _other_tokens,
+    "D11-sampling-parameters": _resampled, "damaged": _damage, "missing-shard": _lose, "no-arm": _lose_arms,
+    "token-identity": _other_tokens,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hygiene_captures import FAULTS, SHAPES, Healthy, all_findings, bf16, make, plant, write_run
-from records import arm_of
+from records import arm_of, made_otherwise
 from scripted_engine import make_scripted_run
 
 from moediag.hygiene import Finding, check_run
@@ -18,6 +18,7 @@ from moediag.hygiene.rows import Rows, Shape
 from moediag.hygiene.rules import RULES, Rule
 from moediag.run.capture import Capture
 from moediag.run.reader import Run, open_run
+from moediag.run.records import write_record
 from moediag.run.writer import RunWriter
 
 ONE_LAYER = "needs two layers"
@@ -337,6 +338,26 @@ def test_a_file_that_does_not_belong_is_damage_of_the_run_but_keeps_no_analysis_
     (run.path / "arms" / "train" / "shard-00099.safetensors").write_bytes(b"stray")
     assert [f.rule for f in check_run(run)] == ["damaged"]
     assert check_run(run, arms=["infer", "train"]) == []
+
+
+def test_parameters_that_the_engine_sampled_with_unasked_are_named(tmp_path: Path) -> None:
+    """generation_config.json silently set temperature and penalties: the facts of the arm said so, and no rule did."""
+    h = Healthy(n_prompts=4)
+    run = write_run(tmp_path / "run", h, *make(h))
+    record, path = run.arm("infer"), run.arm_folder("infer") / "arm.json"
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 7}
+    for changes, words in (
+        ({}, None),
+        ({"top_k": 0}, None),
+        ({"temperature": 0.6, "top_k": 20}, "temperature = 0.6 (1.0 requested), top_k = 20 (0 requested)"),
+        ({"presence_penalty": -0.5}, "presence_penalty = -0.5 (0.0 requested)"),
+    ):
+        write_record(path, made_otherwise(record, facts={**record.facts, "sampling": neutral | changes}))
+        found = [one for one in check_run(open_run(run.path)) if one.level != "note"]
+        assert [one.rule for one in found] == (["D11-sampling-parameters"] if words else [])
+        assert words is None or words in found[0].message
+    write_record(path, made_otherwise(record, facts=record.facts))
+    assert not [one for one in check_run(open_run(run.path)) if one.level != "note"]
 
 
 def test_an_arm_of_other_tokens_is_named(tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ from moediag.run.derived import derived_damage
 from moediag.run.reader import Run
 
 _DENSE = Shape(0, 0, 0)
+_NEUTRAL_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+                     "presence_penalty": 0.0, "frequency_penalty": 0.0}  # fmt: skip
+"""What leaves the distribution as the model has it, by vLLM's own names; top_k is 0 or -1 there, and it gives 0."""
 
 
 @dataclass(frozen=True)
@@ -394,7 +397,27 @@ def _check_record(run: Run, arm: str) -> list[Finding]:
         run.correction_bias(arm)
     except RunError as error:
         return [finding("damaged", f"{arm} arm.json", str(error))]
-    return [finding("D14-other-rule", f"{arm} arm.json", disagreement) for disagreement in disagreements]
+    found = [finding("D14-other-rule", f"{arm} arm.json", disagreement) for disagreement in disagreements]
+    return found + _check_sampling(run, arm)
+
+
+def _check_sampling(run: Run, arm: str) -> list[Finding]:
+    """D11: what the scheduler of the engine that sampled got, where that was recorded."""
+    record = run.arm(arm)
+    effective = record.facts.get("sampling")
+    if record.path != "sampled" or not isinstance(effective, dict):
+        return []
+    requested = _NEUTRAL_SAMPLING | (run.record.sampling.content() if run.record.sampling is not None else {})
+    other = [
+        f"{name} = {got} ({requested[name]} requested)"
+        for name in _NEUTRAL_SAMPLING
+        if (got := effective.get(name)) is not None and not _is_same_setting(name, got, requested[name])
+    ]
+    return [finding("D11-sampling-parameters", f"{arm} arm.json", f"sampled with {', '.join(other)}")] if other else []
+
+
+def _is_same_setting(name: str, one: float, other: float) -> bool:
+    return one == other or (name == "top_k" and max(one, other) <= 0)
 
 
 def _check_shard(

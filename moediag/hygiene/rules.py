@@ -194,6 +194,11 @@ _TABLE = (
          "take both sides' log-probabilities after the temperature; raw on both sides, k1 and k3 are no KL",
          TEMPERATURES,
          threshold="sampling temperature of each token; any but 1"),
+    Rule("D11-sampling-parameters", "an engine sampled with other parameters than were requested",
+         "the checkpoint's generation_config.json, or a default of the engine", ERROR,
+         'generation_config="vllm", or request every parameter by name', FILES,
+         threshold="sampling parameters that the engine's scheduler got, against those requested (neutral where none "
+         "was); any difference"),
     Rule("D14-other-rule", "an engine's routing rule is not the checkpoint's", "the engine ignores an option of the "
          "router", NOTE, "ratio of weight sums; another engine version", FILES,
          threshold="the engine's routing rule, as proved when it was loaded, against the checkpoint's config; any "
