@@ -250,7 +250,14 @@ def _versions(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(weight_version=np.where(frame["position"] < 120, "4", "5"))
 
 
+def _begun_elsewhere(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every sequence's train column begins as many tokens early as its prompt is longer than the shortest."""
+    train_SN = frame["logp_train"].to_numpy().reshape(24, 320)
+    return frame.assign(logp_train=np.concatenate([np.roll(row, i % 8) for i, row in enumerate(train_SN)]))
+
+
 OF_LONG_TABLES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "D01-sequence-lag": _begun_elsewhere,
     "mixed-versions": _versions,
     "stale-segments": lambda frame: _far(_versions(frame), frame["position"] < 120),
     "regime-change": lambda frame: _far(frame, frame["position"] >= 120),

@@ -141,6 +141,34 @@ def test_a_mean_ratio_that_is_not_1_is_a_warning() -> None:
     assert f"is {np.exp(train - infer).mean():.4f} ([" in found[0].message
 
 
+@pytest.mark.parametrize("most", [1, 4, 20])
+@pytest.mark.parametrize("seed", range(2))
+def test_columns_that_begin_elsewhere_are_named_by_the_lag_of_each_sequence(seed: int, most: int) -> None:
+    """Rollout columns begin at the first completion token, the teacher's at the batch's common prompt (TRL pull request
+    6191): right where prompts are equally long, and "another sequence's", or a mean ratio of 12, elsewhere."""
+    train, infer = sampled(seed)
+    prompt, _ = sampled(seed + 100)
+    extra = np.random.default_rng(seed).integers(0, most + 1, len(train))
+    extra[:4] = 0
+    paired = [np.concatenate([p[:k], t[: len(t) - k]]) for t, p, k in zip(train, prompt, extra, strict=True)]
+    found = findings_of(table(np.array(paired), infer))
+    assert serious(found)[0] == "D01-sequence-lag"
+    assert (found[0].n, found[0].n_of) == ((extra > 0).sum(), 32)
+    assert [place.seq_id for place in found[0].places] == np.flatnonzero(extra)[:5].tolist()
+    lags = np.unique(extra[extra > 0])
+    assert found[0].message.endswith(
+        "lag +1" if most == 1 else f"{len(lags)} different lags, {lags[0]:+d} to {lags[-1]:+d}"
+    )
+
+
+def test_an_outlier_on_either_side_is_no_lag() -> None:
+    """One unlikely token each, three apart, correlates perfectly by values."""
+    infer = np.full((8, 60), -1e-3) * np.linspace(1, 1.01, 60)
+    train = infer.copy()[:, ::-1].copy()
+    infer[:, 20], train[:, 23] = -8.0, -8.0
+    assert "D01-sequence-lag" not in serious(findings_of(table(train, infer)))
+
+
 @pytest.mark.parametrize("temperature", [0.7, 0.9, 1.3])
 def test_a_softmax_temperature_on_one_side_is_named(temperature: float) -> None:
     assert serious(findings_of(table(*sampled(2, (64, 100), temperature=temperature)))) == ["D10-temperature"]

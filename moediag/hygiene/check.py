@@ -24,6 +24,7 @@ from moediag.hygiene.logps import (
     MeanRatio,
     OtherSequence,
     SameBits,
+    SequenceLag,
     StoredBits,
     Temperature,
     TokenLag,
@@ -166,7 +167,7 @@ class PairHygiene:
     def __init__(self, arms: tuple[str, str], shape: Shape, is_foreign: bool = False, has_places: bool = True) -> None:
         self._shifts: list[_PairRule] = [TokenLag()] if has_places else []
         self._rules: list[_PairRule] = [Temperature(), ConstantOffset()]
-        self._rules = [OtherSequence(), *self._rules] if has_places else self._rules
+        self._rules = [SequenceLag(), OtherSequence(), *self._rules] if has_places else self._rules
         self._zeros = [ContradictedZeros(arm) for arm in arms]
         self._last_rules: list[_PairRule] = [StaleSegments()] if has_places else []
         self._last_rules += [SameBits(), MeanRatio()] if is_foreign else []

@@ -7,6 +7,8 @@ entropy than that is no rounding.
 
 Two sides. Each fault is judged against what healthy engines may do, however noisy:
     - **Shifted** (D01), :class:`TokenLag`: correlation at a lag above that at 0, each row its own control.
+    - **Shifted one by one** (D01), :class:`SequenceLag`: each sequence at a lag of its own, as where columns of one
+      side begin behind its prompt and those of the other at a column of the batch.
     - **Unrelated** (D01), :class:`OtherSequence`: tokens of a sequence vary together on both sides, or hardly at all. A
       sequence whose sides differ by far on most tokens *and* do not correlate is of other tokens.
     - **Scaled** (D10), :class:`Temperature`: noise on one side widens it, by no more than -log(r) at a correlation of
@@ -24,8 +26,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from moediag.hygiene.chance import (
+    ALPHA,
     N_GROUPS,
     correlation,
     correlation_excess,
@@ -58,6 +62,11 @@ _LEAST_FAR_SHARE = 0.1
 _UNRELATED = 0.4
 """Correlation within sequences below which two streams have nothing in common; 0.99 is healthy (verl #7242). Ours, and
 far off on purpose: streams of other sequences were within 0.1 of 0, so that 130 tokens are enough."""
+
+MAX_OWN_LAG = 64
+"""Largest lag of a sequence of its own that is tried: prompts of one batch are that unlike in length at least."""
+_LEAST_OWN = 0.8
+"""Rank correlation at a lag from which on two streams are of the same tokens. Ours: 0.99 is healthy."""
 
 _LEAST_LIMIT, _MOST_LIMIT = 0.2, 0.5
 """Correlation of one sequence of many tokens, and of few, that still passes for 0."""
@@ -210,6 +219,57 @@ class TokenLag:
         best, r, r_0, n, _ = found
         message = f"train's logps correlate with infer's at lag {best:+d} (r = {r:.3f}), not at 0 ({r_0:.3f})"
         return [finding("D01-token-lag", where, f"{message}, {n:,} tokens", n_of=n)]
+
+
+class SequenceLag:
+    """Rank correlation of two logp streams within a sequence, at a lag of its own."""
+
+    def __init__(self) -> None:
+        self._candidates: list[tuple[int, int, float]] = []  # sequence, lag, chance
+        self._n_sequences = 0
+
+    def add(self, train: Rows, infer: Rows) -> None:
+        """Add a shard of both sides, same tokens."""
+        scored_T, x_T, y_T = scored(train, infer)
+        tokens = train.tokens
+        for first, end in tokens.sequence_bounds():
+            row_N = first + np.flatnonzero(scored_T[first:end])
+            x_N, y_N = x_T[row_N], y_T[row_N]
+            if len(row_N) < MIN_ROWS or min(np.ptp(x_N), np.ptp(y_N)) == 0:
+                continue
+            self._n_sequences += 1
+            if np.corrcoef(x_N, y_N)[0, 1] < _MOST_LIMIT and (found := _own_lag(x_N, y_N)) is not None:
+                self._candidates.append((int(tokens.seq_id_T[first]), *found))
+
+    def findings(self, where: str) -> list[Finding]:
+        """The sequences that agree elsewhere, and at which lags."""
+        found = sorted(one for one in self._candidates if one[-1] < ALPHA / self._n_sequences)
+        if not found:
+            return []
+        lags = sorted({lag for _, lag, _ in found})
+        words = f"lag {lags[0]:+d}" if len(lags) == 1 else f"{len(lags)} different lags, {lags[0]:+d} to {lags[-1]:+d}"
+        message = (
+            f"in {len(found):,} of {self._n_sequences:,} sequences train's logps go with infer's at a lag of their "
+            f"own, and not at 0: {words}"
+        )
+        places = tuple(Place(one[0], 0) for one in found[:N_PLACES])
+        return [finding("D01-sequence-lag", where, message, n=len(found), n_of=self._n_sequences, places=places)]
+
+
+def _own_lag(x_N: Float64, y_N: Float64) -> tuple[int, float] | None:
+    """The lag of the largest rank correlation, and how often chance gives one as large at any of the lags tried; None
+    where no lag leaves enough different tokens, or the streams have little in common anywhere."""
+    n_lags = min(MAX_OWN_LAG, len(x_N) - MIN_ROWS)
+    best: tuple[float, int, int] | None = None
+    for lag in (lag for size in range(1, n_lags + 1) for lag in (size, -size)):
+        here, there = aligned(len(x_N), lag)
+        x, y = x_N[here], y_N[there]
+        if min(len(np.unique(x)), len(np.unique(y))) >= MIN_ROWS:
+            best = max(best or (-1.0, 0, 0), (float(stats.spearmanr(x, y).statistic), lag, len(x)))
+    if best is None or best[0] < _LEAST_OWN:
+        return None
+    r, lag, n = best
+    return lag, float(2 * n_lags * stats.norm.sf(math.atanh(min(r, 1 - 1e-12)) * math.sqrt((n - 3) / 1.06)))
 
 
 class OtherSequence:

@@ -85,6 +85,13 @@ _TABLE = (
          companions=("D31-zero-logp",),
          threshold="correlation at lags -3 to 3; above that at 0 by more than its jackknife error explains (1e-6 "
          "per capture)"),
+    Rule("D01-sequence-lag", "sequences whose two logp streams go together at a lag of their own, not at 0",
+         "columns of one side begin behind each sequence's prompt, those of the other at one column of the batch (its "
+         "padding, its longest or common prompt)", ERROR,
+         "align by the token's position in its sequence; compare the shift with the prompt's length", BOTH_LOGPS,
+         companions=("D01-other-sequence", "D31-zero-logp"),
+         threshold="rank correlation within a sequence at lags up to 64 of at least 20 different values, where that at "
+         "0 is below 0.5; 0.8 (0.99 is healthy), beyond chance over all lags and sequences (1e-6)"),
     Rule("D01-other-sequence", "sequences whose two logp streams are unrelated, though they differ by far",
          "one side's log-probabilities are another sequence's (batch order, a wrong join), or another model's", ERROR,
          "join by sequence id, not by order; print 5 tokens of such a sequence with both streams", BOTH_LOGPS,
