@@ -340,6 +340,20 @@ def test_a_file_that_does_not_belong_is_damage_of_the_run_but_keeps_no_analysis_
     assert check_run(run, arms=["infer", "train"]) == []
 
 
+def test_a_last_token_without_log_probability_is_named_where_it_was_scored_again() -> None:
+    """A prefill that was evicted between chunks skipped the last prompt log-probability (vLLM pull request 41411): of
+    given text that is the last token's."""
+    h = Healthy(shape=(16, 4, 6), certain_share=0)
+    tokens, train, infer = make(h)
+    ends = [end - 1 for _, end in tokens.sequence_bounds()][::3]
+    infer.logp_T[ends] = np.nan
+    found = [one for one in all_findings(h, tokens, train, infer) if one.level != "note"]
+    assert [(one.rule, one.n) for one in found] == [("D31-nan-logp", len(ends))]
+    assert [(place.seq_id, place.position) for place in found[0].places] == [
+        (int(tokens.seq_id_T[end]), int(tokens.position_T[end])) for end in ends
+    ]
+
+
 def test_parameters_that_the_engine_sampled_with_unasked_are_named(tmp_path: Path) -> None:
     """generation_config.json silently set temperature and penalties: the facts of the arm said so, and no rule did."""
     h = Healthy(n_prompts=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from conftest import REPOSITORY
@@ -17,6 +18,15 @@ NO_EXAMPLE = {"D14-other-rule"}
 def test_the_page_is_what_the_rules_say(tmp_path: Path) -> None:
     """Written anew by ``python tests/rule_tables.py``."""
     assert f"<!-- table: rules -->\n\n{rules_text(tmp_path)}\n\n<!-- end of table -->" in TEXT
+
+
+def test_every_report_from_the_field_has_its_tests() -> None:
+    rows = re.findall(r"^\|.*\| ((?:`test_\w+`(?:, )?)+) \|$", TEXT, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"\w+", row)}
+    there = {name for path in Path(__file__).parent.glob("test_*.py")
+             for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}  # fmt: skip
+    assert len(rows) > 20
+    assert named <= there
 
 
 def test_every_rule_fires_on_its_fault_and_not_without_it(tmp_path: Path) -> None:
