@@ -28,6 +28,7 @@ from moediag.results.pair_analysis import analyze_pair
 from moediag.results.pair_summary import pair_summary
 from moediag.run.capture import Capture, TokenRows
 from moediag.run.reader import Run, open_run
+from moediag.run.records import OTHER_LOGITS
 from moediag.run.writer import RunWriter
 from moediag.statistics.intervals import Interval
 
@@ -432,6 +433,24 @@ def test_other_weights_leave_the_function_untold() -> None:
     found = verdict(Seen(pair, weights="infer loaded other weights than train", function=SAME_TEST))
     assert found["word"] == "cannot tell"
     assert found["weights"] == "infer loaded other weights than train"
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (f"{OTHER_LOGITS} in 2 of 2 MoE layers", "D12-router"),
+        ("the engines choose other experts for the same logits in 2 of 2 MoE layers", "other-function"),
+    ],
+)
+def test_routers_that_differ_on_the_same_hidden_states_are_named_where_no_captured_router_tells(
+    words: str, rule: str
+) -> None:
+    """Bug: what the loaded routers do with probes was a note beside "no router says where"."""
+    pair = pair_summary(analyze_pair(make_pair(make_block(n_prompts=24, diff_scale=0.1))))
+    test = replace(SAME_TEST, is_same=False, n_agreeing=0, mean=pair["logp"]["abs_logp_diff"]["mean"])
+    found = causes(Seen(pair, function=test, findings=[finding("D14-other-rule", "infer arm.json", words)]))
+    assert [one.rule for one in found] == [rule, "D14-other-rule"]
+    assert rule == "other-function" or found[0].message == words
 
 
 def test_every_word_of_a_verdict_has_a_tone() -> None:

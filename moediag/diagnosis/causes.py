@@ -39,6 +39,7 @@ from moediag.hygiene.findings import LEVELS, Finding, by_level, finding
 from moediag.hygiene.rules import ERROR, RULES, WARNING
 from moediag.notation import INFER, TRAIN
 from moediag.numbers import percent, sig
+from moediag.run.records import OTHER_LOGITS
 
 WORSE: Final = 1.5
 """Times that one engine's typical token, or a router's typical margin, is farther from the function than the other's,
@@ -237,6 +238,10 @@ def _function(seen: Seen) -> Iterator[Finding]:
     if function is None or not seen.is_other or seen.weights or is_doubtful_float32(seen):
         return
     if layers is None or layers.first is None:
+        routers = next((one for one in seen.findings if one.message.startswith(OTHER_LOGITS)), None)
+        if routers is not None:
+            yield finding("D12-router", routers.where, routers.message)
+            return
         yield finding("other-function", function.pair, f"in float32 {seen.both} differ by {sig(function.mean)} nat "
                       f"on average, {sig(function.times)} times rounding; routers do not say where",
                       n=function.n_sequences - function.n_agreeing, n_of=function.n_sequences)  # fmt: skip

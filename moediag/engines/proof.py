@@ -44,6 +44,7 @@ from moediag.engines.routers import (
 from moediag.errors import CaptureError, CheckpointError
 from moediag.notation import INFER, TRAIN
 from moediag.run.reader import Run
+from moediag.run.records import OTHER_LOGITS
 
 REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 """What a router or its block raises that is given nothing but hidden states or logits and needs more."""
@@ -544,7 +545,7 @@ def agreement(proof: Proof, other: Sequence[Shown], engine: str = "vLLM") -> Agr
         for words, found in (
             ("the engines choose other experts for the same logits", choice),
             ("the engines give the same experts other gate weights", [plain for plain, _ in gates]),
-            ("the engines' routers give other logits for the same hidden states", logits),
+            (OTHER_LOGITS, logits),
         )
         if any(found)
     ]

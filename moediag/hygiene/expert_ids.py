@@ -27,8 +27,9 @@ UNSIGNED_NOT_ROUTED = 255
 MAX_LAYER_LAG = 8
 """Largest layer offset tried: models have at most 3 leading dense layers; 8 leaves room for a stage's offset."""
 
-_LEAST_LAYERS = 3
-"""With two layers neither is the odd one out."""
+_LEAST_OF_TWO = 0.5
+"""Agreement beyond chance, as a share of what could be, that the second of two layers needs for the first to be the odd
+one out: hidden states are right there. Ours; where the second does not agree they may differ from the first on."""
 
 _AT_CHANCE = 0.25
 """A layer is at chance when it agrees beyond chance by less than this share of what the median layer does."""
@@ -328,13 +329,16 @@ class LayerAtChance:
     def findings(self, where: str) -> list[Finding]:
         """Layers at chance while most agree."""
         n_L = self._n_GL.sum(axis=0)
-        if self._shape.n_layers < _LEAST_LAYERS or not self._shape.is_choice or n_L.min() < MIN_ROWS:
+        if self._shape.n_layers < 2 or not self._shape.is_choice or n_L.min() < MIN_ROWS:
             return []
         overlap_L = self._overlap_GL.sum(axis=0) / n_L
         train_LE, infer_LE = self._chosen_LE / n_L[:, None]
         chance_L = (train_LE * infer_LE).sum(axis=1) / self._shape.top_k
         room_L = 1 - chance_L
-        usual = float(np.median((overlap_L - chance_L) / np.maximum(room_L, _LEAST_ROOM)))
+        beyond_L = (overlap_L - chance_L) / np.maximum(room_L, _LEAST_ROOM)
+        usual = float(np.median(beyond_L)) if len(beyond_L) > 2 else float(beyond_L[1])
+        if len(beyond_L) == 2 and usual < _LEAST_OF_TWO:
+            return []
         least_L = chance_L + _AT_CHANCE * usual * room_L  # of a layer that is not at chance
         layers = [
             layer

@@ -115,8 +115,8 @@ _TABLE = (
          "again, hidden states differ from there on", ERROR,
          "compare the layer maps; capture without speculative decoding", BOTH_IDS,
          companions=("D02-twin-layers",),
-         threshold="share of experts in common, beyond popularity; below a quarter of the median layer's, beyond "
-         "chance (1e-6)"),
+         threshold="share of experts in common, beyond popularity; below a quarter of the median layer's (of two "
+         "layers: the first, where the second has more than half), beyond chance (1e-6)"),
     Rule("D02-twin-layers", "two layers of one side with the same expert sets in every row",
          "two layers wrote to one slot (a draft or MTP head, a layer number given twice)", ERROR,
          "compare the layer maps; capture without speculative decoding", IDS,

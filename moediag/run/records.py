@@ -47,6 +47,10 @@ class Record(BaseModel):
         return self.model_dump(mode="json")
 
 
+OTHER_LOGITS = "the engines' routers give other logits for the same hidden states"
+"""What a disagreement of routers (:class:`ArmRecord`) that is none of rules begins with."""
+
+
 class RouterSpec(Record):
     """How one router chooses its experts, and what weight it gives them.
 
