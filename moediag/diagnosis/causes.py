@@ -237,11 +237,11 @@ def _function(seen: Seen) -> Iterator[Finding]:
                       n_of=cut.function.n_sequences)  # fmt: skip
     if function is None or not seen.is_other or seen.weights or is_doubtful_float32(seen):
         return
+    routers = next((one for one in seen.findings if one.message.startswith(OTHER_LOGITS)), None)
+    if routers is not None and (layers is None or layers.first is None or len(layers.frame) == 1):
+        yield finding("D12-router", routers.where, routers.message)
+        return
     if layers is None or layers.first is None:
-        routers = next((one for one in seen.findings if one.message.startswith(OTHER_LOGITS)), None)
-        if routers is not None:
-            yield finding("D12-router", routers.where, routers.message)
-            return
         yield finding("other-function", function.pair, f"in float32 {seen.both} differ by {sig(function.mean)} nat "
                       f"on average, {sig(function.times)} times rounding; routers do not say where",
                       n=function.n_sequences - function.n_agreeing, n_of=function.n_sequences)  # fmt: skip
