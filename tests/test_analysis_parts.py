@@ -31,7 +31,9 @@ def parts_made(run: Path, **options: Any) -> tuple[int, int] | None:
     """(parts made, parts in all) of an analysis; None where nothing was to be done."""
     events: list[dict[str, Any]] = []
     analyze_run(open_run(run), on_event=events.append, **options)
-    return (events[0]["total"] - events[0]["done"], events[0]["total"]) if events else None
+    begun = {event["unit"]: event for event in reversed(events)}.values()
+    n_all, n_kept = (sum(event[key] for event in begun) for key in ("total", "done"))
+    return (n_all - n_kept, n_all) if events else None
 
 
 @pytest.fixture(scope="module")

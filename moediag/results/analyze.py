@@ -17,9 +17,10 @@ from moediag.diagnosis.modules import kept_checks
 from moediag.diagnosis.recorded import explain_recorded
 from moediag.errors import RunError
 from moediag.folder import SUMMARY, made_together, read_frames, write_frames
-from moediag.hygiene import check_run
+from moediag.hygiene.check import check_prompts
+from moediag.hygiene.findings import by_level
 from moediag.notation import INFER, REFERENCE, TRAIN
-from moediag.results.parts import Kept, ReadLater, flip_parts, make_parts, pair_part, shared
+from moediag.results.parts import Kept, ReadLater, check_parts, findings_of, flip_parts, make_parts, pair_part, shared
 from moediag.results.summary import Found, summarize
 from moediag.run.derived import ANALYSIS, settle_derived
 from moediag.run.files import read_sealed, write_sealed
@@ -71,17 +72,19 @@ def analyze_run(
     of_own = [(one.of, one.arm) for one in own]
     every = [(minuend, subtrahend), (train, infer), *both, *_across(run, arms, train, infer), *of_own]
     pairs = {part.name: part for part in (pair_part(run, *names) for names in every)}
-    findings = check_run(run, arms=arms)
-    errors = [finding for finding in findings if finding.level == "error"]
-    if errors and not force:
-        raise RunError(
-            f"{run.path} has {len(errors)} validation errors, first: {errors[0].line()}; see moediag validate "
-            f"{run.path}"
-        )
     with made_together(run.path, ANALYSIS) as made:
         folder = made / ANALYSIS
+        checks = check_parts(run, arms, main)
         parts = [*pairs.values(), *flip_parts(run, main)]
-        done = make_parts(kept, parts, folder, no_text, workers, on_event)
+        checked = make_parts(kept, checks, folder, no_text, workers, on_event, "checks")
+        findings = by_level(list(dict.fromkeys([*check_prompts(run), *findings_of(checked.values())])))
+        errors = [finding for finding in findings if finding.level == "error"]
+        if errors and not force:
+            raise RunError(
+                f"{run.path} has {len(errors)} validation errors, first: {errors[0].line()}; see moediag validate "
+                f"{run.path}"
+            )
+        done = make_parts(kept, parts, folder, no_text, workers, on_event, "analyses")
         digests: dict[str, dict[str, str]] = {}
         for part in parts:
             digests.setdefault(part.pair, {}).update(done[part.name].frames)
@@ -115,7 +118,7 @@ def analyze_run(
         if exact is not None:
             summary["pairs"][observed]["logp"] |= exact.summary()
         write_sealed(made / SUMMARY, summary)
-        kept.write(folder, done, read_sealed(made / SUMMARY)["sha256"])
+        kept.write(folder, {**checked, **done}, read_sealed(made / SUMMARY)["sha256"])
     return read_sealed(run.path / SUMMARY)
 
 

@@ -35,11 +35,13 @@ import moediag
 from moediag.analysis.flips.explained import explained_flips_of, forecast_flips_of, noise_arms
 from moediag.errors import RunError
 from moediag.folder import SUMMARY, write_frames
+from moediag.hygiene.check import inspect_arm, inspect_pair
+from moediag.hygiene.findings import Finding
 from moediag.notation import INFER, TRAIN
 from moediag.results.pair_analysis import analyze_pair
 from moediag.results.pair_summary import pair_summary
 from moediag.run.derived import ANALYSIS, KEPT
-from moediag.run.files import digest_of, read_checked, read_sealed, sha256_bytes, write_sealed
+from moediag.run.files import digest_of, make_folder, read_checked, read_sealed, sha256_bytes, write_sealed
 from moediag.run.reader import Run, open_run
 from moediag.run.records import MANIFEST
 
@@ -105,6 +107,32 @@ def flip_parts(run: Run, pair: str) -> list[Part]:
     ]
 
 
+def check_parts(run: Run, arms: Sequence[str], folder: str) -> list[Part]:
+    """The rules of ``validate`` on every arm alone, and on every further arm beside infer."""
+    reference = run.reference(INFER)
+    alone = [Part(f"{arm} checked", folder, (arm,), partial(_checked_arm, arm=arm)) for arm in arms]
+    beside = [
+        Part(f"{arm} checked beside {reference}", folder, (arm, reference),
+             partial(_checked_pair, arm=arm, reference=reference))
+        for arm in arms
+        if arm != reference and reference in arms
+    ]  # fmt: skip
+    return [*alone, *beside]
+
+
+def findings_of(checks: Iterable[Made]) -> list[Finding]:
+    """What :func:`check_parts` found."""
+    return [Finding.of(record) for made in checks for record in made.summary["findings"]]
+
+
+def _checked_arm(run: Run, arm: str) -> Content:
+    return {"findings": [found.record() for found in inspect_arm(run, arm).findings]}, {}
+
+
+def _checked_pair(run: Run, arm: str, reference: str) -> Content:
+    return {"findings": [found.record() for found in inspect_pair(run, arm, reference).findings]}, {}
+
+
 def _analyzed(run: Run, arm_a: str, arm_b: str) -> Content:
     analysis = analyze_pair(run.pair(arm_a, arm_b))
     return pair_summary(analysis), analysis.frames()
@@ -159,6 +187,7 @@ class Kept:
             return None
         try:
             for name, digest in found["frames"].items():
+                make_folder(folder)
                 read_checked(self._file(part.pair, name), digest)
                 _link(self._file(part.pair, name), folder / f"{name}.parquet")
         except RunError:
@@ -181,6 +210,7 @@ def make_parts(
     no_text: bool,
     workers: int,
     on_event: Callable[[dict[str, Any]], None],
+    unit: str,
 ) -> dict[str, Made]:
     """Every part of an analysis, taken from the last one or made.
 
@@ -188,24 +218,23 @@ def make_parts(
         folder: of the new analysis: a folder per pair is made in it.
         no_text: let token ids be -1 in the frames.
         workers: processes; 1 = this one alone.
-        on_event: as :func:`~moediag.results.analyze.analyze_run` has it.
+        on_event: as :func:`~moediag.results.analyze.analyze_run` has it; unit: what a part is called there.
 
     Returns:
         By the parts' names, in their order.
     """
     made: dict[str, Made | None] = {}
     for part in parts:
-        (folder / part.pair).mkdir(parents=True, exist_ok=True)
         made[part.name] = kept.take(part, folder / part.pair)
     missing = [part for part in parts if made[part.name] is None]
     # flips take longest to predict: begun first, nobody waits for them at the end
     missing.sort(key=lambda part: part.name == part.pair)
     make = partial(_made, kept.run.path, folder=folder, no_text=no_text)
-    on_event({"done": len(parts) - len(missing), "total": len(parts), "unit": "parts"})
+    on_event({"done": len(parts) - len(missing), "total": len(parts), "unit": unit})
     with _map(make, missing, min(workers, len(missing))) as results:
         for done, (part, (summary, frames)) in enumerate(results, len(parts) - len(missing) + 1):
             made[part.name] = Made(summary, frames, kept.made_of_part(part))
-            on_event({"done": done, "total": len(parts), "unit": "parts"})
+            on_event({"done": done, "total": len(parts), "unit": unit})
     return {name: one for name, one in made.items() if one is not None}
 
 
