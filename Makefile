@@ -23,7 +23,7 @@ demo: $(READY)
 # Two processes, one thread each: with two, OpenMP's threads spin while they wait for a core, and scoring takes 20 times as long.
 # Compiled modules are kept whatever the caller's Python is told: hundreds of commands start in processes of their own.
 test: $(READY)
-	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MOEDIAG_WORKERS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	@$(VENV)/bin/ruff format --check .
@@ -36,7 +36,7 @@ tables: $(READY)
 	@MOEDIAG_WHOLE_DEMO=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_demo.py
 
 hunt: $(READY)
-	@seed=$${MOEDIAG_SEED:-$$(date +%s)}; echo "MOEDIAG_SEED=$$seed MOEDIAG_HUNT=$(HUNT)"; export OMP_NUM_THREADS=1; \
+	@seed=$${MOEDIAG_SEED:-$$(date +%s)}; echo "MOEDIAG_SEED=$$seed MOEDIAG_HUNT=$(HUNT)"; export OMP_NUM_THREADS=1 MOEDIAG_WORKERS=1; \
 	MOEDIAG_SEED=$$seed MOEDIAG_HUNT=$(HUNT) $(VENV)/bin/python -m pytest -m "not engines" -n 2 --dist loadfile
 
 format: $(READY)

@@ -134,11 +134,18 @@ class Run(Shown, reader.Run):
         found = [texts.of(*place) for place in places]
         return worst.assign(text=pd.Series([one and one.token for one in found], dtype=object))
 
-    def analyze(self, force: bool = False, no_text: bool = False) -> dict[str, Any]:
-        """Analyse the run as ``moediag analyze`` does; writes analysis/ and summary.json, returns the summary."""
+    def analyze(self, force: bool = False, no_text: bool = False, workers: int = 1) -> dict[str, Any]:
+        """Analyse the run as ``moediag analyze`` does; writes analysis/ and summary.json, returns the summary.
+
+        Args:
+            force: analyse in spite of validation errors.
+            no_text: keep token ids out of the frames, and text out of pages made from them.
+            workers: processes; the results do not depend on it. With more than one a script needs its
+                ``if __name__ == "__main__"``.
+        """
         from moediag.results import analyze_run
 
-        return analyze_run(self, force, no_text)
+        return analyze_run(self, force, no_text, workers)
 
     def report(self, **options: Any) -> Path:
         """Write figures, report.md and report.html as ``moediag report`` does; returns the path of report.md."""

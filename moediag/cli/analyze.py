@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,15 +18,28 @@ def command(
         bool, typer.Option("--no-text", help="Keep token ids out of the frames, and text out of pages made from them.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Analyse in spite of validation errors.")] = False,
+    workers: o.Workers = None,
 ) -> None:
-    """Compute every frame and summary.json from the captured arms; needs no engine."""
-    from moediag.cli.console import say_json, wrote
+    """Compute every frame and summary.json from the captured arms; needs no engine.
+
+    What has not changed since the last analysis is not computed again: an arm that was added costs its own pairs.
+    """
+    from moediag.cli.console import bar, note, say_json, wrote
     from moediag.cli.table import show_table
     from moediag.results import analyze_run
     from moediag.run.reader import open_run
 
     opened = open_run(run)
-    summary = analyze_run(opened, force, no_text)
+    with bar("analysis") as progress:
+        seen: list[dict[str, Any]] = []
+
+        def on_event(event: dict[str, Any]) -> None:
+            seen.append(event)
+            progress.on_event(event)
+
+        summary = analyze_run(opened, force, no_text, o.n_workers(workers), on_event)
+    if not seen:
+        note("Unchanged since the last analysis: nothing is computed again")
     if as_json:
         say_json(summary)
         return

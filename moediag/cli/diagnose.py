@@ -117,8 +117,7 @@ def command(
         room = None if float32_memory is None else float32_memory * 2**30
         run = _climb(target, output, prompts, settings, turn or [], replay_by_layer, modules, third, room, whole, force)
     with bar("analysis") as progress:
-        progress.on_event({"stage": "metrics"})
-        summary = analyze_run(run)
+        summary = analyze_run(run, workers=o.n_workers(), on_event=progress.on_event)
         progress.on_event({"stage": "figures and report"})
         report = report_run(run)
     if as_json:
@@ -206,12 +205,12 @@ def _climb(
             continue
         with bar("analysis") as progress:
             progress.on_event({"stage": "is the cause plain?"})
-            word = analyze_run(run)["verdict"]["word"]
+            word = analyze_run(run, workers=o.n_workers())["verdict"]["word"]
         if word in (BIT_EXACT, NOT_REPEATING, OTHER_FUNCTION):
             note(f"Ended    the cause is plain ({word}); --whole climbs on")
             break
     if modules is None:
-        modules = analyze_run(run)["verdict"]["word"] in (OTHER_FUNCTION, ROUNDS_WORSE)
+        modules = analyze_run(run, workers=o.n_workers())["verdict"]["word"] in (OTHER_FUNCTION, ROUNDS_WORSE)
     if modules and kept_checks(run) is None:
         with Engines() as engines, bar("modules") as progress:
             check_modules(engines, run, checkpoint, checkpoint, progress.on_event).keep(run)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moediag.cli import options as o
 from moediag.cli.console import bar, note, wrote
 from moediag.cli.table import show_table
 from moediag.engines.arms import AUTO, HOOKS, UNOBSERVED, ArmRequest, Reference
@@ -413,8 +414,7 @@ def _note_what_remains(writer: RunWriter, arm: str, named: str, is_shared: bool)
 def finish(run: Run, training_window: int | None = None, no_text: bool = False) -> None:
     """Analyse, draw, report; a short table and where things are."""
     with bar("analysis") as progress:
-        progress.on_event({"stage": "metrics"})
-        summary = analyze_run(run, no_text=no_text)
+        summary = analyze_run(run, no_text=no_text, workers=o.n_workers(), on_event=progress.on_event)
         progress.on_event({"stage": "figures and report"})
         report = report_run(run, training_window, no_text=no_text)
     show_table({run.path.resolve().name: summary}, str(run.path))

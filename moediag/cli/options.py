@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from enum import StrEnum
@@ -220,6 +221,21 @@ Force = Annotated[
     bool, typer.Option("--force", help="Start anew: the run that is there goes once the new one is complete.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+WORKERS: Final = "MOEDIAG_WORKERS"
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, envvar=WORKERS, help="Processes that analyse; all cores by default."),
+]
+
+
+def n_workers(workers: int | None = None) -> int:
+    """Processes that analyse: as many as given, or as the environment says, or one a core."""
+    given = os.environ.get(WORKERS, "")
+    if workers is None and given and not (given.isascii() and given.isdigit() and int(given) > 0):
+        raise RunError(f"{WORKERS}={given!r}: expected the number of processes that analyse, such as 4")
+    return workers or int(given or os.cpu_count() or 1)
+
+
 Strict = Annotated[
     bool, typer.Option("--strict", help="Exit code 3 when the rules of validate find an error in the tokens.")
 ]

@@ -207,32 +207,57 @@ def inspect_run(run: Run, arms: Sequence[str] | None = None) -> Inspection:
         arms: the arms to check; None = all, and every derived file and log as well: an analysis of some arms is not
             kept from being made by a damaged figure, which it replaces.
     """
-    found = _check_prompts(run) if arms is not None else _check_beside_arms(run)
-    names, reference = list(run.arms() if arms is None else arms), run.reference(INFER)
-    found += [item for arm in names for item in _check_record(run, arm)]
-    shapes = {arm: _shape_of_arm(run, arm) for arm in names}
-    hygiene = {arm: ArmHygiene(shape, _is_sampled(run, arm)) for arm, shape in shapes.items()}
-    pairs = {
-        arm: PairHygiene((arm, reference), _common_shape(shape, shapes[reference]), _is_foreign(run, arm, reference))
-        for arm, shape in shapes.items()
-        if arm != reference and reference in names
-    }
-    for shard in run.shards:
-        found += _check_shard(run, shard, reference, hygiene, pairs, shapes)
-    prefixes = _prefixes_of(run, set().union(*(rule.gap_lengths for rule in hygiene.values())))
-    for arm, rules in hygiene.items():
-        alone = rules.findings(arm, prefixes)
-        # a side without any log-probability was dumped without them
-        is_bare = LOGPS not in rules.has and _is_foreign(run, arm)
-        found += [item for item in alone if not (is_bare and item.rule == "D31-nan-logp")]
-    found += [item for arm, rules in pairs.items() for item in rules.findings(f"{reference}~{arm}")]
+    reference = run.reference(INFER)
+    names = list(run.arms() if arms is None else arms)
+    alone = {arm: inspect_arm(run, arm) for arm in names}
+    beside = {arm: inspect_pair(run, arm, reference) for arm in names if arm != reference and reference in names}
+    found = check_prompts(run) if arms is not None else _check_beside_arms(run)
     if not run.arms():
+        found += [item for shard in run.shards for item in _read_tokens(run, shard)[1]]
         found.append(finding("no-arm", str(run.path), "no arm has been captured"))
-    has = {FILES, N_EXPERTS} | {DISTRIBUTIONS for arm in names if _has_distributions(run, arm)}
-    has |= {what for rules in hygiene.values() for what in rules.has}
-    has |= {FOREIGN} if pairs and any(_is_foreign(run, arm, reference) for arm in pairs) else set()
-    has |= {what for arm in pairs for what in both_have(hygiene[arm].has, hygiene[reference].has)}
-    return Inspection(by_level(found), frozenset(has), sum(rules.n_rows for rules in hygiene.values()))
+    found += [item for part in (*alone.values(), *beside.values()) for item in part.findings]
+    has = {FILES, N_EXPERTS}.union(*(part.has for part in (*alone.values(), *beside.values())))
+    has |= {what for arm in beside for what in both_have(alone[arm].has, alone[reference].has)}
+    # a token table that is damaged is found with every arm
+    found = by_level(list(dict.fromkeys(found)))
+    return Inspection(found, frozenset(has), sum(part.n_rows for part in alone.values()))
+
+
+def inspect_arm(run: Run, arm: str) -> Inspection:
+    """Check an arm alone: its record, every shard of it, and the token tables."""
+    shape = _shape_of_arm(run, arm)
+    rules = ArmHygiene(shape, _is_sampled(run, arm))
+    found = _check_record(run, arm)
+    for shard in run.shards:
+        tokens, missing = _read_tokens(run, shard)
+        found += missing
+        if shard in run.shards_of(arm):
+            rows, wrong = _read_rows(run, arm, shard, tokens, shape)
+            found += wrong
+            if rows is not None:
+                rules.add(rows)
+    # a side without any log-probability was dumped without them
+    is_bare = LOGPS not in rules.has and _is_foreign(run, arm)
+    own = rules.findings(arm, _prefixes_of(run, rules.gap_lengths))
+    found += [item for item in own if not (is_bare and item.rule == "D31-nan-logp")]
+    has = rules.has | ({DISTRIBUTIONS} if _has_distributions(run, arm) else set())
+    return Inspection(by_level(found), frozenset(has), rules.n_rows)
+
+
+def inspect_pair(run: Run, arm: str, reference: str) -> Inspection:
+    """Check an arm beside the reference arm, on the shards that both have whole."""
+    shapes = [_shape_of_arm(run, one) for one in (arm, reference)]
+    is_foreign = _is_foreign(run, arm, reference)
+    rules = PairHygiene((arm, reference), _common_shape(*shapes), is_foreign)
+    for shard in run.shards:
+        if shard in run.shards_of(arm) and shard in run.shards_of(reference):
+            tokens, _ = _read_tokens(run, shard)
+            infer, _ = _read_rows(run, reference, shard, tokens, shapes[1])
+            rows, _ = _read_rows(run, arm, shard, tokens, shapes[0])
+            if rows is not None and infer is not None:
+                rules.add(rows, infer)
+    has = {FOREIGN} if is_foreign else set()
+    return Inspection(by_level(rules.findings(f"{reference}~{arm}")), frozenset(has), 0)
 
 
 def inspect_runs(runs: Sequence[Run]) -> Inspection:
@@ -382,7 +407,8 @@ def _check_beside_arms(run: Run) -> list[Finding]:
     return [finding("damaged", where, message) for where, message in derived_damage(run.path)]
 
 
-def _check_prompts(run: Run) -> list[Finding]:
+def check_prompts(run: Run) -> list[Finding]:
+    """The table of prompts, where the run has one."""
     if run.record.prompts is None:
         return []
     try:
@@ -421,64 +447,36 @@ def _is_same_setting(name: str, one: float, other: float) -> bool:
     return one == other or (name == "top_k" and max(one, other) <= 0)
 
 
-def _check_shard(
-    run: Run,
-    shard: Shard,
-    reference: str,
-    hygiene: dict[str, ArmHygiene],
-    pairs: dict[str, PairHygiene],
-    shapes: dict[str, Shape],
-) -> list[Finding]:
-    """Feed one shard to every arm's and pair's rules; returns what is wrong with its files."""
-    found: list[Finding] = []
-    tokens = _read_tokens(run, shard, found)
-    infer: Rows | None = None
-    for arm in sorted(hygiene, key=lambda name: name != reference):
-        if shard not in run.shards_of(arm):
-            continue
-        rows = _read_rows(run, arm, shard, tokens, shapes[arm], found)
-        if rows is None:
-            continue
-        hygiene[arm].add(rows)
-        if arm == reference:
-            infer = rows
-        elif infer is not None:
-            pairs[arm].add(rows, infer)
-    return found
-
-
-def _read_tokens(run: Run, shard: Shard, found: list[Finding]) -> TokenRows | None:
+def _read_tokens(run: Run, shard: Shard) -> tuple[TokenRows | None, list[Finding]]:
     if not run.has_tokens(shard):
-        found.append(finding("missing-shard", f"tokens {shard.stem}", "token table not written yet"))
-        return None
+        return None, [finding("missing-shard", f"tokens {shard.stem}", "token table not written yet")]
     try:
-        return run.tokens(shard)
+        return run.tokens(shard), []
     except RunError as error:
-        found.append(finding("damaged", f"tokens {shard.stem}", str(error)))
-        return None
+        return None, [finding("damaged", f"tokens {shard.stem}", str(error))]
 
 
 def _read_rows(
-    run: Run, arm: str, shard: Shard, tokens: TokenRows | None, shape: Shape, found: list[Finding]
-) -> Rows | None:
+    run: Run, arm: str, shard: Shard, tokens: TokenRows | None, shape: Shape
+) -> tuple[Rows | None, list[Finding]]:
+    """A shard of an arm, where it can be read, and what is wrong with it."""
     where = f"{arm} {shard.stem}"
     if not run.has_capture(arm, shard):
-        found.append(finding("missing-shard", where, "not captured yet; run the capture again"))
-        return None
+        return None, [finding("missing-shard", where, "not captured yet; run the capture again")]
     try:
         is_of_these = run.capture_sidecar(arm, shard).tokens_sha256 == run.tokens_digest(shard)
         capture = run.capture(arm, shard)
     except RunError as error:
-        found.append(finding("damaged", where, str(error)))
-        return None
+        return None, [finding("damaged", where, str(error))]
+    found: list[Finding] = []
     if not is_of_these:
         found.append(finding("token-identity", where, "scored other tokens than the token table"))
     if tokens is None:
-        return None
+        return None, found
     capture = _of_shape(run, arm, capture, shape)
     wrong = _misfits(tokens, capture, shape, where)
     found += wrong or _check_distributions(run, arm, shard, tokens, capture)
-    return None if wrong else Rows(tokens, capture, shape)
+    return None if wrong else Rows(tokens, capture, shape), found
 
 
 def _of_shape(run: Run, arm: str, capture: Capture, shape: Shape) -> Capture:
@@ -519,7 +517,7 @@ def _misfits(tokens: TokenRows, capture: Capture, shape: Shape, where: str) -> l
 def _prefixes_of(run: Run, lengths: set[int]) -> dict[tuple[int, int], int]:
     counts: dict[tuple[int, int], int] = {}
     for shard in run.shards if lengths else ():
-        tokens = _read_tokens(run, shard, [])
+        tokens, _ = _read_tokens(run, shard)
         if tokens is not None:
             count_prefixes(tokens, lengths, counts)
     return counts

@@ -5,9 +5,9 @@ Invariant: a finding does not depend on the order of sequences or on where shard
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,12 @@ class Finding:
         """The finding as one line."""
         first = f", first: {self.places[0].text()}" if self.places else ""
         return f"{self.level}: {self.rule}: {self.where}: {self.message}{first}"
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """The finding of a :meth:`record`."""
+        known = {one.name: record[one.name] for one in fields(cls)}
+        return cls(**{**known, "places": tuple(Place(**place) for place in record["places"])})
 
     def record(self) -> dict[str, Any]:
         """The finding as JSON has it, cause and next check included."""

@@ -148,9 +148,12 @@ class Rows:
         n_steps = self.shape.n_layers * self.shape.top_k - 1
         if n_steps * math.log(self.shape.n_experts) < -math.log(ALPHA):
             return np.zeros(self.ids.shape[:2], dtype=np.bool_)
-        flat_TN = self.ids.reshape(len(self), -1).astype(np.int32)
-        on_TN = np.diff(flat_TN, axis=1, prepend=flat_TN[:, :1] - 1) % self.shape.n_experts == 1
-        return _booleans(on_TN.reshape(self.ids.shape).all(axis=2) & self.routed)
+        # looked at closer only where the first slot counts on from the last of the layer before: few rows as a rule
+        before_TL = np.concatenate([self.ids[:, :1, 0] - 1, self.ids[:, :-1, -1]], axis=1)
+        counting_TL = ((self.ids[:, :, 0] - before_TL) % self.shape.n_experts == 1) & self.routed
+        slots_NK = self.ids[counting_TL].astype(np.int32)
+        counting_TL[counting_TL] = (np.diff(slots_NK, axis=1) % self.shape.n_experts == 1).all(axis=1)
+        return _booleans(counting_TL)
 
     @cached_property
     def filler(self) -> Bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, Final
 
 import pandas as pd
 
-from moediag.analysis.flips.explained import flip_headlines, predict_flips
+from moediag.analysis.flips.explained import flip_headlines
 from moediag.analysis.floors import variants
 from moediag.analysis.vocabulary import exact_divergences
 from moediag.diagnosis import first_layers, ladder, layers_apart, remedies, same_function, whose
@@ -14,12 +16,13 @@ from moediag.diagnosis.function import float32_arms
 from moediag.diagnosis.modules import kept_checks
 from moediag.diagnosis.recorded import explain_recorded
 from moediag.errors import RunError
-from moediag.folder import SUMMARY, made_together, write_frames
-from moediag.hygiene import check_run
+from moediag.folder import SUMMARY, made_together, read_frames, write_frames
+from moediag.hygiene.check import check_prompts
+from moediag.hygiene.findings import by_level
 from moediag.notation import INFER, REFERENCE, TRAIN
-from moediag.results.pair_analysis import analyze_pair
+from moediag.results.parts import Kept, ReadLater, check_parts, findings_of, flip_parts, make_parts, pair_part, shared
 from moediag.results.summary import Found, summarize
-from moediag.run.derived import ANALYSIS
+from moediag.run.derived import ANALYSIS, settle_derived
 from moediag.run.files import read_sealed, write_sealed
 from moediag.run.reader import Run
 
@@ -27,69 +30,95 @@ _OWN_SIDE_ONLY: Final = ("repeat", "path", "observation", "perturbation", "batch
 """Changes that compare an engine with itself: a pair of such an arm with the other side would add nothing."""
 
 
-def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[str, Any]:
+def analyze_run(
+    run: Run,
+    force: bool = False,
+    no_text: bool = False,
+    workers: int = 1,
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> dict[str, Any]:
     """Analyse the main pair, further complete arms against infer, and each engine against itself; return the summary.
 
     The main pair is train and the arm that sampled the tokens: infer~train, or infer-production~train. What a run lacks
     is left out, with the reason in the summary.
 
     Only the arms analysed are validated: a further arm that is half captured is left for later, it does not
-    keep infer~train from being read.
+    keep infer~train from being read. What has not changed since the last analysis is not made again, as records and
+    sidecars say; where nothing has, the last summary is returned.
 
     Args:
         force: analyse also when validation finds errors.
         no_text: leave token ids out of the frames, and have pages made from them hold no text.
+        workers: processes that analyse pairs; the results do not depend on it.
+        on_event: is called with how many parts of the analysis are ``done``, of a ``total`` in a ``unit``; never where
+            nothing has changed.
 
     Raises:
         IncompleteRunError: an arm or shard is missing.
         RunError: validation found errors.
     """
+    settle_derived(run.path)
+    kept = Kept(run, no_text)
+    last = kept.summary()
+    if last is not None and (force or not last["provenance"]["validation_errors"]):
+        return last
     minuend, subtrahend = run.main_arms
     train, infer = run.reference(TRAIN), run.reference(INFER)
     arms = list(dict.fromkeys([infer, train, minuend, subtrahend, *filter(run.is_complete, run.arms())]))
-    main = run.pair(minuend, subtrahend)
+    main, observed = run.pair(minuend, subtrahend).name, run.pair_name(train, infer)
     own = variants(run, arms)
-    pairs = {main.name: main}
     float32 = float32_arms(run, arms)
     both = [float32] if float32 is not None else []
-    for names in [(train, infer), *both, *_across(run, arms, train, infer), *((one.of, one.arm) for one in own)]:
-        pair = run.pair(*names)
-        pairs.setdefault(pair.name, pair)
-    findings = check_run(run, arms=arms)
-    errors = [finding for finding in findings if finding.level == "error"]
-    if errors and not force:
-        raise RunError(
-            f"{run.path} has {len(errors)} validation errors, first: {errors[0].line()}; see moediag validate "
-            f"{run.path}"
-        )
-    analyses = [analyze_pair(pair) for pair in pairs.values()]
-    frames = {analysis.pair_name: _shared(analysis.frames(), no_text) for analysis in analyses}
-    predictions = predict_flips(run)
-    frames[main.name] |= predictions
-    exact, observed = exact_divergences(run), run.pair_name(train, infer)
-    if exact is not None:  # whole distributions are kept of the observed arms only
-        frames[observed] |= exact.frames()
-    provenance = {"validation_errors": len(errors), "no_text": no_text}
-    modules = kept_checks(run)
-    function, layers = same_function(run, arms), layers_apart(run, arms)
-    third = whose(run, arms, function)
-    cut = first_layers(run) if function is None else None
-    found = Found(function, modules, explain_recorded(run, arms), layers, findings, third, cut)
-    summary = summarize(run, analyses, own, found, provenance)
-    tokens = {analysis.pair_name: analysis.tokens for analysis in analyses}
-    frames[main.name] |= {
-        "ladder": ladder(run, summary["pairs"], summary),
-        "remedies": remedies(run, tokens, summary["pairs"], observed),
-        **({"layers_apart": layers.frame} if layers is not None else {}),
-        **({"module_checks": modules.frame} if modules is not None else {}),
-    }
+    of_own = [(one.of, one.arm) for one in own]
+    every = [(minuend, subtrahend), (train, infer), *both, *_across(run, arms, train, infer), *of_own]
+    pairs = {part.name: part for part in (pair_part(run, *names) for names in every)}
     with made_together(run.path, ANALYSIS) as made:
-        digests = {pair: write_frames(made / ANALYSIS / pair, some) for pair, some in frames.items()}
-        summary |= {"predicted_flips": flip_headlines(predictions)}
+        folder = made / ANALYSIS
+        checks = check_parts(run, arms, main)
+        parts = [*pairs.values(), *flip_parts(run, main)]
+        checked = make_parts(kept, checks, folder, no_text, workers, on_event, "checks")
+        findings = by_level(list(dict.fromkeys([*check_prompts(run), *findings_of(checked.values())])))
+        errors = [finding for finding in findings if finding.level == "error"]
+        if errors and not force:
+            raise RunError(
+                f"{run.path} has {len(errors)} validation errors, first: {errors[0].line()}; see moediag validate "
+                f"{run.path}"
+            )
+        done = make_parts(kept, parts, folder, no_text, workers, on_event, "analyses")
+        digests: dict[str, dict[str, str]] = {}
+        for part in parts:
+            digests.setdefault(part.pair, {}).update(done[part.name].frames)
+
+        def read(pair: str, *names: str) -> dict[str, pd.DataFrame]:
+            return read_frames(folder / pair, {name: digests[pair][name] for name in names}, "analyze again")
+
+        def add(pair: str, frames: dict[str, pd.DataFrame]) -> None:
+            digests[pair] |= write_frames(folder / pair, shared(frames, no_text))
+
+        summaries = {name: deepcopy(done[name].summary) for name in pairs}
+        function, layers = same_function(run, arms), layers_apart(run, arms)
+        modules, third = kept_checks(run), whose(run, arms, function)
+        cut = first_layers(run) if function is None else None
+        found = Found(function, modules, explain_recorded(run, arms), layers, findings, third, cut)
+        provenance = {"validation_errors": len(errors), "no_text": no_text}
+        tokens = ReadLater(pairs, lambda pair: read(pair, "tokens")["tokens"])
+        sequences = read(main, "sequences")["sequences"]
+        summary = summarize(run, main, summaries, tokens, sequences, own, found, provenance)
+        exact = exact_divergences(run)
+        if exact is not None:  # whole distributions are kept of the observed arms only
+            add(observed, exact.frames())
+        add(main, {"ladder": ladder(run, summaries, summary), "remedies": remedies(run, tokens, summaries, observed)})
+        if layers is not None:
+            add(main, {"layers_apart": layers.frame})
+        if modules is not None:
+            add(main, {"module_checks": modules.frame})
+        predicted = [name for name in ("explained_flips", "forecast_flips") if name in digests[main]]
+        summary |= {"predicted_flips": flip_headlines(read(main, *predicted))}
         summary["provenance"] |= {"frames": digests}
         if exact is not None:
             summary["pairs"][observed]["logp"] |= exact.summary()
         write_sealed(made / SUMMARY, summary)
+        kept.write(folder, {**checked, **done}, read_sealed(made / SUMMARY)["sha256"])
     return read_sealed(run.path / SUMMARY)
 
 
@@ -106,10 +135,3 @@ def _across(run: Run, arms: list[str], train: str, infer: str) -> list[tuple[str
     ours = [run.arm(arm) for arm in arms if run.arm(arm).change == "engine"]  # beside what another tool recorded
     across += [(one.name, other.name) for one in ours if one.role == TRAIN for other in ours if other.role == INFER]
     return across
-
-
-def _shared(frames: dict[str, pd.DataFrame], no_text: bool) -> dict[str, pd.DataFrame]:
-    """The frames as they may be passed on: without text every token id is -1."""
-    if not no_text:
-        return frames
-    return {name: frame.assign(token_id=-1) if "token_id" in frame else frame for name, frame in frames.items()}

@@ -18,8 +18,6 @@ from moediag.diagnosis.modules import ModuleChecks
 from moediag.diagnosis.recorded import Explanation
 from moediag.hygiene import Finding
 from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
-from moediag.results.pair_analysis import PairAnalysis
-from moediag.results.pair_summary import pair_summary
 from moediag.run.derived import captures_digest
 from moediag.run.reader import Run
 from moediag.run.recipes import ENGINE_WORDS
@@ -60,7 +58,10 @@ class Found:
 
 def summarize(
     run: Run,
-    analyses: Sequence[PairAnalysis],
+    main: str,
+    pairs: Mapping[str, dict[str, Any]],
+    tokens: Mapping[str, pd.DataFrame],
+    sequences: pd.DataFrame,
     own: Sequence[Variant],
     found: Found,
     provenance: dict[str, Any],
@@ -68,28 +69,28 @@ def summarize(
     """The content of summary.json.
 
     Args:
-        analyses: the main pair first.
+        main: name of the main pair.
+        pairs: :func:`~moediag.results.pair_summary.pair_summary` of every pair.
+        tokens: frame ``tokens`` of every pair.
+        sequences: frame ``sequences`` of the main pair.
         own: arms compared with the arm of their own side.
         provenance: what the analysis adds.
     """
     record = run.record
-    pairs = {analysis.pair_name: pair_summary(analysis) for analysis in analyses}
-    main = analyses[0].pair_name
     observed = run.pair_name(run.reference(TRAIN), run.reference(INFER))
     floor = floors(pairs, main, own)
-    tokens = {analysis.pair_name: analysis.tokens for analysis in analyses}
     replay = _replay_summary(run, tokens, observed)
     function, recorded = found.function, found.recorded
     apart = None if function is None else _distances(run, function, tokens)
     weights = _weights(run, *run.main_arms)
     differ = (weights or {}).get("words", "")
-    analysed = {arm for analysis in analyses for arm in (analysis.minuend, analysis.subtrahend)}
+    analysed = {arm for pair in pairs for arm in pair.split("~")}
     analysed |= {found.whose.arm} if found.whose is not None and found.whose.arm else set()
     return {
         "schema_version": SCHEMA_VERSION,
         "step": record.step,
         "model": _model(run),
-        "n_prompts": record.prompts.n if record.prompts else analyses[0].n_prompts,
+        "n_prompts": record.prompts.n if record.prompts else pairs[main]["n_prompts"],
         "sampling": {
             **(record.sampling.content() if record.sampling else {}),
             "given_completions": not run.is_sampled,
@@ -120,7 +121,7 @@ def summarize(
                 found.layers,
                 found.modules,
                 recorded,
-                analyses[0].sequences,
+                sequences,
                 **_sides(run),
                 whose=found.whose,
                 first_layers=found.first_layers,
@@ -132,7 +133,7 @@ def summarize(
         "distances": None if apart is None else apart.content(),
         "first_layers": None if found.first_layers is None else found.first_layers.content(),
         "whose": None if found.whose is None else found.whose.content(),
-        "pairs": pairs,
+        "pairs": dict(pairs),
         "floors": floor,
         "routing_replay": replay,
     }
@@ -208,7 +209,7 @@ def _replay_pairs(run: Run, pairs: Container[str]) -> Iterator[str]:
             yield name
 
 
-def _replay_summary(run: Run, tokens: dict[str, pd.DataFrame], observed: str) -> dict[str, Any] | None:
+def _replay_summary(run: Run, tokens: Mapping[str, pd.DataFrame], observed: str) -> dict[str, Any] | None:
     """What forcing infer's experts on train removes of the mismatch; None without a replay arm.
 
     Both pairs are of the same tokens, so a ratio of two means is resampled as one statistic, by prompt. Tokens that

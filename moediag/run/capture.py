@@ -247,7 +247,8 @@ class Capture:
         taken = {}
         for name, array in self.arrays().items():
             letters = name.rpartition("_")[2]
-            array = array[:, list(layers)] if "L" in letters else array
+            if "L" in letters and list(layers) != list(range(array.shape[1])):  # else it would be copied whole
+                array = array[:, list(layers)]
             width = {"K": top_k, "E": n_experts}.get(letters[-1])
             taken[name] = array if width is None else array[..., :width]
         return Capture(**taken)

@@ -1,6 +1,6 @@
 """What is derived from a run: where it lies in the run, and whether it is whole; and files that do not belong there.
 
-    RUN/analysis/PAIR/, RUN/summary.json          what ``analyze`` wrote
+    RUN/analysis/, RUN/summary.json               what ``analyze`` wrote: a folder per pair, and what it was made of
     RUN/figures/, RUN/report.md, RUN/report.html  what ``report`` drew from it
     RUN/simulate/*/, RUN/gradients/               simulations and the gradient audit: result folders of their own
 
@@ -31,6 +31,8 @@ from moediag.run.records import (
 )
 
 ANALYSIS: Final = "analysis"
+KEPT: Final = "kept.json"
+"""In the analysis: of every part of it, what it was made of."""
 FIGURES: Final = "figures"
 SIMULATIONS: Final = "simulate"
 """Folder of a run's simulations, one folder per pair and request in it."""
@@ -156,7 +158,18 @@ def _other_makers(run: Run) -> Iterator[Damage]:
 
 def _analysis(run: Run) -> Iterator[Damage]:
     there = run.path.glob(f"{ANALYSIS}/**/*.parquet")
-    yield from _against_summary(run, run.path, _analysed, there, f"run: moediag analyze {run.path}")
+    again = f"run: moediag analyze {run.path}"
+    yield from _against_summary(run, run.path, _analysed, there, again)
+    kept = run.path / ANALYSIS / KEPT
+    if kept.exists() and not _is_sealed(kept):
+        yield _where(run, kept), f"is damaged or edited; {again}"
+
+
+def _is_sealed(path: Path) -> bool:
+    try:
+        return bool(read_sealed(path))
+    except RunError:
+        return False
 
 
 def _analysed(summary: dict[str, Any]) -> dict[str, Any]:

@@ -414,7 +414,7 @@ class Run:
                     f"{self.path}: arm {arm} lacks {len(missing)} of {len(self.shards_of(arm))} shards (first: "
                     f"{missing[0].stem}); run the same capture again to complete it"
                 )
-        routing = _CommonRouting.of(self.arm(minuend), self.arm(self._routes_of(minuend, subtrahend)))
+        routing = _CommonRouting.of(self.arm(minuend), self.arm(self.routes_of(minuend, subtrahend)))
         shards = min(self.shards_of(minuend), self.shards_of(subtrahend), key=len)
 
         def read_blocks() -> Iterator[PairBlock]:
@@ -431,7 +431,7 @@ class Run:
             left_out=routing.left_out,
         )
 
-    def _routes_of(self, minuend: str, subtrahend: str) -> str:
+    def routes_of(self, minuend: str, subtrahend: str) -> str:
         """The arm whose routes stand for the subtrahend's.
 
         Where the sampler, unobserved, stands beside a train arm these are the observed arm's, which decoded the very
@@ -461,7 +461,7 @@ class Run:
                     f"delete arms/{arm} and capture it again"
                 )
         ours, theirs = (self.readable(arm, shard) for arm in (minuend, subtrahend))
-        routes = self._routes_of(minuend, subtrahend)
+        routes = self.routes_of(minuend, subtrahend)
         if routes != subtrahend:
             theirs = replace(self.readable(routes, shard), logp_T=theirs.logp_T, entropy_T=theirs.entropy_T)
         ours, theirs = routing.select(ours, 0), routing.select(theirs, 1)

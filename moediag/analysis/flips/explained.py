@@ -88,22 +88,45 @@ def predict_flips(run: Run) -> dict[str, pd.DataFrame]:
         ``forecast_flips``: of infer~train, if it had the noise of a repeat arm or of train-perturbed against its own
         engine.
     """
-    infer, train = run.reference(INFER), run.reference(TRAIN)
-    if not all(arm in run.arms() and run.is_complete(arm) and run.is_routed(arm) for arm in (infer, train)):
-        return {}
-    rule, other = (RoutingRule.of_routers(run.arm(arm).routers) for arm in (infer, train))
-    if rule is None or rule != other:  # no rule, no prediction: a guess would look like a finding
-        return {}
-    stored_LE = run.correction_bias(infer)
-    bias_LE = None if stored_LE is None else stored_LE.astype(np.float64)
+    return {**explained_flips_of(run), **forecast_flips_of(run)}
 
-    def noise_of(arm: str, reference: str) -> PairNoise:
-        pair = run.pair(arm, reference, with_logits=True)
-        return measure_noise(pair, rule, "infer" if pair.subtrahend == reference else "train")
 
-    main = noise_of(train, infer)
-    others = [noise_of(*names) for names in noise_arms(run)]
-    return {**explain_flips(main, bias_LE), "forecast_flips": forecast_flips(main, others, bias_LE)}
+def explained_flips_of(run: Run) -> dict[str, pd.DataFrame]:
+    """The part of :func:`predict_flips` that reads infer and train alone."""
+    rule = _common_rule(run)
+    return {} if rule is None else explain_flips(_main_noise(run, rule), _bias(run))
+
+
+def forecast_flips_of(run: Run) -> dict[str, pd.DataFrame]:
+    """The part of :func:`predict_flips` that reads :func:`noise_arms`, too."""
+    rule = _common_rule(run)
+    if rule is None:
+        return {}
+    others = [_noise_of(run, rule, *names) for names in noise_arms(run)]
+    return {"forecast_flips": forecast_flips(_main_noise(run, rule), others, _bias(run))}
+
+
+def _common_rule(run: Run) -> RoutingRule | None:
+    """How both engines choose; None: no rule, no prediction: a guess would look like a finding."""
+    both = run.reference(INFER), run.reference(TRAIN)
+    if not all(arm in run.arms() and run.is_complete(arm) and run.is_routed(arm) for arm in both):
+        return None
+    rule, other = (RoutingRule.of_routers(run.arm(arm).routers) for arm in both)
+    return rule if rule == other else None
+
+
+def _main_noise(run: Run, rule: RoutingRule) -> PairNoise:
+    return _noise_of(run, rule, run.reference(TRAIN), run.reference(INFER))
+
+
+def _noise_of(run: Run, rule: RoutingRule, arm: str, reference: str) -> PairNoise:
+    pair = run.pair(arm, reference, with_logits=True)
+    return measure_noise(pair, rule, "infer" if pair.subtrahend == reference else "train")
+
+
+def _bias(run: Run) -> Float64 | None:
+    stored_LE = run.correction_bias(run.reference(INFER))
+    return None if stored_LE is None else stored_LE.astype(np.float64)
 
 
 def noise_arms(run: Run) -> list[tuple[str, str]]:

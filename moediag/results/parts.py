@@ -1,0 +1,323 @@
+"""The parts of an analysis: each is made by itself, in any process, and kept while what it was made of is unchanged.
+
+    RUN/analysis/PAIR/<frame>.parquet   the frames of the parts of a pair
+    RUN/analysis/kept.json              sealed: of every part its summary, the sha256 of its frames, and the digest of
+                                        what it was made of; and the same of the whole analysis
+
+Invariants:
+    - what a part is made of is decided by records and sidecars, whose digests say what the arrays hold: no array is
+      read to find out that nothing changed (``validate`` reads every byte), but every kept frame is held against its
+      digest before it is used again;
+    - the code of this package, and the versions of the libraries that count, are part of what a part is made of;
+    - a part is the same file, byte for byte, whichever process made it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import scipy
+
+import moediag
+from moediag.analysis.flips.explained import explained_flips_of, forecast_flips_of, noise_arms
+from moediag.errors import RunError
+from moediag.folder import SUMMARY, write_frames
+from moediag.hygiene.check import inspect_arm, inspect_pair
+from moediag.hygiene.findings import Finding
+from moediag.notation import INFER, TRAIN
+from moediag.results.pair_analysis import analyze_pair
+from moediag.results.pair_summary import pair_summary
+from moediag.run.derived import ANALYSIS, KEPT
+from moediag.run.files import digest_of, make_folder, read_checked, read_sealed, sha256_bytes, write_sealed
+from moediag.run.reader import Run, open_run
+from moediag.run.records import MANIFEST
+
+Content = tuple[dict[str, Any], dict[str, pd.DataFrame]]
+"""A part's summary, ready for strict JSON, and its frames by declared name."""
+
+_DERIVED: Final = (ANALYSIS, "figures", "logs")
+"""Folders of a run that no analysis reads."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of an analysis.
+
+    Args:
+        name: unique in the run.
+        pair: whose folder its frames are in.
+        arms: whose captures it reads.
+        make: makes it; a module's function, so that another process can call it.
+    """
+
+    name: str
+    pair: str
+    arms: tuple[str, ...]
+    make: Callable[[Run], Content]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A part that lies on disk.
+
+    Args:
+        summary: its own.
+        frames: frame -> sha256 of its file.
+        made_of: digest of what it was made of.
+    """
+
+    summary: dict[str, Any]
+    frames: dict[str, str]
+    made_of: str
+
+
+def pair_part(run: Run, arm_a: str, arm_b: str) -> Part:
+    """Every analysis of a pair of arms.
+
+    Raises:
+        IncompleteRunError: an arm is missing or has missing shards.
+    """
+    pair = run.pair(arm_a, arm_b)
+    arms = (pair.minuend, pair.subtrahend, run.routes_of(pair.minuend, pair.subtrahend))
+    return Part(pair.name, pair.name, tuple(dict.fromkeys(arms)), partial(_analyzed, arm_a=arm_a, arm_b=arm_b))
+
+
+def flip_parts(run: Run, pair: str) -> list[Part]:
+    """Flips of infer~train explained, and forecast; their frames lie beside those of ``pair``."""
+    both = run.reference(INFER), run.reference(TRAIN)
+    if not all(arm in run.arms() and run.is_complete(arm) for arm in both):
+        return []
+    sources = dict.fromkeys([*both, *(arm for arms in noise_arms(run) for arm in arms)])
+    return [
+        Part(f"{pair} explained flips", pair, both, partial(_frames_only, make=explained_flips_of)),
+        Part(f"{pair} forecast flips", pair, tuple(sources), partial(_frames_only, make=forecast_flips_of)),
+    ]
+
+
+def check_parts(run: Run, arms: Sequence[str], folder: str) -> list[Part]:
+    """The rules of ``validate`` on every arm alone, and on every further arm beside infer."""
+    reference = run.reference(INFER)
+    alone = [Part(f"{arm} checked", folder, (arm,), partial(_checked_arm, arm=arm)) for arm in arms]
+    beside = [
+        Part(f"{arm} checked beside {reference}", folder, (arm, reference),
+             partial(_checked_pair, arm=arm, reference=reference))
+        for arm in arms
+        if arm != reference and reference in arms
+    ]  # fmt: skip
+    return [*alone, *beside]
+
+
+def findings_of(checks: Iterable[Made]) -> list[Finding]:
+    """What :func:`check_parts` found."""
+    return [Finding.of(record) for made in checks for record in made.summary["findings"]]
+
+
+def _checked_arm(run: Run, arm: str) -> Content:
+    return {"findings": [found.record() for found in inspect_arm(run, arm).findings]}, {}
+
+
+def _checked_pair(run: Run, arm: str, reference: str) -> Content:
+    return {"findings": [found.record() for found in inspect_pair(run, arm, reference).findings]}, {}
+
+
+def _analyzed(run: Run, arm_a: str, arm_b: str) -> Content:
+    analysis = analyze_pair(run.pair(arm_a, arm_b))
+    return pair_summary(analysis), analysis.frames()
+
+
+def _frames_only(run: Run, make: Callable[[Run], dict[str, pd.DataFrame]]) -> Content:
+    return {}, make(run)
+
+
+class Kept:
+    """What the last analysis of a run left, and whether it still holds.
+
+    Args:
+        run: the run; everything that an analysis may read of it is looked at once, here.
+        no_text: whether token ids are to be left out of the frames.
+    """
+
+    def __init__(self, run: Run, no_text: bool) -> None:
+        self.run = run
+        self._setting = {"code": code_digest(), "no_text": no_text, "run": _digest(run.path / MANIFEST)}
+        self.made_of = digest_of({**self._setting, "files": dict(_looked_at(run.path))})
+        try:
+            self._content = read_sealed(run.path / ANALYSIS / KEPT)
+        except RunError:  # none, or damaged: everything is made again
+            self._content = {"parts": {}}
+
+    def summary(self) -> dict[str, Any] | None:
+        """The whole analysis, where nothing has changed since it was made and its files are what was written."""
+        if self._content.get("made_of") != self.made_of:
+            return None
+        try:
+            summary = read_sealed(self.run.path / SUMMARY)
+            if summary["sha256"] != self._content["summary"]:
+                return None
+            for pair, frames in summary["provenance"]["frames"].items():
+                for name, digest in frames.items():
+                    read_checked(self._file(pair, name), digest)
+        except RunError:
+            return None
+        return summary
+
+    def made_of_part(self, part: Part) -> str:
+        """Digest of what a part is made of."""
+        folders = ["tokens", *(f"arms/{arm}" for arm in part.arms)]
+        records = {folder: _records(self.run.path / folder) for folder in folders}
+        return digest_of({**self._setting, "part": part.name, "records": records})
+
+    def take(self, part: Part, folder: Path) -> Made | None:
+        """The part as it was made before, its files in ``folder``, too; None where it has to be made again."""
+        found = self._content["parts"].get(part.name)
+        if found is None or found["made_of"] != self.made_of_part(part):
+            return None
+        try:
+            for name, digest in found["frames"].items():
+                make_folder(folder)
+                read_checked(self._file(part.pair, name), digest)
+                _link(self._file(part.pair, name), folder / f"{name}.parquet")
+        except RunError:
+            return None
+        return Made(found["summary"], found["frames"], found["made_of"])
+
+    def write(self, folder: Path, made: Mapping[str, Made], summary_sha256: str) -> None:
+        """Keep what was made, in a new folder of analysis."""
+        parts = {name: vars(one) for name, one in made.items()}
+        write_sealed(folder / KEPT, {"made_of": self.made_of, "summary": summary_sha256, "parts": parts})
+
+    def _file(self, pair: str, frame: str) -> Path:
+        return self.run.path / ANALYSIS / pair / f"{frame}.parquet"
+
+
+def make_parts(
+    kept: Kept,
+    parts: Sequence[Part],
+    folder: Path,
+    no_text: bool,
+    workers: int,
+    on_event: Callable[[dict[str, Any]], None],
+    unit: str,
+) -> dict[str, Made]:
+    """Every part of an analysis, taken from the last one or made.
+
+    Args:
+        folder: of the new analysis: a folder per pair is made in it.
+        no_text: let token ids be -1 in the frames.
+        workers: processes; 1 = this one alone.
+        on_event: as :func:`~moediag.results.analyze.analyze_run` has it; unit: what a part is called there.
+
+    Returns:
+        By the parts' names, in their order.
+    """
+    made: dict[str, Made | None] = {}
+    for part in parts:
+        made[part.name] = kept.take(part, folder / part.pair)
+    missing = [part for part in parts if made[part.name] is None]
+    # flips take longest to predict: begun first, nobody waits for them at the end
+    missing.sort(key=lambda part: part.name == part.pair)
+    make = partial(_made, kept.run.path, folder=folder, no_text=no_text)
+    on_event({"done": len(parts) - len(missing), "total": len(parts), "unit": unit})
+    with _map(make, missing, min(workers, len(missing))) as results:
+        for done, (part, (summary, frames)) in enumerate(results, len(parts) - len(missing) + 1):
+            made[part.name] = Made(summary, frames, kept.made_of_part(part))
+            on_event({"done": done, "total": len(parts), "unit": unit})
+    return {name: one for name, one in made.items() if one is not None}
+
+
+@contextmanager
+def _map(make: Callable[[Part], Any], parts: Sequence[Part], workers: int) -> Iterator[Iterator[tuple[Part, Any]]]:
+    """Every part with what is made of it, in the order in which they are done."""
+    if workers <= 1:
+        yield ((part, make(part)) for part in parts)
+        return
+    context = multiprocessing.get_context("forkserver")  # a fork of a process with threads may hang
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs = {pool.submit(make, part): part for part in parts}
+        try:
+            yield ((jobs[job], job.result()) for job in as_completed(jobs))
+        except BrokenProcessPool:
+            raise RunError(
+                "a process of the analysis was killed, most often for want of memory; run it again with --workers 1"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _made(path: Path, part: Part, folder: Path, no_text: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    summary, frames = part.make(open_run(path))
+    return summary, write_frames(folder / part.pair, shared(frames, no_text))
+
+
+class ReadLater(Mapping[str, pd.DataFrame]):
+    """One frame of every pair, read when it is asked for and not kept."""
+
+    def __init__(self, pairs: Iterable[str], read: Callable[[str], pd.DataFrame]) -> None:
+        self._pairs, self._read = tuple(pairs), read
+
+    def __getitem__(self, pair: str) -> pd.DataFrame:
+        if pair not in self._pairs:
+            raise KeyError(pair)
+        return self._read(pair)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+
+def shared(frames: Mapping[str, pd.DataFrame], no_text: bool) -> dict[str, pd.DataFrame]:
+    """The frames as they may be passed on: without text every token id is -1."""
+    return {
+        name: frame.assign(token_id=-1) if no_text and "token_id" in frame else frame for name, frame in frames.items()
+    }
+
+
+@cache
+def code_digest() -> str:
+    """Digest of this package's code and of the libraries that count: another analysis may come out with another."""
+    root = Path(moediag.__file__).parent
+    code = {path.relative_to(root).as_posix(): _digest(path) for path in sorted(root.rglob("*.py"))}
+    return digest_of({**code, **{one.__name__: one.__version__ for one in (np, pa, pd, scipy)}})
+
+
+def _looked_at(root: Path) -> Iterator[tuple[str, str | int]]:
+    """Every file of a run that its analysis may look at: records by what they hold, arrays by their size."""
+    for folder, folders, files in os.walk(root):
+        where = Path(folder)
+        folders[:] = sorted(name for name in folders if not (name.startswith(".") or name in _DERIVED))
+        for name in sorted(files):
+            path = where / name
+            if not name.startswith(".") and not (where == root and name not in (MANIFEST, "prompts.parquet")):
+                is_record = path.suffix == ".json"
+                yield path.relative_to(root).as_posix(), _digest(path) if is_record else path.stat().st_size
+
+
+def _records(folder: Path) -> dict[str, str]:
+    return {path.name: _digest(path) for path in sorted(folder.glob("*.json"))}
+
+
+def _digest(path: Path) -> str:
+    return sha256_bytes(path.read_bytes())
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)

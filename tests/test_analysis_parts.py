@@ -1,0 +1,143 @@
+"""An analysis in parts: what has not changed is not made again, and who makes a part changes no byte of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_results import make_run
+
+from moediag.cli.main import main
+from moediag.errors import RunError
+from moediag.results import analyze_run
+from moediag.run.capture import Capture
+from moediag.run.derived import derived_damage
+from moediag.run.reader import open_run
+from moediag.run.writer import RunWriter
+
+ARMS = ("infer", "train", "train-replay")
+
+
+def analysis_of(run: Path) -> dict[str, bytes]:
+    """Every file that an analysis wrote."""
+    files = [*(run / "analysis").rglob("*"), run / "summary.json"]
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in files if path.is_file()}
+
+
+def parts_made(run: Path, **options: Any) -> tuple[int, int] | None:
+    """(parts made, parts in all) of an analysis; None where nothing was to be done."""
+    events: list[dict[str, Any]] = []
+    analyze_run(open_run(run), on_event=events.append, **options)
+    begun = {event["unit"]: event for event in reversed(events)}.values()
+    n_all, n_kept = (sum(event[key] for event in begun) for key in ("total", "done"))
+    return (n_all - n_kept, n_all) if events else None
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three arms, analysed; tests copy it."""
+    path = tmp_path_factory.mktemp("parts") / "run"
+    analyze_run(make_run(path, ARMS))
+    return path
+
+
+@pytest.fixture
+def run(analysed: Path, tmp_path: Path) -> Path:
+    """A copy of the analysed run."""
+    return Path(shutil.copytree(analysed, tmp_path / "run"))
+
+
+def test_an_unchanged_run_is_not_analysed_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every call of ``analyze`` computed everything: 26 s for 20,000 tokens in which nothing had changed."""
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert parts_made(run) is None
+    assert main(["analyze", str(run)]) == 0
+    assert "Unchanged since the last analysis" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_an_added_arm_costs_its_own_pairs(run: Path, tmp_path: Path) -> None:
+    whole, arm = analysis_of(run), run / "arms" / "train-replay"
+    shutil.move(arm, tmp_path / "kept")
+    n_made, n_without = parts_made(run) or (-1, 0)
+    assert n_made == 0  # the pairs of the arms left are the same
+    shutil.move(tmp_path / "kept", arm)
+    n_made, n_with = parts_made(run) or (-1, 0)
+    assert n_made == n_with - n_without > 0
+    assert analysis_of(run) == whole
+
+
+def test_workers_change_no_byte(run: Path) -> None:
+    whole = analysis_of(run)
+    shutil.rmtree(run / "analysis")
+    assert parts_made(run, workers=2) is not None
+    assert analysis_of(run) == whole
+
+
+@pytest.mark.parametrize("name", ["kept.json", "infer~train/tokens.parquet", "infer~train/ladder.parquet"])
+def test_what_was_damaged_since_is_made_again(run: Path, name: str) -> None:
+    """A damaged frame must not be kept: ``validate`` and ``report`` tell their reader to run ``analyze`` again."""
+    whole, path = analysis_of(run), run / "analysis" / name
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    assert derived_damage(run)
+    analyze_run(open_run(run))
+    assert analysis_of(run) == whole
+    path.unlink()
+    analyze_run(open_run(run))
+    assert analysis_of(run) == whole
+
+
+def test_another_setting_is_another_analysis(run: Path) -> None:
+    n_made, n_all = parts_made(run, no_text=True) or (0, 0)
+    assert n_made == n_all > 0
+    assert parts_made(run, no_text=True) is None
+    assert parts_made(run) == (n_all, n_all)
+
+
+def capture_again(run: Path, change: Callable[[Capture], None]) -> None:
+    """The first shard of arm train once more, changed."""
+    opened = open_run(run)
+    shard = opened.shards[0]
+    capture = opened.capture("train", shard)
+    for path in (run / "arms" / "train").glob(f"{shard.stem}.*"):
+        path.unlink()
+    change(capture)
+    dtypes = {"gate_weights_TLK": "float32"}
+    RunWriter(opened).write_capture("train", shard, opened.tokens(shard), capture, {}, dtypes)
+
+
+def test_a_shard_captured_again_is_a_change(run: Path) -> None:
+    """The pairs of its arm are made again, the others are not."""
+    kept = run / "analysis" / "infer~train-replay" / "tokens.parquet"
+    before = kept.stat().st_ino
+
+    def change(capture: Capture) -> None:
+        capture.logp_T[-1] -= 0.5
+
+    capture_again(run, change)
+    n_made, n_all = parts_made(run) or (0, 0)
+    assert 0 < n_made < n_all
+    assert kept.stat().st_ino == before
+
+
+def test_errors_that_were_overridden_once_are_errors_still(run: Path) -> None:
+    def change(capture: Capture) -> None:
+        assert capture.expert_ids_TLK is not None
+        capture.expert_ids_TLK[:, :, 1:] = capture.expert_ids_TLK[:, :, :1]
+
+    capture_again(run, change)
+    with pytest.raises(RunError, match="validation errors"):
+        analyze_run(open_run(run))
+    assert analyze_run(open_run(run), force=True)["provenance"]["validation_errors"] > 0
+    assert parts_made(run, force=True) is None
+    with pytest.raises(RunError, match="validation errors"):
+        analyze_run(open_run(run))
+
+
+def test_the_number_of_workers_is_checked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEDIAG_WORKERS", "many")
+    assert main(["analyze", str(run)]) == 2
