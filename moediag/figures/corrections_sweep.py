@@ -156,7 +156,7 @@ def _mark_presets(ax: Axes, rows: pd.DataFrame, presets: Mapping[str, Band], zer
         ax.plot([x], [y], marker="D", markersize=5, color=MOE_COLOURS[1], linestyle="none",
                 label="bands in use" if len(taken) == 1 else None)  # fmt: skip
         is_edge = x < 3 * zero
-        ax.annotate(", ".join(names), (x, y), (0 if is_edge else -2, -9 - _LABEL_STEP * near), va="top", fontsize=7,
+        ax.annotate(", ".join(names), (x, y), (0 if is_edge else -2, -9 - _LABEL_STEP * near), va="top",
                     textcoords="offset points", ha="left" if is_edge else "center", path_effects=HALO,
                     arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5} if near else None)  # fmt: skip
 

@@ -24,7 +24,10 @@ from moediag.figures.style import (
     MOE_COLOURS,
     add_words,
     figure_text,
+    figure_width,
+    is_column,
     legend_below,
+    name_width,
     new_figure,
     state,
 )
@@ -139,7 +142,7 @@ def _draw_band(ax: Axes, y: int, name: str, band: Band, limits: tuple[float, flo
     ax.plot(ends, [y, y], color=colour, linewidth=2.0, solid_capstyle="butt")
     drawn = [end for end in (low, high) if limits[0] < end < limits[1]]
     ax.plot(drawn, [y] * len(drawn), linestyle="none", marker="|", markersize=6, color=colour)
-    ax.annotate(figure_text(name, 44), (1.01, y), xycoords=ax.get_yaxis_transform(), va="center", fontsize=7,
+    ax.annotate(figure_text(name, name_width(figure_width(ax))), (1.01, y), xycoords=ax.get_yaxis_transform(), va="center",
                 annotation_clip=False)  # fmt: skip
 
 
@@ -181,8 +184,10 @@ def plot_masked_entropy(counts: pd.DataFrame, statistics: pd.DataFrame, *, panel
         statistics: frame ``correction_statistics``.
     """
     rows = statistics[statistics["masked_share"] > 0].sort_values("entropy_masked", na_position="first")
-    figure = new_figure(panel.width, max(3.0, 1.1 + 0.17 * len(rows)))
-    left, right = figure.subplots(1, 2, width_ratios=[1.0, 1.0])
+    height = max(3.0, 1.1 + 0.17 * len(rows))
+    narrow = is_column(panel.width)
+    figure = new_figure(panel.width, 2.8 + height if narrow else height)
+    left, right = figure.subplots(2, 1, height_ratios=(2.8, height)) if narrow else figure.subplots(1, 2)
     name = str(counts["correction"].iloc[0]) if len(counts) else ""
     _draw_densities(left, counts[counts["correction"] == name], name)
     _draw_means(right, rows)
@@ -256,9 +261,11 @@ def _draw_means(ax: Axes, rows: pd.DataFrame) -> None:
         low, high = rows[f"{name}_ci_low"], rows[f"{name}_ci_high"]
         ax.hlines(y, low.fillna(rows[name]), high.fillna(rows[name]), color=colour, linewidth=1.2)
         ax.plot(rows[name], y, linestyle="none", marker=marker, markersize=3.5, color=colour, label=words)
-    ax.set_yticks(y, [figure_text(name, 34) for name in rows["correction"]], fontsize=7)
+    ax.set_yticks(y, [figure_text(name, name_width(figure_width(ax)) - 4) for name in rows["correction"]])
     ax.set_ylim(-0.7, len(rows) - 0.3)
-    ax.set_xlim(left=0)
+    # Room on both sides: a dot at the edge would be cut in half.
+    reach = float(rows[["entropy_masked", "entropy_masked_ci_high", "entropy_kept", "entropy_kept_ci_high"]].max(axis=None))
+    ax.set_xlim(-0.04 * reach, 1.06 * reach or 1.0)
     ax.set_title("Means by correction")
     ax.set_xlabel("mean next-token entropy [nat]")
     legend_below(ax, *ax.get_legend_handles_labels(), columns=2)

@@ -28,6 +28,7 @@ from moediag.figures.style import (
     add_words,
     figure_text,
     figure_width,
+    legend_below,
     panel_grid,
     state,
 )
@@ -155,7 +156,7 @@ def _draw_all(
     count_bar(mesh, panels, "tokens per cell")
     named = next((ax for ax in panels if ax.get_legend_handles_labels()[0]), None)
     if named is not None:
-        named.legend(loc="lower left", bbox_to_anchor=(0.0, 0.1))
+        legend_below(named, *named.get_legend_handles_labels())
 
 
 def zero_strip(low: float) -> FloatArray:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moediag.figures.registry import NO_DIFFERENCE, Frames, Panel, figure
-from moediag.figures.style import GREY, INK, RunStyle, add_words, figure_text, figure_width, is_column, new_figure
+from moediag.figures.style import GREY, INK, RunStyle, add_words, figure_text, figure_width, name_width, new_figure
 from moediag.numbers import sig
 
 _ROW: Final = 0.34
@@ -53,7 +53,7 @@ def plot_ladder(frames: Mapping[str, pd.DataFrame], *, panel: Panel) -> Figure:
     for nth, (label, frame) in enumerate(shown.items()):
         ax = figure.add_subplot(grid[nth])
         _draw(ax, frame, panel.styles[label], ends)
-        ax.set_title(figure_text(label))
+        ax.set_title(figure_text(label, name_width(panel.width)))
         if nth == len(shown) - 1:
             ax.set_xlabel("mean abs(logp_diff) [nat]")
     exact = (
@@ -80,7 +80,7 @@ def ladder_finding(frames: Mapping[str, pd.DataFrame]) -> str:
 
 
 def _draw(ax: Axes, frame: pd.DataFrame, style: RunStyle, ends: tuple[float, float]) -> None:
-    y_R, width = np.arange(len(frame))[::-1], 22 if is_column(figure_width(ax)) else 46
+    y_R, width = np.arange(len(frame))[::-1], name_width(figure_width(ax))
     ax.set_xscale("log")
     mean_R = np.maximum(frame["mean"].to_numpy(float), ends[0])
     for y, (_, row) in zip(y_R, frame.iterrows(), strict=True):

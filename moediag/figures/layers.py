@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from moediag.diagnosis.layers import FAR_ROW
 from moediag.figures.registry import NO_DIFFERENCE, Frames, Panel, figure
-from moediag.figures.style import GREY, RunStyle, add_words, figure_text, new_figure
+from moediag.figures.style import GREY, RunStyle, add_words, figure_text, figure_width, is_column, new_figure
 from moediag.numbers import sig
 
 
@@ -77,6 +77,7 @@ def _draw(ax: Axes, frame: pd.DataFrame, style: RunStyle) -> None:
     ax.axhline(1, color=GREY, linewidth=0.8)
     ax.axhline(FAR_ROW, color=GREY, linewidth=0.8, linestyle=":")
     names = [f"{layer:.0f}" if layer >= 0 else "log-prob" for layer in frame["decoder_layer"]]
-    step = max(1, -(-len(names) // 16))
-    shown = [q for q in range(len(names)) if q % step == 0 and len(names) - 1 - q >= step] + [len(names) - 1]
+    step = max(1, -(-len(names) // (8 if is_column(figure_width(ax)) else 16)))
+    # The last name is the longest: its neighbour goes where it would stand on it.
+    shown = [q for q in range(0, len(names) - 1, step) if len(names) - 1 - q >= 1.5 * step or step == 1] + [len(names) - 1]
     ax.set_xticks(shown, [names[q] for q in shown])
