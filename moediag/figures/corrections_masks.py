@@ -31,7 +31,7 @@ from moediag.numbers import count, percent
 
 _ROW: float = 0.17
 """Height of a correction's row [inch]: names stand clear of each other."""
-_MOST_NUMBERED: int = 18
+_MOST_NUMBERED: int = 20
 """Masks whose cells have room for two digits each, and their columns for a number."""
 
 
@@ -75,7 +75,8 @@ def plot_masked_shares(statistics: pd.DataFrame, *, panel: Panel) -> Figure:
     log_axis(ax, "x", low, 1.3)
     ax.set_xlabel("share of tokens masked, log axis")
     legend_below(ax, *ax.get_legend_handles_labels())
-    note = f"One token is {percent(1 / max(n, 1))}. Bars: 95 %, clustered by prompt. For scale: the IcePop post saw 1 to 2 per mille of tokens at first."
+    note = f"One token is {percent(1 / max(n, 1))}. "
+    note += "Bars: 95 %, clustered by prompt. For scale: the IcePop post saw 1 to 2 per mille of tokens at first."
     add_words(figure, share_title(rows), panel.caption, note)
     return figure
 
@@ -142,7 +143,10 @@ def plot_mask_overlap(overlap: pd.DataFrame, *, panel: Panel) -> Figure:
     values = table.to_numpy(np.float64)
     mesh = draw_cells(ax, edges, edges, values, rate_norm(np.ones((1, 1))))
     # Columns bear the numbers of rows: names on their heads would be longer than the map is high.
-    ax.set_yticks(range(len(names)), [f"{figure_text(name, name_width(panel.width) - 4)}  {nth}" for nth, name in enumerate(names, 1)])
+    ax.set_yticks(
+        range(len(names)),
+        [f"{figure_text(name, name_width(panel.width) - 4)}  {nth}" for nth, name in enumerate(names, 1)],
+    )
     every = 1 if len(names) <= _MOST_NUMBERED / (1 + 2 * is_column(panel.width)) else 5
     ax.set_xticks(range(every - 1, len(names), every), [str(n) for n in range(every, len(names) + 1, every)])
     ax.invert_yaxis()
@@ -181,4 +185,4 @@ def _write_cells(ax: Axes, values: np.ndarray) -> None:
     for (row, column), value in np.ndenumerate(values):
         if 0.005 <= value < 0.995:
             ax.text(column, row, f"{100 * value:.0f}", ha="center", va="center",
-                    color="white" if value > 0.55 else INK)  # fmt: skip
+                    color="white" if value > 0.45 else INK)  # fmt: skip

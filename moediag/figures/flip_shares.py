@@ -61,7 +61,11 @@ def plot_flip_shares(frames: Mapping[str, pd.DataFrame], *, panel: Panel) -> Fig
     ax.set_xlim(right=1)
     ax.xaxis.set_major_locator(MultipleLocator(0.5 if is_column(panel.width) else 0.2))
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    ax.set_xlabel("share (mismatch: sum\nof abs(logp_diff))" if is_column(panel.width) else "share (mismatch: sum of abs(logp_diff))")
+    ax.set_xlabel(
+        "share (mismatch: sum\nof abs(logp_diff))"
+        if is_column(panel.width)
+        else "share (mismatch: sum of abs(logp_diff))"
+    )
     first = {word: handle for handle, word in zip(*ax.get_legend_handles_labels(), strict=True)}
     legend_below(ax, list(first.values())[::-1], list(first)[::-1], columns=1)
     floored = panel.floor_words("the share of tokens with a flip", frames, share)

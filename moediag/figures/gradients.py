@@ -20,6 +20,7 @@ from moediag.figures.style import (
     LIGHT,
     add_words,
     figure_text,
+    figure_width,
     is_column,
     new_figure,
     state,
@@ -93,18 +94,18 @@ def plot_gradient_bias_variance(audit: pd.DataFrame, *, panel: Panel) -> Figure:
         _draw_floors(left, rows, methods)
         _draw(left, rows, methods, "batch_relative_bias", reference)
         _draw(right, rows, methods, "variance_ratio", reference)
-        left.set_title(f"{figure_text(group)}, {_REFERENCES[reference][0]}: bias")
+        left.set_title(f"{figure_text(group)}, {_REFERENCES[reference][0]}: difference")
         right.set_title("Variance")
         reach = float(np.nanmax(rows[["batch_relative_bias", "bias_floor"]].to_numpy(float), initial=0.0)) or 1.0
         left.set_xlim(-0.04 * reach, 1.08 * reach)
-        left.set_xlabel("norm of the difference / reference's norm")
+        left.set_xlabel("difference / reference, norms")
         right.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (1, 1.5)))
-        right.set_xlabel("variance between prompts / reference's")
+        right.set_xlabel("variance / reference's")
     if not parts:
         state(panels[0], "No gradient was audited.")
     note = (
         "Inside the grey bar a difference is no larger than chance (95 %) makes it for a "
-        "method without bias. Variance: the reference's = 1 (dotted), bars: 95 % over prompts."
+        "method without bias. Variance: between prompts, the reference's = 1 (dotted), bars: 95 % over prompts."
     )
     add_words(figure, bias_finding(audit), panel.caption, _counts(audit), note, _own_note(audit))
     return figure
@@ -169,7 +170,9 @@ def _own_note(audit: pd.DataFrame) -> str:
     """Says which corrections are compared with themselves: their cosine of 1 and bias of 0 are no finding."""
     drawn = audit[audit["reference"].isin(_REFERENCES)]
     own = list(dict.fromkeys(drawn.loc[_is_reference(drawn), "method"]))
-    return f"Left out of the title, for here it changes nothing of the reference and is it: {_list(own)}." if own else ""
+    return (
+        f"Left out of the title, for here it changes nothing of the reference and is it: {_list(own)}." if own else ""
+    )
 
 
 def _lines(of: str, groups_of: dict[tuple[str, str], list[str]]) -> str:
@@ -215,7 +218,10 @@ def _draw(ax: Axes, rows: pd.DataFrame, methods: list[str], name: str, reference
         low, high = own[name] - own[f"{name}_ci_low"], own[f"{name}_ci_high"] - own[name]
         bars = np.vstack([low.clip(lower=0), high.clip(lower=0)])
     ax.errorbar(values, place, xerr=bars, fmt=marker, color=colour, markersize=3.6, capsize=1.5, elinewidth=0.9)
-    ax.set_yticks(range(len(methods)), [short_method(method) for method in methods])
+    ax.set_yticks(
+        range(len(methods)),
+        [figure_text(short_method(method), 14 if is_column(figure_width(ax)) else 24) for method in methods],
+    )
     ax.set_ylim(len(methods) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
     ax.xaxis.set_major_locator(MaxNLocator(4))

@@ -90,6 +90,8 @@ def plot_figure1(
     draw_tail(tail, tail_curves, panel.styles)
     note = panel.caption or caption_text(token_counts(tokens))
     floored = panel.floor_words("the mean", tokens)
+    if any((panel.floor_value(label) or 0) >= FLOAT_EDGE for label in tokens):
+        floored += " It is the black line of long dashes."
     add_words(figure, figure1_finding(metrics, panel.styles), note, floored, _READING, FIGURE1_NOTE)
     return figure
 
@@ -185,8 +187,6 @@ def _mark_row(ax: Axes, values: npt.NDArray[np.float64], frame: pd.DataFrame | N
 def _mark_floor(ax: Axes, value: float | None, base: float) -> None:
     if value is not None and value >= FLOAT_EDGE:
         ax.plot([value, value], [base, base + _BODY], color=INK, linestyle=(0, (6, 2)), linewidth=1.0)
-        words = "floor of the mean "
-        ax.text(value, base + _BODY - 0.02, words, ha="right", va="top", fontsize=8, color=INK, rotation=90)
 
 
 def _dress_body(ax: Axes, labels: list[str], top: float) -> None:

@@ -103,8 +103,8 @@ def draw_agreement(ax: Axes, frames: Mapping[str, pd.DataFrame], column: str, st
         low, high = frame[f"{column}_ci_low"], frame[f"{column}_ci_high"]
         ax.fill_between(frame["layer"], low, high, color=style.colour, alpha=0.2, linewidth=0)
         marker = style.marker if len(frame) <= 16 else ""
-        ax.plot(frame["layer"], frame[column], color=style.colour, linestyle=style.line, marker=marker, markersize=4, clip_on=False,
-                label=figure_text(label))  # fmt: skip
+        ax.plot(frame["layer"], frame[column], color=style.colour, linestyle=style.line, marker=marker, markersize=4,
+                clip_on=False, label=figure_text(label))  # fmt: skip
     _layer_ticks(ax, frames)
     _rate_axis(ax, frames, column)
 

@@ -22,6 +22,7 @@ from moediag.figures.style import (
     RunStyle,
     add_words,
     figure_text,
+    label_outer,
     legend_below,
     panel_grid,
     state,
@@ -31,6 +32,7 @@ from moediag.numbers import count, sig
 MIN_SEQUENCES: Final = 5
 """A mean is drawn, and compared in the title, for bins of at least that many responses."""
 
+_LOG_RATIO: Final = "log(pi_train / pi_infer) [nat]"
 _MANY: Final = 2000
 _ONE_LENGTH: Final = 0.8
 """Share of responses of one length, within a twentieth, from which on lengths do not vary."""
@@ -93,7 +95,8 @@ def plot_sequence_drift(
 
 
 def _scored(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame[np.isfinite(frame["log_ratio_sum"]) & (frame["n_tokens"] > 0)]
+    rows: pd.DataFrame = frame[np.isfinite(frame["log_ratio_sum"]) & (frame["n_tokens"] > 0)]
+    return rows
 
 
 def one_length(rows: pd.DataFrame) -> tuple[int, int] | None:
@@ -189,22 +192,20 @@ def _dress(panels: list[Axes], scored: Mapping[str, pd.DataFrame], reach: float,
     for ax in panels:
         if not ax.lines:
             continue
-        line, limits, label = ax.axhline, ax.set_ylim, ax.set_ylabel
+        line, limits = (ax.axvline, ax.set_xlim) if by_ratio else (ax.axhline, ax.set_ylim)
         if by_ratio:
-            line, limits, label = ax.axvline, ax.set_xlim, ax.set_xlabel
+            ax.set_xlabel(_LOG_RATIO)
             ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-            ax.set_ylabel("responses per bin")
         else:
             left = _left_end(scored)
             ax.set_xlim(left, longest + 0.04 * (longest - left) + 0.5)
             ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             ax.set_xlabel("length of the response [token]")
         limits(-reach, reach)
-        label("log(pi_train / pi_infer) [nat]")
         line(0, color=GREY, linewidth=0.8)
-        for product in (0.5, 2) if math.log(2) < reach else ():
-            named = "ratio 0.5 or 2" if product == 2 else None
-            line(math.log(product), color=GREY, linewidth=0.8, linestyle=(0, (1, 2)), label=named)
+        for product, name in ((0.5, ""), (2, "ratio 0.5 or 2")) if math.log(2) < reach else ():
+            line(math.log(product), color=GREY, linewidth=0.8, linestyle=(0, (1, 2)), label=name or None)
+    label_outer([ax for ax in panels if ax.lines], "responses per bin" if by_ratio else _LOG_RATIO)
     named = next((ax for ax in panels if ax.lines), None)
     if named is not None:
         handles, names = named.get_legend_handles_labels()

@@ -244,6 +244,13 @@ def panel_grid(
     return figure, axes[:n_panels]
 
 
+def label_outer(panels: Sequence[Axes], label: str) -> None:
+    """Name the y axis that panels share, once a row."""
+    for ax in panels:
+        spec = ax.get_subplotspec()
+        ax.set_ylabel(label if spec is None or spec.is_first_col() else "")
+
+
 def wrapped(text: str, width: float, size: float, weight: str = "normal") -> str:
     """``text`` in lines of at most ``width`` [inch], measured in the font that draws it."""
     font = get_font(findfont(FontProperties(family="DejaVu Sans", weight=weight)))
@@ -266,8 +273,8 @@ def _broken(text: str, width: float) -> str:
 
 def _room(ax: Axes) -> float:
     """About the width of a panel [inch], before it is laid out."""
-    spec = ax.get_subplotspec()
-    return figure_width(ax) * (spec.get_position(ax.figure).width if spec else 1.0)
+    spec, figure = ax.get_subplotspec(), ax.get_figure(root=True)
+    return figure_width(ax) * (spec.get_position(figure).width if spec and figure else 1.0)
 
 
 def _break_label(ax: Axes) -> int:
@@ -289,9 +296,9 @@ def add_words(figure: Figure, title: str, *notes: str) -> None:
                 axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))  # more: outside what was laid out
     caption = " ".join(filter(None, notes))
     width, height = figure.get_size_inches()
-    words = "\n".join(wrapped(line, width - 0.15, _TITLE_SIZE, "bold") for line in title.split("\n"))
+    words = "\n".join(wrapped(line, width - 0.2, _TITLE_SIZE, "bold") for line in title.split("\n"))
     figure.suptitle(words, x=0.01, ha="left", fontweight="bold")
-    note = wrapped(caption, width - 0.15, 8)
+    note = wrapped(caption, width - 0.2, 8)
     if caption:
         figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#444444")
     lines = (1 + words.count("\n")) * _TITLE_SIZE * 1.25 + (1 + note.count("\n")) * 8 * 1.25 * bool(caption)
