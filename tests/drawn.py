@@ -69,7 +69,9 @@ def _size(figure: Figure) -> list[str]:
 
 def _outside(figure: Figure, boxes: list[tuple[Text, Bbox]]) -> list[str]:
     edge = figure.bbox.padded(_TOUCH)
-    return [f"outside: {_named(text)}" for text, box in boxes if not _holds(edge, box)]
+    found = [f"outside: {_named(text)}" for text, box in boxes if not _holds(edge, box)]
+    legends = [legend.get_frame().get_window_extent() for ax in figure.axes if (legend := ax.get_legend())]
+    return found + [f"outside: a legend ({box.bounds})" for box in legends if not _holds(edge, box)]
 
 
 def _holds(outer: Bbox, inner: Bbox) -> bool:

@@ -31,15 +31,15 @@ pytestmark = pytest.mark.filterwarnings("error")
 LONG = "Qwen/Qwen3-235B-A22B-Instruct-2507-fine-tuned-on-our-own-mathematics-v2"
 GRADIENTS = {name for name, kind in SIMULATION_FIGURES.items() if kind.frames == ("gradient_audit",)}
 SHAPES: dict[str, Callable[[], dict[str, Frames]]] = {
-    "48 layers": lambda: {"moe": make_run(n_tokens=512, n_layers=48, n_prompts=16)},
+    "48 layers": lambda: {"moe": make_run(n_tokens=384, n_layers=48, n_prompts=32)},
     "94 layers, 512 experts": lambda: {LONG: make_run(n_tokens=160, n_layers=94, n_experts=512, n_prompts=40)},
     "one layer": lambda: {LONG: make_run(n_tokens=512, n_layers=1)},
     "one sequence": lambda: {LONG: make_run(n_tokens=256, n_prompts=1)},
     "no flips": lambda: {LONG: make_run(n_tokens=512, has_flips=False)},
     "three runs": lambda: {
-        LONG: make_run(n_tokens=512, has_variants=True),
-        f"{LONG}-rl": make_run(n_tokens=512, n_layers=48, n_prompts=16),
-        f"{LONG}-dense": make_run(n_tokens=512, n_layers=0, seed=1),
+        LONG: make_run(n_tokens=384, n_prompts=32, has_variants=True),
+        f"{LONG}-rl": make_run(n_tokens=256, n_layers=12, n_prompts=16),
+        f"{LONG}-dense": make_run(n_tokens=256, n_layers=0, seed=1),
     },
 }
 
@@ -53,7 +53,7 @@ def all_faults(drawn: Iterable[tuple[str, Figure]]) -> dict[str, list[str]]:
     ("shape", "width"),
     [
         *((shape, FULL_WIDTH) for shape in SHAPES),
-        *((shape, COLUMN_WIDTH) for shape in ("94 layers, 512 experts", "one sequence", "three runs")),
+        *((shape, COLUMN_WIDTH) for shape in ("94 layers, 512 experts", "three runs")),
     ],
 )
 def test_figures_of_runs_are_whole_in_every_shape(shape: str, width: float) -> None:
@@ -66,8 +66,9 @@ def test_figures_of_runs_are_whole_in_every_shape(shape: str, width: float) -> N
     assert all_faults(drawn.items()) == {}
 
 
-@pytest.mark.parametrize("width", [FULL_WIDTH, COLUMN_WIDTH], ids=["page", "column"])
-@pytest.mark.parametrize("shape", ["48 layers", "one sequence"])
+@pytest.mark.parametrize(
+    ("shape", "width"), [("48 layers", FULL_WIDTH), ("48 layers", COLUMN_WIDTH), ("one sequence", FULL_WIDTH)]
+)
 def test_figures_of_simulations_are_whole(shape: str, width: float) -> None:
     """Bugs: of masks' overlap the names lay over the caption, of masked entropy the last points were cut in half."""
     frames = corrections(shape)
@@ -88,8 +89,7 @@ def corrections(shape: str) -> Frames:
     return simulation.frames
 
 
-@pytest.mark.parametrize("width", [FULL_WIDTH, COLUMN_WIDTH], ids=["page", "column"])
-@pytest.mark.parametrize("n_groups", [1, 3])
+@pytest.mark.parametrize(("n_groups", "width"), [(1, FULL_WIDTH), (3, COLUMN_WIDTH)])
 def test_figures_of_gradients_are_whole(n_groups: int, width: float) -> None:
     long = {method: f"{method}+tis_sequence:cap=2" for method in ("icepop:alpha=0.5,beta=5",)}
     frame = audit(n_groups, exact=True).replace({"method": long})

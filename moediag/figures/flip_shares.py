@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moediag.figures.floors import share
 from moediag.figures.registry import NO_DIFFERENCE, NO_FLIP, Frames, Panel, figure
@@ -59,7 +59,7 @@ def plot_flip_shares(frames: Mapping[str, pd.DataFrame], *, panel: Panel) -> Fig
     ax.set_yticks([2.4 * nth + row for nth in range(len(frames)) for row in (0, 1)], names)
     ax.invert_yaxis()
     ax.set_xlim(right=1)
-    ax.xaxis.set_major_locator(MultipleLocator(0.5 if is_column(panel.width) else 0.2))
+    ax.xaxis.set_major_locator(MaxNLocator(2 if is_column(panel.width) else 5))
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     ax.set_xlabel(
         "share (mismatch: sum\nof abs(logp_diff))"

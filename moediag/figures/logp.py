@@ -213,7 +213,7 @@ def _dress_body(ax: Axes, labels: list[str], top: float) -> None:
 def draw_tail(ax: Axes, curves: Mapping[str, pd.DataFrame], styles: Mapping[str, RunStyle]) -> None:
     """The share of tokens with a larger difference, log-log, down to the resolution limit 1/n."""
     ax.set_title("Tail: tokens beyond")
-    ax.set_xlabel("x = abs(logp_train − logp_infer) [nat]")
+    ax.set_xlabel("x: the same difference [nat]")
     ax.set_ylabel("share of tokens beyond x")
     shown = {k: f for k, f in curves.items() if (f["n_above"] > 0).any()}
     if not shown:

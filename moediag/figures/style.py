@@ -253,17 +253,27 @@ def label_outer(panels: Sequence[Axes], label: str) -> None:
 
 def wrapped(text: str, width: float, size: float, weight: str = "normal") -> str:
     """``text`` in lines of at most ``width`` [inch], measured in the font that draws it."""
+    lines, free = [""], width
+    for word in re.split(" (?!%)", text):
+        needed = _length(f" {word}" if lines[-1] else word, size, weight)
+        if lines[-1] and needed > free:
+            lines.append(word)
+            free = width - _length(word, size, weight)
+        else:
+            lines[-1] += f" {word}" if lines[-1] else word
+            free -= needed
+    return "\n".join(lines)
+
+
+@cache
+def _length(word: str, size: float, weight: str) -> float:
+    """Length of a word [inch]; kept, for measuring takes longer than drawing."""
     font = get_font(findfont(FontProperties(family="DejaVu Sans", weight=weight)))
     font.set_size(size, 72 * _FINE)  # at the drawn size every letter is rounded up to a pixel
-    lines = [""]
-    for word in re.split(" (?!%)", text):
-        longer = f"{lines[-1]} {word}" if lines[-1] else word
-        font.set_text(longer)
-        if lines[-1] and font.get_width_height()[0] / 64 > width * 72 * _FINE:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
+    font.set_text(f"{word}.")  # trailing and leading room counts, but no letter
+    with_dot = font.get_width_height()[0]
+    font.set_text(".")
+    return float(with_dot - font.get_width_height()[0]) / 64 / 72 / _FINE
 
 
 def _broken(text: str, width: float) -> str:
