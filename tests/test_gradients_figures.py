@@ -152,7 +152,7 @@ def test_a_sequence_weight_that_cuts_nothing_is_called_the_reference_and_not_the
     assert cosine_finding(frame).endswith("sequence IS: icepop 0.5/5 nearer than no correction")
     assert "least 0.020 (icepop 0.5/5); more than chance: none, icepop 0.5/5" in bias_finding(frame)
     for plot in (plot_gradient_cosines, plot_gradient_bias_variance):
-        assert "changes nothing of the reference and is it: tis_sequence 2." in words_below(plot(frame))
+        assert "is the reference itself and no finding: tis_sequence 2." in words_below(plot(frame))
 
 
 def test_the_title_of_the_difference_does_not_gainsay_that_of_the_direction() -> None:

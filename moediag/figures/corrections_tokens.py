@@ -258,13 +258,14 @@ def _draw_means(ax: Axes, rows: pd.DataFrame) -> None:
         state(ax, "No correction masks a token whose entropy is known.")
         return
     y = np.arange(len(rows))
-    for name, colour, marker, words in (
-        ("entropy_kept", GREY, "s", "kept"),
-        ("entropy_masked", MOE_COLOURS[0], "o", "masked"),
+    for name, colour, marker, face, words in (
+        ("entropy_kept", GREY, "s", "white", "kept"),
+        ("entropy_masked", MOE_COLOURS[0], "o", MOE_COLOURS[0], "masked"),
     ):
         low, high = rows[f"{name}_ci_low"], rows[f"{name}_ci_high"]
         ax.hlines(y, low.fillna(rows[name]), high.fillna(rows[name]), color=colour, linewidth=1.2)
-        ax.plot(rows[name], y, linestyle="none", marker=marker, markersize=3.5, color=colour, label=words)
+        ax.plot(rows[name], y, linestyle="none", marker=marker, markersize=4, color=colour, markerfacecolor=face,
+                label=words)  # fmt: skip
     ax.set_yticks(y, [figure_text(name, name_width(figure_width(ax)) - 4) for name in rows["correction"]])
     ax.set_ylim(-0.7, len(rows) - 0.3)
     # Room on both sides: a dot at the edge would be cut in half.

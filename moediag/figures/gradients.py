@@ -170,9 +170,7 @@ def _own_note(audit: pd.DataFrame) -> str:
     """Says which corrections are compared with themselves: their cosine of 1 and bias of 0 are no finding."""
     drawn = audit[audit["reference"].isin(_REFERENCES)]
     own = list(dict.fromkeys(drawn.loc[_is_reference(drawn), "method"]))
-    return (
-        f"Left out of the title, for here it changes nothing of the reference and is it: {_list(own)}." if own else ""
-    )
+    return f"Cuts no sequence weight here, so is the reference itself and no finding: {_list(own)}." if own else ""
 
 
 def _lines(of: str, groups_of: dict[tuple[str, str], list[str]]) -> str:
