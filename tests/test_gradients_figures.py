@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from moediag.analysis.gradients import HEADLINE, audit_frames
+from moediag.figures import COLUMN_WIDTH, FULL_WIDTH
 from moediag.figures.gradients import (
     bias_finding,
     cosine_finding,
@@ -79,8 +81,8 @@ def test_dividing_by_the_mean_weight_changes_lengths_and_no_direction() -> None:
 def test_the_nearer_correction_is_told_and_drawn_as_nearer() -> None:
     frame = audit(exact=True)
     words = cosine_finding(frame)
-    assert "lm_head; sequence IS: icepop 0.5/5, tis_sequence 2 nearer" in words
-    assert "lm_head; one-token, exact: icepop 0.5/5 nearer" in words
+    assert "Direction, lm_head against sequence IS: icepop 0.5/5, tis_sequence 2 nearer" in words
+    assert "lm_head against one-token, exact: icepop 0.5/5 nearer" in words
     figure = plot_gradient_cosines(frame)
     rows = frame[frame["reference"] == "sequence_is"]
     drawn = figure.axes[0].containers[0].lines[0]
@@ -89,7 +91,7 @@ def test_the_nearer_correction_is_told_and_drawn_as_nearer() -> None:
     np.testing.assert_allclose(noise.get_xdata(orig=False), rows["noise_cosine"])
     np.testing.assert_allclose(batch.get_xdata(orig=False), rows["batch_cosine"])
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == [short_method(m) for m in METHODS]
-    assert "one-token, exact: 16 prompts, 16 sequences, 160 prefixes" in " ".join(figure.get_supxlabel().split())
+    assert "one-token, exact: 16 prompts, 16 sequences, 160 prefixes" in words_below(figure)
 
 
 def test_what_cannot_be_told_is_told_as_such() -> None:
@@ -130,16 +132,42 @@ def test_bias_is_held_against_its_floor() -> None:
     rows = frame[frame["reference"] == "sequence_is"]
     above = rows["batch_relative_bias"] > rows["bias_floor"]
     assert above.any()
-    assert bias_finding(frame).startswith("lm_head, routers, attention; sequence IS: bias of")
+    assert bias_finding(frame) == (
+        "Difference, lm_head, routers, attention against sequence IS: 0.20 of its length without correction; least "
+        "0.020 (icepop 0.5/5); more than chance: none, icepop 0.5/5, tis_sequence 2"
+    )
     frame["bias_floor"] = 9.0
-    assert "no correction's bias is above chance" in bias_finding(frame)
+    assert bias_finding(frame).endswith("none more than chance")
     figure = plot_gradient_bias_variance(frame)
     assert len(figure.axes) == 6
     bars = [patch.get_width() for patch in figure.axes[0].patches]
     assert bars == [9.0] * len(METHODS)
 
 
-@pytest.mark.parametrize("width", [3.4, 7.0])
+def test_a_sequence_weight_that_cuts_nothing_is_called_the_reference_and_not_the_nearest_correction() -> None:
+    """Bug: a cap that no sequence reached was praised as nearest, its cosine of 1 and bias of 0 being its own."""
+    record, arrays = inner_products()
+    arrays["coefficient_MB"][2] = arrays["coefficient_MB"][3]
+    frame = audit_frames(record, arrays)["gradient_audit"]
+    assert cosine_finding(frame).endswith("sequence IS: icepop 0.5/5 nearer than no correction")
+    assert "least 0.020 (icepop 0.5/5); more than chance: none, icepop 0.5/5" in bias_finding(frame)
+    for plot in (plot_gradient_cosines, plot_gradient_bias_variance):
+        assert "is the reference itself and no finding: tis_sequence 2." in words_below(plot(frame))
+
+
+def test_the_title_of_the_difference_does_not_gainsay_that_of_the_direction() -> None:
+    """Bug: one figure called a correction nearer than none, the other only that its bias was above chance."""
+    nearer = cosine_finding(audit())
+    left = bias_finding(audit())
+    assert "icepop 0.5/5, tis_sequence 2 nearer than no correction" in nearer
+    assert "0.20 of its length without correction; least 0.020 (icepop 0.5/5)" in left
+
+
+def words_below(figure: Figure) -> str:
+    return " ".join(figure.get_supxlabel().split())
+
+
+@pytest.mark.parametrize("width", [COLUMN_WIDTH, FULL_WIDTH])
 def test_figures_are_drawn_at_both_widths_and_of_nothing(width: float) -> None:
     for plot in (plot_gradient_cosines, plot_gradient_bias_variance):
         plot(audit(2), width=width).draw_without_rendering()

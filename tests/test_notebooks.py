@@ -1,45 +1,22 @@
-"""The notebooks: stored without output, one question and one answer each, run from top to bottom on the demo."""
+"""The notebooks: stored without output, one question and one answer each, run from top to bottom on the demo.
+
+What they show stands in the pages of reports/notebooks: those of the notebooks as they are now.
+"""
 
 from __future__ import annotations
 
 import ast
-import base64
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 from conftest import REPOSITORY
-from nbclient import NotebookClient
+from executed_notebooks import NOTEBOOKS, PAGES, cells, executed, write_page
 
-NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 NAMES = {"choose_a_band", "figure1", "near_ties", "position_drift", "your_run"}
 BORROWED = {"os", "pathlib", "pandas", "moediag"}
-
-
-def cells(path: Path, kind: str) -> list[str]:
-    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
-
-
-def run_notebook(name: str) -> list[tuple[str, object]]:
-    """Printed text and the shown value (a picture's bytes, else HTML) of every code cell, run by a kernel."""
-    path = REPOSITORY / "notebooks" / f"{name}.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}})
-    client.execute()
-    return [shown(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def shown(outputs: list[Any]) -> tuple[str, object]:
-    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
-    for output in (output for output in outputs if "data" in output):
-        if "image/png" in output.data:
-            return printed, base64.b64decode(output.data["image/png"])
-        if "text/html" in output.data:
-            return printed, output.data["text/html"]
-    return printed, None
 
 
 def test_every_notebook_is_known() -> None:
@@ -82,17 +59,51 @@ def test_without_a_setting_the_folder_is_the_one_that_make_demo_leaves() -> None
         assert [(path.parent / folder).resolve() for folder in found] == [REPOSITORY / "moediag-demo"]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_page_of_a_notebook_is_of_the_notebook_as_it_is_now(path: Path) -> None:
+    """Bug: on a code host the notebooks, stored without output, were questions without a picture or an answer.
+
+    A page that is not: ``python tests/executed_notebooks.py DEMO`` makes them anew.
+    """
+    check_page(PAGES, path)
+
+
+def check_page(folder: Path, path: Path) -> None:
+    page = (folder / f"{path.stem}.md").read_text()
+    words, sources = cells(path, "markdown"), cells(path, "code")
+    at = -1
+    for cell in words + sources:
+        assert cell in page, "python tests/executed_notebooks.py DEMO makes the pages anew"
+    for cell in words:  # in the notebook's order
+        assert (at := page.index(cell, at + 1)) >= 0
+    pictures = re.findall(r"!\[[^]]+\]\((figures/[\w-]+\.png)\)", page)
+    assert len(pictures) >= sum(".plot(" in source for source in sources) > 0
+    for picture in pictures:
+        data = (folder / picture).read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert 10_000 < len(data) < 300_000
+    assert "<table" in page
+    assert "```text" in page[page.index(sources[-1]) :], "what the last cell prints is the answer"
+    assert len(page) < 65_536
+    assert "<style" not in page
+    assert not re.search(r"(?<![\w./])/(tmp|home|root|work|Users|builds)/", page)
+
+
+def test_no_page_and_no_picture_is_left_of_a_notebook_that_is_gone() -> None:
+    assert {path.stem for path in PAGES.glob("*.md")} == NAMES
+    named = {name for page in PAGES.glob("*.md") for name in re.findall(r"figures/([\w-]+\.png)", page.read_text())}
+    assert {path.name for path in (PAGES / "figures").iterdir()} == named
+
+
 @pytest.mark.engines
-@pytest.mark.parametrize("name", sorted(NAMES))
-def test_notebooks_run_on_the_demo(name: str, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run_on_the_demo(path: Path, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEDIAG_DEMO", str(demo))
     monkeypatch.delenv("MOEDIAG_RUN", raising=False)
-    seen = run_notebook(name)
-    pictures = [value for _, value in seen if isinstance(value, bytes)]
-    assert pictures
-    assert all(picture.startswith(b"\x89PNG") and len(picture) > 10_000 for picture in pictures)
-    assert any(isinstance(value, str) and "<table" in value for _, value in seen)
-    answer = " ".join(seen[-1][0].split())
+    name, seen = path.stem, executed(path)
+    write_page(name, seen, demo, tmp_path)
+    check_page(tmp_path, path)
+    answer = " ".join(seen[-2].printed.split())
     summary = json.loads((demo / "moe" / "summary.json").read_text())
     assert expected(name, summary) in answer
     assert not re.search(r"\bnan\b|\bNone\b", answer)
@@ -113,6 +124,6 @@ def expected(name: str, summary: dict[str, Any]) -> str:
 @pytest.mark.engines
 def test_your_run_reads_a_dense_run(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEDIAG_RUN", str(demo / "dense"))
-    seen = run_notebook("your_run")
-    assert "choices flip" not in seen[-1][0]
-    assert "worst tokens hold" in seen[-1][0]
+    (answer,) = [cell.printed for cell in executed(REPOSITORY / "notebooks" / "your_run.ipynb") if cell.printed][-1:]
+    assert "choices flip" not in answer
+    assert "worst tokens hold" in answer

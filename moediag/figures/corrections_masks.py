@@ -20,7 +20,9 @@ from moediag.figures.style import (
     MOE_COLOURS,
     add_words,
     figure_text,
+    is_column,
     legend_below,
+    name_width,
     new_figure,
     state,
 )
@@ -28,9 +30,9 @@ from moediag.figures.ticks import log_axis
 from moediag.numbers import count, percent
 
 _ROW: float = 0.17
-"""Height of a correction's row [inch]: 7-point names stand clear of each other."""
-_CHARACTER: float = 0.065
-"""Length of a character of a 7-point name [inch], with room."""
+"""Height of a correction's row [inch]: names stand clear of each other."""
+_MOST_NUMBERED: int = 20
+"""Masks whose cells have room for two digits each, and their columns for a number."""
 
 
 @figure(
@@ -65,15 +67,16 @@ def plot_masked_shares(statistics: pd.DataFrame, *, panel: Panel) -> Figure:
         ax.plot(part["masked_share"], len(rows) - 1 - part.index, linestyle="none", marker=marker, markersize=4,
                 color=colour, label=f"masks {words}")  # fmt: skip
     for nth in rows.index[rows["masked_share"] == 0]:
-        ax.annotate(_nothing_words(rows.loc[nth]), (0.0, len(rows) - 1 - nth), (4, 0), fontsize=7, color=GREY,
+        ax.annotate(_nothing_words(rows.loc[nth]), (0.0, len(rows) - 1 - nth), (4, 0), color=GREY,
                     xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="center",
                     path_effects=HALO)  # fmt: skip
-    ax.set_yticks(range(len(rows)), [figure_text(name, 40) for name in rows["correction"][::-1]], fontsize=7)
+    ax.set_yticks(range(len(rows)), [figure_text(name, name_width(panel.width)) for name in rows["correction"][::-1]])
     ax.set_ylim(-0.7, len(rows) - 0.3)
     log_axis(ax, "x", low, 1.3)
-    ax.set_xlabel(f"share of scored tokens masked (weight 0), log axis; one token is {percent(1 / max(n, 1))}")
+    ax.set_xlabel("share of tokens masked, log axis")
     legend_below(ax, *ax.get_legend_handles_labels())
-    note = "Bars: 95 %, clustered by prompt. For scale: the IcePop post saw 1 to 2 per mille of tokens at first."
+    note = f"One token is {percent(1 / max(n, 1))}. "
+    note += "Bars: 95 %, clustered by prompt. For scale: the IcePop post saw 1 to 2 per mille of tokens at first."
     add_words(figure, share_title(rows), panel.caption, note)
     return figure
 
@@ -134,24 +137,31 @@ def plot_mask_overlap(overlap: pd.DataFrame, *, panel: Panel) -> Figure:
     table = overlap.pivot(index="correction", columns="other", values="share_masked_by_other").reindex(
         names, columns=names
     )
-    labels = [figure_text(name, 34) for name in names]
-    figure = new_figure(panel.width, max(1.9 + _ROW * len(names), 2.0 + _CHARACTER * max(map(len, labels))))
+    figure = new_figure(panel.width, 1.2 + _ROW * max(len(names), 8))
     ax = figure.subplots()
     edges = np.asarray(np.arange(len(names) + 1) - 0.5, np.float64)
     values = table.to_numpy(np.float64)
     mesh = draw_cells(ax, edges, edges, values, rate_norm(np.ones((1, 1))))
-    _write_cells(ax, values)
-    ax.set_yticks(range(len(names)), labels, fontsize=7)
-    ax.set_xticks(range(len(names)), labels, fontsize=7, rotation=90)
+    # Columns bear the numbers of rows: names on their heads would be longer than the map is high.
+    ax.set_yticks(
+        range(len(names)),
+        [f"{figure_text(name, name_width(panel.width) - 4)}  {nth}" for nth, name in enumerate(names, 1)],
+    )
+    every = 1 if len(names) <= _MOST_NUMBERED / (1 + 2 * is_column(panel.width)) else 5
+    ax.set_xticks(range(every - 1, len(names), every), [str(n) for n in range(every, len(names) + 1, every)])
     ax.invert_yaxis()
     ax.set_ylabel("of the tokens masked by")
-    ax.set_xlabel("this share is masked by")
+    ax.set_xlabel("this share is masked by the correction of that number, too")
     rate_bar(mesh, ax, "share of the row's masked tokens")
+    has_numbers = len(names) <= _MOST_NUMBERED and not is_column(panel.width)
+    if has_numbers:
+        _write_cells(ax, values)
     add_words(
         figure,
         overlap_title(overlap, names),
         panel.caption,
         "From the smallest mask to the largest; corrections that mask nothing are left out.",
+        "Numbers: per cent, where it is neither none nor all." if has_numbers else "",
     )
     return figure
 
@@ -171,10 +181,8 @@ def overlap_title(overlap: pd.DataFrame, names: list[str]) -> str:
 
 
 def _write_cells(ax: Axes, values: np.ndarray) -> None:
-    """Per cent in every cell while there is room to read it."""
-    if len(values) > 20:
-        return
+    """Per cent in two digits; none and all are read from the colour."""
     for (row, column), value in np.ndenumerate(values):
-        if math.isfinite(value):
-            ax.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=5.5,
-                    color="white" if value > 0.55 else INK)  # fmt: skip
+        if 0.005 <= value < 0.995:
+            ax.text(column, row, f"{100 * value:.0f}", ha="center", va="center",
+                    color="white" if value > 0.45 else INK)  # fmt: skip

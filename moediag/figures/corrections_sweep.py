@@ -23,6 +23,7 @@ from moediag.figures.style import (
     MOE_COLOURS,
     NO_FLOOR,
     add_words,
+    figure_width,
     legend_below,
     new_figure,
     state,
@@ -30,8 +31,8 @@ from moediag.figures.style import (
 from moediag.figures.ticks import log_axis
 from moediag.numbers import count, percent, sig
 
-_NEAR: Final = 1.2
-"""Points nearer than this factor's log would have their labels on each other."""
+_LABEL: Final = 0.62
+"""Points nearer than this [inch] would have their labels on each other."""
 _LABEL_STEP: Final = 11
 """Distance of labels that would stand on each other [point]."""
 
@@ -83,9 +84,9 @@ def plot_band_frontier(
     zero = 0.5 / int(rows["n_tokens"].max())
     _draw_bands(ax, rows, zero)
     _draw_lines(ax, recommended)
+    _dress(ax, rows, zero)
     _mark_presets(ax, rows, presets or {}, zero)
     _mark_recommended(ax, recommended, zero)
-    _dress(ax, rows, zero)
     handles, names = ax.get_legend_handles_labels()
     legend_below(ax, handles, names, columns=2)
     note = "Bars: 95 %, clustered by prompt, of bands on the frontier. Bands are not portable between stacks."
@@ -149,14 +150,17 @@ def _mark_presets(ax: Axes, rows: pd.DataFrame, presets: Mapping[str, Band], zer
         if len(found):
             place = float(_x(found["masked_share"], zero).iloc[0]), float(found["kept_k3"].iloc[0])
             at.setdefault(place, []).append(band_name(alpha, beta))
-    taken: list[float] = []
+    taken: list[tuple[float, int]] = []
+    low, high = ax.get_xlim()
+    apart = _LABEL * math.log(high / low) / (0.75 * figure_width(ax))
     for (x, y), names in sorted(at.items()):
-        near = sum(abs(math.log(x / other)) < _NEAR for other in taken)
-        taken.append(x)
+        used = {level for other, level in taken if abs(math.log(x / other)) < apart}
+        near = next(level for level in range(len(taken) + 1) if level not in used)
+        taken.append((x, near))
         ax.plot([x], [y], marker="D", markersize=5, color=MOE_COLOURS[1], linestyle="none",
                 label="bands in use" if len(taken) == 1 else None)  # fmt: skip
         is_edge = x < 3 * zero
-        ax.annotate(", ".join(names), (x, y), (0 if is_edge else -2, -9 - _LABEL_STEP * near), va="top", fontsize=7,
+        ax.annotate(", ".join(names), (x, y), (0 if is_edge else -2, -9 - _LABEL_STEP * near), va="top",
                     textcoords="offset points", ha="left" if is_edge else "center", path_effects=HALO,
                     arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5} if near else None)  # fmt: skip
 

@@ -24,7 +24,10 @@ from moediag.figures.style import (
     MOE_COLOURS,
     add_words,
     figure_text,
+    figure_width,
+    is_column,
     legend_below,
+    name_width,
     new_figure,
     state,
 )
@@ -139,8 +142,8 @@ def _draw_band(ax: Axes, y: int, name: str, band: Band, limits: tuple[float, flo
     ax.plot(ends, [y, y], color=colour, linewidth=2.0, solid_capstyle="butt")
     drawn = [end for end in (low, high) if limits[0] < end < limits[1]]
     ax.plot(drawn, [y] * len(drawn), linestyle="none", marker="|", markersize=6, color=colour)
-    ax.annotate(figure_text(name, 44), (1.01, y), xycoords=ax.get_yaxis_transform(), va="center", fontsize=7,
-                annotation_clip=False)  # fmt: skip
+    words = figure_text(name, name_width(figure_width(ax)))
+    ax.annotate(words, (1.01, y), xycoords=ax.get_yaxis_transform(), va="center", annotation_clip=False)
 
 
 def _dress_bands(upper: Axes, lower: Axes, n_bands: int, low: float, high: float) -> None:
@@ -153,16 +156,20 @@ def _dress_bands(upper: Axes, lower: Axes, n_bands: int, low: float, high: float
     lower.set_ylabel("tokens per bin")
     lower.set_xlabel("ratio = pi_train / pi_infer, log axis")
     lower.axvline(0.0, color=INK, linewidth=0.8)
-    lower.xaxis.set_major_locator(FixedLocator([math.log(r) for r in _ticks(low, high)]))
+    lower.xaxis.set_major_locator(FixedLocator([math.log(r) for r in _ticks(low, high, 0.6 / figure_width(lower))]))
     lower.xaxis.set_minor_locator(NullLocator())
     lower.xaxis.set_major_formatter(lambda x, _: f"{math.exp(x):.3g}")
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Ratios to label; a narrow axis gets finer ones."""
+def _ticks(low: float, high: float, apart: float) -> list[float]:
+    """Ratios to label, ``apart`` of the axis' length at least, 1 first and outwards; a narrow axis gets finer ones."""
     fine = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.7, 2)
-    some = fine if high - low < 1.6 else _RATIOS
-    return [ratio for ratio in some if low - 1e-9 <= math.log(ratio) <= high + 1e-9]
+    kept: list[float] = []
+    for ratio in sorted(fine if high - low < 1.6 else _RATIOS, key=lambda ratio: abs(math.log(ratio))):
+        is_free = all(abs(math.log(ratio / other)) >= apart * (high - low) for other in kept)
+        if is_free and low - 1e-9 <= math.log(ratio) <= high + 1e-9:
+            kept.append(ratio)
+    return kept
 
 
 @figure(
@@ -181,8 +188,10 @@ def plot_masked_entropy(counts: pd.DataFrame, statistics: pd.DataFrame, *, panel
         statistics: frame ``correction_statistics``.
     """
     rows = statistics[statistics["masked_share"] > 0].sort_values("entropy_masked", na_position="first")
-    figure = new_figure(panel.width, max(3.0, 1.1 + 0.17 * len(rows)))
-    left, right = figure.subplots(1, 2, width_ratios=[1.0, 1.0])
+    height = max(3.0, 1.1 + 0.17 * len(rows))
+    narrow = is_column(panel.width)
+    figure = new_figure(panel.width, 2.8 + height if narrow else height)
+    left, right = figure.subplots(2, 1, height_ratios=(2.8, height)) if narrow else figure.subplots(1, 2)
     name = str(counts["correction"].iloc[0]) if len(counts) else ""
     _draw_densities(left, counts[counts["correction"] == name], name)
     _draw_means(right, rows)
@@ -249,16 +258,20 @@ def _draw_means(ax: Axes, rows: pd.DataFrame) -> None:
         state(ax, "No correction masks a token whose entropy is known.")
         return
     y = np.arange(len(rows))
-    for name, colour, marker, words in (
-        ("entropy_kept", GREY, "s", "kept"),
-        ("entropy_masked", MOE_COLOURS[0], "o", "masked"),
+    for name, colour, marker, face, words in (
+        ("entropy_kept", GREY, "s", "white", "kept"),
+        ("entropy_masked", MOE_COLOURS[0], "o", MOE_COLOURS[0], "masked"),
     ):
         low, high = rows[f"{name}_ci_low"], rows[f"{name}_ci_high"]
         ax.hlines(y, low.fillna(rows[name]), high.fillna(rows[name]), color=colour, linewidth=1.2)
-        ax.plot(rows[name], y, linestyle="none", marker=marker, markersize=3.5, color=colour, label=words)
-    ax.set_yticks(y, [figure_text(name, 34) for name in rows["correction"]], fontsize=7)
+        ax.plot(rows[name], y, linestyle="none", marker=marker, markersize=4, color=colour, markerfacecolor=face,
+                label=words)  # fmt: skip
+    ax.set_yticks(y, [figure_text(name, name_width(figure_width(ax)) - 4) for name in rows["correction"]])
     ax.set_ylim(-0.7, len(rows) - 0.3)
-    ax.set_xlim(left=0)
+    # Room on both sides: a dot at the edge would be cut in half.
+    ends = ["entropy_masked", "entropy_masked_ci_high", "entropy_kept", "entropy_kept_ci_high"]
+    reach = float(np.nanmax(rows[ends].to_numpy(np.float64)))
+    ax.set_xlim(-0.04 * reach, 1.06 * reach or 1.0)
     ax.set_title("Means by correction")
     ax.set_xlabel("mean next-token entropy [nat]")
     legend_below(ax, *ax.get_legend_handles_labels(), columns=2)

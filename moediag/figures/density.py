@@ -28,6 +28,8 @@ from moediag.figures.style import (
     add_words,
     figure_text,
     figure_width,
+    label_outer,
+    legend_below,
     panel_grid,
     state,
 )
@@ -152,10 +154,11 @@ def _draw_all(
         mesh = draw_cells(ax, x_edges, y_edges, table, norm)
         _draw_means(ax, means[label])
         _dress(ax, x_edges, limits)
+    label_outer(panels, "abs(logp_train − logp_infer) [nat]")
     count_bar(mesh, panels, "tokens per cell")
     named = next((ax for ax in panels if ax.get_legend_handles_labels()[0]), None)
     if named is not None:
-        named.legend(loc="lower left", bbox_to_anchor=(0.0, 0.1))
+        legend_below(named, *named.get_legend_handles_labels())
 
 
 def zero_strip(low: float) -> FloatArray:
@@ -194,7 +197,6 @@ def _dress(ax: Axes, x_edges: FloatArray, limits: tuple[float, float]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda x, _: min(ticks.items(), key=lambda item: abs(item[0] - x))[1])
     ax.set_xlabel("p_infer of the token, log-odds axis")
-    ax.set_ylabel("abs(logp_train − logp_infer) [nat]")
 
 
 def _spaced(ax: Axes, ticks: list[float]) -> list[float]:

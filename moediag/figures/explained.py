@@ -166,10 +166,11 @@ def _dress_rates(ax: Axes, rows: pd.DataFrame, floor: float | None) -> None:
     deepest = int(rows["layer"].max())
     ax.set_xticks(layer_ticks(deepest, 8))
     # Right of the deepest layer there is room for the word "floor", which would hide its points.
-    ax.set_xlim(-0.4, deepest + 0.4 + 0.12 * (deepest + 1))
+    ax.set_xlim(-0.4 - 0.02 * deepest, deepest + 0.4 + 0.12 * (deepest + 1))
     ax.set_xlabel("MoE layer")
     ax.set_ylabel("share of choices that flip")
-    ax.set_ylim(bottom=0)
+    top = 1.08 * ax.dataLim.y1 or 1.0
+    ax.set_ylim(-0.04 * top, top)  # a layer without a flip shows its whole point
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     draw_floor(ax, floor)
     handles, names = ax.get_legend_handles_labels()
@@ -189,7 +190,7 @@ def draw_calibration(ax: Axes, curve: pd.DataFrame, style: RunStyle) -> None:
         ax.plot(none["predicted"], np.full(len(none), 1.3 * LEAST), "v", color=style.colour, markersize=4.5,
                 markerfacecolor="white", label="bin without a flip")  # fmt: skip
     for which in ("x", "y"):
-        log_axis(ax, which, LEAST, 1.0)
+        log_axis(ax, which, LEAST / 1.6, 1.6)
     ax.set_xlabel("P(flip) given one side's scores, by bin")
     ax.set_ylabel("share that flipped")
     n_below = int(curve.loc[curve["predicted"] < LEAST, "n_choices"].sum())

@@ -22,6 +22,7 @@ from moediag.figures.style import (
     RunStyle,
     add_words,
     figure_text,
+    legend_below,
     panel_grid,
 )
 from moediag.figures.ticks import log_axis
@@ -86,7 +87,7 @@ def flips_finding(frames: Mapping[str, pd.DataFrame]) -> str:
 
 def _draw_shares(ax: Axes, frame: pd.DataFrame, style: RunStyle) -> None:
     n = max(int(frame["n_tokens"].sum()), 1)
-    lowest = 0.3 / n
+    lowest = 0.4 / n
     seen = frame[frame["n_tokens"] > 0]
     alone = frame[frame["independent_share"] > lowest]
     for rows, column, colour, line, face, name in (
@@ -97,9 +98,9 @@ def _draw_shares(ax: Axes, frame: pd.DataFrame, style: RunStyle) -> None:
                 markerfacecolor=face, linewidth=1.2, label=name)  # fmt: skip
     ax.axhline(1 / n, color=GREY, linestyle=(0, (1, 2)), linewidth=1.0, label="1/n: one token")
     last = max(float(seen["n_flipped_layers"].max()), float(np.nan_to_num(alone["n_flipped_layers"].max())))
-    log_axis(ax, "y", lowest, 2.0)
+    log_axis(ax, "y", 0.6 * lowest, 2.0)
     ax.set_xlim(-0.5, last + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     ax.set_xlabel("flipped MoE layers of a token")
     ax.set_ylabel("share of tokens, log axis")
-    ax.legend(loc="upper right")
+    legend_below(ax, *ax.get_legend_handles_labels())

@@ -218,7 +218,8 @@ def _draw_margin_maps(left: Axes, right: Axes, rows: pd.DataFrame, sigmas: pd.Da
         rate_bar(mesh, ax, words)
     hatch_thin(right, x_edges, y_edges, n < MIN_CHOICES)
     size = 2.5 if len(sigmas) > 16 else 4.5
-    right.plot(sigmas["sigma"], sigmas["layer"], "D", color="white", markeredgecolor=INK, markersize=size)
+    right.plot(sigmas["sigma"], sigmas["layer"], "D", color="white", markeredgecolor=INK, markersize=size,
+               clip_on=False)  # fmt: skip
 
 
 def _all_bins(rows: pd.DataFrame) -> pd.DataFrame:

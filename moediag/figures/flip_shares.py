@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moediag.figures.floors import share
 from moediag.figures.registry import NO_DIFFERENCE, NO_FLIP, Frames, Panel, figure
-from moediag.figures.style import INK, LIGHT, add_words, figure_text, legend_below, new_figure
+from moediag.figures.style import INK, LIGHT, add_words, figure_text, is_column, legend_below, new_figure
 from moediag.numbers import percent
 
 _NOTE: Final = (
@@ -55,12 +55,17 @@ def plot_flip_shares(frames: Mapping[str, pd.DataFrame], *, panel: Panel) -> Fig
     names = []
     for nth, (label, frame) in enumerate(frames.items()):
         _draw(ax, 2.4 * nth, _values(frame), panel.styles[label].colour)
-        names += [f"{figure_text(label, 18)}: tokens", "mismatch"]
+        names += [f"{figure_text(label, 12 if is_column(panel.width) else 22)}: tokens", "mismatch"]
     ax.set_yticks([2.4 * nth + row for nth in range(len(frames)) for row in (0, 1)], names)
     ax.invert_yaxis()
     ax.set_xlim(right=1)
+    ax.xaxis.set_major_locator(MaxNLocator(2 if is_column(panel.width) else 5))
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    ax.set_xlabel("share (mismatch: sum of abs(logp_diff))")
+    ax.set_xlabel(
+        "share (mismatch: sum\nof abs(logp_diff))"
+        if is_column(panel.width)
+        else "share (mismatch: sum of abs(logp_diff))"
+    )
     first = {word: handle for handle, word in zip(*ax.get_legend_handles_labels(), strict=True)}
     legend_below(ax, list(first.values())[::-1], list(first)[::-1], columns=1)
     floored = panel.floor_words("the share of tokens with a flip", frames, share)

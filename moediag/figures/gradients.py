@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -19,17 +20,21 @@ from moediag.figures.style import (
     LIGHT,
     add_words,
     figure_text,
+    figure_width,
     is_column,
     new_figure,
     state,
 )
-from moediag.numbers import count
+from moediag.numbers import count, sig
 
 _REFERENCES: Final = {
     "sequence_is": ("sequence IS", "#0072B2", "o"),
     "exact": ("one-token, exact", "#D55E00", "D"),
 }
 """Reference -> how it is called and drawn; the self-normalised one has the same direction."""
+
+_SAME: Final = 1e-9
+"""Relative difference from the reference below which a correction is the reference."""
 
 _ROW: Final = 0.185
 """Height [inch] of one method."""
@@ -55,7 +60,7 @@ def plot_gradient_cosines(audit: pd.DataFrame, *, panel: Panel) -> Figure:
         _draw_batch(ax, rows, methods, reference)
         _draw(ax, rows, methods, "cosine", reference)
         ax.set_title(f"{figure_text(group)}, {_REFERENCES[reference][0]}")
-        ax.set_xlabel("cosine to the reference (1 = same direction)")
+        ax.set_xlabel("cosine to the reference, 1 = same")
     if not parts:
         state(panels[0], "No gradient was audited.")
     note = (
@@ -64,7 +69,7 @@ def plot_gradient_cosines(audit: pd.DataFrame, *, panel: Panel) -> Figure:
         "One-token, exact: expected one-token gradient over infer's prefixes, summed; corrections of whole sequences "
         "have none."
     )
-    add_words(figure, cosine_finding(audit), panel.caption, _counts(audit), note)
+    add_words(figure, cosine_finding(audit), panel.caption, _counts(audit), note, _own_note(audit))
     return figure
 
 
@@ -89,19 +94,20 @@ def plot_gradient_bias_variance(audit: pd.DataFrame, *, panel: Panel) -> Figure:
         _draw_floors(left, rows, methods)
         _draw(left, rows, methods, "batch_relative_bias", reference)
         _draw(right, rows, methods, "variance_ratio", reference)
-        left.set_title(f"{figure_text(group)}, {_REFERENCES[reference][0]}: bias")
+        left.set_title(f"{figure_text(group)}, {_REFERENCES[reference][0]}: difference")
         right.set_title("Variance")
-        left.set_xlim(left=0)
-        left.set_xlabel("norm of the difference / reference's norm")
+        reach = float(np.nanmax(rows[["batch_relative_bias", "bias_floor"]].to_numpy(float), initial=0.0)) or 1.0
+        left.set_xlim(-0.04 * reach, 1.08 * reach)
+        left.set_xlabel("difference / reference, norms")
         right.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (1, 1.5)))
-        right.set_xlabel("variance between prompts / reference's")
+        right.set_xlabel("variance / reference's")
     if not parts:
         state(panels[0], "No gradient was audited.")
     note = (
-        "Inside the grey bar a bias is no larger than chance (95 %) makes it for a "
-        "method without any. Variance: the reference's = 1 (dotted), bars: 95 % over prompts."
+        "Inside the grey bar a difference is no larger than chance (95 %) makes it for a "
+        "method without bias. Variance: between prompts, the reference's = 1 (dotted), bars: 95 % over prompts."
     )
-    add_words(figure, bias_finding(audit), panel.caption, _counts(audit), note)
+    add_words(figure, bias_finding(audit), panel.caption, _counts(audit), note, _own_note(audit))
     return figure
 
 
@@ -124,7 +130,7 @@ def cosine_finding(audit: pd.DataFrame) -> str:
     """The title: which corrections point nearer to the reference than none, and of how many nothing can be told."""
     groups_of: dict[tuple[str, str], list[str]] = {}
     for (group, reference), rows in _by_reference(audit):
-        others = rows[rows["method"] != "none"]
+        others = rows[(rows["method"] != "none") & ~_is_reference(rows)]
         words: list[str] = []
         for verdict, n in others["verdict"].value_counts(sort=False).items():
             if verdict in (NEARER, FARTHER):
@@ -133,24 +139,44 @@ def cosine_finding(audit: pd.DataFrame) -> str:
             else:
                 words.append(f"{verdict!s}: {n} of {len(others)}")
         groups_of.setdefault((reference, "; ".join(words) or "no other correction"), []).append(group)
-    return _lines(groups_of)
+    return _lines("Direction", groups_of)
 
 
 def bias_finding(audit: pd.DataFrame) -> str:
-    """The title: which corrections differ from the reference by more than chance."""
+    """The title: what no correction and the nearest one leave of a difference, and whose is more than chance.
+
+    A correction may well be nearer than none and still leave more than chance: this title says both.
+    """
     groups_of: dict[tuple[str, str], list[str]] = {}
     for (group, reference), rows in _by_reference(audit):
+        rows = rows[~_is_reference(rows) & rows["batch_relative_bias"].notna()].set_index("method")
+        left = rows["batch_relative_bias"]
+        words = [f"{sig(left['none'], 2)} of its length without correction"] if "none" in left.index else []
+        others = left.drop("none", errors="ignore")
+        words += [f"least {sig(others.min(), 2)} ({short_method(str(others.idxmin()))})"] if len(others) else []
         # where one prompt decides everything its difference is the floor, but for rounding
-        above = rows.loc[rows["batch_relative_bias"] > (1 + 1e-9) * rows["bias_floor"], "method"]
-        words = f"bias of {_list(above)} above chance" if len(above) else "no correction's bias is above chance"
-        groups_of.setdefault((reference, words), []).append(group)
-    return _lines(groups_of)
+        above = rows.index[left > (1 + 1e-9) * rows["bias_floor"]]
+        words.append(f"more than chance: {_list(above)}" if len(above) else "none more than chance")
+        groups_of.setdefault((reference, "; ".join(words)), []).append(group)
+    return _lines("Difference", groups_of)
 
 
-def _lines(groups_of: dict[tuple[str, str], list[str]]) -> str:
+def _is_reference(rows: pd.DataFrame) -> pd.Series:
+    """Corrections whose update is the reference itself: a sequence weight that no sequence is heavy enough for."""
+    return (rows["method"] != "none") & (rows["batch_relative_bias"] < _SAME)
+
+
+def _own_note(audit: pd.DataFrame) -> str:
+    """Says which corrections are compared with themselves: their cosine of 1 and bias of 0 are no finding."""
+    drawn = audit[audit["reference"].isin(_REFERENCES)]
+    own = list(dict.fromkeys(drawn.loc[_is_reference(drawn), "method"]))
+    return f"Cuts no sequence weight here, so is the reference itself and no finding: {_list(own)}." if own else ""
+
+
+def _lines(of: str, groups_of: dict[tuple[str, str], list[str]]) -> str:
     """One line per finding, the groups that share it together."""
     lines = [
-        f"{', '.join(map(figure_text, groups))}; {_REFERENCES[reference][0]}: {words}"
+        f"{of}, {', '.join(map(figure_text, groups))} against {_REFERENCES[reference][0]}: {words}"
         for (reference, words), groups in groups_of.items()
     ]
     return "\n".join(lines) or "No gradient was audited"
@@ -161,7 +187,7 @@ def _by_reference(audit: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFra
     return [((str(group), str(ref)), rows) for (group, ref), rows in drawn.groupby(["group", "reference"], sort=False)]
 
 
-def _list(methods: pd.Series[str]) -> str:
+def _list(methods: Iterable[str]) -> str:
     """Up to four names; more are counted."""
     names = [short_method(method) for method in methods]
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
@@ -190,7 +216,10 @@ def _draw(ax: Axes, rows: pd.DataFrame, methods: list[str], name: str, reference
         low, high = own[name] - own[f"{name}_ci_low"], own[f"{name}_ci_high"] - own[name]
         bars = np.vstack([low.clip(lower=0), high.clip(lower=0)])
     ax.errorbar(values, place, xerr=bars, fmt=marker, color=colour, markersize=3.6, capsize=1.5, elinewidth=0.9)
-    ax.set_yticks(range(len(methods)), [short_method(method) for method in methods])
+    ax.set_yticks(
+        range(len(methods)),
+        [figure_text(short_method(method), 14 if is_column(figure_width(ax)) else 24) for method in methods],
+    )
     ax.set_ylim(len(methods) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
     ax.xaxis.set_major_locator(MaxNLocator(4))

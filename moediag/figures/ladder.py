@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moediag.figures.registry import NO_DIFFERENCE, Frames, Panel, figure
-from moediag.figures.style import GREY, INK, RunStyle, add_words, figure_text, figure_width, is_column, new_figure
+from moediag.figures.style import GREY, INK, RunStyle, add_words, figure_text, figure_width, name_width, new_figure
+from moediag.figures.ticks import log_axis
 from moediag.numbers import sig
 
 _ROW: Final = 0.34
@@ -53,15 +54,12 @@ def plot_ladder(frames: Mapping[str, pd.DataFrame], *, panel: Panel) -> Figure:
     for nth, (label, frame) in enumerate(shown.items()):
         ax = figure.add_subplot(grid[nth])
         _draw(ax, frame, panel.styles[label], ends)
-        ax.set_title(figure_text(label))
+        ax.set_title(figure_text(label, name_width(panel.width)))
         if nth == len(shown) - 1:
             ax.set_xlabel("mean abs(logp_diff) [nat]")
-    exact = (
-        "Points at the left edge: bit for bit the same. " if any((f["mean"] == 0).any() for f in shown.values()) else ""
-    )
-    add_words(
-        figure, ladder_finding(shown), panel.caption, f"{exact}Grey: one unit in the last place, or float32's own."
-    )
+    exact = "0: bit for bit the same." if any((f["mean"] == 0).any() for f in shown.values()) else ""
+    note = "Grey: one unit in the last place, or float32's own."
+    add_words(figure, ladder_finding(shown), panel.caption, exact, note)
     return figure
 
 
@@ -80,8 +78,7 @@ def ladder_finding(frames: Mapping[str, pd.DataFrame]) -> str:
 
 
 def _draw(ax: Axes, frame: pd.DataFrame, style: RunStyle, ends: tuple[float, float]) -> None:
-    y_R, width = np.arange(len(frame))[::-1], 22 if is_column(figure_width(ax)) else 46
-    ax.set_xscale("log")
+    y_R, width = np.arange(len(frame))[::-1], 5 * name_width(figure_width(ax)) // 4
     mean_R = np.maximum(frame["mean"].to_numpy(float), ends[0])
     for y, (_, row) in zip(y_R, frame.iterrows(), strict=True):
         if row["yardstick"] > 0:
@@ -91,6 +88,9 @@ def _draw(ax: Axes, frame: pd.DataFrame, style: RunStyle, ends: tuple[float, flo
     ax.plot(mean_R, y_R, linestyle="none", marker=style.marker, color=style.colour, markersize=4.5)
     ax.set_yticks(y_R, [figure_text(f"{row['rung']} {row['compared']}", width) for _, row in frame.iterrows()])
     ax.set_ylim(-0.7, len(frame) - 0.3)
-    ax.set_xlim(ends[0] / 1.5, ends[1])  # the same for every run
+    log_axis(ax, "x", ends[0] / 1.5, ends[1])  # the same for every run
+    if (mean_R == ends[0]).any():  # 0 has no place on a log axis, and gets one at its left end
+        ticks, label = [tick for tick in ax.get_xticks() if tick > 3 * ends[0]], ax.xaxis.get_major_formatter()
+        ax.set_xticks([ends[0], *ticks], ["0", *map(label, ticks)])
     ax.tick_params(axis="y", length=0, colors=INK)
     ax.grid(axis="y", visible=False)

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from moediag.diagnosis.layers import FAR_ROW
 from moediag.figures.registry import NO_DIFFERENCE, Frames, Panel, figure
-from moediag.figures.style import GREY, RunStyle, add_words, figure_text, new_figure
+from moediag.figures.style import GREY, RunStyle, add_words, figure_text, figure_width, is_column, new_figure
+from moediag.figures.ticks import log_axis
 from moediag.numbers import sig
 
 
@@ -39,8 +40,8 @@ def plot_layers_apart(frames: Mapping[str, pd.DataFrame], *, panel: Panel) -> Fi
     for ax, (label, frame) in zip(axes, frames.items(), strict=False):
         _draw(ax, frame, panel.styles[label])
         ax.set_title(figure_text(label))
-        ax.set_ylim(0.1, top)
-        ax.set_ylabel("rounding scales")
+        log_axis(ax, "y", 0.1, top)
+        ax.set_ylabel("rounding scales,\nlog axis")
     axes[-1].set_xlabel("decoder layer of the router; log-prob = of the token")
     add_words(
         figure, layers_finding(frames), panel.caption, f"Dotted: {FAR_ROW:g} rounding scales; a row above differs."
@@ -68,7 +69,6 @@ def layers_finding(frames: Mapping[str, pd.DataFrame]) -> str:
 def _draw(ax: Axes, frame: pd.DataFrame, style: RunStyle) -> None:
     x_Q = np.arange(len(frame))
     middle_Q, largest_Q = (np.maximum(frame[name].to_numpy(float), 0.1) for name in ("times_p50", "times_max"))
-    ax.set_yscale("log")
     if len(frame) > 1:
         ax.fill_between(x_Q, middle_Q, largest_Q, color=style.colour, alpha=0.2, linewidth=0)
     else:
@@ -77,6 +77,9 @@ def _draw(ax: Axes, frame: pd.DataFrame, style: RunStyle) -> None:
     ax.axhline(1, color=GREY, linewidth=0.8)
     ax.axhline(FAR_ROW, color=GREY, linewidth=0.8, linestyle=":")
     names = [f"{layer:.0f}" if layer >= 0 else "log-prob" for layer in frame["decoder_layer"]]
-    step = max(1, -(-len(names) // 16))
-    shown = [q for q in range(len(names)) if q % step == 0 and len(names) - 1 - q >= step] + [len(names) - 1]
+    step = max(1, -(-len(names) // (8 if is_column(figure_width(ax)) else 16)))
+    # The last name is the longest: its neighbour goes where it would stand on it.
+    shown = [q for q in range(0, len(names) - 1, step) if len(names) - 1 - q >= 1.5 * step or step == 1] + [
+        len(names) - 1
+    ]
     ax.set_xticks(shown, [names[q] for q in shown])

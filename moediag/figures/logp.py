@@ -31,6 +31,7 @@ from moediag.figures.style import (
     figure_width,
     first_of_each_kind,
     is_column,
+    legend_below,
     new_figure,
     state,
 )
@@ -89,6 +90,8 @@ def plot_figure1(
     draw_tail(tail, tail_curves, panel.styles)
     note = panel.caption or caption_text(token_counts(tokens))
     floored = panel.floor_words("the mean", tokens)
+    if any((panel.floor_value(label) or 0) >= FLOAT_EDGE for label in tokens):
+        floored += " It is the black line of long dashes."
     add_words(figure, figure1_finding(metrics, panel.styles), note, floored, _READING, FIGURE1_NOTE)
     return figure
 
@@ -175,8 +178,8 @@ def _mark_row(ax: Axes, values: npt.NDArray[np.float64], frame: pd.DataFrame | N
     marks = ((mean, f"mean {sig(mean)} ", "right", "-"), (p99, f" p99 {sig(p99)}", "left", (0, (2, 1))))
     for value, words, side, line in marks:
         if value >= FLOAT_EDGE:
-            ax.plot([value, value], [base, base + _BODY + 0.16], color=colour, linestyle=line, linewidth=1.5)
-            ax.text(value, base + _BODY + 0.07, words, ha=side, va="bottom", fontsize=8, color=INK)
+            ax.plot([value, value], [base, base + _BODY + 0.25], color=colour, linestyle=line, linewidth=1.5)
+            ax.text(value, base + _BODY + 0.15, words, ha=side, va="bottom", fontsize=8, color=INK)
     beyond = values[values > max(p99, FLOAT_EDGE)]
     ax.plot(beyond, np.full(len(beyond), base - 0.06), "|", color=colour, markersize=6, markeredgewidth=0.6, alpha=0.6)
 
@@ -184,8 +187,6 @@ def _mark_row(ax: Axes, values: npt.NDArray[np.float64], frame: pd.DataFrame | N
 def _mark_floor(ax: Axes, value: float | None, base: float) -> None:
     if value is not None and value >= FLOAT_EDGE:
         ax.plot([value, value], [base, base + _BODY], color=INK, linestyle=(0, (6, 2)), linewidth=1.0)
-        words = "floor of the mean "
-        ax.text(value, base + _BODY - 0.02, words, ha="right", va="top", fontsize=8, color=INK, rotation=90)
 
 
 def _dress_body(ax: Axes, labels: list[str], top: float) -> None:
@@ -194,11 +195,11 @@ def _dress_body(ax: Axes, labels: list[str], top: float) -> None:
     decades = [10.0**k for k in range(math.floor(math.log10(FLOAT_EDGE)), math.floor(math.log10(top)) + 1)]
     zero = math.sqrt(_ZERO_BAR[0] * _ZERO_BAR[1])
     narrow = is_column(figure_width(ax))
-    ax.xaxis.set_major_locator(FixedLocator([zero, *(decades[1::2] if narrow else decades)]))
+    ax.xaxis.set_major_locator(FixedLocator([zero, *decades[1::2]]))
     ax.xaxis.set_minor_locator(FixedLocator([d * k for d in decades for k in range(2, 10)]))
     ax.xaxis.set_major_formatter(lambda x, _: "0" if x < FLOAT_EDGE / 1.01 else power(x))
-    ax.set_ylim(-0.14, (len(labels) - 1) * _ROW + 0.86)
-    names = [figure_text(label, 14) for label in labels]
+    ax.set_ylim(-0.14, (len(labels) - 1) * _ROW + 0.88)
+    names = [figure_text(label, 10 if narrow else 14) for label in labels]
     middles = [row * _ROW + _BODY / 2 for row in range(len(labels))]
     ax.set_yticks(middles, names, rotation=90 if narrow else 0, va="center")
     ax.tick_params(axis="y", length=0)
@@ -211,8 +212,8 @@ def _dress_body(ax: Axes, labels: list[str], top: float) -> None:
 
 def draw_tail(ax: Axes, curves: Mapping[str, pd.DataFrame], styles: Mapping[str, RunStyle]) -> None:
     """The share of tokens with a larger difference, log-log, down to the resolution limit 1/n."""
-    ax.set_title("Tail: tokens beyond a difference")
-    ax.set_xlabel("x = abs(logp_train − logp_infer) [nat]")
+    ax.set_title("Tail: tokens beyond")
+    ax.set_xlabel("x: the same difference [nat]")
     ax.set_ylabel("share of tokens beyond x")
     shown = {k: f for k, f in curves.items() if (f["n_above"] > 0).any()}
     if not shown:
@@ -247,4 +248,4 @@ def _dress_tail(ax: Axes, curves: Mapping[str, pd.DataFrame]) -> None:
         ax.text(
             math.log(ratio) * 0.96, 1.3, f"ratio {ratio}", rotation=90, ha="right", va="top", fontsize=8, color=GREY
         )
-    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.08), handlelength=1.5)
+    legend_below(ax, *ax.get_legend_handles_labels(), columns=1)

@@ -216,7 +216,8 @@ def draw_flip_curve(ax: Axes, curve: pd.DataFrame, style: RunStyle) -> None:
     ax.set_title("How often a choice flips")
     ax.set_ylabel("P(flip | margin bin)")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    ax.set_ylim(0, max(0.02, 1.15 * float(pooled["flip_rate"].max())) if pooled["flip_rate"].notna().any() else 1)
+    top = max(0.02, 1.15 * float(pooled["flip_rate"].max())) if pooled["flip_rate"].notna().any() else 1.0
+    ax.set_ylim(-0.035 * top, top)  # a bin without a flip shows its whole point
     legend_below(ax, *ax.get_legend_handles_labels())
 
 

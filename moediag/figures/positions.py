@@ -24,6 +24,7 @@ from moediag.figures.style import (
     add_words,
     figure_text,
     is_column,
+    legend_below,
     new_figure,
     state,
 )
@@ -89,8 +90,8 @@ def plot_position_drift(
 
 
 def _panel_pairs(n_runs: int, width: float) -> tuple[Figure, list[tuple[Axes, Axes]]]:
-    """Drift above, counts below, for every run; at most three runs beside each other."""
-    columns = 1 if is_column(width) else min(n_runs, 3)
+    """Drift above, counts below, for every run; at most two runs beside each other."""
+    columns = 1 if is_column(width) else min(n_runs, 2)
     blocks = -(-n_runs // columns)
     figure = new_figure(width, 3.4 * blocks)
     axes = figure.subplots(2 * blocks, columns, squeeze=False, height_ratios=(3.2, 1) * blocks)
@@ -138,9 +139,8 @@ def drift_limits(frames: Mapping[str, pd.DataFrame], floors: Sequence[float] = (
     if not len(drawn):
         return None
     lowest = min([float(drawn.min()), *(0.8 * floor for floor in floors)])
-    low = max(10 ** np.floor(np.log10(lowest)), 4.5 * drawn.max() / 10**DECADES)
-    # Head room for the legend: it covers a fifth of the axis, however many decades that has.
-    return float(low), float(drawn.max() * max(4.5, (drawn.max() / low) ** 0.3))
+    low = max(10 ** np.floor(np.log10(lowest)), 1.5 * drawn.max() / 10**DECADES)
+    return float(low), float(drawn.max() * 1.5)
 
 
 def _middle(frame: pd.DataFrame) -> npt.NDArray[np.float64]:
@@ -177,7 +177,7 @@ def draw_bin_counts(ax: Axes, frame: pd.DataFrame, style: RunStyle) -> None:
            edgecolor="white", linewidth=0.5)  # fmt: skip
     ax.set_xlabel("position in the response [token]")
     ax.set_ylim(bottom=0)
-    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     if frame.empty:
         state(ax, "no bins")
@@ -196,9 +196,9 @@ def _dress(
             bottom.set_ylabel("tokens\nper bin")
         if len(frame):
             top.set_xlim(0, float(frame["position_high"].max()) + 1)
-    named = next((top for top, _ in panels if top.get_legend_handles_labels()[0]), None)
+    named = next((pair for pair in panels if pair[0].get_legend_handles_labels()[0]), None)
     if named is not None:
-        named.legend(loc="upper right", ncols=4, columnspacing=0.8, handlelength=1.6)
+        legend_below(named[1], *named[0].get_legend_handles_labels(), columns=4 if len(panels) == 1 else 2)
 
 
 def _clip_note(frames: Mapping[str, pd.DataFrame], limits: tuple[float, float] | None) -> str:

@@ -24,6 +24,7 @@ from moediag.figures.style import (
     RunStyle,
     add_words,
     figure_text,
+    label_outer,
     panel_grid,
     state,
 )
@@ -64,7 +65,6 @@ def plot_ratio_histogram(
         _mark_shares(ax, icepop_row((corrections or {}).get(label)))
         ax.set_title(figure_text(label))
         ax.set_xlabel("ratio = pi_train / pi_infer, log axis")
-        ax.set_ylabel("tokens per bin")
     if not any(len(values) for values in ratios.values()):
         state(panels[0], "No token was scored by both arms.")
     else:
@@ -143,12 +143,13 @@ def _mark_shares(ax: Axes, row: pd.Series | None) -> None:
 def _dress(panels: list[Axes], ratios: Mapping[str, npt.NDArray[np.float64]], edges: npt.NDArray[np.float64]) -> None:
     most = max(float(np.histogram(values, edges)[0].max()) for values in ratios.values())
     # Room for the words beside both ends of the band.
-    room = 0.42 * math.log(ICEPOP_BAND[1] / ICEPOP_BAND[0])
+    room = 0.6 * math.log(ICEPOP_BAND[1] / ICEPOP_BAND[0])
     low, high = (
         min(float(edges[0]), math.log(ICEPOP_BAND[0]) - room),
         max(float(edges[-1]), math.log(ICEPOP_BAND[1]) + room),
     )
     places = [math.log(ratio) for ratio in _RATIOS if low <= math.log(ratio) <= high]
+    label_outer(panels, "tokens per bin")
     for ax in panels:
         log_axis(ax, "y", 0.6, most * 4)
         ax.set_xlim(low, high)

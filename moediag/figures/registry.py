@@ -108,6 +108,8 @@ FIGURES: Final[dict[str, FigureKind]] = {}
 """Name -> figure of a run; not every run has every figure."""
 SIMULATION_FIGURES: Final[dict[str, FigureKind]] = {}
 """Name -> figure of a simulation."""
+TREND_FIGURES: Final[dict[str, FigureKind]] = {}
+"""Name -> figure of a series."""
 
 
 def figure(

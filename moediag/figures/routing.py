@@ -21,6 +21,7 @@ from moediag.figures.style import (
     RunStyle,
     add_words,
     figure_text,
+    legend_below,
     panel_grid,
     state,
 )
@@ -58,6 +59,8 @@ def plot_agreement_by_depth(
     for ax, (column, title) in zip(panels, columns, strict=True):
         ax.set_title(title)
         draw_agreement(ax, routed, column, panel.styles)
+    if len(routed) > 1:
+        legend_below(panels[-1], *panels[-1].get_legend_handles_labels(), columns=1, down=0.55)
     for value in {panel.floor_value(label) for label in routed}:
         draw_floor(panels[0], None if value is None else 1 - value, beyond=1.0)
     floored = panel.floor_words("the flip rate", routed, share)
@@ -101,11 +104,9 @@ def draw_agreement(ax: Axes, frames: Mapping[str, pd.DataFrame], column: str, st
         ax.fill_between(frame["layer"], low, high, color=style.colour, alpha=0.2, linewidth=0)
         marker = style.marker if len(frame) <= 16 else ""
         ax.plot(frame["layer"], frame[column], color=style.colour, linestyle=style.line, marker=marker, markersize=4,
-                label=figure_text(label))  # fmt: skip
+                clip_on=False, label=figure_text(label))  # fmt: skip
     _layer_ticks(ax, frames)
     _rate_axis(ax, frames, column)
-    if len(frames) > 1:
-        ax.legend(loc="lower left")
 
 
 def _layer_ticks(ax: Axes, frames: Mapping[str, pd.DataFrame]) -> None:
@@ -128,7 +129,7 @@ def _rate_axis(ax: Axes, frames: Mapping[str, pd.DataFrame], column: str) -> Non
     drop = max(1 - lowest, 0.005)
     unit = 0.1 if drop > 0.2 else 0.02 if drop > 0.04 else 0.01
     start = 0.0 if drop > 0.5 else max(0.0, math.floor((1 - 1.25 * drop) / unit + 1e-9) * unit)
-    ax.set_ylim(start, 1 + 0.03 * (1 - start))
+    ax.set_ylim(start, 1 + 0.05 * (1 - start))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     zoom = f"\naxis starts at {100 * start:.0f} %, not at 0" if start > 0 else ""
     ax.set_ylabel(f"tokens with the same expert set{zoom}")

@@ -15,17 +15,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moediag.analysis.series import KNOWN, MARKS, Mark, metric_rows
+from moediag.figures.registry import TREND_FIGURES, Panel, figure
 from moediag.figures.style import (
-    FULL_WIDTH,
     GREY,
     INK,
     add_words,
     figure_text,
-    house_style,
     is_column,
+    new_figure,
     panel_grid,
     state,
-    wrapped,
 )
 from moediag.figures.ticks import log_axis
 from moediag.hygiene.findings import Finding
@@ -41,9 +40,13 @@ MOST_PANELS: Final = 8
 MARK_REACH: Final = 30.0
 """A mark farther than this factor from the data is named in the caption: on the axis it would flatten the data."""
 
-_BESIDE_PANEL: Final = 0.75
-"""Of a panel's width, what its axis takes on the left of the title, with room [inch]."""
-_PANEL_TITLE_SIZE: Final = 8.5
+BOUND_REACH: Final = 10.0
+"""An upper bound farther than this factor above all values runs off the axis, which it would flatten, too."""
+
+_HEIGHT: Final = 2.5
+"""Of a panel [inch]."""
+_MANY: Final = 60
+"""Steps from which on intervals are a band, not bars, and points have no markers."""
 
 LOG_FROM: Final = 5.0
 """A column that is no metric of ours gets a log axis from this ratio of largest to smallest on."""
@@ -60,7 +63,13 @@ class _Label:
     colour: str
 
 
-@house_style
+@figure(
+    "trend", "trend_by_step",
+    title="Every metric by training step",
+    caption="Bars and bands are 95 % intervals; dotted lines and grey bands are numbers others published, of other "
+    "stacks, and no thresholds.",
+    into=TREND_FIGURES,
+)  # fmt: skip
 def plot_trend(
     trend: pd.DataFrame,
     recurrence: Recurrence | None = None,
@@ -69,10 +78,11 @@ def plot_trend(
     is_kl: bool = True,
     marks: Sequence[Mark] = MARKS,
     findings: Sequence[Finding] = (),
-    caption: str = "",
-    width: float = FULL_WIDTH,
+    panel: Panel,
 ) -> Figure:
     """Draw every metric by step with its interval; in the panel of delta the fit and delta_c, where it could tell.
+
+    A metric of one value at every step is named in the caption, with it.
 
     Args:
         trend: frame ``trend_by_step``.
@@ -81,30 +91,46 @@ def plot_trend(
         is_kl: False where the text was not freely sampled: k1 and k3 are then called statistics.
         marks: published numbers, named lines, or bands where a range was published, where they are near the data.
         findings: what is wrong with the tokens or the steps; those above a note come first in the caption.
-        caption: said under the axes first.
-        width: of the figure [inch].
     """
     metrics = [name for name in dict.fromkeys(trend["metric"]) if metric_rows(trend, name)["value"].notna().any()]
     metrics = sorted(metrics, key=lambda name: name != delta)
-    figure, axes = panel_grid(min(len(metrics), MOST_PANELS), width, 2.5)
-    panel_width = width if is_column(width) or len(axes) == 1 else width / 2
+    still = [name for name in metrics if name != delta and _is_still(metric_rows(trend, name))]
+    metrics = [name for name in metrics if name not in still] or [still.pop(0) for _ in still[:1]]
+    figure, axes = _panels(min(len(metrics), MOST_PANELS), panel.width)
     if not metrics:
         state(axes[0], "No metric has a value at any step.")
     off_axis: list[Mark] = []
     for ax, metric in zip(axes, metrics, strict=False):
         found = recurrence if metric == delta else None
-        off_axis += _draw_metric(ax, metric_rows(trend, metric), found, [m for m in marks if m.metric == metric])
-        ax.set_title(wrapped(title_of(metric, is_kl), panel_width - _BESIDE_PANEL, _PANEL_TITLE_SIZE))
+        rows, there = metric_rows(trend, metric), [mark for mark in marks if mark.metric == metric]
+        off_axis += _draw_metric(ax, rows, found, there, is_wide=ax is axes[0])
+        ax.set_title(title_of(metric, is_kl))
     notes = [
         *(f"{one.level.capitalize()}: {one.where}: {one.message}." for one in findings if one.level != NOTE),
-        caption,
+        panel.caption,
         _counts(trend),
-        _band_note(trend),
-        *_mark_notes(trend, marks, off_axis),
+        _interval_note(trend, metrics[:MOST_PANELS], is_kl),
+        *_mark_notes([mark for mark in marks if mark.metric in metrics], off_axis),
     ]
-    notes += [_fit_note(recurrence), _left_out(metrics[MOST_PANELS:])]
+    notes += [_fit_note(recurrence), _still_note(trend, still, is_kl), _left_out(metrics[MOST_PANELS:])]
     add_words(figure, trend_finding(trend, recurrence, delta, is_kl), " ".join(filter(None, notes)))
     return figure
+
+
+def _panels(n_panels: int, width: float) -> tuple[Figure, list[Axes]]:
+    """The first metric, which the title is about, across the figure; the others in two columns below."""
+    if is_column(width) or n_panels < 2:
+        return panel_grid(n_panels, width, _HEIGHT)
+    rows = 1 + math.ceil((n_panels - 1) / 2)
+    figure = new_figure(width, _HEIGHT * rows)
+    grid = figure.add_gridspec(rows, 2)
+    cells = [grid[0, :], *(grid[1 + nth // 2, nth % 2] for nth in range(n_panels - 1))]
+    return figure, [figure.add_subplot(cell) for cell in cells]
+
+
+def _is_still(rows: pd.DataFrame) -> bool:
+    known = rows["value"].dropna()
+    return len(known) > 1 and known.nunique() == 1
 
 
 def title_of(metric: str, is_kl: bool = True) -> str:
@@ -116,7 +142,7 @@ def title_of(metric: str, is_kl: bool = True) -> str:
     """
     if not is_kl and metric in ("kl_infer_train_k1", "kl_infer_train_k3"):
         return f"{metric[-2:]} statistic (no KL)"
-    return KNOWN[metric].label if metric in KNOWN else figure_text(metric, 40)
+    return KNOWN[metric].label if metric in KNOWN else figure_text(metric, 28)
 
 
 def trend_finding(trend: pd.DataFrame, recurrence: Recurrence | None, delta: str | None, is_kl: bool = True) -> str:
@@ -150,28 +176,36 @@ def _bound(value: float) -> str:
     return sig(value, 2) if math.isfinite(value) else "unbounded"
 
 
-def _draw_metric(ax: Axes, rows: pd.DataFrame, fit: Recurrence | None, marks: Sequence[Mark]) -> list[Mark]:
+def _draw_metric(
+    ax: Axes, rows: pd.DataFrame, fit: Recurrence | None, marks: Sequence[Mark], *, is_wide: bool
+) -> list[Mark]:
     """One panel; returns the marks that lie off its axis."""
     step_N, value_N = rows["step"].to_numpy(np.float64), rows["value"].to_numpy(np.float64)
-    low_N, high_N = (
-        np.where(_is_none(rows), np.nan, rows[f"value_ci_{end}"].to_numpy(np.float64)) for end in ("low", "high")
-    )
+    low_N, high_N = (rows[f"value_ci_{end}"].to_numpy(np.float64) for end in ("low", "high"))
     is_log = _asks_for_log(str(rows["metric"].iloc[0]), value_N)
-    near = [mark for mark in marks if is_log and (_is_near(mark.value, value_N) or _is_near(mark.highest, value_N))]
+    seen_N = value_N if is_log else np.append(value_N, high_N)
+    near = [mark for mark in marks if any(_is_near(end, seen_N, is_log) for end in (mark.value, mark.highest))]
     boundary = fit.boundary if fit is not None and fit.outcome == "grows" else None
     lines = [end for mark in near for end in (mark.value, mark.highest)]
     lines += [boundary.value] if boundary is not None and _is_near(boundary.value, value_N) else []
     _scale(ax, value_N, low_N, high_N, lines, is_log)
-    bottom, is_none = ax.get_ylim()[0], _is_none(rows)
-    ax.fill_between(step_N, np.maximum(low_N, bottom), high_N, color=COLOUR, alpha=0.22, linewidth=0)
-    ax.plot(step_N, value_N, color=COLOUR, marker="o" if len(rows) <= 60 else "", markersize=3)
+    (bottom, top), is_none = ax.get_ylim(), _is_none(rows)
+    ends = np.maximum(low_N, bottom), np.minimum(high_N, 2 * top)
+    if len(rows) > _MANY:
+        ax.fill_between(step_N, *ends, color=COLOUR, alpha=0.22, linewidth=0)
+    else:  # bars: a band needs two neighbours that both have an interval
+        is_known = np.isfinite(ends[0]) & np.isfinite(ends[1])
+        ax.vlines(step_N[is_known], *(end[is_known] for end in ends), color=COLOUR, alpha=0.45, linewidth=2.5)
+    ax.plot(step_N, value_N, color=COLOUR, marker="o" if len(rows) <= _MANY else "", markersize=3, clip_on=False)
     if is_none.any():  # an empty line that is not clipped has its marker in the figure's corner
         ax.plot(step_N[is_none], value_N[is_none], color=COLOUR, marker="o", markersize=3.5, markerfacecolor="white",
                 linestyle="none", clip_on=False)  # fmt: skip
     if len(step_I := step_N[np.isinf(value_N)]):
         ax.plot(step_I, np.ones(len(step_I)), color=COLOUR, marker="^", markersize=7, linestyle="none", clip_on=False,
                 transform=ax.get_xaxis_transform())  # fmt: skip
-    labels = [_Label(math.sqrt(mark.value * mark.highest), f"{mark.name}\n{mark.text}", GREY) for mark in near]
+    names = [f"{mark.name}\n{mark.text}" if is_wide else mark.text.replace(" to ", " to\n") for mark in near]
+    middles = [math.sqrt(mark.value * mark.highest) for mark in near]
+    labels = [_Label(value, words, GREY) for value, words in zip(middles, names, strict=True)]
     for mark in near:
         if mark.high is not None:
             ax.axhspan(mark.value, mark.high, color=GREY, alpha=0.18, linewidth=0)
@@ -180,9 +214,12 @@ def _draw_metric(ax: Axes, rows: pd.DataFrame, fit: Recurrence | None, marks: Se
     if fit is not None and fit.growth is not None and boundary is not None:
         labels += _draw_fit(ax, step_N, fit, boundary)
     _write_labels(ax, labels)
+    if len(rows) == 1:
+        ax.set_xlim(step_N[0] - 1, step_N[0] + 1)
     ax.set_xlabel("training step")
     ax.set_ylabel(_unit(str(rows["unit"].iloc[0])) + (", log axis" if is_log else ""))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.grid(axis="x", visible=False)
     return [mark for mark in marks if mark not in near]
 
 
@@ -193,7 +230,7 @@ def _asks_for_log(metric: str, value_N: Float64) -> bool:
 
 
 def _is_none(rows: pd.DataFrame) -> npt.NDArray[np.bool_]:
-    """Shares that no token showed: their upper bound counts prompts, and as a band it would hide the series."""
+    """Shares that no token showed: an open circle, below the upper bound that is not ruled out."""
     return ((rows["unit"] == "1") & (rows["value"] == 0)).to_numpy()
 
 
@@ -213,16 +250,25 @@ def _draw_fit(ax: Axes, step_N: Float64, fit: Recurrence, boundary: Interval) ->
     return [_Label(value, f"delta_c\n{sig(boundary.value, 2)}{beyond}", BOUNDARY_COLOUR)]
 
 
-def _is_near(value: float, value_N: Float64) -> bool:
+def _is_near(value: float, value_N: Float64, is_log: bool = True) -> bool:
+    """Whether a line at ``value`` is told from the axis and leaves the data their room."""
     known = value_N[np.isfinite(value_N) & (value_N > 0)]
-    return bool(len(known) and value > 0 and known.min() / MARK_REACH <= value <= known.max() * MARK_REACH)
+    if not len(known) or value <= 0:
+        return False
+    if not is_log:
+        return bool(known.max() / 20 <= value <= 1.5 * known.max())
+    return bool(known.min() / MARK_REACH <= value <= known.max() * MARK_REACH)
 
 
 def _scale(ax: Axes, value_N: Float64, low_N: Float64, high_N: Float64, lines: list[float], is_log: bool) -> None:
     """Room for data, intervals and lines; a lower bound near 0 does not decide a log axis."""
     value_N = np.where(np.isfinite(value_N), value_N, np.nan)
-    known = np.concatenate([value_N, high_N, lines])
+    known = np.append(value_N, lines)
     known = known[np.isfinite(known)]
+    within = high_N[np.isfinite(high_N)]
+    if is_log and len(known):
+        within = np.minimum(within, BOUND_REACH * known.max())
+    known = np.append(known, within)
     if not is_log:
         span = np.concatenate([known, low_N[np.isfinite(low_N)], [0.0]])
         pad = 0.06 * (span.max() - span.min() or 1.0)
@@ -242,12 +288,12 @@ def _write_labels(ax: Axes, labels: Sequence[_Label]) -> None:
         height = float(to_axes.transform((0.0, label.value))[1])
         placed.append(max(height, placed[-1] + 0.16) if placed else height)
         ax.annotate(label.words, (1.0, height), (1.02, placed[-1]), xycoords="axes fraction",
-                    textcoords="axes fraction", va="center", ha="left", fontsize=7, color=label.colour,
+                    textcoords="axes fraction", va="center", ha="left", color=label.colour,
                     annotation_clip=False)  # fmt: skip
 
 
 def _unit(unit: str) -> str:
-    return {"1": "share of tokens", "as given": "unit as given"}.get(unit, f"[{unit}]")
+    return {"1": "share of tokens", "as given": "as given"}.get(unit, f"[{unit}]")
 
 
 def _counts(trend: pd.DataFrame) -> str:
@@ -265,25 +311,28 @@ def _span(numbers: pd.Series) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _band_note(trend: pd.DataFrame) -> str:
-    words = "Bands: 95 % intervals." if trend["value_ci_low"].notna().any() else "No interval could be given."
+def _interval_note(trend: pd.DataFrame, metrics: Sequence[str], is_kl: bool) -> str:
+    """Which metrics have an interval, and why the others have none."""
+    without = {name: metric_rows(trend, name) for name in metrics}
+    without = {name: rows for name, rows in without.items() if rows["value_ci_low"].isna().all()}
+    words = "Bars or bands: 95 % intervals." if len(without) < len(metrics) else "No interval could be given."
+    if without and len(without) < len(metrics):
+        words += f" No interval: {', '.join(' '.join(title_of(name, is_kl).split()) for name in without)}."
     if np.isinf(trend["value"]).any():
         words += " Triangles at the top: infinite there."
     highest = trend.loc[_is_none(trend), "value_ci_high"].max()
     if math.isnan(highest):
         return words
-    return f"{words} Open circles: no such token at that step; up to {sig(highest, 2)} is not ruled out there."
+    return f"{words} Open circles: no such token at that step; up to {sig(highest, 2)} is not ruled out."
 
 
-def _mark_notes(trend: pd.DataFrame, marks: Sequence[Mark], off_axis: Sequence[Mark]) -> list[str]:
-    """Where each mark is from; marks of metrics that are not there are left out."""
-    there = [mark for mark in marks if mark.metric in set(trend["metric"])]
-    if not there:
+def _mark_notes(marks: Sequence[Mark], off_axis: Sequence[Mark]) -> list[str]:
+    """Where each mark is from; a number that several metrics share is named once."""
+    if not marks:
         return []
-    words = [f"{mark.text} {mark.source}{' (off the axis)' if mark in off_axis else ''}" for mark in there]
-    return [
-        f"Dotted or grey bands: numbers and ranges others published, other stacks, no thresholds: {'; '.join(words)}."
-    ]
+    off = {(mark.text, mark.source): mark in off_axis for mark in sorted(marks, key=lambda mark: mark not in off_axis)}
+    words = [f"{text} {source}{' (off the axis)' if is_off else ''}" for (text, source), is_off in off.items()]
+    return [f"Dotted lines and grey bands: published by others, of other stacks, no thresholds: {'; '.join(words)}."]
 
 
 def _fit_note(recurrence: Recurrence | None) -> str:
@@ -293,6 +342,15 @@ def _fit_note(recurrence: Recurrence | None) -> str:
         "Dashed: fitted map delta' = (1 + a) delta − b without noise; blue: delta_c = 2 b / a with its 95 % interval. "
         "An equality model of a theorem that is an inequality; no offline number shows that training will be stable."
     )
+
+
+def _still_note(trend: pd.DataFrame, metrics: Sequence[str], is_kl: bool) -> str:
+    """Metrics of one value at every step, with it."""
+    words = []
+    for name in metrics:
+        rows = metric_rows(trend, name)
+        words.append(f"{' '.join(title_of(name, is_kl).split())} ({sig(rows['value'].dropna().iloc[0])})")
+    return f"The same at every step, not drawn: {', '.join(words)}." if words else ""
 
 
 def _left_out(metrics: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import AutoLocator, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from moediag.numbers import count
@@ -46,7 +47,7 @@ HALO: Final = (withStroke(linewidth=2.5, foreground="white"),)
 NO_FLOOR: Final = "no A/A floor was measured"
 """Said where no floor is given: such a number is about the pair, not about the engines."""
 
-FULL_WIDTH: Final = 7.0
+FULL_WIDTH: Final = 6.2
 COLUMN_WIDTH: Final = 3.4
 """Width [inch] of a figure across the page, and in one column of a two-column page."""
 
@@ -58,12 +59,14 @@ KINDS: Final = ("png", "svg")
 _DPI: Final = 200
 _SCREEN_DPI: Final = 120
 _TITLE_SIZE: Final = 9.5
+_PANEL_SIZE: Final = 8.5
+_BESIDE: Final = 0.4  # what a centred label may take of the room beside its panel [inch]
 _FINE: Final = 10
 
 _RC: Final[dict[str, Any]] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 8.0,
-    "axes.titlesize": 8.5,
+    "axes.titlesize": _PANEL_SIZE,
     "axes.labelsize": 8.0,
     "xtick.labelsize": 8.0,
     "ytick.labelsize": 8.0,
@@ -193,6 +196,11 @@ def is_column(width: float) -> bool:
     return width < 5.0
 
 
+def name_width(width: float) -> int:
+    """Characters of a name at the left of a panel that leave room for the panel itself."""
+    return 18 if is_column(width) else 34
+
+
 def figure_width(ax: Axes) -> float:
     """Width [inch] of the figure that a panel stands in."""
     figure = ax.get_figure(root=True)
@@ -236,28 +244,71 @@ def panel_grid(
     return figure, axes[:n_panels]
 
 
+def label_outer(panels: Sequence[Axes], label: str) -> None:
+    """Name the y axis that panels share, once a row."""
+    for ax in panels:
+        spec = ax.get_subplotspec()
+        ax.set_ylabel(label if spec is None or spec.is_first_col() else "")
+
+
 def wrapped(text: str, width: float, size: float, weight: str = "normal") -> str:
     """``text`` in lines of at most ``width`` [inch], measured in the font that draws it."""
-    font = get_font(findfont(FontProperties(family="DejaVu Sans", weight=weight)))
-    font.set_size(size, 72 * _FINE)  # at the drawn size every letter is rounded up to a pixel
-    lines = [""]
+    lines, free = [""], width
     for word in re.split(" (?!%)", text):
-        longer = f"{lines[-1]} {word}" if lines[-1] else word
-        font.set_text(longer)
-        if lines[-1] and font.get_width_height()[0] / 64 > width * 72 * _FINE:
+        needed = _length(f" {word}" if lines[-1] else word, size, weight)
+        if lines[-1] and needed > free:
             lines.append(word)
+            free = width - _length(word, size, weight)
         else:
-            lines[-1] = longer
+            lines[-1] += f" {word}" if lines[-1] else word
+            free -= needed
     return "\n".join(lines)
 
 
+@cache
+def _length(word: str, size: float, weight: str) -> float:
+    """Length of a word [inch]; kept, for measuring takes longer than drawing."""
+    font = get_font(findfont(FontProperties(family="DejaVu Sans", weight=weight)))
+    font.set_size(size, 72 * _FINE)  # at the drawn size every letter is rounded up to a pixel
+    font.set_text(f"{word}.")  # trailing and leading room counts, but no letter
+    with_dot = font.get_width_height()[0]
+    font.set_text(".")
+    return float(with_dot - font.get_width_height()[0]) / 64 / 72 / _FINE
+
+
+def _broken(text: str, width: float) -> str:
+    """The lines of a text, each in lines of at most ``width`` [inch]."""
+    return "\n".join(wrapped(line, width, _PANEL_SIZE) for line in text.split("\n"))
+
+
+def _room(ax: Axes) -> float:
+    """About the width of a panel [inch], before it is laid out."""
+    spec, figure = ax.get_subplotspec(), ax.get_figure(root=True)
+    return figure_width(ax) * (spec.get_position(figure).width if spec and figure else 1.0)
+
+
+def _break_label(ax: Axes) -> int:
+    """Break the x axis's label where it would run into the next panel's; returns its lines."""
+    ax.set_xlabel(_broken(ax.get_xlabel(), _room(ax) + _BESIDE))
+    return 1 + ax.get_xlabel().count("\n")
+
+
 def add_words(figure: Figure, title: str, *notes: str) -> None:
-    """Set the finding above and the notes (small, empty ones left out) below; the figure grows by their lines."""
+    """Set the finding above and the notes (small, empty ones left out) below; the figure grows by their lines.
+
+    Titles of panels and labels of x axes are broken where their panel ends, beside which the next one begins.
+    """
+    for ax in figure.axes:
+        ax.set_title(_broken(ax.get_title(loc="left"), _room(ax)))
+        _break_label(ax)
+        for axis in (ax.xaxis, ax.yaxis):
+            if isinstance(axis.get_major_locator(), AutoLocator):  # more ticks, longer labels once there is room for
+                axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))  # more: outside what was laid out
     caption = " ".join(filter(None, notes))
     width, height = figure.get_size_inches()
-    words = "\n".join(wrapped(line, width - 0.15, _TITLE_SIZE, "bold") for line in title.split("\n"))
+    words = "\n".join(wrapped(line, width - 0.2, _TITLE_SIZE, "bold") for line in title.split("\n"))
     figure.suptitle(words, x=0.01, ha="left", fontweight="bold")
-    note = wrapped(caption, width - 0.15, 8)
+    note = wrapped(caption, width - 0.2, 8)
     if caption:
         figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#444444")
     lines = (1 + words.count("\n")) * _TITLE_SIZE * 1.25 + (1 + note.count("\n")) * 8 * 1.25 * bool(caption)
@@ -270,6 +321,7 @@ def legend_below(
     """A legend under the axis label, ``down`` [inch] below the axis, where it cannot cover data."""
     if handles:
         columns = 1 if is_column(figure_width(ax)) else columns
+        down += 0.14 * (_break_label(ax) - 1)
         below = ax.transAxes + ScaledTranslation(0, -down, ax.figure.dpi_scale_trans)
         ax.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=columns,
                   columnspacing=1.0, handlelength=1.6, borderaxespad=0, **options)  # fmt: skip

@@ -20,6 +20,7 @@ from moediag.figures.style import (
     RunStyle,
     add_words,
     figure_text,
+    legend_below,
     panel_grid,
     state,
 )
@@ -70,7 +71,7 @@ def plot_tail_curve(
         _mark_floor(ax, panel.floor_value(label))
     if shown:
         ax.plot([], [], color=GREY, linestyle=(0, (1, 2)), linewidth=1.0, label="1/n: one token")
-        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 0.06))
+        legend_below(ax, *ax.get_legend_handles_labels())
     note = "Bands: 95 %, clustered by prompt." if _is_banded(shown) else "No interval could be given."
     floored = panel.floor_words("F(2)", curves, share)
     add_words(figure, tail_finding(curves, metrics or {}), panel.caption, floored, note)
