@@ -20,7 +20,8 @@ _LINK: Final = re.compile(r"(?<!\\)\[((?:\\.|[^\]\\])+)\]\(#[\w-]+\)")
 
 def markdown_page(page: Page) -> str:
     """The page as markdown; figures are linked from the folder it stands beside."""
-    parts = [f"# {plain(page.title)}", *_verdicts(page.verdicts), *map(_first, page.first)]
+    lead = () if page.is_of_one else map(_first, page.lead)
+    parts = [f"# {plain(page.title)}", *lead, *_verdicts(page.verdicts), *map(_first, page.first)]
     parts += [str(page.picture)] if page.picture else []
     parts += _sections(page.sections)
     return "\n\n".join(parts) + "\n"

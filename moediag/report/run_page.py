@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from moediag.analysis.metrics import METRICS
 from moediag.errors import MoediagError
 from moediag.figures import FIGURES, KEY_FIGURE
 from moediag.frames import frames_of
 from moediag.notation import SCHEMA_VERSION
-from moediag.numbers import count, is_number, sig, times
+from moediag.numbers import NONE, count, is_number, sig, times
 from moediag.report import definitions, sections
-from moediag.report.blocks import Block, Page, Picture, Section, Shell, interval, number, section
+from moediag.report.blocks import Block, Page, Picture, Section, Shell, Table, interval, number, section, table
 from moediag.report.decode import TokenTexts
 from moediag.report.headline import cause_blocks, length_words, margin_words, sampling_words, slope_words, verdict_of
 from moediag.report.measures import (
@@ -31,6 +32,7 @@ from moediag.report.measures import (
     section_measures,
     text_origin,
 )
+from moediag.report.section_words import SECTION_WORDS
 from moediag.report.tables import VIEWS, frame_table, worst_token_view
 from moediag.report.text import Markdown, code, plain
 
@@ -118,7 +120,9 @@ class Place:
         before, shown, after = self.before(context), self._declared(context), self.after(context)
         if self.is_for_frames and not shown:
             return None
-        return section(self.anchor, self.title, *before, *shown, *after)
+        words = SECTION_WORDS.get(self.anchor)
+        finding = words(context.summary, context.pair, context.frames) if words else ""
+        return section(self.anchor, self.title, *before, *shown, *after, finding=finding)
 
     @property
     def figures(self) -> list[str]:
@@ -178,7 +182,8 @@ SECTIONS: Final = (
         "limits", "What these numbers cannot show", lambda c: [definitions.limits(sections.has_floor(c.summary))]
     ),
     Place(
-        "published", "Published elsewhere; other stacks; not thresholds", lambda _: [definitions.reference_table()]
+        "published", "Published elsewhere; other stacks; not thresholds",
+        lambda c: [published_table(c.summary, c.pair, c.frames), definitions.reference_table()],
     ),
     Place(
         "provenance", "Provenance, and how to make this page again",
@@ -195,6 +200,7 @@ def run_page(
     *,
     regenerate: Sequence[str] = REGENERATE,
     texts: TokenTexts | None = None,
+    run: str = "RUN",
 ) -> Page:
     """The page of one run.
 
@@ -204,6 +210,7 @@ def run_page(
         figures: what ``draw_run_figures`` returned; the page stands beside their folder.
         regenerate: the commands that make this page again.
         texts: the text of the worst tokens; None = ids only.
+        run: the run's folder, for the commands.
 
     Raises:
         MoediagError: the summary has another schema version or no pair.
@@ -214,11 +221,34 @@ def run_page(
     context = Context(summary, pair, frames, pictures, texts or TokenTexts(), regenerate)
     return Page(
         f"Routing mismatch: {sections.model_name(summary)}",
-        (verdict_of(summary, pair, frames),),
+        (verdict_of(summary, pair, frames, run=run),),
         key,
         _first_blocks(context),
         tuple(part for place in SECTIONS if (part := place.section(context)) is not None),
+        (published_table(summary, pair, frames),),
     )
+
+
+_FIVE: Final = ("abs_logp_diff.mean", "kl_infer_train_k3", "extreme_share_2", "flip_rate", "any_layer_share")
+_FIVE_DENSE: Final = ("abs_logp_diff.mean", "abs_logp_diff.p99", "kl_infer_train_k3", "extreme_share_2", "mean_ratio")
+
+
+def published_table(summary: Summary, pair: Summary, frames: Frames) -> Table:
+    """Five numbers beside what is published for models of that kind."""
+    is_moe = bool(pair.get("routing"))
+    rows, counts = [], dict[str, None]()
+    for name in _FIVE if is_moe else _FIVE_DENSE:
+        one = measure(METRICS[name], pair, frames=frames)
+        published = definitions.published_for(name, is_moe)
+        _, value, bounds, *_ = one.cells()
+        rows.append([definitions.SHORT_NAMES[name], value, bounds, plain(published.words) if published else NONE])
+        counts.setdefault(one.n)
+    kind, good = ("MoE", "lower is better") if is_moe else ("dense", "lower is better, of the mean ratio 1")
+    caption = (
+        f"Five numbers ({good}) beside {kind} models elsewhere: other stacks, not thresholds. Here: "
+        f"{', '.join(filter(None, counts))} of {count(pair.get('n_prompts'), 'prompt')}"
+    )
+    return table(["number", "here", "95 %", "published"], rows, (1, 2), caption)
 
 
 def check_version(summary: Summary) -> None:

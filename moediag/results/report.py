@@ -54,7 +54,8 @@ def report_run(
             floors=summary_floors(summary["floors"]),
             kinds=formats(pdf),
         )
-        write_pages(made, run_page(summary, frames, figures, regenerate=commands, texts=texts))
+        page = run_page(summary, frames, figures, regenerate=commands, texts=texts, run=str(run.path))
+        write_pages(made, page)
     return run.path / PAGES[0]
 
 
