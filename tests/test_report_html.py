@@ -300,12 +300,13 @@ def test_any_number_of_runs_is_compared_on_one_page(moe: AnalysedRun, dense: Ana
     text = markdown_page(page)
     assert open_lines(text) < 60
     parsed = Parsed(html_page(page))
-    headline = parsed.tables[0]
+    lead, headline = parsed.tables[:2]
+    assert [row[0] for row in lead] == ["number (95 %)", *dict.fromkeys(row[0] for row in headline[1:])]
     means = [row for row in headline if row[0] == "abs logp diff, mean"]
     assert [row[1] for row in means] == list(runs)
     assert all(" to " in row[3] and row[4].startswith("0.000700 (") and row[4].endswith("26× that") for row in means)
     assert len([row for row in headline if row[0].startswith("flip rate")]) == (n_runs + 1) // 2, "dense runs have none"
-    assert markdown_tables(text)[0] == headline
+    assert markdown_tables(text)[0] == lead, "it leads with the comparison"
     assert {tag for tag, _ in parsed.elements} <= ALLOWED
 
 

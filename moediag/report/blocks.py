@@ -82,26 +82,26 @@ def _line(cells: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure file that stands in a folder beside the page."""
+    """A figure file that stands in a folder beside the page.
+
+    Args:
+        title: what it shows, the alternative text; by default as the figure declares it.
+        caption: how to read it; by default as the figure declares it.
+    """
 
     path: Path
+    title: str = ""
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        kind = _FIGURES.get(self.name)
+        object.__setattr__(self, "title", self.title or (kind.title if kind else self.name))
+        object.__setattr__(self, "caption", self.caption or (kind.caption if kind else ""))
 
     @property
     def name(self) -> str:
         """Name of the figure."""
         return self.path.stem
-
-    @property
-    def title(self) -> str:
-        """What it shows: the alternative text."""
-        kind = _FIGURES.get(self.name)
-        return kind.title if kind else self.name
-
-    @property
-    def caption(self) -> str:
-        """How to read it; empty for a figure that is not declared."""
-        kind = _FIGURES.get(self.name)
-        return kind.caption if kind else ""
 
     def __str__(self) -> str:
         target = self.path.relative_to(self.path.parent.parent)
@@ -230,7 +230,7 @@ class Page:
     Args:
         lead: what stands beside the picture; before the verdicts where these are of several runs. Of one run it stands
             in a section, too, and there only in markdown.
-        first: the first of the sections, which markdown does not fold.
+        first: the first of the sections, with its title and finding; markdown does not fold it.
     """
 
     title: str
@@ -240,11 +240,7 @@ class Page:
     sections: tuple[Section, ...]
     lead: tuple[Block, ...] = ()
     first_title: str = "Evidence and headline numbers"
-
-    @property
-    def first_finding(self) -> Markdown:
-        """What the first section found: what carries a single verdict."""
-        return self.verdicts[0].evidence[0] if self.is_of_one and self.verdicts[0].evidence else _NOTHING
+    first_finding: Markdown = _NOTHING
 
     @property
     def is_of_one(self) -> bool:

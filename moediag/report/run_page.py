@@ -35,6 +35,7 @@ from moediag.report.measures import (
 from moediag.report.section_words import SECTION_WORDS
 from moediag.report.tables import VIEWS, frame_table, worst_token_view
 from moediag.report.text import Markdown, code, plain
+from moediag.report.token_view import TokenView, view_words
 
 REGENERATE: Final = ("moediag analyze RUN", "moediag report RUN")
 _EXCESS_WORDS: Final = (
@@ -81,6 +82,7 @@ class Context:
     pictures: dict[str, Picture]
     texts: TokenTexts
     regenerate: Sequence[str] = ()
+    tokens: TokenView | None = None
 
     @property
     def is_routed(self) -> bool:
@@ -122,6 +124,8 @@ class Place:
             return None
         words = SECTION_WORDS.get(self.anchor)
         finding = words(context.summary, context.pair, context.frames) if words else ""
+        if self.anchor == "tokens" and context.tokens is not None:
+            finding = f"the {count(len(context.tokens.responses), 'response')} that differ most, as text"
         return section(self.anchor, self.title, *before, *shown, *after, finding=finding)
 
     @property
@@ -171,6 +175,7 @@ SECTIONS: Final = (
         is_for_frames=True,
     ),
     Place("kinds", "By kind of token"),
+    Place("tokens", "Token by token", lambda c: [*view_words(c.tokens), c.tokens] if c.tokens else []),
     Place("worst-tokens", "Worst tokens", after=lambda c: [plain(c.texts.note)], is_for_frames=True),
     Place("worst-sequences", "Worst responses"),
     Place("corrections", "IcePop mask", lambda _: [_MASK_WORDS], is_for_frames=True),
@@ -201,6 +206,7 @@ def run_page(
     regenerate: Sequence[str] = REGENERATE,
     texts: TokenTexts | None = None,
     run: str = "RUN",
+    tokens: TokenView | None = None,
 ) -> Page:
     """The page of one run.
 
@@ -211,6 +217,7 @@ def run_page(
         regenerate: the commands that make this page again.
         texts: the text of the worst tokens; None = ids only.
         run: the run's folder, for the commands.
+        tokens: a few responses token by token.
 
     Raises:
         MoediagError: the summary has another schema version or no pair.
@@ -218,14 +225,16 @@ def run_page(
     pair = main_pair(summary)
     pictures = {path.stem: Picture(path) for path in figures if path.suffix == ".png"}
     key = pictures.pop(KEY_FIGURE, None)
-    context = Context(summary, pair, frames, pictures, texts or TokenTexts(), regenerate)
+    context = Context(summary, pair, frames, pictures, texts or TokenTexts(), regenerate, tokens)
+    verdict = verdict_of(summary, pair, frames, run=run)
     return Page(
         f"Routing mismatch: {sections.model_name(summary)}",
-        (verdict_of(summary, pair, frames, run=run),),
+        (verdict,),
         key,
         _first_blocks(context),
         tuple(part for place in SECTIONS if (part := place.section(context)) is not None),
         (published_table(summary, pair, frames),),
+        first_finding=next(iter(verdict.evidence), Markdown("")),
     )
 
 

@@ -17,6 +17,8 @@ from moediag.report.measures import BIT_EXACT, NOT_MEASURED, Frames, Summary
 from moediag.report.sections import engines_compared, has_floor
 from moediag.report.tables import worst_sequences
 
+STABLE: Final = "no offline number shows that training will be stable"
+
 SectionWords = Callable[[Summary, Summary, Frames], str]
 """(summary, pair, frames) -> a line."""
 
@@ -185,7 +187,7 @@ SECTION_WORDS: Final[Mapping[str, SectionWords]] = {
     "worst-sequences": _worst_response,
     "corrections": _corrections,
     "definitions": lambda _, __, ___: "formula, unit and good end of every number",
-    "limits": lambda _, __, ___: "no offline number shows that training will be stable",
+    "limits": lambda _, __, ___: STABLE,
     "published": _published,
     "provenance": lambda _, __, ___: "versions, dtypes, digests, and the commands",
 }
