@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,22 @@ class Browser:
     def __enter__(self) -> Browser:
         found = program()
         assert found is not None
-        self._folder = tempfile.mkdtemp(prefix="browser-")
-        switches = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                    "--hide-scrollbars", "--disable-background-networking", "--disable-component-update",
-                    "--disable-sync",                     "--remote-debugging-port=0", f"--user-data-dir={self._folder}", "about:blank")  # fmt: skip
+        self._open = ExitStack()
+        self._folder = self._open.enter_context(
+            tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
+        )
+        switches = [
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            *("--remote-debugging-port=0", f"--user-data-dir={self._folder}", "about:blank"),
+        ]
         self._process = subprocess.Popen([found, *switches], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._open.callback(self._end)
         port = self._port()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as reply:
             pages = json.load(reply)
-        self._socket = connect(next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page"), max_size=None)
+        address = next(one["webSocketDebuggerUrl"] for one in pages if one["type"] == "page")
+        self._socket = self._open.enter_context(connect(address, max_size=None))
         self._ids = itertools.count(1)
         self.errors: list[str] = []
         for domain in ("Page", "Runtime", "Log"):
@@ -54,10 +62,11 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.close()
+        self._open.close()
+
+    def _end(self) -> None:
         self._process.terminate()
         self._process.wait(30)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _port(self) -> str:
         ready = Path(self._folder) / "DevToolsActivePort"
@@ -105,8 +114,9 @@ class Browser:
 
     def key(self, name: str) -> None:
         """Press a key, by its DOM name."""
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=_CODES[name])
+        key = {"key": name, "code": name, "windowsVirtualKeyCode": _CODES[name]}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **key, **({"text": "\r"} if name == "Enter" else {}))
+        self.call("Input.dispatchKeyEvent", type="keyUp", **key)
 
     def point(self, selector: str) -> None:
         """Move the mouse over the first element that a selector finds, scrolled into view."""

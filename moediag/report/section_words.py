@@ -110,7 +110,11 @@ def _excess(summary: Summary, pair: Summary, frames: Frames) -> str:
 
 
 def _replay(summary: Summary, pair: Summary, frames: Frames) -> str:
-    return "; ".join(replay_words(summary.get("routing_replay")))
+    words, tried = replay_words(summary.get("routing_replay")), frames.get("remedies")
+    if words or tried is None or tried.empty:
+        return "; ".join(words)
+    best = tried.sort_values("mean_times", kind="stable").iloc[0]
+    return f"of {count(len(tried), 'change')} tried, {best['change']} leaves {sig(best['mean_to'])} nat of the mean"
 
 
 def _drift(summary: Summary, pair: Summary, frames: Frames) -> str:

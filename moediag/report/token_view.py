@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from moediag.analysis.expert_sets import compare_block
 from moediag.corrections.correction import correction_weights
@@ -158,10 +159,20 @@ class ReadResponse:
     """The arrays of a response whose tokens are to be shown; T counts its response tokens."""
 
     block: PairBlock
-    is_flip_TL: np.ndarray
-    weights_CT: np.ndarray
+    is_flip_TL: NDArray[np.bool_]
+    weights_CT: NDArray[np.float64]
     first: int
     last: int
+
+    @classmethod
+    def of(cls, block: PairBlock, is_flip_TL: NDArray[np.bool_]) -> Self:
+        """A response with what every correction makes of it, and which of its rows are shown.
+
+        Args:
+            block: all of its response tokens, and nothing else.
+            is_flip_TL: where the expert sets differ.
+        """
+        return cls(block, is_flip_TL, _weights(block), *_window(block))
 
 
 def read_responses(run: Run, seq_ids: Sequence[int]) -> list[ReadResponse]:
@@ -173,17 +184,16 @@ def read_responses(run: Run, seq_ids: Sequence[int]) -> list[ReadResponse]:
         for seq_id in set(seq_ids) & set(block.seq_id_T.tolist()):
             rows = np.flatnonzero(block.seq_id_T == seq_id)
             flips_TL = np.zeros((len(block), 0), bool) if seen is None else seen.is_flip_TL
-            part = _rows_of(block, rows)
-            found[seq_id] = ReadResponse(part, flips_TL[rows], _weights(part), *_window(part))
+            found[seq_id] = ReadResponse.of(_rows_of(block, rows), flips_TL[rows])
     return [found[seq_id] for seq_id in seq_ids if seq_id in found]
 
 
-def _rows_of(block: PairBlock, rows: np.ndarray) -> PairBlock:
+def _rows_of(block: PairBlock, rows: NDArray[np.intp]) -> PairBlock:
     arrays = {name: value[rows] for name, value in vars(block).items() if value is not None}
     return replace(block, **arrays)
 
 
-def _weights(part: PairBlock) -> np.ndarray:
+def _weights(part: PairBlock) -> NDArray[np.float64]:
     """(C, T) what every correction multiplies the tokens with; unscored tokens get 0."""
     train, infer = part.logp_train_T, part.logp_infer_T
     return np.stack(
@@ -212,15 +222,15 @@ def shown_positions(read: Sequence[ReadResponse]) -> pd.DataFrame:
     )
 
 
-def token_view(run: Run, read: Sequence[ReadResponse], texts: TokenTexts) -> TokenView | None:
+def token_view(read: Sequence[ReadResponse], layers: Sequence[int], texts: TokenTexts) -> TokenView | None:
     """The view of the responses; None where there are none.
 
     Args:
+        layers: decoder layer of every MoE layer; empty = nothing was routed.
         texts: of the tokens of :func:`shown_positions`.
     """
     if not read:
         return None
-    layers = run.pair(*run.main_arms).decoder_layer_L
     return TokenView(tuple(_response(one, layers, texts) for one in read), len(layers), texts.note)
 
 
@@ -277,7 +287,7 @@ def _layer(layer: int, layers: Sequence[int]) -> str:
     return f"{layer} ({layers[layer]})"
 
 
-def _weight_words(weights_C: np.ndarray, log_ratio: float) -> list[str]:
+def _weight_words(weights_C: NDArray[np.float64], log_ratio: float) -> list[str]:
     if not np.isfinite(log_ratio):
         return [NONE] * len(weights_C)
     ratio = float(np.exp(np.clip(log_ratio, -700, 700)))

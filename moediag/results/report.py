@@ -52,7 +52,7 @@ def report_run(
     read = read_responses(run, choose_responses(frames.get("sequences"), sequences))
     named = [frames["worst_tokens"][["seq_id", "position"]]] if "worst_tokens" in frames else []
     texts = token_texts(run, pd.concat([*named, shown_positions(read)]), tokenizer, no_text or is_withheld)
-    tokens = token_view(run, read, texts)
+    tokens = token_view(read, run.pair(*run.main_arms).decoder_layer_L, texts)
     with made_together(run.path, FIGURES) as made:
         figures = draw_run_figures(
             frames,
