@@ -130,6 +130,7 @@ class Browser:
     def print_media(self) -> None:
         """Show the page as it is printed."""
         self.call("Emulation.setEmulatedMedia", media="print")
+        self.js("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def shoot(self, path: Path) -> None:
         """A picture of what is seen."""

@@ -96,9 +96,7 @@ def test_a_page_is_bounded(n_layers: int, flip_rate: float, most: float) -> None
     view = token_view(reads, range(n_layers), TokenTexts())
     assert view is not None
     assert sum(len(one.tokens) for one in view.responses) == N_RESPONSES * LONGEST
-    size = len(html_of(view).encode())
-    print(size)
-    assert most / 4 < size < most
+    assert most / 4 < len(html_of(view).encode()) < most
 
 
 def test_the_view_of_a_run_is_of_its_tokens_and_its_text(run: Run) -> None:

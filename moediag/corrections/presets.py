@@ -442,7 +442,7 @@ def find_presets(name: str) -> tuple[Preset, ...]:
 
     Example:
         >>> [preset.name for preset in find_presets("trl")]
-        ['trl-token-tis', 'trl-seq-mis']
+        ['trl-token-tis', 'trl-seq-mis', 'trl-icepop']
     """
     if name in PRESETS:
         return (PRESETS[name],)

@@ -48,6 +48,7 @@ Environments = Mapping[str, Sequence[ArmComparison]]
 """``A against B`` -> what :func:`moediag.run.environment.compare_runs` found."""
 
 _N_IN_LINE: Final = 6
+_NO_BREAK: Final = "\u00a0"
 _N_DIFFERENCES: Final = 300
 _N_MARKDOWN: Final = 30
 
@@ -224,7 +225,7 @@ def _lead_table(pairs: Mapping[str, Summary], headlines: Measures) -> Table:
         cells: list[object] = [first.name if metric.is_share else Markdown(f"{plain(first.name)} \\[{first.unit}\\]")]
         for one in row.values():
             bounds = interval(one.low, one.high, one.unit)
-            known = one.shown if bounds == NONE else Markdown(f"{one.shown} ({bounds})")
+            known = one.shown if bounds == NONE else Markdown(f"{one.shown} ({bounds.replace(' ', _NO_BREAK)})")
             cells.append(Markdown(f"{NONE} ({DENSE})") if one.note == DENSE else known)
         rows.append([*cells, Markdown(_ratio(metric, row[moe], row[dense]))] if moe and dense else cells)
     header = ["number (95 %)", *pairs, *([f"{moe} / {dense}"] if moe and dense else [])]

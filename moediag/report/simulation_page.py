@@ -109,7 +109,9 @@ def lead_blocks(summary: Mapping[str, Any], frames: Frames) -> list[Block | None
         least = mask_words(frames["correction_statistics"])
         return [_whole(f"{least} No band was swept: add --sweep for one to start from.")]
     first, *rest = lines
-    return [Markdown(f"**{_whole(first)}**"), _bullets(rest), *paste_blocks(frames.get("recommended_band"))]
+    paste = paste_blocks(frames.get("recommended_band"))
+    intro = Markdown("**Paste the band into** (the names are the framework's own):") if paste else None
+    return [Markdown(f"**{_whole(first)}**"), _bullets(rest), intro, *paste]
 
 
 def paste_blocks(recommended: pd.DataFrame | None) -> list[Paste]:

@@ -2,7 +2,8 @@
 
 Invariants:
     - a page stays bounded: at most :data:`N_RESPONSES` responses of at most :data:`LONGEST` tokens each, a longer one
-      around its worst token; some 300 bytes a token with 48 layers, so 2.5 MB of HTML at most there;
+      around its worst token. That is 3 MB of HTML with 48 layers of which a tenth flips, and 10 MB at the very worst,
+      94 layers of which half flip behind every token;
     - weights are those of :mod:`moediag.corrections` on the whole response, never of the part that is shown;
     - where text is withheld no token's id or text is in here.
 """

@@ -42,7 +42,8 @@ def trend_page(
     n_steps = count(steps["step"].nunique(), "step")
     lead: list[Block] = [
         *map(_prose, headline(findings)),
-        Markdown(f"**{plain(fit['outcome'])}** ({plain(name)}): {_prose(fit['reason'])}."),
+        Markdown(f"**{plain(name)}: {plain(fit['outcome'])}**"),
+        Markdown(f"{_prose(fit['reason'][:1].upper() + fit['reason'][1:])}."),
         _ends_table(known, summary["is_kl"]),
     ]
     notes = [f"Steps: {summary['step_origin']}", *summary["notes"]]
@@ -76,14 +77,15 @@ _PICTURE = (
     "Every metric by training step",
     "A panel per metric with its 95 % interval where one is known; dashed: published marks of other stacks.",
 )
-_HEADER = ("metric", "step", "value", "95 % interval", "tokens", "unit", "good end")
+_HEADER = ("metric", "step", "value", "95 %", "tokens", "good end")
 
 
 def _ends_table(known: pd.DataFrame, is_kl: bool) -> Table:
     """First and last step of every metric with n and interval."""
     ends = [part.iloc[[0, -1][: len(part)]] for _, part in known.groupby("metric", sort=False)]
-    rows = [_row(row, is_kl) for part in ends for _, row in part.iterrows()]
-    return table(_HEADER, rows, (1, 2, 3, 4), "First and last step")
+    rows = [_row(row, is_kl)[:5] for part in ends for _, row in part.iterrows()]
+    good = ", ".join(known["direction"].unique())
+    return table(_HEADER[:5], rows, (1, 2, 3, 4), f"First and last step ({good})")
 
 
 def _steps_table(known: pd.DataFrame, is_kl: bool) -> Table:
@@ -96,5 +98,5 @@ def _row(row: pd.Series[Any], is_kl: bool) -> list[object]:
     unit = str(row["unit"])
     n = NONE if pd.isna(row["n_tokens"]) else f"{row['n_tokens']:,}"
     bounds = interval(row["value_ci_low"], row["value_ci_high"], unit)
-    return [title_of(str(row["metric"]), is_kl), str(row["step"]), number(row["value"], unit), bounds, n, unit,
-            row["direction"]]  # fmt: skip
+    name = title_of(str(row["metric"]), is_kl) + ("" if unit == "1" else f" [{unit}]")
+    return [name, str(row["step"]), number(row["value"], unit), bounds, n, row["direction"]]  # fmt: skip
