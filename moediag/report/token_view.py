@@ -312,4 +312,5 @@ def view_words(view: TokenView) -> list[Markdown]:
     return [
         plain(view.note),
         Markdown(f"Colour: logp_diff = logp_train − logp_infer. {ticks if view.n_layers else ''} {use}"),
+        Markdown("Another response: `moediag report RUN --sequence SEQ_ID`."),
     ]
