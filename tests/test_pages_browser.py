@@ -160,6 +160,10 @@ def test_a_link_opens_what_it_leads_to(browser: Browser, pages: dict[str, Path])
     browser.js("document.querySelector('#depth details').open = false")
     browser.js("document.querySelector('nav a[href=\"#depth\"]').click()")
     assert browser.js("document.querySelector('#depth details').open"), "a second time, too"
+    assert not browser.js("document.querySelector('#tokens details').open")
+    browser.js("document.querySelector('#worst-sequences a[href^=\"#seq-\"]').click()")
+    browser.js("new Promise((done) => setTimeout(done, 200))")
+    assert browser.js("document.querySelector('#tokens details').open"), "the fold around what it leads to"
 
 
 def test_a_section_opens_by_the_keyboard_and_all_at_once(browser: Browser, pages: dict[str, Path]) -> None:
@@ -207,6 +211,9 @@ def test_on_paper_everything_is_open(browser: Browser, pages: dict[str, Path]) -
     browser.print_media()
     assert browser.js(hidden) == 0
     assert browser.js("getComputedStyle(document.querySelector('nav')).display") == "none"
+    browser.open(pages["moe"], 794)
+    browser.print_media()
+    assert browser.js("document.documentElement.scrollWidth") <= 794, "A4 holds it"
 
 
 def test_tokens_are_those_of_the_frames(browser: Browser, pages: dict[str, Path]) -> None:

@@ -177,7 +177,7 @@ SECTIONS: Final = (
     Place("kinds", "By kind of token"),
     Place("tokens", "Token by token", lambda c: [*view_words(c.tokens), c.tokens] if c.tokens else []),
     Place("worst-tokens", "Worst tokens", after=lambda c: [plain(c.texts.note)], is_for_frames=True),
-    Place("worst-sequences", "Worst responses"),
+    Place("worst-sequences", "Worst responses", after=lambda c: [_token_links(c)]),
     Place("corrections", "IcePop mask", lambda _: [_MASK_WORDS], is_for_frames=True),
     Place("further-figures", "Further figures", lambda c: c.take(list(c.pictures))),
     Place(
@@ -312,6 +312,14 @@ def _pair_words(summary: Summary, pair: Summary) -> Markdown:
         f"Pair {code(name)}, {engines}: {counts[0]} of {', '.join(wholes)} scored by both arms, {counts[1]} not scored"
         f"{impossible}. {'' if name == summary.get('observed_pair') else _UNOBSERVED_WORDS}{definitions.SIGN_WORDS}"
     )
+
+
+def _token_links(context: Context) -> Markdown | None:
+    """Where responses stand token by token."""
+    if context.tokens is None:
+        return None
+    links = ", ".join(f"[{one.seq_id}](#seq-{one.seq_id})" for one in context.tokens.responses)
+    return Markdown(f"Token by token: {links}.")
 
 
 def _left_out_words(context: Context) -> Markdown | None:
