@@ -34,7 +34,7 @@ CUT = """
 
 CONTRAST = """
 (() => {
-  const rgb = (words) => words.match(/[\\d.]+/g).map(Number);
+  const rgb = (words) => words.match(/[\\d.]+/g).map((n, i) => n * (words.startsWith("color(") && i < 3 ? 255 : 1));
   const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
     .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);

@@ -154,8 +154,7 @@ class Paste:
 
     def __str__(self) -> str:
         fence = fence_for(self.body, 3)
-        code_block = f"{fence}{self.language}\n{self.body}\n{fence}"
-        return f"**{plain(self.name)}**, {plain(self.where)} ({plain(self.source)}):\n\n{code_block}"
+        return f"Read there by {plain(self.source)}.\n\n{fence}{self.language}\n{self.body}\n{fence}"
 
 
 Block = Markdown | Table | Picture | Shell | Bullets | Paste | TokenView
