@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from conftest import N_PROMPTS, run_here
+from test_report_html import ISSUE_LIMIT, open_lines
 
 from moediag.frames import declared_frames
 from moediag.results import load_frames
@@ -171,3 +173,18 @@ def test_given_completions_are_scored_by_both_engines_and_nothing_is_sampled(dem
         is_response = given.is_response_T
         assert (found.logp_T[is_response] == sampled.logp_T[: len(given)][is_response]).all()
     assert summary_of(tmp_path / "run")["sampling"]["given_completions"] is True
+
+
+def test_every_markdown_page_is_short_and_the_simulation_says_what_to_paste(demo: Path) -> None:
+    (simulated,) = (demo / "moe" / "simulate").iterdir()
+    for folder in (demo / "moe", demo / "dense", demo / "compare", simulated):
+        text = (folder / "report.md").read_text()
+        assert open_lines(text) < 60, folder.name
+        assert len(text) < ISSUE_LIMIT
+    band = pd.read_parquet(simulated / "recommended_band.parquet").iloc[0]
+    for page in ("report.md", "report.html"):
+        text = (simulated / page).read_text().replace("\\[", "[")
+        assert f"Band to start from: [{band['alpha']:g}, {band['beta']:g}" in text
+        for option in ("rollout_is_threshold", "icepop_function", "vllm_importance_sampling_clip_min",
+                       "is_correction_type icepop", "rejection_sampling:", "icepop_loss.icepop"):  # fmt: skip
+            assert option in text, (page, option)

@@ -32,7 +32,7 @@ HOSTILE = (
 ALLOWED = {
     "html", "head", "meta", "title", "style", "body", "a", "header", "h1", "div", "section", "p", "span", "ul", "li",
     "main", "table", "caption", "thead", "tbody", "tr", "th", "td", "figure", "img", "figcaption", "strong", "em",
-    "code", "pre", "nav", "h2", "script",
+    "code", "pre", "nav", "h2", "h3", "script", "details", "summary", "dl", "dt", "dd",
 }  # fmt: skip
 ISSUE_LIMIT = 65536  # characters that a code host takes in one comment
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+M8AAAMBAQAY3Y2wAAAAAElFTkSuQmCC")
@@ -195,6 +195,7 @@ def test_numbers_are_the_same_in_markdown_html_and_summary(moe: AnalysedRun) -> 
     summary = summary_of(moe)
     page = run_page(summary, moe, [])
     shown, written = Parsed(html_page(page)).tables, markdown_tables(markdown_page(page))
+    assert shown.pop(0) in shown, "what stands on the first screen stands in its section"
     blocks = [block for block in page.first if isinstance(block, Table)]
     blocks += [block for part in page.sections for block in part.blocks if isinstance(block, Table)]
     assert len(shown) == len(written) == len(blocks) > 15
@@ -220,15 +221,15 @@ def test_every_table_says_what_it_shows_and_headings_are_in_order(moe: AnalysedR
     tags = [tag for tag, _ in Parsed(text).elements]
     assert tags.count("table") == tags.count("caption")
     assert tags.count("h1") == 1
-    assert tags.count("h2") == len(page.sections)
+    assert tags.count("h2") == 1 + len(page.sections)
     assert all(re.search(r"<caption>.{8,}", part) for part in text.split("<table>")[1:])
-    anchors = re.findall(r'<section id="([\w-]+)"', text)
+    anchors = re.findall(r'<(?:section|main) id="([\w-]+)"', text)
     assert len(anchors) == len(set(anchors))
     assert set(re.findall(r'href="#([\w-]+)"', text)) <= set(anchors)
 
 
 def test_floors_stand_beside_the_numbers(moe: AnalysedRun) -> None:
-    rows = {row[0]: row for row in Parsed(html_page(run_page(summary_of(moe), moe, []))).tables[0]}
+    rows = {row[0]: row for row in Parsed(html_page(run_page(summary_of(moe), moe, []))).tables[1]}
     assert rows["abs logp diff, mean"][3:5] == ["0.000700 (0.000500 to 0.000900), 26× that", "0.0160"]
     assert rows["KL(infer‖train), k3"][3:5] == ["0", "not measured"], "no ratio to a floor of 0"
     assert rows["flip rate: expert set differs"][3:5] == ["0.10 %, 23× that", "not measured"]
@@ -244,7 +245,7 @@ def test_a_bit_exact_floor_is_called_so_and_half_a_floor_names_the_other_half(mo
     mean = {"floor": 0.0, "rule": "sum", "is_bit_exact": True, "ratio": None, "note": ""}
     floors = {**FLOORS, "train": None, "metrics": {"abs_logp_diff.mean": mean}}
     text = html_page(run_page(summary_of(moe, floors), moe, []))
-    first = Parsed(text).tables[0]
+    first = Parsed(text).tables[1]
     assert first[1][3:5] == ["bit-exact", "not measured"]
     assert first[2][3:5] == ["not measured", "not measured"]
     (ratio,) = (row for shown in Parsed(text).tables for row in shown if row[0] == "mean ratio train / infer")
@@ -299,12 +300,13 @@ def test_any_number_of_runs_is_compared_on_one_page(moe: AnalysedRun, dense: Ana
     text = markdown_page(page)
     assert open_lines(text) < 60
     parsed = Parsed(html_page(page))
-    headline = parsed.tables[0]
+    lead, headline = parsed.tables[:2]
+    assert [row[0].removesuffix(" [nat]") for row in lead[1:]] == [*dict.fromkeys(row[0] for row in headline[1:])]
     means = [row for row in headline if row[0] == "abs logp diff, mean"]
     assert [row[1] for row in means] == list(runs)
     assert all(" to " in row[3] and row[4].startswith("0.000700 (") and row[4].endswith("26× that") for row in means)
     assert len([row for row in headline if row[0].startswith("flip rate")]) == (n_runs + 1) // 2, "dense runs have none"
-    assert markdown_tables(text)[0] == headline
+    assert markdown_tables(text)[0] == lead, "it leads with the comparison"
     assert {tag for tag, _ in parsed.elements} <= ALLOWED
 
 

@@ -21,7 +21,7 @@ from moediag.run.files import read_sealed, sha256_bytes
 from moediag.statistics.intervals import Interval
 from moediag.statistics.recurrence import Recurrence
 
-FILES = ["figures/trend.png", "figures/trend.svg", "report.md", "summary.json", "trend_by_step.parquet"]
+FILES = ["figures/trend.png", "figures/trend.svg", "report.html", "report.md", "summary.json", "trend_by_step.parquet"]
 
 
 @pytest.fixture

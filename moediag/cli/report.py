@@ -18,6 +18,14 @@ Tokenizer = Annotated[
         help="tokenizer.json, or its folder, to show tokens as text; default: the checkpoint's, if it is at its place.",
     ),
 ]
+Sequences = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--sequence",
+        metavar="SEQ_ID",
+        help="A response to show token by token, before those that differ most; may be given several times.",
+    ),
+]
 
 
 def command(
@@ -26,6 +34,7 @@ def command(
     tokenizer: Tokenizer = None,
     no_text: o.NoText = False,
     pdf: o.Pdf = False,
+    sequence: Sequences = None,
 ) -> None:
     """Draw the figures and write report.md and report.html; needs no engine."""
     from moediag.cli.console import wrote
@@ -34,6 +43,6 @@ def command(
 
     if tokenizer is not None and no_text:
         raise typer.BadParameter("--tokenizer shows text and --no-text leaves it out: give one of the two")
-    report = report_run(open_run(run), training_window, tokenizer, no_text, pdf)
+    report = report_run(open_run(run), training_window, tokenizer, no_text, pdf, sequence or [])
     wrote(report)
     wrote(report.with_suffix(".html"))

@@ -64,17 +64,21 @@ def command(
     from moediag.cli.console import bar, say, say_json, wrote
     from moediag.folder import refuse_other
     from moediag.importers.rollouts import Options
+    from moediag.results.load import shell_command
     from moediag.results.trend import KIND, Given, measure_trend, outcome_lines, trend_request, write_trend
 
     numbers = _numbers(steps)
     given = Given(lr, None if restarts is None else frozenset(_numbers(restarts) or ()))
     request = None if output is None else trend_request(targets, numbers, fit, output, given)
+    named = {"--steps": steps, "--fit": fit, "--lr": lr, "--restarts": restarts, "--tokens": tokens}
+    options = [word for name, value in named.items() if value is not None for word in (name, value)]
+    again = [shell_command("trend", *targets, *options, "-o", output)]
     if output is not None and request is not None:
         refuse_other(output, KIND, request, force)
     with bar("trend") as progress:
-        options = Options(tokens=tokens, trust_pickle=trust_pickle)
-        trend = measure_trend(targets, numbers, fit, progress.show, options, given)
-    written = [] if output is None or request is None else write_trend(trend, output, request, force, pdf)
+        of_dump = Options(tokens=tokens, trust_pickle=trust_pickle)
+        trend = measure_trend(targets, numbers, fit, progress.show, of_dump, given)
+    written = [] if output is None or request is None else write_trend(trend, output, request, force, pdf, again)
     if as_json:
         say_json(trend.summary())
     else:

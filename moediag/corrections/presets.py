@@ -14,6 +14,8 @@ weight, the second compares theta with theta_old and not train with infer.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +31,41 @@ _NOT_SEEN: Final = "bounds as quoted elsewhere; the source itself was not read"
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Where a framework takes a band on the token ratio, in its own words.
+
+    Args:
+        framework: its name, as it spells it.
+        where: the file or command line that takes it.
+        language: what it is written in.
+        body: the lines, ``{low}`` and ``{high}`` for the band.
+        source: repository, commit, file and line that read it.
+        open_low, open_high: what leaves that side open there.
+    """
+
+    framework: str
+    where: str
+    language: str
+    body: str
+    source: str
+    open_low: str = "0"
+    open_high: str = "inf"
+
+    def lines(self, low: float, high: float) -> str:
+        """The lines for a band; 0 and infinity leave a side open.
+
+        Example:
+            >>> Setting("mine", "a command line", "sh", "--clip {low} {high}", "here").lines(0.5, float("inf"))
+            '--clip 0.5 inf'
+        """
+        ends = {
+            "low": self.open_low if low == 0 else repr(float(low)),
+            "high": self.open_high if math.isinf(high) else repr(float(high)),
+        }
+        return re.sub(r"\{(low|high)\}", lambda match: ends[match[1]], self.body)
+
+
+@dataclass(frozen=True)
 class Preset:
     """A correction in use.
 
@@ -40,6 +77,7 @@ class Preset:
         note: what the source does differently from the method of that name here; empty = nothing known.
         of_overflow: what becomes of loss and gradient there where a masked token's ratio is beyond float32; empty =
             nothing known.
+        settings: how its framework is given this correction with another band; of a band on the token ratio only.
     """
 
     name: str
@@ -48,6 +86,7 @@ class Preset:
     source: str
     note: str = ""
     of_overflow: str = ""
+    settings: tuple[Setting, ...] = ()
 
     @cached_property
     def correction(self) -> Correction:
@@ -70,6 +109,108 @@ _PRIME_KL: Final = (
     "top (kl_tau 1e-3) and sees masked tokens, too"
 )
 _OPENRLHF: Final = "OpenRLHF at 3c3be62 (2026-08), openrlhf/models/loss.py, PolicyLoss"
+_VERL_BAND: Final = Setting(
+    "verl",
+    "the trainer's YAML",
+    "yaml",
+    """algorithm:
+  rollout_correction:
+    rollout_is: token
+    rollout_is_threshold: "{low}_{high}"
+actor_rollout_ref:
+  rollout:
+    calculate_log_probs: true""",
+    "verl at 1dda039 (2026-08), verl/trainer/ppo/rollout_corr_helper.py:93, _parse_rollout_is_threshold; defaults in "
+    "verl/trainer/config/algorithm/rollout_correction.yaml",
+    open_low="1e-09",  # below exp(-20), to which the ratio is clamped there; 0 is refused
+)
+_SLIME_BAND: Final = Setting(
+    "slime",
+    "the training command",
+    "sh",
+    """--use-tis \\
+--custom-tis-function-path slime.backends.megatron_utils.loss.icepop_function \\
+--tis-clip-low {low} \\
+--tis-clip {high}""",
+    "slime at 624b824 (2026-08), slime/backends/megatron_utils/loss.py:908, icepop_function; options in "
+    "slime/utils/arguments.py:1061",
+)
+_TRL_BAND: Final = Setting(
+    "TRL",
+    "the arguments of GRPOConfig",
+    "python",
+    """GRPOConfig(
+    use_vllm=True,
+    vllm_importance_sampling_correction=True,
+    vllm_importance_sampling_mode="token_mask",
+    vllm_importance_sampling_clip_min={low},
+    vllm_importance_sampling_clip_max={high},
+)""",
+    "TRL at f2cd577 (2026-07), trl/trainer/grpo_trainer.py:2602; options in trl/trainer/grpo_config.py:915",
+    open_low="None",
+    open_high="None",
+)
+_OPENRLHF_BAND: Final = Setting(
+    "OpenRLHF",
+    "the training command",
+    "sh",
+    """--algo.advantage.is_correction_enable \\
+--algo.advantage.is_correction_type icepop \\
+--algo.advantage.is_correction_threshold {low} {high}""",
+    "OpenRLHF at 3c3be62 (2026-08), openrlhf/models/loss.py:200; options in openrlhf/cli/train_ppo_ray.py:257",
+)
+_AREAL_BAND: Final = Setting(
+    "AReaL",
+    "the experiment's YAML",
+    "yaml",
+    """actor:
+  use_decoupled_loss: true
+  rejection_sampling:
+    level: token
+    action: mask
+    metric: ratio
+    lower: {low}
+    upper: {high}""",
+    "AReaL at 4aef98d (2026-05), areal/api/cli_args.py:1224, RejectionSamplingConfig; applied in "
+    "areal/utils/functional/functional.py:185",
+    open_low="null",
+    open_high=".inf",
+)
+_PRIME: Final = "prime-rl at 559b447 (2026-08), "
+_PRIME_BAND: Final = (
+    Setting(
+        "prime-rl",
+        "the trainer's TOML; no loss of its own has a band on the ratio any more",
+        "toml",
+        """[trainer.loss]
+type = "custom"
+import_path = "icepop_loss.icepop"
+
+[trainer.loss.kwargs]
+low = {low}
+high = {high}""",
+        _PRIME + "packages/prime-rl-configs/src/prime_rl/configs/trainer.py:522, CustomLossConfig",
+        open_low="0.0",
+    ),
+    Setting(
+        "prime-rl",
+        "icepop_loss.py, where the trainer can import it",
+        "python",
+        """import torch
+from prime_rl.trainer.rl.loss import LossInputs, LossOutputs
+
+
+def icepop(inputs: LossInputs, low: float, high: float) -> LossOutputs:
+    ratio = torch.exp(inputs.trainer_logprobs - inputs.inference_logprobs)
+    is_inside = (ratio >= low) & (ratio <= high)
+    terms = torch.where(inputs.loss_mask & is_inside, -ratio * inputs.advantages, 0.0)
+    if inputs.loss_weights is not None:
+        terms = terms * inputs.loss_weights
+    masked = (~is_inside)[inputs.loss_mask].float()
+    return LossOutputs(loss=terms.sum(), metrics={"is_masked": masked.sum() / max(len(masked), 1)})""",
+        _PRIME + "src/prime_rl/trainer/rl/loss.py:14, LossInputs, and :262, setup_rl_loss_fn",
+    ),
+)
 _NEMO: Final = "NeMo-RL at 7ea279a (2026-08), nemo_rl/algorithms/loss/loss_functions.py, ClippedPGLossFn"
 
 PRESETS: Final[dict[str, Preset]] = {
@@ -126,6 +267,7 @@ PRESETS: Final[dict[str, Preset]] = {
             "verl-icepop", "verl", "icepop:alpha=0.5,beta=5", _VERL + ' (rollout_is_threshold "0.5_5.0")',
             "the band is tested on the ratio after exp, not in log space; with rollout_is sequence the same words mean "
             "a band on the product ratio",
+            settings=(_VERL_BAND,),
         ),
         Preset("verl-seq-mis", "verl", "tis_sequence:cap=2+sequence_band:low=0.5,high=2", _VERL, _VERL_K1),
         Preset("verl-geo-rs", "verl", "geometric_band:low=0.999,high=1.001", _VERL, _VERL_K1),
@@ -142,6 +284,13 @@ PRESETS: Final[dict[str, Preset]] = {
             "slime at 624b824 (2026-08), examples/train_infer_mismatch_helper/mis.yaml",
             "written there as tis_token with a mask of the same bounds; weights are divided by their batch mean; "
             + _SLIME_MASK,
+        ),
+        Preset(
+            "slime-icepop", "slime", "icepop:alpha=0.5,beta=2",
+            "slime at 624b824 (2026-08), slime/backends/megatron_utils/loss.py, icepop_function",
+            "its own loss, without the helper: the bounds are tis_clip_low, 0 unless set, and tis_clip, 2; 0.5 and 2 "
+            "are those of its test of GLM; masked tokens stay in the denominator; no clamp to +-20",
+            settings=(_SLIME_BAND,),
         ),
         Preset(
             "slime-clamp", "slime", "clamp_token:low=0,high=2",
@@ -198,6 +347,12 @@ PRESETS: Final[dict[str, Preset]] = {
             "the default of TRL; an optional lower bound (clip_min) turns it into a band; no clamp to +-20",
         ),
         Preset(
+            "trl-icepop", "trl", "icepop:alpha=0.5,beta=5", "TRL, trl/trainer/grpo_trainer.py (token_mask)",
+            "not a default: the mode's bounds are clip_min, not set, and clip_max, 3; 0.5 and 5 are Ring-1T's; masked "
+            "tokens stay in the denominator; no clamp to +-20",
+            settings=(_TRL_BAND,),
+        ),
+        Preset(
             "openrlhf-tis", "openrlhf", "clamp_token:low=0.5,high=5", _OPENRLHF + " (tis)",
             "the default type and bounds (is_correction_threshold); named TIS; no clamp to +-20; not applied with the "
             "GSPO loss",
@@ -206,6 +361,7 @@ PRESETS: Final[dict[str, Preset]] = {
             "openrlhf-icepop", "openrlhf", "icepop:alpha=0.5,beta=5", _OPENRLHF + " (icepop)",
             "no clamp to +-20; masked tokens stay in the denominator; not applied with the GSPO loss",
             "NaN before its pull request 1314 (2026-08): the mask was a factor, and infinity times 0 is no number",
+            settings=(_OPENRLHF_BAND,),
         ),
         Preset(
             "openrlhf-seq-mask-tis", "openrlhf", "tis_token:cap=inf+geometric_band:low=0.5,high=5",
@@ -237,6 +393,7 @@ PRESETS: Final[dict[str, Preset]] = {
             "areal-icepop", "areal", "icepop:alpha=0.5,beta=5", "AReaL, areal/utils/functional/functional.py",
             "infinite log-ratios count as 0, so that a token of probability 0 passes with weight 1; on sequence level "
             "a ratio is the geometric mean, not the product",
+            settings=(_AREAL_BAND,),
         ),
         Preset(
             "areal-geo-tis", "areal", "tis_geometric:cap=5", _AREAL + " (level sequence, action clamp, metric ratio)",
@@ -254,7 +411,9 @@ PRESETS: Final[dict[str, Preset]] = {
         ),
         Preset(
             "prime-rl-icepop", "prime-rl", "icepop:alpha=0.2,beta=5", "prime-rl, src/prime_rl/trainer/rl/loss.py",
-            "the ratio is that of the policy being trained, pi_train(theta) / pi_infer; no PPO clip",
+            "the ratio is that of the policy being trained, pi_train(theta) / pi_infer; no PPO clip; as the file was "
+            "until 2026-03: since then a band needs a custom loss",
+            settings=_PRIME_BAND,
         ),
         Preset(
             "prime-rl-kpop", "prime-rl", "kpop:phi=0.1", "prime-rl, pull request 3283",
@@ -288,7 +447,7 @@ def find_presets(name: str) -> tuple[Preset, ...]:
 
     Example:
         >>> [preset.name for preset in find_presets("trl")]
-        ['trl-token-tis', 'trl-seq-mis']
+        ['trl-token-tis', 'trl-seq-mis', 'trl-icepop']
     """
     if name in PRESETS:
         return (PRESETS[name],)

@@ -15,8 +15,12 @@ from urllib.parse import quote
 from moediag.figures import FIGURES, SIMULATION_FIGURES
 from moediag.numbers import NONE, in_unit, is_number
 from moediag.report.text import Markdown, code, fence_for, plain, whole_line
+from moediag.report.token_view import TokenView
 
 _FIGURES: Final = FIGURES | SIMULATION_FIGURES
+
+
+_NOTHING: Final = Markdown("")
 
 
 @dataclass(frozen=True)
@@ -78,26 +82,26 @@ def _line(cells: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure file that stands in a folder beside the page."""
+    """A figure file that stands in a folder beside the page.
+
+    Args:
+        title: what it shows, the alternative text; by default as the figure declares it.
+        caption: how to read it; by default as the figure declares it.
+    """
 
     path: Path
+    title: str = ""
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        kind = _FIGURES.get(self.name)
+        object.__setattr__(self, "title", self.title or (kind.title if kind else self.name))
+        object.__setattr__(self, "caption", self.caption or (kind.caption if kind else ""))
 
     @property
     def name(self) -> str:
         """Name of the figure."""
         return self.path.stem
-
-    @property
-    def title(self) -> str:
-        """What it shows: the alternative text."""
-        kind = _FIGURES.get(self.name)
-        return kind.title if kind else self.name
-
-    @property
-    def caption(self) -> str:
-        """How to read it; empty for a figure that is not declared."""
-        kind = _FIGURES.get(self.name)
-        return kind.caption if kind else ""
 
     def __str__(self) -> str:
         target = self.path.relative_to(self.path.parent.parent)
@@ -130,16 +134,53 @@ class Bullets:
         return "\n".join(f"- {item}" for item in self.items)
 
 
-Block = Markdown | Table | Picture | Shell | Bullets
+@dataclass(frozen=True)
+class Paste:
+    """What to put into a file or command line of another tool.
+
+    Args:
+        name: the tool's.
+        where: which file or command takes it.
+        language: what it is written in, as code hosts call it.
+        body: the lines.
+        source: where the tool reads them: repository, commit, file and line.
+    """
+
+    name: str
+    where: str
+    language: str
+    body: str
+    source: str
+
+    def __str__(self) -> str:
+        fence = fence_for(self.body, 3)
+        return f"Read there by {plain(self.source)}.\n\n{fence}{self.language}\n{self.body}\n{fence}"
+
+
+Block = Markdown | Table | Picture | Shell | Bullets | Paste | TokenView
 
 
 @dataclass(frozen=True)
 class Section:
-    """One question of the reader's; folded in markdown, open in HTML."""
+    """One question of the reader's, folded.
+
+    Args:
+        finding: what it found, in one line; empty where there is nothing to say of it.
+    """
 
     anchor: str
     title: str
     blocks: tuple[Block, ...]
+    finding: Markdown = _NOTHING
+
+
+ANSWERS: Final = {
+    "good": "No",
+    "warn": "Something to look at",
+    "bad": "Yes",
+    "calm": "Not known yet",
+}
+"""Tone of a verdict -> whether something is wrong."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +209,11 @@ class Verdict:
     seen: Markdown
 
     @property
+    def answer(self) -> str:
+        """Whether something is wrong, in a word or two."""
+        return ANSWERS.get(self.tone, ANSWERS["calm"])
+
+    @property
     def directions(self) -> list[Markdown]:
         """Where the cause is and what to do next, a line each; what is not known is left out."""
         commands = ", ".join(map(code, self.commands))
@@ -178,19 +224,33 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole page: first screen (verdicts, key picture, first numbers), then sections."""
+    """A whole page: first screen (verdicts, what it leads with, key picture), then what carries it, then sections.
+
+    Args:
+        lead: what stands beside the picture; before the verdicts where these are of several runs. Of one run it stands
+            in a section, too, and there only in markdown.
+        first: the first of the sections, with its title and finding; markdown does not fold it.
+    """
 
     title: str
     verdicts: tuple[Verdict, ...]
     picture: Picture | None
     first: tuple[Block, ...]
     sections: tuple[Section, ...]
+    lead: tuple[Block, ...] = ()
+    first_title: str = "Evidence and headline numbers"
+    first_finding: Markdown = _NOTHING
+
+    @property
+    def is_of_one(self) -> bool:
+        """Whether the page is of one run, whose verdict comes before everything."""
+        return len(self.verdicts) == 1 and not self.verdicts[0].label
 
 
-def section(anchor: str, title: str, *blocks: Block | None) -> Section | None:
+def section(anchor: str, title: str, *blocks: Block | None, finding: str = "") -> Section | None:
     """A section of the blocks that are there; None when there are none."""
     present = tuple(block for block in blocks if block)
-    return Section(anchor, title, present) if present else None
+    return Section(anchor, title, present, _cell(finding)) if present else None
 
 
 def number(value: Any, unit: str = "nat") -> Markdown:

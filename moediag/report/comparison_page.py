@@ -14,12 +14,25 @@ from moediag.analysis.metrics import METRICS, Metric
 from moediag.errors import MoediagError
 from moediag.figures import KEY_FIGURE
 from moediag.figures.style import first_of_each_kind
-from moediag.numbers import NONE, count, times
+from moediag.numbers import NONE, count, in_unit, is_number, times
 from moediag.report import definitions
-from moediag.report.blocks import Block, Bullets, Page, Picture, Section, Shell, Table, section, table
+from moediag.report.blocks import (
+    Block,
+    Bullets,
+    Page,
+    Picture,
+    Section,
+    Shell,
+    Table,
+    Verdict,
+    interval,
+    section,
+    table,
+)
 from moediag.report.headline import sampling_words, verdict_of
 from moediag.report.measures import MEASURED_HEADER, Frames, Measured, Summary, label_of, measure, text_origin
 from moediag.report.run_page import SECTIONS, check_version, main_pair
+from moediag.report.section_words import SECTION_WORDS
 from moediag.report.sections import RULE_WORDS, floor_words, has_floor, model_facts, provenance_table
 from moediag.report.tables import facts_table, frame_table
 from moediag.report.text import Markdown, code, one_line, plain
@@ -34,6 +47,8 @@ DENSE: Final = "dense"
 Environments = Mapping[str, Sequence[ArmComparison]]
 """``A against B`` -> what :func:`moediag.run.environment.compare_runs` found."""
 
+_N_IN_LINE: Final = 6
+_NO_BREAK: Final = "\u00a0"
 _N_DIFFERENCES: Final = 300
 _N_MARKDOWN: Final = 30
 
@@ -77,10 +92,10 @@ def comparison_page(
     ]
     headlines = [(metric, row) for metric, row in measures if metric.is_headline]
     pictures = {path.stem: Picture(path) for path in figures if path.suffix == ".png"}
+    verdicts = tuple(verdict_of(run, pairs[label], frames.get(label, {}), label) for label, run in runs.items())
+    lead = [*_cautions(summary, runs), _ratio_words(pairs, headlines), _lead_table(pairs, headlines)]
     first = [
-        *_cautions(summary, runs),
         _long_table(headlines, f"Headline numbers of {len(pairs)} runs, each with its interval and floor"),
-        _ratio_words(pairs, headlines),
         _floor_words(runs),
     ]
     sections = [
@@ -89,32 +104,48 @@ def comparison_page(
             "All numbers side by side",
             _side_by_side(pairs, measures),
             _long_table(measures, "Every number of every run, with interval and floor"),
+            finding=f"{count(len(measures), 'number')} of {count(len(pairs), 'run')}",
         ),
         *_picture_sections(pairs, frames, pictures),
         *_closing_sections(runs, environments or {}, regenerate),
     ]
     return Page(
         one_line(f"Routing mismatch compared: {', '.join(runs)}"),
-        tuple(verdict_of(run, pairs[label], frames.get(label, {}), label) for label, run in runs.items()),
+        verdicts,
         pictures.get(KEY_FIGURE),
         (*(block for block in first if block), definitions.SIGN_WORDS),
         tuple(part for part in sections if part is not None),
+        tuple(block for block in lead if block),
+        first_finding=_words_each(verdicts),
     )
+
+
+def _words_each(verdicts: Sequence[Verdict]) -> Markdown:
+    """The words of the first few verdicts."""
+    words = "; ".join(f"{plain(one.label)}: {plain(one.word)}" for one in verdicts[:_N_IN_LINE])
+    return Markdown(f"{words} …" if len(verdicts) > _N_IN_LINE else words)
 
 
 def _closing_sections(
     runs: Mapping[str, Summary], environments: Environments, regenerate: Sequence[str]
 ) -> list[Section | None]:
     models = facts_table({label: model_facts(run) for label, run in runs.items()}, "Models")
+    n_apart = sum(len(arm.differences) for found in environments.values() for arm in found)
+    apart = f"{count(n_apart, 'fact')} of versions, options and machine differ" if environments else ""
+    lines = {
+        anchor: words({}, {}, {}) for anchor, words in SECTION_WORDS.items() if anchor in ("definitions", "limits")
+    }
     return [
-        section("environments", "What ran differently", *_environment_blocks(environments)),
-        section("definitions", "What these numbers mean", definitions.definition_table(), definitions.DASH_WORDS),
-        section("limits", "What this comparison cannot show", definitions.comparison_limits()),
-        section("published", "Published elsewhere; other stacks; not thresholds", definitions.reference_table()),
-        section("models", "Models", models),
-        section("provenance", "Provenance", *_provenance(runs)),
-        section("regenerate", "How to make this page again", Shell(tuple(regenerate))),
-    ]
+        section("environments", "What ran differently", *_environment_blocks(environments), finding=apart),
+        section("definitions", "What these numbers mean", definitions.definition_table(), definitions.DASH_WORDS,
+                finding=lines["definitions"]),
+        section("limits", "What this comparison cannot show", definitions.comparison_limits(), finding=lines["limits"]),
+        section("published", "Published elsewhere; other stacks; not thresholds", definitions.reference_table(),
+                finding=count(len(definitions.PUBLISHED), "number")),
+        section("models", "Models", models, finding=", ".join(runs)),
+        section("provenance", "Provenance", *_provenance(runs), finding="versions, dtypes, digests"),
+        section("regenerate", "How to make this page again", Shell(tuple(regenerate)), finding="the command"),
+    ]  # fmt: skip
 
 
 def _cautions(summary: Summary, runs: Mapping[str, Summary]) -> list[Block]:
@@ -185,6 +216,23 @@ def _floor_words(runs: Mapping[str, Summary]) -> Block:
     return Bullets((*(Markdown(f"{plain(label)}: {floor_words(run)}") for label, run in runs.items()), RULE_WORDS))
 
 
+def _lead_table(pairs: Mapping[str, Summary], headlines: Measures) -> Table:
+    """The headline numbers, a column per run, each with its interval."""
+    moe, dense = _kinds(pairs)
+    rows: list[list[object]] = []
+    for metric, row in headlines:
+        first = next(iter(row.values()))
+        cells: list[object] = [first.name if metric.is_share else Markdown(f"{plain(first.name)} \\[{first.unit}\\]")]
+        for one in row.values():
+            bounds = interval(one.low, one.high, one.unit)
+            known = one.shown if bounds == NONE else Markdown(f"{one.shown} ({bounds.replace(' ', _NO_BREAK)})")
+            cells.append(Markdown(f"{NONE} ({DENSE})") if one.note == DENSE else known)
+        rows.append([*cells, Markdown(_ratio(metric, row[moe], row[dense]))] if moe and dense else cells)
+    header = ["number (95 %)", *pairs, *([f"{moe} / {dense}"] if moe and dense else [])]
+    n = ", ".join(f"{label} {count(pair.get('n_tokens'), 'token')}" for label, pair in list(pairs.items())[:8])
+    return table(header, rows, range(1, len(header)), f"Headline numbers side by side, lower is better; {n}")
+
+
 def _side_by_side(pairs: Mapping[str, Summary], measures: Measures) -> Table:
     """Metrics as rows, runs as columns, and the first MoE run over the first dense one."""
     moe, dense = _kinds(pairs)
@@ -211,8 +259,38 @@ def _picture_sections(
     for place in SECTIONS:
         blocks: list[Block] = [left.pop(name) for name in place.figures if name in left]
         blocks = [*_agreement_blocks(pairs, frames), *blocks] if place.anchor == "depth" else blocks
-        shown.append(section(place.anchor, place.title, *blocks))
+        if blocks:
+            shown.append(section(place.anchor, place.title, *blocks, finding=_each(place.anchor, pairs, frames)))
     return [*shown, section("further-figures", "Further figures", *left.values())]
+
+
+_OF_SECTION: Final = {
+    "ladder": "abs_logp_diff.mean",
+    "compared": "abs_logp_diff.mean",
+    "numbers": "abs_logp_diff.mean",
+    "floors": "abs_logp_diff.mean",
+    "tail": "extreme_share_2",
+    "depth": "flip_rate",
+    "margins": "any_layer_share",
+    "excess": "flip_explained_share",
+}
+"""Section -> the metric that stands in its line, of every run."""
+
+
+def _each(anchor: str, pairs: Mapping[str, Summary], frames: Mapping[str, Frames]) -> str:
+    """What a section found of the first few runs: its metric, or its line of each run's own page."""
+    some = list(pairs.items())[:_N_IN_LINE]
+    if anchor not in _OF_SECTION:
+        lines = ((label, SECTION_WORDS[anchor]({}, pair, frames.get(label, {}))) for label, pair in some)
+        return "; ".join(f"{label} {line}" for label, line in lines if line)
+    metric = METRICS[_OF_SECTION[anchor]]
+    values = [
+        f"{label} {in_unit(metric.value(pair), metric.shown_unit)}"
+        for label, pair in some
+        if is_number(metric.value(pair))
+    ]
+    unit = "" if metric.is_share else f" [{metric.unit}]"
+    return f"{metric.label}{unit}: {', '.join(values)}" if values else ""
 
 
 def _agreement_blocks(pairs: Mapping[str, Summary], frames: Mapping[str, Frames]) -> list[Block]:

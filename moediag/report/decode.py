@@ -61,9 +61,10 @@ WITHHELD: Final = TokenTexts(note="Tokens and the text before them were left out
 def token_texts(
     run: Run, worst: pd.DataFrame | None, tokenizer: Path | None = None, no_text: bool = False
 ) -> TokenTexts:
-    """Text, or else ids, of the tokens of a ``worst_tokens`` frame and of the tokens before them.
+    """Text, or else ids, of tokens and of the tokens before them.
 
     Args:
+        worst: columns seq_id and position; further ones are not looked at.
         tokenizer: ``tokenizer.json`` or its folder; None = the run's checkpoint, if it is still at its place.
         no_text: give nothing.
 

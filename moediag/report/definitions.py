@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from moediag.analysis.metrics import METRICS, Definition, Metric
+from moediag.numbers import NONE
 from moediag.report.blocks import Bullets, Table, table
 from moediag.report.text import Markdown
 from moediag.statistics.intervals import LARGE_SHARE
@@ -115,17 +117,73 @@ def comparison_limits() -> Bullets:
     )
 
 
+SHORT_NAMES: Final = {
+    "abs_logp_diff.mean": "mean abs logp diff [nat]",
+    "abs_logp_diff.p99": "p99 abs logp diff [nat]",
+    "kl_infer_train_k3": "k3 [nat]",
+    "extreme_share_2": "F(2): tokens beyond a factor of 2",
+    "flip_rate": "flip rate",
+    "any_layer_share": "tokens with a flip",
+    "mean_ratio": "mean ratio",
+}
+"""Metric -> what it is called beside published numbers, whose words differ."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number that somebody published of another stack.
+
+    Args:
+        metric: its name here.
+        value: as published.
+        is_moe: whether the model has experts.
+        stack: what was compared with what, as far as the source says.
+        note: what else belongs to it.
+    """
+
+    metric: str
+    value: str
+    model: str
+    is_moe: bool
+    stack: str
+    source: str
+    note: str = ""
+
+    @property
+    def words(self) -> str:
+        """The number with its model, stack and source."""
+        return f"{self.value} ({self.model}, {self.stack}; {self.source})"
+
+
+_R3: Final = "R3, arXiv 2510.11370"
+_R3_STACK: Final = "SGLang against Megatron"
+_QWEN: Final = "Qwen3-30B-A3B"
+PUBLISHED: Final = (
+    Published("kl_infer_train_k3", "1.535e-3", _QWEN, True, _R3_STACK, _R3),
+    Published("kl_infer_train_k3", "6.4e-4", "Qwen3-8B", False, _R3_STACK, _R3, "dense"),
+    Published("kl_infer_train_k3", "8.4e-4", _QWEN, True, "Megatron against itself", _R3, "the same text twice"),
+    Published("kl_infer_train_k3", "7.5e-4", _QWEN, True, _R3_STACK, _R3, "infer's routing replayed"),
+    Published("flip_rate", "about 10 %", _QWEN, True, _R3_STACK, _R3, "about 6 of 48 layers per token"),
+    Published("any_layer_share", "94 %", _QWEN, True, _R3_STACK, _R3),
+    Published("extreme_share_2", "2.54e-4", _QWEN, True, _R3_STACK, _R3, "5.83e-6 with replay"),
+    Published("abs_logp_diff.mean", "0.019", _QWEN, True, "vLLM against Megatron", "vime", "0.013 with replay"),
+    Published("abs_logp_diff.mean", "0.018", _QWEN, True, "vLLM on GB200, trainer not named", "as posted"),
+    Published("abs_logp_diff.mean", "0.028", "GLM-4.5-Air", True, "stack not named", "as posted"),
+    Published("abs_logp_diff.mean", "0.011", "Qwen3-4B", False, "stack not named", "as posted", "dense"),
+)
+"""Of each metric the likeliest to be comparable first. Stacks differ: nothing here is a threshold."""
+
+
+def published_for(metric: str, is_moe: bool) -> Published | None:
+    """The first published number of a metric for a model of that kind; None where there is none."""
+    return next((one for one in PUBLISHED if one.metric == metric and one.is_moe == is_moe), None)
+
+
 def reference_table() -> Table:
     """Numbers published elsewhere."""
     rows = [
-        ("k3 [nat]", "1.535e-3", "Qwen3-30B-A3B, SGLang against Megatron", "R3, arXiv 2510.11370"),
-        ("k3 [nat]", "6.4e-4", "Qwen3-8B (dense), same stack", "R3"),
-        ("k3 [nat]", "8.4e-4", "Qwen3-30B-A3B, two Megatron forwards of the same text", "R3"),
-        ("k3 [nat]", "7.5e-4", "Qwen3-30B-A3B, infer's routing replayed", "R3"),
-        ("flip rate", "about 10 %", "Qwen3-30B-A3B; 94 % of tokens differ somewhere", "R3"),
-        ("F(2)", "2.54e-4", "Qwen3-30B-A3B; 5.83e-6 with replay", "R3"),
-        ("mean abs logp diff [nat]", "0.019", "Qwen3-30B-A3B; 0.013 with replay", "vime"),
-        ("mean abs logp diff [nat]", "0.018", "Qwen3-30B-A3B", "vLLM, GB200"),
+        (SHORT_NAMES[one.metric], one.value, f"{one.model}; {one.stack}", one.source, one.note or NONE)
+        for one in PUBLISHED
     ]
     caption = "Published elsewhere; other stacks; not thresholds"
-    return table(["number", "published", "model and stack", "source"], rows, [1], caption)
+    return table(["number", "published", "model and stack", "source", "note"], rows, [1], caption)

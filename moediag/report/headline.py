@@ -6,6 +6,8 @@ about the mismatch of this pair and blame neither engine.
 
 from __future__ import annotations
 
+import shlex
+
 import pandas as pd
 
 from moediag.analysis.metrics import METRICS
@@ -22,8 +24,13 @@ from moediag.report.measures import (
 from moediag.report.text import Markdown, code, one_line, plain
 
 
-def verdict_of(summary: Summary, pair: Summary, frames: Frames, label: str = "") -> Verdict:
-    """The summary's verdict with what was seen; a summary from before verdicts cannot tell."""
+def verdict_of(summary: Summary, pair: Summary, frames: Frames, label: str = "", run: str = "RUN") -> Verdict:
+    """The summary's verdict with what was seen; a summary from before verdicts cannot tell.
+
+    Args:
+        label: the run's name among several.
+        run: its folder, for the commands.
+    """
     given = summary.get("verdict") or {}
     missing = "the summary holds no verdict (it was written before noise floors were): run moediag analyze again"
     then = given.get("next") or {}
@@ -34,7 +41,7 @@ def verdict_of(summary: Summary, pair: Summary, frames: Frames, label: str = "")
         _reason(str(given.get("weights") or ""), str(given.get("reason") or missing)),
         plain(str(given.get("where") or "")),
         plain(str(then.get("words") or "")),
-        tuple(map(one_line, then.get("commands") or ())),
+        tuple(one_line(str(command).replace("RUN", shlex.quote(run))) for command in then.get("commands") or ()),
         tuple(plain(line) for line in given.get("evidence") or ()),
         seen_words(pair, frames, text_origin(summary)),
     )

@@ -6,10 +6,12 @@ Invariant: what is not folded stays under 60 lines, however much was measured: d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
-from moediag.report.blocks import Block, Page, Section, Verdict
+from markupsafe import escape
+
+from moediag.report.blocks import Block, Page, Paste, Section, Table, Verdict
 from moediag.report.text import Markdown, plain
 
 _MOST_RUNS: Final = 8
@@ -20,13 +22,17 @@ _LINK: Final = re.compile(r"(?<!\\)\[((?:\\.|[^\]\\])+)\]\(#[\w-]+\)")
 
 def markdown_page(page: Page) -> str:
     """The page as markdown; figures are linked from the folder it stands beside."""
-    parts = [f"# {plain(page.title)}", *_verdicts(page.verdicts), *map(_first, page.first)]
+    lead = [] if page.is_of_one else _lead(page.lead)
+    first = [_first(block, is_folded=bool(lead)) for block in page.first]
+    parts = [f"# {plain(page.title)}", *lead, *_verdicts(page.verdicts), *first]
     parts += [str(page.picture)] if page.picture else []
     parts += _sections(page.sections)
     return "\n\n".join(parts) + "\n"
 
 
 def _verdicts(verdicts: tuple[Verdict, ...]) -> list[str]:
+    if not verdicts:
+        return []
     if len(verdicts) == 1 and not verdicts[0].label:
         verdict = verdicts[0]
         evidence = "\n".join(f"- {line}" for line in (*verdict.directions, *verdict.evidence))
@@ -40,9 +46,20 @@ def _headed(verdict: Verdict) -> str:
     return f"**Verdict: {plain(verdict.word)}**{reason}{'' if reason.endswith('.') else '.'}"
 
 
-def _first(block: Block) -> str:
+def _lead(blocks: Sequence[Block]) -> list[str]:
+    """What a page leads with; what is to be pasted is folded, line by line."""
+    parts = [_first(block) for block in blocks if not isinstance(block, Paste)]
+    pastes = [
+        _folded(escape(f"{block.name}: {block.where}"), [str(block)]) for block in blocks if isinstance(block, Paste)
+    ]
+    return [*parts, "\n".join(pastes)] if pastes else parts
+
+
+def _first(block: Block, is_folded: bool = False) -> str:
+    """A block of the first screen; a long table is folded, and every one where the page leads with a shorter one."""
     text = _text(block)
-    return text if text.count("\n") <= _MOST_ROWS else _folded("Headline numbers", [text])
+    is_short = text.count("\n") <= _MOST_ROWS and not (is_folded and isinstance(block, Table))
+    return text if is_short else _folded("Headline numbers", [text])
 
 
 def _sections(sections: tuple[Section, ...]) -> Iterable[str]:

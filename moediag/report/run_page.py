@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from moediag.analysis.metrics import METRICS
 from moediag.errors import MoediagError
 from moediag.figures import FIGURES, KEY_FIGURE
 from moediag.frames import frames_of
 from moediag.notation import SCHEMA_VERSION
-from moediag.numbers import count, is_number, sig, times
+from moediag.numbers import NONE, count, is_number, sig, times
 from moediag.report import definitions, sections
-from moediag.report.blocks import Block, Page, Picture, Section, Shell, interval, number, section
+from moediag.report.blocks import Block, Page, Picture, Section, Shell, Table, interval, number, section, table
 from moediag.report.decode import TokenTexts
 from moediag.report.headline import cause_blocks, length_words, margin_words, sampling_words, slope_words, verdict_of
 from moediag.report.measures import (
@@ -31,8 +32,10 @@ from moediag.report.measures import (
     section_measures,
     text_origin,
 )
+from moediag.report.section_words import SECTION_WORDS
 from moediag.report.tables import VIEWS, frame_table, worst_token_view
 from moediag.report.text import Markdown, code, plain
+from moediag.report.token_view import TokenView, view_words
 
 REGENERATE: Final = ("moediag analyze RUN", "moediag report RUN")
 _EXCESS_WORDS: Final = (
@@ -79,6 +82,7 @@ class Context:
     pictures: dict[str, Picture]
     texts: TokenTexts
     regenerate: Sequence[str] = ()
+    tokens: TokenView | None = None
 
     @property
     def is_routed(self) -> bool:
@@ -118,7 +122,11 @@ class Place:
         before, shown, after = self.before(context), self._declared(context), self.after(context)
         if self.is_for_frames and not shown:
             return None
-        return section(self.anchor, self.title, *before, *shown, *after)
+        words = SECTION_WORDS.get(self.anchor)
+        finding = words(context.summary, context.pair, context.frames) if words else ""
+        if self.anchor == "tokens" and context.tokens is not None:
+            finding = f"the {count(len(context.tokens.responses), 'response')} that differ most, as text"
+        return section(self.anchor, self.title, *before, *shown, *after, finding=finding)
 
     @property
     def figures(self) -> list[str]:
@@ -167,8 +175,9 @@ SECTIONS: Final = (
         is_for_frames=True,
     ),
     Place("kinds", "By kind of token"),
+    Place("tokens", "Token by token", lambda c: [*view_words(c.tokens), c.tokens] if c.tokens else []),
     Place("worst-tokens", "Worst tokens", after=lambda c: [plain(c.texts.note)], is_for_frames=True),
-    Place("worst-sequences", "Worst responses"),
+    Place("worst-sequences", "Worst responses", after=lambda c: [_token_links(c)]),
     Place("corrections", "IcePop mask", lambda _: [_MASK_WORDS], is_for_frames=True),
     Place("further-figures", "Further figures", lambda c: c.take(list(c.pictures))),
     Place(
@@ -178,7 +187,8 @@ SECTIONS: Final = (
         "limits", "What these numbers cannot show", lambda c: [definitions.limits(sections.has_floor(c.summary))]
     ),
     Place(
-        "published", "Published elsewhere; other stacks; not thresholds", lambda _: [definitions.reference_table()]
+        "published", "Published elsewhere; other stacks; not thresholds",
+        lambda c: [published_table(c.summary, c.pair, c.frames), definitions.reference_table()],
     ),
     Place(
         "provenance", "Provenance, and how to make this page again",
@@ -195,6 +205,8 @@ def run_page(
     *,
     regenerate: Sequence[str] = REGENERATE,
     texts: TokenTexts | None = None,
+    run: str = "RUN",
+    tokens: TokenView | None = None,
 ) -> Page:
     """The page of one run.
 
@@ -204,6 +216,8 @@ def run_page(
         figures: what ``draw_run_figures`` returned; the page stands beside their folder.
         regenerate: the commands that make this page again.
         texts: the text of the worst tokens; None = ids only.
+        run: the run's folder, for the commands.
+        tokens: a few responses token by token.
 
     Raises:
         MoediagError: the summary has another schema version or no pair.
@@ -211,14 +225,39 @@ def run_page(
     pair = main_pair(summary)
     pictures = {path.stem: Picture(path) for path in figures if path.suffix == ".png"}
     key = pictures.pop(KEY_FIGURE, None)
-    context = Context(summary, pair, frames, pictures, texts or TokenTexts(), regenerate)
+    context = Context(summary, pair, frames, pictures, texts or TokenTexts(), regenerate, tokens)
+    verdict = verdict_of(summary, pair, frames, run=run)
     return Page(
         f"Routing mismatch: {sections.model_name(summary)}",
-        (verdict_of(summary, pair, frames),),
+        (verdict,),
         key,
         _first_blocks(context),
         tuple(part for place in SECTIONS if (part := place.section(context)) is not None),
+        (published_table(summary, pair, frames),),
+        first_finding=next(iter(verdict.evidence), Markdown("")),
     )
+
+
+_FIVE: Final = ("abs_logp_diff.mean", "kl_infer_train_k3", "extreme_share_2", "flip_rate", "any_layer_share")
+_FIVE_DENSE: Final = ("abs_logp_diff.mean", "abs_logp_diff.p99", "kl_infer_train_k3", "extreme_share_2", "mean_ratio")
+
+
+def published_table(summary: Summary, pair: Summary, frames: Frames) -> Table:
+    """Five numbers beside what is published for models of that kind."""
+    is_moe = bool(pair.get("routing"))
+    rows, counts = [], dict[str, None]()
+    for name in _FIVE if is_moe else _FIVE_DENSE:
+        one = measure(METRICS[name], pair, frames=frames)
+        published = definitions.published_for(name, is_moe)
+        _, value, bounds, *_ = one.cells()
+        rows.append([definitions.SHORT_NAMES[name], value, bounds, plain(published.words) if published else NONE])
+        counts.setdefault(one.n)
+    kind, good = ("MoE", "lower is better") if is_moe else ("dense", "lower is better, of the mean ratio 1")
+    caption = (
+        f"Five numbers ({good}) beside {kind} models elsewhere: other stacks, not thresholds. Here: "
+        f"{', '.join(filter(None, counts))} of {count(pair.get('n_prompts'), 'prompt')}"
+    )
+    return table(["number", "here", "95 %", "published"], rows, (1, 2), caption)
 
 
 def check_version(summary: Summary) -> None:
@@ -273,6 +312,14 @@ def _pair_words(summary: Summary, pair: Summary) -> Markdown:
         f"Pair {code(name)}, {engines}: {counts[0]} of {', '.join(wholes)} scored by both arms, {counts[1]} not scored"
         f"{impossible}. {'' if name == summary.get('observed_pair') else _UNOBSERVED_WORDS}{definitions.SIGN_WORDS}"
     )
+
+
+def _token_links(context: Context) -> Markdown | None:
+    """Where responses stand token by token."""
+    if context.tokens is None:
+        return None
+    links = ", ".join(f"[{one.seq_id}](#seq-{one.seq_id})" for one in context.tokens.responses)
+    return Markdown(f"Token by token: {links}.")
 
 
 def _left_out_words(context: Context) -> Markdown | None:

@@ -13,9 +13,10 @@ from typing import Any, Final
 
 import pandas as pd
 
+from moediag.corrections.presets import PRESETS
 from moediag.numbers import NONE, count, is_number, percent
 from moediag.report.audit_section import audit_section, audit_words
-from moediag.report.blocks import Block, Bullets, Page, Picture, Shell, Table, interval, number, section, table
+from moediag.report.blocks import Block, Bullets, Page, Paste, Picture, Shell, Table, interval, number, section, table
 from moediag.report.definitions import SIGN_WORDS
 from moediag.report.tables import View, frame_table, records
 from moediag.report.text import Markdown, code, plain
@@ -63,28 +64,92 @@ def simulation_page(
         return pictures.get(name)
 
     statistics = frames["correction_statistics"]
+    n, key = count(len(statistics), "correction"), "band_frontier" if "band_frontier" in pictures else "masked_shares"
+    found = sentences_of(statistics, frames)
     sections = [
-        section("numbers", "Every correction on the same tokens", short_table(statistics), _left_out(summary)),
-        section("entropy", "Do masks take uncertain tokens?", show("masked_entropy"), entropy_table(statistics)),
-        section("flips", "Do masks catch routing flips?", _bullets(flip_words(statistics)), flip_table(statistics)),
-        section("ratios", "Ratios and bands", show("ratio_bands")),
-        section("sweep", "Which band?", *_sweep_blocks(frames, show("band_frontier"))),
-        section("overlap", "Do corrections mask the same tokens?", show("mask_overlap"), _bullets(same_words(frames))),
-        section("strata", "What kind of tokens is masked", *_strata_blocks(frames)),
+        section("numbers", "Every correction on the same tokens", short_table(statistics), _left_out(summary),
+                show("masked_shares") if key != "masked_shares" else None,
+                finding=found["masked"]),
+        section("entropy", "Do masks take uncertain tokens?", show("masked_entropy"), entropy_table(statistics),
+                finding=entropy_words(statistics)),
+        section("flips", "Do masks catch routing flips?", _bullets(flip_words(statistics)), flip_table(statistics),
+                finding=found["flips"]),
+        section("ratios", "Ratios and bands", show("ratio_bands"), finding=found["ratios"]),
+        section("sweep", "Which band?", *_sweep_blocks(frames), finding=found["sweep"]),
+        section("overlap", "Do corrections mask the same tokens?", show("mask_overlap"), _bullets(same_words(frames)),
+                finding=found["same"]),
+        section("strata", "What kind of tokens is masked", *_strata_blocks(frames),
+                finding="shares by position, probability, entropy and flips"),
         audit_section(frames, pictures),
-        section("all", "All statistics", *_all_blocks(statistics)),
-        section("presets", "Who uses what, and what is different there", preset_table(summary)),
-        section("read", "What was read", _bullets(source_words(summary))),
-        section("limits", "What these numbers cannot show", Bullets(tuple(map(Markdown, _LIMITS)))),
-        section("regenerate", "How to make this page again", Shell(tuple(regenerate)) if regenerate else None),
-    ]
+        section("all", "All statistics", *_all_blocks(statistics), finding=n),
+        section("presets", "Who uses what, and what is different there", preset_table(summary),
+                finding=f"{count(len(PRESETS), 'preset')} of frameworks and papers"),
+        section("read", "What was read", _bullets(source_words(summary)), finding=_base_words(summary)),
+        section("limits", "What these numbers cannot show", Bullets(tuple(map(Markdown, _LIMITS))), finding=STABILITY),
+        section("regenerate", "How to make this page again", Shell(tuple(regenerate)) if regenerate else None,
+                finding="the command"),
+    ]  # fmt: skip
     words = _bullets([*finding_words(summary), *sentences(summary, frames)])
     return Page(
         f"Corrections simulated: {summary['label']}",
         (),
-        None,
-        tuple(block for block in (words, SIGN_WORDS, show("masked_shares")) if block),
+        show(key),
+        tuple(block for block in (words, SIGN_WORDS) if block),
         tuple(part for part in sections if part is not None),
+        tuple(block for block in lead_blocks(summary, frames) if block),
+        "What was found, in words",
+        plain(_base_words(summary)),
+    )
+
+
+def lead_blocks(summary: Mapping[str, Any], frames: Frames) -> list[Block | None]:
+    """What is wrong with the tokens, the band with its reason, and what to paste for it into each framework."""
+    lines = [*finding_words(summary), *band_words(frames.get("recommended_band"))]
+    if not lines:
+        least = mask_words(frames["correction_statistics"])
+        return [_whole(f"{least} No band was swept: add --sweep for one to start from.")]
+    first, *rest = lines
+    paste = paste_blocks(frames.get("recommended_band"))
+    intro = Markdown("**Paste the band into** (the names are the framework's own):") if paste else None
+    return [Markdown(f"**{_whole(first)}**"), _bullets(rest), intro, *paste]
+
+
+def paste_blocks(recommended: pd.DataFrame | None) -> list[Paste]:
+    """The recommended band in the words of every framework that takes one."""
+    if recommended is None or recommended.empty or not is_number(recommended["alpha"].iloc[0]):
+        return []
+    low, high = float(recommended["alpha"].iloc[0]), float(recommended["beta"].iloc[0])
+    return [
+        Paste(one.framework, one.where, one.language, one.lines(low, high), one.source)
+        for preset in PRESETS.values()
+        for one in preset.settings
+    ]
+
+
+def sentences_of(statistics: pd.DataFrame, frames: Frames) -> dict[str, str]:
+    """The lines of sections whose words are lists: the first of each."""
+    recommended = band_words(frames.get("recommended_band"))
+    same = same_words(frames)
+    more = f" (and {len(same) - 1} more such groups)" if len(same) > 1 else ""
+    k3 = statistics.set_index("correction")["kept_k3"].get("none")
+    return {
+        "masked": mask_words(statistics),
+        "flips": flip_words(statistics)[-1],
+        "ratios": f"k3 of all tokens: {number(k3)} nat" if is_number(k3) else "",
+        "sweep": recommended[0] if recommended else "",
+        "same": f"{same[0].removesuffix('.')}{more}" if same else "no two mask the same tokens",
+    }
+
+
+def entropy_words(statistics: pd.DataFrame) -> str:
+    """Entropy of masked and kept tokens of the correction that masks most."""
+    some = statistics[(statistics["n_entropy_masked"] > 0) & (statistics["n_entropy_kept"] > 0)]
+    if some.empty:
+        return ""
+    row = records(some.sort_values("n_entropy_masked", kind="stable"))[-1]
+    return (
+        f"{row['correction']}: masked tokens {number(row['entropy_masked'])} nat, kept ones "
+        f"{number(row['entropy_kept'])} nat (n = {row['n_entropy_masked']:,} masked)"
     )
 
 
@@ -278,7 +343,7 @@ def _left_out(summary: Mapping[str, Any]) -> Markdown | None:
     return Markdown(f"Left out: {plain(names)}: {_whole(next(iter(summary['left_out'].values())))}.")
 
 
-def _sweep_blocks(frames: Frames, picture: Picture | None) -> list[Block | None]:
+def _sweep_blocks(frames: Frames) -> list[Block | None]:
     sweep = frames.get("sweep_by_band")
     if sweep is None or sweep.empty:
         return []
@@ -297,7 +362,7 @@ def _sweep_blocks(frames: Frames, picture: Picture | None) -> list[Block | None]
     header = ["band", "masked", "95 %", "k3 left [nat]", "95 %", "variance of w", "ESS"]
     caption = f"Bands on the frontier, {len(rows)} of {len(front)} different ones; {count(len(sweep), 'band')} swept"
     words = band_words(frames.get("recommended_band"))
-    return [picture, _bullets(words), table(header, rows, range(1, 7), caption)]
+    return [_bullets(words), table(header, rows, range(1, 7), caption)]
 
 
 def _bullets(lines: Sequence[str]) -> Bullets | None:

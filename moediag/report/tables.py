@@ -227,7 +227,8 @@ def _token(row: Row, texts: TokenTexts) -> Markdown:
     return code(f"id {row['token_id']}" if found is None else visible(found.token, _LONGEST_TOKEN))
 
 
-def _worst_sequences(frame: pd.DataFrame) -> pd.DataFrame:
+def worst_sequences(frame: pd.DataFrame) -> pd.DataFrame:
+    """The responses that differ most on average, the worst first."""
     scored = frame[frame["n_tokens"] > 0]
     order = ["abs_logp_diff_mean", "seq_id"]
     return scored.sort_values(order, ascending=[False, True], kind="stable").head(20)
@@ -337,7 +338,7 @@ VIEWS: Final[dict[str, View]] = {
     "sequences": View(
         ("seq_id", "prompt_id", "sample_index", "abs_logp_diff_mean", "abs_logp_diff_max", "k3", "log_ratio_sum",
          "extreme_share_2", "flip_rate", "worst_position", "first_flip_position", "n_tokens"),
-        _worst_sequences,
+        worst_sequences,
         n_markdown=10,
         is_list=True,
     ),

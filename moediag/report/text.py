@@ -65,7 +65,7 @@ def visible(text: str, longest: int = MAX_TEXT, keep_end: bool = False) -> str:
     """
     if len(text) > longest:  # before escaping: a cut escape would be another text
         text = "…" + text[1 - longest :] if keep_end else text[: longest - 1] + "…"
-    shown = "".join(map(_escaped, text))
+    shown = "".join(map(escaped, text))
     body = shown.strip(" ")
     if not body:
         return "␣" * len(shown)
@@ -73,7 +73,8 @@ def visible(text: str, longest: int = MAX_TEXT, keep_end: bool = False) -> str:
     return "␣" * n_before + body + "␣" * (len(shown) - n_before - len(body))
 
 
-def _escaped(character: str) -> str:
+def escaped(character: str) -> str:
+    """A character as it can be seen: an escape for what cannot."""
     if character in _NAMED:
         return _NAMED[character]
     if unicodedata.category(character) in _UNSEEN:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from moediag.errors import RunError
 from moediag.figures import draw_run_figures
@@ -14,6 +16,7 @@ from moediag.figures.style import formats
 from moediag.folder import PAGES, made_together
 from moediag.report import html_page, markdown_page, run_page, token_texts
 from moediag.report.blocks import Page
+from moediag.report.token_view import choose_responses, read_responses, shown_positions, token_view
 from moediag.results.load import analyze_again, load_summary, main_frames, shell_command
 from moediag.run.derived import FIGURES
 from moediag.run.files import write_atomic
@@ -26,6 +29,7 @@ def report_run(
     tokenizer: Path | None = None,
     no_text: bool = False,
     pdf: bool = False,
+    sequences: Sequence[int] = (),
 ) -> Path:
     """Draw the figures and write report.md and report.html; returns the path of report.md.
 
@@ -34,6 +38,7 @@ def report_run(
         tokenizer: ``tokenizer.json`` or its folder, to show tokens as text; None = the checkpoint's, if at hand.
         no_text: keep tokens and the text around them out of the pages.
         pdf: figures as PDF, too.
+        sequences: responses to show token by token, by their seq_id, before the worst.
     """
     summary = load_summary(run)
     is_withheld = bool(summary["provenance"].get("no_text"))
@@ -42,8 +47,12 @@ def report_run(
     frames = main_frames(run, summary)
     analysed = [*(["--no-text"] if is_withheld else []), *_force_option(summary)]
     options = [*window_option(training_window), *_text_options(tokenizer, no_text), *pdf_option(pdf)]
+    options += [word for seq_id in sequences for word in ("--sequence", seq_id)]
     commands = shell_command("analyze", run.path, *analysed), shell_command("report", run.path, *options)
-    texts = token_texts(run, frames.get("worst_tokens"), tokenizer, no_text or is_withheld)
+    read = read_responses(run, choose_responses(frames.get("sequences"), sequences))
+    named = [frames["worst_tokens"][["seq_id", "position"]]] if "worst_tokens" in frames else []
+    texts = token_texts(run, pd.concat([*named, shown_positions(read)]), tokenizer, no_text or is_withheld)
+    tokens = token_view(read, run.pair(*run.main_arms).decoder_layer_L, texts)
     with made_together(run.path, FIGURES) as made:
         figures = draw_run_figures(
             frames,
@@ -54,7 +63,8 @@ def report_run(
             floors=summary_floors(summary["floors"]),
             kinds=formats(pdf),
         )
-        write_pages(made, run_page(summary, frames, figures, regenerate=commands, texts=texts))
+        page = run_page(summary, frames, figures, regenerate=commands, texts=texts, run=str(run.path), tokens=tokens)
+        write_pages(made, page)
     return run.path / PAGES[0]
 
 

@@ -1,13 +1,9 @@
-"""The mismatch over training steps, from sources to results on disk: frame, summary, figure, page.
-
-Invariant: every page lists what the fit assumes and what no offline number can show.
-"""
+"""The mismatch over training steps, from sources to results on disk: frame, summary, figure, pages."""
 
 from __future__ import annotations
 
 import math
 import os
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +20,10 @@ from moediag.hygiene.series import Schedule, check_series
 from moediag.importers.rollouts import Options
 from moediag.notation import SCHEMA_VERSION
 from moediag.numbers import sig
-from moediag.report.blocks import Bullets, interval, number, table
-from moediag.report.text import Markdown, plain
+from moediag.report.trend_page import trend_page
+from moediag.results.report import write_pages
 from moediag.results.trend_sources import TrendSource, read_trend
-from moediag.run.files import write_atomic, write_sealed
+from moediag.run.files import write_sealed
 from moediag.statistics.recurrence import ASSUMPTIONS, Recurrence
 
 KIND: Final = "moediag trend"
@@ -142,11 +138,17 @@ def trend_request(
 
 
 def write_trend(
-    trend: Trend, output: Path, request: Mapping[str, Any], force: bool = False, pdf: bool = False
+    trend: Trend,
+    output: Path,
+    request: Mapping[str, Any],
+    force: bool = False,
+    pdf: bool = False,
+    regenerate: Sequence[str] = (),
 ) -> list[Path]:
-    """Write the folder, whole; returns report.md, summary.json and the figure's PNG.
+    """Write the folder, whole; returns report.html, report.md, summary.json and the figure's PNG.
 
     Args:
+        regenerate: commands that make it again, for the page.
         request, force: as for :func:`~moediag.folder.refuse_other`.
         pdf: the figure as PDF, too.
 
@@ -160,51 +162,11 @@ def write_trend(
         figure = plot_trend(
             source.trend, trend.recurrence, trend.delta, is_kl=source.is_kl, findings=trend.findings, caption=caption
         )
-        save_figure(figure, made / "figures", "trend", formats(pdf))
-        write_atomic(made / "report.md", trend_page(trend).encode())
+        figures = save_figure(figure, made / "figures", "trend", formats(pdf))
+        write_pages(made, trend_page(trend.summary(), source.trend, trend.findings, figures, regenerate))
         frames = write_frames(made, {"trend_by_step": source.trend})
         write_sealed(made / SUMMARY, {**trend.summary(), "request": dict(request), "frames": frames})
-    return [output / "report.md", output / SUMMARY, output / "figures" / "trend.png"]
-
-
-def trend_page(trend: Trend) -> str:
-    """report.md: the outcome, a row per metric, the picture, the limits."""
-    name = plain(title_of(trend.delta or "delta", trend.source.is_kl))
-    parts = [
-        "# Mismatch over training steps",
-        "\n\n".join(_prose(line) for line in headline(trend.findings)),
-        f"**{plain(trend.recurrence.outcome)}** ({name}): {_prose(trend.recurrence.reason)}.",
-        f"Steps: {plain(trend.source.step_origin)}.",
-        str(Bullets(tuple(plain(note) for note in trend.source.notes))) if trend.source.notes else "",
-        "![every metric by step](figures/trend.png)",
-        str(_ends_table(trend)),
-        "Every step with its interval: trend\\_by\\_step.parquet and summary.json.",
-        "## What the fit assumes",
-        str(Bullets(tuple(plain(assumption) for assumption in ASSUMPTIONS))),
-        "## What this cannot show",
-        str(Bullets(tuple(plain(limit) for limit in LIMITS))),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _prose(text: str) -> Markdown:
-    """Sentences of any length as literal text: a line of user text would be cut."""
-    return Markdown(" ".join(plain(part) for part in textwrap.wrap(text, 200)))
-
-
-def _ends_table(trend: Trend) -> Any:
-    """First and last step of every metric with n and interval."""
-    rows: list[list[Any]] = []
-    for metric, frame in trend.source.trend.groupby("metric", sort=False):
-        known = frame.dropna(subset=["value"])
-        for row in [] if known.empty else [known.iloc[0], known.iloc[-1]][: len(known)]:
-            unit = str(row["unit"])
-            n = plain("–") if pd.isna(row["n_tokens"]) else plain(f"{row['n_tokens']:,}")
-            bounds = interval(row["value_ci_low"], row["value_ci_high"], unit)
-            name = plain(title_of(str(metric), trend.source.is_kl))
-            rows.append([name, str(row["step"]), number(row["value"], unit), bounds, n, plain(unit), row["direction"]])
-    head = ["metric", "step", "value", "95 % interval", "tokens", "unit", "good end"]
-    return table(head, rows, caption="First and last step")
+    return [output / "report.html", output / "report.md", output / SUMMARY, output / "figures" / "trend.png"]
 
 
 def outcome_lines(trend: Trend) -> list[str]:

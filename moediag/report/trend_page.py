@@ -1,0 +1,102 @@
+"""The page of a trend, as blocks: the outcome and the picture first, then every metric, the assumptions and the limits.
+
+Invariant: the page says what the fit assumes and what no offline number can show.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moediag.figures.series import title_of
+from moediag.hygiene.findings import Finding, headline
+from moediag.numbers import NONE, count
+from moediag.report.blocks import Block, Bullets, Page, Picture, Shell, Table, interval, number, section, table
+from moediag.report.section_words import STABLE
+from moediag.report.text import Markdown, plain
+
+
+def trend_page(
+    summary: Mapping[str, Any],
+    steps: pd.DataFrame,
+    findings: Sequence[Finding],
+    figures: Sequence[Path],
+    regenerate: Sequence[str] = (),
+) -> Page:
+    """The page of a series.
+
+    Args:
+        summary: :meth:`moediag.results.trend.Trend.summary`.
+        steps: frame ``trend_by_step``.
+        findings: what is wrong with the tokens or the steps.
+        figures: files drawn for it; the page stands beside their folder.
+        regenerate: the commands that make this page again.
+    """
+    fit = summary["recurrence"]
+    name = title_of(fit["metric"] or "delta", summary["is_kl"])
+    known = steps.dropna(subset=["value"])
+    n_steps = count(steps["step"].nunique(), "step")
+    lead: list[Block] = [
+        *map(_prose, headline(findings)),
+        Markdown(f"**{plain(name)}: {plain(fit['outcome'])}**"),
+        Markdown(f"{_prose(fit['reason'][:1].upper() + fit['reason'][1:])}."),
+        _ends_table(known, summary["is_kl"]),
+    ]
+    notes = [f"Steps: {summary['step_origin']}", *summary["notes"]]
+    sections = [
+        section("steps", "Every step", _steps_table(known, summary["is_kl"]),
+                finding=f"{n_steps}, {count(known['metric'].nunique(), 'metric')}"),
+        section("assumptions", "What the fit assumes", Bullets(tuple(map(_prose, summary["assumptions"]))),
+                finding=count(len(summary["assumptions"]), "assumption")),
+        section("limits", "What this cannot show", Bullets(tuple(map(_prose, summary["limits"]))), finding=STABLE),
+        section("regenerate", "How to make this page again", Shell(tuple(regenerate)) if regenerate else None,
+                finding="the command"),
+    ]  # fmt: skip
+    return Page(
+        "Mismatch over training steps",
+        (),
+        next((Picture(path, *_PICTURE) for path in figures if path.suffix == ".png"), None),
+        (Bullets(tuple(map(_prose, notes))),),
+        tuple(part for part in sections if part is not None),
+        tuple(lead),
+        "What was read",
+        plain(f"{n_steps}; {summary['step_origin']}"),
+    )
+
+
+def _prose(text: str) -> Markdown:
+    """Sentences of any length as literal text: a line of user text would be cut."""
+    return Markdown(" ".join(plain(part) for part in textwrap.wrap(text, 200)))
+
+
+_PICTURE = (
+    "Every metric by training step",
+    "A panel per metric with its 95 % interval where one is known; dashed: published marks of other stacks.",
+)
+_HEADER = ("metric", "step", "value", "95 %", "tokens", "good end")
+
+
+def _ends_table(known: pd.DataFrame, is_kl: bool) -> Table:
+    """First and last step of every metric with n and interval."""
+    ends = [part.iloc[[0, -1][: len(part)]] for _, part in known.groupby("metric", sort=False)]
+    rows = [_row(row, is_kl)[:5] for part in ends for _, row in part.iterrows()]
+    good = ", ".join(known["direction"].unique())
+    return table(_HEADER[:5], rows, (1, 2, 3, 4), f"First and last step ({good})")
+
+
+def _steps_table(known: pd.DataFrame, is_kl: bool) -> Table:
+    """Every metric at every step."""
+    rows = [_row(row, is_kl) for _, row in known.iterrows()]
+    return table(_HEADER, rows, (1, 2, 3, 4), "Every metric at every step", is_list=len(rows) > 12, n_markdown=24)
+
+
+def _row(row: pd.Series[Any], is_kl: bool) -> list[object]:
+    unit = str(row["unit"])
+    n = NONE if pd.isna(row["n_tokens"]) else f"{row['n_tokens']:,}"
+    bounds = interval(row["value_ci_low"], row["value_ci_high"], unit)
+    name = title_of(str(row["metric"]), is_kl) + ("" if unit == "1" else f" [{unit}]")
+    return [name, str(row["step"]), number(row["value"], unit), bounds, n, row["direction"]]  # fmt: skip
