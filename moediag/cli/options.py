@@ -73,7 +73,8 @@ Prompts = Annotated[
     typer.Option(
         "--prompts",
         metavar="FILE",
-        help="JSONL with prompt, messages or prompt_token_ids (optionally completion_token_ids), or text, one a line.",
+        help="JSON lines, a JSON array, CSV, parquet or a folder of datasets with prompt (text or messages), messages "
+        "(and tools) or prompt_token_ids, optionally completion_token_ids; or text, one a line. Also as .gz.",
     ),
 ]
 OptionalPrompts = Annotated[

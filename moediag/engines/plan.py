@@ -244,17 +244,17 @@ def make_plan(
         raise EngineError("--ids-only keeps no router logits: leave --router-logits full out, or --ids-only")
     prompts = read_prompts(prompts_path, limit)
     check_loadable(checkpoint, trust_remote_code)
-    prompt_ids = tokenise(checkpoint, prompts, prompts_path, trust_remote_code)
+    prompt_ids = tokenise(checkpoint, prompts, trust_remote_code)
     has_completions = prompts[0].completion_token_ids is not None
     completions = [list(p.completion_token_ids or ()) for p in prompts] if has_completions else None
     room = min(filter(None, (max_model_len, checkpoint.max_length)), default=None)
-    check_lengths(prompts, prompt_ids, completions, room, prompts_path)
+    check_lengths(prompts, prompt_ids, completions, room)
     needed = max(len(p) for p in prompt_ids) + sampling.max_tokens
     if completions:
         needed = max(len(p) + len(c) for p, c in zip(prompt_ids, completions, strict=True)) + 1
     length = max_model_len or _room(checkpoint, needed)
     # Of the prompts as written, so that runs of models with different tokenizers can be recognised as comparable.
-    source = digest_of([[p.text, p.messages, p.token_ids, p.completion_token_ids] for p in prompts])
+    source = digest_of([prompt.content() for prompt in prompts])
     plan = Plan(
         checkpoint,
         prompts_path,
