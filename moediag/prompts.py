@@ -62,6 +62,16 @@ class Prompt:
         return [*known, self.tools] if self.tools else known
 
 
+def separator_in(header: str) -> str:
+    """What separates the cells of a CSV, by its header: comma, semicolon or tab.
+
+    Example:
+        >>> separator_in("seq_id;position"), separator_in("prompt")
+        (';', ',')
+    """
+    return max(",;\t", key=header.count)
+
+
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """Read a prompts file, or a folder that ``datasets`` saved.
 
@@ -210,19 +220,15 @@ def _whole(where: str, record: Any) -> dict[str, Any]:
     return record
 
 
-def _separator(header: str) -> str:
-    return max(",;\t", key=header.count)
-
-
 def _header(line: str) -> list[str]:
-    return [name.strip().strip('"') for name in line.split(_separator(line))]
+    return [name.strip().strip('"') for name in line.split(separator_in(line))]
 
 
 def _csv_records(path: Path, text: str) -> Iterator[Record]:
     """Rows of a table with a header, separated by commas, semicolons or tabs; empty cells are left out."""
     limit = csv.field_size_limit(2**31 - 1)  # prompts are longer than Python's 128 KiB
     try:
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=_separator(text.partition("\n")[0]), strict=True)
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator_in(text.partition("\n")[0]), strict=True)
         names = [name.strip() for name in next(rows, [])]
         _refuse_columns(path, names)
         line = rows.line_num + 1

@@ -15,6 +15,15 @@ NAME = "compare"
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Analysed run directories.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the comparison.")],
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label",
+            metavar="NAME",
+            help="What a run is called, once per run in their order; default: its folder's name, or what differs in "
+            "the paths of folders of one name.",
+        ),
+    ] = None,
     training_window: o.TrainingWindow = None,
     pdf: o.Pdf = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a comparison of other runs.")] = False,
@@ -25,7 +34,7 @@ def command(
     from moediag.cli.table import show_table
     from moediag.results import compare_runs
 
-    summary = compare_runs(runs, output, training_window, force, pdf)
+    summary = compare_runs(runs, output, training_window, force, pdf, label or ())
     if not summary["same_prompts"]:
         note("Note: the runs were made from different prompts; their numbers differ for that reason too")
     if as_json:

@@ -14,7 +14,7 @@ from moediag.diagnosis.function import float32_arms
 from moediag.diagnosis.modules import kept_checks
 from moediag.diagnosis.recorded import explain_recorded
 from moediag.errors import RunError
-from moediag.folder import SUMMARY, made_together, write_frames
+from moediag.folder import SUMMARY, made_together, refuse_read_only, write_frames
 from moediag.hygiene import check_run
 from moediag.notation import INFER, REFERENCE, TRAIN
 from moediag.results.pair_analysis import analyze_pair
@@ -42,8 +42,9 @@ def analyze_run(run: Run, force: bool = False, no_text: bool = False) -> dict[st
 
     Raises:
         IncompleteRunError: an arm or shard is missing.
-        RunError: validation found errors.
+        RunError: validation found errors, or the run is read-only.
     """
+    refuse_read_only(run.path)
     minuend, subtrahend = run.main_arms
     train, infer = run.reference(TRAIN), run.reference(INFER)
     arms = list(dict.fromkeys([infer, train, minuend, subtrahend, *filter(run.is_complete, run.arms())]))

@@ -11,7 +11,7 @@ from moediag.errors import RunError
 from moediag.figures import draw_run_figures
 from moediag.figures.floors import summary_floors
 from moediag.figures.style import formats
-from moediag.folder import PAGES, made_together
+from moediag.folder import PAGES, made_together, refuse_read_only
 from moediag.report import html_page, markdown_page, run_page, token_texts
 from moediag.report.blocks import Page
 from moediag.results.load import analyze_again, load_summary, main_frames, shell_command
@@ -34,7 +34,11 @@ def report_run(
         tokenizer: ``tokenizer.json`` or its folder, to show tokens as text; None = the checkpoint's, if at hand.
         no_text: keep tokens and the text around them out of the pages.
         pdf: figures as PDF, too.
+
+    Raises:
+        RunError: the run is read-only.
     """
+    refuse_read_only(run.path)
     summary = load_summary(run)
     is_withheld = bool(summary["provenance"].get("no_text"))
     if is_withheld and tokenizer is not None:
