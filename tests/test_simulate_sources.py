@@ -114,7 +114,7 @@ def test_weights_of_a_table_are_those_of_the_python_call() -> None:
     advantage_T = response["seq_id"].map(advantage_S).to_numpy()
     for method in METHODS:
         direct_T = weights(
-            method, response["logp_train"], response["logp_infer"], response["seq_id"], advantage_T=advantage_T
+            method, response["logp_train"], response["logp_infer"], response["seq_id"], advantage=advantage_T
         )
         row_T = source.weights(parse_correction(method))
         np.testing.assert_array_equal(row_T[frame["is_response"]], direct_T, err_msg=method)
