@@ -113,8 +113,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([str(argument) for argument in arguments]) == 1
     captured = capsys.readouterr()
     assert "Wrote" not in captured.out
-    assert len(captured.err.strip().splitlines()) == 1
-    return captured.err
+    lines = [line for line in captured.err.splitlines() if not line.endswith(" ...")]  # what a slow machine is doing
+    assert len(lines) == 1
+    return f"{lines[0]}\n"
 
 
 def test_analyze_prints_and_returns_exactly_the_sealed_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,13 +20,14 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Analyse in spite of validation errors.")] = False,
 ) -> None:
     """Compute every frame and summary.json from the captured arms; needs no engine."""
-    from moediag.cli.console import say_json, wrote
+    from moediag.cli.console import doing, say_json, wrote
     from moediag.cli.table import show_table
     from moediag.results import analyze_run
     from moediag.run.reader import open_run
 
     opened = open_run(run)
-    summary = analyze_run(opened, force, no_text)
+    with doing(f"analysing {run}"):
+        summary = analyze_run(opened, force, no_text)
     if as_json:
         say_json(summary)
         return

@@ -30,11 +30,12 @@ def command(
     as_json: o.Json = False,
 ) -> None:
     """Compare runs: Figure-1-style picture, table, report. Dense runs have no routing figures."""
-    from moediag.cli.console import note, say_json, wrote
+    from moediag.cli.console import doing, note, say_json, wrote
     from moediag.cli.table import show_table
     from moediag.results import compare_runs
 
-    summary = compare_runs(runs, output, training_window, force, pdf, label or ())
+    with doing("drawing figures and pages of the comparison"):
+        summary = compare_runs(runs, output, training_window, force, pdf, label or ())
     if not summary["same_prompts"]:
         note("Note: the runs were made from different prompts; their numbers differ for that reason too")
     if as_json:

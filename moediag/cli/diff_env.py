@@ -99,7 +99,7 @@ def _record(
 
 
 def _show_arm(comparison: ArmComparison) -> None:
-    from moediag.cli.console import say
+    from moediag.cli.console import say, say_table
 
     what = "what was requested" if comparison.arm == "run" else f"arm {comparison.arm}"
     left_out = f"; {comparison.n_one_sided} that one engine alone has are left out" if comparison.n_one_sided else ""
@@ -109,7 +109,7 @@ def _show_arm(comparison: ArmComparison) -> None:
         say(f"{what}: identical ({comparison.n_facts} facts compared{left_out})")
     else:
         say(f"{what}: {len(comparison.differences)} of {comparison.n_facts} facts differ{left_out}")
-        say(differences_table(comparison.differences))
+        say_table(differences_table(comparison.differences))
         say()
 
 

@@ -100,12 +100,12 @@ def command(
 
 
 def _show(title: str, rows: list[object]) -> None:
-    from moediag.cli.console import say
+    from moediag.cli.console import say, say_table
     from moediag.cli.table import table_text
 
     say(title)
     cells = [(row.property, row.verdict, row.measured) for row in rows]  # type: ignore[attr-defined]
-    say(table_text(("property", "", "measured"), cells, width=150))
+    say_table(table_text(("property", "", "measured"), cells, width=150))
     for row in rows:
         if row.reason:  # type: ignore[attr-defined]
             say(f"{row.verdict}: {row.property}: {row.reason}")  # type: ignore[attr-defined]

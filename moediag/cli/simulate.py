@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -52,7 +51,7 @@ def _list(is_given: bool) -> None:
     say("Presets (--preset NAME, or the framework or paper in brackets):")
     for name, preset in PRESETS.items():
         say(f"  {name} [{preset.group}]: {preset.words}")
-        say(textwrap.fill(preset.source, 80, initial_indent="      ", subsequent_indent="      "))
+        say(f"      {preset.source}", hanging=0)
     raise typer.Exit
 
 
