@@ -272,8 +272,8 @@ def _folder_records(path: Path) -> Iterator[Record]:
         yield from _folder_records(path / str(names[0]))
         return
     if not state.is_file():
-        tables = sorted(path.rglob("*.parquet"))
-        hint = f"it holds {len(tables)} parquet files: give one, e.g. {tables[0]}" if tables else f"expected {_KINDS}"
+        tables = sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")])
+        hint = f"it holds parquet files: give one of them, e.g. {tables[0]}" if tables else f"expected {_KINDS}"
         raise PromptsError(f"prompts file {path} cannot be read: a folder without datasets' state.json; {hint}")
     about = _folder_json(state)
     if about.get("_indices_data_files"):

@@ -13,7 +13,9 @@ NAME = "compare"
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Analysed run directories.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN ...", help="Analysed run directories.", callback=o.there)
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the comparison.")],
     label: Annotated[
         list[str] | None,

@@ -213,19 +213,28 @@ class Bar:
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Bar]:
-    """A progress bar with remaining time on stderr; plain lines where stderr is not a terminal."""
+def bar(title: str, short: str = "") -> Iterator[Bar]:
+    """A progress bar with remaining time on stderr; plain lines where stderr is not a terminal.
+
+    Args:
+        short: what stands before the bar, where the title is too long for it and comes on a line of its own.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Column
 
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(title)
         return
-    words = TextColumn("{task.description}"), TextColumn("{task.fields[overall]}")
-    columns = (words[0], BarColumn(20), TimeElapsedColumn(), TimeRemainingColumn(), words[1])
+    if short:
+        note(title)
+    words, overall = (
+        TextColumn(text, table_column=Column(no_wrap=True)) for text in ("{task.description}", "{task.fields[overall]}")
+    )
+    columns = (words, BarColumn(20), TimeElapsedColumn(), TimeRemainingColumn(), overall)
     with _STATUS.beside_bar(), Progress(*columns, console=console) as progress:
-        yield Bar(progress, progress.add_task(title, total=None, overall=""), title)
+        yield Bar(progress, progress.add_task(short or title, total=None, overall=""), short or title)
 
 
 class _Lines(Bar):

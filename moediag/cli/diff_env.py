@@ -21,7 +21,9 @@ _WIDTH = 100
 _LONGEST = 110  # characters of a value: more is cut out of its middle
 _MARK = "..."
 
-OtherRun = Annotated[Path | None, typer.Argument(metavar="[RUN_B]", help="Run to compare with; none: arms of one run.")]
+OtherRun = Annotated[
+    Path | None, typer.Argument(metavar="[RUN_B]", callback=o.there, help="Run to compare with; none: arms of one run.")
+]
 Arms = Annotated[
     str | None, typer.Option(metavar="A,B", help="Two arms of one run; default: the reference infer and train arms.")
 ]

@@ -22,6 +22,7 @@ Target = Annotated[
     Path,
     typer.Argument(
         metavar="RUN|TABLE|DUMP",
+        callback=o.there,
         help="Run directory, a file or folder of a framework's dump of one step, or "
         "a .parquet, .csv or .jsonl with a row per token: seq_id, position, logp_train, "
         "logp_infer; optionally prompt_id, is_response (or a framework's loss mask), reward or advantage, entropy, "
@@ -92,7 +93,13 @@ Audit = Annotated[
     bool, typer.Option("--gradient-audit", help="RUN: also compare the gradients of corrections (needs transformers).")
 ]
 Checkpoint = Annotated[
-    str | None, typer.Option("--checkpoint", metavar="CKPT", help="For --gradient-audit; default: the run's own.")
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="CKPT",
+        callback=o.checkpoint_there,
+        help="For --gradient-audit; default: the run's own.",
+    ),
 ]
 Folder = Annotated[
     Path | None,

@@ -18,6 +18,7 @@ Target = Annotated[
     list[Path] | None,
     typer.Argument(
         metavar="RUN|SERIES|FILE...",
+        callback=o.there,
         help="Run directory, a series, a table of tokens, a dump with vLLM's own names, or files or folders of a "
         "framework's dump (moediag import --list-formats).",
     ),
