@@ -395,7 +395,7 @@ def capture(*captures: Arms, is_shared: bool = False) -> None:
             named = title(request) if len(captures) == 1 else f"{run.path.name}: {title(request)}"
             named = named if len(work) == 1 else f"arm {nth + 1} of {len(work)}: {named}"
             if writer.own_missing_shards(request.arm):
-                with bar(named, request.arm) as progress, pace.of(nth, progress) as on_event:
+                with bar(named, request.arm) as progress, pace.of(nth, progress, one.checkpoint(request)) as on_event:
                     fill_arm(engines, writer, one.checkpoint(request), request, on_event)
             else:
                 slice_ = "" if run.is_complete(request.arm) else f"slice {writer.worker} is "
@@ -417,6 +417,7 @@ class Pace:
         self._work = work
         self._seconds = [0.0] * len(work)
         self._n_done = [0.0] * len(work)
+        self._noted: set[tuple[str, str]] = set()
 
     def left(self) -> float | None:
         """Seconds that the rest will take, loading the engines included; None = not known yet."""
@@ -435,7 +436,7 @@ class Pace:
         return sum(self._seconds[nth] for nth in arms) / n_done if n_done else None
 
     @contextmanager
-    def of(self, nth: int, progress: Bar) -> Iterator[Callable[[dict[str, Any]], None]]:
+    def of(self, nth: int, progress: Bar, checkpoint: Checkpoint) -> Iterator[Callable[[dict[str, Any]], None]]:
         """What an arm's engine reports to, while it is captured; shows how long everything will take beside it."""
         started = time.monotonic()
 
@@ -444,8 +445,11 @@ class Pace:
                 self._seconds[nth], self._n_done[nth] = time.monotonic() - started, event["done"]
             left = self.left()
             if left is not None and len(self._work) > 1:
-                progress.overall(f"{_about(left)} for all")
-            progress.on_event(event)
+                progress.overall(f"all in {_about(left)}" if left >= 1 else "")
+            key = str(checkpoint.path), event.get("note", "")  # arms of one engine say the same of one checkpoint
+            if not key[1] or key not in self._noted:
+                progress.on_event(event)
+            self._noted.add(key)
 
         yield on_event
         self._seconds[nth], self._n_done[nth] = time.monotonic() - started, self._work[nth][1]

@@ -48,6 +48,13 @@ GROUPS: Final = {
 """Commands as --help groups them."""
 
 
+EXTRAS: Final = {
+    **dict.fromkeys(("torch", "transformers", "tokenizers", "accelerate", "huggingface_hub"), "hf"),
+    "vllm": "vllm",
+}
+"""Packages that not every installation has, and the extra that brings each."""
+
+
 class _Grouped(TyperGroup):
     """Commands under the heading of their group."""
 
@@ -121,6 +128,12 @@ def _run(words: list[str]) -> int:
         return 1
     except typer.Exit as leave:
         return leave.exit_code
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        note(f"moediag: this needs {package}, which is not installed here; pip install 'moediag[{EXTRAS[package]}]'")
+        return 1
     except Exception as error:
         return _usage_error(error)
 
