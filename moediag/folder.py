@@ -78,7 +78,7 @@ def refuse_other(path: Path, kind: str, request: Mapping[str, Any], force: bool 
     refuse_current_folder(path)
     near = next(parent for parent in path.resolve().parents if parent.exists())
     if near.is_dir() and not os.access(near, os.W_OK | os.X_OK):  # known now, not after everything is computed
-        raise RunError(f"cannot write {path}: {near} is not writable; choose another folder")
+        raise RunError(f"cannot write {path}: {near} is not writable; give -o a folder elsewhere")
     try:
         settle(path.resolve().parent, path.resolve().name)
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -93,6 +93,20 @@ def refuse_other(path: Path, kind: str, request: Mapping[str, Any], force: bool 
         found = (there.get("request") or {}).get("of", "which cannot be read")
         raise RunError(
             f"{path} holds a {kind} of another request ({found}); give -o another folder, or --force to replace it"
+        )
+
+
+def refuse_read_only(run: Path) -> None:
+    """Refuse a run that results cannot be written into: now, and not after everything is computed.
+
+    Raises:
+        RunError: names what works instead.
+    """
+    if not os.access(run, os.W_OK | os.X_OK):
+        words = f"cp -r --no-preserve=mode {run} COPY"
+        raise RunError(
+            f"{run} is read-only and analyze, report and diagnose write into the run: make a copy of it ({words}) and "
+            "give that; simulate, compare, trend and export read it as it is and write where -o says"
         )
 
 

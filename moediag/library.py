@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 
-from moediag.errors import FrameError, IncompleteRunError, MoediagError, RunError
+from moediag.errors import FrameError, IncompleteRunError, MoediagError
 from moediag.run import reader, series
 from moediag.shown import Headlines, Shown, counted, described_arms
 
@@ -236,7 +236,7 @@ class Comparison(Shown):
     """Analysed runs side by side; :func:`compare` gives one.
 
     Args:
-        runs: label (the folder's name) -> run.
+        runs: label -> run.
     """
 
     def __init__(self, runs: Mapping[str, Run]) -> None:
@@ -277,9 +277,11 @@ class Comparison(Shown):
 
     def write(self, output: str | Path, training_window: int | None = None, force: bool = False) -> Path:
         """Write the comparison as ``moediag compare`` does; returns the path of its report.md."""
-        from moediag.results import compare_runs
+        from moediag.results.compare import compare_runs, run_labels
 
-        compare_runs([run.path for run in self.runs.values()], Path(output), training_window, force)
+        paths, labels = [run.path for run in self.runs.values()], list(self.runs)
+        as_usual = labels == run_labels(paths)  # the page then shows the command without them
+        compare_runs(paths, Path(output), training_window, force, labels=[] if as_usual else labels)
         return Path(output) / "report.md"
 
     def _shown(self) -> tuple[str, list[tuple[str, str]], pd.DataFrame | None]:
@@ -406,22 +408,22 @@ def open_series(path: str | Path) -> Series:
     return Series(found.path, found.record)
 
 
-def compare(*runs: reader.Run | str | Path) -> Comparison:
+def compare(*runs: reader.Run | str | Path, labels: Sequence[str] = ()) -> Comparison:
     """Put analysed runs side by side; nothing is written.
 
     Args:
-        runs: two or more, open or by path, each analysed; each is called by its folder's name.
+        runs: two or more, open or by path, each analysed.
+        labels: what they are called, one for each; empty = by their folders' names, or by what differs in the paths of
+            folders of one name.
 
     Raises:
-        RunError: fewer than two runs, or two of one name.
+        RunError: fewer than two runs, one of them twice, or labels that are not one for each.
         IncompleteRunError: one has not been analysed.
     """
+    from moediag.results.compare import run_labels
+
     opened = [open_run(run.path if isinstance(run, reader.Run) else run) for run in runs]
-    labelled = {run.name: run for run in opened}
-    if len(labelled) < 2 or len(labelled) != len(opened):
-        found = ", ".join(str(run.path) for run in opened) or "none"
-        raise RunError(f"compare takes two or more runs with different folder names, found {found}")
-    comparison = Comparison(labelled)
+    comparison = Comparison(dict(zip(run_labels([run.path for run in opened], labels), opened, strict=True)))
     _ = comparison.summary  # an analysis that is missing is an error now, not at the first figure
     return comparison
 

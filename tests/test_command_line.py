@@ -162,7 +162,9 @@ def test_options_that_have_no_effect_on_joining_a_run_are_usage_errors(
 def test_commands_on_a_folder_that_is_no_run_say_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for command in ("analyze", "report", "validate"):
         assert "is not a moediag run directory" in refused(capsys, command, tmp_path)
-    assert "is not a moediag run directory" in refused(capsys, "compare", tmp_path, tmp_path, "-o", tmp_path / "c")
+    assert "is not a moediag run directory" in refused(
+        capsys, "compare", tmp_path, tmp_path / "b", "-o", tmp_path / "c"
+    )
 
 
 def test_an_output_that_holds_something_else_is_not_touched(

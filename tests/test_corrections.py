@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_corrections import plain_weights
 
-from moediag.corrections import METHODS, PRESETS, compose, find_presets, parse_correction, weights
+from moediag.corrections import (
+    METHODS,
+    PRESETS,
+    compose,
+    correction_weights,
+    find_presets,
+    parse_correction,
+    weights,
+)
 from moediag.corrections.correction import Correction, Step
 from moediag.corrections.terms import Terms
 from moediag.errors import MoediagError
@@ -51,7 +59,7 @@ def test_weights_equal_a_plain_loop(tokens) -> None:
     train, infer, seq, advantage = split(tokens)
     narrow = [(name, parameters) for name, parameters, _ in WIDENED]
     for name, parameters in [*((name, method.parameters) for name, method in METHODS.items()), *narrow]:
-        found = weights(name, train, infer, seq, advantage_T=advantage, **parameters)
+        found = weights(name, train, infer, seq, advantage=advantage, **parameters)
         expected = plain_weights(name, train, infer, seq, advantage, **parameters)
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, expected, rtol=1e-13, atol=0, err_msg=name)
@@ -63,12 +71,12 @@ def test_rows_in_any_order_and_any_company_give_the_same_bits(tokens, seed: int)
     train, infer, seq, advantage = map(np.array, split(tokens))
     order = np.random.default_rng(seed).permutation(len(seq))
     for name in METHODS:
-        whole = weights(name, train, infer, seq, advantage_T=advantage)
-        shuffled = weights(name, train[order], infer[order], seq[order], advantage_T=advantage[order])
+        whole = weights(name, train, infer, seq, advantage=advantage)
+        shuffled = weights(name, train[order], infer[order], seq[order], advantage=advantage[order])
         np.testing.assert_array_equal(shuffled, whole[order])
         for one in np.unique(seq):
             here = seq == one
-            alone = weights(name, train[here], infer[here], seq[here], advantage_T=advantage[here])
+            alone = weights(name, train[here], infer[here], seq[here], advantage=advantage[here])
             np.testing.assert_array_equal(alone, whole[here])
 
 
@@ -97,16 +105,16 @@ def test_bounds_on_divergences_and_probabilities_are_closed() -> None:
     assert weights("ipo", np.log([0.75]), np.log([0.5]), [0], eps=0.25)[0] == pytest.approx(1.5)
     assert weights("ipo", np.log([0.75]), np.log([0.5]), [0], eps=np.nextafter(0.25, 0))[0] == 0
     for advantage, train, infer in ((1.0, 0.75, 0.5), (-1.0, 0.5, 0.75)):
-        arrays = {"logp_train_T": np.log([train]), "logp_infer_T": np.log([infer]), "seq_id_T": [0]}
+        arrays = {"logp_train": np.log([train]), "logp_infer": np.log([infer]), "seq_id": [0]}
         for eps, is_kept in ((0.25, True), (np.nextafter(0.25, 0), False)):
-            found = weights("dppo_tv", **arrays, advantage_T=[advantage], eps_low=eps, eps_high=eps)[0]
+            found = weights("dppo_tv", **arrays, advantage=[advantage], eps_low=eps, eps_high=eps)[0]
             assert (found > 0) == is_kept
         # an update that moves back towards infer is never blocked
-        assert weights("dppo_tv", **arrays, advantage_T=[-advantage], eps_low=0, eps_high=0)[0] > 0
-        assert weights("dppo_kl", **arrays, advantage_T=[-advantage], eps=0)[0] > 0
-        assert weights("dppo_kl", **arrays, advantage_T=[advantage], eps=0)[0] == 0
+        assert weights("dppo_tv", **arrays, advantage=[-advantage], eps_low=0, eps_high=0)[0] > 0
+        assert weights("dppo_kl", **arrays, advantage=[-advantage], eps=0)[0] > 0
+        assert weights("dppo_kl", **arrays, advantage=[advantage], eps=0)[0] == 0
     train, infer = np.log([0.7, 0.5, 0.7, 0.5]), np.log([0.5, 0.7, 0.5, 0.7])
-    both = weights("dppo_tv", train, infer, range(4), advantage_T=[1, -1, -1, 1], eps_low=0.1, eps_high=0.3)
+    both = weights("dppo_tv", train, infer, range(4), advantage=[1, -1, -1, 1], eps_low=0.1, eps_high=0.3)
     assert (both > 0).tolist() == [True, False, True, True]  # only the second moves too far away, and below
     for diff, below in ((-0.1, np.nextafter(0.1**2 / 2, 0)), (-0.5, np.nextafter(np.float32(0.125), np.float32(0)))):
         assert weights("trm_max", [diff], [0.0], [0], delta=diff**2 / 2)[0] == 1
@@ -131,7 +139,7 @@ def test_icepop_open_below_equals_truncation_up_to_the_cap(diffs: list[float], c
 def test_a_wider_band_never_masks_more(tokens) -> None:
     train, infer, seq, advantage = split(tokens)
     for method, tight, wide in WIDENED:
-        narrow, broad = (weights(method, train, infer, seq, advantage_T=advantage, **p) for p in (tight, wide))
+        narrow, broad = (weights(method, train, infer, seq, advantage=advantage, **p) for p in (tight, wide))
         assert not ((broad == 0) & (narrow > 0)).any(), method
 
 
@@ -151,9 +159,9 @@ def test_an_impossible_log_probability_is_not_scored_on_whichever_side() -> None
     train, infer = [-np.inf, -1.0, -np.inf, -1.0, -1.5], [-1.0, -np.inf, -np.inf, -1.0, -1.0]
     for method in METHODS:
         for seq in (range(5), [0] * 5):  # the other tokens of its sequence do not see it either
-            found = weights(method, train, infer, seq, advantage_T=[1.0] * 5)
+            found = weights(method, train, infer, seq, advantage=[1.0] * 5)
             assert found[:3].tolist() == [0, 0, 0]
-            assert found[3:].tolist() == weights(method, train[3:], infer[3:], seq[3:], advantage_T=[1.0] * 2).tolist()
+            assert found[3:].tolist() == weights(method, train[3:], infer[3:], seq[3:], advantage=[1.0] * 2).tolist()
 
 
 ON_A_BOUND_IN_FLOAT32 = [
@@ -189,7 +197,7 @@ def test_float32_probabilities_stand_on_a_bound_in_float32() -> None:
     """Bug: of p 0.75 and 0.5, stored as float32 logs, the difference came out beyond 0.25 by 1e-8."""
     train, infer = np.log(np.float32([0.75, 0.5, 0.9])), np.log(np.float32([0.5, 0.75, 0.5]))
     assert (weights("ipo", train, infer, range(3), eps=0.25) > 0).tolist() == [True, True, False]
-    found = weights("dppo_tv", train, infer, range(3), advantage_T=[1, -1, 1], eps_low=0.25, eps_high=0.25)
+    found = weights("dppo_tv", train, infer, range(3), advantage=[1, -1, 1], eps_low=0.25, eps_high=0.25)
     assert (found > 0).tolist() == [True, True, False]
 
 
@@ -198,15 +206,15 @@ def test_padding_has_no_say() -> None:
     infer = [-1.0, -1.2, -1.5, np.nan, -2.0]
     seq = ["a", "a", "a", "b", "b"]
     for name in METHODS:
-        padded = weights(name, train, infer, seq, advantage_T=[np.nan, 1, 1, np.nan, 1])
-        bare = weights(name, [-1.0, -1.5, -2.0], [-1.2, -1.5, -2.0], ["a", "a", "b"], advantage_T=[1, 1, 1])
+        padded = weights(name, train, infer, seq, advantage=[np.nan, 1, 1, np.nan, 1])
+        bare = weights(name, [-1.0, -1.5, -2.0], [-1.2, -1.5, -2.0], ["a", "a", "b"], advantage=[1, 1, 1])
         assert padded.tolist() == [0, *bare[:2], 0, bare[2]]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_and_nothing_scored(name: str) -> None:
-    assert weights(name, [], [], [], advantage_T=[]).shape == (0,)
-    assert weights(name, [np.nan] * 2, [-1.0] * 2, [0, 1], advantage_T=[np.nan] * 2).tolist() == [0, 0]
+    assert weights(name, [], [], [], advantage=[]).shape == (0,)
+    assert weights(name, [np.nan] * 2, [-1.0] * 2, [0, 1], advantage=[np.nan] * 2).tolist() == [0, 0]
 
 
 def test_one_token_is_its_own_sequence() -> None:
@@ -307,13 +315,11 @@ def test_words_that_cannot_be_read(words: str, message: str) -> None:
 
 def test_arrays_that_do_not_fit() -> None:
     with pytest.raises(MoediagError, match="one length"):
-        weights("none", [0.0, 1.0], [0.0], [0, 0])
-    with pytest.raises(MoediagError, match="one length"):
-        weights("none", [[0.0]], [[0.0]], [[0]])
+        correction_weights(parse_correction("none"), [0.0, 1.0], [0.0], [0, 0])
     with pytest.raises(MoediagError, match="none is given"):
         weights("dppo_tv", [0.0], [0.0], [0])
     with pytest.raises(MoediagError, match="1 scored tokens have an advantage that is not a number, first at row 0"):
-        weights("dppo_tv", [0.0], [0.0], [0], advantage_T=[np.nan])
+        weights("dppo_tv", [0.0], [0.0], [0], advantage=[np.nan])
     with pytest.raises(MoediagError, match="logits"):
         weights("none", [np.inf], [0.0], [0])
     with pytest.raises(MoediagError, match="the sequence of every token"):

@@ -58,7 +58,7 @@ def make_tokens(seed: int = 0, n_sequences: int = 30, unscored: bool = True, sca
 def weights_of(tokens: pd.DataFrame, name: str, **parameters: float) -> np.ndarray:
     """Weight of every row, from the arrays."""
     columns = (tokens[column] for column in ("logp_train", "logp_infer", "seq_id"))
-    return weights(name, *columns, advantage_T=tokens["advantage"], **parameters)
+    return weights(name, *columns, advantage=tokens["advantage"], **parameters)
 
 
 def plain_statistics(tokens: pd.DataFrame, name: str, eps: float = 0.2) -> dict[str, float]:

@@ -205,7 +205,7 @@ def test_a_comparison_shows_both_runs_side_by_side(moe: moediag.Run, analysed: P
     assert "<table" in both._repr_html_()
     n_tokens = moe.summary["pairs"]["infer~train"]["n_tokens"]
     assert f"{n_tokens:,}" in both._repr_html_()  # bug: counts were shown as 1.94e+04
-    with pytest.raises(RunError, match="two or more runs with different folder names"):
+    with pytest.raises(RunError, match="two or more runs, each once"):
         moediag.compare(moe, moe)
 
 

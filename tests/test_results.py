@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
+import os
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import MOEDIAG
 from records import arm_of, checkpoint_of, made_otherwise, new_run
 from test_run_directory import LAYERS, N_EXPERTS, TOP_K, capture_of, tokens_of
 
+import moediag
 from moediag.cli.main import main
 from moediag.errors import CorruptRunError, DiskFullError, IncompleteRunError, MoediagError, RunError
 from moediag.results import analyze_run, compare, compare_runs, load_frames, load_summary, report, report_run
@@ -99,12 +105,17 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "draw_comparison_figures", lambda *_, **__: [])
 
 
+def load(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "summary.json").read_text()))
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([str(argument) for argument in arguments]) == 1
     captured = capsys.readouterr()
     assert "Wrote" not in captured.out
-    assert len(captured.err.strip().splitlines()) == 1
-    return captured.err
+    lines = [line for line in captured.err.splitlines() if not line.endswith(" ...")]  # what a slow machine is doing
+    assert len(lines) == 1
+    return f"{lines[0]}\n"
 
 
 def test_analyze_prints_and_returns_exactly_the_sealed_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,6 +241,79 @@ def test_a_kill_during_the_very_first_write_does_not_block_the_comparison(folder
     (half_made / ".summary.json.123.tmp").write_text("{")
     assert main(["compare", "moe", "dense", "-o", "c"]) == 0
     assert not half_made.exists()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_runs_of_one_name_are_called_by_what_differs_in_their_paths_or_as_given(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: compare a/moe b/moe was refused, and nothing but renaming a folder helped."""
+    for place in ("a", "b"):
+        shutil.copytree("moe", Path(place) / "moe")
+    assert main(["compare", "a/moe", "b/moe", "-o", "c"]) == 0
+    assert list(load(folder / "c")["runs"]) == ["a", "b"]
+    words = ["compare", "a/moe", "b/moe", "--label", "before", "--label", "after: 1", "-o", "d"]
+    assert main(words) == 0
+    assert set(load(folder / "d")["runs"]) == {"before", "after: 1"}
+    page = (folder / "d" / "report.md").read_text()
+    assert "moediag compare a/moe b/moe -o d --label before --label 'after: 1'" in page
+    assert moediag.compare("a/moe", "b/moe", labels=["x", "y"]).write("e").read_text().count("--label x --label y")
+    assert "--label" not in moediag.compare("a/moe", "b/moe").write("f").read_text()
+    capsys.readouterr()
+    for labels in (["x"], ["x", "x"], ["x", " "], ["x", "y", "z"]):
+        given = [word for label in labels for word in ("--label", label)]
+        assert "a different name for each of the 2 runs" in refused(
+            capsys, "compare", "a/moe", "b/moe", "-o", "g", *given
+        )
+    assert "two or more runs, each once" in refused(capsys, "compare", "a/moe", "a/../a/moe", "-o", "g")
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        (["x/moe", "x/dense"], ["moe", "dense"]),
+        (["a/moe", "b/moe", "c/dense"], ["a/moe", "b/moe", "c/dense"]),
+        (["lr/1/out/moe", "lr/2/out/moe"], ["1", "2"]),
+        (["x/moe", "x/moe/moe"], None),  # one inside the other: nothing shorter than their whole paths tells them apart
+    ],
+)
+def test_labels_are_short_and_distinct(paths: list[str], labels: list[str] | None) -> None:
+    assert compare.run_labels([Path(path) for path in paths]) == (
+        labels or [str(Path(path).resolve()) for path in paths]
+    )
+
+
+def run_without_privileges(*words: object) -> subprocess.CompletedProcess[str]:
+    """The command of a user who may not write where permissions say so, which root may."""
+
+    def drop() -> None:
+        if os.getuid() == 0:
+            PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+            ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE)
+
+    command = [str(MOEDIAG), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=drop)
+
+
+@pytest.mark.parametrize("command", ["analyze", "report", "diagnose", "simulate"])
+def test_a_read_only_run_is_refused_at_once_with_what_works(folder: Path, command: str) -> None:
+    """Bug: analyze computed for a minute and then said to choose another folder, which it has no option for."""
+    for path in [*Path("moe").rglob("*"), Path("moe")]:
+        path.chmod(path.stat().st_mode & ~0o222)
+    try:
+        done = run_without_privileges(command, "moe", *(["--method", "icepop"] if command == "simulate" else []))
+        elsewhere = run_without_privileges("simulate", "moe", "--method", "icepop", "-o", "elsewhere")
+    finally:
+        for path in [Path("moe"), *Path("moe").rglob("*")]:
+            path.chmod(path.stat().st_mode | 0o200)
+    assert done.returncode == 1, done.stderr
+    assert "-o" in done.stderr
+    assert "analysis: " not in done.stderr.replace("analysis: metrics", "")
+    assert (
+        "give -o a folder elsewhere" if command == "simulate" else "cp -r --no-preserve=mode moe COPY"
+    ) in done.stderr
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert Path("elsewhere/report.md").exists()
 
 
 @pytest.mark.usefixtures("no_figures")

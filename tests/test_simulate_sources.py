@@ -91,6 +91,20 @@ def test_every_kind_of_file_in_any_order_gives_the_same_weights_bit_for_bit(
     assert 0.0 in expected["geometric_band"].values()
 
 
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+def test_whole_numbers_may_be_written_as_floats_and_csv_with_semicolons(tmp_path: Path, ending: str) -> None:
+    """Bug: a position of 42.0, as pandas writes a column that once had a gap, was refused; 0.5 of a frame became 0."""
+    frame = logged()
+    expected = weights_by_key(table_source(frame))
+    floats = frame.astype({"position": float, "token_id": float})
+    path = write(floats, tmp_path / f"t.{ending}")
+    if ending == "csv":
+        floats.to_csv(path, index=False, sep=";")
+    assert weights_by_key(table_source(path)) == weights_by_key(table_source(floats)) == expected
+    with pytest.raises(DumpError, match=r"^column position needs whole numbers, found 0\.5 in row 0"):
+        table_source(frame.assign(position=frame["position"] + 0.5))
+
+
 def test_weights_of_a_table_are_those_of_the_python_call() -> None:
     frame = logged(40)
     response = frame[frame["is_response"]]
@@ -100,7 +114,7 @@ def test_weights_of_a_table_are_those_of_the_python_call() -> None:
     advantage_T = response["seq_id"].map(advantage_S).to_numpy()
     for method in METHODS:
         direct_T = weights(
-            method, response["logp_train"], response["logp_infer"], response["seq_id"], advantage_T=advantage_T
+            method, response["logp_train"], response["logp_infer"], response["seq_id"], advantage=advantage_T
         )
         row_T = source.weights(parse_correction(method))
         np.testing.assert_array_equal(row_T[frame["is_response"]], direct_T, err_msg=method)
@@ -181,6 +195,11 @@ BAD = {
     "no-response": (lambda frame: frame.assign(is_response=False), r"holds no response token"),
     "unscored": (lambda frame: frame.assign(logp_train=np.nan), r"no response token has both log-probabilities"),
     "flags": (lambda frame: frame.assign(is_response=2), r"is_response needs true/false or 1/0, found 2"),
+    "fraction": (
+        lambda frame: put("position", 2, 1.5)(frame.astype({"position": float})),
+        r"column position needs whole numbers, found 1\.5 in row 2",
+    ),
+    "gap": (put("position", 2, np.nan), r"position (needs whole numbers, found nan in row 2|is empty in 1 rows)"),
     "float-ids": (lambda frame: frame.assign(seq_id=0.5), r"column seq_id"),
 }
 

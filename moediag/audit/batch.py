@@ -121,7 +121,7 @@ def audit_tokens(run: Run, arms: tuple[str, str], methods: Sequence[str], n_sequ
     advantage_S = grpo_advantages(reward_S, prompt_id_S)
     logps = x.logp_train_T, x.logp_infer_T
     product_T = weights("mis_sequence", *logps, x.row_T, cap=math.inf)  # the product ratio itself, clamped
-    rows = [weights(method, *logps, x.row_T, advantage_T=advantage_S[x.row_T]) for method in methods]
+    rows = [weights(method, *logps, x.row_T, advantage=advantage_S[x.row_T]) for method in methods]
     return AuditTokens(
         seq_id_S=seq_id_S,
         prompt_id_S=prompt_id_S,

@@ -194,7 +194,7 @@ def expected_updates(methods: tuple[str, ...], logp_train_NV: Any, logp_infer_NV
     flat = logp_train_NV.ravel(), logp_infer_NV.ravel(), place
     parts = []
     for method in methods:
-        weight_NV = weights(method, *flat, advantage_T=gain_NV.ravel()).reshape(n_prefixes, n_vocabulary)
+        weight_NV = weights(method, *flat, advantage=gain_NV.ravel()).reshape(n_prefixes, n_vocabulary)
         push_NV = p_infer_NV * weight_NV * gain_NV
         parts.append(push_NV - p_train_NV * push_NV.sum(1, keepdims=True))
     value_N = p_train_NV @ reward_V / p_train_NV.sum(1)

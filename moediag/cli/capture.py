@@ -43,6 +43,7 @@ def command(
     replay_layers: o.ReplayLayers = None,
     shard_index: o.ShardIndex = None,
     num_shards: o.NumShards = None,
+    dry_run: o.DryRun = False,
     force: o.Force = False,
 ) -> None:
     """Capture one arm. With --prompts the run is begun (or resumed); without, the arm joins the run at RUN.
@@ -50,6 +51,8 @@ def command(
     Several workers may fill one arm at the same time: each takes shards that no other holds. With --shard-index
     and --num-shards they also share the work across machines; merging is then a plain copy (cp -rn B/. A/).
     """
+    if prompts is None:
+        o.there(output)
     from moediag.cli import jobs
     from moediag.cli.console import wrote
     from moediag.engines.plan import needed_length
@@ -76,7 +79,9 @@ def command(
         longest, is_given = plan.max_model_len, plan.completion_ids is not None
         # Before the run: what cannot be captured must not begin one, nor replace the one that is there.
         planned = request(is_given, longest, settings.seed, sampler=plan.sampled_by)
-        jobs.announce(plan, output, [planned], settings.dtype.value, is_anew=force)
+        jobs.announce(plan, output, [planned], settings.dtype.value, is_anew=force, has_results=False)
+        if dry_run:
+            jobs.end_dry(f"would begin or resume {output} and capture arm {arm}")
         run, checkpoint = plan.create(output, force), plan.checkpoint
     else:
         _refuse_without_effect(context)
@@ -95,6 +100,9 @@ def command(
         reference=reference,
         is_other_checkpoint=has_other_weights,
     )
+    if dry_run:
+        n_left = len(RunWriter(run, worker).own_missing_shards(arm))
+        jobs.end_dry(f"would capture arm {arm}: {n_left} of {len(run.shards)} shards of {output} are missing")
     jobs.capture(jobs.Arms(RunWriter(run, worker), [made_as], {made.role: checkpoint}), is_shared=True)
     wrote(run.arm_folder(arm))
 

@@ -23,6 +23,9 @@ N_PROMPTS = 64
 MAX_TOKENS = 320  # prompt (about 120 bytes) + response stay inside the training window of 512
 
 
+_SIZE = "about 200 MB for 64 prompts, most of it whole distributions and router logits"
+
+
 def command(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for everything.")] = Path(
         "moediag-demo"
@@ -34,6 +37,7 @@ def command(
         int, typer.Option(metavar="N", min=1, max=MOE.n_steps, help="Training steps; fewer for a quick look.")
     ] = MOE.n_steps,
     no_text: o.NoText = False,
+    dry_run: o.DryRun = False,
     force: o.Force = False,
 ) -> None:
     """Train a tiny MoE and a dense model, profile both in both engines, compare: no download, no GPU."""
@@ -46,6 +50,13 @@ def command(
     from moediag.run.files import make_folder, write_atomic, write_error
 
     jobs.require(INFER, TRAIN)
+    if dry_run:
+        recipes = jobs.profile_recipes(replay=True, floors=True) + list(jobs.FLOAT32)
+        note(f"Trains   two tiny models of {steps} steps, or takes those kept in {cache_folder()}")
+        note(f"Samples  {limit} prompts, up to {MAX_TOKENS} tokens each, for both")
+        note(f"Arms     {', '.join(recipes)}; the dense model all but train-replay")
+        note(f"Writes   checkpoints, two runs, a simulation, a comparison under {output}; {_SIZE}")
+        jobs.end_dry("would train, capture, analyse, simulate and compare")
     make_folder(output)
     try:
         checkpoints = _checkpoints(output, steps)

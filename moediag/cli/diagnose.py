@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moediag.cli.jobs import Arms
     from moediag.engines.arms import ArmRequest
     from moediag.engines.checkpoint import Checkpoint
+    from moediag.engines.plan import Plan
     from moediag.run.reader import Run
 
 NAME = "diagnose"
@@ -53,6 +54,7 @@ ReferenceFolder = Annotated[
     typer.Option(
         "--reference",
         metavar="FOLDER",
+        callback=o.checkpoint_there,
         help="The same weights with modelling code of their own, as publishers ship it: run in float32 as a third "
         "implementation, which tells whose a difference of functions is. May be CKPT itself.",
     ),
@@ -94,6 +96,7 @@ def command(
     trust_reference_code: TrustReference = False,
     float32_memory: Float32Memory = None,
     whole: Whole = False,
+    dry_run: o.DryRun = False,
     as_json: o.Json = False,
     force: o.Force = False,
 ) -> None:
@@ -102,6 +105,10 @@ def command(
     Of a RUN the arms that are there are used, and no engine is started. With a checkpoint and -o the missing arms are
     made, in the order in which they tell most; it ends where the cause is plain.
     """
+    if output is None:
+        o.there(target)
+    else:
+        o.checkpoint_there(target)
     from moediag.cli.console import bar, say, say_json, wrote
     from moediag.cli.table import show_ladder, show_verdict
     from moediag.diagnosis.ladder import engine_seconds
@@ -112,10 +119,16 @@ def command(
         if prompts is not None or turn or replay_by_layer or modules or reference is not None:
             raise typer.BadParameter("engines run with a checkpoint: moediag diagnose CKPT -o RUN")
         run = open_run(Path(target))
+        if dry_run:
+            from moediag.cli import jobs
+
+            jobs.end_dry(f"would analyse and report {target} with its arms {', '.join(run.arms())}, without an engine")
     else:
         third = None if reference is None else (reference, trust_reference_code)
         room = None if float32_memory is None else float32_memory * 2**30
-        run = _climb(target, output, prompts, settings, turn or [], replay_by_layer, modules, third, room, whole, force)
+        run = _climb(
+            target, output, prompts, settings, turn or [], replay_by_layer, modules, third, room, whole, force, dry_run
+        )
     with bar("analysis") as progress:
         summary = analyze_run(run, workers=o.n_workers(), on_event=progress.on_event)
         progress.on_event({"stage": "figures and report"})
@@ -141,6 +154,7 @@ def _climb(
     room: float | None,
     whole: bool,
     force: bool,
+    is_dry: bool,
 ) -> Run:
     """Make the arms that are missing, a stage at a time, until the cause is plain.
 
@@ -161,6 +175,8 @@ def _climb(
     jobs.require(INFER, TRAIN)
     if prompts is not None:
         plan = settings.plan(ckpt, prompts, INFER)
+        if is_dry:
+            _end_dry(plan, settings, output, turned, room, force)
         run, checkpoint = plan.create(output, force), plan.checkpoint
     else:
         given = settings.revision, settings.trust_remote_code
@@ -198,10 +214,12 @@ def _climb(
             continue
         if missing:
             note(f"Stage {nth + 1}  {', '.join(one.arm for one in missing)}: {_cost(run, missing)}")
+            if is_dry:
+                continue
             _capture_stage(jobs.Arms(RunWriter(run), missing, checkpoints))
-        if is_cut:
+        if is_cut and not is_dry:
             _capture_first_layers(run, checkpoint, settings, room)
-        if whole or stage is opted:
+        if whole or is_dry or stage is opted:
             continue
         with bar("analysis") as progress:
             progress.on_event({"stage": "is the cause plain?"})
@@ -209,12 +227,34 @@ def _climb(
         if word in (BIT_EXACT, NOT_REPEATING, OTHER_FUNCTION):
             note(f"Ended    the cause is plain ({word}); --whole climbs on")
             break
+    if is_dry:
+        jobs.end_dry("would capture what is missing, a stage at a time, until the cause is plain")
     if modules is None:
         modules = analyze_run(run, workers=o.n_workers())["verdict"]["word"] in (OTHER_FUNCTION, ROUNDS_WORSE)
     if modules and kept_checks(run) is None:
         with Engines() as engines, bar("modules") as progress:
             check_modules(engines, run, checkpoint, checkpoint, progress.on_event).keep(run)
     return run
+
+
+def _end_dry(
+    plan: Plan, settings: Settings, output: Path, turned: Sequence[str], room: float | None, force: bool
+) -> NoReturn:
+    """What a diagnosis that begins a run would do."""
+    from moediag.cli import jobs
+    from moediag.engines.plan import why_no_float32
+
+    why = why_no_float32(plan.checkpoint, settings.dtype.value, settings.tensor_parallel_size, room)
+    no_replay = jobs.why_no_replay(plan.checkpoint, settings.dtype.value)
+    names = [
+        *FIRST,
+        *(() if why else jobs.FLOAT32),
+        *(name for name in REST if name != "train-replay" or not no_replay),
+    ]
+    request = partial(settings.request, max_model_len=plan.max_model_len, seed=settings.seed)
+    jobs.announce(plan, output, jobs.requests_of(names, plan, request), settings.dtype.value, is_anew=force)
+    options = f", then {', '.join(turned)}" if turned else ""
+    jobs.end_dry(f"would capture these arms{options}, in this order, until the cause is plain")
 
 
 def _capture_stage(arms: Arms) -> None:
@@ -284,6 +324,7 @@ def _open_reference(output: Path, third: tuple[str, bool]) -> Checkpoint:
 
 def _cost(run: Run, requests: Sequence[ArmRequest]) -> str:
     """Time and disk that arms will take, from what the run's reference arms took; what is not known is said."""
+    from moediag.numbers import count
     from moediag.run.recipes import recipe
 
     seconds, n_bytes, unknown = 0.0, 0, []
@@ -296,7 +337,7 @@ def _cost(run: Run, requests: Sequence[ArmRequest]) -> str:
             sidecar = run.capture_sidecar(like, shard)
             seconds, n_bytes = seconds + (sidecar.seconds or 0.0), n_bytes + sidecar.n_bytes
     n_loads = len({(one.engine, str(one.options)) for one in requests})
-    loads = f"{n_loads} loads of an engine (some 25 s each on two cores, more for large weights)"
+    loads = f"{count(n_loads, 'load')} of an engine (some 25 s each on two cores, more for large weights)"
     if unknown:
         return f"{loads}; each arm takes one pass over the tokens, how long is known once {unknown[0]} is there"
     return f"{loads}, about {seconds:,.0f} s of passes as the arms before took, {n_bytes / 1e6:,.1f} MB"

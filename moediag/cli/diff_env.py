@@ -21,7 +21,9 @@ _WIDTH = 100
 _LONGEST = 110  # characters of a value: more is cut out of its middle
 _MARK = "..."
 
-OtherRun = Annotated[Path | None, typer.Argument(metavar="[RUN_B]", help="Run to compare with; none: arms of one run.")]
+OtherRun = Annotated[
+    Path | None, typer.Argument(metavar="[RUN_B]", callback=o.there, help="Run to compare with; none: arms of one run.")
+]
 Arms = Annotated[
     str | None, typer.Option(metavar="A,B", help="Two arms of one run; default: the reference infer and train arms.")
 ]
@@ -99,7 +101,7 @@ def _record(
 
 
 def _show_arm(comparison: ArmComparison) -> None:
-    from moediag.cli.console import say
+    from moediag.cli.console import say, say_table
 
     what = "what was requested" if comparison.arm == "run" else f"arm {comparison.arm}"
     left_out = f"; {comparison.n_one_sided} that one engine alone has are left out" if comparison.n_one_sided else ""
@@ -109,7 +111,7 @@ def _show_arm(comparison: ArmComparison) -> None:
         say(f"{what}: identical ({comparison.n_facts} facts compared{left_out})")
     else:
         say(f"{what}: {len(comparison.differences)} of {comparison.n_facts} facts differ{left_out}")
-        say(differences_table(comparison.differences))
+        say_table(differences_table(comparison.differences))
         say()
 
 

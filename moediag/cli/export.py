@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from moediag.cli import options as o
+
 NAME = "export"
 
 
@@ -17,7 +19,7 @@ class ExportFormat(StrEnum):
     table = "table"
 
 
-Target = Annotated[Path, typer.Argument(metavar="RUN|SERIES", help="Run directory, or a series.")]
+Target = Annotated[Path, typer.Argument(metavar="RUN|SERIES", help="Run directory, or a series.", callback=o.there)]
 OutputFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Table to write (.parquet).")]
 FormatOption = Annotated[
     ExportFormat, typer.Option("--format", help="table: a row per token of the main pair, without routes.")

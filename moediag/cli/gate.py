@@ -12,7 +12,7 @@ from moediag.errors import ConditionError
 
 NAME = "gate"
 
-Target = Annotated[Path | None, typer.Argument(metavar="RUN", help="Analysed run directory.")]
+Target = Annotated[Path | None, typer.Argument(metavar="RUN", help="Analysed run directory.", callback=o.there)]
 Require = Annotated[
     list[str] | None,
     typer.Option(
@@ -23,7 +23,8 @@ Require = Annotated[
     ),
 ]
 Baseline = Annotated[
-    Path | None, typer.Option(metavar="RUN", help="Analysed run that conditions name as baseline.NAME.")
+    Path | None,
+    typer.Option(metavar="RUN", help="Analysed run that conditions name as baseline.NAME.", callback=o.there),
 ]
 Allow = Annotated[
     list[str] | None,

@@ -9,10 +9,14 @@ NAME = "inspect"
 
 def command(ckpt: o.Ckpt, revision: o.Revision = None, as_json: o.Json = False) -> None:
     """Show a checkpoint's routing rule, router tensors and sampling values."""
-    from moediag.cli.console import say, say_json
+    from moediag.cli.console import doing, say, say_json
+    from moediag.engines.versions import require_train_engine
+
+    require_train_engine()
     from moediag.engines.inspection import inspect_checkpoint
 
-    facts = inspect_checkpoint(ckpt, revision)
+    with doing(f"running a router of {ckpt} in transformers"):
+        facts = inspect_checkpoint(ckpt, revision)
     if as_json:
         say_json(facts)
         return

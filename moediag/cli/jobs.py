@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
 
 from moediag.cli import options as o
-from moediag.cli.console import bar, note, wrote
+from moediag.cli.console import Bar, bar, doing, note, wrote
 from moediag.cli.table import show_table
 from moediag.engines.arms import AUTO, HOOKS, UNOBSERVED, ArmRequest, Reference
 from moediag.engines.checkpoint import Checkpoint, compare_checkpoints, compare_records, open_checkpoint
@@ -21,6 +25,7 @@ from moediag.engines.versions import remarks
 from moediag.errors import CheckpointError, DiskFullError, IncompleteRunError, RunConflictError
 from moediag.notation import INFER, TRAIN
 from moediag.results import analyze_run, report_run
+from moediag.results.size import records_bytes, results_bytes
 from moediag.run.create import bring_back, drop_replaced, replaced
 from moediag.run.reader import Run, open_run
 from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM, recipe
@@ -44,8 +49,9 @@ def require(*recipes: str) -> None:
         DependencyError: says which and what to install.
     """
     engines = [ENGINES[name] for name in dict.fromkeys(recipe(name).engine for name in recipes)]
-    for engine in engines:
-        engine.require()
+    with doing("looking at the installed engines"):
+        for engine in engines:
+            engine.require()
     for remark in remarks(*dict.fromkeys(package for engine in engines for package in engine.packages)):
         note(f"Note     {remark}")
 
@@ -108,11 +114,21 @@ def requests_of(recipes: Sequence[str], plan: Plan, request_of: Requesting) -> l
     return requests
 
 
-def announce(plan: Plan, output: Path, requests: Sequence[ArmRequest], dtype: str, is_anew: bool = False) -> None:
+def announce(
+    plan: Plan,
+    output: Path,
+    requests: Sequence[ArmRequest],
+    dtype: str,
+    is_anew: bool = False,
+    has_results: bool = True,
+    n_tensors: Sequence[int] = (),
+) -> None:
     """Print what will be done and how much will be written.
 
     Args:
         is_anew: the run that is there is kept until the new one is complete, and none of it is used again.
+        has_results: the arms are analysed and reported, too.
+        n_tensors: of each further checkpoint that is loaded.
 
     Raises:
         DiskFullError: there is less space than the run may need.
@@ -123,7 +139,15 @@ def announce(plan: Plan, output: Path, requests: Sequence[ArmRequest], dtype: st
     how = (
         "scoring the given completions" if plan.completion_ids else f"sampling up to {sampling.max_tokens} tokens each"
     )
+    n_arms, n_layers = len(requests), routing.n_layers if routing else 0
+    n_shards = -(-plan.n_sequences // plan.shard_size)
     n_bytes = plan.max_bytes(requests, dtype)
+    n_bytes += records_bytes([len(plan.checkpoint.tensors), *n_tensors], n_arms, n_shards, n_layers)
+    n_results = 0
+    if has_results:
+        n_prompt = sum(map(len, plan.prompt_ids)) * (plan.n_sequences // len(plan.prompt_ids))
+        n_tokens = plan.max_token_rows - n_prompt
+        n_results = results_bytes(n_tokens, plan.n_sequences, n_arms, n_layers, plan.full_vocab > 0)
     note(f"Model    {plan.checkpoint.name} ({model}; {layers})")
     note(f"Tokens   {len(plan.prompt_ids)} prompts, {plan.n_sequences} sequences, {how}")
     forced = {request.observer for request in requests if request.engine == VLLM} - {UNOBSERVED}
@@ -139,12 +163,16 @@ def announce(plan: Plan, output: Path, requests: Sequence[ArmRequest], dtype: st
         )
     per_token = replace(plan, full_vocab=0).max_bytes(requests, dtype) / plan.max_token_rows
     beside = " beside whole distributions" if plan.full_vocab else ""
-    note(f"Writes   at most {n_bytes / 1e6:,.1f} MB under {output} ({per_token:,.0f} B per token{beside})")
+    results = f" and tables, figures and pages at most {n_results / 1e6:,.1f} MB" if has_results else ""
+    note(
+        f"Writes   at most {(n_bytes + n_results) / 1e6:,.1f} MB under {output}: arms at most {n_bytes / 1e6:,.1f} MB "
+        f"({per_token:,.0f} B per token{beside}){results}"
+    )
     if not plan.completion_ids and not sampling.is_neutral:
         note("Note     sampling is not neutral (temperature 1, no truncation): k1 and k3 are then no KL estimates")
     if plan.ignored_keys:
         note(f"Note     keys of the prompts file that are not used: {', '.join(plan.ignored_keys)}")
-    _refuse_full_disk(output, n_bytes, is_anew)
+    _refuse_full_disk(output, n_bytes + n_results, is_anew)
 
 
 def _refuse_full_disk(output: Path, n_bytes: int, is_anew: bool) -> None:
@@ -177,7 +205,9 @@ def join(
         CorruptRunError: run.json does not say how sequences are sampled.
         SchemaVersionError: the run was made by an earlier version.
     """
-    run, checkpoint = open_run(output), open_checkpoint(ckpt, revision, trust_remote_code)
+    with doing(f"reading {ckpt} and hashing its weights"):
+        run, checkpoint = open_run(output), open_checkpoint(ckpt, revision, trust_remote_code)
+        _ = checkpoint.record
     checkpoint = replace(checkpoint, is_observed=is_observed)
     RunWriter(run).refuse_earlier_schema()
     known_sampling(run)
@@ -224,14 +254,22 @@ def reference_for(run: Run, name: str, arm: str, checkpoint: Checkpoint) -> tupl
     return Reference(there.name, there.path, there.engine), there.checkpoint not in (None, digest)
 
 
+def end_dry(words: str) -> NoReturn:
+    """The end of a command under --dry-run, which has said what it would do."""
+    note(f"Dry run  {words}; nothing was started or written")
+    raise typer.Exit
+
+
 def open_other(name: str, plan: Plan, trust_remote_code: bool) -> Checkpoint:
     """A second checkpoint for a run that is planned.
 
     Raises:
         CheckpointError: it cannot be loaded, or its tokenizer gives tokens other ids.
     """
-    checkpoint = open_checkpoint(name, None, trust_remote_code)
-    check_loadable(checkpoint, trust_remote_code)
+    with doing(f"reading {name} and hashing its weights"):
+        checkpoint = open_checkpoint(name, None, trust_remote_code)
+        check_loadable(checkpoint, trust_remote_code)
+        _ = checkpoint.record
     ours = plan.checkpoint.digests["tokenizer_sha256"]
     refuse_other_tokenizer(Tokenizer(files_sha256=ours, map_sha256=plan.map_sha256), checkpoint, trust_remote_code)
     return checkpoint
@@ -351,12 +389,15 @@ def capture(*captures: Arms, is_shared: bool = False) -> None:
         for one in captures:
             one.refuse()
             one.compare_weights()
-        for one, request in _by_engine(captures):
+        work = _by_engine(captures)
+        pace = Pace([(request.engine, _n_waiting(one.writer, request)) for one, request in work])
+        for nth, (one, request) in enumerate(work):
             writer, run = one.writer, one.writer.run
             named = title(request) if len(captures) == 1 else f"{run.path.name}: {title(request)}"
+            named = named if len(work) == 1 else f"arm {nth + 1} of {len(work)}: {named}"
             if writer.own_missing_shards(request.arm):
-                with bar(named) as progress:
-                    fill_arm(engines, writer, one.checkpoint(request), request, progress.on_event)
+                with bar(named, request.arm) as progress, pace.of(nth, progress, one.checkpoint(request)) as on_event:
+                    fill_arm(engines, writer, one.checkpoint(request), request, on_event)
             else:
                 slice_ = "" if run.is_complete(request.arm) else f"slice {writer.worker} is "
                 note(f"{named}: {slice_}complete, nothing to capture")
@@ -364,6 +405,72 @@ def capture(*captures: Arms, is_shared: bool = False) -> None:
     for one in captures:
         if all(one.writer.run.is_complete(request.arm) for request in one.requests):
             drop_replaced(one.writer.run.path)
+
+
+class Pace:
+    """How long all arms together will take, from what those before took.
+
+    Args:
+        work: engine and sequences of every arm, in their order.
+    """
+
+    def __init__(self, work: Sequence[tuple[str, int]]) -> None:
+        self._work = work
+        self._seconds = [0.0] * len(work)
+        self._n_done = [0.0] * len(work)
+        self._noted: set[tuple[str, str]] = set()
+
+    def left(self) -> float | None:
+        """Seconds that the rest will take, loading the engines included; None = not known yet."""
+        n_left = [n - done for (_, n), done in zip(self._work, self._n_done, strict=True)]
+        known = {engine: self._rate({engine}) for engine, _ in self._work}
+        overall = self._rate(set(known))
+        if overall is None:
+            return None
+        rates = [known[engine] or overall for engine, _ in self._work]
+        return sum(max(n, 0) * rate for n, rate in zip(n_left, rates, strict=True))
+
+    def _rate(self, engines: set[str]) -> float | None:
+        """Seconds of a sequence."""
+        arms = [nth for nth, (engine, _) in enumerate(self._work) if engine in engines]
+        n_done = sum(self._n_done[nth] for nth in arms)
+        return sum(self._seconds[nth] for nth in arms) / n_done if n_done else None
+
+    @contextmanager
+    def of(self, nth: int, progress: Bar, checkpoint: Checkpoint) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """What an arm's engine reports to, while it is captured; shows how long everything will take beside it."""
+        started = time.monotonic()
+
+        def on_event(event: dict[str, Any]) -> None:
+            if event.get("unit") == "sequences":
+                self._seconds[nth], self._n_done[nth] = time.monotonic() - started, event["done"]
+            left = self.left()
+            if left is not None and len(self._work) > 1:
+                progress.overall(f"all in {_about(left)}" if left >= 1 else "")
+            key = str(checkpoint.path), event.get("note", "")  # arms of one engine say the same of one checkpoint
+            if not key[1] or key not in self._noted:
+                progress.on_event(event)
+            self._noted.add(key)
+
+        yield on_event
+        self._seconds[nth], self._n_done[nth] = time.monotonic() - started, self._work[nth][1]
+
+
+def _about(seconds: float) -> str:
+    """A time to wait for, no more exact than it is known.
+
+    Example:
+        >>> _about(42), _about(400), _about(9000)
+        ('50 s', '7 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{10 * math.ceil(seconds / 10)} s"
+    return f"{math.ceil(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _n_waiting(writer: RunWriter, request: ArmRequest) -> int:
+    """Sequences of an arm that are to be captured."""
+    return sum(shard.n_sequences for shard in writer.own_missing_shards(request.arm)[: request.n_shards])
 
 
 def _by_engine(captures: Sequence[Arms]) -> list[tuple[Arms, ArmRequest]]:

@@ -35,6 +35,7 @@ from moediag.cli import (
     trend,
     validate,
 )
+from moediag.cli.console import attending, note
 from moediag.cli.signals import Interrupted, interruptible
 from moediag.errors import MoediagError
 
@@ -45,6 +46,13 @@ GROUPS: Final = {
     "Look up": (inspect, schema, env, diff_env),
 }
 """Commands as --help groups them."""
+
+
+EXTRAS: Final = {
+    **dict.fromkeys(("torch", "transformers", "tokenizers", "accelerate", "huggingface_hub"), "hf"),
+    "vllm": "vllm",
+}
+"""Packages that not every installation has, and the extra that brings each."""
 
 
 class _Grouped(TyperGroup):
@@ -68,7 +76,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 for modules in GROUPS.values():
     for module in modules:
@@ -104,10 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        with interruptible(resumes=_resumes(words)):
+        with interruptible(resumes=_resumes(words)), attending():
             return _run(words)
     except Interrupted as signal:
-        print(signal.line, file=sys.stderr)
+        note(signal.line)
         return signal.exit_code
 
 
@@ -116,13 +124,16 @@ def _run(words: list[str]) -> int:
         result = app(args=words, standalone_mode=False, obj=words)  # pages name the command that makes them again
         return int(result or 0)
     except MoediagError as error:
-        print(f"moediag: {error}", file=sys.stderr)
+        note(f"moediag: {error}")
         return 1
     except typer.Exit as leave:
         return leave.exit_code
-    except BrokenPipeError:  # the reader of a pipe (head, less) has gone
-        sys.stderr.close()
-        return 0
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        note(f"moediag: this needs {package}, which is not installed here; pip install 'moediag[{EXTRAS[package]}]'")
+        return 1
     except Exception as error:
         return _usage_error(error)
 

@@ -7,12 +7,13 @@ import os
 import re
 from collections.abc import Iterable
 from enum import StrEnum
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from moediag.errors import EngineError, RunError
+from moediag.errors import CheckpointError, EngineError, PromptsError, RunError
 
 if TYPE_CHECKING:
     from moediag.hygiene import Finding
@@ -66,19 +67,54 @@ class ModelDtype(StrEnum):
     float32 = "float32"
 
 
-Ckpt = Annotated[str, typer.Argument(metavar="CKPT", help="Checkpoint folder, or a hub id (owner/name).")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+def there(given: Any) -> Any:
+    """Paths that exist, or patterns; refused while nothing has been imported yet.
+
+    Raises:
+        RunError: a path is missing.
+    """
+    for path in given if isinstance(given, list | tuple) else [given]:
+        if path is not None and not Path(path).exists() and not has_magic(str(path)):
+            raise RunError(f"{path} does not exist; give a path that does (moediag profile or import makes runs)")
+    return given
+
+
+def checkpoint_there(name: str | None) -> str | None:
+    """A folder that exists, or what may be a hub id.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    is_id = name is None or (name.count("/") == 1 and not name.startswith((".", "/", "~")))
+    if not is_id and not Path(str(name)).exists():
+        raise CheckpointError(f"checkpoint {name} does not exist; give a checkpoint folder or a hub id (owner/name)")
+    return name
+
+
+def _prompts_there(path: Path | None) -> Path | None:
+    if path is not None and not path.exists():
+        raise PromptsError(f"prompts file {path} does not exist; give --prompts an existing file")
+    return path
+
+
+Ckpt = Annotated[
+    str, typer.Argument(metavar="CKPT", help="Checkpoint folder, or a hub id (owner/name).", callback=checkpoint_there)
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", callback=there)]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run directory to make or resume.")]
 Prompts = Annotated[
     Path,
     typer.Option(
         "--prompts",
         metavar="FILE",
-        help="JSONL with prompt, messages or prompt_token_ids (optionally completion_token_ids), or text, one a line.",
+        callback=_prompts_there,
+        help="JSON lines, a JSON array, CSV, parquet or a folder of datasets with prompt (text or messages), messages "
+        "(and tools) or prompt_token_ids, optionally completion_token_ids; or text, one a line. Also as .gz.",
     ),
 ]
 OptionalPrompts = Annotated[
-    Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts file; needed to begin a run.")
+    Path | None,
+    typer.Option("--prompts", metavar="FILE", help="Prompts file; needed to begin a run.", callback=_prompts_there),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.")]
 Revision = Annotated[str | None, typer.Option(help="Hub revision (branch, tag or commit).")]
@@ -147,6 +183,7 @@ InferCheckpoint = Annotated[
     typer.Option(
         "--infer-checkpoint",
         metavar="OTHER",
+        callback=checkpoint_there,
         help="vLLM loads this instead of CKPT: quantised rollout weights, a converted folder, an older step.",
     ),
 ]
@@ -219,6 +256,9 @@ NumShards = Annotated[
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Start anew: the run that is there goes once the new one is complete.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would run and how much it would write; start and write nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 WORKERS: Final = "MOEDIAG_WORKERS"

@@ -25,6 +25,7 @@ def command(
     production_rollouts: o.ProductionRollouts = False,
     training_window: o.TrainingWindow = None,
     no_text: o.NoText = False,
+    dry_run: o.DryRun = False,
     force: o.Force = False,
 ) -> None:
     """Sample in vLLM, score in transformers, analyse, draw and report: both arms of one checkpoint, or of two."""
@@ -53,7 +54,10 @@ def command(
     if fp32 or (fp32 is None and floors):
         recipes += jobs.float32_recipes(plan, settings, has_other_checkpoint=infer_checkpoint is not None)
     requests = jobs.requests_of(recipes, plan, request)
-    jobs.announce(plan, output, requests, settings.dtype.value, is_anew=force)
+    other = [len(one.tensors) for one in checkpoints.values() if one is not plan.checkpoint]
+    jobs.announce(plan, output, requests, settings.dtype.value, is_anew=force, n_tensors=other)
+    if dry_run:
+        jobs.end_dry("would capture these arms, then analyse and report")
     run = plan.create(output, force)
     jobs.capture(jobs.Arms(RunWriter(run), requests, checkpoints))
     jobs.finish(run, training_window, no_text)

@@ -37,12 +37,14 @@ def command(
     sequence: Sequences = None,
 ) -> None:
     """Draw the figures and write report.md and report.html; needs no engine."""
-    from moediag.cli.console import wrote
+    from moediag.cli.console import doing, wrote
     from moediag.results import report_run
     from moediag.run.reader import open_run
 
     if tokenizer is not None and no_text:
         raise typer.BadParameter("--tokenizer shows text and --no-text leaves it out: give one of the two")
-    report = report_run(open_run(run), training_window, tokenizer, no_text, pdf, sequence or [])
+    opened = open_run(run)
+    with doing(f"drawing figures and pages of {run}"):
+        report = report_run(opened, training_window, tokenizer, no_text, pdf, sequence or [])
     wrote(report)
     wrote(report.with_suffix(".html"))

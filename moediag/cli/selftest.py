@@ -29,6 +29,7 @@ Config = Annotated[
     str | None,
     typer.Argument(
         metavar="CKPT",
+        callback=o.checkpoint_there,
         help="Folder or hub id whose config.json is tested: widths, experts, K and groups kept, 2 to 4 layers, random "
         "weights; default: tiny checkpoints.",
     ),
@@ -54,6 +55,7 @@ def command(
     tensor_parallel_size: Parallel = 1,
     vllm_option: o.VllmOption = None,
     output: Output = None,
+    dry_run: o.DryRun = False,
     as_json: o.Json = False,
 ) -> None:
     """Capture small checkpoints with both engines and check what must hold of captures; exit code 3 on a failure.
@@ -61,7 +63,7 @@ def command(
     Run it first on a new machine, with a new vLLM or transformers, or for a model of your own: a few minutes.
     """
     from moediag.cli import jobs
-    from moediag.cli.console import bar, note, say, say_json
+    from moediag.cli.console import bar, doing, note, say, say_json
     from moediag.engines.launch import Engines
     from moediag.notation import INFER, TRAIN
     from moediag.selftest.cells import FAILED
@@ -73,12 +75,15 @@ def command(
     chosen = dtype.value if dtype else "float32" if ckpt is None else "bfloat16"
     request = Request(ckpt, tuple(family or DEFAULT), chosen, tensor_parallel_size, o.parse_vllm_options(vllm_option))
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() if output is None else nullcontext(str(output)) as folder:
-        cells, remarks = prepare(request, Path(folder))
+    with tempfile.TemporaryDirectory() if output is None or dry_run else nullcontext(str(output)) as folder:
+        with doing("making the checkpoints"):
+            cells, remarks = prepare(request, Path(folder))
         for remark in remarks:
             note(f"Model    {remark}")
         note(f"Test     {', '.join(f'{cell.name} in {cell.dtype}' for cell in cells)}")
         note(f"Takes    {estimate(cells)}")
+        if dry_run:
+            jobs.end_dry("would capture and check these checkpoints")
         with Engines() as engines, bar("self-test") as progress:
             rows = run_cells(cells, engines, lambda event: None if "note" in event else progress.on_event(event), note)
     counts = {
@@ -100,12 +105,12 @@ def command(
 
 
 def _show(title: str, rows: list[object]) -> None:
-    from moediag.cli.console import say
+    from moediag.cli.console import say, say_table
     from moediag.cli.table import table_text
 
     say(title)
     cells = [(row.property, row.verdict, row.measured) for row in rows]  # type: ignore[attr-defined]
-    say(table_text(("property", "", "measured"), cells, width=150))
+    say_table(table_text(("property", "", "measured"), cells, width=150))
     for row in rows:
         if row.reason:  # type: ignore[attr-defined]
             say(f"{row.verdict}: {row.property}: {row.reason}")  # type: ignore[attr-defined]

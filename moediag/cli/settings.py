@@ -64,26 +64,32 @@ class Settings:
         Raises:
             MoediagError: they cannot be met.
         """
+        from moediag.cli.console import doing
         from moediag.engines.checkpoint import open_checkpoint
         from moediag.engines.plan import SamplingOptions, make_plan
+        from moediag.prompts import read_prompts
 
         names = [field.name for field in fields(SamplingOptions) if field.name != "stop_token_ids"]
         sampling = SamplingOptions(
             **{name: getattr(self, name) for name in names}, stop_token_ids=tuple(self.stop_token_ids or ())
         )
-        return make_plan(
-            open_checkpoint(ckpt, self.revision, self.trust_remote_code),
-            prompts,
-            sampling,
-            limit=self.limit,
-            router_logits=self.router_logits.value,
-            shard_size=self.shard_size,
-            max_model_len=self.max_model_len,
-            trust_remote_code=self.trust_remote_code,
-            ids_only=self.ids_only,
-            sampled_by=sampled_by,
-            full_vocab=o.parse_full_vocab(self.full_vocab, self.observer if self.server is None else o.Observer.native),
-        )
+        read_prompts(prompts, 1)  # a file that is none is refused before the weights are hashed
+        with doing(f"reading {ckpt}, its tokenizer and the prompts, and hashing its weights"):
+            return make_plan(
+                open_checkpoint(ckpt, self.revision, self.trust_remote_code),
+                prompts,
+                sampling,
+                limit=self.limit,
+                router_logits=self.router_logits.value,
+                shard_size=self.shard_size,
+                max_model_len=self.max_model_len,
+                trust_remote_code=self.trust_remote_code,
+                ids_only=self.ids_only,
+                sampled_by=sampled_by,
+                full_vocab=o.parse_full_vocab(
+                    self.full_vocab, self.observer if self.server is None else o.Observer.native
+                ),
+            )
 
     def check_server(self) -> None:
         """Before a run is begun: the server is there and serves the model.

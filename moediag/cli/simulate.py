@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +22,7 @@ Target = Annotated[
     Path,
     typer.Argument(
         metavar="RUN|TABLE|DUMP",
+        callback=o.there,
         help="Run directory, a file or folder of a framework's dump of one step, or "
         "a .parquet, .csv or .jsonl with a row per token: seq_id, position, logp_train, "
         "logp_infer; optionally prompt_id, is_response (or a framework's loss mask), reward or advantage, entropy, "
@@ -52,7 +52,7 @@ def _list(is_given: bool) -> None:
     say("Presets (--preset NAME, or the framework or paper in brackets):")
     for name, preset in PRESETS.items():
         say(f"  {name} [{preset.group}]: {preset.words}")
-        say(textwrap.fill(preset.source, 80, initial_indent="      ", subsequent_indent="      "))
+        say(f"      {preset.source}", hanging=0)
     raise typer.Exit
 
 
@@ -93,7 +93,13 @@ Audit = Annotated[
     bool, typer.Option("--gradient-audit", help="RUN: also compare the gradients of corrections (needs transformers).")
 ]
 Checkpoint = Annotated[
-    str | None, typer.Option("--checkpoint", metavar="CKPT", help="For --gradient-audit; default: the run's own.")
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="CKPT",
+        callback=o.checkpoint_there,
+        help="For --gradient-audit; default: the run's own.",
+    ),
 ]
 Folder = Annotated[
     Path | None,

@@ -1,16 +1,16 @@
-"""The tables and sentences that commands end with; rich lays every table out, here and nowhere else."""
+"""The tables and sentences that commands end with; every table is laid out here and nowhere else."""
 
 from __future__ import annotations
 
-import io
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final
 
 from moediag.analysis.metrics import METRICS, Metric
-from moediag.cli.console import say
+from moediag.cli.console import glued, say, say_table, unglued, wrapped
+from moediag.cli.console import width as terminal_width
 from moediag.diagnosis import LADDER
 from moediag.hygiene.rules import NOTE
 from moediag.numbers import NONE, count, in_unit, is_number
@@ -26,31 +26,91 @@ Row = Mapping[str, Any]
 Cell = Callable[[Metric], str]
 """What a column shows of a metric."""
 
-_WIDTH: Final = 110
-"""Longest line of sentences [character]."""
+_FIRST: Final = 0.34
+"""Share of the terminal that the first column of numbers may take, where it must be broken."""
+_GAP: Final = 2
+_WORDS: Final = 110
+"""Width of a table of words where there is no terminal [character]."""
 
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> str:
     """A table for the terminal: the first column to the left, numbers to the right.
 
-    On a terminal too narrow for it cells go on in the next line; in a pipe no cell is broken.
+    On a terminal that is too narrow for it cells go on in the next line, broken between words and never inside a name
+    or an interval; columns of numbers that find no room beside the others stand below them, with the first column
+    again; a table of words becomes a list. In a pipe no cell of numbers is broken.
 
     Args:
-        width: longest line [character] of a table of words, all of whose columns are to the left; None = numbers.
+        width: longest line elsewhere than on a terminal [character], of a table of words, all of whose columns are to
+            the left; None = numbers.
     """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    cells = [[glued(cell) for cell in row] for row in (header, *rows)]
+    columns = range(len(header))
+    longest = [max(len(row[nth]) for row in cells) for nth in columns]
+    room = terminal_width() or width
+    if room is None or sum(longest) + _GAP * (len(longest) - 1) <= room:
+        return unglued(_laid_out(cells, columns, dict(enumerate(longest)), width is not None))
+    needed = [max(len(word) for row in cells for word in row[nth].split(" ")) for nth in columns]
+    if width is not None:
+        is_list = sum(needed) + _GAP * (len(needed) - 1) > room
+        panels = [] if is_list else [list(columns)]
+    else:
+        longest[0] = needed[0] = min(longest[0], max(needed[0], int(_FIRST * room)))
+        panels = _panels(needed, room)
+    shown = [_laid_out(cells, one, _shared(one, needed, longest, room), width is not None) for one in panels]
+    return unglued("\n\n".join(shown or [_listed(cells, room)]))
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for nth, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if nth and width is None else "left", overflow="fold")
+
+def _panels(needed: Sequence[int], room: int) -> list[list[int]]:
+    """Columns that stand beside each other, the first in every panel."""
+    panels, left = [[0]], room - needed[0]
+    for nth in range(1, len(needed)):
+        if left < needed[nth] + _GAP and len(panels[-1]) > 1:
+            panels.append([0])
+            left = room - needed[0]
+        panels[-1].append(nth)
+        left -= needed[nth] + _GAP
+    return panels
+
+
+def _shared(panel: Sequence[int], needed: Sequence[int], longest: Sequence[int], room: int) -> dict[int, int]:
+    """Widths of a panel's columns: what each needs, and what is left to those that are cut most."""
+    widths = {nth: min(needed[nth], longest[nth]) for nth in panel}
+    left = room - sum(widths.values()) - _GAP * (len(panel) - 1)
+    while left > 0 and (cut := [nth for nth in panel if widths[nth] < longest[nth]]):
+        widest = max(cut, key=lambda nth: longest[nth] / widths[nth])
+        widths[widest] += 1
+        left -= 1
+    return widths
+
+
+def _laid_out(cells: Sequence[Sequence[str]], panel: Sequence[int], widths: Mapping[int, int], is_words: bool) -> str:
+    lines = []
+    for nth_row, row in enumerate(cells):
+        if nth_row and not is_words and {row[nth] for nth in panel[1:]} <= {"", NONE}:
+            continue
+        parts = [textwrap.wrap(row[nth], max(widths[nth], 1), break_long_words=False, break_on_hyphens=False) or [""]
+                 for nth in panel]  # fmt: skip
+        for line in zip_longest(*parts, fillvalue=""):
+            aligned = (
+                text.ljust(widths[nth]) if is_words or nth == 0 else text.rjust(widths[nth])
+                for nth, text in zip(panel, line, strict=True)
+            )
+            lines.append((" " * _GAP).join(aligned).rstrip())
+    return "\n".join(lines)
+
+
+def _listed(cells: Sequence[Sequence[str]], room: int) -> str:
+    """A row as a list: its first two cells, then every other one below its header."""
+    header, *rows = cells
+    name = max(map(len, header[2:]), default=0)
+    lines = []
     for row in rows:
-        table.add_row(*map(Text, row))
-    sink, natural = io.StringIO(), sum(max(len(row[nth]) for row in (header, *rows)) + 2 for nth in range(len(header)))
-    widest = width or (Console().width if sys.stdout.isatty() else natural)
-    Console(file=sink, width=min(natural, widest)).print(table)
-    return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
+        lines.append(wrapped("  ".join(filter(None, row[:2])), room))
+        for title, cell in zip(header[2:], row[2:], strict=True):
+            if cell:
+                lines.append(wrapped(f"    {title.ljust(name)}  {cell}", room, name + 2))
+    return "\n".join(lines)
 
 
 def show_verdict(label: str, summary: dict[str, Any], run: str = "RUN") -> None:
@@ -78,7 +138,7 @@ def show_verdict(label: str, summary: dict[str, Any], run: str = "RUN") -> None:
     lines += [("also: ", f"{one['level']} {one['rule']}: {one['message']}") for one in others]
     for name, words in lines:
         if words:
-            _say_wrapped(f"  {name}{words}")
+            say(f"  {name}{words}")
 
 
 def show_ladder(frame: pd.DataFrame, seconds: Callable[[Sequence[str]], float | None]) -> None:
@@ -92,7 +152,7 @@ def show_ladder(frame: pd.DataFrame, seconds: Callable[[Sequence[str]], float | 
     for row in frame.to_dict("records"):
         cost = seconds([arm for arm in row["arms"].split(", ") if arm])
         rows.append([*(column.text(row[column.name]) for column in columns), "" if cost is None else f"{cost:.3g} s"])
-    say(table_text([*(column.header for column in columns), "cost"], rows, width=_WIDTH))
+    say_table(table_text([*(column.header for column in columns), "cost"], rows, width=_WORDS))
 
 
 def show_table(summaries: dict[str, dict[str, Any]], run: str = "RUN") -> None:
@@ -104,14 +164,14 @@ def show_table(summaries: dict[str, dict[str, Any]], run: str = "RUN") -> None:
     pairs = [summary["pairs"][summary["main_pair"]] for summary in summaries.values()]
     origin = " or ".join(sorted({text_origin(summary) for summary in summaries.values()} - {""}))
     rows = [
-        [label_of(metric, origin), *cells, "" if metric.is_share else metric.unit]
+        [label_of(metric, origin) + ("" if metric.is_share else f" [{metric.unit}]"), *cells]
         for metric in _shown()
         if set(cells := [column(metric) for column in columns.values()]) != {NONE}
     ]
     for noun in ("token", "prompt"):
         of_run = dict(zip(summaries, (count(pair[f"n_{noun}s"]) for pair in pairs), strict=True))
-        rows.append([f"{noun}s compared", *(of_run.get(title, "") for title in columns), noun])
-    say(table_text([" or ".join(sorted({s["main_pair"] for s in summaries.values()})), *columns, "unit"], rows))
+        rows.append([f"{noun}s compared", *(of_run.get(title, "") for title in columns)])
+    say_table(table_text([" or ".join(sorted({s["main_pair"] for s in summaries.values()})), *columns], rows))
     for label, summary in summaries.items():
         for line in _words(summary):
             say(f"{label}: {line}")
@@ -206,7 +266,7 @@ def show_simulation(simulation: Simulation) -> None:
         for names in _SIMULATED
     ]
     rows = [[str(row["correction"]), *(cell(row, names) for names in _SIMULATED)] for row in records(frame)]
-    say(table_text(["correction", *header], rows))
+    say_table(table_text(["correction", *header], rows))
     say()
     show_sentences(simulation)
 
@@ -217,8 +277,4 @@ def show_sentences(simulation: Simulation) -> None:
 
     summary = simulation.summary()
     for line in [*sentences(summary, simulation.frames), *(f"Note: {note}." for note in summary["notes"])]:
-        _say_wrapped(line)
-
-
-def _say_wrapped(text: str) -> None:
-    say(textwrap.fill(text, _WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))
+        say(line)

@@ -15,6 +15,7 @@ Targets = Annotated[
     list[Path],
     typer.Argument(
         metavar="RUN RUN ...|SERIES|TABLE|DUMP",
+        callback=o.there,
         help="Run directories, one per step, a folder of them (series.json), files or folders of a framework's dump "
         "(moediag import --list-formats), or one table (.parquet, .csv, .jsonl) "
         "with a column step: a row per token "

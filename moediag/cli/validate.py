@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,13 +14,11 @@ if TYPE_CHECKING:
 
 NAME = "validate"
 
-_WIDTH = 80
-"""Longest line of the table of rules [character]."""
-
 Target = Annotated[
     list[Path] | None,
     typer.Argument(
         metavar="RUN|SERIES|FILE...",
+        callback=o.there,
         help="Run directory, a series, a table of tokens, a dump with vLLM's own names, or files or folders of a "
         "framework's dump (moediag import --list-formats).",
     ),
@@ -59,14 +56,17 @@ def command(
     trend read it. A dump (JSON lines or .parquet) has one row per sequence: prompt_token_ids, token_ids, and of
     logprobs, routed_experts ([rows][layers][K]), train_logprobs, train_routed_experts what is there.
     """
+    from moediag.cli.console import doing
+
     if list_rules:
         _show_rules(as_json)
         return
     if not targets:
         raise typer.BadParameter("give a run directory or a file, or --list-rules", param_hint="RUN|SERIES|FILE...")
-    inspection = _inspect(
-        targets, num_experts, first_row, n_zero_experts=zero_experts, tokens=tokens, trust_pickle=trust_pickle
-    )
+    with doing(f"checking {targets[0]}"):
+        inspection = _inspect(
+            targets, num_experts, first_row, n_zero_experts=zero_experts, tokens=tokens, trust_pickle=trust_pickle
+        )
     _show(targets[0], inspection, as_json)
     if inspection.n_errors or (strict and inspection.n_warnings):
         raise typer.Exit(o.NOT_SO)
@@ -150,5 +150,4 @@ def _show_rules(as_json: bool) -> None:
             ("likely: ", rule.cause),
             ("next: ", rule.next_check),
         ):
-            text = f"{what}{words}"
-            say(fill(text, _WIDTH, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False))
+            say(f"    {what}{words}")

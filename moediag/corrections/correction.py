@@ -1,4 +1,4 @@
-"""Weights of logged tokens by method, alone or composed: the public entrance of this package.
+"""Corrections, alone or composed, and the weights that they give to logged tokens.
 
 Invariants:
     - the same arrays give the same weights, bit for bit, in any order of rows and through any route;
@@ -152,48 +152,6 @@ def _parse_step(text: str) -> Step:
     return Step(found[1], parameters)
 
 
-def weights(
-    method: str,
-    logp_train_T: ArrayLike,
-    logp_infer_T: ArrayLike,
-    seq_id_T: ArrayLike,
-    *,
-    advantage_T: ArrayLike | None = None,
-    **params: float,
-) -> Float64:
-    """What a correction multiplies every token's policy-gradient term with.
-
-    Args:
-        method: a name of :data:`~moediag.corrections.methods.METHODS`, or a composition in words
-            (:func:`parse_correction`: ``"tis_token:cap=2+geometric_band"``), which takes no further parameters.
-        logp_train_T, logp_infer_T: log-probabilities of the same tokens at theta_old [nat]; not scored is what is NaN
-            (prompt, padding) or -inf (a sampled token has no probability of 0: a defect, see D31-impossible-logp).
-        seq_id_T: sequence of every token, any hashable values; rows in any order.
-        advantage_T: advantages [1]; only ``dppo_tv`` and ``dppo_kl`` look at them.
-        **params: the method's parameters; defaults as its source has them.
-
-    Returns:
-        (T,) float64; 0 = no update. Unscored rows get 0. Tests see the log-ratio d as it is, weights see it clamped to
-        +-20: d = +100 weighs the cap under truncation, 0 under every mask with a bound there, exp(20) where nothing
-        bounds it. Log-probabilities that are float32 numbers are held against bounds in float32.
-
-    Raises:
-        MoediagError: unknown method or parameter, empty band, arrays of different lengths, advantages missing.
-
-    Source: every method's in :data:`~moediag.corrections.methods.METHODS`; formulas in reports/corrections.md.
-
-    Example:
-        >>> import numpy as np
-        >>> logp_train_T = np.log([0.4, 0.5, 1.0, 0.1])
-        >>> weights("icepop", logp_train_T, np.log([1.0, 1.0, 1.0, 0.025]), [0, 0, 1, 1]).round(6).tolist()
-        [0.0, 0.5, 1.0, 4.0]
-        >>> weights("veto", logp_train_T, np.zeros(4), [0, 0, 1, 1], floor=0.2).tolist()
-        [1.0, 1.0, 0.0, 0.0]
-    """
-    correction = Correction((Step(method, dict(params)),)) if method in METHODS or params else parse_correction(method)
-    return correction_weights(correction, logp_train_T, logp_infer_T, seq_id_T, advantage_T)
-
-
 def correction_weights(
     correction: Correction,
     logp_train_T: ArrayLike,
@@ -201,7 +159,7 @@ def correction_weights(
     seq_id_T: ArrayLike,
     advantage_T: ArrayLike | None = None,
 ) -> Float64:
-    """:func:`weights` of a :class:`Correction`."""
+    """(T,) weights of the rows, 0 = no update; arguments as of :meth:`~moediag.corrections.terms.Terms.of_arrays`."""
     x = Terms.of_arrays(logp_train_T, logp_infer_T, seq_id_T, advantage_T)
     return x.at_rows(correction.of_terms(x))
 

@@ -150,6 +150,17 @@ class Plan:
             arms: only reference arms keep whole distributions.
             dtype: model dtype as requested; routers that score in float32 whatever it is are counted so.
         """
+        longest = self._longest()
+        n_keeping = sum(request.variant_of is None for request in arms)
+        rows = 0
+        for arm in arms:
+            own = str(arm.options.get("dtype", "auto"))  # float32 arms keep logits twice as wide
+            n_rows = sum(longest[: arm.n_shards * self.shard_size if arm.n_shards else None])
+            rows += n_rows * self._row_bytes(dtype if own == "auto" else own)
+        return rows + 8 * sum(longest) + n_keeping * self.vocabulary_bytes(self.full_vocab)
+
+    def _row_bytes(self, dtype: str) -> int:
+        """Bytes of a token row of an arm whose model has a dtype."""
         routing = self.checkpoint.routing
         used = self.checkpoint.stored_dtype if dtype == "auto" else dtype
         in_float32 = routing is not None and routing.scores_in_float32
@@ -159,11 +170,7 @@ class Plan:
         sizes = bytes_per_token(layers, k, e, weight_bytes=4, logits_bytes=logits)
         if self.ids_only:
             sizes = {name: sizes[name] for name in sizes if name in ("logp_T", "entropy_T", "expert_ids_TLK")}
-        n_keeping = sum(request.variant_of is None for request in arms)
-        vocabulary = n_keeping * self.vocabulary_bytes(self.full_vocab)
-        longest = self._longest()
-        n_rows = sum(sum(longest[: arm.n_shards * self.shard_size if arm.n_shards else None]) for arm in arms)
-        return n_rows * sum(sizes.values()) + 8 * sum(longest) + vocabulary
+        return sum(sizes.values())
 
     def configuration(self) -> dict[str, Any]:
         """What makes two runs the same; digests and not paths."""
@@ -244,17 +251,17 @@ def make_plan(
         raise EngineError("--ids-only keeps no router logits: leave --router-logits full out, or --ids-only")
     prompts = read_prompts(prompts_path, limit)
     check_loadable(checkpoint, trust_remote_code)
-    prompt_ids = tokenise(checkpoint, prompts, prompts_path, trust_remote_code)
+    prompt_ids = tokenise(checkpoint, prompts, trust_remote_code)
     has_completions = prompts[0].completion_token_ids is not None
     completions = [list(p.completion_token_ids or ()) for p in prompts] if has_completions else None
     room = min(filter(None, (max_model_len, checkpoint.max_length)), default=None)
-    check_lengths(prompts, prompt_ids, completions, room, prompts_path)
+    check_lengths(prompts, prompt_ids, completions, room)
     needed = max(len(p) for p in prompt_ids) + sampling.max_tokens
     if completions:
         needed = max(len(p) + len(c) for p, c in zip(prompt_ids, completions, strict=True)) + 1
     length = max_model_len or _room(checkpoint, needed)
     # Of the prompts as written, so that runs of models with different tokenizers can be recognised as comparable.
-    source = digest_of([[p.text, p.messages, p.token_ids, p.completion_token_ids] for p in prompts])
+    source = digest_of([prompt.content() for prompt in prompts])
     plan = Plan(
         checkpoint,
         prompts_path,

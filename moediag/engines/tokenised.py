@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from moediag.engines.checkpoint import Checkpoint
@@ -67,7 +66,7 @@ def refuse_other_tokenizer(tokenizer: Tokenizer, other: Checkpoint, trust_remote
         )
 
 
-def tokenise(checkpoint: Checkpoint, prompts: list[Prompt], path: Path, trust_remote_code: bool) -> list[list[int]]:
+def tokenise(checkpoint: Checkpoint, prompts: list[Prompt], trust_remote_code: bool) -> list[list[int]]:
     """Token ids of every prompt, by the checkpoint's own tokenizer where they are not given.
 
     Raises:
@@ -76,34 +75,45 @@ def tokenise(checkpoint: Checkpoint, prompts: list[Prompt], path: Path, trust_re
     """
     has_ids = all(prompt.token_ids is not None for prompt in prompts)
     tokenizer = None if has_ids else load_tokenizer(checkpoint, trust_remote_code)
-    ids = [_prompt_ids(tokenizer, prompt, path) for prompt in prompts]
+    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
         if not tokens:
-            raise PromptsError(f"{path}:{prompt.line}: the prompt has no tokens")
-    _check_vocabulary(checkpoint, prompts, ids, path)
+            raise PromptsError(f"{prompt.where}: the prompt has no tokens")
+    _check_vocabulary(checkpoint, prompts, ids)
     return ids
 
 
-def _prompt_ids(tokenizer: Any, prompt: Prompt, path: Path) -> list[int]:
+def _prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     if prompt.token_ids is not None:
         return list(prompt.token_ids)
     if prompt.text is not None:
         return list(tokenizer(prompt.text, verbose=False)["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
-        raise PromptsError(f"{path}:{prompt.line}: messages given, but the tokenizer has no chat template; use prompt")
+        raise PromptsError(f"{prompt.where}: messages given, but the tokenizer has no chat template; use prompt")
+
+    def rendered(tools: list[Any] | None) -> str:
+        messages = list(prompt.messages or ())
+        return str(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False))
+
     try:
-        text = tokenizer.apply_chat_template(list(prompt.messages or ()), add_generation_prompt=True, tokenize=False)
+        text = rendered(list(prompt.tools) or None)
+        has_dropped_tools = bool(prompt.tools) and text == rendered(None)
     except Exception as error:  # templates are programs that raise what they like at messages they dislike
-        raise PromptsError(f"{path}:{prompt.line}: the chat template refuses these messages ({error})") from None
+        raise PromptsError(f"{prompt.where}: the chat template refuses these messages ({error})") from None
+    if has_dropped_tools:
+        raise PromptsError(
+            f"{prompt.where}: the checkpoint's chat template has no place for tools; leave them out, or render the "
+            "prompt yourself and give it as text"
+        )
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _check_vocabulary(checkpoint: Checkpoint, prompts: list[Prompt], ids: list[list[int]], path: Path) -> None:
+def _check_vocabulary(checkpoint: Checkpoint, prompts: list[Prompt], ids: list[list[int]]) -> None:
     n_vocabulary = checkpoint.n_vocabulary
     for prompt, tokens in zip(prompts, ids, strict=True):
         largest = max([*tokens, *(prompt.completion_token_ids or ())])
         if n_vocabulary and largest >= n_vocabulary:
-            raise PromptsError(f"{path}:{prompt.line}: token id {largest} is outside the vocabulary of {n_vocabulary}")
+            raise PromptsError(f"{prompt.where}: token id {largest} is outside the vocabulary of {n_vocabulary}")
 
 
 def check_lengths(
@@ -111,7 +121,6 @@ def check_lengths(
     prompt_ids: list[list[int]],
     completions: list[list[int]] | None,
     room: int | None,
-    path: Path,
 ) -> None:
     """Check every prompt's length against the room there is: vLLM needs some for at least one token more.
 
@@ -126,6 +135,6 @@ def check_lengths(
         if room is not None and length >= room:
             what = "prompt and completion" if completions else "prompt"
             raise PromptsError(
-                f"{path}:{prompt.line}: {what} of {length} tokens, the model allows {room} with at least one "
+                f"{prompt.where}: {what} of {length} tokens, the model allows {room} with at least one "
                 "to follow; shorten it or leave it out"
             )

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from moediag.errors import DumpError
 from moediag.importers.columns import Kind
+from moediag.prompts import separator_in
 
 KINDS: Final = (".parquet", ".csv", ".jsonl")
 OnProgress = Callable[[int, int, str], None]
@@ -39,6 +40,8 @@ def silent(_done: int, _total: int, _unit: str) -> None:
 
 _ROWS_AT_ONCE: Final = 1 << 20
 _BYTES_AT_ONCE: Final = 16 << 20
+_LARGEST_WHOLE: Final = 2**53
+"""Beyond it a float64 does not tell neighbouring whole numbers apart."""
 _N_PEEKED: Final = 1000
 """Lines of JSON whose keys are taken for the table's columns."""
 
@@ -134,8 +137,14 @@ def _parquet_schema(path: Path) -> tuple[list[str], dict[str, pa.DataType]]:
         return list(schema.names), dict(zip(schema.names, schema.types, strict=True))
 
 
+def _separated(path: Path) -> pyarrow.csv.ParseOptions:
+    """How the cells of a csv are separated, as its header shows."""
+    with path.open("rb") as file:
+        return pyarrow.csv.ParseOptions(delimiter=separator_in(file.readline(1 << 16).decode("latin-1")))
+
+
 def _csv_schema(path: Path) -> tuple[list[str], dict[str, pa.DataType]]:
-    with pyarrow.csv.open_csv(path) as reader:
+    with pyarrow.csv.open_csv(path, parse_options=_separated(path)) as reader:
         schema = reader.schema
         return list(schema.names), dict(zip(schema.names, schema.types, strict=True))
 
@@ -206,6 +215,7 @@ def _read_parquet(table: TableFile, kinds: Mapping[str, Kind], on_progress: OnPr
 def _read_csv(table: TableFile, kinds: Mapping[str, Kind], on_progress: OnProgress) -> Iterator[pa.RecordBatch]:
     options = {
         "read_options": pyarrow.csv.ReadOptions(block_size=_BYTES_AT_ONCE),
+        "parse_options": _separated(table.path),
         "convert_options": pyarrow.csv.ConvertOptions(
             include_columns=list(kinds), column_types=_types_of(table, kinds)
         ),
@@ -238,13 +248,13 @@ def _types_of(table: TableFile, kinds: Mapping[str, Kind]) -> dict[str, pa.DataT
 
 
 def _parsed_as(kind: Kind, found: pa.DataType) -> pa.DataType:
-    if kind == "number":
+    if kind in ("number", "whole"):  # other tools write 42.0, pandas where a cell of the column is empty
         return pa.float64()
     if kind == "text":
         return pa.string()
     if kind == "flag":
         return found if pa.types.is_boolean(found) or pa.types.is_floating(found) else pa.int64()
-    return pa.int64() if kind == "whole" or pa.types.is_integer(found) else pa.string()
+    return pa.int64() if pa.types.is_integer(found) else pa.string()
 
 
 _SCHEMAS: Final[dict[str, Callable[[Path], tuple[list[str], dict[str, pa.DataType]]]]] = {
@@ -260,7 +270,7 @@ _READERS: Final[dict[str, Callable[..., Iterator[pa.RecordBatch]]]] = {
 
 _ACCEPTED: Final[dict[Kind, tuple[str, Callable[[pa.DataType], bool]]]] = {
     "id": ("whole numbers or words", lambda kind: pa.types.is_integer(kind) or _is_words(kind)),
-    "whole": ("whole numbers", pa.types.is_integer),
+    "whole": ("whole numbers", lambda kind: _is_number(kind)),
     "number": ("numbers", lambda kind: _is_number(kind)),
     "text": ("words", lambda kind: pa.types.is_integer(kind) or _is_words(kind)),
     "flag": ("true/false or 1/0", lambda kind: pa.types.is_boolean(kind) or _is_number(kind)),
@@ -292,7 +302,7 @@ def _column(path: Path, name: str, kind: Kind, column: pa.ChunkedArray) -> Any:
     if kind == "number":
         return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
     if kind == "whole":
-        return np.asarray(column.cast(pa.int64()).to_numpy())
+        return _as_whole(column.to_numpy(), f"{path}: column {name}")
     if kind == "flag":
         return as_flags(column.to_numpy(), f"{path}: column {name}")
     if pa.types.is_integer(column.type):
@@ -325,9 +335,28 @@ def frame_column(frame: pd.DataFrame, name: str, kind: Kind) -> Any:
             return as_flags(values_T, f"column {name}")
         if kind == "text":
             return frame[name].fillna("").astype(str).to_numpy(object)
-        return frame[name].to_numpy(np.float64 if kind == "number" else np.int64)
+        if kind == "whole":
+            return _as_whole(values_T, f"column {name}")
+        return frame[name].to_numpy(np.float64)
+    except DumpError:
+        raise
     except (TypeError, ValueError):
         raise DumpError(f"column {name} needs {_ACCEPTED[kind][0]}, found {frame[name].dtype}") from None
+
+
+def _as_whole(values_T: NDArray[Any], where: str) -> NDArray[np.int64]:
+    """Whole numbers, also where they were written as floats (42.0).
+
+    Raises:
+        DumpError: a fraction, or nothing.
+    """
+    if values_T.dtype.kind not in "iu":
+        values_T = np.asarray(values_T, dtype=np.float64)
+        is_bad_T = ~(np.abs(values_T) <= _LARGEST_WHOLE) | (values_T != np.round(values_T))
+        if is_bad_T.any():
+            row = int(np.argmax(is_bad_T))
+            raise DumpError(f"{where} needs whole numbers, found {values_T[row]:g} in row {row}")
+    return values_T.astype(np.int64)
 
 
 def as_flags(values_T: NDArray[Any], where: str) -> NDArray[np.bool_]:

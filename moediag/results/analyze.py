@@ -16,7 +16,7 @@ from moediag.diagnosis.function import float32_arms
 from moediag.diagnosis.modules import kept_checks
 from moediag.diagnosis.recorded import explain_recorded
 from moediag.errors import RunError
-from moediag.folder import SUMMARY, made_together, read_frames, write_frames
+from moediag.folder import SUMMARY, made_together, read_frames, refuse_read_only, write_frames
 from moediag.hygiene.check import check_prompts
 from moediag.hygiene.findings import by_level
 from moediag.notation import INFER, REFERENCE, TRAIN
@@ -55,13 +55,14 @@ def analyze_run(
 
     Raises:
         IncompleteRunError: an arm or shard is missing.
-        RunError: validation found errors.
+        RunError: validation found errors, or the run is read-only.
     """
     settle_derived(run.path)
     kept = Kept(run, no_text)
     last = kept.summary()
     if last is not None and (force or not last["provenance"]["validation_errors"]):
         return last
+    refuse_read_only(run.path)
     minuend, subtrahend = run.main_arms
     train, infer = run.reference(TRAIN), run.reference(INFER)
     arms = list(dict.fromkeys([infer, train, minuend, subtrahend, *filter(run.is_complete, run.arms())]))

@@ -13,7 +13,7 @@ from moediag.errors import RunError
 from moediag.figures import draw_run_figures
 from moediag.figures.floors import summary_floors
 from moediag.figures.style import formats
-from moediag.folder import PAGES, made_together
+from moediag.folder import PAGES, made_together, refuse_read_only
 from moediag.report import html_page, markdown_page, run_page, token_texts
 from moediag.report.blocks import Page
 from moediag.report.token_view import choose_responses, read_responses, shown_positions, token_view
@@ -39,7 +39,11 @@ def report_run(
         no_text: keep tokens and the text around them out of the pages.
         pdf: figures as PDF, too.
         sequences: responses to show token by token, by their seq_id, before the worst.
+
+    Raises:
+        RunError: the run is read-only.
     """
+    refuse_read_only(run.path)
     summary = load_summary(run)
     is_withheld = bool(summary["provenance"].get("no_text"))
     if is_withheld and tokenizer is not None:

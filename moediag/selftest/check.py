@@ -62,9 +62,10 @@ def prepare(request: Request, folder: Path) -> tuple[list[Cell], list[str]]:
     make_folder(folder)
     _refuse_other(folder / "selftest.json", {**asdict(request), "versions": numeric_versions()})
     import torch
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
+    set_verbosity_error()  # of a config that is cut down on purpose
     dtype, remarks = getattr(torch, request.dtype), []
     made: dict[str, tuple[Path, dict[str, Any]]] = {}
     if request.checkpoint is not None:
