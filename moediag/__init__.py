@@ -23,6 +23,7 @@ __all__ = [
     "Run",
     "Series",
     "Simulation",
+    "Watch",
     "__version__",
     "compare",
     "open_run",
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from moediag.errors import MoediagError
     from moediag.library import Comparison, Run, Series, Simulation, compare, open_run, open_series, simulate
     from moediag.run.align import Pair, PairBlock
+    from moediag.watch import Watch
 
-_HOME = {"MoediagError": "errors", "Pair": "run.align", "PairBlock": "run.align"}
+_HOME = {"MoediagError": "errors", "Pair": "run.align", "PairBlock": "run.align", "Watch": "watch"}
 
 
 def __getattr__(name: str) -> Any:

@@ -315,7 +315,7 @@ _ROOMS = (
     ("notation",), ("errors",), ("numbers",), ("frames",), ("prompts",), ("statistics",),
     ("run", "folder"),  # a run is made as every result folder is, and both write files alike
     ("importers",), ("analysis",), ("hygiene",), ("corrections",), ("diagnosis",), ("figures",), ("report",),
-    ("results",), ("shown",), ("headlines",), ("library",),
+    ("watch",), ("results",), ("shown",), ("headlines",), ("library",),
 )  # fmt: skip
 """Lowest first: each imports only from what stands before it."""
 _BELOW_THE_ENGINES = {"notation", "errors", "prompts", "run", "folder"}

@@ -160,9 +160,13 @@ def _all(scored: Tokens) -> Iterable[tuple[str, str, str, Interval]]:
             yield measure.name, measure.unit, measure.direction, interval
     p99 = quantile_of_rows(scored.abs_diff_T, scored.prompt_row_T, scored.n_prompts, 0.99)
     yield "abs_logp_diff.p99", "nat", LOWER, p99
+    yield MASKED, "1", LOWER, icepop_masked(scored)
+
+
+def icepop_masked(scored: Tokens) -> Interval:
+    """Share of tokens outside IcePop's band, with its interval."""
     low, high = np.log(ICEPOP_BAND)
-    is_masked_T = (scored.diff_T < low) | (scored.diff_T > high)
-    yield MASKED, "1", LOWER, mean_interval(is_masked_T, scored.prompt_row_T, "rate")
+    return mean_interval((scored.diff_T < low) | (scored.diff_T > high), scored.prompt_row_T, "rate")
 
 
 def trend_of(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:

@@ -12,6 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -75,46 +76,69 @@ def weights(
         >>> weights("tis", np.log([[0.4, 0.8], [0.5, 1]]), np.log([[0.1, 0.8], [1, 1]]), mask=[[1, 1], [1, 0]]).tolist()
         [[2.0, 1.0], [0.5, 0.0]]
     """
-    train, infer = _array(logp_train), _array(logp_infer)
-    if train.ndim not in (1, 2):
-        raise MoediagError(f"corrections take arrays of (T,) or (B, T), found logp_train of {train.shape}")
-    is_row = train.ndim == 2
+    flat = flat_arrays(logp_train, logp_infer, seq_id, mask, advantage=advantage)
+    found = correction_weights(
+        named_correction(method, params), flat["logp_train"], flat["logp_infer"], flat["seq_id"], flat.get("advantage")
+    )
+    return _as_given(found.reshape(np.shape(logp_train)), logp_train)
+
+
+def flat_arrays(
+    logp_train: ArrayLike,
+    logp_infer: ArrayLike,
+    seq_id: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    **more: ArrayLike | None,
+) -> dict[str, NDArray[Any]]:
+    """A trainer's arrays, row by row, as float64.
+
+    Args:
+        logp_train, logp_infer, seq_id, mask: as :func:`weights` takes them.
+        **more: further values, of every token or, beside (B, T) arrays, of every sequence; None = not given.
+
+    Returns:
+        By name, (T,) or (B * T,); ``seq_id`` is always there. Log-probabilities that the mask leaves out are NaN.
+
+    Raises:
+        MoediagError: arrays of different shapes, (B, T) without mask, a mask of other values, no sequences of flat
+            arrays.
+    """
+    given = {"logp_train": logp_train, "logp_infer": logp_infer, "seq_id": seq_id, "mask": mask, **more}
+    arrays = _arrays({name: value for name, value in given.items() if value is not None})
+    shape = arrays["logp_train"].shape
+    if len(shape) not in (1, 2):
+        raise MoediagError(f"corrections take arrays of (T,) or (B, T), found logp_train of {shape}")
+    is_row = len(shape) == 2
     if is_row and mask is None:
         raise MoediagError(
             f"(B, T) arrays need mask: true where a token counts ({_MASKS}); all ones where every one does"
         )
     if seq_id is None and not is_row:
         raise MoediagError("flat arrays need seq_id, the sequence of every token; or give (B, T) arrays with a mask")
-    named = {"logp_infer": infer}
-    if seq_id is not None:
-        named["seq_id"] = _array(seq_id, None)
-    if advantage is not None:
-        named["advantage"] = _per_token(_array(advantage), train.shape)
-    if mask is not None:
-        named["mask"] = _array(mask)
-    for name, array in named.items():
-        if array.shape != train.shape:
-            raise MoediagError(
-                f"corrections take arrays of one shape; logp_train is {train.shape}, {name} {array.shape}"
-            )
+    for name in {*arrays} & {*more}:
+        arrays[name] = _per_token(arrays[name], shape)
+    for name, array in arrays.items():
+        if array.shape != shape:
+            raise MoediagError(f"corrections take arrays of one shape; logp_train is {shape}, {name} {array.shape}")
     if seq_id is None:
-        named["seq_id"] = np.repeat(np.arange(train.shape[0]), train.shape[1])
+        arrays["seq_id"] = np.repeat(np.arange(shape[0]), shape[1])
     if mask is not None:
-        if not np.isin(named["mask"], (0, 1)).all():
-            raise MoediagError(
-                f"mask needs true/false or 1/0, found {named['mask'][~np.isin(named['mask'], (0, 1))][0]:g}"
-            )
-        train, infer = (np.where(named["mask"] == 1, array, np.nan) for array in (train, infer))
-    flat = {name: array.ravel() for name, array in named.items()}
-    found = correction_weights(
-        _correction(method, params), train.ravel(), infer.ravel(), flat["seq_id"], flat.get("advantage")
-    )
-    return _as_given(found.reshape(train.shape), logp_train)
+        is_other = ~np.isin(arrays["mask"], (0, 1))
+        if is_other.any():
+            raise MoediagError(f"mask needs true/false or 1/0, found {arrays['mask'][is_other][0]:g}")
+        for name in ("logp_train", "logp_infer"):
+            arrays[name] = np.where(arrays["mask"] == 1, arrays[name], np.nan)
+    return {name: array.ravel() for name, array in arrays.items()}
 
 
-def _correction(method: str | Correction, params: dict[str, float]) -> Correction:
+def named_correction(method: str | Correction, params: Mapping[str, float] | None = None) -> Correction:
+    """The correction that :func:`weights` calls by a name.
+
+    Raises:
+        MoediagError: unknown method, preset or parameter.
+    """
     if isinstance(method, str) and method in METHODS:
-        return Correction((Step(method, dict(params)),))
+        return Correction((Step(method, dict(params or {})),))
     if params:
         raise MoediagError(f"{method} is no method and takes no {', '.join(params)}; there are {', '.join(METHODS)}")
     if isinstance(method, Correction):
@@ -141,15 +165,28 @@ def _torch(value: Any) -> Any:
     return torch if torch is not None and isinstance(value, torch.Tensor) else None
 
 
-def _array(value: Any, dtype: Any = np.float64) -> NDArray[Any]:
-    """A value as numpy has it; bfloat16, which numpy lacks, is exact in float64."""
-    if (torch := _torch(value)) is not None:
-        value = value.detach().cpu()
-        value = (value.to(torch.float64) if value.is_floating_point() else value).numpy()
-    try:
-        return np.asarray(value, dtype)
-    except (TypeError, ValueError) as error:
-        raise MoediagError(f"corrections take arrays of numbers, all rows of one length ({error})") from None
+def _arrays(given: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Values as numpy has them, in float64, which holds bfloat16 and every count; words stay words.
+
+    Tensors are copied to the CPU together, so that a device is waited for once.
+    """
+    tensors = {name: value.detach() for name, value in given.items() if _torch(value) is not None}
+    devices = {value.device.type for value in tensors.values()}
+    if len(devices) == 1 and devices != {"mps"}:  # Apple's devices have no float64
+        torch = sys.modules["torch"]
+        joined = torch.cat([value.reshape(-1).to(torch.float64) for value in tensors.values()]).cpu().numpy()
+        parts = np.split(joined, np.cumsum([value.numel() for value in tensors.values()])[:-1])
+        tensors = {name: part.reshape(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
+    arrays = {}
+    for name, value in {**given, **tensors}.items():
+        array = value
+        if _torch(value) is not None:
+            array = value.cpu().double() if value.is_floating_point() else value.cpu()
+        try:
+            arrays[name] = np.asarray(array, None if name == "seq_id" else np.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise MoediagError(f"corrections take arrays of numbers, all rows of one length ({error})") from None
+    return arrays
 
 
 def _as_given(weights: NDArray[np.float64], like: Any) -> Any:

@@ -359,7 +359,8 @@ def canonical_order(columns: Columns, where: str) -> NDArray[np.intp]:
 
 def _steps(rank: list[NDArray[Any]]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Whether every row but the first comes after the one before it, and whether it has the same keys."""
-    is_after_N, is_same_N = np.zeros(len(rank[0]) - 1, np.bool_), np.ones(len(rank[0]) - 1, np.bool_)
+    n_steps = max(0, len(rank[0]) - 1)
+    is_after_N, is_same_N = np.zeros(n_steps, np.bool_), np.ones(n_steps, np.bool_)
     for rank_N in rank:
         step_N = np.diff(rank_N)
         is_after_N |= is_same_N & (step_N > 0)

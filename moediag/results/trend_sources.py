@@ -336,7 +336,7 @@ def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) ->
     implied = np.array([standard_error_of(*bounds) for bounds in zip(low, high, strict=True)])
     has_no_bounds = np.isnan(low) | np.isnan(high)
     se = np.where(np.isfinite(frame[theirs]), se, np.nan)  # of what is infinite there is no error
-    known = KNOWN.get(ours)
+    known = KNOWN.get(ours) or METRICS.get(ours)
     unit, direction = (known.unit, known.direction) if known else ("as given", "not known")
     rows: dict[str, Any] = {
         "step": frame["step"],

@@ -1,0 +1,334 @@
+"""The mismatch inside a trainer: one call a step, under the names its users know, in a table for ``moediag trend``.
+
+::
+
+    watch = moediag.Watch("runs/grpo-7/mismatch")
+    ...
+    seen = watch.step(step, old_logp, rollout_logp, response_mask, advantages=advantages, entropy=entropy)
+    wandb.log(seen.scalars("mismatch/"), step=step)        # or seen.scalars("", names="verl")
+    if seen.findings:
+        print(seen)
+
+What several ranks hold is put together first: every rank makes ``watch.part(...)`` of its own batch, one gathers the
+parts (``torch.distributed.gather_object``) and calls ``watch.step_of(step, parts)``.
+
+Files, in the folder given::
+
+    steps.jsonl              a row per step, for ``moediag trend``: metrics, intervals, shares of corrections, n
+    tokens-<step>.parquet    every token of every n-th step, on request, for ``moediag simulate`` and ``validate``
+
+Invariants:
+    - numbers, intervals and findings are those of ``analyze``, ``simulate`` and ``validate`` on the same tokens;
+    - nothing flows back into the trainer: tensors are detached, and copied from their device together;
+    - arguments that do not fit are errors, and show at the first step; *values* never end a training: a step of which
+      nothing can be measured says why, and has no row;
+    - a row is written whole or not at all, and steps ascend: what an earlier attempt wrote of this step and later ones
+      is dropped when a trainer resumes, and the row that follows is marked as a restart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from moediag.analysis.expert_sets import compare_experts
+from moediag.analysis.logprobs import logp_metrics
+from moediag.analysis.metrics import METRICS
+from moediag.analysis.series import MASKED, icepop_masked
+from moediag.corrections.arrays import flat_arrays, named_correction
+from moediag.corrections.correction import Correction
+from moediag.corrections.terms import Terms
+from moediag.errors import DumpError, MoediagError
+from moediag.hygiene.findings import Finding, headline
+from moediag.hygiene.logged import check_logged
+from moediag.importers.columns import KNOWN
+from moediag.importers.tables import frame_column
+from moediag.importers.tokens import LoggedTokens
+from moediag.numbers import count
+from moediag.run.files import make_folder, write_atomic
+from moediag.statistics.intervals import mean_interval
+
+STEPS: Final = "steps.jsonl"
+_COLUMNS: Final = ("prompt_id", "logp_train", "logp_infer", "advantage", "entropy")
+CORRECTIONS: Final = ("ring-1t", "verl-token-tis", "verl-seq-mis")
+"""What a step would lose to corrections, unless others are named: IcePop's band, truncation, a mask of sequences."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens of one rank's batch that count, as :meth:`Watch.part` made them; plain arrays, so that it can be sent.
+
+    Args:
+        columns: name -> (T,) values; ``seq_id`` is of this part alone, ``prompt_id`` of all.
+        flips: routing choices that differ, choices compared, tokens with a flip, tokens compared.
+    """
+
+    columns: dict[str, NDArray[Any]]
+    flips: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step showed.
+
+    Args:
+        step: training step.
+        metrics: name -> value; NaN = nothing can be said. A share of a correction is called ``masked_share.<name>``,
+            the mean entropy [nat] of the tokens it masks ``masked_entropy.<name>``, a number over its floor
+            ``<metric>.times_floor``.
+        bounds: name -> its 95 % interval, clustered by prompt, where there is one.
+        findings: what the rules of ``validate`` found, errors first.
+        n_tokens, n_prompts: behind them.
+        problem: why nothing could be measured; empty as a rule.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    bounds: dict[str, tuple[float, float]]
+    findings: list[Finding]
+    n_tokens: int
+    n_prompts: int
+    problem: str = ""
+
+    def scalars(self, prefix: str = "", names: str | None = None) -> dict[str, float]:
+        """The numbers for a logger: finite ones only.
+
+        Args:
+            prefix: in front of every name.
+            names: a framework whose own names to use (``verl``, ``slime``, ``prime-rl``, ``NeMo-RL``); what it does not
+                log is left out. None = moediag's.
+
+        Raises:
+            MoediagError: no metric has a name of that framework.
+        """
+        known = self.metrics
+        if names is not None:
+            known = {theirs: known[ours] for theirs, ours in aliases(names) if ours in known}
+        counts = {"n_tokens": self.n_tokens, "n_findings": len(self.findings)} if names is None else {}
+        return {f"{prefix}{name}": value for name, value in {**known, **counts}.items() if math.isfinite(value)}
+
+    def __str__(self) -> str:
+        if self.problem:
+            return f"step {self.step}: nothing was measured: {self.problem}"
+        mean, high = self.metrics["abs_logp_diff.mean"], self.metrics["abs_logp_diff.p99"]
+        first = (
+            f"step {self.step}: abs logp diff mean {mean:.3g}, p99 {high:.3g} nat; k3 "
+            f"{self.metrics['kl_infer_train_k3']:.3g} nat; n = {count(self.n_tokens, 'token')} of "
+            f"{count(self.n_prompts, 'prompt')}"
+        )
+        return "\n".join([first, *headline(self.findings)])
+
+
+def aliases(framework: str) -> list[tuple[str, str]]:
+    """(name that a framework logs, moediag's name) of every metric that both have.
+
+    Raises:
+        MoediagError: none.
+    """
+    every = [(alias, metric.name) for metric in METRICS.values() for alias in metric.elsewhere if alias.is_metric_name]
+    found = [(alias.name, ours) for alias, ours in every if alias.framework == framework]
+    if not found:
+        there = ", ".join(dict.fromkeys(alias.framework for alias, _ in every))
+        raise MoediagError(f"no metric has a name of {framework!r}; there are names of {there}")
+    return found
+
+
+@dataclass
+class Watch:
+    """Watches a training.
+
+    Args:
+        folder: where the table of steps goes; None = nothing is written.
+        corrections: whose shares to count: methods, presets or compositions, as :func:`moediag.corrections.weights`
+            takes them.
+        floors: metric -> its floor, such as an analysis of a run has them; adds ``<metric>.times_floor``.
+        tokens_every: write every token of each step that this divides; 0 = never.
+
+    Raises:
+        MoediagError: a correction that there is not.
+
+    Example:
+        >>> import numpy as np
+        >>> train, infer = np.log([[0.5, 0.4], [0.9, 0.2]]), np.log([[0.5, 0.5], [0.9, 0.1]])
+        >>> seen = Watch().step(0, train, infer, np.ones((2, 2)))
+        >>> round(seen.metrics["abs_logp_diff.mean"], 3), seen.n_tokens
+        (0.229, 4)
+    """
+
+    folder: str | Path | None = None
+    corrections: Sequence[str | Correction] = CORRECTIONS
+    floors: Mapping[str, float] = field(default_factory=dict)
+    tokens_every: int = 0
+    _last: int | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._named = {str(one): named_correction(one) for one in self.corrections}
+
+    def step(
+        self,
+        step: int,
+        logp_train: ArrayLike,
+        logp_infer: ArrayLike,
+        mask: ArrayLike | None = None,
+        seq_ids: ArrayLike | None = None,
+        **more: Any,
+    ) -> Seen:
+        """Look at the tokens of a step, all of them here; see :meth:`part` for the arguments.
+
+        Raises:
+            MoediagError: arrays that do not fit, no token that both sides scored, or a step that is not after the last.
+        """
+        return self.step_of(step, [self.part(logp_train, logp_infer, mask, seq_ids, **more)])
+
+    def part(
+        self,
+        logp_train: ArrayLike,
+        logp_infer: ArrayLike,
+        mask: ArrayLike | None = None,
+        seq_ids: ArrayLike | None = None,
+        *,
+        prompt_ids: ArrayLike | None = None,
+        advantages: ArrayLike | None = None,
+        entropy: ArrayLike | None = None,
+        routes: tuple[ArrayLike, ArrayLike] | None = None,
+    ) -> Part:
+        """The tokens of one batch: lists, numpy arrays or tensors of any device.
+
+        Args:
+            logp_train, logp_infer: (B, T) or (T,) log-probabilities of the same tokens [nat], by the trainer before its
+                update and as the rollout engine sampled them.
+            mask: of their shape, true where a token counts; needed for (B, T).
+            seq_ids: (T,) sequence of every token, needed for (T,); of (B, T) a row is a sequence.
+            prompt_ids: of their shape or (B,): which prompt, the same number on every rank; intervals are clustered by
+                it. None = every sequence has its own, which makes intervals of several samples a prompt too narrow.
+            advantages: of their shape or (B,) [1]; corrections that look at its sign need it.
+            entropy: of their shape: of the next-token distribution [nat].
+            routes: expert ids of train and of infer, each of their shape and (L, K) more; -1 = not routed.
+
+        Raises:
+            MoediagError: arrays that do not fit each other.
+        """
+        flat = flat_arrays(
+            logp_train, logp_infer, seq_ids, mask, prompt_id=prompt_ids, advantage=advantages, entropy=entropy
+        )
+        row_T, _ = pd.factorize(flat["seq_id"])
+        here_T = np.flatnonzero(flat["mask"] == 1) if mask is not None else np.arange(len(row_T))
+        columns: dict[str, NDArray[Any]] = {"seq_id": row_T, "position": _positions(row_T)}
+        columns |= {name: flat[name] for name in _COLUMNS if name in flat}
+        flips = (0, 0, 0, 0)
+        if routes is not None:
+            ids = [np.asarray(one).reshape(len(row_T), *np.shape(one)[-2:])[here_T].astype(np.int16) for one in routes]
+            seen = compare_experts(*ids)
+            is_whole_T = seen.is_complete_T
+            n_flipped_T = seen.n_flipped_T[is_whole_T]
+            n_whole = int(is_whole_T.sum())
+            flips = (int(n_flipped_T.sum()), n_whole * seen.shape[1], int((n_flipped_T > 0).sum()), n_whole)
+        return Part({name: array[here_T] for name, array in columns.items()}, flips)
+
+    def step_of(self, step: int, parts: Iterable[Part]) -> Seen:
+        """Look at the tokens of a step that several ranks hold parts of; raises like :meth:`step`."""
+        step, some = int(step), list(parts)
+        if len({tuple(part.columns) for part in some}) != 1:
+            raise MoediagError(f"the parts of step {step} hold different columns; give every rank the same arguments")
+        if self._last is not None and step <= self._last:
+            raise MoediagError(f"step {step} is not after step {self._last}: call once a step, with all its tokens")
+        try:
+            tokens = _joined(some, f"step {step}")
+        except DumpError as error:  # no token under the mask, or log-probabilities that no model gives
+            return Seen(step, {}, {}, [], 0, 0, str(error))
+        frame = tokens.frame
+        if (advantage_T := tokens.get("advantage")) is not None:
+            frame["advantage"] = advantage_T
+        seen = self._seen(step, Terms(frame), tokens, some)
+        if self.folder is not None:
+            self._write(seen, frame)
+        self._last = step
+        return seen
+
+    def _seen(self, step: int, terms: Terms, tokens: LoggedTokens, parts: Sequence[Part]) -> Seen:
+        metrics: dict[str, float] = {}
+        bounds: dict[str, tuple[float, float]] = {}
+
+        def add(name: str, value: float, low: float = math.nan, high: float = math.nan) -> None:
+            metrics[name] = float(value)
+            if math.isfinite(low) and math.isfinite(high):
+                bounds[name] = (float(low), float(high))
+
+        for row in logp_metrics(terms).to_dict("records"):
+            add(str(row["metric"]), row["value"], row["ci_low"], row["ci_high"])
+        masked = icepop_masked(terms)
+        add(MASKED, masked.value, masked.low, masked.high)
+        entropy_T = terms.get("entropy_infer")
+        for name, correction in self._named.items():
+            is_masked_T = correction.of_terms(terms) == 0
+            share = mean_interval(is_masked_T, terms.prompt_row_T, "rate")
+            add(f"masked_share.{name}", share.value, share.low, share.high)
+            if entropy_T is not None:
+                known = entropy_T[is_masked_T & np.isfinite(entropy_T)]
+                add(f"masked_entropy.{name}", known.mean() if len(known) else math.nan)
+        n_flips, n_choices, n_flipped, n_compared = np.sum([part.flips for part in parts], axis=0).tolist()
+        if n_choices:
+            add("flip_rate", n_flips / n_choices)
+            add("any_layer_share", n_flipped / n_compared)
+        for name, floor in self.floors.items():
+            if name in metrics and floor > 0:
+                add(f"{name}.times_floor", metrics[name] / floor)
+        return Seen(step, metrics, bounds, check_logged(tokens), len(terms), terms.n_prompts)
+
+    @cached_property
+    def _table(self) -> Path:
+        folder = Path(str(self.folder))
+        make_folder(folder)
+        return folder / STEPS
+
+    def _write(self, seen: Seen, frame: pd.DataFrame) -> None:
+        if self.tokens_every and seen.step % self.tokens_every == 0:
+            path = self._table.with_name(f"tokens-{seen.step:06d}.parquet")
+            frame.rename(columns={"entropy_infer": "entropy"}).to_parquet(path, index=False)
+        row: dict[str, float] = {"step": seen.step, "n_tokens": seen.n_tokens, "n_prompts": seen.n_prompts}
+        for name, value in seen.metrics.items():
+            low, high = seen.bounds.get(name, (math.nan, math.nan))
+            row |= {name: value, f"{name}_ci_low": low, f"{name}_ci_high": high}
+        row |= {"n_findings": len(seen.findings), "restart": int(self._resume(seen.step))}
+        known = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        with self._table.open("a") as file:
+            file.write(json.dumps(known) + "\n")
+
+    def _resume(self, step: int) -> bool:
+        """Drop what an earlier process wrote of this step and later ones; whether there was an earlier process."""
+        if self._last is not None or not self._table.exists():
+            return False
+        lines = self._table.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        if kept != lines:
+            write_atomic(self._table, "".join(kept).encode())
+        return bool(lines)
+
+
+def _positions(row_T: NDArray[np.intp]) -> NDArray[np.int64]:
+    """Place of every token among those of its sequence, in the order given."""
+    order_T = np.argsort(row_T, kind="stable")
+    start_T = np.r_[True, np.diff(row_T[order_T]) != 0][: len(row_T)]
+    here_T = np.arange(len(row_T))
+    position_T = np.empty(len(row_T), np.int64)
+    position_T[order_T] = here_T - np.maximum.accumulate(np.where(start_T, here_T, 0))
+    return position_T
+
+
+def _joined(parts: Sequence[Part], where: str) -> LoggedTokens:
+    """All parts as one table; sequences of different parts are different ones."""
+    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+    sizes = [int(part.columns["seq_id"].max(initial=-1)) + 1 for part in parts]
+    columns["seq_id"] += np.repeat(np.cumsum([0, *sizes[:-1]]), [len(part.columns["seq_id"]) for part in parts])
+    frame = pd.DataFrame(columns)
+    known = {name: frame_column(frame, name, KNOWN[name].kind) for name in columns}
+    return LoggedTokens.of(known, where, np.ones(len(frame), np.bool_))
