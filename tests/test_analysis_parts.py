@@ -55,7 +55,7 @@ def test_an_unchanged_run_is_not_analysed_again(run: Path, capsys: pytest.Captur
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert parts_made(run) is None
     assert main(["analyze", str(run)]) == 0
-    assert "Unchanged since the last analysis" in capsys.readouterr().err
+    assert "Unchanged since the last analysis" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 

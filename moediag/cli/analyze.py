@@ -24,7 +24,7 @@ def command(
 
     What has not changed since the last analysis is not computed again: an arm that was added costs its own pairs.
     """
-    from moediag.cli.console import bar, note, say_json, wrote
+    from moediag.cli.console import bar, say, say_json, wrote
     from moediag.cli.table import show_table
     from moediag.results import analyze_run
     from moediag.run.reader import open_run
@@ -38,10 +38,11 @@ def command(
             progress.on_event(event)
 
         summary = analyze_run(opened, force, no_text, o.n_workers(workers), on_event)
-    if not seen:
-        note("Unchanged since the last analysis: nothing is computed again")
     if as_json:
         say_json(summary)
         return
     show_table({run.resolve().name: summary})
-    wrote(run / "summary.json")
+    if seen:
+        wrote(run / "summary.json")
+    else:
+        say(f"Unchanged since the last analysis: {run / 'summary.json'}")
