@@ -309,7 +309,7 @@ def test_a_read_only_run_is_refused_at_once_with_what_works(folder: Path, comman
             path.chmod(path.stat().st_mode | 0o200)
     assert done.returncode == 1, done.stderr
     assert "-o" in done.stderr
-    assert "analysis: " not in done.stderr.replace("analysis: metrics", "")
+    assert "analysis: " not in done.stderr.replace("analysis: figures and report", "")
     assert (
         "give -o a folder elsewhere" if command == "simulate" else "cp -r --no-preserve=mode moe COPY"
     ) in done.stderr
