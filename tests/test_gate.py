@@ -338,7 +338,7 @@ def test_exit_codes_and_files_of_the_command(
         (("after", "--require", "not significantly worse"), "needs a baseline"),
         (("after", "--max-skipped", "2"), "--max-skipped 2: expected a share in [0, 1]"),
         (("after", "--allow", "D99"), "expected the name of a rule"),
-        (("absent",), "is not a moediag run directory"),
+        (("absent",), "absent does not exist"),
         (("unanalysed",), "has not been analysed; run: moediag analyze"),
     ],
 )

@@ -232,7 +232,7 @@ def test_two_arms_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     [
         (["--arms", "infer"], 1, "expected two names of arms"),
         (["--arms", "infer,absent"], 1, "has no arm absent"),
-        (["absent"], 1, "is not a moediag run directory"),
+        (["absent"], 1, "absent does not exist"),
         (["again", "--arms", "infer,train"], 2, "--arms compares two arms of one run"),
     ],
 )

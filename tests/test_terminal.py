@@ -7,6 +7,7 @@ import fcntl
 import io
 import os
 import pty
+import re
 import shutil
 import struct
 import subprocess
@@ -100,6 +101,7 @@ def test_every_help_fits_and_uses_the_width(module: ModuleType) -> None:
         assert status == 0
         longest[columns] = max(map(len, text.splitlines()))
         assert longest[columns] <= columns
+        assert not re.search(r"\w-$", text, re.MULTILINE)  # bug: names broke at their hyphens
     assert longest[120] >= longest[80]
 
 

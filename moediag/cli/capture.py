@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,15 +25,22 @@ _BEGIN_ONLY = ("limit", "temperature", "top_p", "top_k", "min_p", "max_tokens", 
                "router_logits", "ids_only", "full_vocab", "stop_token_ids", "shard_size", "force")  # fmt: skip
 
 
+def _recipe_lines() -> str:
+    """The recipes as help shows them: what follows a backspace is not filled again."""
+    widest = max(map(len, RECIPES)) + 2
+    lines = [
+        textwrap.fill(f"{name.ljust(widest)}{made.words}", 76, subsequent_indent=" " * widest, break_on_hyphens=False)
+        for name, made in RECIPES.items()
+    ]
+    return "\n".join(["\b", "Recipes:", *lines])
+
+
 @with_settings
 def command(
     context: typer.Context,
     recipe: Annotated[
         RecipeName,
-        typer.Argument(
-            metavar="RECIPE",
-            help="; ".join(f"{name}: {made.words}" for name, made in RECIPES.items()),
-        ),
+        typer.Argument(metavar="RECIPE", show_choices=False, help="What to capture: one of the recipes above."),
     ],
     ckpt: o.Ckpt,
     output: o.Output,
@@ -105,6 +114,9 @@ def command(
         jobs.end_dry(f"would capture arm {arm}: {n_left} of {len(run.shards)} shards of {output} are missing")
     jobs.capture(jobs.Arms(RunWriter(run, worker), [made_as], {made.role: checkpoint}), is_shared=True)
     wrote(run.arm_folder(arm))
+
+
+command.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\n{_recipe_lines()}"
 
 
 def _refuse_without_effect(context: typer.Context) -> None:

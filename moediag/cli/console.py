@@ -137,7 +137,7 @@ class _Status:
             with self._lock:
                 silent = time.monotonic() - self._since
                 if self._n_bars == 0 and silent > _SILENCE:
-                    line = f"{self.words or 'starting'} ... {int(silent)} s"
+                    line = f"{self.words or 'working'} ... {int(silent)} s"
                     sys.stderr.write(f"\r\x1b[2K{line[: (width(sys.stderr) or 80) - 1]}")
                     sys.stderr.flush()
                     self._is_shown = True

@@ -8,12 +8,13 @@ Nothing heavy is imported until a command runs.
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from typing import Annotated, Any, Final
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from moediag.cli import (
     analyze,
@@ -55,8 +56,37 @@ EXTRAS: Final = {
 """Packages that not every installation has, and the extra that brings each."""
 
 
+_HYPHEN: Final = "\N{NON-BREAKING HYPHEN}"
+
+
+def _whole_names(command: TyperCommand | TyperGroup, ctx: Any) -> str:
+    """The help of a command, whose lines break between words and not at the hyphens of names."""
+
+    def kept(text: str) -> str:
+        return re.sub(r"(?<=[\w-])-(?=\w)", _HYPHEN, text)
+
+    formatter: Any = ctx.make_formatter()
+    write_text, write_list = formatter.write_text, formatter.write_dl
+    formatter.write_text = lambda text: write_text(kept(text))
+    formatter.write_dl = lambda rows, **more: write_list([(name, kept(words)) for name, words in rows], **more)
+    command.format_help(ctx, formatter)
+    return str(formatter.getvalue()).replace(_HYPHEN, "-").rstrip("\n")
+
+
+class _Command(TyperCommand):
+    """A command whose help keeps names whole."""
+
+    def get_help(self, ctx: Any) -> str:
+        """As click's, with names kept whole."""
+        return _whole_names(self, ctx)
+
+
 class _Grouped(TyperGroup):
     """Commands under the heading of their group."""
+
+    def get_help(self, ctx: Any) -> str:
+        """As click's, with names kept whole."""
+        return _whole_names(self, ctx)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write a list of commands for every group."""
@@ -80,7 +110,7 @@ app = typer.Typer(
 )
 for modules in GROUPS.values():
     for module in modules:
-        app.command(module.NAME)(module.command)
+        app.command(module.NAME, cls=_Command)(module.command)
 
 
 def _show_version(is_given: bool) -> None:
@@ -142,5 +172,7 @@ def _usage_error(error: Exception) -> int:
     """Click's own usage errors know how to show themselves; anything else is a bug and keeps its traceback."""
     if not hasattr(error, "show") or not hasattr(error, "exit_code"):
         raise error
-    error.show()
+    shown = io.StringIO()
+    error.show(file=shown)
+    note(shown.getvalue().rstrip("\n"), hanging=4)
     return int(error.exit_code)
