@@ -55,10 +55,10 @@ def engine_variables_left_alone() -> Iterator[None]:
 
 
 LONGEST_FIRST = ("demo", "pages_browser", "engines_resume", "engines_families", "engines_serve", "engines_checkpoints",
-                 "engines_server", "selftest", "provenance_engines", "figures_sets", "engines_execution", "readme",
-                 "engines_gradients", "simulate", "engines_generate", "folder", "hygiene_faults", "run_schema1",
-                 "notebooks", "hygiene_logged", "hygiene_clean", "engines_observation", "run_derived",
-                 "gradients_statistics")  # fmt: skip
+                 "engines_server", "selftest", "provenance_engines", "figures_shapes", "figures_sets",
+                 "engines_execution", "readme", "engines_gradients", "simulate", "engines_generate", "folder",
+                 "hygiene_faults", "run_schema1", "notebooks", "hygiene_logged", "hygiene_clean",
+                 "engines_observation", "run_derived", "gradients_statistics")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,12 +9,14 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.text import Text
 from scipy import special
 from scripted_engine import make_scripted_run
 
 from moediag.cli.main import main
-from moediag.figures.series import plot_trend
+from moediag.figures import TREND_FIGURES
+from moediag.figures.series import plot_trend, title_of
 from moediag.hygiene.findings import finding
 from moediag.results.trend_sources import read_trend
 from moediag.run.files import read_sealed, sha256_bytes
@@ -237,6 +239,34 @@ def test_titles_of_panels_stay_in_the_figure_and_every_axis_has_a_scale(tmp_path
     for ax in figure.axes:
         low, high = ax.get_ylim()
         assert sum(low <= tick <= high for tick in ax.get_yticks()) >= 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_known_interval_is_drawn_also_of_a_step_without_such_a_token(tmp_path):
+    """Bug: a share's intervals were left out beside steps at 0, as a band needs two neighbours that both have one."""
+    path = tmp_path / "t.csv"
+    shares = pd.DataFrame({"step": range(5), "extreme_share_2": [0, 0.002, 0, 0, 0.004]})
+    bounds = {"extreme_share_2_ci_low": 0.0, "extreme_share_2_ci_high": [0.01, 0.012, 0.01, np.nan, 0.02]}
+    shares.assign(**bounds).to_csv(path, index=False)
+    ax = plot_trend(read_trend([path], None, lambda *done: None).trend).axes[0]
+    (bars,) = (found for found in ax.collections if isinstance(found, LineCollection))
+    assert [(bar[0, 0], bar[1, 1]) for bar in bars.get_segments()] == [(0, 0.01), (1, 0.012), (2, 0.01), (4, 0.02)]
+    assert ax.get_ylim()[1] > 0.02
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_metric_that_never_changes_is_named_with_its_value_and_not_drawn(tmp_path):
+    """Bug: half of the panels were flat lines."""
+    path = tmp_path / "t.csv"
+    pd.DataFrame({"step": range(5), "k3": [0.1, 0.2, 0.3, 0.4, 0.5], "temperature": 0.7}).to_csv(path, index=False)
+    figure = plot_trend(read_trend([path], None, lambda *done: None).trend)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == [title_of("kl_infer_train_k3")]
+    assert "The same at every step, not drawn: temperature (0.700)." in words(figure)
+
+
+def test_the_figure_of_a_series_is_declared_as_the_others_are():
+    assert TREND_FIGURES["trend"].plot is plot_trend
+    assert TREND_FIGURES["trend"].frames == ("trend_by_step",)
 
 
 def test_an_infinite_step_is_drawn_and_said(capsys, tmp_path):

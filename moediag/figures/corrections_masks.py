@@ -175,8 +175,8 @@ def overlap_title(overlap: pd.DataFrame, names: list[str]) -> str:
     apart = int((rows["jaccard"] == 0).sum())
     middle = float(rows["jaccard"].median())
     return (
-        f"{count(len(names), 'mask')} in {count(len(rows), 'pair')}: median Jaccard {percent(middle)}, the same tokens "
-        f"in {count(same, 'pair')}, none shared in {apart}"
+        f"{count(len(names), 'mask')}, {count(len(rows), 'pair')}: median Jaccard {percent(middle)}; the same tokens "
+        f"in {same}, no token in common in {apart}"
     )
 
 
