@@ -27,7 +27,8 @@ def audit_section(frames: Mapping[str, pd.DataFrame], pictures: Mapping[str, Pic
     shown: list[Block] = [picture for name, picture in pictures.items() if name.startswith("gradient")]
     shown.append(frame_table("gradient_audit", frames["gradient_audit"][list(HEADLINE)]))
     shown.append(frame_table("gradient_references", frames["gradient_references"]))
-    return section("gradients", "Which correction points the update the right way?", *shown)
+    title = "Which correction points the update the right way?"
+    return section("gradients", title, *shown, finding=next(iter(audit_words(frames)), ""))
 
 
 def audit_words(frames: Mapping[str, pd.DataFrame]) -> list[str]:

@@ -60,6 +60,7 @@ def comparison_page(
     *,
     regenerate: Sequence[str] = ("moediag compare RUN RUN ... -o DIR",),
     environments: Environments | None = None,
+    folders: Mapping[str, str] | None = None,
 ) -> Page:
     """The page of several runs.
 
@@ -69,6 +70,7 @@ def comparison_page(
         figures: what ``draw_comparison_figures`` returned; the page stands beside their folder.
         regenerate: the commands that make this page again.
         environments: what ran differently, for pairs of runs.
+        folders: label -> the run's folder, for the commands.
 
     Raises:
         MoediagError: a summary has another schema version, or no run or pair.
@@ -92,7 +94,10 @@ def comparison_page(
     ]
     headlines = [(metric, row) for metric, row in measures if metric.is_headline]
     pictures = {path.stem: Picture(path) for path in figures if path.suffix == ".png"}
-    verdicts = tuple(verdict_of(run, pairs[label], frames.get(label, {}), label) for label, run in runs.items())
+    verdicts = tuple(
+        verdict_of(run, pairs[label], frames.get(label, {}), label, (folders or {}).get(label, "RUN"))
+        for label, run in runs.items()
+    )
     lead = [*_cautions(summary, runs), _ratio_words(pairs, headlines), _lead_table(pairs, headlines)]
     first = [
         _long_table(headlines, f"Headline numbers of {len(pairs)} runs, each with its interval and floor"),

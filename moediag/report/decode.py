@@ -147,7 +147,8 @@ def _reader(path: Path) -> Decode:
         core: Any = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise RunError(f"{path} is not a tokenizer.json that tokenizers reads ({error}); give another") from None
-    return lambda ids: str(core.decode(ids, skip_special_tokens=False))
+    # a token whose id is not known (-1) has no text
+    return lambda ids: str(core.decode([one for one in ids if one >= 0], skip_special_tokens=False))
 
 
 def _ids(ids: list[int]) -> str:

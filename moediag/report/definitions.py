@@ -151,10 +151,11 @@ class Published:
 
     @property
     def words(self) -> str:
-        """The number with its model, stack and source."""
-        return f"{self.value} ({self.model}, {self.stack}; {self.source})"
+        """The number with its model, stack and source, which the table names in full."""
+        return f"{self.value} ({self.model}, {self.stack}; {self.source.partition(',')[0]})"
 
 
+R3: Final = "R3: arXiv 2510.11370"
 _R3: Final = "R3, arXiv 2510.11370"
 _R3_STACK: Final = "SGLang against Megatron"
 _QWEN: Final = "Qwen3-30B-A3B"

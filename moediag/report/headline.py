@@ -41,10 +41,16 @@ def verdict_of(summary: Summary, pair: Summary, frames: Frames, label: str = "",
         _reason(str(given.get("weights") or ""), str(given.get("reason") or missing)),
         plain(str(given.get("where") or "")),
         plain(str(then.get("words") or "")),
-        tuple(one_line(str(command).replace("RUN", shlex.quote(run))) for command in then.get("commands") or ()),
+        tuple(one_line(_filled(str(command), summary, run)) for command in then.get("commands") or ()),
         tuple(plain(line) for line in given.get("evidence") or ()),
         seen_words(pair, frames, text_origin(summary)),
     )
+
+
+def _filled(command: str, summary: Summary, run: str) -> str:
+    """A command of the verdict with this run's folder and checkpoint in it."""
+    checkpoint = str((summary.get("model") or {}).get("path") or "CKPT")
+    return command.replace("RUN", shlex.quote(run)).replace("CKPT", shlex.quote(checkpoint))
 
 
 def cause_blocks(summary: Summary) -> list[Block]:

@@ -4,7 +4,8 @@ Invariants:
     - nothing is loaded: style, script and pictures are inside, and a Content-Security-Policy forbids the rest. It names
       style and script by digest, so that nothing else that might get into the page would run;
     - every text goes through jinja2's autoescape or through :func:`moediag.report.text.to_html`, which escapes it;
-    - the script only sorts, filters and enlarges: without it every number is there.
+    - the script sorts, filters, enlarges, opens what a link leads to and says a single token's numbers: without it
+      every section opens by hand, and every number of every table is there.
 """
 
 from __future__ import annotations

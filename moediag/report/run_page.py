@@ -122,10 +122,8 @@ class Place:
         before, shown, after = self.before(context), self._declared(context), self.after(context)
         if self.is_for_frames and not shown:
             return None
-        words = SECTION_WORDS.get(self.anchor)
-        finding = words(context.summary, context.pair, context.frames) if words else ""
-        if self.anchor == "tokens" and context.tokens is not None:
-            finding = f"the {count(len(context.tokens.responses), 'response')} that differ most, as text"
+        words = SECTION_WORDS[self.anchor]
+        finding = words(context.summary, context.pair, context.frames)
         return section(self.anchor, self.title, *before, *shown, *after, finding=finding)
 
     @property
@@ -255,7 +253,7 @@ def published_table(summary: Summary, pair: Summary, frames: Frames) -> Table:
     kind, good = ("MoE", "lower is better") if is_moe else ("dense", "lower is better, of the mean ratio 1")
     caption = (
         f"Five numbers ({good}) beside {kind} models elsewhere: other stacks, not thresholds. Here: "
-        f"{', '.join(filter(None, counts))} of {count(pair.get('n_prompts'), 'prompt')}"
+        f"{', '.join(filter(None, counts))} of {count(pair.get('n_prompts'), 'prompt')}. {definitions.R3}"
     )
     return table(["number", "here", "95 %", "published"], rows, (1, 2), caption)
 

@@ -106,7 +106,11 @@ def compare_runs(
             floors={label: summary_floors(one["floors"]) for label, one in summaries.items()},
             kinds=formats(pdf),
         )
-        write_pages(folder, comparison_page(summary, frames, figures, regenerate=(command,), environments=environments))
+        page = comparison_page(
+            summary, frames, figures, regenerate=(command,), environments=environments,
+            folders={label: str(run.path) for label, run in runs.items()},
+        )  # fmt: skip
+        write_pages(folder, page)
     return {**read_sealed(output / SUMMARY), "runs": summaries}  # in the order given: JSON sorts by label
 
 
