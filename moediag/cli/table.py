@@ -38,7 +38,8 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: i
 
     On a terminal that is too narrow for it cells go on in the next line, broken between words and never inside a name
     or an interval; columns of numbers that find no room beside the others stand below them, with the first column
-    again; a table of words becomes a list. In a pipe no cell of numbers is broken.
+    again; a table of words becomes a list. In a pipe no cell of numbers is broken, and words of a table are only where
+    they are longer than its share.
 
     Args:
         width: longest line elsewhere than on a terminal [character], of a table of words, all of whose columns are to
@@ -52,8 +53,11 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: i
         return unglued(_laid_out(cells, columns, dict(enumerate(longest)), width is not None))
     needed = [max(len(word) for row in cells for word in row[nth].split(" ")) for nth in columns]
     if width is not None:
-        is_list = sum(needed) + _GAP * (len(needed) - 1) > room
+        gaps = _GAP * (len(needed) - 1)
+        is_list = terminal_width() is not None and sum(needed) + gaps > room
         panels = [] if is_list else [list(columns)]
+        if sum(needed) + gaps > room:  # elsewhere a row stays beside its name, and only what is very long is broken
+            needed = [min(one, (room - gaps) // len(needed)) for one in needed]
     else:
         longest[0] = needed[0] = min(longest[0], max(needed[0], int(_FIRST * room)))
         panels = _panels(needed, room)
@@ -74,12 +78,11 @@ def _panels(needed: Sequence[int], room: int) -> list[list[int]]:
 
 
 def _shared(panel: Sequence[int], needed: Sequence[int], longest: Sequence[int], room: int) -> dict[int, int]:
-    """Widths of a panel's columns: what each needs, and what is left to those that are cut most."""
+    """Widths of a panel's columns: what each needs, and what is left to the narrowest that are cut."""
     widths = {nth: min(needed[nth], longest[nth]) for nth in panel}
     left = room - sum(widths.values()) - _GAP * (len(panel) - 1)
     while left > 0 and (cut := [nth for nth in panel if widths[nth] < longest[nth]]):
-        widest = max(cut, key=lambda nth: longest[nth] / widths[nth])
-        widths[widest] += 1
+        widths[min(cut, key=widths.__getitem__)] += 1
         left -= 1
     return widths
 
@@ -89,7 +92,7 @@ def _laid_out(cells: Sequence[Sequence[str]], panel: Sequence[int], widths: Mapp
     for nth_row, row in enumerate(cells):
         if nth_row and not is_words and {row[nth] for nth in panel[1:]} <= {"", NONE}:
             continue
-        parts = [textwrap.wrap(row[nth], max(widths[nth], 1), break_long_words=False, break_on_hyphens=False) or [""]
+        parts = [textwrap.wrap(row[nth], max(widths[nth], 1), break_long_words=is_words, break_on_hyphens=False) or [""]
                  for nth in panel]  # fmt: skip
         for line in zip_longest(*parts, fillvalue=""):
             aligned = (
