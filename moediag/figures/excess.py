@@ -26,9 +26,12 @@ from moediag.figures.style import (
 from moediag.figures.ticks import layer_ticks, log_axis
 from moediag.numbers import count, sig
 
+BOUND_REACH: Final = 4.0
+"""The axis of the excess reaches at most this factor beyond the largest one for the sake of an interval."""
+
 _NOTE: Final = (
     "Not controlled: difficulty that these do not show. An association, only forced routes show a cause. "
-    "Bars: 95 % of the excess; pale: too few prompts."
+    "Bars: 95 % of the excess, cut where they leave the axis; pale: too few prompts."
 )
 
 
@@ -164,6 +167,11 @@ def _draw_excess(ax: Axes, rows: pd.DataFrame, style: RunStyle) -> None:
     ax.errorbar(rows["group_low"], rows["excess"], bars, fmt=style.marker, color=style.colour, markersize=size,
                 capsize=2 if len(rows) <= 16 else 0, elinewidth=1.0)  # fmt: skip
     ax.axhline(0, color=GREY, linewidth=0.8)
+    # One interval of few prompts may be a hundred times as wide as all others: the axis does not follow it.
+    reach = BOUND_REACH * float(rows["excess"].abs().max())
+    low, high = ax.get_ylim()
+    if reach > 0:
+        ax.set_ylim(max(low, -reach), min(high, reach))
     ticks = layer_ticks(int(rows["group_low"].max()), 8)
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.set_xlabel("first flipped MoE layer")

@@ -34,6 +34,9 @@ from moediag.numbers import count, sig, times
 DECADES: Final = 5
 """The log axis shows at most this many; a median of 1e-9 nat would press the rest into a line."""
 
+BOUND_REACH: Final = 2.0
+"""The log axis reaches at most this factor above the largest value for the sake of an interval."""
+
 _LINES: Final = (("p50", (0, (1, 1.2))), ("p90", (0, (4, 1.5))), ("p99", (0, (7, 1.5, 1, 1.5))))
 
 
@@ -132,15 +135,18 @@ def _span(row: pd.Series) -> str:
 
 def drift_limits(frames: Mapping[str, pd.DataFrame], floors: Sequence[float] = ()) -> tuple[float, float] | None:
     """Lower and upper end [nat] of the shared log axis, floors included; None when no value is above 0."""
-    names = [f"abs_logp_diff_{k}" for k in ("mean", "mean_ci_high", "p50", "p90", "p99")]
+    names = [f"abs_logp_diff_{k}" for k in ("mean", "p50", "p90", "p99")]
     values = [frame[names].to_numpy(np.float64).ravel() for frame in frames.values()]
+    bounds = [float(frame["abs_logp_diff_mean_ci_high"].max()) for frame in frames.values()]
     drawn = np.concatenate(values) if values else np.empty(0)
     drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
     if not len(drawn):
         return None
     lowest = min([float(drawn.min()), *(0.8 * floor for floor in floors)])
-    low = max(10 ** np.floor(np.log10(lowest)), 1.5 * drawn.max() / 10**DECADES)
-    return float(low), float(drawn.max() * 1.5)
+    # One bin of a few loud tokens has a bound far above all values: the axis does not follow it.
+    top = max([float(drawn.max()), *(min(bound, BOUND_REACH * drawn.max()) for bound in bounds if np.isfinite(bound))])
+    low = max(10 ** np.floor(np.log10(lowest)), 1.5 * top / 10**DECADES)
+    return float(low), 1.5 * top
 
 
 def _middle(frame: pd.DataFrame) -> npt.NDArray[np.float64]:
@@ -206,7 +212,9 @@ def _clip_note(frames: Mapping[str, pd.DataFrame], limits: tuple[float, float] |
     if limits is None:
         return ""
     hidden = any(bool((frame[names] < limits[0]).any(axis=None)) for frame in frames.values())
-    return f"Values below {sig(limits[0], 1)} nat (zeros too) are not shown." if hidden else ""
+    words = f"Values below {sig(limits[0], 1)} nat (zeros too) are not shown." if hidden else ""
+    is_beyond = any(frame["abs_logp_diff_mean_ci_high"].max() > limits[1] for frame in frames.values())
+    return words + " A band that leaves the axis at the top is wider than it." * is_beyond
 
 
 def _thin_note(frames: Mapping[str, pd.DataFrame]) -> str:
