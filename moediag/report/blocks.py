@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from moediag.figures import FIGURES, SIMULATION_FIGURES
+from moediag.figures import FIGURES, SIMULATION_FIGURES, TREND_FIGURES
 from moediag.numbers import NONE, in_unit, is_number
 from moediag.report.text import Markdown, code, fence_for, plain, whole_line
 from moediag.report.token_view import TokenView
 
-_FIGURES: Final = FIGURES | SIMULATION_FIGURES
+_FIGURES: Final = FIGURES | SIMULATION_FIGURES | TREND_FIGURES
 
 
 _NOTHING: Final = Markdown("")
