@@ -162,7 +162,7 @@ def test_a_published_configuration_is_cut_and_its_widths_are_kept(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
-    [(("--family", "nonsense"), "expected one of qwen2_moe"), (("/nowhere/to/be/found",), "neither a folder")],
+    [(("--family", "nonsense"), "expected one of qwen2_moe"), (("/nowhere/to/be/found",), "does not exist")],
 )
 def test_what_cannot_be_tested_is_one_line(
     words: tuple[str, ...], complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path

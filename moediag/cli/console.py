@@ -29,7 +29,7 @@ _SILENCE: Final = 1.0
 _PROSE: Final = 120
 """Longest line of sentences, however wide the terminal [character]."""
 _GLUE: Final = "\N{NO-BREAK SPACE}"
-_SPOKEN_APART: Final = re.compile(r"\[[^\[\]]{1,24}\]|(?<=\d) (?=%|nat\b|MB\b|s\b)")
+_TOGETHER: Final = re.compile(r"\[[^\[\]]{1,24}\]|(?<=\d) (?=%|nat\b|MB\b|s\b)")
 
 
 def width(stream: TextIO | None = None) -> int | None:
@@ -40,7 +40,7 @@ def width(stream: TextIO | None = None) -> int | None:
 
 def glued(text: str) -> str:
     """Intervals, and numbers with their units, as one word."""
-    return _SPOKEN_APART.sub(lambda match: match[0].replace(" ", _GLUE), text)
+    return _TOGETHER.sub(lambda match: match[0].replace(" ", _GLUE), text)
 
 
 def unglued(text: str) -> str:
