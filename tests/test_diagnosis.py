@@ -466,6 +466,7 @@ def test_every_word_of_a_verdict_has_a_tone() -> None:
         (["D31-zero-logp", "D01-token-lag"], ["D01-token-lag", "D31-zero-logp"]),
         (["D02-layer-at-chance", "D02-twin-layers"], ["D02-layer-at-chance", "D02-twin-layers"]),
         (["D14-gate-factor", "D31-nan-logp"], ["D31-nan-logp", "D14-gate-factor"]),
+        (["other-function", "rounded-logp"], ["rounded-logp", "other-function"]),
     ],
 )  # fmt: skip
 def test_what_a_fault_brings_with_it_stands_behind_it(fired: list[str], ranked: list[str]) -> None:

@@ -240,7 +240,7 @@ _TABLE = (
          "longer than certain tokens make"),
     Rule("rounded-logp", "every log-probability lies on a coarse grid", "cast to 16 bits, or printed with few "
          "decimals, before it was kept", WARNING, "keep log-probabilities in float32: ratios of few 1e-3 are made of "
-         "rounding", LOGPS, companions=("D29-head", "rounds-worse"),
+         "rounding", LOGPS, companions=("D29-head", "other-function", "rounds-worse"),
          threshold="distinct values off the grid of bfloat16 or float16 (rollouts: of so many decimals, too); none of "
          "at least 20, each of which lies on it by chance once in 65,536 or 8,192"),
     Rule("D31-certain-tokens", "log-probabilities of exactly 0 that no entropy contradicts",
