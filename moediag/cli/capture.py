@@ -66,6 +66,7 @@ def command(
         )
     jobs.require(recipe.value)
     settings.check_server()
+    cluster = settings.cluster()
 
     def request(given: bool, max_model_len: int, seed: int, routes: str = INFER, **more: Any) -> ArmRequest:
         replay = {"source": routes, "weights": replay_weights, **layers}
@@ -95,7 +96,7 @@ def command(
         reference=reference,
         is_other_checkpoint=has_other_weights,
     )
-    jobs.capture(jobs.Arms(RunWriter(run, worker), [made_as], {made.role: checkpoint}), is_shared=True)
+    jobs.capture(jobs.Arms(RunWriter(run, worker), [made_as], {made.role: checkpoint}), is_shared=True, cluster=cluster)
     wrote(run.arm_folder(arm))
 
 
