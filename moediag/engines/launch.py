@@ -147,7 +147,7 @@ class Engines:
         environment = {**env, **os.environ}
         if environment != self._environment:
             self.close()
-        with _appended(Path(job.log)) as log:
+        with appended(Path(job.log)) as log:
             if self._child is None:
                 self._child, self._environment = Child(environment, log), environment
             try:
@@ -163,7 +163,7 @@ class Engines:
             child.close()
 
 
-def _appended(log: Path) -> IO[bytes]:
+def appended(log: Path) -> IO[bytes]:
     """A log opened for appending: workers and repeated runs of one command do not destroy each other's.
 
     Raises:

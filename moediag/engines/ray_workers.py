@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from moediag import errors
-from moediag.engines.launch import Engines, Job, OnEvent
+from moediag.engines.launch import Engines, Job, OnEvent, appended
 from moediag.engines.provenance import numeric_variables, software
 from moediag.engines.versions import RAY, require
 from moediag.errors import CheckpointError, EngineDiedError, EngineError
@@ -46,6 +46,7 @@ N_TRIES = 3
 given up."""
 _HELD_SECONDS = 30.0  # a lost worker's claim goes with its process, within seconds: then it is a living one's
 _POLL_SECONDS = 1.0
+_ANSWER_SECONDS = 10.0
 _CHECKPOINT_FILES = (".safetensors", ".json", ".model", ".jinja", ".py", ".txt")
 _GIVEN_BY_RAY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 _LOG_BYTES = 1 << 20  # of a log that comes over from another machine, its end
@@ -69,6 +70,27 @@ class ClusterOptions:
     num_workers: int | None = None
     gpus_per_worker: int | None = None
     tensor_parallel_size: int = 1
+
+    def check(self) -> ClusterOptions:
+        """Return self where ray is installed and something answers at the address.
+
+        Ray itself tries for minutes, in the words of its own libraries.
+
+        Raises:
+            DependencyError: ray is not installed, or too old.
+            EngineError: nothing answers, or the address is that of Ray's client, which brings no files over.
+        """
+        require(RAY)
+        address = self.address or environ.get("RAY_ADDRESS") or ""
+        if "://" in address:
+            raise EngineError(f"--ray-address {address}: give HOST:PORT, on a machine that is a node of the cluster")
+        host, colon, port = address.rpartition(":")
+        if colon:
+            try:
+                socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
+            except (OSError, ValueError) as error:
+                raise EngineError(f"no Ray cluster at {address}: {error}; see `ray status` there") from None
+        return self
 
 
 class Worker:
@@ -185,13 +207,11 @@ class Cluster(Engines):
     """The engine processes of a command, on a cluster.
 
     Raises:
-        DependencyError: ray is not installed, or too old.
         EngineError: no cluster at the address, or not enough GPUs on its nodes.
     """
 
     def __init__(self, options: ClusterOptions) -> None:
         super().__init__()
-        require(RAY)
         import ray
 
         self._ray = ray
@@ -408,7 +428,7 @@ class _Capture:
         with seat.claim, tempfile.TemporaryDirectory() as folder:
             for name, data in files.items():
                 if name.startswith("logs/"):
-                    with (self.run.path / name).open("ab") as log:
+                    with appended(self.run.path / name) as log:
                         log.write(data)
                 else:
                     write_atomic(Path(folder) / name, data)
