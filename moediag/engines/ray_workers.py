@@ -47,6 +47,7 @@ given up."""
 _HELD_SECONDS = 30.0  # a lost worker's claim goes with its process, within seconds: then it is a living one's
 _POLL_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0
+_QUIET_SECONDS = 20.0
 _CHECKPOINT_FILES = (".safetensors", ".json", ".model", ".jinja", ".py", ".txt")
 _GIVEN_BY_RAY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 _LOG_BYTES = 1 << 20  # of a log that comes over from another machine, its end
@@ -94,7 +95,7 @@ class ClusterOptions:
 
 
 class Worker:
-    """The actor: an engine process beside it, and a folder for copies of runs whose files it does not see.
+    """The actor, with an engine process beside it.
 
     Args:
         variables: of the driver's environment, those that may change a number.
@@ -105,7 +106,6 @@ class Worker:
             environ.pop("OMP_NUM_THREADS", None)  # Ray sets it; a command without Ray would not
         environ.update(variables)
         self._engines = Engines()
-        self._folder = Path(tempfile.mkdtemp(prefix="moediag-ray-"))
 
     def greet(self, token: str, checkpoint: str) -> dict[str, Any]:
         """What the driver must know before it gives a task.
@@ -133,7 +133,7 @@ class Worker:
                 under ``files``. None = the run's folder is here.
             stem: of the shard's files.
         """
-        here = job if files is None else self._placed(job, files)
+        here = job if files is None else _placed(job, files)
         events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         thread = threading.Thread(target=self._do, args=(here, env, events.put), daemon=True)
         thread.start()
@@ -142,7 +142,8 @@ class Worker:
             is_last = "end" in event or "error" in event
             if is_last and files is not None:
                 event["message"] = event.get("message", "").replace(here.run, job.run)
-                event["files"] = self._taken(here, job, stem)
+                event["files"] = _taken(here, job, stem)
+                shutil.rmtree(here.run, ignore_errors=True)
             yield event
             if is_last:
                 return
@@ -154,26 +155,25 @@ class Worker:
         except Exception as error:  # by its type's name, as from an engine process: not every error can be pickled
             put({"error": type(error).__name__, "message": str(error)})
 
-    def _placed(self, job: Job, files: Files) -> Job:
-        """The job on a copy of the run of its own; the rest of an earlier one's arm goes."""
-        run = self._folder / Path(job.run).name
-        shutil.rmtree(run, ignore_errors=True)
-        for name, data in files.items():
-            write_atomic(run / name, data)
-        options = dict(job.options)
-        if "proof" in options:
-            options["proof"] = options["proof"].replace(job.run, str(run))
-        return replace(job, run=str(run), log=job.log.replace(job.run, str(run)), options=options)
 
-    def _taken(self, here: Job, job: Job, stem: str) -> Files:
-        """What the job wrote: the arm's records, the shard's files, the end of the log."""
-        run, arm = Path(here.run), job.options["request"]["arm"]
-        found = read_files(
-            run, f"arms/{arm}/arm.json", f"arms/{arm}/{BIAS}", f"arms/{arm}/{stem}.*", f"tokens/{stem}.*"
-        )
-        with contextlib.suppress(OSError):
-            found[str(Path(here.log).relative_to(run))] = Path(here.log).read_bytes()[-_LOG_BYTES:]
-        return found
+def _placed(job: Job, files: Files) -> Job:
+    """The job on a copy of its run, as far as it needs one."""
+    run = tempfile.mkdtemp(prefix="moediag-ray-")
+    for name, data in files.items():
+        write_atomic(Path(run) / name, data)
+    options = dict(job.options)
+    if "proof" in options:
+        options["proof"] = options["proof"].replace(job.run, run)
+    return replace(job, run=run, log=job.log.replace(job.run, run), options=options)
+
+
+def _taken(here: Job, job: Job, stem: str) -> Files:
+    """What the job wrote: the arm's records, the shard's files, the end of the log."""
+    run, arm = Path(here.run), job.options["request"]["arm"]
+    found = read_files(run, f"arms/{arm}/arm.json", f"arms/{arm}/{BIAS}", f"arms/{arm}/{stem}.*", f"tokens/{stem}.*")
+    with contextlib.suppress(OSError):
+        found[str(Path(here.log).relative_to(run))] = Path(here.log).read_bytes()[-_LOG_BYTES:]
+    return found
 
 
 @dataclass
@@ -214,7 +214,7 @@ class Cluster(Engines):
         super().__init__()
         import ray
 
-        self._ray = ray
+        self.ray = ray
         before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=options.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -224,9 +224,13 @@ class Cluster(Engines):
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, before)  # ray's ends the process without a word
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self._gpus, n_workers = room(nodes, options)
-        self._source = software()["moediag_source_sha256"]
-        self._seats = [_Seat(index, self._group()) for index in range(n_workers)]
+        try:
+            self._gpus, n_workers = room(nodes, options)
+        except EngineError:
+            ray.shutdown()
+            raise
+        self.source = software()["moediag_source_sha256"]
+        self.seats = [_Seat(index, self._group()) for index in range(n_workers)]
         each = f" of {self._gpus} GPUs" if self._gpus else ""
         self.line = f"{n_workers} workers{each}; the cluster has {len(nodes)} nodes"
 
@@ -240,16 +244,16 @@ class Cluster(Engines):
 
     def close(self) -> None:
         """Let go of the workers, which end their engines, and of the cluster."""
-        for seat in self._seats:
+        for seat in self.seats:
             self._leave(seat)
-        self._ray.shutdown()
+        self.ray.shutdown()
 
     def _leave(self, seat: _Seat) -> None:
         seat.claim.close()
         seat.pending = None
         if seat.actor is not None:
             with contextlib.suppress(Exception):  # it may have gone by itself, with all of the cluster
-                self._ray.kill(seat.actor)
+                self.ray.kill(seat.actor)
         seat.actor = None
 
     def do(self, job: Job, env: dict[str, str], on_event: OnEvent) -> None:
@@ -270,7 +274,7 @@ class Cluster(Engines):
 
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=seat.group)
             variables = {name: value for name, value in numeric_variables().items() if name not in _GIVEN_BY_RAY}
-            seat.actor = self._ray.remote(Worker).options(**options).remote(variables)
+            seat.actor = self.ray.remote(Worker).options(**options).remote(variables)
         seat.pending = seat.actor.greet.remote(str(token), checkpoint)
 
 
@@ -278,12 +282,12 @@ class _Capture:
     """One arm on its way: shards that wait, and what each worker does."""
 
     def __init__(self, cluster: Cluster, job: Job, env: dict[str, str], on_event: OnEvent) -> None:
-        self.cluster, self.ray, self.job, self.env, self.on_event = cluster, cluster._ray, job, env, on_event
+        self.cluster, self.ray, self.job, self.env, self.on_event = cluster, cluster.ray, job, env, on_event
         self.writer = RunWriter(open_run(job.run), Slice(**job.worker))
         self.run = self.writer.run
         request = job.options["request"]
         self.arm: str = request["arm"]
-        self.source = (request["replay"] or {}).get("source")
+        self.routes = (request["replay"] or {}).get("source")
         covered = self.run.shards_of(self.arm)
         if self.arm not in self.run.arms():
             covered = covered[: request["n_shards"]]
@@ -292,11 +296,11 @@ class _Capture:
         self.waiting = deque(_Part(shard) for shard in covered if not self.run.has_capture(self.arm, shard))
         self.noted: set[str] = set()
         self.reason = ""
-        self.begun = time.monotonic()
+        self.heard = time.monotonic()
 
     def run_to_end(self) -> None:
         """Give out shards until none waits."""
-        seats = self.cluster._seats
+        seats = self.cluster.seats
         token = self.run.path / CLAIMS / f"{self.arm}.ray-{uuid.uuid4().hex}"
         with ExitStack() as stack:
             stack.enter_context(claims.claim(token))
@@ -311,37 +315,37 @@ class _Capture:
 
     def _abandon(self) -> None:
         """Workers that still do something end when the job does: what they would do next is not known to them."""
-        for seat in self.cluster._seats:
+        for seat in self.cluster.seats:
             if seat.part is not None:
                 self.cluster._leave(seat)
             seat.part, seat.n_done, seat.pending = None, 0.0, None
 
     def _listen(self, token: Path) -> None:
-        busy = {id(seat.pending): seat for seat in self.cluster._seats if seat.pending is not None}
+        busy = {id(seat.pending): seat for seat in self.cluster.seats if seat.pending is not None}
         if not busy:
-            if not any(seat.actor is not None for seat in self.cluster._seats):
+            if not any(seat.actor is not None for seat in self.cluster.seats):
                 raise EngineError(f"no worker could be started on the Ray cluster: {self.reason}")
             time.sleep(_POLL_SECONDS)  # every shard that waits is held by another process
             return
-        if not self.noted and not any(seat.host for seat in busy.values()) and time.monotonic() > self.begun + 20:
-            self.noted.add("waiting")
+        if not any(seat.part for seat in busy.values()) and time.monotonic() > self.heard + _QUIET_SECONDS:
+            self.heard = float("inf")
             self.on_event({"note": "Note     waiting for the Ray cluster to have room for a worker"})
         ready, _ = self.ray.wait([seat.pending for seat in busy.values()], num_returns=1, timeout=_POLL_SECONDS)
         for pending in ready:
             seat = busy[id(pending)]
+            self.heard = time.monotonic()
             try:
                 answer = self.ray.get(pending if seat.part is None else next(pending))
+                self._welcome(seat, answer) if seat.part is None else self._hear(seat, answer)
             except self.ray.exceptions.RayTaskError as error:
                 raise EngineError(f"the worker on {seat.host or 'a node'} failed: {_first_line(error)}") from None
             except self.ray.exceptions.RayError as error:
                 self._lost(seat, _first_line(error), token)
-            else:
-                self._welcome(seat, answer) if seat.part is None else self._hear(seat, answer)
 
     def _welcome(self, seat: _Seat, answer: dict[str, Any]) -> None:
         """The worker is there: refuse it where it would compute something else."""
         seat.host, seat.is_shared, seat.pending, seat.n_failed = answer["host"], answer["is_shared"], None, 0
-        if answer["software"]["moediag_source_sha256"] != self.cluster._source:
+        if answer["software"]["moediag_source_sha256"] != self.cluster.source:
             raise EngineError(
                 f"the worker on {seat.host} runs another moediag ({answer['software']['moediag']}) than this command; "
                 "install the same one on every node"
@@ -393,8 +397,8 @@ class _Capture:
         shards = (shard, self.run.shards[0])  # packed batches are tried on the first shard's tokens
         patterns = [MANIFEST, PROMPTS, "checkpoints/*.json", "arms/*/arm.json", f"arms/*/{BIAS}"]
         patterns += [f"tokens/{one.stem}.*" for one in shards]
-        if self.source is not None:
-            patterns += [f"arms/{self.source}/{one.stem}.*" for one in shards]
+        if self.routes is not None:
+            patterns += [f"arms/{self.routes}/{one.stem}.*" for one in shards]
         if "proof" in self.job.options:
             patterns.append(str(Path(self.job.options["proof"]).relative_to(self.run.path)))
         return read_files(self.run.path, *patterns)
@@ -464,7 +468,7 @@ class _Capture:
             self.waiting.remove(part)
 
     def _show(self) -> None:
-        seats = [seat for seat in self.cluster._seats if seat.part is not None]
+        seats = [seat for seat in self.cluster.seats if seat.part is not None]
         missing = sum(part.shard.n_sequences for part in (*self.waiting, *(seat.part for seat in seats)) if part)
         done = self.n_all - missing + sum(seat.n_done for seat in seats)
         self.on_event({"done": done, "total": self.n_all, "unit": "sequences"})
