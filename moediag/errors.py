@@ -58,6 +58,10 @@ class EngineError(MoediagError, RuntimeError):
     """An engine refused to load or failed while running."""
 
 
+class EngineDiedError(EngineError):
+    """An engine process ended without a word: killed, out of memory, or by its native code."""
+
+
 class DependencyError(MoediagError, ImportError):
     """A package is missing or has a version moediag does not support."""
 

@@ -78,6 +78,7 @@ def command(
         )
     jobs.require(recipe.value)
     settings.check_server()
+    cluster = settings.cluster()
 
     def request(given: bool, max_model_len: int, seed: int, routes: str = INFER, **more: Any) -> ArmRequest:
         replay = {"source": routes, "weights": replay_weights, **layers}
@@ -112,7 +113,8 @@ def command(
     if dry_run:
         n_left = len(RunWriter(run, worker).own_missing_shards(arm))
         jobs.end_dry(f"would capture arm {arm}: {n_left} of {len(run.shards)} shards of {output} are missing")
-    jobs.capture(jobs.Arms(RunWriter(run, worker), [made_as], {made.role: checkpoint}), is_shared=True)
+    arms = jobs.Arms(RunWriter(run, worker), [made_as], {made.role: checkpoint})
+    jobs.capture(arms, is_shared=True, cluster=cluster)
     wrote(run.arm_folder(arm))
 
 

@@ -34,6 +34,7 @@ from moediag.run.writer import RunWriter
 
 if TYPE_CHECKING:
     from moediag.cli.settings import Settings
+    from moediag.engines.ray_workers import ClusterOptions
 
 INFER_PRODUCTION, INFER_SERVER = "infer-production", "infer-server"
 FLOAT32 = ("infer-fp32", "train-fp32", "train-fp32-perturbed")
@@ -370,10 +371,11 @@ class Arms:
             return None
 
 
-def capture(*captures: Arms, is_shared: bool = False) -> None:
+def capture(*captures: Arms, is_shared: bool = False, cluster: ClusterOptions | None = None) -> None:
     """Fill the worker's slice of the requested arms, with as few engine processes and loads as there can be.
 
     Args:
+        cluster: the Ray cluster whose workers do so; None = this machine does.
         is_shared: shards may be left to other workers; else every arm must be complete before the next begins.
 
     Raises:
@@ -384,7 +386,7 @@ def capture(*captures: Arms, is_shared: bool = False) -> None:
         for one in captures:
             stack.enter_context(_replacing(one.writer.run))
             stack.enter_context(one.writer.in_use())
-        engines = stack.enter_context(Engines())
+        engines = stack.enter_context(Engines() if cluster is None else _on_ray(cluster))
         captures = tuple(one.observed(engines) for one in captures)
         for one in captures:
             one.refuse()
@@ -405,6 +407,14 @@ def capture(*captures: Arms, is_shared: bool = False) -> None:
     for one in captures:
         if all(one.writer.run.is_complete(request.arm) for request in one.requests):
             drop_replaced(one.writer.run.path)
+
+
+def _on_ray(options: ClusterOptions) -> Engines:
+    from moediag.engines.ray_workers import Cluster
+
+    cluster = Cluster(options)
+    note(f"Ray      {cluster.line}")
+    return cluster
 
 
 class Pace:

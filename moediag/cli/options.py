@@ -200,6 +200,20 @@ ServerModel = Annotated[
     str | None,
     typer.Option("--server-model", metavar="NAME", help="Which of the server's models; default: its only one."),
 ]
+Ray = Annotated[
+    bool, typer.Option("--ray", help="Engines on a Ray cluster fill the arms together, shard by shard (moediag[ray]).")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="The Ray cluster's; default: RAY_ADDRESS, else the one here, else a new one."),
+]
+NumWorkers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Engines on Ray; default: as many as its GPUs hold, without GPUs one per node."),
+]
+GpusPerWorker = Annotated[
+    int | None, typer.Option(min=0, help="GPUs of an engine on Ray, all of one node; default: --tensor-parallel-size.")
+]
 OtherCheckpoint = Annotated[
     bool,
     typer.Option("--other-checkpoint", help="CKPT is another checkpoint than the run's: how the two differ is kept."),

@@ -39,6 +39,7 @@ def command(
         )
     jobs.require(INFER if settings.server is None else jobs.INFER_SERVER, TRAIN)
     settings.check_server()
+    cluster = settings.cluster()
     plan = settings.plan(ckpt, prompts, jobs.INFER_PRODUCTION if production_rollouts else INFER)
     checkpoints = {TRAIN: plan.checkpoint, INFER: plan.checkpoint}
     if infer_checkpoint is not None:
@@ -59,5 +60,5 @@ def command(
     if dry_run:
         jobs.end_dry("would capture these arms, then analyse and report")
     run = plan.create(output, force)
-    jobs.capture(jobs.Arms(RunWriter(run), requests, checkpoints))
+    jobs.capture(jobs.Arms(RunWriter(run), requests, checkpoints), cluster=cluster)
     jobs.finish(run, training_window, no_text)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from moediag.cli import options as o
+from moediag.errors import EngineError
 from moediag.run.recipes import SERVER, VLLM, recipe
 
 if TYPE_CHECKING:
     from moediag.engines.arms import ArmRequest
     from moediag.engines.plan import Plan
+    from moediag.engines.ray_workers import ClusterOptions
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Settings:
     accept: o.AcceptOption = None
     server: o.ServerUrl = None
     server_model: o.ServerModel = None
+    ray: o.Ray = False
+    ray_address: o.RayAddress = None
+    num_workers: o.NumWorkers = None
+    gpus_per_worker: o.GpusPerWorker = None
 
     def plan(self, ckpt: str, prompts: Path, sampled_by: str) -> Plan:
         """The run that the options describe.
@@ -101,6 +107,29 @@ class Settings:
             from moediag.engines.server import open_server
 
             open_server(self.server, self.server_model)
+
+    def cluster(self) -> ClusterOptions | None:
+        """Which Ray cluster captures; None where this machine does.
+
+        Raises:
+            DependencyError: ray is not installed, or too old.
+            EngineError: an option that needs --ray is given without it, or one that one machine alone can do with it.
+        """
+        needing = {"--ray-address": self.ray_address, "--num-workers": self.num_workers,
+                   "--gpus-per-worker": self.gpus_per_worker}  # fmt: skip
+        if not self.ray:
+            for option, value in needing.items():
+                if value is not None:
+                    raise EngineError(f"{option} is of no effect without --ray")
+            return None
+        from moediag.engines.ray_workers import ClusterOptions
+
+        if self.server is not None:
+            raise EngineError("--ray with --server: a server takes requests from one process; leave --ray out")
+        if self.observer == o.Observer.auto:
+            raise EngineError("--ray with --observer auto: name it (hooks, native or both), for all workers alike")
+        given = self.ray_address, self.num_workers, self.gpus_per_worker, self.tensor_parallel_size
+        return ClusterOptions(*given).check()
 
     def request(
         self, name: str, given: bool, max_model_len: int, seed: int, is_beside_rollouts: bool = False, **more: Any

@@ -23,7 +23,7 @@ from moediag.engines.checkpoint import Checkpoint
 from moediag.engines.process import CHANNEL
 from moediag.engines.versions import Supported, require_infer_engine, require_train_engine
 from moediag.engines.vllm.options import infer_environment
-from moediag.errors import EngineError
+from moediag.errors import EngineDiedError, EngineError
 from moediag.run.capture import WHOLE
 from moediag.run.files import make_folder, write_error
 from moediag.run.recipes import DECODE, ENGINE_WORDS, PREFILL, SAMPLED, SERVER, TEACHER_FORCED, TRANSFORMERS, VLLM
@@ -82,7 +82,7 @@ class Child:
 
         Raises:
             MoediagError: what the child raised, by its own type.
-            EngineError: the child died without a word.
+            EngineDiedError: the child died without a word.
         """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # an early death, seen as the end of its events
@@ -95,7 +95,8 @@ class Child:
             if "end" in event:
                 return
             on_event(event)
-        raise EngineError(f"the {job.engine} engine died ({_death(self._process.wait())}); its output is in {job.log}")
+        died = f"the {job.engine} engine died ({_death(self._process.wait())})"
+        raise EngineDiedError(f"{died}; its output is in {job.log}")
 
     def close(self) -> None:
         """End the engine and the processes it started, vLLM's workers too: the child leads a group of its own."""
@@ -141,12 +142,12 @@ class Engines:
 
         Raises:
             MoediagError: what the job raised, by its own type.
-            EngineError: the process died without a word.
+            EngineDiedError: the process died without a word.
         """
         environment = {**env, **os.environ}
         if environment != self._environment:
             self.close()
-        with _appended(Path(job.log)) as log:
+        with appended(Path(job.log)) as log:
             if self._child is None:
                 self._child, self._environment = Child(environment, log), environment
             try:
@@ -162,7 +163,7 @@ class Engines:
             child.close()
 
 
-def _appended(log: Path) -> IO[bytes]:
+def appended(log: Path) -> IO[bytes]:
     """A log opened for appending: workers and repeated runs of one command do not destroy each other's.
 
     Raises:

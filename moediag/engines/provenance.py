@@ -72,12 +72,17 @@ def arm_sections(facts: dict[str, Any]) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """Environment variables of this process that may change a number, secrets and home folders redacted."""
-    names = (name for name in os.environ if name.startswith(NUMERIC_PREFIXES) or name in NUMERIC_NAMES)
     # where a virtual environment lies changes nothing: two machines' LD_PRELOAD of its libgomp are the same
     is_own = sys.prefix not in ("/", "/usr", "/usr/local")
-    values = {name: os.environ[name] for name in sorted(names) if not _NOISE.search(name)}
+    values = numeric_variables()
     own = {name: value.replace(sys.prefix, "{sys.prefix}") if is_own else value for name, value in values.items()}
     return {name: redact(value, name) for name, value in own.items()}
+
+
+def numeric_variables() -> dict[str, str]:
+    """Environment variables of this process that may change a number, as they are."""
+    names = (name for name in os.environ if name.startswith(NUMERIC_PREFIXES) or name in NUMERIC_NAMES)
+    return {name: os.environ[name] for name in sorted(names) if not _NOISE.search(name)}
 
 
 def software() -> dict[str, Any]:

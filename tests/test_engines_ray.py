@@ -1,0 +1,218 @@
+"""`moediag capture --ray` on real clusters of this machine: what is captured does not depend on who captured it.
+
+Two nodes are two raylets here. A node without the run's files is one in a mount namespace of its own, where another
+file system lies over them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MOEDIAG, run_here, run_moediag, write_jsonl
+from test_engines_resume import captured, wait_until_engines_are_gone
+
+from moediag.cli.main import main
+from moediag.engines.ray_workers import ClusterOptions, room
+from moediag.errors import EngineError
+from moediag.hygiene import check_run
+from moediag.run.files import read_sealed
+from moediag.run.reader import open_run
+
+CHECKPOINT = Path(__file__).parent / "fixtures" / "ring-tiny"
+N_PROMPTS, N_TOKENS = 24, 60
+MEMORY = 80 << 20  # bytes of a node's object store
+OPTIONS = ("--shard-size", "1", "--full-vocab", "4")
+
+
+class Nodes:
+    """A cluster whose nodes can be killed."""
+
+    def __init__(self, head_cpus: int = 1) -> None:
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": head_cpus, "include_dashboard": False, "object_store_memory": MEMORY}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.address: str = self._cluster.address
+        self.further: list[Any] = []
+
+    def add(self) -> None:
+        self.further.append(self._cluster.add_node(num_cpus=1, object_store_memory=MEMORY))
+
+    def kill_last(self) -> None:
+        self._cluster.remove_node(self.further.pop(), allow_graceful=False)
+
+    def workers(self) -> list[int]:
+        """Processes of actors, on all nodes."""
+        raylets = {str(node.all_processes["raylet"][0].process.pid) for node in self._cluster.list_all_nodes()}
+        found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(maxsplit=2) for line in found.splitlines()]
+        return [int(pid) for pid, parent, args in rows if parent in raylets and args.startswith("ray::Worker")]
+
+    def shut_down(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Given completions, so that transformers alone captures."""
+    records: list[dict[str, object]] = [
+        {"prompt_token_ids": [(7 * i + j) % 256 for j in range(5 + i % 7)],
+         "completion_token_ids": [(11 * i + 3 * j) % 256 for j in range(N_TOKENS)]} for i in range(N_PROMPTS)
+    ]  # fmt: skip
+    return write_jsonl(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", records)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    found = Nodes()
+    found.add()
+    yield found
+    found.shut_down()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(random_moe: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process captures."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run_here("capture", "train", random_moe, "--prompts", prompts, "-o", run, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def described(run: Path) -> dict[str, Any]:
+    """Every sidecar, but for who made it and how long that took."""
+    aside = ("worker", "host", "seconds", "sha256")
+    sidecars = {str(path.relative_to(run)): read_sealed(path) for path in run.rglob("shard-*.json")}
+    return {name: {k: v for k, v in one.items() if k not in aside} for name, one in sidecars.items()}
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert captured(run) == captured(other)
+    assert described(run) == described(other)
+    assert check_run(open_run(run)) == []
+
+
+@pytest.mark.engines
+def test_a_worker_a_node_and_the_driver_may_be_killed(
+    nodes: Nodes, random_moe: Path, prompts: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """One after the other, each after a further shard was committed; the same command again gives the same bytes."""
+    run = tmp_path / "run"
+    words = ("capture", "train", random_moe, "--prompts", prompts, "-o", run, *OPTIONS)
+    command = [str(word) for word in (*words, "--ray", "--ray-address", nodes.address, "--num-workers", 2)]
+
+    def n_done() -> int:
+        return len(list(run.glob("arms/train/shard-?????.json")))
+
+    def wait_for(is_so: Callable[[], object], driver: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 300
+        while not is_so():
+            assert driver.poll() is None, driver.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    with subprocess.Popen([str(MOEDIAG), *command], stderr=subprocess.PIPE, text=True) as driver:
+        wait_for(lambda: n_done() >= 1 and len(nodes.workers()) == 2, driver)
+        before, killed = n_done(), nodes.workers()[0]
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: n_done() > before and killed not in nodes.workers(), driver)
+        before = n_done()
+        nodes.kill_last()
+        wait_for(lambda: n_done() > before, driver)
+        driver.kill()
+        _, err = driver.communicate()
+    assert "was lost" in err
+    assert 0 < n_done() < N_PROMPTS, "everything was captured before the driver was killed"
+    wait_until_engines_are_gone(run)
+    nodes.add()
+    again = run_moediag(*command)
+    assert again.returncode == 0, again.stderr
+    assert "2 workers; the cluster has 2 nodes" in again.stderr
+    assert_same(run, undisturbed)
+    assert not (run / ".claims").exists()
+
+
+@pytest.mark.engines
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_shards_of_a_node_that_does_not_see_the_run_come_through_ray(
+    random_moe: Path, prompts: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The only node with a processor sees neither the run nor its folder: the driver writes what comes over."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    nodes = Nodes(head_cpus=0)
+    start = f"{sys.executable} -c 'from ray.scripts.scripts import main; main()' start --address {nodes.address}"
+    start += f" --num-cpus 1 --object-store-memory {MEMORY} --block"
+    far = subprocess.Popen(
+        ["unshare", "-m", "bash", "-c", f"mount -t tmpfs tmpfs {hidden} && exec {start}"], stdout=subprocess.DEVNULL
+    )
+    try:
+        run = hidden / "run"
+        words = ("capture", "train", random_moe, "--prompts", prompts, "-o", run, *OPTIONS, "--ray", "--ray-address")
+        done = run_moediag(*words, nodes.address)
+        while "have room for 0" in done.stderr and far.poll() is None:  # the node is on its way
+            done = run_moediag(*words, nodes.address)
+        assert done.returncode == 0, done.stderr
+        assert_same(run, undisturbed)
+        assert (run / "logs" / "train-ray-0.log").stat().st_size > 0
+    finally:
+        far.terminate()
+        far.wait()
+        nodes.shut_down()
+
+
+def test_a_missing_ray_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = metadata.version
+
+    def without_ray(package: str) -> str:
+        if package == "ray":
+            raise metadata.PackageNotFoundError
+        return version(package)
+
+    monkeypatch.setattr(metadata, "version", without_ray)
+    words = ["capture", "train", str(CHECKPOINT), "--prompts", str(prompts), "-o", str(tmp_path / "run"), "--ray"]
+    assert main(words) == 1
+    assert capsys.readouterr().err.strip() == "moediag: ray is not installed; pip install 'moediag[ray]'"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--num-workers", "2"), "--num-workers is of no effect without --ray"),
+        (("--ray", "--observer", "auto"), "--ray with --observer auto"),
+        (("--ray", "--ray-address", "127.0.0.1:1"), "no Ray cluster at 127.0.0.1:1"),
+        (("--ray", "--ray-address", "ray://127.0.0.1:1"), "give HOST:PORT"),
+    ],
+)
+def test_what_ray_cannot_do_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, prompts: Path, options: tuple[str, ...], complaint: str
+) -> None:
+    """Bug: an address where nothing answers took Ray ten minutes and sixty lines of its own libraries."""
+    run = tmp_path / "run"
+    assert main(["capture", "train", str(CHECKPOINT), "--prompts", str(prompts), "-o", str(run), *options]) == 1
+    assert complaint in capsys.readouterr().err.strip()
+    assert not run.exists()
+
+
+def test_gpus_of_a_worker_are_of_one_node() -> None:
+    """Three GPUs on each of two nodes hold two engines of two GPUs, not three."""
+    nodes = [{"CPU": 8.0, "GPU": 3.0}] * 2
+    assert room(nodes, ClusterOptions(tensor_parallel_size=2)) == (2, 2)
+    with pytest.raises(EngineError, match="have room for 2"):
+        room(nodes, ClusterOptions(num_workers=3, tensor_parallel_size=2))
+    with pytest.raises(EngineError, match="an engine needs 4 GPUs"):
+        room(nodes, ClusterOptions(gpus_per_worker=2, tensor_parallel_size=4))
+    with pytest.raises(EngineError, match="have room for 0"):
+        room([{"GPU": 1.0}], ClusterOptions())
