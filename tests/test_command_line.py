@@ -311,6 +311,11 @@ def test_analysis_and_figures_import_no_engine() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_command_runs_as_a_module_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "moediag", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("moediag ")
+
+
 _ROOMS = (
     ("notation",), ("errors",), ("numbers",), ("frames",), ("prompts",), ("statistics",),
     ("run", "folder"),  # a run is made as every result folder is, and both write files alike
@@ -337,7 +342,7 @@ def test_imports_only_point_downwards() -> None:
     package = REPOSITORY / "moediag"
     for path in sorted(package.rglob("*.py")):
         room = path.relative_to(package).parts[0].removesuffix(".py")
-        if room == "__init__":  # names by which a person reaches the rooms
+        if room in ("__init__", "__main__"):  # names by which a person reaches the rooms
             continue
         assert room in allowed, f"{path} stands in no room"
         for target in _imported_rooms(path):
