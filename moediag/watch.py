@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -196,7 +197,7 @@ class Watch:
         mask: ArrayLike | None = None,
         seq_ids: ArrayLike | None = None,
         *,
-        prompt_ids: ArrayLike | None = None,
+        prompt_ids: ArrayLike | Sequence[str] | None = None,
         advantages: ArrayLike | None = None,
         entropy: ArrayLike | None = None,
         routes: tuple[ArrayLike, ArrayLike] | None = None,
@@ -205,11 +206,13 @@ class Watch:
 
         Args:
             logp_train, logp_infer: (B, T) or (T,) log-probabilities of the same tokens [nat], by the trainer before its
-                update and as the rollout engine sampled them.
+                update and as the rollout engine sampled them; or B arrays of any lengths, one per sequence, as a list
+                or as a nested tensor: everything of their shape is then given so.
             mask: of their shape, true where a token counts; needed for (B, T).
             seq_ids: (T,) sequence of every token, needed for (T,); of (B, T) a row is a sequence.
-            prompt_ids: of their shape or (B,): which prompt, the same number on every rank; intervals are clustered by
-                it. None = every sequence has its own, which makes intervals of several samples a prompt too narrow.
+            prompt_ids: of their shape or (B,): which prompt, the same number or word on every rank; intervals are
+                clustered by it. None = every sequence has its own, which makes intervals of several samples a prompt
+                too narrow.
             advantages: of their shape or (B,) [1]; corrections that look at its sign need it.
             entropy: of their shape: of the next-token distribution [nat].
             routes: expert ids of train and of infer, each of their shape and (L, K) more; -1 = not routed.
@@ -217,9 +220,14 @@ class Watch:
         Raises:
             MoediagError: arrays that do not fit each other.
         """
-        flat = flat_arrays(
-            logp_train, logp_infer, seq_ids, mask, prompt_id=prompt_ids, advantage=advantages, entropy=entropy
-        )
+        given: dict[str, Any] = {"logp_train": logp_train, "logp_infer": logp_infer, "seq_id": seq_ids, "mask": mask}
+        given |= {"prompt_id": prompt_ids, "advantage": advantages, "entropy": entropy}
+        if (rows := _rows(logp_train)) is not None:
+            n_B = [len(row) for row in rows]
+            given = {name: _end_to_end(name, value, n_B) for name, value in given.items() if value is not None}
+            given["seq_id"] = np.repeat(np.arange(len(n_B)), n_B)
+            routes = routes and (_end_to_end("routes", routes[0], n_B), _end_to_end("routes", routes[1], n_B))
+        flat = flat_arrays(**given)
         row_T, _ = pd.factorize(flat["seq_id"])
         here_T = np.flatnonzero(flat["mask"] == 1) if mask is not None else np.arange(len(row_T))
         columns: dict[str, NDArray[Any]] = {"seq_id": row_T, "position": _positions(row_T)}
@@ -312,6 +320,29 @@ class Watch:
         if kept != lines:
             write_atomic(self._table, "".join(kept).encode())
         return bool(lines)
+
+
+def _rows(value: Any) -> list[Any] | None:
+    """The arrays of sequences, where a value holds one per sequence; else None."""
+    if getattr(value, "is_nested", False):
+        return list(value.unbind())
+    is_rows = isinstance(value, list | tuple) and len(value) > 0 and all(np.ndim(one) > 0 for one in value)
+    return list(value) if is_rows else None
+
+
+def _end_to_end(name: str, value: Any, n_B: list[int]) -> Any:
+    """Arrays of sequences as one, values of sequences at each of their tokens; tensors stay on their device."""
+    rows = _rows(value)
+    if len(value if rows is None else rows) != len(n_B) or (rows is not None and [*map(len, rows)] != n_B):
+        raise MoediagError(
+            f"{name} does not fit logp_train, which has {len(n_B)} sequences of {min(n_B)} to {max(n_B)} tokens; give "
+            "an array per sequence, of the same lengths"
+        )
+    torch = sys.modules.get("torch")
+    if rows is not None:
+        return torch.cat(rows) if torch and isinstance(rows[0], torch.Tensor) else np.concatenate(rows)
+    sequence_T = np.repeat(np.arange(len(n_B)), n_B)
+    return value[sequence_T] if hasattr(value, "shape") else np.asarray(value)[sequence_T]
 
 
 def _positions(row_T: NDArray[np.intp]) -> NDArray[np.int64]:

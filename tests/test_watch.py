@@ -219,3 +219,37 @@ def test_neither_engine_nor_torch_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["tensors", "numpy", "lists", "nested"])
+def test_an_array_per_sequence_is_the_same_batch(kind: str) -> None:
+    """Packed batches: slime's and prime-rl's lists of tensors, verl's nested tensors; no padding, a prompt's name."""
+    one = batch(8)
+    n_B = one["mask"].sum(1)
+    make: dict[str, Any] = {"tensors": torch.tensor, "numpy": np.asarray, "lists": np.ndarray.tolist}
+    rows: dict[str, Any] = {}
+    for name in ("logp_train", "logp_infer", "entropy"):
+        cut = [row[:n] for row, n in zip(one[name], n_B, strict=True)]
+        is_nested = kind == "nested"
+        rows[name] = (
+            torch.nested.nested_tensor([torch.tensor(row) for row in cut], layout=torch.jagged)
+            if is_nested
+            else [make[kind](row) for row in cut]
+        )
+    words = [f"uid-{prompt:03d}" for prompt in one["prompt_ids"]]
+    found = Watch().step(0, **rows, prompt_ids=words, advantages=torch.tensor(one["advantages"]))
+    expected = Watch().step(0, **one)
+    assert found.metrics == pytest.approx(expected.metrics, nan_ok=True)
+    assert found.bounds.keys() == expected.bounds.keys()
+    assert (found.n_tokens, found.n_prompts) == (expected.n_tokens, 12)
+    with pytest.raises(MoediagError, match="mask does not fit logp_train, which has 24 sequences of"):
+        Watch().step(0, rows["logp_train"], rows["logp_infer"], [[True] * 3] * 24)
+
+
+def test_prompts_are_words_or_whole_numbers_of_any_size() -> None:
+    """Words ended a training (no float64), and numbers beyond 2**53, such as hashes, fell together."""
+    one = batch(9)
+    bounds = Watch().step(0, **one).bounds
+    for prompts in ([f"p{i:02d}" for i in one["prompt_ids"]], (one["prompt_ids"] + 2**60).tolist()):
+        seen = Watch().step(0, **{**one, "prompt_ids": prompts})
+        assert (seen.n_prompts, seen.bounds) == (12, bounds)

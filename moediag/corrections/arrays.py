@@ -183,7 +183,7 @@ def _arrays(given: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         if _torch(value) is not None:
             array = value.cpu().double() if value.is_floating_point() else value.cpu()
         try:
-            arrays[name] = np.asarray(array, None if name == "seq_id" else np.float64)
+            arrays[name] = np.asarray(array, None if name in ("seq_id", "prompt_id") else np.float64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise MoediagError(f"corrections take arrays of numbers, all rows of one length ({error})") from None
     return arrays
