@@ -177,7 +177,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(t
     with full_disk(tmp_path, 1 << 20):
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
         for path in (tmp_path / "out", tmp_path / "new" / "out"):
-            with pytest.raises(RunError, match=f"^cannot write {path}: {tmp_path} is not writable; give -o a folder elsewhere"):
+            message = f"^cannot write {path}: {tmp_path} is not writable; give -o a folder elsewhere"
+            with pytest.raises(RunError, match=message):
                 refuse_other(path, KIND, {})
         with pytest.raises(RunError, match=f"^cannot write {tmp_path / 'analysis'}: Read-only file system; make it"):
             make_beside(tmp_path, 1)
