@@ -44,13 +44,14 @@ from numpy.typing import ArrayLike, NDArray
 from moediag.analysis.expert_sets import compare_experts
 from moediag.analysis.logprobs import logp_metrics
 from moediag.analysis.metrics import METRICS
-from moediag.analysis.series import MASKED, icepop_masked
+from moediag.analysis.series import MASKED, icepop_masked, step_metrics
 from moediag.corrections.arrays import flat_arrays, named_correction
 from moediag.corrections.correction import Correction
 from moediag.corrections.terms import Terms
 from moediag.errors import DumpError, MoediagError
-from moediag.hygiene.findings import Finding, headline
+from moediag.hygiene.findings import Finding, by_level, headline
 from moediag.hygiene.logged import check_logged
+from moediag.hygiene.series import check_series
 from moediag.importers.columns import KNOWN
 from moediag.importers.tables import frame_column
 from moediag.importers.tokens import LoggedTokens
@@ -290,7 +291,10 @@ class Watch:
         for name, floor in self.floors.items():
             if name in metrics and floor > 0:
                 add(f"{name}.times_floor", metrics[name] / floor)
-        return Seen(step, metrics, bounds, check_logged(tokens), len(terms), terms.n_prompts)
+        found = check_logged(tokens)
+        if self._last is None:  # later steps are a drift, which is trend's to tell from noise
+            found = by_level([*found, *check_series(step_metrics(step, "", terms))])
+        return Seen(step, metrics, bounds, found, len(terms), terms.n_prompts)
 
     @cached_property
     def _table(self) -> Path:

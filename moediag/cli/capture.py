@@ -60,6 +60,7 @@ def command(
     Several workers may fill one arm at the same time: each takes shards that no other holds. With --shard-index
     and --num-shards they also share the work across machines; merging is then a plain copy (cp -rn B/. A/).
     """
+    worker, layers = o.parse_slice(shard_index, num_shards), o.parse_layers(replay_layers)
     if prompts is None:
         o.there(output)
     from moediag.cli import jobs
@@ -69,7 +70,6 @@ def command(
     from moediag.run.writer import RunWriter
 
     made, arm = recipe_of(recipe.value), o.check_arm_name(name) or recipe.value
-    worker, layers = o.parse_slice(shard_index, num_shards), o.parse_layers(replay_layers)
     if (settings.server is None) == (made.engine == SERVER):
         raise typer.BadParameter(
             f"{recipe.value} needs --server URL"
