@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -24,18 +25,20 @@ def command(
 
     What has not changed since the last analysis is not computed again: an arm that was added costs its own pairs.
     """
-    from moediag.cli.console import bar, say, say_json, wrote
+    from moediag.cli.console import bar, doing, say, say_json, wrote
     from moediag.cli.table import show_table
     from moediag.results import analyze_run
     from moediag.run.reader import open_run
 
     opened = open_run(run)
-    with bar("analysis") as progress:
+    # in a log a quick analysis says nothing
+    with bar("analysis") if sys.stderr.isatty() else doing(f"analysing {run}") as progress:
         seen: list[dict[str, Any]] = []
 
         def on_event(event: dict[str, Any]) -> None:
             seen.append(event)
-            progress.on_event(event)
+            if progress is not None:
+                progress.on_event(event)
 
         summary = analyze_run(opened, force, no_text, o.n_workers(workers), on_event)
     if as_json:
