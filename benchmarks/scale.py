@@ -8,7 +8,7 @@ read, and 100 million tokens lie where there is room for one. Routing is drawn a
 ``measure`` times, each in a process of its own: one plain pass over the arms' files; ``moediag analyze``, nothing kept
 from before, with one and with two processes; ``analyze`` again, unchanged; and numpy's and verl's plain way (both arms'
 log-probabilities in memory, their differences, their quantiles; ids sorted and compared) on as many shards as 2 GiB
-hold. Peak memory is that of the largest process.
+hold.
 
 Usage: python benchmarks/scale.py make FOLDER --tokens N [--distinct N] | measure FOLDER [--workers 1 2]
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -137,18 +136,30 @@ def plain(run: Run, n_shards: int) -> float:
 
 
 def timed(*command: object) -> tuple[float, float, float]:
-    """(wall seconds, processor seconds, peak memory of the largest process [GiB]) of a command."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = time.perf_counter()
-    code = (
-        "import resource, subprocess, sys; rc = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode; "
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(rc)"
-    )
-    found = subprocess.run([sys.executable, "-c", code, *map(str, command)], check=True, stdout=subprocess.PIPE,
-                           text=True)  # fmt: skip
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return time.perf_counter() - start, seconds, int(found.stdout.split()[-1]) / 2**20
+    """(wall seconds, processor seconds, peak memory [GiB]) of a command and of every process that it starts.
+
+    Memory is the largest sum of what is resident in its processes, looked at ten times a second; pages that they share
+    count in each. Processor time of a process is what it had used when it was last seen.
+    """
+    tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    seconds: dict[str, float] = {}
+    peak, start = 0, time.perf_counter()
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        while process.poll() is None:
+            resident = 0
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                try:
+                    fields = stat.read_text().rpartition(")")[2].split()
+                except OSError:  # it has just ended
+                    continue
+                if int(fields[3]) == process.pid:
+                    seconds[stat.parent.name] = (int(fields[11]) + int(fields[12])) / tick
+                    resident += int(fields[21]) * page
+            peak = max(peak, resident)
+            time.sleep(0.1)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} ended with {process.returncode}")
+    return time.perf_counter() - start, sum(seconds.values()), peak / 2**30
 
 
 def measure(path: Path, workers: list[int]) -> None:
