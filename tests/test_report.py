@@ -320,6 +320,14 @@ def test_user_text_is_neutralised_everywhere(moe, dense, kind):
     assert all("x\\|" in line or "x" not in line[:3] for lines in widths.values() for line in lines)
 
 
+def test_what_the_diagnosis_says_is_not_cut(moe):
+    """Bug: the likely cause ended in the middle of a word, and who is to blame after it was lost."""
+    where = "; ".join(f"router of decoder layer {i} differs in 1,560 of 1,560 rows" for i in range(12)) + "; the end"
+    summary = moe.summary()
+    summary["verdict"] = {"word": "different function", "reason": where, "where": where, "evidence": [where]}
+    assert run_report(summary, moe, []).count("; the end") >= 3
+
+
 def test_plain_hides_direction_marks_and_line_breaks():
     assert plain("a\u202eb\nc") == "a b c"
     assert plain("x" * 1000).endswith("…")

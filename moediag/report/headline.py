@@ -21,7 +21,7 @@ from moediag.report.measures import (
     bent_parameters,
     text_origin,
 )
-from moediag.report.text import Markdown, code, one_line, plain
+from moediag.report.text import Markdown, code, one_line, own_words, plain
 
 
 def verdict_of(summary: Summary, pair: Summary, frames: Frames, label: str = "", run: str = "RUN") -> Verdict:
@@ -39,10 +39,10 @@ def verdict_of(summary: Summary, pair: Summary, frames: Frames, label: str = "",
         one_line(given.get("word") or CANNOT_TELL),
         one_line(given.get("tone") or "calm"),
         _reason(str(given.get("weights") or ""), str(given.get("reason") or missing)),
-        plain(str(given.get("where") or "")),
-        plain(str(then.get("words") or "")),
+        own_words(str(given.get("where") or "")),
+        own_words(str(then.get("words") or "")),
         tuple(one_line(_filled(str(command), summary, run)) for command in then.get("commands") or ()),
-        tuple(plain(line) for line in given.get("evidence") or ()),
+        tuple(own_words(line) for line in given.get("evidence") or ()),
         seen_words(pair, frames, text_origin(summary)),
     )
 
@@ -57,8 +57,8 @@ def cause_blocks(summary: Summary) -> list[Block]:
     """Every rule that fired, likeliest first; what was ruled out; what could not be told, with the command."""
     given = summary.get("verdict") or {}
     found = [
-        Markdown(f"**{plain(one['rule'])}** ({plain(one['level'])}): {plain(one['message'])}. "
-                 f"Likely: {plain(one['cause'])}. Next: {plain(one['next_check'])}.")
+        Markdown(f"**{plain(one['rule'])}** ({plain(one['level'])}): {own_words(one['message'])}. "
+                 f"Likely: {own_words(one['cause'])}. Next: {own_words(one['next_check'])}.")
         for one in given.get("causes") or ()
     ]  # fmt: skip
     missing = [Markdown(f"{plain(one['words'])}: {code(one['command'])}") for one in given.get("untold") or ()]
@@ -75,8 +75,8 @@ def cause_blocks(summary: Summary) -> list[Block]:
 def _reason(weights: str, reason: str) -> Markdown:
     """Other weights before anything else."""
     if not weights:
-        return plain(reason)
-    return Markdown(f"{plain(weights)}. {plain(reason[:1].upper() + reason[1:])}")
+        return own_words(reason)
+    return Markdown(f"{own_words(weights)}. {own_words(reason[:1].upper() + reason[1:])}")
 
 
 def seen_words(pair: Summary, frames: Frames, origin: str = "") -> Markdown:

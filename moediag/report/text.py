@@ -19,6 +19,8 @@ from moediag.numbers import NONE
 
 MAX_TEXT: Final = 300
 """User text longer than this is cut: a report is no place for a pasted prompt."""
+_LONGEST_WORDS: Final = 2000
+"""The diagnosis's own words are longer, and hold names of the user's, which may be of any length."""
 
 _UNSEEN: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories that can make a page lie, or cannot be written: control, direction, half characters."""
@@ -45,11 +47,11 @@ class Markdown(str):
     __slots__ = ()
 
 
-def one_line(text: object) -> str:
-    """Text as one line without control and direction characters (they can make a page lie), cut if long."""
+def one_line(text: object, longest: int = MAX_TEXT) -> str:
+    """Text as one line without control and direction characters (they can make a page lie), cut if longer."""
     kept = (" " if unicodedata.category(c) in _UNSEEN else c for c in str(text))
     line = " ".join("".join(kept).split())
-    return line if len(line) <= MAX_TEXT else line[: MAX_TEXT - 1] + "…"
+    return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 def visible(text: str, longest: int = MAX_TEXT, keep_end: bool = False) -> str:
@@ -83,14 +85,19 @@ def escaped(character: str) -> str:
     return " " if character.isspace() else character
 
 
-def plain(text: object) -> Markdown:
+def own_words(text: object) -> Markdown:
+    """What the diagnosis says, with names of the user's in it, as literal text."""
+    return plain(text, _LONGEST_WORDS)
+
+
+def plain(text: object, longest: int = MAX_TEXT) -> Markdown:
     r"""User text as literal text: no markup, no HTML, no automatic link.
 
     Example:
         >>> plain("<b>*x*</b> | [a](https://e.org)")
         '&lt;b&gt;\\*x\\*&lt;/b&gt; \\| \\[a\\](https\\://e.org)'
     """
-    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = one_line(text, longest).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = _ACTIVE.sub(r"\\\1", line)
     return Markdown(line.replace("://", r"\://").replace("www.", r"www\."))
 
