@@ -151,7 +151,7 @@ def test_engines_that_differ_in_float32_compute_different_functions(tmp_path: Pa
     assert summary["function"]["is_same"] is False
     assert summary["function"]["n_agreeing"] == 0
     assert summary["verdict"]["word"] == "different function"
-    assert "Whose it is two engines cannot tell" in summary["verdict"]["where"]
+    assert "Which engine is wrong two engines cannot tell" in summary["verdict"]["where"]
     assert summary["verdict"]["next"]["commands"] == ["moediag diagnose CKPT -o RUN --modules"]
     ladder = load_frames(run)["ladder"].set_index("rung")
     assert "different" in set(ladder.loc["L4", "finding"])

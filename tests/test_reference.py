@@ -113,7 +113,7 @@ def test_the_engine_that_has_the_fault_is_named(
     assert verdict["word"] == "different function"
     assert f"It is {owner}: the reference (PlainMoEForCausalLM" in verdict["where"]
     shutil.rmtree(run.arm_folder("reference"))
-    assert "Whose it is two engines cannot tell" in analyze_run(open_run(run.path))["verdict"]["where"]
+    assert "Which engine is wrong two engines cannot tell" in analyze_run(open_run(run.path))["verdict"]["where"]
 
 
 def test_a_reference_that_agrees_with_neither_names_nobody(qwen: tuple[Run, Checkpoint], tmp_path: Path) -> None:

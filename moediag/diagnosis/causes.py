@@ -267,13 +267,13 @@ def _function(seen: Seen) -> Iterator[Finding]:
         yield finding("D19-change-point", here, words, **counted)
     elif layers.pattern == NOT_THE_FIRST:
         grows = layers.slope is not None and layers.slope >= GROWS
-        how = f"like position to the power {sig(layers.slope)}" if grows else "from the second row on alike"
+        how = f"more with every position (its power {sig(layers.slope)})" if grows else "from the second row on alike"
         words = (
             f"the first row of every sequence agrees at {here}, {of} differ {how}: it comes through attention{before}"
         )
         yield finding("D18-grows-with-position" if grows else "D17-attention-scale", here, words, **counted)
     elif not layers.is_behind_routers:
-        words = f"router logits of {here} differ in {of}, first rows of sequences among them{before}"
+        words = f"router logits of {here} differ in {of}, also in first rows, which no attention moves{before}"
         yield finding("D12-router", here, words, **counted)
     elif len(layers.frame) > 1:
         yield finding("D29-head", here, f"every router agrees in float32, {here} of {of} do not", **counted)

@@ -112,13 +112,14 @@ def _verdict(seen: Seen, causes: Sequence[Finding]) -> dict[str, Any]:
 def _other_function(seen: Seen, function: FunctionTest, causes: Sequence[Finding]) -> dict[str, Any]:
     mean = seen.pair["logp"]["abs_logp_diff"]["mean"]
     how = "choose other experts at no near tie" if function.mean is None else f"still differ by {_nat(function.mean)}"
+    times = "" if function.times is None else f", {sig(function.times)} times that"
     reason = (
         seen.layers.words
         if function.is_same is not False and seen.layers is not None
         else (
-            f"in float32, where rounding makes {sig(function.scale)} nat, {seen.both} {how} "
+            f"in float32, where rounding makes {sig(function.scale)} nat, {seen.both} {how}{times} "
             f"({function.n_sequences - function.n_agreeing} of {function.n_sequences} sequences differ by more than "
-            f"{SAME:g} times rounding; the mismatch in use is {sig(mean)} nat)"
+            f"{SAME:g} times rounding; as the engines run they differ by {sig(mean)} nat)"
         )
     )
     if is_doubtful_float32(seen):
@@ -141,7 +142,7 @@ def _other_function(seen: Seen, function: FunctionTest, causes: Sequence[Finding
 
 def _whose(seen: Seen) -> str:
     words = seen.whose.words if seen.whose is not None else ""
-    return words or "Whose it is two engines cannot tell"
+    return words or "Which engine is wrong two engines cannot tell (a third can: --reference FOLDER)"
 
 
 def _third_party(seen: Seen) -> tuple[str, ...]:
@@ -192,8 +193,8 @@ def _same_function(seen: Seen, function: FunctionTest, causes: Sequence[Finding]
             "turn the rollouts' settings off one by one", VALIDATE,
         )  # fmt: skip
     where = f"nowhere: rounding, amplified by near-tie routing ({seen.flip_words})" if seen.flip_words else "nowhere"
-    return _words(SAME_FUNCTION, agreed, where,
-                  "nothing to mend in either engine; what a correction would do to the tokens", SIMULATE)  # fmt: skip
+    then = "nothing to mend in either engine; to see what a correction would do to these tokens"
+    return _words(SAME_FUNCTION, agreed, where, then, SIMULATE)
 
 
 def _rounding_next(seen: Seen) -> tuple[str, ...]:
@@ -277,14 +278,15 @@ def _distance_words(seen: Seen) -> list[str]:
     if apart is None or not seen.is_same:
         return []
     ratios = [
-        f"{what} {sig(ratio.value)} to 1"
+        f"{sig(ratio.value)}"
         + (f" [{sig(ratio.low)}, {sig(ratio.high)}]" if ratio.low < ratio.high else "")
+        + f" {what}"
         for what, ratio in (("in the mean", apart.mean_ratio), ("on a typical token", apart.ratio))
     ]
     return [
         f"against its own float32 {seen.engine(INFER)} differs by {sig(apart.infer.value)} nat on average, "
-        f"{seen.engine(TRAIN)} by {sig(apart.train.value)} nat: {', '.join(ratios)} (n = {apart.n_tokens:,} tokens; to "
-        f"{WORSE:g} either way is ordinary)"
+        f"{seen.engine(TRAIN)} by {sig(apart.train.value)} nat: a ratio of {', '.join(ratios)} (n = {apart.n_tokens:,} "
+        f"tokens; up to {WORSE:g} either way is ordinary)"
     ]
 
 

@@ -168,7 +168,7 @@ def _draw_zero_bar(ax: Axes, values: npt.NDArray[np.float64], base: float, scale
     low, high = _ZERO_BAR
     ax.bar(low, height, high - low, base, align="edge", color=colour, alpha=0.35, hatch="///", edgecolor=colour)
     cut = " (bar cut)" if share * scale > _BODY * 1.001 else ""
-    ax.text(low, base + height + 0.03, f"{percent(share)}{cut}", ha="left", va="bottom", fontsize=8, color=INK)
+    ax.text(low, base + height + 0.03, f"{percent(share)} at 0{cut}", ha="left", va="bottom", fontsize=8, color=INK)
 
 
 def _mark_row(ax: Axes, values: npt.NDArray[np.float64], frame: pd.DataFrame | None, base: float, colour: str) -> None:

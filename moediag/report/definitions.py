@@ -135,7 +135,7 @@ class Published:
 
     Args:
         metric: its name here.
-        value: as published.
+        value: as published, in the unit of the page.
         is_moe: whether the model has experts.
         stack: what was compared with what, as far as the source says.
         note: what else belongs to it.
@@ -160,13 +160,13 @@ _R3: Final = "R3, arXiv 2510.11370"
 _R3_STACK: Final = "SGLang against Megatron"
 _QWEN: Final = "Qwen3-30B-A3B"
 PUBLISHED: Final = (
-    Published("kl_infer_train_k3", "1.535e-3", _QWEN, True, _R3_STACK, _R3),
-    Published("kl_infer_train_k3", "6.4e-4", "Qwen3-8B", False, _R3_STACK, _R3, "dense"),
-    Published("kl_infer_train_k3", "8.4e-4", _QWEN, True, "Megatron against itself", _R3, "the same text twice"),
-    Published("kl_infer_train_k3", "7.5e-4", _QWEN, True, _R3_STACK, _R3, "infer's routing replayed"),
+    Published("kl_infer_train_k3", "0.001535", _QWEN, True, _R3_STACK, _R3),
+    Published("kl_infer_train_k3", "0.00064", "Qwen3-8B", False, _R3_STACK, _R3, "dense"),
+    Published("kl_infer_train_k3", "0.00084", _QWEN, True, "Megatron against itself", _R3, "the same text twice"),
+    Published("kl_infer_train_k3", "0.00075", _QWEN, True, _R3_STACK, _R3, "infer's routing replayed"),
     Published("flip_rate", "about 10 %", _QWEN, True, _R3_STACK, _R3, "about 6 of 48 layers per token"),
     Published("any_layer_share", "94 %", _QWEN, True, _R3_STACK, _R3),
-    Published("extreme_share_2", "2.54e-4", _QWEN, True, _R3_STACK, _R3, "5.83e-6 with replay"),
+    Published("extreme_share_2", "0.0254 %", _QWEN, True, _R3_STACK, _R3, "0.00058 % with replay"),
     Published("abs_logp_diff.mean", "0.019", _QWEN, True, "vLLM against Megatron", "vime", "0.013 with replay"),
     Published("abs_logp_diff.mean", "0.018", _QWEN, True, "vLLM on GB200, trainer not named", "as posted"),
     Published("abs_logp_diff.mean", "0.028", "GLM-4.5-Air", True, "stack not named", "as posted"),

@@ -10,6 +10,7 @@ from typing import Final
 
 from moediag.analysis.floors import replay_words
 from moediag.analysis.metrics import METRICS
+from moediag.hygiene.rules import NOTE
 from moediag.numbers import NONE, count, is_number, percent, sig
 from moediag.report.blocks import interval, number
 from moediag.report.definitions import PUBLISHED, published_for
@@ -43,8 +44,15 @@ def metric_words(name: str, pair: Summary, label: str = "") -> str:
 
 def _ladder(summary: Summary, pair: Summary, frames: Frames) -> str:
     given = summary.get("verdict") or {}
-    parts = (("causes", "rule", "fired"), ("ruled_out", "cause", "ruled out"), ("untold", "question", "open"))
-    return "; ".join(f"{count(len(given[key]), noun)} {end}" for key, noun, end in parts if given.get(key))
+    causes = given.get("causes") or ()
+    n_notes = sum(one.get("level") == NOTE for one in causes)
+    parts = (
+        (len(causes) - n_notes, "rule", " fired"),
+        (n_notes, "note", ""),
+        (len(given.get("ruled_out") or ()), "cause", " ruled out"),
+        (len(given.get("untold") or ()), "question", " open"),
+    )
+    return "; ".join(f"{count(n, noun)}{end}" for n, noun, end in parts if n)
 
 
 def _compared(summary: Summary, pair: Summary, frames: Frames) -> str:
