@@ -60,7 +60,10 @@ def command(
     Several workers may fill one arm at the same time: each takes shards that no other holds. With --shard-index
     and --num-shards they also share the work across machines; merging is then a plain copy (cp -rn B/. A/).
     """
-    worker, layers = o.parse_slice(shard_index, num_shards), o.parse_layers(replay_layers)
+    is_sliced = shard_index is not None or num_shards is not None
+    worker = (
+        o.parse_slice(shard_index, num_shards) if is_sliced else None
+    )  # imports what a wrong path should not wait for
     if prompts is None:
         o.there(output)
     from moediag.cli import jobs
@@ -70,6 +73,7 @@ def command(
     from moediag.run.writer import RunWriter
 
     made, arm = recipe_of(recipe.value), o.check_arm_name(name) or recipe.value
+    worker, layers = worker or o.parse_slice(None, None), o.parse_layers(replay_layers)
     if (settings.server is None) == (made.engine == SERVER):
         raise typer.BadParameter(
             f"{recipe.value} needs --server URL"
