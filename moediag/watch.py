@@ -22,8 +22,8 @@ Invariants:
     - nothing flows back into the trainer: tensors are detached, and copied from their device together;
     - arguments that do not fit are errors, and show at the first step; *values* never end a training: a step of which
       nothing can be measured says why, and has no row;
-    - a row is written whole or not at all, and steps ascend: what an earlier attempt wrote of this step and later ones
-      is dropped when a trainer resumes, and the row that follows is marked as a restart.
+    - steps ascend: what an earlier attempt wrote of this step and later ones, and a row that it did not end, is
+      dropped when a trainer resumes, and the row that follows is marked as a restart.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from moediag.analysis.expert_sets import compare_experts
+from moediag.analysis.expert_sets import NOT_COMPARED, compare_experts
 from moediag.analysis.logprobs import logp_metrics
 from moediag.analysis.metrics import METRICS
 from moediag.analysis.series import MASKED, icepop_masked, step_metrics
@@ -71,11 +71,11 @@ class Part:
 
     Args:
         columns: name -> (T,) values; ``seq_id`` is of this part alone, ``prompt_id`` of all.
-        flips: routing choices that differ, choices compared, tokens with a flip, tokens compared.
+        n_layers: L of the routes; 0 = none were given.
     """
 
     columns: dict[str, NDArray[Any]]
-    flips: tuple[int, int, int, int] = (0, 0, 0, 0)
+    n_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -233,20 +233,19 @@ class Watch:
         here_T = np.flatnonzero(flat["mask"] == 1) if mask is not None else np.arange(len(row_T))
         columns: dict[str, NDArray[Any]] = {"seq_id": row_T, "position": _positions(row_T)}
         columns |= {name: flat[name] for name in _COLUMNS if name in flat}
-        flips = (0, 0, 0, 0)
+        columns = {name: array[here_T] for name, array in columns.items()}
+        n_layers = 0
         if routes is not None:
             ids = [np.asarray(one).reshape(len(row_T), *np.shape(one)[-2:])[here_T].astype(np.int16) for one in routes]
             seen = compare_experts(*ids)
-            is_whole_T = seen.is_complete_T
-            n_flipped_T = seen.n_flipped_T[is_whole_T]
-            n_whole = int(is_whole_T.sum())
-            flips = (int(n_flipped_T.sum()), n_whole * seen.shape[1], int((n_flipped_T > 0).sum()), n_whole)
-        return Part({name: array[here_T] for name, array in columns.items()}, flips)
+            columns["n_flipped_layers"] = np.where(seen.is_complete_T, seen.n_flipped_T, NOT_COMPARED).astype(np.int64)
+            n_layers = int(seen.shape[1])
+        return Part(columns, n_layers)
 
     def step_of(self, step: int, parts: Iterable[Part]) -> Seen:
         """Look at the tokens of a step that several ranks hold parts of; raises like :meth:`step`."""
         step, some = int(step), list(parts)
-        if len({tuple(part.columns) for part in some}) != 1:
+        if len({(*part.columns, part.n_layers) for part in some}) != 1:
             raise MoediagError(f"the parts of step {step} hold different columns; give every rank the same arguments")
         if self._last is not None and step <= self._last:
             raise MoediagError(f"step {step} is not after step {self._last}: call once a step, with all its tokens")
@@ -257,13 +256,13 @@ class Watch:
         frame = tokens.frame
         if (advantage_T := tokens.get("advantage")) is not None:
             frame["advantage"] = advantage_T
-        seen = self._seen(step, Terms(frame), tokens, some)
+        seen = self._seen(step, Terms(frame), tokens, some[0].n_layers)
         if self.folder is not None:
             self._write(seen, frame)
         self._last = step
         return seen
 
-    def _seen(self, step: int, terms: Terms, tokens: LoggedTokens, parts: Sequence[Part]) -> Seen:
+    def _seen(self, step: int, terms: Terms, tokens: LoggedTokens, n_layers: int) -> Seen:
         metrics: dict[str, float] = {}
         bounds: dict[str, tuple[float, float]] = {}
 
@@ -284,10 +283,12 @@ class Watch:
             if entropy_T is not None:
                 known = entropy_T[is_masked_T & np.isfinite(entropy_T)]
                 add(f"masked_entropy.{name}", known.mean() if len(known) else math.nan)
-        n_flips, n_choices, n_flipped, n_compared = np.sum([part.flips for part in parts], axis=0).tolist()
-        if n_choices:
-            add("flip_rate", n_flips / n_choices)
-            add("any_layer_share", n_flipped / n_compared)
+        n_flipped_T = terms.get("n_flipped_layers")
+        if n_flipped_T is not None:
+            known_T = n_flipped_T >= 0
+            for name, values_T in (("flip_rate", n_flipped_T / n_layers), ("any_layer_share", n_flipped_T > 0)):
+                rate = mean_interval(values_T[known_T], terms.prompt_row_T[known_T], "rate")
+                add(name, rate.value, rate.low, rate.high)
         for name, floor in self.floors.items():
             if name in metrics and floor > 0:
                 add(f"{name}.times_floor", metrics[name] / floor)
@@ -303,14 +304,15 @@ class Watch:
         return folder / STEPS
 
     def _write(self, seen: Seen, frame: pd.DataFrame) -> None:
+        is_restart = self._resume(seen.step)
         if self.tokens_every and seen.step % self.tokens_every == 0:
             path = self._table.with_name(f"tokens-{seen.step:06d}.parquet")
-            frame.rename(columns={"entropy_infer": "entropy"}).to_parquet(path, index=False)
+            write_atomic(path, frame.rename(columns={"entropy_infer": "entropy"}).to_parquet(index=False))
         row: dict[str, float] = {"step": seen.step, "n_tokens": seen.n_tokens, "n_prompts": seen.n_prompts}
         for name, value in seen.metrics.items():
             low, high = seen.bounds.get(name, (math.nan, math.nan))
             row |= {name: value, f"{name}_ci_low": low, f"{name}_ci_high": high}
-        row |= {"n_findings": len(seen.findings), "restart": int(self._resume(seen.step))}
+        row |= {"n_findings": len(seen.findings), "restart": int(is_restart)}
         known = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with self._table.open("a") as file:
             file.write(json.dumps(known) + "\n")
@@ -319,6 +321,10 @@ class Watch:
         """Drop what an earlier process wrote of this step and later ones; whether there was an earlier process."""
         if self._last is not None or not self._table.exists():
             return False
+        for path in self._table.parent.glob("tokens-*.parquet"):
+            number = path.stem.removeprefix("tokens-")
+            if number.isdigit() and int(number) >= step:
+                path.unlink()
         lines = self._table.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
         if kept != lines:

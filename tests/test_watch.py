@@ -117,6 +117,10 @@ def test_flips_are_counted_where_both_sides_routed() -> None:
     n = int(one["mask"].sum()) - 1
     assert seen.metrics["flip_rate"] == pytest.approx(1 / (3 * n))
     assert seen.metrics["any_layer_share"] == pytest.approx(1 / n)
+    halves = [{name: array[some] for name, array in one.items()} for some in (slice(0, 3), slice(3, None))]
+    parts = [Watch().part(**half, routes=(train[some], infer[some]))
+             for half, some in zip(halves, (slice(0, 3), slice(3, None)), strict=True)]  # fmt: skip
+    assert Watch().step_of(0, parts).metrics["flip_rate"] == pytest.approx(1 / (3 * n))
 
 
 def test_findings_are_those_of_validate() -> None:
@@ -175,7 +179,7 @@ def test_trend_reads_the_table_of_steps(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_trainer_that_resumes_drops_what_it_repeats(tmp_path: Path) -> None:
     """A trainer killed at step 5, while it wrote, goes on from a checkpoint of step 3."""
-    first = Watch(tmp_path)
+    first = Watch(tmp_path, tokens_every=2)
     for step in range(6):
         first.step(step, **batch(step))
     table = tmp_path / STEPS
@@ -185,6 +189,7 @@ def test_a_trainer_that_resumes_drops_what_it_repeats(tmp_path: Path) -> None:
     again.step(4, **batch(40))
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     assert [(row["step"], row["restart"]) for row in rows] == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 0)]
+    assert sorted(path.name for path in tmp_path.glob("tokens-*")) == ["tokens-000000.parquet", "tokens-000002.parquet"]
     assert rows[3]["abs_logp_diff.mean"] == Watch().step(0, **batch(30)).metrics["abs_logp_diff.mean"]
     with pytest.raises(MoediagError, match="step 4 is not after step 4"):
         again.step(4, **batch(40))

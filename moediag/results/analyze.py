@@ -20,6 +20,7 @@ from moediag.folder import SUMMARY, made_together, read_frames, refuse_read_only
 from moediag.hygiene.check import check_prompts
 from moediag.hygiene.findings import by_level
 from moediag.notation import INFER, REFERENCE, TRAIN
+from moediag.results.load import analyze_again
 from moediag.results.parts import Kept, ReadLater, check_parts, findings_of, flip_parts, make_parts, pair_part, shared
 from moediag.results.summary import Found, summarize
 from moediag.run.derived import ANALYSIS, settle_derived
@@ -91,7 +92,7 @@ def analyze_run(
             digests.setdefault(part.pair, {}).update(done[part.name].frames)
 
         def read(pair: str, *names: str) -> dict[str, pd.DataFrame]:
-            return read_frames(folder / pair, {name: digests[pair][name] for name in names}, "analyze again")
+            return read_frames(folder / pair, {name: digests[pair][name] for name in names}, analyze_again(run))
 
         def add(pair: str, frames: dict[str, pd.DataFrame]) -> None:
             digests[pair] |= write_frames(folder / pair, shared(frames, no_text))

@@ -153,7 +153,8 @@ class Kept:
     def __init__(self, run: Run, no_text: bool) -> None:
         self.run = run
         self._setting = {"code": code_digest(), "no_text": no_text, "run": _digest(run.path / MANIFEST)}
-        self.made_of = digest_of({**self._setting, "files": dict(_looked_at(run.path))})
+        self._files = dict(_looked_at(run.path))
+        self.made_of = digest_of({**self._setting, "files": self._files})
         try:
             self._content = read_sealed(run.path / ANALYSIS / KEPT)
         except RunError:  # none, or damaged: everything is made again
@@ -176,8 +177,12 @@ class Kept:
 
     def made_of_part(self, part: Part) -> str:
         """Digest of what a part is made of."""
-        folders = ["tokens", *(f"arms/{arm}" for arm in part.arms)]
-        records = {folder: _records(self.run.path / folder) for folder in folders}
+        folders = {"tokens", *(f"arms/{arm}" for arm in part.arms)}
+        records = {
+            name: digest
+            for name, digest in self._files.items()
+            if name.endswith(".json") and name.rpartition("/")[0] in folders
+        }
         return digest_of({**self._setting, "part": part.name, "records": records})
 
     def take(self, part: Part, folder: Path) -> Made | None:
@@ -306,10 +311,6 @@ def _looked_at(root: Path) -> Iterator[tuple[str, str | int]]:
             if not name.startswith(".") and not (where == root and name not in (MANIFEST, "prompts.parquet")):
                 is_record = path.suffix == ".json"
                 yield path.relative_to(root).as_posix(), _digest(path) if is_record else path.stat().st_size
-
-
-def _records(folder: Path) -> dict[str, str]:
-    return {path.name: _digest(path) for path in sorted(folder.glob("*.json"))}
 
 
 def _digest(path: Path) -> str:
