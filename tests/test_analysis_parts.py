@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from test_results import make_run
 from moediag.cli.main import main
 from moediag.errors import RunError
 from moediag.results import analyze_run
+from moediag.results.parts import Content, Kept, Part, make_parts
 from moediag.run.capture import Capture
 from moediag.run.derived import derived_damage
-from moediag.run.reader import open_run
+from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
 
 ARMS = ("infer", "train", "train-replay")
@@ -141,3 +144,15 @@ def test_errors_that_were_overridden_once_are_errors_still(run: Path) -> None:
 def test_the_number_of_workers_is_checked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEDIAG_WORKERS", "many")
     assert main(["analyze", str(run)]) == 2
+
+
+def end_this_process(run: Run) -> Content:
+    """What the kernel does to a process that takes too much memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}, {}
+
+
+def test_a_process_that_is_killed_is_one_line(run: Path, tmp_path: Path) -> None:
+    parts = [Part(name, "infer~train", (), end_this_process) for name in ("a", "b")]
+    with pytest.raises(RunError, match="a process of the analysis was killed.*--workers 1"):
+        make_parts(Kept(open_run(run), False), parts, tmp_path / "new", False, 2, lambda event: None, "parts")

@@ -20,7 +20,7 @@ from moediag.diagnosis.causes import causes
 from moediag.diagnosis.function import LEAST_SCALE, NEAR_TIE, SAME, Distances, FunctionTest, compare_sequences
 from moediag.diagnosis.ladder import engine_seconds
 from moediag.diagnosis.modules import MODULE_CHECKS, ModuleChecks
-from moediag.diagnosis.verdict import TONES, WORSE
+from moediag.diagnosis.verdict import TONES, WORSE, next_commands
 from moediag.hygiene import check_run
 from moediag.hygiene.findings import finding
 from moediag.results import analyze_run, load_frames
@@ -474,3 +474,10 @@ def test_what_a_fault_brings_with_it_stands_behind_it(fired: list[str], ranked: 
     pair = {"logp": {"abs_logp_diff": {"max": 0, "mean": 0, "mean_ci": None}}, "routing": None}
     found = causes(Seen(pair, findings=[finding(rule, "infer", "as measured") for rule in fired]))
     assert [one.rule for one in found] == ranked
+
+
+def test_the_next_command_is_one_that_a_shell_takes() -> None:
+    """Bug: the terminal printed folders with spaces as they are, and names that hold CKPT were filled in twice."""
+    summary = {"model": {"path": "/models/RUN 3"}, "verdict": {"next": {"commands": ["moediag diagnose CKPT -o RUN"]}}}
+    assert next_commands(summary, "my CKPT") == ["moediag diagnose '/models/RUN 3' -o 'my CKPT'"]
+    assert next_commands({**summary, "model": {}}, "RUN") == ["moediag diagnose CKPT -o RUN"]

@@ -12,6 +12,7 @@ from moediag.analysis.metrics import METRICS, Metric
 from moediag.cli.console import glued, say, say_table, unglued, wrapped
 from moediag.cli.console import width as terminal_width
 from moediag.diagnosis import LADDER
+from moediag.diagnosis.verdict import next_commands
 from moediag.hygiene.rules import NOTE
 from moediag.numbers import NONE, count, in_unit, is_number
 from moediag.report.measures import carried_words, label_of, text_origin
@@ -129,8 +130,7 @@ def show_verdict(label: str, summary: dict[str, Any], run: str = "RUN") -> None:
         say(f"{label}: {weights}")
     say(f"{label}: {verdict['word']}")
     then = verdict.get("next") or {"words": "", "commands": []}
-    checkpoint = str((summary.get("model") or {}).get("path") or "CKPT")
-    commands = ", ".join(one.replace("RUN", run).replace("CKPT", checkpoint) for one in then["commands"])
+    commands = ", ".join(next_commands(summary, run))
     lines = [
         ("", verdict["reason"]),
         ("where: ", verdict.get("where", "")),

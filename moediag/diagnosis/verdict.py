@@ -8,6 +8,8 @@ engines alone cannot tell; a third implementation can.
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -302,3 +304,15 @@ def _floor_words(line: Summary) -> str:
 def _mean_words(line: Summary) -> str:
     bounds = f" [{line['mean_ci'][0]:.3g}, {line['mean_ci'][1]:.3g}]" if line["mean_ci"] else ""
     return f"mean abs logp diff {line['mean']:.3g} nat{bounds} (n = {line['n_tokens']:,} tokens)"
+
+
+def next_commands(summary: Summary, run: str) -> list[str]:
+    """The commands that a summary's verdict gives next, as a shell takes them.
+
+    Args:
+        run: the run's folder; ``RUN`` where it has none.
+    """
+    checkpoint = str((summary.get("model") or {}).get("path") or "CKPT")
+    given = ((summary.get("verdict") or {}).get("next") or {}).get("commands") or ()
+    known = {"RUN": shlex.quote(run), "CKPT": shlex.quote(checkpoint)}
+    return [re.sub(r"\b(RUN|CKPT)\b", lambda match: known[match[0]], str(one)) for one in given]

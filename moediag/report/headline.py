@@ -6,12 +6,10 @@ about the mismatch of this pair and blame neither engine.
 
 from __future__ import annotations
 
-import shlex
-
 import pandas as pd
 
 from moediag.analysis.metrics import METRICS
-from moediag.diagnosis.verdict import CANNOT_TELL
+from moediag.diagnosis.verdict import CANNOT_TELL, next_commands
 from moediag.numbers import NONE, count, is_number, percent, sig, times
 from moediag.report.blocks import Block, Bullets, Verdict, interval, number
 from moediag.report.measures import (
@@ -41,16 +39,10 @@ def verdict_of(summary: Summary, pair: Summary, frames: Frames, label: str = "",
         _reason(str(given.get("weights") or ""), str(given.get("reason") or missing)),
         own_words(str(given.get("where") or "")),
         own_words(str(then.get("words") or "")),
-        tuple(one_line(_filled(str(command), summary, run)) for command in then.get("commands") or ()),
+        tuple(map(one_line, next_commands(summary, run))),
         tuple(own_words(line) for line in given.get("evidence") or ()),
         seen_words(pair, frames, text_origin(summary)),
     )
-
-
-def _filled(command: str, summary: Summary, run: str) -> str:
-    """A command of the verdict with this run's folder and checkpoint in it."""
-    checkpoint = str((summary.get("model") or {}).get("path") or "CKPT")
-    return command.replace("RUN", shlex.quote(run)).replace("CKPT", shlex.quote(checkpoint))
 
 
 def cause_blocks(summary: Summary) -> list[Block]:
