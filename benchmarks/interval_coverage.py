@@ -33,7 +33,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.logprobs import pearson_interval, std_interval
-from moediag.analysis.measures import TOKEN_MEASURES, abs_diff
+from moediag.analysis.measures import TOKEN_MEASURES, abs_diff, prompt_sums
 from moediag.analysis.positions import within_sequence
 from moediag.analysis.routing import clustering_ratio_interval, flip_dispersion_interval
 from moediag.analysis.tokens import Tokens
@@ -120,7 +120,7 @@ def _slope(x: DataSet) -> Interval:
 
 def _measure(name: str) -> Callable[[DataSet], Interval]:
     measure = next(m for m in TOKEN_MEASURES if m.name == name)
-    return lambda x: measure.intervals(x.scored, x.scored.by_prompt, x.scored.n_by_prompt).one()
+    return lambda x: measure.intervals(prompt_sums(x.scored, [measure]), x.scored.n_by_prompt).one()
 
 
 def _quantile(q: float) -> Callable[[DataSet], Interval]:

@@ -18,7 +18,7 @@ from moediag.analysis.measures import binary_kl
 from moediag.analysis.metrics import METRICS
 from moediag.analysis.sequences import drift_by_length, first_divergence, length_slope, sequence_frame, worst_tokens
 from moediag.analysis.strata import CONFIDENCE_EDGES, ENTROPY_EDGES, doubling_strata, edge_strata, metrics_by_stratum
-from moediag.analysis.tokens import token_frame
+from moediag.analysis.tokens import Tokens, token_frame
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -120,8 +120,9 @@ def test_strata_equal_a_plain_loop() -> None:
 
 def test_values_outside_the_edges_belong_to_no_stratum() -> None:
     """Bug: an infinite entropy fell into a bin beyond the last; the analysis of a spoilt run ended in a traceback."""
-    index_T = edge_strata("entropy_infer", np.array([0.0, 5.0, np.inf, np.nan, -1.0]), ENTROPY_EDGES).index_T
-    assert index_T.tolist() == [0, 9, -1, -1, -1]
+    values_T = np.array([0.0, 5.0, np.inf, np.nan, -1.0])
+    strata = edge_strata("entropy_infer", ENTROPY_EDGES, lambda _: values_T)
+    assert strata.index_T(Tokens(_tokens())).tolist() == [0, 9, -1, -1, -1]
 
 
 @pytest.mark.parametrize(
@@ -129,9 +130,9 @@ def test_values_outside_the_edges_belong_to_no_stratum() -> None:
 )
 def test_doubling_strata_hold_every_count_once(most: int, high: list[int]) -> None:
     counts = np.r_[np.arange(most + 1), -1]
-    strata = doubling_strata("n", counts)
+    strata = doubling_strata("n", most, lambda _: counts)
     assert strata.high_B.tolist() == high
-    for count, index in zip(counts, strata.index_T, strict=True):
+    for count, index in zip(counts, strata.index_T(Tokens(_tokens())), strict=True):
         assert index == -1 if count < 0 else strata.low_B[index] <= count <= strata.high_B[index]
 
 

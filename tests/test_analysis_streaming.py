@@ -10,14 +10,19 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 from synthetic import make_block, make_pair, self_block, swapped, take
 
 from moediag.analysis.expert_sets import any_in_row, compare_block, compare_experts
 from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
-from moediag.analysis.tokens import BYTES_PER_TOKEN, token_frame
+from moediag.analysis.tokens import BYTES_PER_TOKEN, TokenParts, token_frame, whole_prompts
 from moediag.frames import declared_frames
-from moediag.results.pair_analysis import RoutingPass, analyze_pair, read_pair
+from moediag.results.pair_analysis import RoutingPass, analyze_pair, analyze_tokens, read_pair
+from moediag.results.pair_summary import pair_summary
 from moediag.run.align import PairBlock
+from moediag.statistics import quantiles
+from moediag.statistics.quantiles import Part
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -44,6 +49,52 @@ def _flips(block: PairBlock) -> list[tuple[int, int, set[int], set[int]]]:
             if min(a + b) >= 0 and set(a) != set(b):
                 found.append((t, layer, set(a) - set(b), set(b) - set(a)))
     return found
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 10_000), st.lists(st.integers(0, 400), max_size=5), st.sampled_from([0, 40]))
+def test_tokens_read_part_by_part_give_what_they_give_at_once(seed: int, cuts: list[int], gathered: int) -> None:
+    """Cut anywhere, also inside prompts; with order statistics found by counting bits, or gathered."""
+    rng = np.random.default_rng(seed)
+    block = make_block(n_prompts=12, seed=seed, flip_noise=0.4, diff_scale=0.3)
+    pair = make_pair(replace(block, logp_infer_T=np.where(rng.random(len(block)) < 0.1, np.nan, block.logp_infer_T)))
+    frame, routing = read_pair(pair)
+    bounds = [0, *sorted(min(cut, len(frame)) for cut in cuts), len(frame)]
+    parts = TokenParts(lambda: whole_prompts(frame.iloc[low:high] for low, high in pairwise(bounds)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantiles, "GATHERED", gathered)
+        found = analyze_tokens(pair, parts, routing)
+    expected = analyze_pair(pair)
+    assert found.tokens is None
+    frames = expected.frames()
+    assert {*found.frames()} == {*frames} - {"tokens"}
+    for name, each in found.frames().items():
+        pd.testing.assert_frame_equal(each, frames[name], rtol=1e-12, atol=1e-15, obj=name)
+    assert pair_summary(found).keys() == pair_summary(expected).keys()
+    for name in ("n_sequences", "n_prompts", "n_tokens", "n_unscored", "n_impossible"):
+        assert getattr(found, name) == getattr(expected, name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(np.float64, st.integers(1, 60), elements=st.one_of(st.sampled_from([0.0, -0.0, 1.0]), st.floats(-9, 9))),
+    st.lists(st.floats(0, 1), min_size=1, max_size=4),
+    st.integers(0, 10_000),
+    st.sampled_from([0, 3, 1000]),
+)
+def test_order_statistics_of_parts_are_numpys(values: NDArray, qs: list[float], seed: int, gathered: int) -> None:
+    rng = np.random.default_rng(seed)
+    group_T = rng.integers(-1, 3, len(values))
+    cuts = [0, *sorted(rng.integers(0, len(values) + 1, 3)), len(values)]
+    parts = [Part(values[a:b], group_T[a:b], np.zeros(b - a, int), 1) for a, b in pairwise(cuts)]
+    n_G = np.bincount(group_T + 1, minlength=4)[1:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantiles, "GATHERED", gathered)
+        found = quantiles.quantiles_of_groups(lambda: iter(parts), n_G, np.repeat(np.c_[qs], 3, axis=1))
+    for g in range(3):
+        some = values[group_T == g]
+        expected = np.quantile(some, qs) if len(some) else np.full(len(qs), np.nan)
+        np.testing.assert_array_equal(found[:, g], expected)
 
 
 def test_a_token_keeps_at_most_64_bytes() -> None:

@@ -12,8 +12,9 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -22,8 +23,8 @@ from numpy.typing import NDArray
 
 from moediag.analysis.declarations import FLIP_EXCESS, LOGP_METRICS
 from moediag.analysis.metrics import LOWER, Definition, Metric, declare_metrics
-from moediag.analysis.strata import CONFIDENCE_EDGES, Strata, doubling_strata, edge_strata, position_strata
-from moediag.analysis.tokens import AnyTokens, Tokens
+from moediag.analysis.strata import Strata, confidence_strata, doubling_strata, edge_strata, position_strata
+from moediag.analysis.tokens import Source, Tokens, TokenSource, source_of
 from moediag.frames import declare
 from moediag.statistics.intervals import MIN_CLUSTERS, Interval, jackknife_interval, ratio_mean_interval
 
@@ -72,7 +73,7 @@ FLIP_SHARES = declare(
 )
 
 
-def flip_shares(tokens: AnyTokens) -> pd.DataFrame:
+def flip_shares(tokens: Source) -> pd.DataFrame:
     """How many tokens flip, how much of the mismatch they hold, and how much of it is beyond tokens like them.
 
     The last is the excess of :func:`flip_excess`, summed over all flipped tokens, as a share of the whole sum: negative
@@ -90,16 +91,20 @@ def flip_shares(tokens: AnyTokens) -> pd.DataFrame:
 
     Source: ours, from the standardisation of :func:`flip_excess`.
     """
-    routed = _routed(tokens)
-    matched = _Matched(routed)
-    flipped_T = routed.column("n_flipped_layers") > 0
-    matched_T = flipped_T & matched.has_reference_S[matched.stratum_T]
-    excess_T, _ = matched.parts(matched_T)
-    held_T, compared_T = (np.where(some_T, matched.size_T, 0.0) for some_T in (flipped_T, matched_T))
-    n_C, flips_C, sum_C, held_C, compared_C, excess_C = (
-        np.bincount(matched.prompt_T, values_T, matched.n_prompts)
-        for values_T in (None, flipped_T, matched.size_T, held_T, compared_T, excess_T)
-    )
+    x = _routed(tokens)
+    matched = _Matched(x)
+    weight_S = matched.weights(matched.count(_is_flipped)[0])
+
+    def sums(part: Tokens) -> Float64:
+        beside = matched.beside(part)
+        flipped_T = _is_flipped(part)
+        matched_T = flipped_T & beside.has_reference_T
+        excess_T, _ = beside.parts(matched_T, weight_S)
+        held_T, compared_T = (np.where(some_T, part.abs_diff_T, 0.0) for some_T in (flipped_T, matched_T))
+        columns = (np.ones(len(part)), flipped_T, part.abs_diff_T, held_T, compared_T, excess_T)
+        return np.stack([part.by_prompt(column) for column in columns], axis=1)
+
+    n_C, flips_C, sum_C, held_C, compared_C, excess_C = x.collect(sums).T
     held = ratio_mean_interval(held_C, sum_C, "signed").one()
     found = {
         TOKEN_SHARE: ratio_mean_interval(flips_C, n_C, "rate").one(),
@@ -108,7 +113,7 @@ def flip_shares(tokens: AnyTokens) -> pd.DataFrame:
             np.stack([sum_C, held_C, compared_C, excess_C], axis=1), _explained, "linear"
         ),
     }
-    n = len(routed), matched.n_prompts
+    n = len(x), x.n_prompts
     records = [
         (metric.name, x.value, x.low, x.high, np.nan, *n, metric.unit, metric.direction, x.note)
         for metric, x in found.items()
@@ -116,10 +121,13 @@ def flip_shares(tokens: AnyTokens) -> pd.DataFrame:
     return FLIP_SHARES.validate(pd.DataFrame.from_records(records, columns=FLIP_SHARES.names))
 
 
-def _routed(tokens: AnyTokens) -> Tokens:
+def _routed(tokens: Source) -> TokenSource:
     """The scored tokens whose routing is known in every layer."""
-    x = Tokens.of(tokens)
-    return Tokens(x.rows[x.column("n_flipped_layers") >= 0])
+    return source_of(tokens).where(lambda part: part.column("n_flipped_layers") >= 0)
+
+
+def _is_flipped(x: Tokens) -> Bool:
+    return np.asarray(x.column("n_flipped_layers") > 0)
 
 
 def _explained(sums: Float64) -> Float64:
@@ -128,7 +136,7 @@ def _explained(sums: Float64) -> Float64:
     return np.asarray(np.where(held > 0, excess / compared, 0.0) * held / whole)
 
 
-def flip_excess(tokens: AnyTokens) -> pd.DataFrame:
+def flip_excess(tokens: Source) -> pd.DataFrame:
     """Excess of abs(logp_diff) of flipped tokens, by how many layers flipped, by the first of them, by misrouted mass.
 
     Direct standardisation with the group's own weights: for every stratum s of p_infer, entropy (infer's, else train's;
@@ -151,107 +159,190 @@ def flip_excess(tokens: AnyTokens) -> pd.DataFrame:
     names = [column.name for column in FLIP_EXCESS.columns]
     records: list[tuple[Any, ...]] = []
     if len(x):
-        matched = _Matched(x)
-        records = [(*label, matched.names, *matched.excess(inside_T)) for *label, inside_T in _groups(x)]
+        matched, groups = _Matched(x), _groups(x)
+        found = matched.excess([group.inside for group in groups])
+        records = [
+            (one.grouping, one.low, one.high, matched.names, *record) for one, record in zip(groups, found, strict=True)
+        ]
     return FLIP_EXCESS.validate(pd.DataFrame.from_records(records, columns=names))
 
 
-def _groups(x: Tokens) -> Iterator[tuple[str, float, float, Bool]]:
-    """(grouping, low, high, tokens) of every group of flipped tokens that has one."""
-    n_flipped_T = x.column("n_flipped_layers").astype(np.int64)
-    first_T = x.column("first_flipped_layer").astype(np.int64)
-    flipped_T = n_flipped_T > 0
-    if flipped_T.any():
-        yield "any_flip", 1.0, float(n_flipped_T.max()), flipped_T
-    counts = doubling_strata("n_flipped_layers", n_flipped_T)
-    masses = edge_strata("misrouted_mass", x.column("misrouted_mass").astype(np.float64), MASS_EDGES)
-    for b in np.unique(counts.index_T[flipped_T]).tolist():
-        yield counts.name, counts.low_B[b], counts.high_B[b], counts.index_T == b
-    for layer in np.unique(first_T[flipped_T]).tolist():
-        yield "first_flipped_layer", float(layer), float(layer), first_T == layer
-    for b in np.unique(masses.index_T[flipped_T & (masses.index_T >= 0)]).tolist():
-        yield masses.name, masses.low_B[b], masses.high_B[b], flipped_T & (masses.index_T == b)
+@dataclass(frozen=True)
+class _Group:
+    """Flipped tokens of a kind: those that are ``inside``."""
+
+    grouping: str
+    low: float
+    high: float
+    inside: Callable[[Tokens], Bool]
 
 
-def matched_strata(x: Tokens) -> list[Strata]:
+def _groups(x: TokenSource) -> list[_Group]:
+    """Every group of flipped tokens that has one."""
+    most = x.extent.most_flipped
+    if most < 1:
+        return []
+    counts = doubling_strata("n_flipped_layers", most, lambda part: part.column("n_flipped_layers"))
+    masses = edge_strata("misrouted_mass", MASS_EDGES, lambda part: part.column("misrouted_mass"))
+    first = max(int(part.column("first_flipped_layer").max(initial=-1)) for part in x.parts())
+    layers_B = np.arange(first + 1, dtype=np.float64)
+    layers = Strata("first_flipped_layer", layers_B, layers_B, lambda part: part.column("first_flipped_layer"))
+    groups = [_Group("any_flip", 1.0, float(most), _is_flipped)]
+    for strata in (counts, layers, masses):
+
+        def held(part: Tokens, strata: Strata = strata) -> NDArray[Any]:
+            index_T = strata.index_T(part)[_is_flipped(part)]
+            return np.bincount(index_T[index_T >= 0], minlength=len(strata))
+
+        for b in np.flatnonzero(x.total(held)).tolist():
+
+            def inside(part: Tokens, strata: Strata = strata, b: int = b) -> Bool:
+                return np.asarray(_is_flipped(part) & (strata.index_T(part) == b))
+
+            groups.append(_Group(strata.name, strata.low_B[b], strata.high_B[b], inside))
+    return groups
+
+
+def matched_strata(x: TokenSource) -> list[Strata]:
     """What tokens are matched on: p_infer, position, and the entropy of infer or else of train where one is known."""
-    strata = [
-        edge_strata("p_infer", np.exp(x.logp_infer_T), CONFIDENCE_EDGES),
-        position_strata(x.column("position").astype(np.int64), _MATCHED_POSITION_BINS),
-    ]
-    for side in ("infer", "train"):
-        entropy_T = x.column(f"entropy_{side}").astype(np.float64)
-        if np.isfinite(entropy_T).any():
-            # an engine's entropy of a sure token may be -1e-8
-            return [*strata, edge_strata(f"entropy_{side}", np.maximum(entropy_T, 0.0), MATCHED_ENTROPY_EDGES)]
+    extent = x.extent
+    strata = [confidence_strata(), position_strata(extent.n_positions, _MATCHED_POSITION_BINS)]
+    if (entropy := extent.entropy) is not None:
+        # an engine's entropy of a sure token may be -1e-8
+        strata.append(edge_strata(entropy, MATCHED_ENTROPY_EDGES, lambda part: np.maximum(part.column(entropy), 0.0)))
     return strata
 
 
-class _Matched:
-    """abs(logp_diff) of every token beside the mean of the unflipped tokens of its stratum."""
+@dataclass(frozen=True)
+class _Beside:
+    """Tokens of a part beside the unflipped ones of their strata.
 
-    def __init__(self, x: Tokens) -> None:
-        strata = matched_strata(x)
-        self.names = ", ".join(each.name for each in strata)
-        # a token whose entropy is not known stands in a stratum of those: index -1 becomes 0
-        joint_T = np.zeros(len(x), dtype=np.int64)
-        for each in strata:
-            joint_T = joint_T * (len(each) + 1) + each.index_T + 1
-        joint, self.stratum_T = np.unique(joint_T, return_inverse=True)
-        self.prompt_T, self.n_strata, self.n_prompts = x.prompt_row_T, len(joint), x.n_prompts
-        self.size_T = x.abs_diff_T
-        self.unflipped_T = x.column("n_flipped_layers") == 0
-        self.n0_S = self._count(self.unflipped_T)
-        sum0_S = np.bincount(self.stratum_T[self.unflipped_T], self.size_T[self.unflipped_T], self.n_strata)
-        self.has_reference_S = self.n0_S >= _MIN_UNFLIPPED
-        self.mean0_T = (sum0_S / np.maximum(self.n0_S, 1))[self.stratum_T]
+    Args:
+        stratum_T: of S.
+        size_T: abs(logp_diff) [nat]; mean0_T: mean of the unflipped tokens of the stratum.
+        unflipped_T, has_reference_T: without a flip; of a stratum with enough tokens without one.
+    """
 
-    def excess(self, inside_T: Bool) -> tuple[Any, ...]:
-        """The record of a group, from its number of matched tokens on."""
-        matched_T = inside_T & self.has_reference_S[self.stratum_T]
-        n_matched = int(matched_T.sum())
-        unmatched = int(inside_T.sum()) - n_matched
-        if not n_matched:
-            return (0, unmatched, *[np.nan] * 9)
-        flipped, unflipped = self.size_T[matched_T].mean(), self.mean0_T[matched_T].mean()
-        excess_T, noise_T = self.parts(matched_T)
-        excess = self._interval(excess_T, matched_T)
-        ratio = flipped / unflipped if unflipped > 0 else np.nan
-        bounds = np.nan, np.nan
-        if flipped > 0 and unflipped > 0:
-            # linearised parts of log(flipped / unflipped): they sum to 0
-            part_T = np.where(matched_T, self.size_T / flipped - self.mean0_T / unflipped, 0.0) - noise_T / unflipped
-            log_ratio = self._interval(part_T, matched_T)
-            bounds = float(ratio * np.exp(log_ratio.low)), float(ratio * np.exp(log_ratio.high))
-        return (
-            n_matched, unmatched, flipped, unflipped, flipped - unflipped, excess.low, excess.high, ratio, *bounds,
-            self._raw_ratio(inside_T),
-        )  # fmt: skip
+    stratum_T: NDArray[np.intp]
+    size_T: Float64
+    mean0_T: Float64
+    unflipped_T: Bool
+    has_reference_T: Bool
 
-    def parts(self, matched_T: Bool) -> tuple[Float64, Float64]:
+    def parts(self, matched_T: Bool, weight_S: Float64) -> tuple[Float64, Float64]:
         """What every token adds to the summed excess of the matched ones, and its noise as part of their reference."""
         # The mean of the reference is a weighted mean of unflipped tokens: its noise is theirs.
-        weight_S = np.where(self.has_reference_S, self._count(matched_T) / np.maximum(self.n0_S, 1), 0.0)
         noise_T = np.where(self.unflipped_T, weight_S[self.stratum_T] * (self.size_T - self.mean0_T), 0.0)
         return np.where(matched_T, self.size_T - self.mean0_T, 0.0) - noise_T, noise_T
 
-    def _interval(self, part_T: Float64, matched_T: Bool) -> Interval:
-        """Interval of the sum of parts per matched token; prompts with reference tokens only are clusters, too."""
-        n_C = np.bincount(self.prompt_T[matched_T], minlength=self.n_prompts)
-        part_C = np.bincount(self.prompt_T, part_T, self.n_prompts)
-        found = ratio_mean_interval(part_C, n_C + _NOTHING, "signed").one()
-        if int((n_C > 0).sum()) < MIN_CLUSTERS:  # the group's own noise would be invented
-            return Interval(found.value, np.nan, np.nan, found.n_clusters, "too few prompts")
-        return found
 
-    def _count(self, inside_T: Bool) -> Float64:
-        return np.bincount(self.stratum_T[inside_T], minlength=self.n_strata).astype(np.float64)
+class _Matched:
+    """abs(logp_diff) of every token beside the mean of the unflipped tokens of its stratum, in S strata."""
 
-    def _raw_ratio(self, inside_T: Bool) -> float:
-        if not (inside_T.any() and self.unflipped_T.any()):
-            return float("nan")
-        reference = float(self.size_T[self.unflipped_T].mean())
-        return float(self.size_T[inside_T].mean()) / reference if reference > 0 else float("nan")
+    def __init__(self, x: TokenSource) -> None:
+        self.x, self.strata = x, matched_strata(x)
+        self.names = ", ".join(each.name for each in self.strata)
+        self.n_strata = math.prod(len(each) + 1 for each in self.strata)
+
+        def unflipped(part: Tokens) -> Float64:
+            stratum_T, unflipped_T = self._strata_of(part), part.column("n_flipped_layers") == 0
+            stratum, size = stratum_T[unflipped_T], part.abs_diff_T[unflipped_T]
+            return np.stack([np.bincount(stratum, weights, self.n_strata) for weights in (None, size)])
+
+        self.n0_S, sum0_S = x.total(unflipped)
+        self.has_reference_S = self.n0_S >= _MIN_UNFLIPPED
+        self.mean0_S = sum0_S / np.maximum(self.n0_S, 1)
+        self.mean0 = float(sum0_S.sum() / self.n0_S.sum()) if self.n0_S.any() else np.nan
+
+    def _strata_of(self, part: Tokens) -> NDArray[np.intp]:
+        # a token whose entropy is not known stands in a stratum of those: index -1 becomes 0
+        joint_T = np.zeros(len(part), dtype=np.intp)
+        for each in self.strata:
+            joint_T = joint_T * (len(each) + 1) + each.index_T(part) + 1
+        return joint_T
+
+    def beside(self, part: Tokens) -> _Beside:
+        """The tokens of a part beside their strata."""
+        stratum_T = self._strata_of(part)
+        unflipped_T = part.column("n_flipped_layers") == 0
+        mean0_T, has_T = self.mean0_S[stratum_T], self.has_reference_S[stratum_T]
+        return _Beside(stratum_T, part.abs_diff_T, mean0_T, unflipped_T, has_T)
+
+    def count(self, *inside: Callable[[Tokens], Bool]) -> Float64:
+        """(G, S) tokens of every group by stratum."""
+
+        def counts(part: Tokens) -> Float64:
+            stratum_T = self._strata_of(part)
+            return np.stack([np.bincount(stratum_T[of(part)], minlength=self.n_strata) for of in inside])
+
+        return np.asarray(self.x.total(counts), dtype=np.float64)
+
+    def weights(self, n_S: Float64) -> Float64:
+        """(S,) tokens of a group for each unflipped token of the stratum."""
+        return np.where(self.has_reference_S, n_S / np.maximum(self.n0_S, 1), 0.0)
+
+    def excess(self, inside: Sequence[Callable[[Tokens], Bool]]) -> list[tuple[Any, ...]]:
+        """The record of every group, from its number of matched tokens on."""
+        if not inside:
+            return []
+        n_GS = self.count(*inside)
+        matched_GS = n_GS * self.has_reference_S
+        n_G, n_matched_G = n_GS.sum(axis=1), matched_GS.sum(axis=1)
+
+        def totals(part: Tokens) -> Float64:
+            beside = self.beside(part)
+            some = [of(part) for of in inside]
+            return np.array(
+                [[beside.size_T[one].sum(), beside.size_T[one & beside.has_reference_T].sum()] for one in some]
+            )
+
+        size_G, matched_size_G = self.x.total(totals).T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            flipped_G, unflipped_G = matched_size_G / n_matched_G, matched_GS @ self.mean0_S / n_matched_G
+            ratio_G = np.where(unflipped_G > 0, flipped_G / unflipped_G, np.nan)
+            raw_G = size_G / n_G / self.mean0 if self.mean0 > 0 else np.full(len(inside), np.nan)
+        weight_GS = [self.weights(n_S) for n_S in matched_GS]
+
+        def sums(part: Tokens) -> Float64:
+            """(C, G, 3): matched tokens, parts of the excess, and linearised parts of log(flipped / unflipped)."""
+            beside, columns = self.beside(part), []
+            for of, weight_S, flipped, unflipped in zip(inside, weight_GS, flipped_G, unflipped_G, strict=True):
+                matched_T = of(part) & beside.has_reference_T
+                excess_T, noise_T = beside.parts(matched_T, weight_S)
+                ratio_T = np.zeros(len(part))
+                if flipped > 0 and unflipped > 0:
+                    linear_T = beside.size_T / flipped - beside.mean0_T / unflipped
+                    ratio_T = np.where(matched_T, linear_T, 0.0) - noise_T / unflipped
+                columns.append(np.stack([part.by_prompt(column) for column in (matched_T, excess_T, ratio_T)], axis=1))
+            return np.stack(columns, axis=1)
+
+        sums_CG = self.x.collect(sums)
+        records: list[tuple[Any, ...]] = []
+        for g, (n, flipped, unflipped, ratio) in enumerate(
+            zip(n_matched_G, flipped_G, unflipped_G, ratio_G, strict=True)
+        ):
+            unmatched = int(n_G[g] - n)
+            if not n:
+                records.append((0, unmatched, *[np.nan] * 9))
+                continue
+            n_C, part_C, ratio_C = sums_CG[:, g].T
+            excess, bounds = _interval(part_C, n_C), (np.nan, np.nan)
+            if flipped > 0 and unflipped > 0:
+                log_ratio = _interval(ratio_C, n_C)  # the parts sum to 0
+                bounds = float(ratio * np.exp(log_ratio.low)), float(ratio * np.exp(log_ratio.high))
+            difference = flipped - unflipped
+            records.append(
+                (int(n), unmatched, flipped, unflipped, difference, excess.low, excess.high, ratio, *bounds, raw_G[g])
+            )
+        return records
+
+
+def _interval(part_C: Float64, n_C: Float64) -> Interval:
+    """Interval of the sum of parts per matched token; prompts with reference tokens only are clusters, too."""
+    found = ratio_mean_interval(part_C, n_C + _NOTHING, "signed").one()
+    if int((n_C > 0).sum()) < MIN_CLUSTERS:  # the group's own noise would be invented
+        return Interval(found.value, np.nan, np.nan, found.n_clusters, "too few prompts")
+    return found
 
 
 _NOTHING: Final = 1e-12

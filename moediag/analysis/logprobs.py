@@ -3,14 +3,15 @@ the entropy of tokens inside and outside a band of ratios.
 
 Invariants:
     - only tokens scored by both arms count, and ``n_tokens`` says how many; a metric over none is NaN;
-    - reductions run in float64 over the prompts' own sums, so shards may come in any order;
+    - reductions run in float64 over the prompts' own sums, and tokens may be read part by part;
     - a statistic whose interval was measured not to cover gets none, and ``note`` says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -27,6 +28,7 @@ from moediag.analysis.measures import (
     TokenMeasure,
     abs_diff,
     prob_diff,
+    prompt_sums,
 )
 from moediag.analysis.metrics import (
     LOWER,
@@ -41,9 +43,9 @@ from moediag.analysis.metrics import (
     Metric,
     declare_metrics,
 )
-from moediag.analysis.tokens import AnyTokens, Tokens
+from moediag.analysis.tokens import Source, Tokens, TokenSource, source_of
 from moediag.statistics.intervals import Interval, Kind, jackknife_interval, mean_interval, ratio_mean_interval
-from moediag.statistics.quantiles import quantile_of_rows
+from moediag.statistics.quantiles import Part, Read, quantile_intervals, quantiles_of_groups
 
 Float64 = NDArray[np.float64]
 
@@ -55,12 +57,34 @@ _NO_MAX: Final = "no honest interval exists for a maximum"
 _SPREAD_CLUSTERS: Final = 256
 """Prompts from which on the interval of a standard deviation or a correlation covers: both hang on single tokens."""
 _UNCOVERED: Final = "no interval: none that was tried covers for this statistic"
+_QUANTILES: Final = (*((of, q) for _, q, of in QUANTILE_MEASURES), (abs_diff, 0.999), (prob_diff, 0.99))
+"""What quantiles are of, and which."""
 
 
-_Measure = Callable[[Tokens], Interval]
+class _Read:
+    """Tokens with what the metrics share, each read once: sums by prompt and quantiles."""
+
+    def __init__(self, x: TokenSource) -> None:
+        self.x = x
+
+    @cached_property
+    def sums(self) -> dict[Callable[[Tokens], Float64], Float64]:
+        return prompt_sums(self.x, (*TOKEN_MEASURES, BIT_EXACT))
+
+    @cached_property
+    def quantiles(self) -> dict[tuple[Callable[[Tokens], Float64], float], Interval]:
+        found: dict[tuple[Callable[[Tokens], Float64], float], Interval] = {}
+        for of in dict.fromkeys(of for of, _ in _QUANTILES):
+            probabilities = [q for other, q in _QUANTILES if other is of]
+            intervals = quantile_intervals(_values(self.x, of), 1, probabilities)
+            found |= {(of, q): one for q, (one,) in zip(probabilities, intervals, strict=True)}
+        return found
 
 
-def logp_metrics(tokens: AnyTokens) -> pd.DataFrame:
+_Measure = Callable[[_Read], Interval]
+
+
+def logp_metrics(tokens: Source) -> pd.DataFrame:
     """Every headline metric of the mismatch, with n and an interval clustered by prompt beside it.
 
     Args:
@@ -72,9 +96,10 @@ def logp_metrics(tokens: AnyTokens) -> pd.DataFrame:
     Source: IcePop Fig. 1 for ``abs_logp_diff``, R3 (arXiv 2510.11370) for ``extreme_share_2``, verl for prob diffs,
     ppl, ESS, chi2; who uses which under what name stands in :attr:`~moediag.analysis.metrics.Metric.elsewhere`.
     """
-    x = Tokens.of(tokens)
+    x = source_of(tokens)
+    read = _Read(x)
     with np.errstate(over="ignore", invalid="ignore"):  # exp of an absurd diff is inf, and inf is what the table shows
-        records = [_record(metric, measure(x)) for metric, measure in _METRICS]
+        records = [_record(metric, measure(read)) for metric, measure in _METRICS]
     frame = pd.DataFrame.from_records(records)
     frame["n_tokens"] = len(x)
     frame["n_prompts"] = x.n_prompts
@@ -83,7 +108,7 @@ def logp_metrics(tokens: AnyTokens) -> pd.DataFrame:
     return LOGP_METRICS.validate(frame)
 
 
-def tail_curve(tokens: AnyTokens, thresholds: Float64 = TAIL_THRESHOLDS) -> pd.DataFrame:
+def tail_curve(tokens: Source, thresholds: Float64 = TAIL_THRESHOLDS) -> pd.DataFrame:
     """How many tokens differ by more than a threshold: the tail separates runs where the mean does not.
 
     Args:
@@ -96,13 +121,17 @@ def tail_curve(tokens: AnyTokens, thresholds: Float64 = TAIL_THRESHOLDS) -> pd.D
 
     Source: R3 (arXiv 2510.11370), F(tau) with tau = exp(threshold).
     """
-    x = Tokens.of(tokens)
+    x = source_of(tokens)
     thresholds = np.sort(thresholds)
     size = len(thresholds) + 1
-    # a token lies above the first `rank` thresholds: counting ranks by prompt gives every threshold at once
-    rank_T = np.searchsorted(thresholds, x.abs_diff_T, side="left")
-    count = np.bincount(x.prompt_row_T * size + rank_T, minlength=x.n_prompts * size)
-    above_CM = count.reshape(x.n_prompts, size)[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+
+    def above(part: Tokens) -> NDArray[Any]:
+        # a token lies above the first `rank` thresholds: counting ranks by prompt gives every threshold at once
+        rank_T = np.searchsorted(thresholds, part.abs_diff_T, side="left")
+        count = np.bincount(part.prompt_row_T * size + rank_T, minlength=part.n_prompts * size)
+        return count.reshape(part.n_prompts, size)[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+
+    above_CM = x.collect(above)
     interval = ratio_mean_interval(above_CM, x.n_by_prompt[:, None], "rate")
     frame = pd.DataFrame({"threshold": thresholds, "n_above": above_CM.sum(axis=0)})
     frame["share_above"] = frame["n_above"] / len(x) if len(x) else np.nan
@@ -111,7 +140,7 @@ def tail_curve(tokens: AnyTokens, thresholds: Float64 = TAIL_THRESHOLDS) -> pd.D
     return TAIL_CURVE.validate(frame)
 
 
-def ratio_quantiles(tokens: AnyTokens) -> pd.DataFrame:
+def ratio_quantiles(tokens: Source) -> pd.DataFrame:
     """How the ratios spread: of tokens, and of whole sequences as product and as geometric mean.
 
     What sequence-level corrections cut is decided by these: a product over a thousand tokens spreads about thirty
@@ -126,21 +155,27 @@ def ratio_quantiles(tokens: AnyTokens) -> pd.DataFrame:
 
     Source: GSPO, Geo-RS and Seq-MIS for the two sequence ratios.
     """
-    x = Tokens.of(tokens)
+    x = source_of(tokens)
     with np.errstate(invalid="ignore"):
-        levels = (
-            ("token", x.diff_T, x.prompt_row_T, x.n_prompts),
-            ("sequence_product", x.diff_S, x.prompt_row_S, x.n_prompts),
-            ("sequence_geometric", x.diff_S / x.n_S, x.prompt_row_S, x.n_prompts),
-        )
+        of_sequences = {"sequence_product": x.diff_S, "sequence_geometric": x.diff_S / x.n_S}
+    one_S, n = np.zeros(x.n_sequences, np.intp), x.n_prompts
     records = []
-    for level, values, row, n_rows in levels:
+    for level in ("token", *of_sequences):
+        found: dict[float, tuple[float, Interval]] = {}
+        for sign in (-1.0, 1.0):  # the lower tail is the upper tail of the negative: one rule for both
+
+            def parts(level: str = level, sign: float = sign) -> Iterator[Part]:
+                if level == "token":
+                    return _values(x, lambda part: sign * part.diff_T)()
+                return iter([Part(sign * of_sequences[level], one_S, x.prompt_row_S, n)])
+
+            some = [q for q in RATIO_PROBABILITIES if (q < 0.5) == (sign < 0)]
+            intervals = quantile_intervals(parts, 1, [max(q, 1 - q) for q in some])
+            found |= {q: (sign, interval) for q, (interval,) in zip(some, intervals, strict=True)}
         for q in RATIO_PROBABILITIES:
-            # the lower tail is the upper tail of the negative: one rule for both
-            sign = -1.0 if q < 0.5 else 1.0
-            interval = quantile_of_rows(sign * values, row, n_rows, max(q, 1 - q))
+            sign, interval = found[q]
             bounds = sorted((sign * interval.low, sign * interval.high))
-            records.append((level, q, sign * interval.value, *bounds, len(values)))
+            records.append((level, q, sign * interval.value, *bounds, len(x) if level == "token" else x.n_sequences))
     names = [column.name for column in RATIO_QUANTILES.columns]
     return RATIO_QUANTILES.validate(pd.DataFrame.from_records(records, columns=names))
 
@@ -158,7 +193,7 @@ def _record(metric: Metric, interval: Interval) -> dict[str, Any]:
     }
 
 
-def entropy_quantiles(tokens: AnyTokens, alpha: float = ICEPOP_BAND[0], beta: float = ICEPOP_BAND[1]) -> pd.DataFrame:
+def entropy_quantiles(tokens: Source, alpha: float = ICEPOP_BAND[0], beta: float = ICEPOP_BAND[1]) -> pd.DataFrame:
     """Next-token entropy of masked and of kept tokens, on each side.
 
     Masked tokens with high entropy are noise at forks of the text; with low entropy they are places where the two
@@ -174,58 +209,84 @@ def entropy_quantiles(tokens: AnyTokens, alpha: float = ICEPOP_BAND[0], beta: fl
 
     Source: IcePop Fig. 11; the default band is Ring-1T's (arXiv 2510.18855).
     """
-    x = Tokens.of(tokens)
-    kept_T = (x.diff_T >= np.log(alpha)) & (x.diff_T <= np.log(beta))
+    x = source_of(tokens)
+    low, high = np.log(alpha), np.log(beta)
     records = []
     for side in ("train", "infer"):
-        entropy_T = x.column(f"entropy_{side}").astype(np.float64)
-        known_T = np.isfinite(entropy_T)
-        for group, inside_T in (("all", known_T), ("kept", known_T & kept_T), ("masked", known_T & ~kept_T)):
-            values = entropy_T[inside_T]
-            mean = mean_interval(values, x.prompt_row_T[inside_T], "positive")
-            points = np.quantile(values, [0.1, 0.5, 0.9]) if len(values) else [np.nan] * 3
-            records.append((side, group, alpha, beta, len(values), mean.value, mean.low, mean.high, *points))
+
+        def entropy(part: Tokens, side: str = side) -> Float64:
+            return part.column(f"entropy_{side}").astype(np.float64)
+
+        for group, is_kept in (("all", None), ("kept", True), ("masked", False)):
+
+            def inside(part: Tokens, of: Callable[[Tokens], Float64] = entropy, is_kept: bool | None = is_kept) -> Any:
+                known_T = np.isfinite(of(part))
+                return (
+                    known_T
+                    if is_kept is None
+                    else known_T & (((part.diff_T >= low) & (part.diff_T <= high)) == is_kept)
+                )
+
+            read = _values(x, entropy, inside)
+            n_C, sum_C = x.sums(inside, lambda part: np.where(inside(part), entropy(part), 0.0))
+            mean = ratio_mean_interval(sum_C, n_C, "positive").one()
+            n = int(n_C.sum())
+            points = quantiles_of_groups(read, np.array([n]), np.c_[[0.1, 0.5, 0.9]])[:, 0]
+            records.append((side, group, alpha, beta, n, mean.value, mean.low, mean.high, *points))
     names = [column.name for column in ENTROPY_QUANTILES.columns]
     return ENTROPY_QUANTILES.validate(pd.DataFrame.from_records(records, columns=names))
 
 
+def _values(x: TokenSource, of: Callable[[Tokens], Float64], inside: Callable[[Tokens], Any] | None = None) -> Read:
+    """What quantiles read: token values, in one group where they are ``inside``."""
+
+    def part(some: Tokens) -> Part:
+        group_T = np.zeros(len(some), np.intp) if inside is None else np.where(inside(some), 0, -1)
+        return Part(of(some), group_T, some.prompt_row_T, some.n_prompts)
+
+    return lambda: map(part, x.parts())
+
+
 def _token_mean(measure: TokenMeasure) -> _Measure:
-    return lambda x: measure.intervals(x, x.by_prompt, x.n_by_prompt).one()
+    return lambda read: measure.intervals(read.sums, read.x.n_by_prompt).one()
 
 
 def _sequence_mean(kind: Kind, of: Callable[[Tokens], Float64]) -> _Measure:
-    return lambda x: mean_interval(of(x), x.prompt_row_S, kind)
+    return lambda read: mean_interval(read.x.collect(of), read.x.prompt_row_S, kind)
 
 
 def _quantile(q: float, of: Callable[[Tokens], Float64]) -> _Measure:
-    return lambda x: quantile_of_rows(of(x), x.prompt_row_T, x.n_prompts, q)
+    return lambda read: read.quantiles[of, q]
 
 
-def _point(of: Callable[[Tokens], float], note: str) -> _Measure:
-    def measure(x: Tokens) -> Interval:
-        value = of(x) if len(x) else np.nan
-        return Interval(float(value), np.nan, np.nan, x.n_prompts, note)
+def _point(of: Callable[[TokenSource], float], note: str) -> _Measure:
+    def measure(read: _Read) -> Interval:
+        value = of(read.x) if len(read.x) else np.nan
+        return Interval(float(value), np.nan, np.nan, read.x.n_prompts, note)
 
     return measure
 
 
-def std_interval(x: Tokens) -> Interval:
+def _largest(x: TokenSource, of: Callable[[Tokens], Float64]) -> float:
+    return float(x.collect(lambda part: of(part).max(initial=-np.inf, keepdims=True)).max())
+
+
+def std_interval(x: TokenSource) -> Interval:
     """Standard deviation of abs(p_train - p_infer), ddof = 1 as in verl, with its interval."""
-    size_T = prob_diff(x)
-    columns = (np.ones(len(x)), size_T, np.square(size_T))
-    return jackknife_interval(
-        np.stack([x.by_prompt(column) for column in columns], axis=1), _std, "log", _SPREAD_CLUSTERS
-    )
+    sums = x.sums(prob_diff, lambda part: np.square(prob_diff(part)))
+    return jackknife_interval(np.stack([x.n_by_prompt, *sums], axis=1), _std, "log", _SPREAD_CLUSTERS)
 
 
-def pearson_interval(x: Tokens) -> Interval:
+def pearson_interval(x: TokenSource) -> Interval:
     """Correlation of p_train and p_infer with its interval; 1 is best."""
-    # centred at 1/2: products then keep their digits
-    train_T, infer_T = np.exp(x.logp_train_T) - 0.5, np.exp(x.logp_infer_T) - 0.5
-    columns = (np.ones(len(x)), train_T, infer_T, np.square(train_T), np.square(infer_T), train_T * infer_T)
-    return jackknife_interval(
-        np.stack([x.by_prompt(column) for column in columns], axis=1), _pearson, "fisher", _SPREAD_CLUSTERS
-    )
+
+    def sums(part: Tokens) -> Float64:
+        # centred at 1/2: products then keep their digits
+        train_T, infer_T = np.exp(part.logp_train_T) - 0.5, np.exp(part.logp_infer_T) - 0.5
+        columns = (np.ones(len(part)), train_T, infer_T, np.square(train_T), np.square(infer_T), train_T * infer_T)
+        return np.stack([part.by_prompt(column) for column in columns], axis=1)
+
+    return jackknife_interval(x.collect(sums), _pearson, "fisher", _SPREAD_CLUSTERS)
 
 
 def _std(sums: Float64) -> Float64:
@@ -240,10 +301,35 @@ def _pearson(sums: Float64) -> Float64:
     return np.asarray((xy - x * y / n) / np.sqrt(np.where(spread > 0, spread, np.nan)))
 
 
-def _effective_share(log_weight: Float64) -> float:
+def _effective_share(x: TokenSource, log_weight: Callable[[Tokens], Float64]) -> float:
     """(sum w)^2 / (n sum w^2), scaled by the largest weight first: it cancels, and exp cannot overflow."""
-    weight = np.exp(log_weight - log_weight.max())
-    return float(weight.sum() ** 2 / (len(weight) * np.square(weight).sum()))
+    largest = _largest(x, log_weight)
+
+    def sums(part: Tokens) -> Float64:
+        weight = np.exp(log_weight(part) - largest)
+        return np.array([len(weight), weight.sum(), np.square(weight).sum()])
+
+    n, first, second = x.total(sums)
+    return float(first**2 / (n * second))
+
+
+def _chi2(x: TokenSource, log_ratio: Callable[[Tokens], Float64]) -> float:
+    """mean of ratio^2 - 1."""
+
+    def sums(part: Tokens) -> Float64:
+        values = log_ratio(part)
+        return np.array([len(values), np.expm1(2 * values).sum()])
+
+    n, total = x.total(sums)
+    return float(total / n)
+
+
+def _of_tokens(x: Tokens) -> Float64:
+    return x.diff_T
+
+
+def _of_sequences(x: Tokens) -> Float64:
+    return x.diff_S
 
 
 _ESS: Final = Definition(
@@ -269,7 +355,7 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
     (
         Metric("abs_logp_diff.max", "nat", LOWER, "abs logp diff, max", section="numbers", floor="larger",
                on_terminal=True, note=_NO_MAX),
-        _point(lambda x: float(abs_diff(x).max()), _NO_MAX),
+        _point(lambda x: _largest(x, abs_diff), _NO_MAX),
     ),
     *_tokens(*TOKEN_MEASURES[1:2]),
     (Metric("abs_prob_diff.p99", "1", LOWER), _quantile(0.99, prob_diff)),
@@ -279,14 +365,14 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
                    Alias("verl", "rollout_probs_diff_max", "max abs(p_train - p_infer)", SYMMETRIC, VERL_DEBUG,
                          "a maximum grows with the number of tokens"),
                )),
-        _point(lambda x: float(prob_diff(x).max()), _NO_MAX),
+        _point(lambda x: _largest(x, prob_diff), _NO_MAX),
     ),
     (
         Metric("abs_prob_diff.std", "1", LOWER,
                elsewhere=(
                    Alias("verl", "rollout_probs_diff_std", "std of abs(p_train - p_infer)", SYMMETRIC, VERL_DEBUG),
                )),
-        lambda x: std_interval(x),
+        lambda read: std_interval(read.x),
     ),
     *_tokens(*TOKEN_MEASURES[2:], BIT_EXACT),
     (
@@ -295,7 +381,7 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
                      Alias("verl", "rollout_actor_probs_pearson_corr", "corr(p_train, p_infer)", SYMMETRIC,
                            VERL_DEBUG, "of probabilities, not of log-probabilities"),
                  )),
-        lambda x: pearson_interval(x),
+        lambda read: pearson_interval(read.x),
     ),
     (
         _further("ess_token", "1", ONE, "effective sample size, token weights", is_share=True, note=_UNCOVERED,
@@ -306,12 +392,12 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
                            "below 0.3 is an alarm in use; of token weights here, ess_sequence is of sequence weights",
                            is_metric_name=False),
                  )),
-        _point(lambda x: _effective_share(x.diff_T), _UNCOVERED),
+        _point(lambda x: _effective_share(x, _of_tokens), _UNCOVERED),
     ),
     (
         _further("ess_sequence", "1", ONE, "effective sample size, sequence weights", is_share=True, note=_UNCOVERED,
                  counts="sequence"),
-        _point(lambda x: _effective_share(x.diff_S), _UNCOVERED),
+        _point(lambda x: _effective_share(x, _of_sequences), _UNCOVERED),
     ),
     (
         _further("chi2_token", "1", ZERO, "chi2, token ratios", note=_UNCOVERED, definition=_CHI2,
@@ -319,7 +405,7 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
                      Alias("verl", "chi2 token", "mean(ratio^2) - 1", TRAIN_MINUS_INFER, VERL_CORRECTION,
                            is_metric_name=False),
                  )),
-        _point(lambda x: float(np.expm1(2 * x.diff_T).mean()), _UNCOVERED),
+        _point(lambda x: _chi2(x, _of_tokens), _UNCOVERED),
     ),
     (
         _further("chi2_sequence", "1", ZERO, "chi2, sequence ratios", note=_UNCOVERED, counts="sequence",
@@ -328,7 +414,7 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
                            VERL_CORRECTION, "another number than chi2 token: the product over the response, squared",
                            is_metric_name=False),
                  )),
-        _point(lambda x: float(np.expm1(2 * x.diff_S).mean()), _UNCOVERED),
+        _point(lambda x: _chi2(x, _of_sequences), _UNCOVERED),
     ),
     (
         _further("ppl_train", "1", LOWER, "perplexity under train", counts="sequence"),

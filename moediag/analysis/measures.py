@@ -9,7 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Final
 
@@ -27,7 +27,7 @@ from moediag.analysis.metrics import (
     Definition,
     Metric,
 )
-from moediag.analysis.tokens import Tokens
+from moediag.analysis.tokens import Tokens, TokenSource
 from moediag.statistics.intervals import Intervals, Kind, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
@@ -62,18 +62,34 @@ class TokenMeasure(Metric):
     tail: Callable[[Tokens], Float64] | None = None
     least: float = -math.inf
 
-    def intervals(self, x: Tokens, sums: Callable[[Float64], Float64], n_CM: Float64) -> Intervals:
-        """Mean and interval of every column that ``sums`` makes of token values, ``n_CM`` tokens behind each."""
-        found = ratio_mean_interval(sums(self.of(x)), n_CM, self.kind)
+    @property
+    def formulas(self) -> tuple[Callable[[Tokens], Float64], ...]:
+        """What has to be summed for it."""
+        return (self.of,) if self.tail is None else (self.of, self.tail)
+
+    def intervals(self, sums: Mapping[Callable[[Tokens], Float64], Float64], n_CM: Float64) -> Intervals:
+        """Mean and interval of every column, from the sums of its formulas, ``n_CM`` tokens behind each."""
+        found = ratio_mean_interval(sums[self.of], n_CM, self.kind)
         high_M = found.high_M
         if self.tail is not None:
-            tail = ratio_mean_interval(sums(self.tail(x)), n_CM, "positive")
+            tail = ratio_mean_interval(sums[self.tail], n_CM, "positive")
             with np.errstate(invalid="ignore"):
                 high_M = np.fmax(high_M, found.value_M + tail.high_M - tail.value_M)
             high_M = np.where(np.isfinite(found.high_M), high_M, found.high_M)
         value_M, low_M, high_M = (array + self.offset for array in (found.value_M, found.low_M, high_M))
         low_M = np.maximum(low_M, self.least)
         return replace(found, value_M=value_M, low_M=low_M, high_M=high_M)
+
+
+def formulas(measures: Iterable[TokenMeasure]) -> list[Callable[[Tokens], Float64]]:
+    """What has to be summed for them, each once."""
+    return list(dict.fromkeys(one for measure in measures for one in measure.formulas))
+
+
+def prompt_sums(x: TokenSource, measures: Iterable[TokenMeasure]) -> dict[Callable[[Tokens], Float64], Float64]:
+    """Formula -> (C,) sums by prompt, of all in one pass."""
+    of = formulas(measures)
+    return dict(zip(of, x.sums(*of), strict=True))
 
 
 def binary_kl(logp_p: ArrayLike, logp_q: ArrayLike) -> Float64:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -17,9 +18,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import DRIFT_BY_POSITION
-from moediag.analysis.measures import EXTREME_TAU
-from moediag.analysis.tokens import AnyTokens, Tokens
+from moediag.analysis.measures import is_extreme
+from moediag.analysis.strata import grid_sums
+from moediag.analysis.tokens import Source, Tokens, source_of
 from moediag.statistics.intervals import ratio_mean_interval
+from moediag.statistics.quantiles import Part, quantiles_of_groups
 
 Float64 = NDArray[np.float64]
 
@@ -46,7 +49,7 @@ class PositionSlope:
     note: str
 
 
-def drift_by_position(tokens: AnyTokens, n_layers: int = 0, bin_width: int | None = None) -> pd.DataFrame:
+def drift_by_position(tokens: Source, n_layers: int = 0, bin_width: int | None = None) -> pd.DataFrame:
     """abs(logp_diff) and flips by position in the response.
 
     Args:
@@ -59,31 +62,58 @@ def drift_by_position(tokens: AnyTokens, n_layers: int = 0, bin_width: int | Non
 
     Source: IcePop Figs. 2-3, whose bins are not stated; ours are.
     """
-    x = Tokens.of(tokens)
+    x = source_of(tokens)
     if not len(x):
         return DRIFT_BY_POSITION.validate(pd.DataFrame({c.name: np.zeros(0) for c in DRIFT_BY_POSITION.columns}))
-    position_T = x.column("position").astype(np.int64)
-    width = bin_width or _default_width(int(position_T.max()) + 1)
-    bins, bin_T = np.unique(position_T // width, return_inverse=True)
-    mean = ratio_mean_interval(*_prompt_by_bin(x.abs_diff_T, x.prompt_row_T, bin_T, len(bins)), "positive")
+    width = bin_width or _default_width(x.extent.n_positions)
+    n_bins = (x.extent.n_positions - 1) // width + 1
+
+    def bin_of(part: Tokens) -> NDArray[np.int64]:
+        return part.column("position").astype(np.int64) // width
+
+    def sums(part: Tokens) -> Float64:
+        return np.stack([grid_sums(part, bin_of(part), n_bins, of) for of in (None, part.abs_diff_T)], axis=1)
+
+    def counts(part: Tokens) -> Float64:
+        bin_T, n_flipped_T = bin_of(part), part.column("n_flipped_layers")
+        routed_T = n_flipped_T >= 0
+        cells = np.unique(part.row_T * n_bins + bin_T)
+        return np.stack(
+            [
+                np.bincount(cells % n_bins, minlength=n_bins),
+                np.bincount(bin_T[is_extreme(part.diff_T)], minlength=n_bins),
+                np.bincount(bin_T[routed_T], minlength=n_bins),
+                np.bincount(bin_T[routed_T], n_flipped_T[routed_T], minlength=n_bins),
+            ]
+        )
+
+    n_CB, sum_CB = np.moveaxis(x.collect(sums), 1, 0)
+    n_B = n_CB.sum(axis=0).astype(np.int64)
+    held = np.flatnonzero(n_B)
+    n_sequences_B, n_extreme_B, n_routed_B, n_flipped_B = x.total(counts)[:, held]
+    mean = ratio_mean_interval(sum_CB[:, held], n_CB[:, held], "positive")
+    read = partial(map, lambda part: Part(part.abs_diff_T, bin_of(part), part.prompt_row_T, part.n_prompts))
+    points = quantiles_of_groups(
+        lambda: read(x.parts()), n_B, np.repeat(np.c_[list(_QUANTILES.values())], n_bins, axis=1)
+    )[:, held]
     frame = pd.DataFrame(
         {
-            "position_low": bins * width,
-            "position_high": (bins + 1) * width - 1,
-            "n_tokens": np.bincount(bin_T, minlength=len(bins)),
-            "n_sequences": x.rows.groupby(bin_T)["seq_id"].nunique().to_numpy(),
+            "position_low": held * width,
+            "position_high": (held + 1) * width - 1,
+            "n_tokens": n_B[held],
+            "n_sequences": n_sequences_B.astype(np.int64),
             "abs_logp_diff_mean": mean.value_M,
             "abs_logp_diff_mean_ci_low": mean.low_M,
             "abs_logp_diff_mean_ci_high": mean.high_M,
-            **_quantiles_by_bin(x.abs_diff_T, bin_T, len(bins)),
-            "extreme_share_2": _mean_by_bin(x.abs_diff_T > math.log(EXTREME_TAU), bin_T, len(bins)),
-            "flip_rate": _flip_rate_by_bin(x.column("n_flipped_layers"), bin_T, len(bins), n_layers),
+            **dict(zip(_QUANTILES, points, strict=True)),
+            "extreme_share_2": n_extreme_B / n_B[held],
+            "flip_rate": n_flipped_B / n_layers / np.where(n_routed_B, n_routed_B, np.nan) if n_layers else np.nan,
         }
     )
     return DRIFT_BY_POSITION.validate(frame)
 
 
-def position_slope(tokens: AnyTokens) -> PositionSlope:
+def position_slope(tokens: Source) -> PositionSlope:
     """Slope of abs(logp_diff) against position within sequences, per 1000 tokens.
 
     Least squares with one intercept per sequence, so only change *inside* a response counts; a slope
@@ -97,10 +127,14 @@ def position_slope(tokens: AnyTokens) -> PositionSlope:
 
     Source: fixed-effects (within) estimator, e.g. Wooldridge (2010) section 10.5.
     """
-    x = Tokens.of(tokens)
-    position_T = within_sequence(x.column("position").astype(np.float64), x.row_T)
-    abs_diff_T = within_sequence(x.abs_diff_T, x.row_T)
-    cross_C, spread_C = x.by_prompt(position_T * abs_diff_T), x.by_prompt(np.square(position_T))
+    x = source_of(tokens)
+
+    def sums(part: Tokens) -> Float64:
+        position_T = within_sequence(part.column("position").astype(np.float64), part.row_T)
+        abs_diff_T = within_sequence(part.abs_diff_T, part.row_T)
+        return np.stack([part.by_prompt(position_T * abs_diff_T), part.by_prompt(np.square(position_T))], axis=1)
+
+    cross_C, spread_C = x.collect(sums).T
     slope = ratio_mean_interval(1000 * cross_C, spread_C, "signed").one()
     used_S = x.n_S[x.n_S > 1]  # a single token has no slope
     n_tokens, n_sequences = int(used_S.sum()), len(used_S)
@@ -117,33 +151,3 @@ def within_sequence(values_T: Float64, seq_T: NDArray[Any]) -> Float64:
     index_T = np.unique(seq_T, return_inverse=True)[1]
     sum_S, n_S = np.bincount(index_T, weights=values_T), np.bincount(index_T)
     return np.asarray(values_T - (sum_S / n_S)[index_T]) if len(values_T) else values_T
-
-
-def _prompt_by_bin(
-    values_T: Float64, prompt_T: NDArray[Any], bin_T: NDArray[np.intp], n_bins: int
-) -> tuple[Float64, Float64]:
-    """(sums, counts) of the values, prompts by bins."""
-    prompts, row_T = np.unique(prompt_T, return_inverse=True)
-    cell_T, shape = row_T * n_bins + bin_T, (len(prompts), n_bins)
-    sums = np.bincount(cell_T, weights=values_T, minlength=len(prompts) * n_bins).astype(np.float64)
-    counts = np.bincount(cell_T, minlength=len(prompts) * n_bins).astype(np.float64)
-    return sums.reshape(shape), counts.reshape(shape)
-
-
-def _mean_by_bin(values_T: NDArray[Any], bin_T: NDArray[np.intp], n_bins: int) -> Float64:
-    n_bin = np.bincount(bin_T, minlength=n_bins)
-    return np.asarray(np.bincount(bin_T, weights=values_T, minlength=n_bins) / np.where(n_bin == 0, np.nan, n_bin))
-
-
-def _flip_rate_by_bin(n_flipped_T: NDArray[Any], bin_T: NDArray[np.intp], n_bins: int, n_layers: int) -> Float64:
-    routed_T = n_flipped_T >= 0
-    if not n_layers:
-        return np.full(n_bins, np.nan)
-    return _mean_by_bin(n_flipped_T[routed_T] / n_layers, bin_T[routed_T], n_bins)
-
-
-def _quantiles_by_bin(values_T: Float64, bin_T: NDArray[np.intp], n_bins: int) -> dict[str, Float64]:
-    order = np.argsort(bin_T, kind="stable")
-    groups = np.split(values_T[order], np.cumsum(np.bincount(bin_T, minlength=n_bins))[:-1])
-    table = np.array([np.quantile(group, list(_QUANTILES.values())) for group in groups])
-    return {name: table[:, i] for i, name in enumerate(_QUANTILES)}

@@ -10,7 +10,6 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,8 +20,9 @@ from numpy.typing import NDArray
 from moediag.analysis.declarations import AGREEMENT_BY_LAYER, FLIPS_PER_TOKEN
 from moediag.analysis.metrics import HARMLESS, LOWER, ONE, Definition, Metric, declare_metrics
 from moediag.analysis.routing_counts import RoutingTotals
-from moediag.analysis.tokens import AnyTokens, Tokens
+from moediag.analysis.tokens import Source, Tokens, source_of
 from moediag.statistics.intervals import Interval, Intervals, jackknife_interval, ratio_mean_interval
+from moediag.statistics.quantiles import Part, quantiles_of_groups
 
 Float64 = NDArray[np.float64]
 
@@ -164,7 +164,7 @@ def layer_flip_rates(totals: RoutingTotals) -> Float64:
     return np.asarray(1 - totals.n_same_CL.sum(axis=0) / np.where(n_L == 0, np.nan, n_L), dtype=np.float64)
 
 
-def flips_per_token(tokens: AnyTokens, totals: RoutingTotals) -> pd.DataFrame:
+def flips_per_token(tokens: Source, totals: RoutingTotals) -> pd.DataFrame:
     """How many layers flip per token, against what independent layers would give, and how much such tokens differ.
 
     Its differences are bare means, which mix in that hard tokens flip more; :mod:`moediag.analysis.attribution`
@@ -180,20 +180,36 @@ def flips_per_token(tokens: AnyTokens, totals: RoutingTotals) -> pd.DataFrame:
 
     Source: R3 (arXiv 2510.11370) for the distribution; the Poisson-binomial reference is ours.
     """
-    x = Tokens.of(tokens)
-    n_flipped_T = x.frame["n_flipped_layers"].to_numpy()
-    known_T = n_flipped_T >= 0
-    n_rows = int(n_flipped_T.max(initial=-1)) + 1
-    count_N = np.bincount(n_flipped_T[known_T], minlength=n_rows)
-    groups = [np.abs(x.diff_N[(n_flipped_T == n) & x.is_scored_N]) for n in range(n_rows)]
+    x = source_of(tokens)
+    # tokens that were not scored, too: flips are known without log-probabilities
+    n_rows = max(int(part.frame["n_flipped_layers"].max()) if len(part.frame) else -1 for part in x.parts()) + 1
+
+    def counts(part: Tokens) -> Float64:
+        all_N, n_flipped_T = part.frame["n_flipped_layers"].to_numpy(), part.column("n_flipped_layers")
+        routed_T = n_flipped_T >= 0
+        return np.stack(
+            [
+                np.bincount(all_N[all_N >= 0], minlength=n_rows),
+                np.bincount(n_flipped_T[routed_T], minlength=n_rows),
+                np.bincount(n_flipped_T[routed_T], part.abs_diff_T[routed_T], minlength=n_rows),
+            ]
+        )
+
+    count_N, n_scored_N, sum_N = x.total(counts)
+
+    def values(part: Tokens) -> Part:
+        return Part(part.abs_diff_T, part.column("n_flipped_layers"), part.prompt_row_T, part.n_prompts)
+
+    n_N, q_QN = n_scored_N.astype(np.int64), np.full((1, n_rows), 0.99)
+    p99_N = quantiles_of_groups(lambda: map(values, x.parts()), n_N, q_QN)[0]
     frame = pd.DataFrame(
         {
             "n_flipped_layers": np.arange(n_rows),
-            "n_tokens": count_N,
-            "share": count_N / max(int(known_T.sum()), 1),
+            "n_tokens": count_N.astype(np.int64),
+            "share": count_N / max(count_N.sum(), 1),
             "independent_share": independent_flips(layer_flip_rates(totals))[:n_rows],
-            "abs_logp_diff_mean": [_or_nan(np.mean, group) for group in groups],
-            "abs_logp_diff_p99": [_or_nan(lambda x: np.quantile(x, 0.99), group) for group in groups],
+            "abs_logp_diff_mean": sum_N / np.where(n_scored_N, n_scored_N, np.nan),
+            "abs_logp_diff_p99": p99_N,
         }
     )
     return FLIPS_PER_TOKEN.validate(frame)
@@ -249,8 +265,3 @@ def _flip_dispersion(sums: Float64) -> Float64:
 
 def _with_bounds(name: str, intervals: Intervals) -> dict[str, Float64]:
     return {name: intervals.value_M, f"{name}_ci_low": intervals.low_M, f"{name}_ci_high": intervals.high_M}
-
-
-def _or_nan(reduce: Callable[[Float64], Any], values: Float64) -> float:
-    """A reduction, or NaN over nothing."""
-    return float(reduce(values)) if len(values) else float("nan")

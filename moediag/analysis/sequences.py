@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moediag.analysis.declarations import DRIFT_BY_LENGTH, FIRST_DIVERGENCE, SEQUENCES, WORST_TOKENS
 from moediag.analysis.measures import is_extreme
 from moediag.analysis.metrics import LOWER, Metric, declare_metrics
-from moediag.analysis.tokens import AnyTokens, Tokens
+from moediag.analysis.tokens import Source, Tokens, source_of
 from moediag.statistics.intervals import Interval, cluster_sums, mean_interval, ratio_mean_interval
 
 Float64 = NDArray[np.float64]
@@ -50,7 +50,7 @@ class LengthSlope:
     note: str
 
 
-def sequence_frame(tokens: AnyTokens, n_layers: int = 0) -> pd.DataFrame:
+def sequence_frame(tokens: Source, n_layers: int = 0) -> pd.DataFrame:
     """One row per sequence: its mismatch, its ratios, its perplexities, its flips, its worst token.
 
     Args:
@@ -62,18 +62,22 @@ def sequence_frame(tokens: AnyTokens, n_layers: int = 0) -> pd.DataFrame:
 
     Source: verl for perplexities; GSPO and Geo-RS for the two sequence ratios.
     """
-    x = Tokens.of(tokens)
+    frames = [_sequences_of(part, n_layers) for part in source_of(tokens).parts()]
+    return SEQUENCES.validate(pd.concat(frames, ignore_index=True))
+
+
+def _sequences_of(x: Tokens, n_layers: int) -> pd.DataFrame:
     # unscored tokens, too: a sequence without a scored token has a row, and flips are known without log-probabilities
     frame, scored_T = x.frame, x.is_scored_N
     ids, first_S, row_T = np.unique(frame["seq_id"].to_numpy(), return_index=True, return_inverse=True)
     sums = _Sums(row_T[scored_T], len(ids), x.diff_T)
-    max_S, position_S = _worst(row_T, len(ids), np.abs(x.diff_N), frame["position"].to_numpy(), scored_T)
+    max_S, position_S = _worst_in_sequences(row_T, len(ids), np.abs(x.diff_N), frame["position"].to_numpy(), scored_T)
     flip_position_S, flip_layer_S = _first_flips(frame, row_T, len(ids))
     n_flipped_T = frame["n_flipped_layers"].to_numpy()
     routed_T = n_flipped_T >= 0
     flips = _Sums(row_T[routed_T], len(ids), n_flipped_T[routed_T] / max(n_layers, 1))
     with np.errstate(over="ignore"):
-        sequences = pd.DataFrame(
+        return pd.DataFrame(
             {
                 "seq_id": ids,
                 "prompt_id": frame["prompt_id"].to_numpy()[first_S],
@@ -94,10 +98,9 @@ def sequence_frame(tokens: AnyTokens, n_layers: int = 0) -> pd.DataFrame:
                 "first_flip_layer": flip_layer_S,
             }
         )
-    return SEQUENCES.validate(sequences)
 
 
-def worst_tokens(tokens: AnyTokens, top: int = N_WORST) -> pd.DataFrame:
+def worst_tokens(tokens: Source, top: int = N_WORST) -> pd.DataFrame:
     """The scored tokens that differ most, at most ``top`` of them, with where they stand.
 
     Args:
@@ -107,14 +110,20 @@ def worst_tokens(tokens: AnyTokens, top: int = N_WORST) -> pd.DataFrame:
     Returns:
         Frame ``worst_tokens``, largest abs(logp_diff) first.
     """
-    x = Tokens.of(tokens)
+    few = pd.concat([_worst_of(part, top) for part in source_of(tokens).parts()])
+    return WORST_TOKENS.validate(_worst_of(Tokens(few), top)[[column.name for column in WORST_TOKENS.columns]])
+
+
+def _worst_of(x: Tokens, top: int) -> pd.DataFrame:
+    few: pd.DataFrame
     size_T, kept = x.abs_diff_T, np.arange(len(x))
     if len(x) > top > 0:
         kept = np.flatnonzero(size_T >= np.partition(size_T, len(x) - top)[len(x) - top])
     few = x.rows.iloc[kept]
     order = np.lexsort((few["position"], few["seq_id"], -size_T[kept]))[:top]
-    few = few.iloc[order].assign(rank=np.arange(len(order)), logp_diff=x.diff_T[kept[order]])
-    return WORST_TOKENS.validate(few[[column.name for column in WORST_TOKENS.columns]])
+    few = few.iloc[order].copy()
+    few["rank"], few["logp_diff"] = np.arange(len(order)), x.diff_T[kept[order]]
+    return few
 
 
 def first_divergence(sequences: pd.DataFrame) -> pd.DataFrame:
@@ -215,7 +224,7 @@ class _Sums:
         return np.asarray(sums_S / np.where(self.n_S == 0, np.nan, self.n_S))
 
 
-def _worst(
+def _worst_in_sequences(
     row_T: NDArray[np.intp], n_rows: int, size_T: Float64, position_T: NDArray[Any], scored_T: NDArray[np.bool_]
 ) -> tuple[Float64, NDArray[np.int64]]:
     """(largest abs diff, its first position) by sequence; (NaN, -1) without a scored token."""

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from moediag.analysis.measures import ICEPOP_BAND, QUANTILE_MEASURES, TOKEN_MEASURES
+from moediag.analysis.measures import ICEPOP_BAND, QUANTILE_MEASURES, TOKEN_MEASURES, prompt_sums
 from moediag.analysis.metrics import LOWER, Metric
 from moediag.analysis.tokens import AnyTokens, Tokens
 from moediag.analysis.vocabulary import EXACT_METRICS
@@ -154,10 +154,10 @@ def step_metrics(step: int, source: str, tokens: AnyTokens, exact: Iterable[Mapp
 
 def _all(scored: Tokens) -> Iterable[tuple[str, str, str, Interval]]:
     """(name, unit, good end, interval) of every metric of a step."""
-    for measure in TOKEN_MEASURES:
-        if measure.name in _MEANS:
-            interval = measure.intervals(scored, scored.by_prompt, scored.n_by_prompt).one()
-            yield measure.name, measure.unit, measure.direction, interval
+    means = [measure for measure in TOKEN_MEASURES if measure.name in _MEANS]
+    sums = prompt_sums(scored, means)
+    for measure in means:
+        yield measure.name, measure.unit, measure.direction, measure.intervals(sums, scored.n_by_prompt).one()
     p99 = quantile_of_rows(scored.abs_diff_T, scored.prompt_row_T, scored.n_prompts, 0.99)
     yield "abs_logp_diff.p99", "nat", LOWER, p99
     yield MASKED, "1", LOWER, icepop_masked(scored)

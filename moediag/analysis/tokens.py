@@ -1,7 +1,9 @@
 """The token frame: one row per response token, the base of every log-probability analysis.
 
 Invariants:
-    - routing arrays are read block by block and dropped; what stays is 56 bytes per token (``BYTES_PER_TOKEN``);
+    - routing arrays are read block by block and dropped; what stays is 56 bytes per token (``BYTES_PER_TOKEN``), in
+      memory (:class:`Tokens`) or on disk, read part by part as often as a statistic needs (:class:`TokenParts`);
+    - parts hold whole prompts, in ascending order: sums by prompt are the same, bit for bit, in one part or in many;
     - a token counts as *scored* when both arms gave a finite log-probability, here, in corrections and in series
       (:func:`~moediag.run.capture.is_scored`). NaN is "not scored"; an infinity is a defect to report, not a number
       (rule D31-impossible-logp): both are left out of every statistic and counted, never averaged.
@@ -9,7 +11,8 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final, Self
@@ -58,8 +61,103 @@ def concatenate_tokens(parts: list[dict[str, NDArray[Any]]]) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """The tokens of a frame that both arms scored: filter, differences, prompts and sequences, each computed once.
+class Extent:
+    """What the edges of bins and strata hang on, of scored tokens.
+
+    Args:
+        n_positions: largest position + 1.
+        most_flipped: most flipped layers of a token; -1 = no routing known.
+        entropy: the first column of entropies, infer's or train's, that knows one; None = neither.
+    """
+
+    n_positions: int
+    most_flipped: int
+    entropy: str | None
+
+
+class TokenSource(ABC):
+    """The tokens of a pair that both arms scored, as statistics read them: part by part.
+
+    S sequences and C prompts are those with a scored token, in ascending order.
+    """
+
+    @abstractmethod
+    def parts(self) -> Iterator[Tokens]:
+        """All tokens in ascending order of their prompts, every prompt whole; at least one part."""
+
+    @abstractmethod
+    def where(self, of: Callable[[Tokens], NDArray[np.bool_]]) -> TokenSource:
+        """The scored tokens for which ``of`` is true."""
+
+    def collect(self, of: Callable[[Tokens], NDArray[Any]]) -> NDArray[Any]:
+        """Rows that every part gives, those of prompts or of sequences, one after the other."""
+        return np.concatenate([of(part) for part in self.parts()])
+
+    def total(self, of: Callable[[Tokens], Any]) -> Any:
+        """Sum of what the parts give."""
+        first, *rest = (of(part) for part in self.parts())
+        return sum(rest, first)
+
+    def sums(self, *of: Callable[[Tokens], ArrayLike]) -> Float64:
+        """(len(of), C) sums of token values over the tokens of each prompt, in one pass."""
+        return self.collect(lambda part: np.stack([part.by_prompt(one(part)) for one in of], axis=1)).T
+
+    def __len__(self) -> int:
+        return int(self.n_by_prompt.sum())
+
+    @property
+    def n_prompts(self) -> int:
+        """C."""
+        return len(self.n_by_prompt)
+
+    @property
+    def n_sequences(self) -> int:
+        """S."""
+        return len(self.n_S)
+
+    @cached_property
+    def n_by_prompt(self) -> Float64:
+        """(C,) tokens of each prompt."""
+        return self.collect(lambda part: part.n_by_prompt)
+
+    @cached_property
+    def n_S(self) -> Float64:  # noqa: N802
+        """(S,) tokens of each sequence."""
+        return self.collect(lambda part: part.n_S)
+
+    @cached_property
+    def diff_S(self) -> Float64:  # noqa: N802
+        """(S,) log of each sequence's product ratio: the sum of its differences [nat]."""
+        return self.collect(lambda part: part.diff_S)
+
+    @cached_property
+    def prompt_row_S(self) -> NDArray[np.intp]:  # noqa: N802
+        """(S,) 0 .. C-1, the prompt of each sequence."""
+        rows, n_before = [], 0
+        for part in self.parts():
+            rows.append(part.prompt_row_S + n_before)
+            n_before += part.n_prompts
+        return np.concatenate(rows)
+
+    @cached_property
+    def extent(self) -> Extent:
+        """What the edges of bins and strata hang on."""
+        each = [
+            (
+                int(part.column("position").max(initial=-1)) + 1,
+                int(part.column("n_flipped_layers").max(initial=-1)),
+                *(bool(np.isfinite(part.column(f"entropy_{side}")).any()) for side in ("infer", "train")),
+            )
+            for part in self.parts()
+        ]
+        n_positions, most_flipped, *known = (max(column) for column in zip(*each, strict=True))
+        sides = [side for side, is_known in zip(("infer", "train"), known, strict=True) if is_known]
+        return Extent(n_positions, most_flipped, f"entropy_{sides[0]}" if sides else None)
+
+
+@dataclass(frozen=True)
+class Tokens(TokenSource):
+    """The tokens of a frame in memory: filter, differences, prompts and sequences, each computed once.
 
     T rows are scored tokens in the order of the frame, in float64 where they are log-probabilities; N rows are the
     frame's own.
@@ -75,6 +173,14 @@ class Tokens:
     def of(cls, tokens: AnyTokens) -> Self:
         """The view of a frame; a view is its own."""
         return tokens if isinstance(tokens, cls) else cls(tokens.frame if isinstance(tokens, Tokens) else tokens)
+
+    def parts(self) -> Iterator[Self]:
+        """The frame as it is, in whatever order it is."""
+        yield self
+
+    def where(self, of: Callable[[Tokens], NDArray[np.bool_]]) -> Tokens:
+        """The scored tokens for which ``of`` is true."""
+        return Tokens(self.rows[of(self)])
 
     def chunks(self, n_tokens: int = CHUNK_TOKENS) -> Iterator[Self]:
         """Parts of whole sequences with about ``n_tokens`` rows each, and at least one sequence; they copy nothing.
@@ -98,7 +204,12 @@ class Tokens:
     @cached_property
     def is_scored_N(self) -> NDArray[np.bool_]:  # noqa: N802 - the legend suffix
         """Which rows both arms scored."""
-        return is_scored(self.frame["logp_train"].to_numpy(), self.frame["logp_infer"].to_numpy())
+        return is_scored(*self.logps_N)
+
+    @property
+    def logps_N(self) -> tuple[NDArray[Any], NDArray[Any]]:  # noqa: N802
+        """train's and infer's log-probabilities of every row of the frame [nat]."""
+        return self.frame["logp_train"].to_numpy(), self.frame["logp_infer"].to_numpy()
 
     @cached_property
     def rows(self) -> pd.DataFrame:
@@ -220,8 +331,47 @@ def _groups(ids_N: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return np.flatnonzero(is_first_N), np.cumsum(is_first_N) - 1
 
 
+class TokenParts(TokenSource):
+    """Tokens that are read part by part, as often as they are needed.
+
+    Args:
+        read: gives frames in ascending order of their prompts, every prompt whole; at least one frame.
+    """
+
+    def __init__(self, read: Callable[[], Iterator[pd.DataFrame]]) -> None:
+        self._read = read
+
+    def parts(self) -> Iterator[Tokens]:
+        """Every frame."""
+        return map(Tokens, self._read())
+
+    def where(self, of: Callable[[Tokens], NDArray[np.bool_]]) -> TokenParts:
+        """The scored tokens for which ``of`` is true."""
+        return TokenParts(lambda: (part.rows[of(part)] for part in self.parts()))
+
+
+def whole_prompts(frames: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    """The rows of frames, in ascending order of prompts, in frames that hold every prompt whole; at least one frame."""
+    rest = pd.DataFrame({column.name: np.zeros(0, column.dtype) for column in TOKENS.columns})
+    for frame in frames:
+        rows = pd.concat([rest, frame], ignore_index=True) if len(rest) else frame
+        ids_N = rows["prompt_id"].to_numpy()
+        first = int(np.searchsorted(ids_N, ids_N[-1])) if len(ids_N) else 0  # the last prompt may go on
+        if first:
+            yield rows.iloc[:first]
+        rest = rows.iloc[first:]
+    yield rest
+
+
 AnyTokens = pd.DataFrame | Tokens
 """A token frame, or its view where several statistics share it."""
+Source = pd.DataFrame | TokenSource
+"""Tokens in memory, or read part by part."""
+
+
+def source_of(tokens: Source) -> TokenSource:
+    """The view of a frame; a source is its own."""
+    return Tokens(tokens) if isinstance(tokens, pd.DataFrame) else tokens
 
 
 def token_columns(

@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 from moediag.analysis.declarations import CORRECTIONS
 from moediag.analysis.measures import ICEPOP_BAND
 from moediag.analysis.metrics import LOWER, Metric, declare_metrics
-from moediag.analysis.tokens import CHUNK_TOKENS, AnyTokens, Tokens
+from moediag.analysis.tokens import CHUNK_TOKENS, AnyTokens, Source, Tokens, source_of
 from moediag.corrections.methods import log_bound
 from moediag.corrections.presets import PRESETS, Preset, presets_of
 from moediag.corrections.sums import Moments, n_clusters_of
 from moediag.corrections.terms import Float64, Terms, are_float32, on_bounds
 from moediag.errors import MoediagError
 from moediag.frames import Column, declare, measured, share, with_ci
-from moediag.statistics.intervals import divide, mean_interval, ratio_mean_interval
+from moediag.statistics.intervals import divide, ratio_mean_interval
 from moediag.statistics.quantiles import TAIL_MIN_CLUSTERS, TAIL_MIN_EXCEEDANCES
 
 OnProgress = Callable[[int, int, str], None]
@@ -400,7 +400,7 @@ RUN_PRESETS: Final = (PRESETS["ring-1t"], PRESETS["glm-5"], PRESETS["prime-rl-ic
 """The bands that an analysis tries; ``moediag simulate`` has all corrections."""
 
 
-def masked_shares(tokens: AnyTokens, presets: tuple[Preset, ...] = RUN_PRESETS) -> pd.DataFrame:
+def masked_shares(tokens: Source, presets: tuple[Preset, ...] = RUN_PRESETS) -> pd.DataFrame:
     """How many tokens each IcePop band would mask on the logged tokens.
 
     Args:
@@ -416,16 +416,20 @@ def masked_shares(tokens: AnyTokens, presets: tuple[Preset, ...] = RUN_PRESETS) 
 
     Source: IcePop post: 1-2 per mille of tokens at first, rising sharply later.
     """
-    x = Tokens.of(tokens)
-    is_float32_T = are_float32(x.logp_train_T, x.logp_infer_T)
+    x = source_of(tokens)
     records = []
     for preset in presets:
         alpha, beta = _band(preset)
         others = [other.name for other in presets_of(preset.correction) if other.name != preset.name]
         low, high = log_bound(alpha), log_bound(beta)
-        diff_T = on_bounds(x.diff_T, [low, high], is_float32_T)
-        below_T, above_T = diff_T < low, diff_T > high
-        masked = mean_interval(below_T | above_T, x.prompt_row_T, "rate")
+
+        def outside(part: Tokens, low: float = low, high: float = high) -> Float64:
+            is_float32_T = are_float32(part.logp_train_T, part.logp_infer_T)
+            diff_T = on_bounds(part.diff_T, [low, high], is_float32_T)
+            return np.stack([part.by_prompt(diff_T < low), part.by_prompt(diff_T > high)], axis=1)
+
+        below_C, above_C = x.collect(outside).T
+        masked = ratio_mean_interval(below_C + above_C, x.n_by_prompt, "rate").one()
         records.append(
             {
                 "method": band_name(alpha, beta),
@@ -434,8 +438,8 @@ def masked_shares(tokens: AnyTokens, presets: tuple[Preset, ...] = RUN_PRESETS) 
                 "masked_share": masked.value,
                 "masked_share_ci_low": masked.low,
                 "masked_share_ci_high": masked.high,
-                "below_share": float(below_T.mean()) if len(x) else np.nan,
-                "above_share": float(above_T.mean()) if len(x) else np.nan,
+                "below_share": float(below_C.sum() / len(x)) if len(x) else np.nan,
+                "above_share": float(above_C.sum() / len(x)) if len(x) else np.nan,
             }
         )
     columns = [column.name for column in CORRECTIONS.columns]

@@ -219,8 +219,9 @@ class Stratifier:
 def stratifiers(tokens: Terms) -> list[Stratifier]:
     """The stratifiers that tokens have values for."""
     frame, kinds = tokens.frame, []
-    position = position_strata(np.array([frame["position"].max() if len(frame) else 0]))
-    length = doubling_strata("response_length", np.asarray(frame.groupby("seq_id").size(), np.int64))
+    position = position_strata(int(frame["position"].max()) + 1 if len(frame) else 0)
+    longest = int(frame.groupby("seq_id").size().max()) if len(frame) else 0
+    length = doubling_strata("response_length", longest, lambda x: x.length_T)
     if "entropy_infer" in frame:
         kinds.append(Stratifier("entropy", ENTROPY_EDGES[:-1], ENTROPY_EDGES[1:], lambda x: x.column("entropy_infer")))
     kinds += [
@@ -232,7 +233,7 @@ def stratifiers(tokens: Terms) -> list[Stratifier]:
         signs = np.array([-1.0, 0.0, 1.0])
         kinds.append(Stratifier("advantage_sign", signs, signs, lambda x: np.sign(x.column("advantage"))))
     if knows_routing(tokens):
-        flips = doubling_strata("n_flipped_layers", frame["n_flipped_layers"].to_numpy())
+        flips = doubling_strata("n_flipped_layers", int(frame["n_flipped_layers"].max()), lambda x: x.flips_T)
         kinds.append(Stratifier("n_flipped_layers", flips.low_B, flips.high_B, lambda x: x.flips_T))
     return kinds
 

@@ -35,7 +35,7 @@ from moediag.analysis.sequences import (
     worst_tokens,
 )
 from moediag.analysis.strata import metrics_by_stratum
-from moediag.analysis.tokens import Tokens, concatenate_tokens, token_columns
+from moediag.analysis.tokens import Tokens, TokenSource, concatenate_tokens, token_columns
 from moediag.corrections import masked_shares
 from moediag.run.align import Pair, PairBlock
 from moediag.run.capture import is_impossible
@@ -134,6 +134,7 @@ class PairAnalysis:
         n_tokens, n_unscored: response tokens scored by both arms, and not.
         n_impossible: of those not scored, tokens with an infinite log-probability (D31-impossible-logp).
         left_out: what could not be compared (``routing``) -> why.
+        tokens: None where they are read part by part.
     """
 
     pair_name: str
@@ -145,7 +146,7 @@ class PairAnalysis:
     n_unscored: int
     n_impossible: int
     left_out: dict[str, str]
-    tokens: pd.DataFrame
+    tokens: pd.DataFrame | None
     logp_metrics: pd.DataFrame
     tail_curve: pd.DataFrame
     ratio_quantiles: pd.DataFrame
@@ -185,7 +186,16 @@ def analyze_pair(pair: Pair) -> PairAnalysis:
         Declared frames and scalars; a pair without tokens gives NaN values with n = 0.
     """
     frame, routing = read_pair(pair)
-    tokens = Tokens(frame)
+    return analyze_tokens(pair, Tokens(frame), routing)
+
+
+def analyze_tokens(pair: Pair, tokens: TokenSource, routing: RoutingPass) -> PairAnalysis:
+    """:func:`analyze_pair` of a pair whose blocks were read before.
+
+    Args:
+        pair: two aligned arms; no block is read.
+        tokens, routing: all that its blocks gave.
+    """
     sequences = sequence_frame(tokens, pair.n_layers)
     return PairAnalysis(
         pair_name=pair.name,
@@ -194,10 +204,10 @@ def analyze_pair(pair: Pair) -> PairAnalysis:
         n_sequences=tokens.n_sequences,
         n_prompts=tokens.n_prompts,
         n_tokens=len(tokens),
-        n_unscored=len(frame) - len(tokens),
-        n_impossible=int(is_impossible(frame["logp_train"].to_numpy(), frame["logp_infer"].to_numpy()).sum()),
+        n_unscored=tokens.total(lambda part: len(part.frame)) - len(tokens),
+        n_impossible=tokens.total(lambda part: int(is_impossible(*part.logps_N).sum())),
         left_out=pair.left_out,
-        tokens=frame,
+        tokens=tokens.frame if isinstance(tokens, Tokens) else None,
         logp_metrics=logp_metrics(tokens),
         tail_curve=tail_curve(tokens),
         ratio_quantiles=ratio_quantiles(tokens),
@@ -214,7 +224,7 @@ def analyze_pair(pair: Pair) -> PairAnalysis:
     )
 
 
-def _routing_parts(pair: Pair, tokens: Tokens, routing: RoutingPass, sequences: pd.DataFrame) -> dict[str, Any]:
+def _routing_parts(pair: Pair, tokens: TokenSource, routing: RoutingPass, sequences: pd.DataFrame) -> dict[str, Any]:
     totals, layers = routing.totals, pair.decoder_layer_L
     swaps = routing.swaps or SwapTotals.empty(pair.n_layers, pair.n_experts)
     parts: dict[str, Any] = {
