@@ -24,22 +24,24 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from moediag.errors import CorruptRunError, DiskFullError, IncompleteRunError, MoediagError, RunError
 from moediag.frames import declared_frames
 from moediag.run.files import (
+    atomic,
     host_tag,
     make_folder,
     process_tag,
     read_checked,
-    sha256_bytes,
-    write_atomic,
+    sha256_file,
     write_error,
 )
 
@@ -206,8 +208,11 @@ def being_removed(path: Path) -> Path:
     return path.with_name(f".{path.name}.{process_tag()}.old")
 
 
-def write_frames(folder: Path, frames: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+def write_frames(folder: Path, frames: Mapping[str, pd.DataFrame | Iterable[pd.DataFrame]]) -> dict[str, str]:
     """Write every frame as it is declared, ``<name>.parquet``; returns name -> sha256 of the file.
+
+    Args:
+        frames: by declared name; a large one as rows that follow each other, never together in memory.
 
     Raises:
         FrameError: a frame does not match its declaration.
@@ -216,10 +221,16 @@ def write_frames(folder: Path, frames: Mapping[str, pd.DataFrame]) -> dict[str, 
     specs = {spec.name: spec for spec in declared_frames()}
     digests = {}
     for name, frame in frames.items():
-        sink = io.BytesIO()
-        specs[name].validate(frame).to_parquet(sink, index=False)
-        write_atomic(folder / f"{name}.parquet", sink.getvalue())
-        digests[name] = sha256_bytes(sink.getvalue())
+        path, writer = folder / f"{name}.parquet", None
+        make_folder(folder)
+        with atomic(path) as file:
+            for rows in [frame] if isinstance(frame, pd.DataFrame) else frame:
+                table = pa.Table.from_pandas(specs[name].validate(rows), preserve_index=False)
+                writer = writer or pq.ParquetWriter(file, table.schema)
+                writer.write_table(table)
+            assert writer is not None, name
+            writer.close()
+        digests[name] = sha256_file(path)
     return digests
 
 

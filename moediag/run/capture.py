@@ -487,13 +487,17 @@ def _from_storage(name: str, tensor: Mapping[str, Any], where: str) -> NDArray[A
     if is_ids:
         return _ids_from_storage(array, where)
     if dtype == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
+        wide = array.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
     return array.astype(np.float32)
 
 
 def _ids_from_storage(array: NDArray[Any], where: str) -> NDArray[np.int16]:
-    wide = array.astype(np.int32)
-    wide[wide == np.iinfo(array.dtype).max] = NOT_ROUTED
-    if wide.max(initial=0) > np.iinfo(np.int16).max:
-        raise CorruptRunError(f"{where}: expert id {wide.max()} is one that no model has; capture that shard again")
-    return wide.astype(np.int16)
+    is_absent = array == np.iinfo(array.dtype).max
+    known = np.where(is_absent, 0, array) if is_absent.any() else array
+    if known.max(initial=0) > np.iinfo(np.int16).max:
+        raise CorruptRunError(f"{where}: expert id {known.max()} is one that no model has; capture that shard again")
+    wide = known.astype(np.int16)
+    wide[is_absent] = NOT_ROUTED
+    return wide
