@@ -129,8 +129,8 @@ def test_gate_weights_of_an_undefined_scale_are_not_forced(run: Run) -> None:
 def test_no_arm_is_added_to_it(run: Run, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]) -> None:
     before = contents(run.path)
     assert main(["capture", more[0], str(CHECKPOINT), "-o", str(run.path), *more[1:]]) == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
+    *progress, err = capsys.readouterr().err.splitlines()  # a slow machine says what it is doing, as it should
+    assert all(line.startswith("reading ") for line in progress)
     assert "made by an earlier moediag (schema_version 1)" in err
     assert "no arm can be added to it" in err
     assert contents(run.path) == before
