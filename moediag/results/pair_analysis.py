@@ -11,11 +11,13 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.feather as feather
 from numpy.typing import NDArray
 
 from moediag.analysis.attribution import flip_excess, flip_shares
@@ -35,7 +37,7 @@ from moediag.analysis.sequences import (
     worst_tokens,
 )
 from moediag.analysis.strata import metrics_by_stratum
-from moediag.analysis.tokens import Tokens, TokenSource, concatenate_tokens, token_columns
+from moediag.analysis.tokens import TokenParts, Tokens, TokenSource, concatenate_tokens, token_columns, whole_prompts
 from moediag.corrections import masked_shares
 from moediag.run.align import Pair, PairBlock
 from moediag.run.capture import is_impossible
@@ -123,6 +125,51 @@ def read_pair(pair: Pair) -> tuple[pd.DataFrame, RoutingPass]:
 
 
 @dataclass(frozen=True)
+class PairPiece:
+    """What some shards of a pair gave, small enough to be handed from process to process.
+
+    Args:
+        routing: their routing counts.
+        tokens: the file that holds their rows of frame ``tokens``; not kept when the analysis is made.
+        prompts: ids of their first and last prompt; empty without rows.
+        in_order: rows are in ascending order of prompts.
+    """
+
+    routing: RoutingPass
+    tokens: Path
+    prompts: tuple[int, ...]
+    in_order: bool
+
+
+def read_piece(pair: Pair, path: Path) -> PairPiece:
+    """Read a pair, or the shards of it that ``pair`` is of, and leave the tokens at ``path``."""
+    frame, routing = read_pair(pair)
+    feather.write_feather(frame, str(path), compression="uncompressed")
+    ids_N = frame["prompt_id"].to_numpy()
+    in_order = bool((ids_N[1:] >= ids_N[:-1]).all())
+    return PairPiece(routing, path, tuple(ids_N[[0, -1]].tolist()) if len(ids_N) else (), in_order)
+
+
+def join_pieces(pair: Pair, pieces: Sequence[PairPiece]) -> PairAnalysis:
+    """The analysis of a pair from the pieces that all its shards gave, in their order.
+
+    Tokens are read part by part where there are several pieces and the prompts of a run follow each other; else they
+    are read into memory together.
+    """
+
+    def read() -> Iterator[pd.DataFrame]:
+        return (feather.read_feather(piece.tokens, memory_map=False) for piece in pieces)
+
+    ids = [prompt for piece in pieces for prompt in piece.prompts]
+    tokens: TokenSource
+    if len(pieces) > 1 and all(piece.in_order for piece in pieces) and ids == sorted(ids):
+        tokens = TokenParts(lambda: whole_prompts(read()))
+    else:
+        tokens = Tokens(pd.concat(list(read()), ignore_index=True))
+    return analyze_tokens(pair, tokens, RoutingPass.merge([piece.routing for piece in pieces]))
+
+
+@dataclass(frozen=True)
 class PairAnalysis:
     """Everything moediag says about a pair; routing parts are None for a dense model.
 
@@ -134,7 +181,7 @@ class PairAnalysis:
         n_tokens, n_unscored: response tokens scored by both arms, and not.
         n_impossible: of those not scored, tokens with an infinite log-probability (D31-impossible-logp).
         left_out: what could not be compared (``routing``) -> why.
-        tokens: None where they are read part by part.
+        tokens: in memory, or to be read part by part.
     """
 
     pair_name: str
@@ -146,7 +193,7 @@ class PairAnalysis:
     n_unscored: int
     n_impossible: int
     left_out: dict[str, str]
-    tokens: pd.DataFrame | None
+    tokens: TokenSource
     logp_metrics: pd.DataFrame
     tail_curve: pd.DataFrame
     ratio_quantiles: pd.DataFrame
@@ -172,8 +219,9 @@ class PairAnalysis:
     margin_noise: pd.DataFrame | None = None
 
     def frames(self) -> dict[str, pd.DataFrame]:
-        """The frames present, by declared name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, pd.DataFrame)}
+        """The frames present, by declared name; ``tokens`` only where they are in memory."""
+        tokens = {"tokens": self.tokens.frame} if isinstance(self.tokens, Tokens) else {}
+        return tokens | {name: value for name, value in vars(self).items() if isinstance(value, pd.DataFrame)}
 
 
 def analyze_pair(pair: Pair) -> PairAnalysis:
@@ -207,7 +255,7 @@ def analyze_tokens(pair: Pair, tokens: TokenSource, routing: RoutingPass) -> Pai
         n_unscored=tokens.total(lambda part: len(part.frame)) - len(tokens),
         n_impossible=tokens.total(lambda part: int(is_impossible(*part.logps_N).sum())),
         left_out=pair.left_out,
-        tokens=tokens.frame if isinstance(tokens, Tokens) else None,
+        tokens=tokens,
         logp_metrics=logp_metrics(tokens),
         tail_curve=tail_curve(tokens),
         ratio_quantiles=ratio_quantiles(tokens),

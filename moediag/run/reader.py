@@ -397,12 +397,20 @@ class Run:
         minuend, subtrahend = self.minuend_first(arm_a, arm_b)
         return f"{subtrahend}~{minuend}"
 
-    def pair(self, arm_a: str, arm_b: str, with_logits: bool = False, seq_ids: Collection[int] | None = None) -> Pair:
+    def pair(
+        self,
+        arm_a: str,
+        arm_b: str,
+        with_logits: bool = False,
+        seq_ids: Collection[int] | None = None,
+        shards: Collection[Shard] | None = None,
+    ) -> Pair:
         """Two arms as a pair on the shards that both cover; train minus infer where roles say so, else a minus b.
 
         Args:
             with_logits: let the blocks hold router logits, where both arms kept them.
             seq_ids: read only the shards that hold one of these sequences; None = all.
+            shards: read only these; None = all.
 
         Raises:
             IncompleteRunError: an arm is missing or has missing shards.
@@ -416,12 +424,14 @@ class Run:
                     f"{missing[0].stem}); run the same capture again to complete it"
                 )
         routing = _CommonRouting.of(self.arm(minuend), self.arm(self.routes_of(minuend, subtrahend)))
-        shards = min(self.shards_of(minuend), self.shards_of(subtrahend), key=len)
+        read = min(self.shards_of(minuend), self.shards_of(subtrahend), key=len)
         if seq_ids is not None:
-            shards = tuple(shard for shard in shards if not set(seq_ids).isdisjoint(shard.seq_ids))
+            read = tuple(shard for shard in read if not set(seq_ids).isdisjoint(shard.seq_ids))
+        if shards is not None:
+            read = tuple(shard for shard in read if shard in shards)
 
         def read_blocks() -> Iterator[PairBlock]:
-            return (self._block(minuend, subtrahend, routing, shard, with_logits) for shard in shards)
+            return (self._block(minuend, subtrahend, routing, shard, with_logits) for shard in read)
 
         return Pair(
             name=f"{subtrahend}~{minuend}",
