@@ -352,15 +352,14 @@ class TokenParts(TokenSource):
 
 def whole_prompts(frames: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
     """The rows of frames, in ascending order of prompts, in frames that hold every prompt whole; at least one frame."""
-    rest = pd.DataFrame({column.name: np.zeros(0, column.dtype) for column in TOKENS.columns})
-    for frame in frames:
-        rows = pd.concat([rest, frame], ignore_index=True) if len(rest) else frame
-        ids_N = rows["prompt_id"].to_numpy()
-        first = int(np.searchsorted(ids_N, ids_N[-1])) if len(ids_N) else 0  # the last prompt may go on
+    held = pd.DataFrame({column.name: np.zeros(0, column.dtype) for column in TOKENS.columns})
+    for frame in filter(len, frames):
+        ids_N = held["prompt_id"].to_numpy()
+        first = int(np.searchsorted(ids_N, frame["prompt_id"].to_numpy()[0]))  # of the prompt that goes on
         if first:
-            yield rows.iloc[:first]
-        rest = rows.iloc[first:]
-    yield rest
+            yield held.iloc[:first]
+        held = frame if first == len(held) else pd.concat([held.iloc[first:], frame], ignore_index=True)
+    yield held
 
 
 AnyTokens = pd.DataFrame | Tokens

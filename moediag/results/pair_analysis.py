@@ -11,7 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,23 +150,34 @@ def read_piece(pair: Pair, path: Path) -> PairPiece:
     return PairPiece(routing, path, tuple(ids_N[[0, -1]].tolist()) if len(ids_N) else (), in_order)
 
 
-def join_pieces(pair: Pair, pieces: Sequence[PairPiece]) -> PairAnalysis:
+def join_pieces(pair: Pair, pieces: Iterable[PairPiece]) -> PairAnalysis:
     """The analysis of a pair from the pieces that all its shards gave, in their order.
 
     Tokens are read part by part where there are several pieces and the prompts of a run follow each other; else they
     are read into memory together.
     """
 
-    def read() -> Iterator[pd.DataFrame]:
-        return (feather.read_feather(piece.tokens, memory_map=False) for piece in pieces)
+    routing = RoutingPass(pair.n_layers, pair.n_experts, pair.top_k)
+    files: list[Path] = []
+    ids: list[int] = []
+    in_order = True
+    for piece in pieces:
+        routing = RoutingPass.merge([routing, piece.routing])
+        files.append(piece.tokens)
+        ids += piece.prompts
+        in_order &= piece.in_order
 
-    ids = [prompt for piece in pieces for prompt in piece.prompts]
+    def read() -> Iterator[pd.DataFrame]:
+        # mapped: of a column that a statistic does not need, nothing is read
+        tables = (feather.read_table(path, memory_map=True) for path in files)
+        return (table.to_pandas(split_blocks=True) for table in tables)
+
     tokens: TokenSource
-    if len(pieces) > 1 and all(piece.in_order for piece in pieces) and ids == sorted(ids):
+    if len(files) > 1 and in_order and ids == sorted(ids):
         tokens = TokenParts(lambda: whole_prompts(read()))
     else:
         tokens = Tokens(pd.concat(list(read()), ignore_index=True))
-    return analyze_tokens(pair, tokens, RoutingPass.merge([piece.routing for piece in pieces]))
+    return analyze_tokens(pair, tokens, routing)
 
 
 @dataclass(frozen=True)
