@@ -13,7 +13,7 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -93,7 +93,7 @@ def flip_shares(tokens: Source) -> pd.DataFrame:
     """
     x = _routed(tokens)
     matched = _Matched(x)
-    weight_S = matched.weights(matched.count(_is_flipped)[0])
+    weight_S = matched.weights(matched.count(lambda part: [_is_flipped(part)])[0])
 
     def sums(part: Tokens) -> Float64:
         beside = matched.beside(part)
@@ -159,48 +159,51 @@ def flip_excess(tokens: Source) -> pd.DataFrame:
     names = [column.name for column in FLIP_EXCESS.columns]
     records: list[tuple[Any, ...]] = []
     if len(x):
-        matched, groups = _Matched(x), _groups(x)
-        found = matched.excess([group.inside for group in groups])
-        records = [
-            (one.grouping, one.low, one.high, matched.names, *record) for one, record in zip(groups, found, strict=True)
-        ]
+        matched, (labels, inside) = _Matched(x), _groups(x)
+        found = matched.excess(inside) if labels else []
+        records = [(*label, matched.names, *record) for label, record in zip(labels, found, strict=True)]
     return FLIP_EXCESS.validate(pd.DataFrame.from_records(records, columns=names))
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Flipped tokens of a kind: those that are ``inside``."""
-
-    grouping: str
-    low: float
-    high: float
-    inside: Callable[[Tokens], Bool]
+Label = tuple[str, float, float]
+"""Grouping, and the ends of what the group is of."""
+Inside = Callable[[Tokens], list[Bool]]
+"""Tokens of every group, in one order."""
 
 
-def _groups(x: TokenSource) -> list[_Group]:
+def _groups(x: TokenSource) -> tuple[list[Label], Inside]:
     """Every group of flipped tokens that has one."""
     most = x.extent.most_flipped
     if most < 1:
-        return []
+        return [], lambda part: []
     counts = doubling_strata("n_flipped_layers", most, lambda part: part.column("n_flipped_layers"))
     masses = edge_strata("misrouted_mass", MASS_EDGES, lambda part: part.column("misrouted_mass"))
     first = max(int(part.column("first_flipped_layer").max(initial=-1)) for part in x.parts())
     layers_B = np.arange(first + 1, dtype=np.float64)
     layers = Strata("first_flipped_layer", layers_B, layers_B, lambda part: part.column("first_flipped_layer"))
-    groups = [_Group("any_flip", 1.0, float(most), _is_flipped)]
-    for strata in (counts, layers, masses):
+    kinds = counts, layers, masses
 
-        def held(part: Tokens, strata: Strata = strata) -> NDArray[Any]:
-            index_T = strata.index_T(part)[_is_flipped(part)]
-            return np.bincount(index_T[index_T >= 0], minlength=len(strata))
+    def indices(part: Tokens) -> list[NDArray[np.int64]]:
+        flipped_T = _is_flipped(part)
+        return [np.where(flipped_T, strata.index_T(part), -1) for strata in kinds]
 
-        for b in np.flatnonzero(x.total(held)).tolist():
+    def counted(part: Tokens) -> NDArray[Any]:
+        found = [
+            np.bincount(index_T + 1, minlength=len(kind) + 1)[1:]
+            for kind, index_T in zip(kinds, indices(part), strict=True)
+        ]
+        return np.concatenate(found)
 
-            def inside(part: Tokens, strata: Strata = strata, b: int = b) -> Bool:
-                return np.asarray(_is_flipped(part) & (strata.index_T(part) == b))
+    held = np.split(x.total(counted), np.cumsum([len(strata) for strata in kinds])[:-1])
+    some = [np.flatnonzero(n_B).tolist() for n_B in held]
 
-            groups.append(_Group(strata.name, strata.low_B[b], strata.high_B[b], inside))
-    return groups
+    def inside(part: Tokens) -> list[Bool]:
+        return [_is_flipped(part), *(index_T == b for index_T, of in zip(indices(part), some, strict=True) for b in of)]
+
+    labels = [
+        (strata.name, strata.low_B[b], strata.high_B[b]) for strata, of in zip(kinds, some, strict=True) for b in of
+    ]
+    return [("any_flip", 1.0, float(most)), *labels], inside
 
 
 def matched_strata(x: TokenSource) -> list[Strata]:
@@ -268,12 +271,12 @@ class _Matched:
         mean0_T, has_T = self.mean0_S[stratum_T], self.has_reference_S[stratum_T]
         return _Beside(stratum_T, part.abs_diff_T, mean0_T, unflipped_T, has_T)
 
-    def count(self, *inside: Callable[[Tokens], Bool]) -> Float64:
+    def count(self, inside: Inside) -> Float64:
         """(G, S) tokens of every group by stratum."""
 
         def counts(part: Tokens) -> Float64:
             stratum_T = self._strata_of(part)
-            return np.stack([np.bincount(stratum_T[of(part)], minlength=self.n_strata) for of in inside])
+            return np.stack([np.bincount(stratum_T[some], minlength=self.n_strata) for some in inside(part)])
 
         return np.asarray(self.x.total(counts), dtype=np.float64)
 
@@ -281,33 +284,29 @@ class _Matched:
         """(S,) tokens of a group for each unflipped token of the stratum."""
         return np.where(self.has_reference_S, n_S / np.maximum(self.n0_S, 1), 0.0)
 
-    def excess(self, inside: Sequence[Callable[[Tokens], Bool]]) -> list[tuple[Any, ...]]:
+    def excess(self, inside: Inside) -> list[tuple[Any, ...]]:
         """The record of every group, from its number of matched tokens on."""
-        if not inside:
-            return []
-        n_GS = self.count(*inside)
+        n_GS = self.count(inside)
         matched_GS = n_GS * self.has_reference_S
         n_G, n_matched_G = n_GS.sum(axis=1), matched_GS.sum(axis=1)
 
         def totals(part: Tokens) -> Float64:
             beside = self.beside(part)
-            some = [of(part) for of in inside]
-            return np.array(
-                [[beside.size_T[one].sum(), beside.size_T[one & beside.has_reference_T].sum()] for one in some]
-            )
+            size_T, matched_T = beside.size_T, beside.has_reference_T
+            return np.array([[size_T[some].sum(), size_T[some & matched_T].sum()] for some in inside(part)])
 
         size_G, matched_size_G = self.x.total(totals).T
         with np.errstate(invalid="ignore", divide="ignore"):
             flipped_G, unflipped_G = matched_size_G / n_matched_G, matched_GS @ self.mean0_S / n_matched_G
             ratio_G = np.where(unflipped_G > 0, flipped_G / unflipped_G, np.nan)
-            raw_G = size_G / n_G / self.mean0 if self.mean0 > 0 else np.full(len(inside), np.nan)
+            raw_G = size_G / n_G / self.mean0 if self.mean0 > 0 else np.full(len(n_G), np.nan)
         weight_GS = [self.weights(n_S) for n_S in matched_GS]
 
         def sums(part: Tokens) -> Float64:
             """(C, G, 3): matched tokens, parts of the excess, and linearised parts of log(flipped / unflipped)."""
             beside, columns = self.beside(part), []
-            for of, weight_S, flipped, unflipped in zip(inside, weight_GS, flipped_G, unflipped_G, strict=True):
-                matched_T = of(part) & beside.has_reference_T
+            for some, weight_S, flipped, unflipped in zip(inside(part), weight_GS, flipped_G, unflipped_G, strict=True):
+                matched_T = some & beside.has_reference_T
                 excess_T, noise_T = beside.parts(matched_T, weight_S)
                 ratio_T = np.zeros(len(part))
                 if flipped > 0 and unflipped > 0:
