@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def test_the_number_of_workers_is_checked(run: Path, monkeypatch: pytest.MonkeyP
     assert main(["analyze", str(run)]) == 2
 
 
-def end_this_process(run: Run) -> Content:
+def end_this_process(run: Run, pieces: Iterator[Any]) -> Content:
     """What the kernel does to a process that takes too much memory."""
     os.kill(os.getpid(), signal.SIGKILL)
     return {}, {}
@@ -154,5 +154,5 @@ def end_this_process(run: Run) -> Content:
 
 def test_a_process_that_is_killed_is_one_line(run: Path, tmp_path: Path) -> None:
     parts = [Part(name, "infer~train", (), end_this_process) for name in ("a", "b")]
-    with pytest.raises(RunError, match="a process of the analysis was killed.*--workers 1"):
-        make_parts(Kept(open_run(run), False), parts, tmp_path / "new", False, 2, lambda event: None, "parts")
+    with pytest.raises(RunError, match="a process was killed.*--workers 1"):
+        list(make_parts(Kept(open_run(run), False), parts, tmp_path / "new", False, 2, lambda event: None))

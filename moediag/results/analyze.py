@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from copy import deepcopy
 from typing import Any, Final
 
@@ -18,10 +19,21 @@ from moediag.diagnosis.recorded import explain_recorded
 from moediag.errors import RunError
 from moediag.folder import SUMMARY, made_together, read_frames, refuse_read_only, write_frames
 from moediag.hygiene.check import check_prompts
-from moediag.hygiene.findings import by_level
+from moediag.hygiene.findings import Finding, by_level
+from moediag.hygiene.rules import ERROR
 from moediag.notation import INFER, REFERENCE, TRAIN
 from moediag.results.load import analyze_again
-from moediag.results.parts import Kept, ReadLater, check_parts, findings_of, flip_parts, make_parts, pair_part, shared
+from moediag.results.parts import (
+    Kept,
+    Made,
+    ReadLater,
+    check_parts,
+    findings_of,
+    flip_parts,
+    make_parts,
+    pair_part,
+    shared,
+)
 from moediag.results.summary import Found, summarize
 from moediag.run.derived import ANALYSIS, settle_derived
 from moediag.run.files import read_sealed, write_sealed
@@ -51,7 +63,7 @@ def analyze_run(
         force: analyse also when validation finds errors.
         no_text: leave token ids out of the frames, and have pages made from them hold no text.
         workers: processes that analyse pairs; the results do not depend on it.
-        on_event: is called with how many parts of the analysis are ``done``, of a ``total`` in a ``unit``; never where
+        on_event: is called with how many steps of the analysis are ``done``, of a ``total`` in a ``unit``; never where
             nothing has changed.
 
     Raises:
@@ -77,16 +89,17 @@ def analyze_run(
     with made_together(run.path, ANALYSIS) as made:
         folder = made / ANALYSIS
         checks = check_parts(run, arms, main)
-        parts = [*pairs.values(), *flip_parts(run, main)]
-        checked = make_parts(kept, checks, folder, no_text, workers, on_event, "checks")
-        findings = by_level(list(dict.fromkeys([*check_prompts(run), *findings_of(checked.values())])))
-        errors = [finding for finding in findings if finding.level == "error"]
-        if errors and not force:
-            raise RunError(
-                f"{run.path} has {len(errors)} validation errors, first: {errors[0].line()}; see moediag validate "
-                f"{run.path}"
-            )
-        done = make_parts(kept, parts, folder, no_text, workers, on_event, "analyses")
+        # flips take longest to predict: begun before the pairs, nobody waits for them at the end
+        parts = [*flip_parts(run, main), *pairs.values()]
+        done: dict[str, Made] = {}
+        findings: list[Finding] | None = None
+        with closing(make_parts(kept, [*checks, *parts], folder, no_text, workers, on_event)) as making:
+            for name, one in making:
+                done[name] = one
+                if findings is None and all(check.name in done for check in checks):
+                    findings = _findings(run, [done[check.name] for check in checks], force)
+        assert findings is not None
+        done = {part.name: done[part.name] for part in (*checks, *parts)}
         digests: dict[str, dict[str, str]] = {}
         for part in parts:
             digests.setdefault(part.pair, {}).update(done[part.name].frames)
@@ -102,7 +115,8 @@ def analyze_run(
         modules, third = kept_checks(run), whose(run, arms, function)
         cut = first_layers(run) if function is None else None
         found = Found(function, modules, explain_recorded(run, arms), layers, findings, third, cut)
-        provenance = {"validation_errors": len(errors), "no_text": no_text}
+        n_errors = sum(finding.level == ERROR for finding in findings)
+        provenance = {"validation_errors": n_errors, "no_text": no_text}
         tokens = ReadLater(pairs, lambda pair: read(pair, "tokens")["tokens"])
         sequences = read(main, "sequences")["sequences"]
         summary = summarize(run, main, summaries, tokens, sequences, own, found, provenance)
@@ -120,8 +134,24 @@ def analyze_run(
         if exact is not None:
             summary["pairs"][observed]["logp"] |= exact.summary()
         write_sealed(made / SUMMARY, summary)
-        kept.write(folder, {**checked, **done}, read_sealed(made / SUMMARY)["sha256"])
+        kept.write(folder, done, read_sealed(made / SUMMARY)["sha256"])
     return read_sealed(run.path / SUMMARY)
+
+
+def _findings(run: Run, checks: Sequence[Made], force: bool) -> list[Finding]:
+    """What the rules found, errors first.
+
+    Raises:
+        RunError: errors, and not ``force``.
+    """
+    findings = by_level(list(dict.fromkeys([*check_prompts(run), *findings_of(checks)])))
+    errors = [finding for finding in findings if finding.level == ERROR]
+    if errors and not force:
+        raise RunError(
+            f"{run.path} has {len(errors)} validation errors, first: {errors[0].line()}; see moediag validate "
+            f"{run.path}"
+        )
+    return findings
 
 
 def _across(run: Run, arms: list[str], train: str, infer: str) -> list[tuple[str, str]]:

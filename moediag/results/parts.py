@@ -14,13 +14,9 @@ Invariants:
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -40,9 +36,11 @@ from moediag.hygiene.findings import Finding
 from moediag.notation import INFER, TRAIN
 from moediag.results.pair_analysis import analyze_pair
 from moediag.results.pair_summary import pair_summary
+from moediag.run.capture import Shard
 from moediag.run.derived import ANALYSIS, KEPT
 from moediag.run.files import digest_of, make_folder, read_checked, read_sealed, sha256_bytes, write_sealed
-from moediag.run.reader import Run, open_run
+from moediag.run.pieces import Work, in_pieces
+from moediag.run.reader import Run
 from moediag.run.records import MANIFEST
 
 Content = tuple[dict[str, Any], dict[str, pd.DataFrame]]
@@ -60,13 +58,15 @@ class Part:
         name: unique in the run.
         pair: whose folder its frames are in.
         arms: whose captures it reads.
-        make: makes it; a module's function, so that another process can call it.
+        join: makes it of its pieces, in order; a module's function, as in :class:`~moediag.run.pieces.Work`.
+        read: makes a piece of it; None = it has no pieces.
     """
 
     name: str
     pair: str
     arms: tuple[str, ...]
-    make: Callable[[Run], Content]
+    join: Callable[[Run, Iterator[Any]], Content]
+    read: Callable[[Run, tuple[Shard, ...], Path], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,20 +125,20 @@ def findings_of(checks: Iterable[Made]) -> list[Finding]:
     return [Finding.of(record) for made in checks for record in made.summary["findings"]]
 
 
-def _checked_arm(run: Run, arm: str) -> Content:
+def _checked_arm(run: Run, pieces: Iterator[Any], arm: str) -> Content:
     return {"findings": [found.record() for found in inspect_arm(run, arm).findings]}, {}
 
 
-def _checked_pair(run: Run, arm: str, reference: str) -> Content:
+def _checked_pair(run: Run, pieces: Iterator[Any], arm: str, reference: str) -> Content:
     return {"findings": [found.record() for found in inspect_pair(run, arm, reference).findings]}, {}
 
 
-def _analyzed(run: Run, arm_a: str, arm_b: str) -> Content:
+def _analyzed(run: Run, pieces: Iterator[Any], arm_a: str, arm_b: str) -> Content:
     analysis = analyze_pair(run.pair(arm_a, arm_b))
     return pair_summary(analysis), analysis.frames()
 
 
-def _frames_only(run: Run, make: Callable[[Run], dict[str, pd.DataFrame]]) -> Content:
+def _frames_only(run: Run, pieces: Iterator[Any], make: Callable[[Run], dict[str, pd.DataFrame]]) -> Content:
     return {}, make(run)
 
 
@@ -215,56 +215,37 @@ def make_parts(
     no_text: bool,
     workers: int,
     on_event: Callable[[dict[str, Any]], None],
-    unit: str,
-) -> dict[str, Made]:
-    """Every part of an analysis, taken from the last one or made.
+) -> Generator[tuple[str, Made]]:
+    """Every part of an analysis, taken from the last one or made; close it, and what is not done yet is not done.
 
     Args:
-        folder: of the new analysis: a folder per pair is made in it.
+        parts: those that decide whether the others are wanted come first.
+        folder: of the new analysis: a folder per pair is made in it; pieces lie beside it.
         no_text: let token ids be -1 in the frames.
         workers: processes; 1 = this one alone.
-        on_event: as :func:`~moediag.results.analyze.analyze_run` has it; unit: what a part is called there.
+        on_event: as :func:`~moediag.results.analyze.analyze_run` has it.
 
-    Returns:
-        By the parts' names, in their order.
+    Yields:
+        Parts by name: first those taken, then those made, as they are done.
     """
-    made: dict[str, Made | None] = {}
-    for part in parts:
-        made[part.name] = kept.take(part, folder / part.pair)
+    made = {part.name: kept.take(part, folder / part.pair) for part in parts}
     missing = [part for part in parts if made[part.name] is None]
-    # flips take longest to predict: begun first, nobody waits for them at the end
-    missing.sort(key=lambda part: part.name == part.pair)
-    make = partial(_made, kept.run.path, folder=folder, no_text=no_text)
-    on_event({"done": len(parts) - len(missing), "total": len(parts), "unit": unit})
-    with _map(make, missing, min(workers, len(missing))) as results:
-        for done, (part, (summary, frames)) in enumerate(results, len(parts) - len(missing) + 1):
-            made[part.name] = Made(summary, frames, kept.made_of_part(part))
-            on_event({"done": done, "total": len(parts), "unit": unit})
-    return {name: one for name, one in made.items() if one is not None}
+    write = partial(_written, folder=folder, no_text=no_text)
+    works = [Work(part.read, partial(write, part=part)) for part in missing]
+
+    def on_done(done: int, total: int) -> None:
+        n_kept = len(parts) - len(missing)
+        on_event({"done": n_kept + done, "total": n_kept + total, "unit": "steps"})
+
+    yield from ((name, one) for name, one in made.items() if one is not None)
+    for at, (summary, frames) in in_pieces(kept.run, works, workers, folder.parent, on_done):
+        yield missing[at].name, Made(summary, frames, kept.made_of_part(missing[at]))
 
 
-@contextmanager
-def _map(make: Callable[[Part], Any], parts: Sequence[Part], workers: int) -> Iterator[Iterator[tuple[Part, Any]]]:
-    """Every part with what is made of it, in the order in which they are done."""
-    if workers <= 1:
-        yield ((part, make(part)) for part in parts)
-        return
-    context = multiprocessing.get_context("forkserver")  # a fork of a process with threads may hang
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = {pool.submit(make, part): part for part in parts}
-        try:
-            yield ((jobs[job], job.result()) for job in as_completed(jobs))
-        except BrokenProcessPool:
-            raise RunError(
-                "a process of the analysis was killed, most often for want of memory; run it again with --workers 1"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _made(path: Path, part: Part, folder: Path, no_text: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    summary, frames = part.make(open_run(path))
+def _written(
+    run: Run, pieces: Iterator[Any], part: Part, folder: Path, no_text: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    summary, frames = part.join(run, pieces)
     return summary, write_frames(folder / part.pair, shared(frames, no_text))
 
 
