@@ -212,7 +212,7 @@ def write_frames(folder: Path, frames: Mapping[str, pd.DataFrame | Iterable[pd.D
     """Write every frame as it is declared, ``<name>.parquet``; returns name -> sha256 of the file.
 
     Args:
-        frames: by declared name; a large one as rows that follow each other, never together in memory.
+        frames: by declared name; a large one as rows that follow each other.
 
     Raises:
         FrameError: a frame does not match its declaration.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from test_results import make_run
 
@@ -16,8 +17,10 @@ from moediag.cli.main import main
 from moediag.errors import RunError
 from moediag.results import analyze_run
 from moediag.results.parts import Content, Kept, Part, make_parts
+from moediag.run import pieces
 from moediag.run.capture import Capture
 from moediag.run.derived import derived_damage
+from moediag.run.files import read_sealed
 from moediag.run.reader import Run, open_run
 from moediag.run.writer import RunWriter
 
@@ -78,6 +81,29 @@ def test_workers_change_no_byte(run: Path) -> None:
     shutil.rmtree(run / "analysis")
     assert parts_made(run, workers=2) is not None
     assert analysis_of(run) == whole
+
+
+def test_a_run_of_many_pieces_gives_what_one_piece_gives(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are then read part by part, and rules see some shards at a time: the same to float64 rounding."""
+    frames = {path: pd.read_parquet(path) for path in (run / "analysis").rglob("*.parquet")}
+    summary = read_sealed(run / "summary.json")["pairs"]
+    shutil.rmtree(run / "analysis")
+    monkeypatch.setattr(pieces, "LEAST_ROWS", 1)
+    monkeypatch.setattr(pieces, "MOST_GROUPS", 1000)
+    assert len(pieces.groups_of(open_run(run))) == len(open_run(run).shards) > 1
+    analyze_run(open_run(run))
+    for path, frame in frames.items():
+        pd.testing.assert_frame_equal(pd.read_parquet(path), frame, rtol=1e-12, atol=1e-15, obj=path.name)
+    _assert_near(read_sealed(run / "summary.json")["pairs"], summary)
+
+
+def _assert_near(found: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            _assert_near(found[key], value)
+    else:
+        assert found == (pytest.approx(expected, rel=1e-12) if isinstance(expected, float) else expected)
 
 
 @pytest.mark.parametrize("name", ["kept.json", "infer~train/tokens.parquet", "infer~train/ladder.parquet"])

@@ -34,17 +34,19 @@ from moediag.folder import SUMMARY, write_frames
 from moediag.hygiene.check import inspect_arm, inspect_pair
 from moediag.hygiene.findings import Finding
 from moediag.notation import INFER, TRAIN
-from moediag.results.pair_analysis import analyze_pair
+from moediag.results.pair_analysis import PairPiece, join_pieces, read_piece
 from moediag.results.pair_summary import pair_summary
 from moediag.run.capture import Shard
 from moediag.run.derived import ANALYSIS, KEPT
-from moediag.run.files import digest_of, make_folder, read_checked, read_sealed, sha256_bytes, write_sealed
+from moediag.run.files import digest_of, make_folder, read_sealed, sha256_bytes, sha256_file, write_sealed
 from moediag.run.pieces import Work, in_pieces
 from moediag.run.reader import Run
 from moediag.run.records import MANIFEST
 
-Content = tuple[dict[str, Any], dict[str, pd.DataFrame]]
-"""A part's summary, ready for strict JSON, and its frames by declared name."""
+Frames = Mapping[str, pd.DataFrame | Iterable[pd.DataFrame]]
+"""Frames by declared name; a large one as rows that follow each other."""
+Content = tuple[dict[str, Any], Frames]
+"""A part's summary, ready for strict JSON, and its frames."""
 
 _DERIVED: Final = (ANALYSIS, "figures", "logs")
 """Folders of a run that no analysis reads."""
@@ -92,7 +94,13 @@ def pair_part(run: Run, arm_a: str, arm_b: str) -> Part:
     """
     pair = run.pair(arm_a, arm_b)
     arms = (pair.minuend, pair.subtrahend, run.routes_of(pair.minuend, pair.subtrahend))
-    return Part(pair.name, pair.name, tuple(dict.fromkeys(arms)), partial(_analyzed, arm_a=arm_a, arm_b=arm_b))
+    return Part(
+        pair.name,
+        pair.name,
+        tuple(dict.fromkeys(arms)),
+        partial(_analyzed, arm_a=arm_a, arm_b=arm_b),
+        partial(_read_pair, arm_a=arm_a, arm_b=arm_b),
+    )
 
 
 def flip_parts(run: Run, pair: str) -> list[Part]:
@@ -133,9 +141,14 @@ def _checked_pair(run: Run, pieces: Iterator[Any], arm: str, reference: str) -> 
     return {"findings": [found.record() for found in inspect_pair(run, arm, reference).findings]}, {}
 
 
-def _analyzed(run: Run, pieces: Iterator[Any], arm_a: str, arm_b: str) -> Content:
-    analysis = analyze_pair(run.pair(arm_a, arm_b))
-    return pair_summary(analysis), analysis.frames()
+def _read_pair(run: Run, shards: tuple[Shard, ...], folder: Path, arm_a: str, arm_b: str) -> PairPiece:
+    return read_piece(run.pair(arm_a, arm_b, shards=shards), folder / "tokens.feather")
+
+
+def _analyzed(run: Run, pieces: Iterator[PairPiece], arm_a: str, arm_b: str) -> Content:
+    analysis = join_pieces(run.pair(arm_a, arm_b), pieces)
+    tokens = (part.frame for part in analysis.tokens.parts())
+    return pair_summary(analysis), {"tokens": tokens, **analysis.frames()}
 
 
 def _frames_only(run: Run, pieces: Iterator[Any], make: Callable[[Run], dict[str, pd.DataFrame]]) -> Content:
@@ -170,7 +183,7 @@ class Kept:
                 return None
             for pair, frames in summary["provenance"]["frames"].items():
                 for name, digest in frames.items():
-                    read_checked(self._file(pair, name), digest)
+                    self._check(pair, name, digest)
         except RunError:
             return None
         return summary
@@ -193,7 +206,7 @@ class Kept:
         try:
             for name, digest in found["frames"].items():
                 make_folder(folder)
-                read_checked(self._file(part.pair, name), digest)
+                self._check(part.pair, name, digest)
                 _link(self._file(part.pair, name), folder / f"{name}.parquet")
         except RunError:
             return None
@@ -203,6 +216,11 @@ class Kept:
         """Keep what was made, in a new folder of analysis."""
         parts = {name: vars(one) for name, one in made.items()}
         write_sealed(folder / KEPT, {"made_of": self.made_of, "summary": summary_sha256, "parts": parts})
+
+    def _check(self, pair: str, frame: str, digest: str) -> None:
+        path = self._file(pair, frame)
+        if not path.is_file() or sha256_file(path) != digest:
+            raise RunError(f"{path} is not the file that was written")
 
     def _file(self, pair: str, frame: str) -> Path:
         return self.run.path / ANALYSIS / pair / f"{frame}.parquet"
@@ -267,11 +285,19 @@ class ReadLater(Mapping[str, pd.DataFrame]):
         return len(self._pairs)
 
 
-def shared(frames: Mapping[str, pd.DataFrame], no_text: bool) -> dict[str, pd.DataFrame]:
+def shared(frames: Frames, no_text: bool) -> Frames:
     """The frames as they may be passed on: without text every token id is -1."""
-    return {
-        name: frame.assign(token_id=-1) if no_text and "token_id" in frame else frame for name, frame in frames.items()
-    }
+
+    def bare(frame: pd.DataFrame) -> pd.DataFrame:
+        return frame.assign(token_id=-1) if "token_id" in frame else frame
+
+    return (
+        frames
+        if not no_text
+        else {
+            name: bare(frame) if isinstance(frame, pd.DataFrame) else map(bare, frame) for name, frame in frames.items()
+        }
+    )
 
 
 @cache
