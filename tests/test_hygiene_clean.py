@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,8 @@ from scripted_engine import make_scripted_run
 from moediag.hygiene import Finding, check_run, inspect_run
 from moediag.hygiene.check import ArmHygiene, PairHygiene
 from moediag.hygiene.rows import Rows, Shape
+from moediag.run import pieces
+from moediag.run.capture import Capture, TokenRows
 
 N_CLEAN = 100 if HUNT == 1 else 500
 FAULTY = [fault for fault in FAULTS if fault != "softmaxed-logits"]
@@ -73,19 +77,62 @@ def test_a_scripted_run_is_clean(tmp_path: Path) -> None:
         assert inspection.n_rows == 2 * sum(len(run.tokens(shard)) for shard in run.shards)
 
 
-def fed(h: Healthy, parts: list[tuple[object, ...]]) -> list[Finding]:
-    """Findings of arms and pair fed part by part."""
+Part = tuple[TokenRows, Capture, Capture]
+
+
+def rules_of(h: Healthy, parts: list[Part]) -> tuple[dict[str, ArmHygiene], PairHygiene]:
+    """The rules of both arms and of the pair, fed part by part."""
     n_experts, top_k, n_layers = h.shape
     shape = Shape(n_layers, n_experts, top_k, h.renormalize)
     arms = {name: ArmHygiene(shape, is_sampled=name == "infer") for name in ("infer", "train")}
-    pair = PairHygiene(("train", "infer"), shape)
+    pair = PairHygiene(("train", "infer"), shape, is_foreign=True)
     for tokens, train, infer in parts:
-        rows = {"train": Rows(tokens, train, shape), "infer": Rows(tokens, infer, shape)}  # type: ignore[arg-type]
+        rows = {"train": Rows(tokens, train, shape), "infer": Rows(tokens, infer, shape)}
         for name, arm in arms.items():
             arm.add(rows[name])
         pair.add(rows["train"], rows["infer"])
+    return arms, pair
+
+
+def all_of(rules: tuple[dict[str, ArmHygiene], PairHygiene]) -> list[Finding]:
+    """What the rules found."""
+    arms, pair = rules
     found = [item for name, arm in arms.items() for item in arm.findings(name, {})]
     return found + pair.findings("infer~train")
+
+
+def fed(h: Healthy, parts: list[Part]) -> list[Finding]:
+    """Findings of arms and pair fed part by part."""
+    return all_of(rules_of(h, parts))
+
+
+def merged(h: Healthy, groups: list[list[Part]]) -> list[Finding]:
+    """Findings of rules of which each group has its own, as another process hands them over."""
+    first, *others = (pickle.loads(pickle.dumps(rules_of(h, parts))) for parts in groups)
+    for arms, pair in others:
+        for name, arm in arms.items():
+            first[0][name].merge(arm)
+        first[1].merge(pair)
+    return all_of(first)
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "none"])
+@settings(max_examples=3 if HUNT == 1 else 10 * HUNT)
+@given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(0, 12), max_size=4), data=st.data())
+def test_findings_do_not_depend_on_which_shards_were_counted_together(
+    fault: str, seed: int, cuts: list[int], data: st.DataObject
+) -> None:
+    """Every rule merges: groups of shards, empty ones too, give the findings of one group, word for word."""
+    shape = data.draw(st.sampled_from([(8, 2, 3), (16, 4, 6), (4, 2, 1)]))
+    h = Healthy(shape=shape, n_prompts=12, seed=seed, has_logits=fault == "softmaxed-logits")
+    sides = make(h) if fault == "none" else plant(fault, h, *make(h))
+    parts: list[Part] = [
+        (rows_of(sides[0], rows), arrays_of(sides[1], rows), arrays_of(sides[2], rows))
+        for rows in (np.arange(*bounds) for bounds in sides[0].sequence_bounds())
+    ]
+    ends = [0, *sorted(cuts), len(parts)]
+    groups = [parts[start:end] for start, end in pairwise(ends)]
+    assert merged(h, groups) == fed(h, parts)
 
 
 @settings(max_examples=20 if HUNT == 1 else 60 * HUNT)
@@ -134,6 +181,22 @@ def test_a_run_says_the_same_whatever_its_shard_size(tmp_path: Path) -> None:
         ]
         assert found[0] == found[1] == found[2]
         assert found[0]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_says_the_same_whichever_shards_are_read_together(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of shards, and processes: one group of all says the same."""
+    h = Healthy(shape=(16, 4, 6), samples=2, prompt_length=40)
+    runs = {
+        fault: write_run(tmp_path / fault / "run", h, *plant(fault, h, *make(h)), shard_size=5)
+        for fault in ("D05-stale-rows", "D08-cached-prefix", "D02-layer-lag", "D31-zero-logp")
+    }
+    whole = {fault: inspect_run(run) for fault, run in runs.items()}
+    monkeypatch.setattr(pieces, "LEAST_ROWS", 1)
+    assert all(len(pieces.groups_of(run)) == len(run.shards) > 1 for run in runs.values())
+    assert {fault: inspect_run(run, workers=workers) for fault, run in runs.items()} == whole
 
 
 def test_only_the_arms_asked_for_are_checked(tmp_path: Path) -> None:

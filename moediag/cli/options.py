@@ -278,7 +278,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 WORKERS: Final = "MOEDIAG_WORKERS"
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=1, envvar=WORKERS, help="Processes that analyse; all cores by default."),
+    typer.Option("--workers", min=1, envvar=WORKERS, help="Processes that read and analyse; all cores by default."),
 ]
 
 

@@ -46,6 +46,7 @@ def command(
     trust_pickle: o.TrustPickle = False,
     strict: Strict = False,
     list_rules: ListRules = False,
+    workers: o.Workers = None,
     as_json: o.Json = False,
 ) -> None:
     """Check every file and every row of a run, or a file of another tool; exit code 3 when something is wrong.
@@ -65,7 +66,13 @@ def command(
         raise typer.BadParameter("give a run directory or a file, or --list-rules", param_hint="RUN|SERIES|FILE...")
     with doing(f"checking {targets[0]}"):
         inspection = _inspect(
-            targets, num_experts, first_row, n_zero_experts=zero_experts, tokens=tokens, trust_pickle=trust_pickle
+            targets,
+            num_experts,
+            first_row,
+            zero_experts,
+            o.n_workers(workers),
+            tokens=tokens,
+            trust_pickle=trust_pickle,
         )
     _show(targets[0], inspection, as_json)
     if inspection.n_errors or (strict and inspection.n_warnings):
@@ -73,7 +80,7 @@ def command(
 
 
 def _inspect(
-    targets: list[Path], num_experts: int | None, first_row: int, n_zero_experts: int, **of_dump: Any
+    targets: list[Path], num_experts: int | None, first_row: int, n_zero_experts: int, workers: int, **of_dump: Any
 ) -> Inspection:
     from moediag.hygiene import inspect_run
     from moediag.hygiene.check import inspect_runs
@@ -87,13 +94,15 @@ def _inspect(
     if foreign_format(targets) is not None:
         options = Options(n_experts=num_experts, n_zero_experts=n_zero_experts, first_row=first_row, **of_dump)
         with imported_for_now(targets, options) as runs:
-            return inspect_runs(runs)
+            return inspect_runs(runs, workers)
     if len(targets) > 1:
         raise typer.BadParameter(f"takes one run, series or table, found {len(targets)}", param_hint="RUN|SERIES|FILE")
     target = targets[0]
     if target.is_file():
         return check_file(target, num_experts, first_row, n_zero_experts)
-    return inspect_runs(runs_of(target)) if is_series(target) else inspect_run(open_run(target))
+    if is_series(target):
+        return inspect_runs(runs_of(target), workers)
+    return inspect_run(open_run(target), workers=workers)
 
 
 def _show(target: Path, inspection: Inspection, as_json: bool) -> None:

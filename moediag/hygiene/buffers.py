@@ -29,14 +29,15 @@ not matter.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 from moediag.hygiene.chance import ALPHA, exceeds, exceeds_others, joint_rate
-from moediag.hygiene.findings import Count, Finding, counted, finding
+from moediag.hygiene.findings import Count, Finding, Tally, counted, finding
 from moediag.hygiene.rows import MIN_ROWS, Rows, Shape, over_slots, prefix_hashes
 from moediag.run.capture import Int64, TokenRows
 
@@ -65,8 +66,10 @@ _LEAST_BLOCK = 8
 """Smallest block size that a common divisor is taken for: vLLM's blocks are 16 and up, on some devices 8."""
 
 
-class Filler:
+class Filler(Tally):
     """Counts rows and layers of filler of one arm."""
+
+    _ends: ClassVar = {"_has_scores": max}
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
@@ -190,8 +193,10 @@ class Filler:
         return float(math.comb(self._shape.n_experts, self._shape.top_k))
 
 
-class _Blocks:
+class _Blocks(Tally):
     """Runs of stale rows, and which powers of two their positions touch multiples of."""
+
+    _ends: ClassVar = {"_longest": max}
 
     def __init__(self) -> None:
         self._n, self._n_positions = 0, 0
@@ -259,14 +264,16 @@ def _n_touching(size: int, low_N: NDArray[np.int64], high_N: NDArray[np.int64]) 
     return int((high_N // size > (low_N - 1) // size).sum())
 
 
-class Stale:
+class Stale(Tally):
     """Counts repeated rows of one arm by distance."""
+
+    _ends: ClassVar = {"_has_scores": min}
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
-        self._sets = [Count() for _ in range(MAX_LAG + 1)]  # by distance; 0 is not used
-        self._bits = [Count() for _ in range(MAX_LAG + 1)]
-        self._set_blocks, self._bit_blocks = ([_Blocks() for _ in range(MAX_LAG + 1)] for _ in range(2))
+        self._sets = tuple(Count() for _ in range(MAX_LAG + 1))  # by distance; 0 is not used
+        self._bits = tuple(Count() for _ in range(MAX_LAG + 1))
+        self._set_blocks, self._bit_blocks = (tuple(_Blocks() for _ in range(MAX_LAG + 1)) for _ in range(2))
         self._neighbours_L = np.zeros(shape.n_layers, dtype=np.int64)
         self._has_scores = True
 
@@ -289,8 +296,8 @@ class Stale:
         rows: Rows,
         usable_T: NDArray[np.bool_],
         hash_T: NDArray[np.uint64],
-        counts: list[Count],
-        blocks: list[_Blocks],
+        counts: Sequence[Count],
+        blocks: Sequence[_Blocks],
         least_run: int,
     ) -> None:
         run_T = np.cumsum(np.r_[True, (hash_T[1:] != hash_T[:-1]) | rows.starts[1:]])
@@ -326,8 +333,8 @@ class Stale:
         self,
         where: str,
         lags: list[int],
-        counts: list[Count],
-        blocks: list[_Blocks],
+        counts: Sequence[Count],
+        blocks: Sequence[_Blocks],
         what: str,
         rate: float | None = None,
     ) -> Finding:
@@ -415,7 +422,7 @@ class _Gap(NamedTuple):
     prefix_hash: int
 
 
-class Completeness:
+class Completeness(Tally):
     """Counts absent rows of one arm, shard by shard; where it sampled, the last row of a sequence may lack."""
 
     def __init__(self, is_sampled: bool) -> None:

@@ -1,14 +1,17 @@
 """Hygiene of a run or of plain arrays: everything found at once, not an exception at the first.
 
-Invariants: one pass over the shards in bounded memory (two arms' arrays of one shard, and counts); findings depend
-neither on the order of sequences nor on where shards end. A second, cheap pass over the token tables is made only
-where rows are missing at the beginning of sequences.
+Invariants: one pass over the shards of every arm in bounded memory (two arms' arrays of one shard, and counts), infer's
+once for every further arm; groups of shards are read by any process, and what is counted in them merges; findings
+depend neither on the order of sequences nor on where shards or groups end. A second, cheap pass over the token tables
+is made only where rows are missing at the beginning of sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +19,7 @@ import numpy as np
 from moediag.errors import RunError
 from moediag.hygiene.buffers import Completeness, Filler, Stale, count_prefixes
 from moediag.hygiene.expert_ids import Identifiers, LayerAtChance, LayerLag, RowLag, TwinLayers
-from moediag.hygiene.findings import Finding, by_level, finding
+from moediag.hygiene.findings import Finding, Tally, by_level, finding
 from moediag.hygiene.levels import ConstantOffset, MixedVersions, RegimeChange, StaleSegments
 from moediag.hygiene.logps import (
     ContradictedZeros,
@@ -55,6 +58,7 @@ from moediag.hygiene.rules import (
 from moediag.notation import INFER
 from moediag.run.capture import Capture, Shard, TokenRows
 from moediag.run.derived import derived_damage
+from moediag.run.pieces import Work, in_pieces
 from moediag.run.reader import Run
 
 _DENSE = Shape(0, 0, 0)
@@ -119,16 +123,15 @@ _DAMAGED_NUMBERS = np.errstate(invalid="ignore", over="ignore")
 """A flipped bit makes NaNs that signal and floats that overflow: rules count them, numpy need not warn of them."""
 
 
-class ArmHygiene:
-    """Every rule about one arm, fed shard by shard."""
+class ArmHygiene(Tally):
+    """Every rule about one arm, fed shard by shard; those fed with other shards merge with it."""
 
     def __init__(self, shape: Shape, is_sampled: bool) -> None:
-        self._rules: list[_ArmRule] = [Logps(), StoredBits(), *([MixedVersions()] if is_sampled else [])]
-        self._completeness = Completeness(is_sampled)
+        rules: list[_ArmRule] = [Logps(), StoredBits(), *([MixedVersions()] if is_sampled else [])]
         if shape.n_layers:
-            self._rules += [Identifiers(shape), Filler(shape), TwinLayers(shape), Stale(shape), RouterScores(shape)]
+            rules += [Identifiers(shape), Filler(shape), TwinLayers(shape), Stale(shape), RouterScores(shape)]
+        self._completeness, self._rules = Completeness(is_sampled), tuple(rules)
         self.n_rows = 0
-        self.has: set[str] = set()
 
     @_DAMAGED_NUMBERS
     def add(self, rows: Rows) -> None:
@@ -136,7 +139,6 @@ class ArmHygiene:
         self.n_rows += len(rows)
         if not len(rows):
             return
-        self.has |= what_is_there(rows.capture) | ({VERSIONS} if rows.tokens.weight_version_T is not None else set())
         if rows.shape.n_layers:
             self._completeness.add(rows)
         for rule in self._rules:
@@ -153,8 +155,8 @@ class ArmHygiene:
         return found + [item for rule in self._rules for item in rule.findings(where)]
 
 
-class PairHygiene:
-    """Every rule about two arms of the same tokens, fed shard by shard.
+class PairHygiene(Tally):
+    """Every rule about two arms of the same tokens, fed shard by shard; those fed with other shards merge with it.
 
     Args:
         arms: names of train and infer.
@@ -165,16 +167,17 @@ class PairHygiene:
     """
 
     def __init__(self, arms: tuple[str, str], shape: Shape, is_foreign: bool = False, has_places: bool = True) -> None:
-        self._shifts: list[_PairRule] = [TokenLag()] if has_places else []
-        self._rules: list[_PairRule] = [Temperature(), ConstantOffset()]
-        self._rules = [SequenceLag(), OtherSequence(), *self._rules] if has_places else self._rules
-        self._zeros = [ContradictedZeros(arm) for arm in arms]
-        self._last_rules: list[_PairRule] = [StaleSegments()] if has_places else []
-        self._last_rules += [SameBits(), MeanRatio()] if is_foreign else []
-        self._last_rules += [RegimeChange()] if is_foreign and has_places else []
-        self._routed_rules: list[_PairRule] = []
+        self._shifts: tuple[_PairRule, ...] = (TokenLag(),) if has_places else ()
+        of_places: tuple[_PairRule, ...] = (SequenceLag(), OtherSequence()) if has_places else ()
+        self._rules: tuple[_PairRule, ...] = (*of_places, Temperature(), ConstantOffset())
+        self._zeros = tuple(ContradictedZeros(arm) for arm in arms)
+        last_rules: list[_PairRule] = [StaleSegments()] if has_places else []
+        last_rules += [SameBits(), MeanRatio()] if is_foreign else []
+        last_rules += [RegimeChange()] if is_foreign and has_places else []
+        self._last_rules = tuple(last_rules)
+        self._routed_rules: tuple[_PairRule, ...] = ()
         if shape.n_layers:
-            self._routed_rules = [RowLag(shape), LayerLag(shape), LayerAtChance(shape), GateFactor(shape)]
+            self._routed_rules = RowLag(shape), LayerLag(shape), LayerAtChance(shape), GateFactor(shape)
 
     @_DAMAGED_NUMBERS
     def add(self, train: Rows, infer: Rows) -> None:
@@ -198,7 +201,7 @@ def check_run(run: Run, arms: Sequence[str] | None = None) -> list[Finding]:
     return inspect_run(run, arms).findings
 
 
-def inspect_run(run: Run, arms: Sequence[str] | None = None) -> Inspection:
+def inspect_run(run: Run, arms: Sequence[str] | None = None, workers: int = 1) -> Inspection:
     """Check files, token tables and every committed shard of the arms, each further arm beside infer as well.
 
     Missing shards are errors: a partial arm is not analysed.
@@ -206,63 +209,133 @@ def inspect_run(run: Run, arms: Sequence[str] | None = None) -> Inspection:
     Args:
         arms: the arms to check; None = all, and every derived file and log as well: an analysis of some arms is not
             kept from being made by a damaged figure, which it replaces.
+        workers: processes that read the shards; what is found does not depend on it.
     """
-    reference = run.reference(INFER)
-    names = list(run.arms() if arms is None else arms)
-    alone = {arm: inspect_arm(run, arm) for arm in names}
-    beside = {arm: inspect_pair(run, arm, reference) for arm in names if arm != reference and reference in names}
+    checks = checks_of(run, run.arms() if arms is None else arms)
+    works = [Work(partial(read_check, check=check), partial(join_check, check=check)) for check in checks]
+    results: dict[int, Inspection] = dict(in_pieces(run, works, workers))
+    parts = [results[at] for at in range(len(checks))]
     found = check_prompts(run) if arms is not None else _check_beside_arms(run)
     if not run.arms():
         found += [item for shard in run.shards for item in _read_tokens(run, shard)[1]]
         found.append(finding("no-arm", str(run.path), "no arm has been captured"))
-    found += [item for part in (*alone.values(), *beside.values()) for item in part.findings]
-    has = {FILES, N_EXPERTS}.union(*(part.has for part in (*alone.values(), *beside.values())))
-    has |= {what for arm in beside for what in both_have(alone[arm].has, alone[reference].has)}
+    found += [item for part in parts for item in part.findings]
     # a token table that is damaged is found with every arm
     found = by_level(list(dict.fromkeys(found)))
-    return Inspection(found, frozenset(has), sum(part.n_rows for part in alone.values()))
+    has = frozenset({FILES, N_EXPERTS}.union(*(part.has for part in parts)))
+    return Inspection(found, has, sum(part.n_rows for part in parts))
 
 
-def inspect_arm(run: Run, arm: str) -> Inspection:
-    """Check an arm alone: its record, every shard of it, and the token tables."""
-    shape = _shape_of_arm(run, arm)
-    rules = ArmHygiene(shape, _is_sampled(run, arm))
-    found = _check_record(run, arm)
-    for shard in run.shards:
+@dataclass(frozen=True)
+class Check:
+    """What is checked in one reading of the shards.
+
+    Args:
+        alone: arms that are checked each by itself.
+        beside: an arm that is checked beside the reference arm; None = none is.
+        reference: the reference arm.
+    """
+
+    alone: tuple[str, ...]
+    beside: str | None
+    reference: str
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms that are read."""
+        return self.alone if self.beside is None else tuple(dict.fromkeys([*self.alone, self.beside, self.reference]))
+
+    @property
+    def name(self) -> str:
+        """What is checked, in words."""
+        words = f" beside {self.reference}" if self.beside is not None and self.reference not in self.alone else ""
+        return f"{' and '.join(self.alone)} checked{words}"
+
+
+def checks_of(run: Run, arms: Sequence[str]) -> list[Check]:
+    """Every arm alone, and every further arm beside infer: infer is read together with the first of them."""
+    reference = run.reference(INFER)
+    others = [arm for arm in arms if arm != reference]
+    if reference not in arms:
+        return [Check((arm,), None, reference) for arm in others]
+    if not others:
+        return [Check((reference,), None, reference)]
+    first, *more = others
+    return [Check((reference, first), first, reference), *(Check((arm,), arm, reference) for arm in more)]
+
+
+class _Seen(Tally):
+    """What a check saw of some shards.
+
+    Args:
+        alone: by arm, the rules on it by itself; pair: those on two arms beside each other.
+        found: by arm, what is wrong with its files.
+        has: by arm, what was there for the rules.
+    """
+
+    def __init__(self, run: Run, check: Check) -> None:
+        self.shapes = {arm: _shape_of_arm(run, arm) for arm in check.arms}
+        self.alone = {arm: ArmHygiene(self.shapes[arm], _is_sampled(run, arm)) for arm in check.alone}
+        self.found: dict[str, list[Finding]] = {arm: [] for arm in check.alone}
+        self.has: dict[str, set[str]] = {arm: set() for arm in check.arms}
+        self.pair: PairHygiene | None = None
+        if check.beside is not None:
+            arms = (check.beside, check.reference)
+            shape = _common_shape(*(self.shapes[arm] for arm in arms))
+            self.pair = PairHygiene(arms, shape, _is_foreign(run, *arms))
+
+
+def read_check(run: Run, shards: Sequence[Shard], folder: Path, check: Check) -> _Seen:
+    """Check some shards of a run; what is seen of others merges with it."""
+    seen = _Seen(run, check)
+    for shard in shards:
         tokens, missing = _read_tokens(run, shard)
-        found += missing
-        if shard in run.shards_of(arm):
-            rows, wrong = _read_rows(run, arm, shard, tokens, shape)
-            found += wrong
-            if rows is not None:
-                rules.add(rows)
-    # a side without any log-probability was dumped without them
-    is_bare = LOGPS not in rules.has and _is_foreign(run, arm)
-    own = rules.findings(arm, _prefixes_of(run, rules.gap_lengths))
-    found += [item for item in own if not (is_bare and item.rule == "D31-nan-logp")]
-    has = rules.has | ({DISTRIBUTIONS} if _has_distributions(run, arm) else set())
-    return Inspection(by_level(found), frozenset(has), rules.n_rows)
+        rows: dict[str, Rows | None] = {}
+        for arm in check.arms:
+            is_covered = shard in run.shards_of(arm)
+            read, wrong = _read_rows(run, arm, shard, tokens, seen.shapes[arm]) if is_covered else (None, [])
+            rows[arm] = read
+            if read is not None:
+                seen.has[arm] |= _has(read)
+            if arm in check.alone:
+                seen.found[arm] += [*missing, *wrong]
+                if read is not None:
+                    seen.alone[arm].add(read)
+        if seen.pair is not None and check.beside is not None:
+            train, infer = rows[check.beside], rows[check.reference]
+            if train is not None and infer is not None:
+                seen.pair.add(train, infer)
+    return seen
 
 
-def inspect_pair(run: Run, arm: str, reference: str) -> Inspection:
-    """Check an arm beside the reference arm, on the shards that both have whole."""
-    shapes = [_shape_of_arm(run, one) for one in (arm, reference)]
-    is_foreign = _is_foreign(run, arm, reference)
-    rules = PairHygiene((arm, reference), _common_shape(*shapes), is_foreign)
-    for shard in run.shards:
-        if shard in run.shards_of(arm) and shard in run.shards_of(reference):
-            tokens, _ = _read_tokens(run, shard)
-            infer, _ = _read_rows(run, reference, shard, tokens, shapes[1])
-            rows, _ = _read_rows(run, arm, shard, tokens, shapes[0])
-            if rows is not None and infer is not None:
-                rules.add(rows, infer)
-    has = {FOREIGN} if is_foreign else set()
-    return Inspection(by_level(rules.findings(f"{reference}~{arm}")), frozenset(has), 0)
+def join_check(run: Run, pieces: Iterator[_Seen], check: Check) -> Inspection:
+    """What a check found in all shards.
+
+    Returns:
+        Findings in no order of levels.
+    """
+    seen = next(pieces)
+    for later in pieces:
+        seen.merge(later)
+    found: list[Finding] = []
+    has: set[str] = set()
+    for arm, rules in seen.alone.items():
+        # a side without any log-probability was dumped without them
+        is_bare = LOGPS not in seen.has[arm] and _is_foreign(run, arm)
+        own = rules.findings(arm, _prefixes_of(run, rules.gap_lengths))
+        found += [*_check_record(run, arm), *seen.found[arm]]
+        found += [item for item in own if not (is_bare and item.rule == "D31-nan-logp")]
+        has |= seen.has[arm] | ({DISTRIBUTIONS} if _has_distributions(run, arm) else set())
+    if seen.pair is not None and check.beside is not None:
+        arms = check.beside, check.reference
+        found += seen.pair.findings("~".join(reversed(arms)))
+        has |= both_have(*(seen.has[arm] for arm in arms)) | ({FOREIGN} if _is_foreign(run, *arms) else set())
+    return Inspection(found, frozenset(has), sum(rules.n_rows for rules in seen.alone.values()))
 
 
-def inspect_runs(runs: Sequence[Run]) -> Inspection:
+def inspect_runs(runs: Sequence[Run], workers: int = 1) -> Inspection:
     """Check the runs of a series, or the one run of a step; findings name their step."""
-    parts = [inspect_run(run) for run in runs]
+    parts = [inspect_run(run, workers=workers) for run in runs]
     if len(parts) == 1:
         return parts[0]
     found = [
@@ -350,6 +423,11 @@ def what_is_there(capture: Capture) -> set[str]:
         ENTROPIES: None if capture.entropy_T is None or not np.isfinite(capture.entropy_T).any() else capture.entropy_T,
     }
     return {name for name, array in of_array.items() if array is not None}
+
+
+def _has(rows: Rows) -> set[str]:
+    versions = {VERSIONS} if rows.tokens.weight_version_T is not None else set()
+    return what_is_there(rows.capture) | versions if len(rows) else set()
 
 
 def both_have(train: Collection[str], infer: Collection[str]) -> set[str]:

@@ -13,11 +13,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from numpy.typing import NDArray
 
 from moediag.hygiene.chance import N_GROUPS, exceeds, group_of, mean_is_positive
-from moediag.hygiene.findings import Count, Finding, counted, finding
+from moediag.hygiene.findings import Count, Finding, Tally, counted, finding
 from moediag.hygiene.rows import MIN_ROWS, TOKEN_LAGS, Rows, Shape, aligned, n_members
 from moediag.notation import NOT_ROUTED
 from moediag.run.capture import TokenRows
@@ -45,14 +47,16 @@ _LEAST_ROOM = 0.05
 """Where popular experts alone give more than 1 - this agreement, a layer says nothing."""
 
 
-class Identifiers:
+class Identifiers(Tally):
     """Counts impossible id rows of one arm."""
+
+    _ends: ClassVar = {"_most": max, "_least": min}
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
         self._duplicate, self._zero, self._partial, self._range = Count(), Count(), Count(), Count()
         self._sentinel = Count()
-        self._zero_by_layer = [Count() for _ in range(shape.n_layers)]  # beside real ids in other layers
+        self._zero_by_layer = tuple(Count() for _ in range(shape.n_layers))  # beside real ids in other layers
         self._n_zero_L = np.zeros(shape.n_layers, dtype=np.int64)
         self._n_present_L = np.zeros(shape.n_layers, dtype=np.int64)
         self._n_of = 0
@@ -172,8 +176,10 @@ def _named_twice(ids_NK: NDArray[np.int16], n_experts: int) -> NDArray[np.int64]
     return np.bincount(again, minlength=n_experts)
 
 
-class RowLag:
+class RowLag(Tally):
     """Overlap of the two sides' expert sets by row offset, within sequences."""
+
+    _ends: ClassVar = {"_n_copies": max}
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
@@ -233,15 +239,16 @@ def _in_doubt(tokens: TokenRows, both_T: NDArray[np.bool_], shared_T: NDArray[np
     return np.asarray(both_T & ~is_sure_S[row_T], dtype=np.bool_)
 
 
-class LayerLag:
+class LayerLag(Tally):
     """Overlap of infer's layer l and train's layer l + o, beyond what expert popularity gives."""
+
+    _ends: ClassVar = {"_n_copies": max}
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
         most = min(MAX_LAYER_LAG, shape.n_layers - 1)
-        self._lags = [lag for lag in range(-most, most + 1) if lag]
         self._n_G = np.zeros(N_GROUPS)
-        self._gain_G = {lag: np.zeros(N_GROUPS) for lag in self._lags}
+        self._gain_G = {lag: np.zeros(N_GROUPS) for lag in range(-most, most + 1) if lag}
         self._squares = dict.fromkeys(self._lags, 0.0)
         self._at = dict.fromkeys([0, *self._lags], 0.0)
         self._chosen_LE = np.zeros((2, shape.n_layers, shape.n_experts))
@@ -270,6 +277,10 @@ class LayerLag:
             self._at[lag] += float(at_T.sum())
             self._gain_G[lag] += np.bincount(group_T, gain_T, minlength=N_GROUPS)
             self._squares[lag] += float((gain_T**2).sum())
+
+    @property
+    def _lags(self) -> list[int]:
+        return list(self._gain_G)
 
     def _overlap(self, sets: list[NDArray[np.uint64]], lag: int) -> NDArray[np.float64]:
         """(T,) mean share of experts that infer's layer l and train's layer l + lag have in common."""
@@ -336,8 +347,10 @@ def popularity(
     return counts_LE
 
 
-class LayerAtChance:
+class LayerAtChance(Tally):
     """Overlap of the two sides' expert sets in every layer."""
+
+    _ends: ClassVar = {"_n_copies": max}
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
@@ -399,7 +412,7 @@ class LayerAtChance:
         return mean_is_positive(n_G, least * n_G - sum_G, squares, self._n_copies, self._shape.n_layers)
 
 
-class TwinLayers:
+class TwinLayers(Tally):
     """A hash of every layer's sets over all rows: equal hashes are equal layers.
 
     Two layers may agree by popularity alone, as neighbouring rows of one layer do, or because one follows the other.

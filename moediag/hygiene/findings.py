@@ -1,13 +1,14 @@
 """A finding, and how hits over many shards become one: counts add, the first places are kept in order.
 
-Invariant: a finding does not depend on the order of sequences or on where shards end.
+Invariant: a finding does not depend on the order of sequences, on where shards end, or on which shards were counted
+together before they were merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,8 +120,46 @@ def by_level(findings: list[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda found: LEVELS.index(found.level))
 
 
+class Tally:
+    """What a rule keeps of the rows that it has seen; two of them, of different rows, merge.
+
+    Every attribute merges by its type: numbers and arrays add, bits (arrays of bool) and sets unite, lists are joined,
+    tuples and dictionaries merge entry by entry, None gives way; texts, truths and shapes are the same in both.
+    """
+
+    _ends: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {}
+    """Attributes of which the largest or the smallest counts -> max or min."""
+
+    def merge(self, later: Self) -> None:
+        """Add what another one of the same rule saw."""
+        for name, value in vars(later).items():
+            mine = getattr(self, name)
+            both = self._ends.get(name, _merged) if mine is not None and value is not None else _merged
+            setattr(self, name, both(mine, value))
+
+
+def _merged(mine: Any, theirs: Any) -> Any:
+    """Two values of one attribute as one."""
+    if mine is None or theirs is None:
+        return theirs if mine is None else mine
+    if isinstance(mine, Tally):
+        mine.merge(theirs)
+        return mine
+    if isinstance(mine, tuple) and type(mine) is tuple:
+        return tuple(_merged(one, other) for one, other in zip(mine, theirs, strict=True))
+    if isinstance(mine, dict):
+        return mine | {key: _merged(mine.get(key), value) for key, value in theirs.items()}
+    if isinstance(mine, set):
+        return mine | theirs
+    if isinstance(mine, np.ndarray | list) or (isinstance(mine, int | float) and not isinstance(mine, bool)):
+        return mine + theirs
+    if mine != theirs:
+        raise TypeError(f"{mine!r} and {theirs!r} do not merge")
+    return mine
+
+
 @dataclass
-class Count:
+class Count(Tally):
     """How many of how many, and the first places.
 
     Rows with the same prefix are copies of each other (samples of one prompt, prompts given twice) and no separate
@@ -132,6 +171,11 @@ class Count:
     n_of: int = 0
     places: list[Place] = field(default_factory=list)
     _seen: NDArray[np.bool_] | None = None
+
+    def merge(self, later: Self) -> None:
+        """Add hits on other rows."""
+        super().merge(later)
+        self.places = sorted(self.places)[:N_PLACES]
 
     def add(self, tokens: TokenRows, hit: NDArray[np.bool_], n_of: int, keys: NDArray[np.uint64] | None = None) -> None:
         """Count hits.

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from moediag.hygiene.chance import ALPHA, N_GROUPS, group_of, is_positive
-from moediag.hygiene.findings import N_PLACES, Count, Finding, Place, finding
+from moediag.hygiene.findings import N_PLACES, Count, Finding, Place, Tally, finding
 from moediag.hygiene.logps import LEAST_OFFSET, Float64, scored
 from moediag.hygiene.rows import Rows
 from moediag.run.capture import TokenRows
@@ -53,7 +53,7 @@ _CERTAIN = 0.99
 """Probability beyond which abs(d) / (1 - p) is rounding."""
 
 
-class ConstantOffset:
+class ConstantOffset(Tally):
     """Mean and spread of logp_train - logp_infer."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class ConstantOffset:
         return [finding("constant-offset", where, message, n_of=int(n))]
 
 
-class RegimeChange:
+class RegimeChange(Tally):
     """Places inside sequences at which the level of abs(logp_diff) changes; keeps candidates only."""
 
     def __init__(self) -> None:
@@ -138,8 +138,10 @@ class RegimeChange:
         ]  # fmt: skip
 
 
-class MixedVersions:
+class MixedVersions(Tally):
     """Sequences whose tokens were sampled by more than one weight version."""
+
+    _ends: ClassVar = {"_first": min}
 
     def __init__(self) -> None:
         self._earlier, self._seams = Count(), Count()
@@ -177,7 +179,7 @@ class MixedVersions:
         return [finding("mixed-versions", where, message, n=self._earlier.n, n_of=self._earlier.n_of, places=seams)]
 
 
-class StaleSegments:
+class StaleSegments(Tally):
     """Levels of abs(logp_diff) in earlier segments and in the last of the same sequences."""
 
     def __init__(self) -> None:

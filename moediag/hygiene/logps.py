@@ -22,7 +22,7 @@ Two sides. Each fault is judged against what healthy engines may do, however noi
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ from moediag.hygiene.chance import (
     is_positive,
     mean_is_positive,
 )
-from moediag.hygiene.findings import N_PLACES, Count, Finding, Place, counted, finding
+from moediag.hygiene.findings import N_PLACES, Count, Finding, Place, Tally, counted, finding
 from moediag.hygiene.rows import MIN_ROWS, TOKEN_LAGS, Rows, aligned
 from moediag.run.capture import LARGEST_ROUNDED_LOGP
 from moediag.statistics.intervals import Interval, ratio_mean_interval
@@ -91,8 +91,10 @@ F(2) > 0.1; with an exponential tail of abs(logp diff) that is 0.1^(1 / ln 2) = 
 _NEAR_CERTAIN = -0.1
 
 
-class Logps:
+class Logps(Tally):
     """Counts impossible and certain log-probabilities of one arm's response tokens."""
+
+    _ends: ClassVar = {"_longest": max}
 
     def __init__(self) -> None:
         self._nan, self._impossible, self._rounded = Count(), Count(), Count()
@@ -146,7 +148,7 @@ class Logps:
         return found
 
 
-class StoredBits:
+class StoredBits(Tally):
     """Whether all log-probabilities of an arm lie on the grid of a 16-bit type: cast to it before they were kept."""
 
     def __init__(self) -> None:
@@ -179,8 +181,10 @@ def _longest_run(hit_T: NDArray[np.bool_], is_first_T: NDArray[np.bool_]) -> int
     return int(np.diff(gap_T).max() - 1)
 
 
-class TokenLag:
+class TokenLag(Tally):
     """Correlation of two logp streams by lag, within sequences."""
+
+    _ends: ClassVar = {"_n_copies": max}
 
     def __init__(self) -> None:
         self._sums = {lag: np.zeros((N_GROUPS, 6)) for lag in (0, *TOKEN_LAGS)}
@@ -221,7 +225,7 @@ class TokenLag:
         return [finding("D01-token-lag", where, f"{message}, {n:,} tokens", n_of=n)]
 
 
-class SequenceLag:
+class SequenceLag(Tally):
     """Rank correlation of two logp streams within a sequence, at a lag of its own."""
 
     def __init__(self) -> None:
@@ -272,11 +276,13 @@ def _own_lag(x_N: Float64, y_N: Float64) -> tuple[int, float] | None:
     return lag, float(2 * n_lags * stats.norm.sf(math.atanh(min(r, 1 - 1e-12)) * math.sqrt((n - 3) / 1.06)))
 
 
-class OtherSequence:
+class OtherSequence(Tally):
     """Correlation of two logp streams within every sequence, and how many of its tokens differ by far.
 
     Keeps 48 bytes per sequence.
     """
+
+    _ends: ClassVar = {"_n_copies": max}
 
     def __init__(self) -> None:
         self._parts: list[Float64] = []
@@ -350,7 +356,7 @@ class OtherSequence:
         ]  # fmt: skip
 
 
-class Temperature:
+class Temperature(Tally):
     """Spread of two logp streams; tokens that one side is certain of say nothing of a scale."""
 
     def __init__(self) -> None:
@@ -399,7 +405,7 @@ def spread(sums_GS: Float64) -> tuple[float, float, bool]:
     return log_ratio, r, is_positive(sums_GS, lambda sums: excess(sums) - LEAST_SCALE)
 
 
-class SameBits:
+class SameBits(Tally):
     """Tokens that both sides give the same log-probability, bit for bit; certain tokens are no evidence."""
 
     def __init__(self) -> None:
@@ -419,8 +425,10 @@ class SameBits:
         return [counted("D28-same-bits", where, message, self._same)]
 
 
-class MeanRatio:
+class MeanRatio(Tally):
     """Mean of exp(logp_train - logp_infer), by prompt."""
+
+    _ends: ClassVar = {"_n_copies": max}
 
     def __init__(self) -> None:
         self._n_G, self._sum_G, self._squares = np.zeros(N_GROUPS), np.zeros(N_GROUPS), 0.0
@@ -472,7 +480,7 @@ class MeanRatio:
         return [finding("D09-mean-ratio", where, message, n_of=n)]
 
 
-class ContradictedZeros:
+class ContradictedZeros(Tally):
     """Zeros of one side against the other side's logp, beside the same for other near-certain tokens."""
 
     def __init__(self, zero_side: str) -> None:

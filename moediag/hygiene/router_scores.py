@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from moediag.hygiene.findings import Count, Finding, counted, finding
+from moediag.hygiene.findings import Count, Finding, Tally, counted, finding
 from moediag.hygiene.rows import MIN_ROWS, Rows, Shape, over_slots
 
 _BF16 = 2.0**-8
@@ -26,7 +26,7 @@ _SUM_ROUNDING = 2.0**-6
 """Weight sums of one row in bf16 agree to 2^-8 relative on each side; twice that each, both sides."""
 
 
-class RouterScores:
+class RouterScores(Tally):
     """Counts wrong scores of one arm's routed rows."""
 
     def __init__(self, shape: Shape) -> None:
@@ -36,7 +36,10 @@ class RouterScores:
         self._softmaxed_L = np.zeros(shape.n_layers, dtype=np.int64)
         self._routed_L = np.zeros(shape.n_layers, dtype=np.int64)
         self._sums: dict[int, Count] = {}  # by log of the row's sum in steps of its rounding
-        self._step = math.log1p(_BF16 * (shape.top_k + 1))  # K roundings of a weight each, and those of the sum
+
+    @property
+    def _step(self) -> float:
+        return math.log1p(_BF16 * (self._shape.top_k + 1))  # K roundings of a weight each, and those of the sum
 
     def add(self, rows: Rows) -> None:
         """Count a shard."""
@@ -147,7 +150,7 @@ def _logit_margins(
         return np.asarray(chosen_TL - others_TLE.max(axis=2))
 
 
-class GateFactor:
+class GateFactor(Tally):
     """Sums of gate weights of the two sides, where both chose the same experts."""
 
     def __init__(self, shape: Shape) -> None:

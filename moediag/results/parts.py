@@ -31,7 +31,7 @@ import moediag
 from moediag.analysis.flips.explained import explained_flips_of, forecast_flips_of, noise_arms
 from moediag.errors import RunError
 from moediag.folder import SUMMARY, write_frames
-from moediag.hygiene.check import inspect_arm, inspect_pair
+from moediag.hygiene.check import Check, checks_of, join_check, read_check
 from moediag.hygiene.findings import Finding
 from moediag.notation import INFER, TRAIN
 from moediag.results.pair_analysis import PairPiece, join_pieces, read_piece
@@ -117,15 +117,10 @@ def flip_parts(run: Run, pair: str) -> list[Part]:
 
 def check_parts(run: Run, arms: Sequence[str], folder: str) -> list[Part]:
     """The rules of ``validate`` on every arm alone, and on every further arm beside infer."""
-    reference = run.reference(INFER)
-    alone = [Part(f"{arm} checked", folder, (arm,), partial(_checked_arm, arm=arm)) for arm in arms]
-    beside = [
-        Part(f"{arm} checked beside {reference}", folder, (arm, reference),
-             partial(_checked_pair, arm=arm, reference=reference))
-        for arm in arms
-        if arm != reference and reference in arms
-    ]  # fmt: skip
-    return [*alone, *beside]
+    return [
+        Part(check.name, folder, check.arms, partial(_checked, check=check), partial(read_check, check=check))
+        for check in checks_of(run, arms)
+    ]
 
 
 def findings_of(checks: Iterable[Made]) -> list[Finding]:
@@ -133,12 +128,8 @@ def findings_of(checks: Iterable[Made]) -> list[Finding]:
     return [Finding.of(record) for made in checks for record in made.summary["findings"]]
 
 
-def _checked_arm(run: Run, pieces: Iterator[Any], arm: str) -> Content:
-    return {"findings": [found.record() for found in inspect_arm(run, arm).findings]}, {}
-
-
-def _checked_pair(run: Run, pieces: Iterator[Any], arm: str, reference: str) -> Content:
-    return {"findings": [found.record() for found in inspect_pair(run, arm, reference).findings]}, {}
+def _checked(run: Run, pieces: Iterator[Any], check: Check) -> Content:
+    return {"findings": [found.record() for found in join_check(run, pieces, check).findings]}, {}
 
 
 def _read_pair(run: Run, shards: tuple[Shard, ...], folder: Path, arm_a: str, arm_b: str) -> PairPiece:
