@@ -43,9 +43,10 @@ from moediag.analysis.metrics import (
     Metric,
     declare_metrics,
 )
+from moediag.analysis.strata import grid_sums
 from moediag.analysis.tokens import Source, Tokens, TokenSource, source_of
 from moediag.statistics.intervals import Interval, Kind, jackknife_interval, mean_interval, ratio_mean_interval
-from moediag.statistics.quantiles import Part, Read, quantile_intervals, quantiles_of_groups
+from moediag.statistics.quantiles import Part, quantile_intervals, quantiles_of_groups
 
 Float64 = NDArray[np.float64]
 
@@ -76,7 +77,7 @@ class _Read:
         found: dict[tuple[Callable[[Tokens], Float64], float], Interval] = {}
         for of in dict.fromkeys(of for of, _ in _QUANTILES):
             probabilities = [q for other, q in _QUANTILES if other is of]
-            intervals = quantile_intervals(_values(self.x, of), 1, probabilities)
+            intervals = quantile_intervals(self.x.values(of), 1, probabilities)
             found |= {(of, q): one for q, (one,) in zip(probabilities, intervals, strict=True)}
         return found
 
@@ -166,7 +167,7 @@ def ratio_quantiles(tokens: Source) -> pd.DataFrame:
 
             def parts(level: str = level, sign: float = sign) -> Iterator[Part]:
                 if level == "token":
-                    return _values(x, lambda part: sign * part.diff_T)()
+                    return x.values(lambda part: sign * part.diff_T)()
                 return iter([Part(sign * of_sequences[level], one_S, x.prompt_row_S, n)])
 
             some = [q for q in RATIO_PROBABILITIES if (q < 0.5) == (sign < 0)]
@@ -217,34 +218,30 @@ def entropy_quantiles(tokens: Source, alpha: float = ICEPOP_BAND[0], beta: float
         def entropy(part: Tokens, side: str = side) -> Float64:
             return part.column(f"entropy_{side}").astype(np.float64)
 
-        for group, is_kept in (("all", None), ("kept", True), ("masked", False)):
+        def group(part: Tokens, of: Callable[[Tokens], Float64] = entropy) -> NDArray[Any]:
+            is_masked_T = ~((part.diff_T >= low) & (part.diff_T <= high))
+            return np.where(np.isfinite(of(part)), is_masked_T.astype(np.intp), -1)
 
-            def inside(part: Tokens, of: Callable[[Tokens], Float64] = entropy, is_kept: bool | None = is_kept) -> Any:
-                known_T = np.isfinite(of(part))
-                return (
-                    known_T
-                    if is_kept is None
-                    else known_T & (((part.diff_T >= low) & (part.diff_T <= high)) == is_kept)
-                )
+        def sums(part: Tokens, of: Callable[[Tokens], Float64] = entropy) -> Float64:
+            group_T = group(part, of)
+            grids = [grid_sums(part, group_T, 2, values) for values in (None, of(part))]
+            return np.stack(grids, axis=1)
 
-            read = _values(x, entropy, inside)
-            n_C, sum_C = x.sums(inside, lambda part: np.where(inside(part), entropy(part), 0.0))
+        n_CG, sum_CG = np.moveaxis(x.collect(sums), 1, 0)
+        n_G, q_Q = n_CG.sum(axis=0).astype(np.int64), np.c_[[0.1, 0.5, 0.9]]
+        of_all = quantiles_of_groups(
+            x.values(entropy, lambda part: np.minimum(group(part), 0)), n_G.sum(keepdims=True), q_Q
+        )
+        of_each = quantiles_of_groups(x.values(entropy, group), n_G, np.repeat(q_Q, 2, axis=1))
+        for name, n_C, sum_C, points in (
+            ("all", n_CG.sum(axis=1), sum_CG.sum(axis=1), of_all[:, 0]),
+            ("kept", n_CG[:, 0], sum_CG[:, 0], of_each[:, 0]),
+            ("masked", n_CG[:, 1], sum_CG[:, 1], of_each[:, 1]),
+        ):
             mean = ratio_mean_interval(sum_C, n_C, "positive").one()
-            n = int(n_C.sum())
-            points = quantiles_of_groups(read, np.array([n]), np.c_[[0.1, 0.5, 0.9]])[:, 0]
-            records.append((side, group, alpha, beta, n, mean.value, mean.low, mean.high, *points))
+            records.append((side, name, alpha, beta, int(n_C.sum()), mean.value, mean.low, mean.high, *points))
     names = [column.name for column in ENTROPY_QUANTILES.columns]
     return ENTROPY_QUANTILES.validate(pd.DataFrame.from_records(records, columns=names))
-
-
-def _values(x: TokenSource, of: Callable[[Tokens], Float64], inside: Callable[[Tokens], Any] | None = None) -> Read:
-    """What quantiles read: token values, in one group where they are ``inside``."""
-
-    def part(some: Tokens) -> Part:
-        group_T = np.zeros(len(some), np.intp) if inside is None else np.where(inside(some), 0, -1)
-        return Part(of(some), group_T, some.prompt_row_T, some.n_prompts)
-
-    return lambda: map(part, x.parts())
 
 
 def _token_mean(measure: TokenMeasure) -> _Measure:

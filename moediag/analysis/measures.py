@@ -136,6 +136,18 @@ def k3(x: Tokens) -> Float64:
     return np.asarray(np.expm1(x.diff_T) - x.diff_T)
 
 
+def abs_diff_other(x: Tokens) -> Float64:
+    """abs(logp_diff) of the other pair, of tokens :func:`~moediag.analysis.tokens.beside` it [nat]."""
+    train_T, infer_T = (x.column(f"logp_{side}_other").astype(np.float64) for side in ("train", "infer"))
+    return np.asarray(np.abs(train_T - infer_T))
+
+
+def k3_other(x: Tokens) -> Float64:
+    """ratio - 1 - logp_diff of the other pair [nat]."""
+    train_T, infer_T = (x.column(f"logp_{side}_other").astype(np.float64) for side in ("train", "infer"))
+    return np.asarray(np.expm1(train_T - infer_T) - (train_T - infer_T))
+
+
 def is_extreme(diff_T: Float64, tau: float = EXTREME_TAU) -> NDArray[np.bool_]:
     """max(ratio, 1 / ratio) > tau."""
     return np.asarray(np.abs(diff_T) > math.log(tau))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -18,11 +17,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moediag.analysis.declarations import DRIFT_BY_POSITION
-from moediag.analysis.measures import is_extreme
+from moediag.analysis.measures import abs_diff, is_extreme
 from moediag.analysis.strata import grid_sums
 from moediag.analysis.tokens import Source, Tokens, source_of
 from moediag.statistics.intervals import ratio_mean_interval
-from moediag.statistics.quantiles import Part, quantiles_of_groups
+from moediag.statistics.quantiles import quantiles_of_groups
 
 Float64 = NDArray[np.float64]
 
@@ -92,10 +91,8 @@ def drift_by_position(tokens: Source, n_layers: int = 0, bin_width: int | None =
     held = np.flatnonzero(n_B)
     n_sequences_B, n_extreme_B, n_routed_B, n_flipped_B = x.total(counts)[:, held]
     mean = ratio_mean_interval(sum_CB[:, held], n_CB[:, held], "positive")
-    read = partial(map, lambda part: Part(part.abs_diff_T, bin_of(part), part.prompt_row_T, part.n_prompts))
-    points = quantiles_of_groups(
-        lambda: read(x.parts()), n_B, np.repeat(np.c_[list(_QUANTILES.values())], n_bins, axis=1)
-    )[:, held]
+    q_QB = np.repeat(np.c_[list(_QUANTILES.values())], n_bins, axis=1)
+    points = quantiles_of_groups(x.values(abs_diff, bin_of), n_B, q_QB)[:, held]
     frame = pd.DataFrame(
         {
             "position_low": held * width,

@@ -22,7 +22,7 @@ from moediag.analysis.metrics import HARMLESS, LOWER, ONE, Definition, Metric, d
 from moediag.analysis.routing_counts import RoutingTotals
 from moediag.analysis.tokens import Source, Tokens, source_of
 from moediag.statistics.intervals import Interval, Intervals, jackknife_interval, ratio_mean_interval
-from moediag.statistics.quantiles import Part, quantiles_of_groups
+from moediag.statistics.quantiles import quantiles_of_groups
 
 Float64 = NDArray[np.float64]
 
@@ -197,11 +197,8 @@ def flips_per_token(tokens: Source, totals: RoutingTotals) -> pd.DataFrame:
 
     count_N, n_scored_N, sum_N = x.total(counts)
 
-    def values(part: Tokens) -> Part:
-        return Part(part.abs_diff_T, part.column("n_flipped_layers"), part.prompt_row_T, part.n_prompts)
-
-    n_N, q_QN = n_scored_N.astype(np.int64), np.full((1, n_rows), 0.99)
-    p99_N = quantiles_of_groups(lambda: map(values, x.parts()), n_N, q_QN)[0]
+    flipped_values = x.values(lambda part: part.abs_diff_T, lambda part: part.column("n_flipped_layers"))
+    p99_N = quantiles_of_groups(flipped_values, n_scored_N.astype(np.int64), np.full((1, n_rows), 0.99))[0]
     frame = pd.DataFrame(
         {
             "n_flipped_layers": np.arange(n_rows),

@@ -23,7 +23,7 @@ from moediag.analysis.measures import QUANTILE_MEASURES, TOKEN_MEASURES, formula
 from moediag.analysis.metrics import LOWER
 from moediag.analysis.tokens import Source, Tokens, TokenSource, source_of
 from moediag.statistics.intervals import Intervals, ratio_mean_interval
-from moediag.statistics.quantiles import Part, quantile_intervals
+from moediag.statistics.quantiles import quantile_intervals
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
@@ -169,10 +169,6 @@ def _found(
         yield "flip_rate", "1", LOWER, ratio_mean_interval(routed[1], routed[0], "rate")
     for of, measures in groupby(QUANTILE_MEASURES, key=lambda measure: measure[2]):
         metrics, probabilities, _ = zip(*measures, strict=True)
-
-        def part(some: Tokens, of: Callable[[Tokens], Float64] = of) -> Part:
-            return Part(of(some), strata.index_T(some), some.prompt_row_T, some.n_prompts)
-
-        found = quantile_intervals(lambda part=part: map(part, x.parts()), len(strata), probabilities)  # type: ignore[misc]
+        found = quantile_intervals(x.values(of, strata.index_T), len(strata), probabilities)
         for metric, each in zip(metrics, found, strict=True):
             yield metric.name, metric.unit, metric.direction, Intervals.of(each)

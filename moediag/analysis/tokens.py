@@ -27,6 +27,7 @@ from moediag.analysis.routing_counts import MisroutedMass, misrouted_mass
 from moediag.errors import MoediagError
 from moediag.run.align import Pair, PairBlock
 from moediag.run.capture import is_scored
+from moediag.statistics import quantiles
 
 Float64 = NDArray[np.float64]
 
@@ -101,6 +102,21 @@ class TokenSource(ABC):
     def sums(self, *of: Callable[[Tokens], ArrayLike]) -> Float64:
         """(len(of), C) sums of token values over the tokens of each prompt, in one pass."""
         return self.collect(lambda part: np.stack([part.by_prompt(one(part)) for one in of], axis=1)).T
+
+    def values(
+        self, of: Callable[[Tokens], Float64], group: Callable[[Tokens], NDArray[Any]] | None = None
+    ) -> quantiles.Read:
+        """Token values as quantiles read them, in groups 0 .. G-1 (-1 = in none), or in one group 0."""
+
+        def part(some: Tokens) -> quantiles.Part:
+            group_T = np.zeros(len(some), np.intp) if group is None else group(some)
+            return quantiles.Part(of(some), group_T, some.prompt_row_T, some.n_prompts)
+
+        return lambda: map(part, self.parts())
+
+    def quantile(self, of: Callable[[Tokens], Float64], q: float) -> float:
+        """Linear quantile of token values; NaN without a token."""
+        return float(quantiles.quantiles_of_groups(self.values(of), np.array([len(self)]), np.array([[q]]))[0, 0])
 
     def __len__(self) -> int:
         return int(self.n_by_prompt.sum())
@@ -348,6 +364,29 @@ class TokenParts(TokenSource):
     def where(self, of: Callable[[Tokens], NDArray[np.bool_]]) -> TokenParts:
         """The scored tokens for which ``of`` is true."""
         return TokenParts(lambda: (part.rows[of(part)] for part in self.parts()))
+
+
+def beside(x: TokenSource, other: TokenSource) -> TokenSource:
+    """The tokens of a pair that another pair of the same tokens scored, too.
+
+    Args:
+        x, other: their parts in ascending order of sequences, or everything in one part.
+
+    Returns:
+        Tokens of ``x``; the frames hold the other pair's columns, too, under ``<name>_other``.
+    """
+    keys, columns = ["seq_id", "position"], {"logp_train", "logp_infer", "n_flipped_layers"}
+
+    def read() -> Iterator[pd.DataFrame]:
+        frames = (part.rows[[*keys, *columns.intersection(part.frame)]] for part in other.parts())
+        held = next(frames)
+        for part in x.parts():
+            some, last = [held], part.rows["seq_id"].max()
+            while not held["seq_id"].max() > last and (more := next(frames, None)) is not None:
+                some.append(held := more)
+            yield part.rows.merge(pd.concat(some), on=keys, suffixes=("", "_other"))
+
+    return TokenParts(read)
 
 
 def whole_prompts(frames: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:

@@ -22,10 +22,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from moediag.analysis.measures import abs_diff, abs_diff_other
+from moediag.analysis.tokens import Source, Tokens, beside, source_of
 from moediag.notation import INFER, TRAIN
 from moediag.run.capture import Capture, is_scored
 from moediag.run.reader import Run, open_run
-from moediag.statistics.intervals import Interval, cluster_sums, ratio_mean_interval
+from moediag.statistics.intervals import Interval, ratio_mean_interval
 
 FLOAT32: Final = "float32"
 SAME: Final = 10.0
@@ -328,29 +330,26 @@ def _content(interval: Interval) -> dict[str, Any]:
     }
 
 
-def distances(infer: pd.DataFrame, train: pd.DataFrame) -> Distances | None:
+def distances(infer: Source, train: Source) -> Distances | None:
     """Each engine against its own float32; None without a token that all four arms scored.
 
     Args:
-        infer, train: frames ``tokens`` of each engine's pair with its float32 arm, of the same tokens.
+        infer, train: tokens of each engine's pair with its float32 arm, of the same tokens.
     """
-    keys = ["seq_id", "position"]
-    joined = infer.merge(train, on=keys, suffixes=("", "_of_train"))
-    infer_N = np.abs(joined["logp_train"].to_numpy(np.float64) - joined["logp_infer"].to_numpy(np.float64))
-    train_N = np.abs(
-        joined["logp_train_of_train"].to_numpy(np.float64) - joined["logp_infer_of_train"].to_numpy(np.float64)
-    )
-    is_known = np.isfinite(infer_N) & np.isfinite(train_N)
-    if not is_known.any():
+    x = beside(source_of(infer), source_of(train))
+
+    def log_ratio(part: Tokens) -> NDArray[np.float64]:
+        infer_T, train_T = (np.maximum(size, _LEAST) for size in (part.abs_diff_T, abs_diff_other(part)))
+        return np.asarray(np.log(infer_T) - np.log(train_T))
+
+    infer_C, train_C, log_C = x.sums(abs_diff, abs_diff_other, log_ratio)
+    n_C = x.n_by_prompt
+    if not len(n_C):
         return None
-    prompt_T = joined["prompt_id"].to_numpy()[is_known]
-    log_N = np.log(np.maximum(infer_N, _LEAST)) - np.log(np.maximum(train_N, _LEAST))
-    n_C = cluster_sums(np.ones(len(prompt_T)), prompt_T)
-    infer_C, train_C = (cluster_sums(one[is_known], prompt_T) for one in (infer_N, train_N))
     infer_mean, train_mean, mean_ratio = (
         ratio_mean_interval(sum_C, by_C, kind="positive").one()
         for sum_C, by_C in ((infer_C, n_C), (train_C, n_C), (infer_C, train_C))
     )
-    log = ratio_mean_interval(cluster_sums(log_N[is_known], prompt_T), n_C).one()
+    log = ratio_mean_interval(log_C, n_C).one()
     ratio = replace(log, value=math.exp(log.value), low=math.exp(log.low), high=math.exp(log.high))
-    return Distances(infer_mean, train_mean, ratio, mean_ratio, int(is_known.sum()))
+    return Distances(infer_mean, train_mean, ratio, mean_ratio, len(x))

@@ -12,16 +12,19 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from moediag.analysis.floors import FAR
+from moediag.analysis.measures import abs_diff, abs_diff_other, k3, k3_other
 from moediag.analysis.metrics import METRICS
+from moediag.analysis.tokens import Tokens, TokenSource, beside
 from moediag.diagnosis.recorded import HEALTHY
 from moediag.frames import Column, declare, measured, with_ci
 from moediag.notation import INFER, TRAIN
 from moediag.numbers import sig
 from moediag.run.reader import Run
 from moediag.run.records import ArmRecord
-from moediag.statistics.intervals import cluster_sums, ratio_mean_interval
+from moediag.statistics.intervals import ratio_mean_interval
 
 Summary = Mapping[str, Any]
 
@@ -275,11 +278,11 @@ def engine_seconds(run: Run, arms: Sequence[str]) -> float | None:
     return float(sum(known)) if known else None
 
 
-def remedies(run: Run, frames: Mapping[str, pd.DataFrame], pairs: Mapping[str, Summary], observed: str) -> pd.DataFrame:
+def remedies(run: Run, tokens: Mapping[str, TokenSource], pairs: Mapping[str, Summary], observed: str) -> pd.DataFrame:
     """What each change that an arm makes would buy: the mismatch without and with it, on the same tokens.
 
     Args:
-        frames: frame ``tokens`` by pair.
+        tokens: by pair.
         pairs: summaries by pair.
         observed: name of the pair without any change.
 
@@ -293,10 +296,10 @@ def remedies(run: Run, frames: Mapping[str, pd.DataFrame], pairs: Mapping[str, S
         changed = [run.arm(arm) for arm, own in ((theirs, minuend), (ours, subtrahend)) if arm != own]
         records = [run.arm(arm) for arm in (ours, theirs)]
         is_remedy = changed and all(one.change in _REMEDIES for one in changed)
-        if observed not in frames or pair not in frames or not is_remedy or records[0].role == records[1].role:
+        if observed not in tokens or pair not in tokens or not is_remedy or records[0].role == records[1].role:
             continue
         words = " and ".join(dict.fromkeys(_change_words(run, one) for one in changed))
-        if (row := _bought(frames[observed], frames[pair])) is not None:
+        if (row := _bought(tokens[observed], tokens[pair])) is not None:
             rows.append({"change": words, "pair": pair, **row})
     return REMEDIES.validate(pd.DataFrame(rows, columns=REMEDIES.names))
 
@@ -317,35 +320,26 @@ def _change_words(run: Run, record: ArmRecord) -> str:
     return f"routers of {side} in {perturbed}"
 
 
-def _bought(without: pd.DataFrame, with_: pd.DataFrame) -> dict[str, Any] | None:
+def _bought(without: TokenSource, with_: TokenSource) -> dict[str, Any] | None:
     """Metrics of the tokens that both pairs scored; ratios of means resampled by prompt as one statistic."""
-    keys = ["seq_id", "position"]
-    joined = without.merge(with_, on=keys, suffixes=("_a", "_b"))
-    diff = {
-        one: (
-            joined[f"logp_train_{one}"].astype(np.float64) - joined[f"logp_infer_{one}"].astype(np.float64)
-        ).to_numpy()
-        for one in "ab"
-    }
-    is_known = np.isfinite(diff["a"]) & np.isfinite(diff["b"])
-    if not is_known.any():
+    x = beside(without, with_)
+
+    def flips(part: Tokens) -> NDArray[Any]:
+        each = [part.column(name) for name in ("n_flipped_layers", "n_flipped_layers_other")]
+        return np.array([[(n_T >= 0).sum(), (n_T > 0).sum()] for n_T in each])
+
+    from_C, to_C, k3_from_C, k3_to_C = x.sums(abs_diff, abs_diff_other, k3, k3_other)
+    n = len(x)
+    if not n:
         return None
-    a, b = (diff[one][is_known] for one in "ab")
-    prompt_T = joined["prompt_id_a"].to_numpy()[is_known]
-    k3 = [np.expm1(one) - one for one in (a, b)]
-    mean = ratio_mean_interval(
-        cluster_sums(np.abs(b), prompt_T), cluster_sums(np.abs(a), prompt_T), kind="positive"
-    ).one()
-    of_k3 = ratio_mean_interval(cluster_sums(k3[1], prompt_T), cluster_sums(k3[0], prompt_T), kind="positive").one()
-    flips = {}
-    for one, name in (("a", "flipped_from"), ("b", "flipped_to")):
-        n_T = joined[f"n_flipped_layers_{one}"].to_numpy()[is_known]
-        flips[name] = float((n_T[n_T >= 0] > 0).mean()) if (n_T >= 0).any() else None
+    mean = ratio_mean_interval(to_C, from_C, kind="positive").one()
+    of_k3 = ratio_mean_interval(k3_to_C, k3_from_C, kind="positive").one()
+    flipped_from, flipped_to = (float(some / known) if known else None for known, some in x.total(flips))
     return {
-        "mean_from": float(np.abs(a).mean()), "mean_to": float(np.abs(b).mean()),
+        "mean_from": float(from_C.sum() / n), "mean_to": float(to_C.sum() / n),
         "mean_times": mean.value, "mean_times_ci_low": mean.low, "mean_times_ci_high": mean.high,
-        "p99_from": float(np.quantile(np.abs(a), 0.99)), "p99_to": float(np.quantile(np.abs(b), 0.99)),
-        "k3_from": float(k3[0].mean()), "k3_to": float(k3[1].mean()),
+        "p99_from": x.quantile(abs_diff, 0.99), "p99_to": x.quantile(abs_diff_other, 0.99),
+        "k3_from": float(k3_from_C.sum() / n), "k3_to": float(k3_to_C.sum() / n),
         "k3_times": of_k3.value, "k3_times_ci_low": of_k3.low, "k3_times_ci_high": of_k3.high,
-        **flips, "n_tokens": int(is_known.sum()),
+        "flipped_from": flipped_from, "flipped_to": flipped_to, "n_tokens": n,
     }  # fmt: skip

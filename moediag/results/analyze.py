@@ -26,7 +26,7 @@ from moediag.results.load import analyze_again
 from moediag.results.parts import (
     Kept,
     Made,
-    ReadLater,
+    WrittenTokens,
     check_parts,
     findings_of,
     flip_parts,
@@ -117,7 +117,7 @@ def analyze_run(
         found = Found(function, modules, explain_recorded(run, arms), layers, findings, third, cut)
         n_errors = sum(finding.level == ERROR for finding in findings)
         provenance = {"validation_errors": n_errors, "no_text": no_text}
-        tokens = ReadLater(pairs, lambda pair: read(pair, "tokens")["tokens"])
+        tokens = WrittenTokens(folder, pairs)
         sequences = read(main, "sequences")["sequences"]
         summary = summarize(run, main, summaries, tokens, sequences, own, found, provenance)
         exact = exact_divergences(run)

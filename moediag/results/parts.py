@@ -25,10 +25,12 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import scipy
 
 import moediag
 from moediag.analysis.flips.explained import explained_flips_of, forecast_flips_of, noise_arms
+from moediag.analysis.tokens import TokenParts, TokenSource
 from moediag.errors import RunError
 from moediag.folder import SUMMARY, write_frames
 from moediag.hygiene.check import Check, checks_of, join_check, read_check
@@ -258,16 +260,26 @@ def _written(
     return summary, write_frames(folder / part.pair, shared(frames, no_text))
 
 
-class ReadLater(Mapping[str, pd.DataFrame]):
-    """One frame of every pair, read when it is asked for and not kept."""
+class WrittenTokens(Mapping[str, TokenSource]):
+    """The tokens of every pair as they were written; what is asked for is read part by part.
 
-    def __init__(self, pairs: Iterable[str], read: Callable[[str], pd.DataFrame]) -> None:
-        self._pairs, self._read = tuple(pairs), read
+    Args:
+        folder: of the analysis; pairs: whose tokens lie there.
+    """
 
-    def __getitem__(self, pair: str) -> pd.DataFrame:
+    def __init__(self, folder: Path, pairs: Iterable[str]) -> None:
+        self._folder, self._pairs = folder, tuple(pairs)
+
+    def __getitem__(self, pair: str) -> TokenSource:
         if pair not in self._pairs:
             raise KeyError(pair)
-        return self._read(pair)
+
+        def read() -> Iterator[pd.DataFrame]:  # a row group is a part
+            with pq.ParquetFile(self._folder / pair / "tokens.parquet") as file:
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(group).to_pandas()
+
+        return TokenParts(read)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pairs)

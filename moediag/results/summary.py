@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from moediag.analysis.floors import Variant, floors
-from moediag.analysis.tokens import Tokens
+from moediag.analysis.measures import abs_diff, abs_diff_other, k3, k3_other
+from moediag.analysis.tokens import TokenSource, beside
 from moediag.diagnosis import Distances, FirstLayers, FunctionTest, Seen, Whose, distances, verdict
 from moediag.diagnosis.layers import LayersApart
 from moediag.diagnosis.modules import ModuleChecks
@@ -21,7 +22,7 @@ from moediag.notation import INFER, SCHEMA_VERSION, TRAIN
 from moediag.run.derived import captures_digest
 from moediag.run.reader import Run
 from moediag.run.recipes import ENGINE_WORDS
-from moediag.statistics.intervals import cluster_sums, ratio_mean_interval
+from moediag.statistics.intervals import ratio_mean_interval
 
 BROKEN_REPLAY: Final = -9.0
 """Share of the mean removed below which it is the replay that is broken: more than ten times as large as without.
@@ -60,7 +61,7 @@ def summarize(
     run: Run,
     main: str,
     pairs: Mapping[str, dict[str, Any]],
-    tokens: Mapping[str, pd.DataFrame],
+    tokens: Mapping[str, TokenSource],
     sequences: pd.DataFrame,
     own: Sequence[Variant],
     found: Found,
@@ -71,7 +72,7 @@ def summarize(
     Args:
         main: name of the main pair.
         pairs: :func:`~moediag.results.pair_summary.pair_summary` of every pair.
-        tokens: frame ``tokens`` of every pair.
+        tokens: of every pair.
         sequences: frame ``sequences`` of the main pair.
         own: arms compared with the arm of their own side.
         provenance: what the analysis adds.
@@ -139,7 +140,7 @@ def summarize(
     }
 
 
-def _distances(run: Run, function: FunctionTest, tokens: Mapping[str, pd.DataFrame]) -> Distances | None:
+def _distances(run: Run, function: FunctionTest, tokens: Mapping[str, TokenSource]) -> Distances | None:
     """Each engine's distance to its own float32; None where one of them runs in float32 as it is."""
     infer, train = function.pair.split("~")
     own = [run.pair_name(run.reference(role), arm) for arm, role in ((infer, INFER), (train, TRAIN))]
@@ -209,7 +210,7 @@ def _replay_pairs(run: Run, pairs: Container[str]) -> Iterator[str]:
             yield name
 
 
-def _replay_summary(run: Run, tokens: Mapping[str, pd.DataFrame], observed: str) -> dict[str, Any] | None:
+def _replay_summary(run: Run, tokens: Mapping[str, TokenSource], observed: str) -> dict[str, Any] | None:
     """What forcing infer's experts on train removes of the mismatch; None without a replay arm.
 
     Both pairs are of the same tokens, so a ratio of two means is resampled as one statistic, by prompt. Tokens that
@@ -218,32 +219,31 @@ def _replay_summary(run: Run, tokens: Mapping[str, pd.DataFrame], observed: str)
     replayed = next(_replay_pairs(run, tokens), None)
     if replayed is None or observed not in tokens:
         return None
-    diff_T, replay_diff_T = (Tokens(tokens[pair]).diff_N for pair in (observed, replayed))
-    is_scored_T = np.isfinite(diff_T) & np.isfinite(replay_diff_T)
-    prompt_T = tokens[observed]["prompt_id"].to_numpy()[is_scored_T]
-    both = (replay_diff_T[is_scored_T], diff_T[is_scored_T])
+    x = beside(tokens[observed], tokens[replayed])
+    n = len(x)
 
-    def of_means(value: Callable[[Any], Any]) -> dict[str, Any]:
-        with_C, without_C = (cluster_sums(value(values_T), prompt_T) for values_T in both)
+    size_C, forced_C, k3_C, forced_k3_C = x.sums(abs_diff, abs_diff_other, k3, k3_other)
+
+    def of_means(with_C: NDArray[Any], without_C: NDArray[Any]) -> dict[str, Any]:
         kept = ratio_mean_interval(with_C, without_C, kind="positive").one()
         bounds = [1 - kept.high, 1 - kept.low]
         is_known = all(map(math.isfinite, bounds))
         share = 1 - kept.value if math.isfinite(kept.value) else None
         return {"share": share, "share_ci": bounds if is_known else None, "note": kept.note}
 
-    p99s = [float(np.quantile(np.abs(values_T), 0.99)) if len(values_T) else math.nan for values_T in both]
-    p99 = {"share": 1 - p99s[0] / p99s[1] if p99s[1] > 0 else None, "share_ci": None, "note": "ratio of two quantiles"}
+    forced_p99, p99 = (x.quantile(of, 0.99) for of in (abs_diff_other, abs_diff))
+    of_p99 = 1 - forced_p99 / p99 if p99 > 0 else None
     removed = {
-        "abs_logp_diff.mean": of_means(np.abs),
-        "abs_logp_diff.p99": p99,
-        "kl_infer_train_k3": of_means(lambda diff_T: np.expm1(diff_T) - diff_T),
+        "abs_logp_diff.mean": of_means(forced_C, size_C),
+        "abs_logp_diff.p99": {"share": of_p99, "share_ci": None, "note": "ratio of two quantiles"},
+        "kl_infer_train_k3": of_means(forced_k3_C, k3_C),
     }
-    share, forced = removed["abs_logp_diff.mean"]["share"], np.abs(both[0]).mean() if len(both[0]) else 0.0
+    share, forced = removed["abs_logp_diff.mean"]["share"], forced_C.sum() / n if n else 0.0
     return {
         "layers": _forced_layers(run, replayed.partition("~")[2]),
         "removed": removed,
-        "n_tokens": int(is_scored_T.sum()),
-        "n_prompts": len(np.unique(prompt_T)),
+        "n_tokens": n,
+        "n_prompts": x.n_prompts,
         "is_broken": share is not None and share < BROKEN_REPLAY and bool(forced > _LEAST_BROKEN),
     }
 
