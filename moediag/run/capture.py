@@ -487,13 +487,17 @@ def _from_storage(name: str, tensor: Mapping[str, Any], where: str) -> NDArray[A
     if is_ids:
         return _ids_from_storage(array, where)
     if dtype == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
+        wide = array.astype(np.uint32)
+        return np.left_shift(wide, 16, out=wide).view(np.float32)
     return array.astype(np.float32)
 
 
 def _ids_from_storage(array: NDArray[Any], where: str) -> NDArray[np.int16]:
-    wide = array.astype(np.int32)
-    wide[wide == np.iinfo(array.dtype).max] = NOT_ROUTED
-    if wide.max(initial=0) > np.iinfo(np.int16).max:
-        raise CorruptRunError(f"{where}: expert id {wide.max()} is one that no model has; capture that shard again")
-    return wide.astype(np.int16)
+    none = np.iinfo(array.dtype).max
+    ids = array.astype(np.int16)  # the largest of two bytes is -1 then
+    if none < np.iinfo(np.int16).max:
+        np.putmask(ids, array == none, NOT_ROUTED)
+    if ids.min(initial=0) < NOT_ROUTED:
+        largest = array[array != none].max()
+        raise CorruptRunError(f"{where}: expert id {largest} is one that no model has; capture that shard again")
+    return ids
