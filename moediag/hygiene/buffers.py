@@ -38,7 +38,7 @@ from scipy import stats
 
 from moediag.hygiene.chance import ALPHA, exceeds, exceeds_others, joint_rate
 from moediag.hygiene.findings import Count, Finding, Tally, counted, finding
-from moediag.hygiene.rows import MIN_ROWS, Rows, Shape, over_slots, prefix_hashes
+from moediag.hygiene.rows import MIN_ROWS, Rows, Shape, n_rows_by_layer, prefix_hashes
 from moediag.run.capture import Int64, TokenRows
 
 _FLAT = 1e-3
@@ -85,7 +85,7 @@ class Filler(Tally):
     def add(self, rows: Rows) -> None:
         """Count a shard."""
         n = int(rows.routed_throughout.sum())
-        self._routed_L += rows.routed.sum(axis=0)
+        self._routed_L += n_rows_by_layer(rows.routed)
         if self._shape.is_choice:
             for count, hit_TL, hit_L in (
                 (self._first, rows.first_set, self._first_L),
@@ -93,7 +93,7 @@ class Filler(Tally):
                 (self._on, rows.counting, self._on_L),
             ):
                 count.add(rows.tokens, np.asarray(hit_TL.all(axis=1)), n, rows.prefixes)
-                hit_L += hit_TL[rows.routed_throughout].sum(axis=0)
+                hit_L += n_rows_by_layer(hit_TL[rows.routed_throughout])
         tied_TL = rows.tied
         if tied_TL is not None:
             self._add_ties(rows, tied_TL, n)
@@ -108,10 +108,10 @@ class Filler(Tally):
         self._has_scores = True
         all_T = np.asarray(tied_TL.all(axis=1))
         self._tied.add(rows.tokens, all_T, n, rows.prefixes)
-        self._tied_L += tied_TL.sum(axis=0)
+        self._tied_L += n_rows_by_layer(tied_TL)
         apart_T = rows.routed_throughout & ~all_T
         self._n_apart += int(apart_T.sum())
-        self._tied_apart_L += tied_TL[apart_T].sum(axis=0)
+        self._tied_apart_L += n_rows_by_layer(tied_TL[apart_T])
         if self._shape.is_choice and self._shape.n_layers == 1:
             for which, on_T in enumerate((rows.first_set[:, 0], rows.last_set[:, 0])):
                 self._tied_on[which].add(rows.tokens, on_T & all_T, int(all_T.sum()), rows.prefixes)
@@ -285,8 +285,7 @@ class Stale(Tally):
         sets_T = _hash_rows(rows.sets)
         bits_T = _score_hashes(rows)
         self._has_scores &= bits_T is not None
-        same_TL = over_slots(np.logical_and, rows.sets[1:] == rows.sets[:-1])
-        self._neighbours_L += same_TL[_pairs(rows, usable_T, 1)].sum(axis=0)
+        self._neighbours_L += n_rows_by_layer(rows.repeats[_pairs(rows, usable_T, 1)])
         self._add_lags(rows, usable_T, sets_T, self._sets, self._set_blocks, _LEAST_RUN)
         if bits_T is not None:
             self._add_lags(rows, usable_T, bits_T, self._bits, self._bit_blocks, 1)

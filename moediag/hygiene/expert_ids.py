@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moediag.hygiene.chance import N_GROUPS, exceeds, group_of, mean_is_positive
 from moediag.hygiene.findings import Count, Finding, Tally, counted, finding
-from moediag.hygiene.rows import MIN_ROWS, TOKEN_LAGS, Rows, Shape, aligned, n_members
+from moediag.hygiene.rows import MIN_ROWS, TOKEN_LAGS, Rows, Shape, aligned, n_members, n_rows_by_layer
 from moediag.notation import NOT_ROUTED
 from moediag.run.capture import TokenRows
 
@@ -67,7 +67,7 @@ class Identifiers(Tally):
     def add(self, rows: Rows) -> None:
         """Count a shard."""
         self._n_of += rows.absent.size
-        self._n_present_L += (~rows.absent).sum(axis=0)
+        self._n_present_L += n_rows_by_layer(~rows.absent)
         odd_TL = ~rows.routed & ~rows.absent  # few, if any
         ids_NK = rows.ids[odd_TL]
         outside_NK = (ids_NK >= self._shape.n_experts) | (ids_NK < NOT_ROUTED)
@@ -324,8 +324,7 @@ def _overlap(train: Rows, infer: Rows, train_rows: slice, infer_rows: slice) -> 
 
 
 def _n_shared(shared_TLW: NDArray[np.uint64]) -> NDArray[np.int64]:
-    n_rows, n_layers, n_words = shared_TLW.shape
-    return np.asarray(np.bitwise_count(shared_TLW).reshape(n_rows, n_layers * n_words).sum(axis=1, dtype=np.int64))
+    return np.asarray(n_members(shared_TLW).sum(axis=1, dtype=np.int64))
 
 
 def popularity(
@@ -355,8 +354,8 @@ class LayerAtChance(Tally):
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
         n_layers = shape.n_layers
-        self._n_GL, self._overlap_GL = np.zeros((N_GROUPS, n_layers)), np.zeros((N_GROUPS, n_layers))
-        self._squares_L = np.zeros(n_layers)
+        self._n_GL, self._shared_GL = np.zeros((2, N_GROUPS, n_layers), dtype=np.int64)  # rows, experts in common
+        self._squares_L = np.zeros(n_layers, dtype=np.int64)
         self._chosen_LE = np.zeros((2, n_layers, shape.n_experts))
         self._n_copies = 1
 
@@ -366,21 +365,20 @@ class LayerAtChance(Tally):
         self._n_copies = max(self._n_copies, int(tokens.sample_index_T.max(initial=0)) + 1)
         group_T = group_of(tokens.prompt_id_T, tokens.position_T)
         both_TL = train.routed & infer.routed
-        overlap_TL = np.where(both_TL, n_members(train.sets & infer.sets), 0) / self._shape.top_k
-        order_T = np.argsort(group_T, kind="stable")
-        groups, first_N = np.unique(group_T[order_T], return_index=True)
-        self._n_GL[groups] += np.add.reduceat(both_TL[order_T], first_N, axis=0, dtype=np.float64)
-        self._overlap_GL[groups] += np.add.reduceat(overlap_TL[order_T], first_N, axis=0)
-        self._squares_L += np.square(overlap_TL).sum(axis=0)
+        shared_TL = n_members(train.sets & infer.sets) * both_TL
+        first_N = np.flatnonzero(np.r_[True, group_T[1:] != group_T[:-1]][: len(group_T)])  # groups lie in runs
+        np.add.at(self._n_GL, group_T[first_N], np.add.reduceat(both_TL, first_N, axis=0, dtype=np.int64))
+        np.add.at(self._shared_GL, group_T[first_N], np.add.reduceat(shared_TL, first_N, axis=0, dtype=np.int64))
+        self._squares_L += np.square(shared_TL, dtype=np.int32).sum(axis=0, dtype=np.int64)
         for side, rows in enumerate((train, infer)):
             self._chosen_LE[side] += popularity(rows.ids, self._shape.n_experts, both_TL)
 
     def findings(self, where: str) -> list[Finding]:
         """Layers at chance while most agree."""
-        n_L = self._n_GL.sum(axis=0)
+        n_L = self._n_GL.sum(axis=0).astype(np.float64)
         if self._shape.n_layers < 2 or not self._shape.is_choice or n_L.min() < MIN_ROWS:
             return []
-        overlap_L = self._overlap_GL.sum(axis=0) / n_L
+        overlap_L = self._shared_GL.sum(axis=0) / self._shape.top_k / n_L
         train_LE, infer_LE = self._chosen_LE / n_L[:, None]
         chance_L = (train_LE * infer_LE).sum(axis=1) / self._shape.top_k
         room_L = 1 - chance_L
@@ -406,9 +404,9 @@ class LayerAtChance(Tally):
                         base_rate=float(chance_L[worst]))]  # fmt: skip
 
     def _is_below(self, layer: int, least: float) -> bool:
-        n_G, sum_G = self._n_GL[:, layer], self._overlap_GL[:, layer]
+        n_G, sum_G = self._n_GL[:, layer], self._shared_GL[:, layer] / self._shape.top_k
         n, total = float(n_G.sum()), float(sum_G.sum())
-        squares = n * least**2 - 2 * least * total + float(self._squares_L[layer])
+        squares = n * least**2 - 2 * least * total + float(self._squares_L[layer]) / self._shape.top_k**2
         return mean_is_positive(n_G, least * n_G - sum_G, squares, self._n_copies, self._shape.n_layers)
 
 
@@ -437,8 +435,7 @@ class TwinLayers(Tally):
             self._hash_L += (mixed_TL * weight_T[used_T, None]).sum(axis=0, dtype=np.uint64)
         pair_T = used_T[1:] & used_T[:-1] & rows.follows(1)
         self._n_neighbours += int(pair_T.sum())
-        same_TL = (sets_TLW[1:][pair_T] == sets_TLW[:-1][pair_T]).all(axis=2)
-        self._neighbours_L += same_TL.sum(axis=0)
+        self._neighbours_L += n_rows_by_layer(rows.repeats[pair_T])
 
     def findings(self, where: str) -> list[Finding]:
         """Layers that are copies of each other."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moediag.hygiene.findings import Count, Finding, Tally, counted, finding
-from moediag.hygiene.rows import MIN_ROWS, Rows, Shape, over_slots
+from moediag.hygiene.rows import MIN_ROWS, Rows, Shape, over_slots, same_sets
 
 _BF16 = 2.0**-8
 """Relative rounding of one bfloat16 number: half of its ulp, 2^-7, at worst."""
@@ -56,9 +56,12 @@ class RouterScores(Tally):
         gates_TLK = rows.capture.gate_weights_TLK
         if gates_TLK is None:
             return
-        least_TL, total_TL = over_slots(np.minimum, gates_TLK), rows.gate_totals
+        total_TL = rows.gate_totals
         assert total_TL is not None
-        wrong_TL = routed_TL & ~(np.isfinite(total_TL) & (least_TL >= 0))
+        good_TL = np.isfinite(total_TL)
+        if not gates_TLK.min(initial=0) >= 0:  # looked at closer only where one is negative or NaN
+            good_TL &= over_slots(np.minimum, gates_TLK) >= 0
+        wrong_TL = routed_TL & ~good_TL
         self._gate.add(rows.tokens, wrong_TL, n)
         if self._shape.renormalize:
             self._add_sums(rows, total_TL, routed_TL & ~wrong_TL)
@@ -164,7 +167,7 @@ class GateFactor(Tally):
         train_TL, infer_TL = train.gate_totals, infer.gate_totals
         if train_TL is None or infer_TL is None:
             return
-        same_TL = train.routed & infer.routed & over_slots(np.logical_and, train.sets == infer.sets)
+        same_TL = train.routed & infer.routed & same_sets(train.sets, infer.sets)
         train_N, infer_N = (totals_TL[same_TL].astype(np.float64) for totals_TL in (train_TL, infer_TL))
         good_N = np.isfinite(train_N) & np.isfinite(infer_N) & (train_N > 0) & (infer_N > 0)
         train_N, infer_N = train_N[good_N], infer_N[good_N]

@@ -488,16 +488,16 @@ def _from_storage(name: str, tensor: Mapping[str, Any], where: str) -> NDArray[A
         return _ids_from_storage(array, where)
     if dtype == "BF16":
         wide = array.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
+        return np.left_shift(wide, 16, out=wide).view(np.float32)
     return array.astype(np.float32)
 
 
 def _ids_from_storage(array: NDArray[Any], where: str) -> NDArray[np.int16]:
-    is_absent = array == np.iinfo(array.dtype).max
-    known = np.where(is_absent, 0, array) if is_absent.any() else array
-    if known.max(initial=0) > np.iinfo(np.int16).max:
-        raise CorruptRunError(f"{where}: expert id {known.max()} is one that no model has; capture that shard again")
-    wide = known.astype(np.int16)
-    wide[is_absent] = NOT_ROUTED
-    return wide
+    none = np.iinfo(array.dtype).max
+    ids = array.astype(np.int16)  # the largest of two bytes is -1 then
+    if none < np.iinfo(np.int16).max:
+        np.putmask(ids, array == none, NOT_ROUTED)
+    if ids.min(initial=0) < NOT_ROUTED:
+        largest = array[array != none].max()
+        raise CorruptRunError(f"{where}: expert id {largest} is one that no model has; capture that shard again")
+    return ids
