@@ -22,8 +22,9 @@ Invariants:
     - nothing flows back into the trainer: tensors are detached, and copied from their device together;
     - arguments that do not fit are errors, and show at the first step; *values* never end a training: a step of which
       nothing can be measured says why, and has no row;
-    - steps ascend: what an earlier attempt wrote of this step and later ones, and a row that it did not end, is
-      dropped when a trainer resumes, and the row that follows is marked as a restart.
+    - steps ascend; batches given at one step, in as many calls as it takes, are one step, whose row is written anew;
+    - what an earlier attempt wrote of this step and later ones, and a row that it did not end, is dropped when a
+      trainer resumes, and the row that follows is marked as a restart.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ CORRECTIONS: Final = ("ring-1t", "verl-token-tis", "verl-seq-mis")
 
 
 @dataclass(frozen=True)
-class Part:
+class Batch:
     """The tokens of one rank's batch that count, as :meth:`Watch.part` made them; plain arrays, so that it can be sent.
 
     Args:
@@ -170,7 +171,10 @@ class Watch:
     corrections: Sequence[str | Correction] = CORRECTIONS
     floors: Mapping[str, float] = field(default_factory=dict)
     tokens_every: int = 0
+    _first: int | None = field(default=None, init=False, repr=False)
     _last: int | None = field(default=None, init=False, repr=False)
+    _held: list[Batch] = field(default_factory=list, init=False, repr=False)
+    _is_restart: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._named = {str(one): named_correction(one) for one in self.corrections}
@@ -184,10 +188,13 @@ class Watch:
         seq_ids: ArrayLike | None = None,
         **more: Any,
     ) -> Seen:
-        """Look at the tokens of a step, all of them here; see :meth:`part` for the arguments.
+        """Look at the tokens of a step; see :meth:`part` for the arguments.
+
+        Called again at the same step (several generations before one update) it looks at all that was given at it;
+        sequences of two calls are different ones.
 
         Raises:
-            MoediagError: arrays that do not fit, no token that both sides scored, or a step that is not after the last.
+            MoediagError: arrays that do not fit, or a step before the last.
         """
         return self.step_of(step, [self.part(logp_train, logp_infer, mask, seq_ids, **more)])
 
@@ -202,7 +209,7 @@ class Watch:
         advantages: ArrayLike | None = None,
         entropy: ArrayLike | None = None,
         routes: tuple[ArrayLike, ArrayLike] | None = None,
-    ) -> Part:
+    ) -> Batch:
         """The tokens of one batch: lists, numpy arrays or tensors of any device.
 
         Args:
@@ -240,15 +247,16 @@ class Watch:
             seen = compare_experts(*ids)
             columns["n_flipped_layers"] = np.where(seen.is_complete_T, seen.n_flipped_T, NOT_COMPARED).astype(np.int64)
             n_layers = int(seen.shape[1])
-        return Part(columns, n_layers)
+        return Batch(columns, n_layers)
 
-    def step_of(self, step: int, parts: Iterable[Part]) -> Seen:
-        """Look at the tokens of a step that several ranks hold parts of; raises like :meth:`step`."""
-        step, some = int(step), list(parts)
+    def step_of(self, step: int, parts: Iterable[Batch]) -> Seen:
+        """Look at the tokens of a step that several ranks hold parts of; again, and raises, like :meth:`step`."""
+        step = int(step)
+        some = [*(self._held if step == self._last else ()), *parts]
         if len({(*part.columns, part.n_layers) for part in some}) != 1:
             raise MoediagError(f"the parts of step {step} hold different columns; give every rank the same arguments")
-        if self._last is not None and step <= self._last:
-            raise MoediagError(f"step {step} is not after step {self._last}: call once a step, with all its tokens")
+        if self._last is not None and step < self._last:
+            raise MoediagError(f"step {step} comes after step {self._last}; give steps in their order, or a new Watch")
         try:
             tokens = _joined(some, f"step {step}")
         except DumpError as error:  # no token under the mask, or log-probabilities that no model gives
@@ -259,7 +267,8 @@ class Watch:
         seen = self._seen(step, Terms(frame), tokens, some[0].n_layers)
         if self.folder is not None:
             self._write(seen, frame)
-        self._last = step
+        self._first = step if self._first is None else self._first
+        self._last, self._held = step, some
         return seen
 
     def _seen(self, step: int, terms: Terms, tokens: LoggedTokens, n_layers: int) -> Seen:
@@ -293,7 +302,7 @@ class Watch:
             if name in metrics and floor > 0:
                 add(f"{name}.times_floor", metrics[name] / floor)
         found = check_logged(tokens)
-        if self._last is None:  # later steps are a drift, which is trend's to tell from noise
+        if self._first in (None, step):  # later steps are a drift, which is trend's to tell from noise
             found = by_level([*found, *check_series(step_metrics(step, "", terms))])
         return Seen(step, metrics, bounds, found, len(terms), terms.n_prompts)
 
@@ -304,7 +313,11 @@ class Watch:
         return folder / STEPS
 
     def _write(self, seen: Seen, frame: pd.DataFrame) -> None:
-        is_restart = self._resume(seen.step)
+        if self._last is None or seen.step == self._last:
+            was_there = self._drop_from(seen.step)
+            self._is_restart = was_there if self._last is None else self._is_restart
+        else:
+            self._is_restart = False
         if self.tokens_every and seen.step % self.tokens_every == 0:
             path = self._table.with_name(f"tokens-{seen.step:06d}.parquet")
             write_atomic(path, frame.rename(columns={"entropy_infer": "entropy"}).to_parquet(index=False))
@@ -312,14 +325,14 @@ class Watch:
         for name, value in seen.metrics.items():
             low, high = seen.bounds.get(name, (math.nan, math.nan))
             row |= {name: value, f"{name}_ci_low": low, f"{name}_ci_high": high}
-        row |= {"n_findings": len(seen.findings), "restart": int(is_restart)}
+        row |= {"n_findings": len(seen.findings), "restart": int(self._is_restart)}
         known = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with self._table.open("a") as file:
             file.write(json.dumps(known) + "\n")
 
-    def _resume(self, step: int) -> bool:
-        """Drop what an earlier process wrote of this step and later ones; whether there was an earlier process."""
-        if self._last is not None or not self._table.exists():
+    def _drop_from(self, step: int) -> bool:
+        """Drop what was written of this step and later ones; whether there was a table with rows."""
+        if not self._table.exists():
             return False
         for path in self._table.parent.glob("tokens-*.parquet"):
             number = path.stem.removeprefix("tokens-")
@@ -365,7 +378,7 @@ def _positions(row_T: NDArray[np.intp]) -> NDArray[np.int64]:
     return position_T
 
 
-def _joined(parts: Sequence[Part], where: str) -> LoggedTokens:
+def _joined(parts: Sequence[Batch], where: str) -> LoggedTokens:
     """All parts as one table; sequences of different parts are different ones."""
     columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
     sizes = [int(part.columns["seq_id"].max(initial=-1)) + 1 for part in parts]

@@ -347,6 +347,18 @@ def token_tables(draw: st.DrawFn) -> TokenRows:
     )
 
 
+def test_a_router_without_zero_experts_is_written_as_before() -> None:
+    """Bug: ``n_zero_experts`` was always written, so earlier checkouts of schema 2 could not read new runs."""
+    plain = Router(decoder_layer=0, n_experts=8, top_k=2)
+    assert set(plain.content()) == {"decoder_layer", "n_experts", "top_k", "spec", "proof"}
+    zero = Router(decoder_layer=0, n_experts=12, top_k=2, n_zero_experts=4)
+    checkpoint = checkpoint_of(layers=(0,)).content()
+    assert "n_zero_experts" not in checkpoint["routers"][0]
+    for router in (plain, zero):
+        assert Router.model_validate_json(router.model_dump_json()) == router
+    assert zero.content()["n_zero_experts"] == 4
+
+
 @given(token_tables())
 def test_a_token_table_comes_back_bit_for_bit_whatever_is_not_known(tokens: TokenRows) -> None:
     back = decode_tokens(encode_tokens(tokens), "here")

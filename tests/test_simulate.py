@@ -19,6 +19,7 @@ from moediag.cli.main import main
 from moediag.corrections import METHODS, PRESETS, choose, weights
 from moediag.corrections.presets import presets_of
 from moediag.corrections.sources import table_source
+from moediag.figures import SIMULATION_FIGURES
 from moediag.frames import declared_frames
 from moediag.report.simulation_page import STABILITY
 from moediag.results.simulation import add_sweep, as_json, simulate, write_simulation
@@ -249,6 +250,18 @@ def test_everything_on_disk_is_declared_named_and_made_anew(tmp_path: Path) -> N
     write_simulation(small, folder, [])  # what the first one left does not stay
     assert not (folder / "sweep_by_band.parquet").exists()
     assert not (folder / "figures" / "band_frontier.png").exists()
+
+
+def test_corrections_that_mask_nothing_share_a_row_of_the_figure() -> None:
+    """Bug: 25 of 44 rows said "masks none"."""
+    rows = simulate(table_source(logged(40)), choose(), "t").frames["correction_statistics"]
+    is_none = rows["masked_share"] == 0
+    ax = SIMULATION_FIGURES["masked_shares"].plot(rows).axes[0]
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert 1 < is_none.sum() < len(rows)
+    assert labels[0] == f"{is_none.sum()} others"
+    assert len(labels) == (~is_none).sum() + 1
+    assert sum("mask none" in text.get_text() for text in ax.texts) == 1
 
 
 def test_both_pages_hold_the_sentences_and_the_limits(tmp_path: Path) -> None:

@@ -191,8 +191,34 @@ def test_a_trainer_that_resumes_drops_what_it_repeats(tmp_path: Path) -> None:
     assert [(row["step"], row["restart"]) for row in rows] == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 0)]
     assert sorted(path.name for path in tmp_path.glob("tokens-*")) == ["tokens-000000.parquet", "tokens-000002.parquet"]
     assert rows[3]["abs_logp_diff.mean"] == Watch().step(0, **batch(30)).metrics["abs_logp_diff.mean"]
-    with pytest.raises(MoediagError, match="step 4 is not after step 4"):
-        again.step(4, **batch(40))
+    with pytest.raises(MoediagError, match="step 3 comes after step 4"):
+        again.step(3, **batch(30))
+
+
+def test_calls_at_one_step_are_one_step(tmp_path: Path) -> None:
+    """Bug: two generations before one update (TRL with steps_per_generation below gradient_accumulation_steps) ended
+    the training: "step 0 is not after step 0"."""
+    one = batch(12, n_sequences=30)
+    thirds = [{name: array[10 * i : 10 * i + 10] for name, array in one.items()} for i in range(3)]
+    watch = Watch(tmp_path, tokens_every=1)
+    watch.step(0, **batch(13))
+    for third in thirds:
+        seen = watch.step(1, **third)
+    unusable = watch.step(1, **{**thirds[0], "logp_infer": np.full((10, 40), np.inf)})
+    assert unusable.problem
+    after = watch.step(2, **batch(14))
+    whole = Watch().step(1, **one)
+    assert seen.metrics == pytest.approx(whole.metrics, nan_ok=True)
+    assert (seen.n_tokens, seen.n_prompts) == (whole.n_tokens, whole.n_prompts)
+    rows = [json.loads(line) for line in (tmp_path / STEPS).read_text().splitlines()]
+    assert [(row["step"], row["n_tokens"], row["restart"]) for row in rows[1:]] == [
+        (1, whole.n_tokens, 0), (2, after.n_tokens, 0)]  # fmt: skip
+    assert len(pd.read_parquet(tmp_path / "tokens-000001.parquet")) == whole.n_tokens
+    resumed = Watch(tmp_path)
+    for third in thirds:
+        resumed.step(2, **third)
+    rows = [json.loads(line) for line in (tmp_path / STEPS).read_text().splitlines()]
+    assert [(row["step"], row["restart"]) for row in rows] == [(0, 0), (1, 0), (2, 1)]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def command(
     if as_json:
         say_json(summary)
         return
-    show_table({run.resolve().name: summary})
+    show_table({run.resolve().name: summary}, [run])
     if seen:
         wrote(run / "summary.json")
     else:

@@ -43,6 +43,6 @@ def command(
     if as_json:
         say_json(summary)
         return
-    show_table(summary["runs"])
+    show_table(summary["runs"], runs)
     wrote(output / "report.html")
     wrote(output / "report.md")

@@ -74,8 +74,9 @@ def command(
     note("\n== moe: what IcePop and its rivals would mask ==")
     _simulate(output / "moe", force)
     note("\n== moe against dense ==")
-    summary = compare_runs([output / name for name in checkpoints], output / "compare", MOE.window, force)
-    show_table(summary["runs"])
+    runs = [output / name for name in checkpoints]
+    summary = compare_runs(runs, output / "compare", MOE.window, force)
+    show_table(summary["runs"], runs)
     wrote(output / "compare" / "figures" / "figure1.png")
     wrote(output / "compare" / "report.html")
     wrote(output / "compare" / "report.md")

@@ -136,7 +136,7 @@ def command(
     if as_json:
         say_json({key: summary[key] for key in ("verdict", "function", "whose", "distances", "floors")})
         return
-    show_verdict(run.path.resolve().name, summary, str(run.path))
+    show_verdict(run.path.resolve().name, summary, run.path)
     say()
     show_ladder(load_frames(run)["ladder"], partial(engine_seconds, run))
     wrote(report.with_suffix(".html"))

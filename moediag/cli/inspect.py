@@ -11,6 +11,7 @@ def command(ckpt: o.Ckpt, revision: o.Revision = None, as_json: o.Json = False) 
     """Show a checkpoint's routing rule, router tensors and sampling values."""
     from moediag.cli.console import doing, say, say_json
     from moediag.engines.versions import require_train_engine
+    from moediag.numbers import NONE
 
     require_train_engine()
     from moediag.engines.inspection import inspect_checkpoint
@@ -23,7 +24,7 @@ def command(ckpt: o.Ckpt, revision: o.Revision = None, as_json: o.Json = False) 
     for section in ("model", "router_rule", "routing", "router_dtypes", "generation_config"):
         say(f"{section}:" if facts[section] else f"{section}: none")
         for name, value in (facts[section] or {}).items():
-            say(f"    {name:<22} {value}")
+            say(f"    {name:<22} {NONE if value is None else value}")
     for tensor in facts["router_tensors"]:
         say("router tensor: " + ", ".join(f"{name} {value}" for name, value in tensor.items()))
     for warning in facts["warnings"]:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from moediag.analysis.metrics import METRICS, Metric
@@ -117,7 +118,7 @@ def _listed(cells: Sequence[Sequence[str]], room: int) -> str:
     return "\n".join(lines)
 
 
-def show_verdict(label: str, summary: dict[str, Any], run: str = "RUN") -> None:
+def show_verdict(label: str, summary: dict[str, Any], run: Path) -> None:
     """Is something wrong, where, what next.
 
     Args:
@@ -130,7 +131,7 @@ def show_verdict(label: str, summary: dict[str, Any], run: str = "RUN") -> None:
         say(f"{label}: {weights}")
     say(f"{label}: {verdict['word']}")
     then = verdict.get("next") or {"words": "", "commands": []}
-    commands = ", ".join(next_commands(summary, run))
+    commands = ", ".join(next_commands(summary, str(run)))
     lines = [
         ("", verdict["reason"]),
         ("where: ", verdict.get("where", "")),
@@ -158,9 +159,13 @@ def show_ladder(frame: pd.DataFrame, seconds: Callable[[Sequence[str]], float | 
     say_table(table_text([*(column.header for column in columns), "cost"], rows, width=_WORDS))
 
 
-def show_table(summaries: dict[str, dict[str, Any]], run: str = "RUN") -> None:
-    """The verdicts, then the headline numbers, one column per run with its floor and its replay beside it."""
-    for label, summary in summaries.items():
+def show_table(summaries: dict[str, dict[str, Any]], folders: Sequence[Path]) -> None:
+    """The verdicts, then the headline numbers, one column per run with its floor and its replay beside it.
+
+    Args:
+        folders: of the runs, in their order, for the commands.
+    """
+    for (label, summary), run in zip(summaries.items(), folders, strict=True):
         show_verdict(label, summary, run)
     say()
     columns = {title: column for label, summary in summaries.items() for title, column in _columns(label, summary)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -43,18 +41,19 @@ _MOST_NUMBERED: int = 20
     into=SIMULATION_FIGURES,
 )  # fmt: skip
 def plot_masked_shares(statistics: pd.DataFrame, *, panel: Panel) -> Figure:
-    """Draw the share of tokens that every correction masks, with its interval, least first.
+    """Draw the share of tokens that every correction masks, with its interval, least first; none is one row of all.
 
     Args:
         statistics: frame ``correction_statistics``.
     """
     rows = statistics.sort_values("masked_share", ascending=False, kind="stable").reset_index(drop=True)
-    figure = new_figure(panel.width, 1.1 + _ROW * max(len(rows), 6))
+    some, none = rows[rows["masked_share"] > 0], rows[rows["masked_share"] == 0]
+    n_rows = len(some) + bool(len(none))
+    figure = new_figure(panel.width, 1.1 + _ROW * max(n_rows, 6))
     ax = figure.subplots()
     n = int(rows["n_tokens"].max()) if len(rows) else 0
     low = 0.4 / max(n, 1)
-    some = rows[rows["masked_share"] > 0]
-    y = len(rows) - 1 - some.index.to_numpy()
+    y = n_rows - 1 - some.index.to_numpy()
     ax.hlines(y, some["masked_share_ci_low"].clip(lower=low).fillna(some["masked_share"]),
               some["masked_share_ci_high"].fillna(some["masked_share"]), color=GREY, linewidth=1.4)  # fmt: skip
     for is_whole, marker, colour, words in (
@@ -64,18 +63,23 @@ def plot_masked_shares(statistics: pd.DataFrame, *, panel: Panel) -> Figure:
         part = some[_is_by_sequence(some) == is_whole]
         if part.empty:
             continue
-        ax.plot(part["masked_share"], len(rows) - 1 - part.index, linestyle="none", marker=marker, markersize=4,
+        ax.plot(part["masked_share"], n_rows - 1 - part.index, linestyle="none", marker=marker, markersize=4,
                 color=colour, label=f"masks {words}")  # fmt: skip
-    for nth in rows.index[rows["masked_share"] == 0]:
-        ax.annotate(_nothing_words(rows.loc[nth]), (0.0, len(rows) - 1 - nth), (4, 0), color=GREY,
-                    xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="center",
-                    path_effects=HALO)  # fmt: skip
-    ax.set_yticks(range(len(rows)), [figure_text(name, name_width(panel.width)) for name in rows["correction"][::-1]])
-    ax.set_ylim(-0.7, len(rows) - 0.3)
+    names = [figure_text(name, name_width(panel.width)) for name in some["correction"]]
+    if len(none):
+        high = none["masked_share_ci_high"].max()  # NaN: none of them can mask
+        words = "cannot mask" if np.isnan(high) else f"mask none (95 %: up to {percent(high)})"
+        ax.annotate(words, (0.0, 0), (4, 0), color=GREY, xycoords=ax.get_yaxis_transform(),
+                    textcoords="offset points", va="center", path_effects=HALO)  # fmt: skip
+        names.append(f"{len(none)} others" if names else count(len(none), "correction"))
+    ax.set_yticks(range(n_rows), names[::-1])
+    ax.set_ylim(-0.7, n_rows - 0.3)
     log_axis(ax, "x", low, 1.3)
     ax.set_xlabel("share of tokens masked, log axis")
     legend_below(ax, *ax.get_legend_handles_labels())
     note = f"One token is {percent(1 / max(n, 1))}. "
+    if n_unable := int(none["masked_share_ci_high"].isna().sum()):
+        note += f"{n_unable} of those that mask none never mask. "
     note += "Bars: 95 %, clustered by prompt. For scale: the IcePop post saw 1 to 2 per mille of tokens at first."
     add_words(figure, share_title(rows), panel.caption, note)
     return figure
@@ -94,11 +98,6 @@ def share_title(rows: pd.DataFrame) -> str:
         f"({figure_text(most['correction'], 34)})"
     )
     return words + (f"; {none} of {len(rows)} mask none" if none else "")
-
-
-def _nothing_words(row: pd.Series) -> str:
-    high = row["masked_share_ci_high"]
-    return f"masks none (95 %: up to {percent(high)})" if math.isfinite(high) else "cannot mask"
 
 
 def _is_by_sequence(rows: pd.DataFrame) -> pd.Series:

@@ -14,7 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from moediag.errors import CorruptRunError, SchemaVersionError
 from moediag.notation import SCHEMA_VERSION
@@ -110,6 +119,12 @@ class Router(Record):
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k = {self.top_k} of n_experts = {self.n_experts} is no routing")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_newer(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As earlier versions of schema 2 wrote it, where there are no zero experts: they refuse entries unknown."""
+        content: dict[str, Any] = serialise(self)
+        return content if self.n_zero_experts else {k: v for k, v in content.items() if k != "n_zero_experts"}
 
 
 def _rising(routers: tuple[Router, ...]) -> tuple[Router, ...]:
