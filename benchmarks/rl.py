@@ -23,6 +23,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -80,9 +81,10 @@ class Batch:
 
 
 class Rollouts:
-    """One vLLM engine; its weights are whatever was pushed last."""
+    """One vLLM engine, and what its responses earn; its weights are whatever was pushed last."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, reward: Callable[[bytes], float]) -> None:
+        self.reward = reward
         for name, value in infer_environment().items():
             os.environ.setdefault(name, value)
         from vllm import LLM
@@ -93,12 +95,13 @@ class Rollouts:
         )  # fmt: skip
 
     def push(self, state: dict[str, torch.Tensor]) -> None:
-        """Give the engine the weights of a Qwen3-MoE checkpoint, by transformers' names.
+        """Give the engine the weights of the checkpoint's model, by transformers' names.
 
-        vLLM's CPU build repacks matrices once they are loaded, and its own ``reload_weights`` copies experts that are
-        not packed over packed ones (1.75 nat off: reports/trainers.md). Here every layer packs them as when it loads.
+        vLLM's CPU build packs experts when it loads them; its ``reload_weights`` copies unpacked ones over them and
+        packs nothing, which left the engine 1.7 nat off. With the second line it is what a fresh load is, bit for bit.
         """
-        self.llm.apply_model(lambda model: _load(model, state))
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state.items())})
+        self.llm.apply_model(_pack_experts)
 
     def sample(self, prompts: list[list[int]], seed: int) -> Batch:
         """N_SAMPLES responses to each prompt at temperature 1; the same seed gives the same ones."""
@@ -120,46 +123,14 @@ class Rollouts:
             ids_BT[b, :end] = torch.tensor([*ids, *response])
             each = zip(response, one.outputs[0].logprobs, strict=True)
             logp_BT[b, len(ids) : end] = torch.tensor([of[token].logprob for token, of in each])
-            reward_B[b] = reward(bytes(token for token in response if token < END_OF_TEXT_ID))
+            reward_B[b] = self.reward(bytes(token for token in response if token < END_OF_TEXT_ID))
         return Batch(ids_BT, logp_BT, reward_B)
 
 
-def _load(model: Any, state: dict[str, torch.Tensor]) -> None:
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    left = set(state)
-
-    def of(name: str) -> torch.Tensor:
-        left.discard(name)
-        return state[name].to(torch.bfloat16)
-
-    def parameter(*tensors: torch.Tensor) -> torch.nn.Parameter:
-        return torch.nn.Parameter(torch.cat(tensors).contiguous(), requires_grad=False)
-
-    for name, module in model.named_modules():
-        if name.endswith("qkv_proj"):
-            module.weight = parameter(*(of(f"{name.replace('qkv_proj', part)}.weight") for part in _QKV))
-        elif name.endswith((".o_proj", ".mlp.gate")):
-            module.weight = parameter(of(f"{name}.weight"))
-        elif name.endswith("norm"):
-            module.weight.data.copy_(of(f"{name}.weight"))
-        elif name.endswith("embed_tokens"):  # the head is tied to it; its rows are padded
-            embedding = of(f"{name}.weight")
-            module.weight.data[: len(embedding)].copy_(embedding)
-        elif name.endswith(".routed_experts"):
-            prefix = name.removesuffix(".routed_experts")
-            module.w13_weight = parameter(of(f"{prefix}.gate_up_proj"))
-            module.w2_weight = parameter(of(f"{prefix}.down_proj"))
-            module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
+def _pack_experts(model: torch.nn.Module) -> None:
     for module in model.modules():
-        if hasattr(module, "cpu_linear"):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=not hasattr(module, "num_embeddings"))
-    left.discard("lm_head.weight")
-    if left:
-        raise RuntimeError(f"weights that the engine was not given: {', '.join(sorted(left))}")
-
-
-_QKV: Final = ("q_proj", "k_proj", "v_proj")
+        if kernel := getattr(getattr(module, "quant_method", None), "moe_kernel", None):
+            kernel.fused_experts.process_weights_after_loading(module)
 
 
 @cache
@@ -167,11 +138,11 @@ def _words() -> frozenset[bytes]:
     return frozenset(re.findall(rb"[a-z]+", training_text().lower().encode()))
 
 
-def reward(response: bytes) -> float:
+def known_words(response: bytes) -> float:
     """Share of a response's bytes that are in words of four letters or more that the corpus knows, each counted once.
 
     Example:
-        >>> reward(b"the value xqzt value")
+        >>> known_words(b"the value xqzt value")
         0.25
     """
     found = {one.lower() for one in re.findall(rb"[A-Za-z]+", response) if len(one) >= SHORTEST_WORD}
@@ -326,10 +297,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--steps", type=int, default=N_STEPS)
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--checkpoint", type=Path, help="a Qwen3-MoE checkpoint; the demo's unless given")
     parser.add_argument("--only", default="", help="a run's name, such as bf16-none")
     args = parser.parse_args()
-    checkpoint, _ = build_pair(cache_folder())
-    rollouts = Rollouts(checkpoint)
+    checkpoint = args.checkpoint or build_pair(cache_folder())[0]
+    rollouts = Rollouts(checkpoint, known_words)
     runs = [
         Run(args.folder, engine, correction, seed, checkpoint, args.learning_rate)
         for seed in args.seeds
