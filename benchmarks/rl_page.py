@@ -72,6 +72,7 @@ def read(folder: Path) -> pd.DataFrame:
     steps["n_masked"] = (steps[MASKED] * steps["n_tokens"]).round()
     steps["masked_nats"] = (steps[MASKED_ENTROPY].astype(float) * steps["n_masked"]).fillna(0.0)
     steps["nats"] = steps["entropy"] * steps["n_tokens"]
+    steps["diff over entropy"] = steps["abs_logp_diff.mean"] / steps["entropy"]
     return steps
 
 
@@ -106,22 +107,20 @@ def _ends(steps: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def levels(steps: pd.DataFrame) -> str:
-    """First and last ten steps of every engine and correction."""
-    names = {
-        "reward": 1.0,
-        "entropy": 1.0,
-        "abs_logp_diff.mean": 1.0,
-        "kl_infer_train_k3": 1e3,
-        "abs_prob_diff.max": 1.0,
-    }
+    """First ten steps, which corrections have hardly changed yet, and last ten of every correction."""
+    names = {"reward": 1.0, "entropy": 1.0, "abs_logp_diff.mean": 1e3, "diff over entropy": 1e3, "kl_infer_train_k3": 1e3,
+             "abs_prob_diff.max": 1.0}  # fmt: skip
     rows = []
-    for (engine, correction), one in _groups(steps):
-        first, last = _ends(one)
-        for when, there in (("first 10", first), ("last 10", last)):
-            cells = [words(of_seeds(there, name), factor) for name, factor in names.items()]
-            rows.append([engine, WORDS[correction], when, *cells])
-    header = ["rollouts", "correction", "steps", "reward [share of bytes]", "entropy [nat]", "mean abs logp diff [nat]",
-              "k3 [1e-3 nat]", "largest prob. diff of a step"]  # fmt: skip
+    for engine in ENGINES:
+        first, last = _ends(steps[steps["engine"] == engine])
+        there = {"all": first} | {correction: last[last["correction"] == correction] for correction in CORRECTIONS}
+        for correction, one in there.items():
+            when = f"first {WINDOW}" if correction == "all" else f"last {WINDOW}"
+            cells = [words(of_seeds(one, name), factor) for name, factor in names.items()]
+            rows.append([engine, when, WORDS.get(correction, correction), *cells])
+    header = ["rollouts", "steps", "correction", "reward [share of bytes]", "entropy [nat]",
+              "mean abs logp diff [1e-3 nat]", "the same over entropy [1e-3]", "k3 [1e-3 nat]",
+              "largest probability difference of a step"]  # fmt: skip
     return markdown(header, rows)
 
 
@@ -219,8 +218,8 @@ def draw(steps: pd.DataFrame) -> None:
             for correction in CORRECTIONS:
                 there = steps[(steps["engine"] == engine) & (steps["correction"] == correction)]
                 _line(ax, there, name, 1e3 if name == MASKED else 1.0, correction)
-            ax.set_title(f"{title}, {engine} rollouts")
-            ax.set_ylim(bottom=0)
+            ax.set_title(f"{title}, {engine}")
+        row[0].set_ylim(bottom=0)
         row[0].set_ylabel(unit)
     for ax in axes[-1]:
         ax.set_xlabel("training step")

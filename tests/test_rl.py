@@ -134,6 +134,6 @@ def test_the_page_pairs_seeds_and_pools_what_is_masked(tmp_path: Path) -> None:
 
 def test_two_seeds_are_shown_each_without_an_interval(tmp_path: Path) -> None:
     write_runs(tmp_path, 2, {})
-    assert "| bf16 | no correction | first 10 | 0.250, 0.250 | 1.00, 1.00 | 0.0100, 0.0200 |" in rl_page.levels(
+    assert "| bf16 | last 10 | no correction | 0.250, 0.250 | 1.00, 1.00 | 10.0, 20.0 | 10.0, 20.0 |" in rl_page.levels(
         rl_page.read(tmp_path)
     )
