@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from committed_tables import REPORTS, commit_table, markdown
 
 from moediag.figures.style import DENSE_COLOURS, INK, MOE_COLOURS, add_words, house_style, new_figure, save_figure
+from moediag.hygiene.rules import NOTE
 from moediag.numbers import sig
 from moediag.run.files import write_atomic
 from moediag.statistics.intervals import student_t
@@ -108,8 +109,8 @@ def _ends(steps: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def levels(steps: pd.DataFrame) -> str:
     """First ten steps, which corrections have hardly changed yet, and last ten of every correction."""
-    names = {"reward": 1.0, "entropy": 1.0, "abs_logp_diff.mean": 1e3, "diff over entropy": 1e3, "kl_infer_train_k3": 1e3,
-             "abs_prob_diff.max": 1.0}  # fmt: skip
+    names = {"reward": 1.0, "entropy": 1.0, "abs_logp_diff.mean": 1e3, "diff over entropy": 1e3,
+             "kl_infer_train_k3": 1e3, "abs_prob_diff.max": 1.0}  # fmt: skip
     rows = []
     for engine in ENGINES:
         first, last = _ends(steps[steps["engine"] == engine])
@@ -195,10 +196,8 @@ def _verdict(run: Path, n_steps: int) -> str:
         table = run / "steps-counted.jsonl"
         write_atomic(table, "".join(_whole(run / STEPS)[:n_steps]).encode())
         trend = measure_trend([table], None, None)
-        growth = trend.recurrence.growth
-        bounds = f", a {sig(growth.value, 2)} [{sig(growth.low, 2)}, {sig(growth.high, 2)}]" if growth else ""
-        rules = sorted({one.rule for one in trend.findings})
-        words = trend.recurrence.outcome + bounds + (f"; {', '.join(f'`{rule}`' for rule in rules)}" if rules else "")
+        rules = sorted({f"`{one.rule}`" for one in trend.findings if one.level != NOTE})
+        words = "; ".join([trend.recurrence.outcome, *rules])
         write_atomic(kept, json.dumps({"n_steps": int(n_steps), "words": words}).encode())
     return str(json.loads(kept.read_text())["words"])
 

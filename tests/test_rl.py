@@ -101,7 +101,7 @@ def write_runs(folder: Path, n_seeds: int, n_steps: dict[str, int]) -> None:
                 run.mkdir(parents=True)
                 for table, columns in {
                     "steps.jsonl": {
-                        "n_tokens": 1000, "abs_logp_diff.mean": 0.01 * (1 + seed), "kl_infer_train_k3": 1e-3,
+                        "n_tokens": 1000, "abs_logp_diff.mean": 0.02 * (1 + seed), "kl_infer_train_k3": 1e-3,
                         "abs_prob_diff.max": 0.1, rl_page.MASKED: 1e-3, rl_page.MASKED_ENTROPY: 2.0,
                         "masked_share.glm-5": 2e-3,
                     },
@@ -134,6 +134,6 @@ def test_the_page_pairs_seeds_and_pools_what_is_masked(tmp_path: Path) -> None:
 
 def test_two_seeds_are_shown_each_without_an_interval(tmp_path: Path) -> None:
     write_runs(tmp_path, 2, {})
-    assert "| bf16 | last 10 | no correction | 0.250, 0.250 | 1.00, 1.00 | 10.0, 20.0 | 10.0, 20.0 |" in rl_page.levels(
+    assert "| bf16 | last 10 | no correction | 0.250, 0.250 | 1.00, 1.00 | 20.0, 40.0 | 20.0, 40.0 |" in rl_page.levels(
         rl_page.read(tmp_path)
     )
