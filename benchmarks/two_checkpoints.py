@@ -72,16 +72,18 @@ def _save(model: Any, folder: Path) -> None:
 
 
 def _rounded_to_8_bits(source: Path, target: Path) -> None:
-    """Matrices of attention and experts as float8 e4m3 with one scale per row, written in bfloat16 again."""
     shutil.copytree(source, target)
     for file in target.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name, weight in tensors.items():
-            if weight.ndim >= 2 and "embed" not in name and ".gate.weight" not in name:
-                scale = weight.float().abs().amax(-1, keepdim=True) / 448
-                rounded = (weight.float() / scale).to(torch.float8_e4m3fn).float() * scale
-                tensors[name] = rounded.to(weight.dtype).contiguous()
-        save_file(tensors, file, metadata={"format": "pt"})
+        rounded = {name: eight_bits(name, weight).contiguous() for name, weight in load_file(file).items()}
+        save_file(rounded, file, metadata={"format": "pt"})
+
+
+def eight_bits(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A matrix of attention or experts as float8 e4m3 with one scale per row, in its own dtype again; others as is."""
+    if weight.ndim < 2 or "embed" in name or ".gate.weight" in name or "lm_head" in name:
+        return weight
+    scale = weight.float().abs().amax(-1, keepdim=True) / 448
+    return ((weight.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(weight.dtype)
 
 
 def _profile(trained: Path, other: Path | None, prompts: Path, run: Path) -> dict[str, Any]:
