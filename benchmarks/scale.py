@@ -138,10 +138,10 @@ def plain(run: Run, n_shards: int) -> float:
 def timed(*command: object) -> tuple[float, float, float]:
     """(wall seconds, processor seconds, peak memory [GiB]) of a command and of every process that it starts.
 
-    Memory is the largest sum of what is resident in its processes, looked at ten times a second; pages that they share
-    count in each. Processor time of a process is what it had used when it was last seen.
+    Memory is the largest sum of what is resident in its processes, a page that several share counted once; looked at
+    four times a second. Processor time of a process is what it had used when it was last seen.
     """
-    tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    tick = os.sysconf("SC_CLK_TCK")
     seconds: dict[str, float] = {}
     peak, start = 0, time.perf_counter()
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, start_new_session=True) as process:
@@ -150,13 +150,14 @@ def timed(*command: object) -> tuple[float, float, float]:
             for stat in Path("/proc").glob("[0-9]*/stat"):
                 try:
                     fields = stat.read_text().rpartition(")")[2].split()
-                except OSError:  # it has just ended
+                    if int(fields[3]) == process.pid:
+                        seconds[stat.parent.name] = (int(fields[11]) + int(fields[12])) / tick
+                        pages = (stat.parent / "smaps_rollup").read_text()
+                        resident += 1024 * int(pages.partition("\nPss:")[2].split()[0])
+                except (OSError, IndexError):  # it has just ended
                     continue
-                if int(fields[3]) == process.pid:
-                    seconds[stat.parent.name] = (int(fields[11]) + int(fields[12])) / tick
-                    resident += int(fields[21]) * page
             peak = max(peak, resident)
-            time.sleep(0.1)
+            time.sleep(0.25)
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} ended with {process.returncode}")
     return time.perf_counter() - start, sum(seconds.values()), peak / 2**30
