@@ -16,6 +16,7 @@ from moediag.cli.main import main
 from moediag.errors import RunError
 from moediag.results import analyze_run
 from moediag.results.parts import Content, Kept, Part, make_parts
+from moediag.run import pieces
 from moediag.run.capture import Capture
 from moediag.run.derived import derived_damage
 from moediag.run.reader import Run, open_run
@@ -73,11 +74,15 @@ def test_an_added_arm_costs_its_own_pairs(run: Path, tmp_path: Path) -> None:
     assert analysis_of(run) == whole
 
 
-def test_workers_change_no_byte(run: Path) -> None:
+@pytest.mark.parametrize("least_rows", [1, pieces.LEAST_ROWS])
+def test_workers_change_no_byte(run: Path, least_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it matter how many shards are read together."""
     whole = analysis_of(run)
     shutil.rmtree(run / "analysis")
+    monkeypatch.setattr(pieces, "LEAST_ROWS", least_rows)
     assert parts_made(run, workers=2) is not None
     assert analysis_of(run) == whole
+    assert not list(run.glob(".*"))
 
 
 @pytest.mark.parametrize("name", ["kept.json", "infer~train/tokens.parquet", "infer~train/ladder.parquet"])
