@@ -76,11 +76,15 @@ def test_an_added_arm_costs_its_own_pairs(run: Path, tmp_path: Path) -> None:
     assert analysis_of(run) == whole
 
 
-def test_workers_change_no_byte(run: Path) -> None:
+@pytest.mark.parametrize("least_rows", [1, pieces.LEAST_ROWS])
+def test_workers_change_no_byte(run: Path, least_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it matter how many shards are read together."""
     whole = analysis_of(run)
     shutil.rmtree(run / "analysis")
+    monkeypatch.setattr(pieces, "LEAST_ROWS", least_rows)
     assert parts_made(run, workers=2) is not None
     assert analysis_of(run) == whole
+    assert not list(run.glob(".*"))
 
 
 def test_a_run_of_many_pieces_gives_what_one_piece_gives(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,7 +282,7 @@ class Stale(Tally):
         if len(rows) < 2:
             return
         usable_T = rows.routed_throughout & ~rows.filler
-        sets_T = _hash_rows(rows.sets)
+        sets_T = _hash_rows(rows.set_hashes)
         bits_T = _score_hashes(rows)
         self._has_scores &= bits_T is not None
         self._neighbours_L += n_rows_by_layer(rows.repeats[_pairs(rows, usable_T, 1)])
@@ -384,9 +384,7 @@ def _hash_rows(values: NDArray[Any]) -> NDArray[np.uint64]:
     hash_T = np.empty(n_rows, dtype=np.uint64)
     for start in range(0, n_rows, _CHUNK):
         part = words_TN[start : start + _CHUNK]
-        part = part ^ (part >> np.uint64(29))
-        part *= odd_N
-        hash_T[start : start + _CHUNK] = part.sum(axis=1, dtype=np.uint64)
+        hash_T[start : start + _CHUNK] = np.einsum("tn,n->t", part ^ (part >> np.uint64(29)), odd_N)
     return hash_T
 
 

@@ -427,12 +427,8 @@ class TwinLayers(Tally):
         """Add a shard."""
         used_T = rows.routed_throughout & ~rows.filler
         self._rows.add(rows.tokens, used_T, len(rows), rows.prefixes)
-        sets_TLW = rows.sets
-        weight_T = rows.prefixes * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
-        for word in range(sets_TLW.shape[2]):
-            mixed_TL = (sets_TLW[used_T, :, word] + np.uint64(word + 1)) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed_TL ^= mixed_TL >> np.uint64(29)
-            self._hash_L += (mixed_TL * weight_T[used_T, None]).sum(axis=0, dtype=np.uint64)
+        weight_T = (rows.prefixes * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)) * used_T
+        self._hash_L += np.einsum("t,tl->l", weight_T, rows.set_hashes)
         pair_T = used_T[1:] & used_T[:-1] & rows.follows(1)
         self._n_neighbours += int(pair_T.sum())
         self._neighbours_L += n_rows_by_layer(rows.repeats[pair_T])

@@ -111,6 +111,17 @@ class Rows:
         return bit_sets(self.ids, self.shape.n_experts)
 
     @cached_property
+    def set_hashes(self) -> Bits:
+        """(T, L) A hash of each set: equal sets have equal hashes, others all but never."""
+        hash_TL = np.zeros(self.sets.shape[:2], dtype=np.uint64)
+        for word in range(self.sets.shape[2]):
+            hash_TL *= np.uint64(0x9E3779B97F4A7C15)
+            hash_TL += self.sets[..., word]
+            hash_TL ^= hash_TL >> np.uint64(29)
+            hash_TL *= np.uint64(0xBF58476D1CE4E5B9)
+        return hash_TL
+
+    @cached_property
     def repeats(self) -> Bool:
         """(T - 1, L) The set of the row before, whatever sequence that belongs to."""
         return same_sets(self.sets[1:], self.sets[:-1])

@@ -1,4 +1,5 @@
-"""The parts of an analysis: each is made by itself, in any process, and kept while what it was made of is unchanged.
+"""The parts of an analysis: each is made by itself, whole or in pieces (:mod:`moediag.run.pieces`), in any process, and
+kept while what it was made of is unchanged.
 
     RUN/analysis/PAIR/<frame>.parquet   the frames of the parts of a pair
     RUN/analysis/kept.json              sealed: of every part its summary, the sha256 of its frames, and the digest of
