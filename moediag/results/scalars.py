@@ -84,4 +84,6 @@ def write_wandb(scalars: list[tuple[int, dict[str, float]]], folder: Path, name:
     with wandb.init(project="moediag", name=name, dir=str(folder), mode="offline", settings=quiet) as run:
         for step, values in scalars:
             run.log(values, step=step)
-        return Path(run.dir).parent
+        written = Path(run.dir).parent
+    wandb.teardown()  # its own process writes the file, and finish() does not wait for that
+    return written
