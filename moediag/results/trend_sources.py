@@ -24,9 +24,9 @@ import pyarrow as pa
 from moediag.analysis.metrics import METRICS
 from moediag.analysis.series import (
     KL_METRICS,
-    KNOWN,
     TREND_BY_STEP,
     Z95,
+    metric_of,
     range_of,
     standard_error_of,
     step_metrics,
@@ -338,7 +338,7 @@ def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) ->
     implied = np.array([standard_error_of(*bounds) for bounds in zip(low, high, strict=True)])
     has_no_bounds = np.isnan(low) | np.isnan(high)
     se = np.where(np.isfinite(frame[theirs]), se, np.nan)  # of what is infinite there is no error
-    known = KNOWN.get(ours) or METRICS.get(ours)
+    known = metric_of(ours)
     unit, direction = (known.unit, known.direction) if known else ("as given", "not known")
     rows: dict[str, Any] = {
         "step": frame["step"],
