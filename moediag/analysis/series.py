@@ -19,7 +19,7 @@ import pandas as pd
 from scipy import special
 
 from moediag.analysis.measures import ICEPOP_BAND, QUANTILE_MEASURES, TOKEN_MEASURES, prompt_sums
-from moediag.analysis.metrics import LOWER, Metric
+from moediag.analysis.metrics import LOWER, METRICS, Metric
 from moediag.analysis.tokens import AnyTokens, Tokens
 from moediag.analysis.vocabulary import EXACT_METRICS
 from moediag.errors import DumpError
@@ -238,6 +238,21 @@ _OURS: Final = (
 )
 KNOWN: Final[dict[str, Metric]] = {metric.name: metric for metric in _OURS}
 """The metrics known by name, with unit and good end; of a table's other columns neither is known."""
+
+
+def metric_of(name: str) -> Metric | None:
+    """A column of a table of steps that is a metric of ours, what a correction masks among them; None = another's.
+
+    Example:
+        >>> metric_of("masked_share.ring-1t").label, metric_of("reward")
+        ('masked by ring-1t', None)
+    """
+    kind, _, correction = name.partition(".")
+    if correction and kind == "masked_share":
+        return Metric(name, "1", LOWER, f"masked by {correction}", is_share=True)
+    if correction and kind == "masked_entropy":
+        return Metric(name, "nat", "neither end", f"entropy of tokens masked by {correction}")
+    return KNOWN.get(name) or METRICS.get(name)
 
 
 def range_of(metric: str) -> tuple[float, float]:

@@ -52,6 +52,8 @@ GROUPS: Final = {
 EXTRAS: Final = {
     **dict.fromkeys(("torch", "transformers", "tokenizers", "accelerate", "huggingface_hub"), "hf"),
     "vllm": "vllm",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
 }
 """Packages that not every installation has, and the extra that brings each."""
 

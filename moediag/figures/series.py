@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moediag.analysis.series import KNOWN, MARKS, Mark, metric_rows
+from moediag.analysis.series import KNOWN, MARKS, Mark, metric_of, metric_rows
 from moediag.figures.registry import TREND_FIGURES, Panel, figure
 from moediag.figures.style import (
     GREY,
@@ -22,8 +22,10 @@ from moediag.figures.style import (
     add_words,
     figure_text,
     is_column,
+    legend_below,
     new_figure,
     panel_grid,
+    series_styles,
     state,
 )
 from moediag.figures.ticks import log_axis
@@ -45,6 +47,9 @@ BOUND_REACH: Final = 10.0
 
 _HEIGHT: Final = 2.5
 """Of a panel [inch]."""
+_VALUES: Final = ("value", "value_ci_low", "value_ci_high")
+_FEW: Final = 12
+"""Steps up to which intervals of runs side by side are bars, too."""
 _MANY: Final = 60
 """Steps from which on intervals are a band, not bars, and points have no markers."""
 
@@ -117,6 +122,77 @@ def plot_trend(
     return figure
 
 
+@figure(
+    "trends", "trend_by_step",
+    title="Runs side by side",
+    caption="Bands and bars are 95 % intervals of each run alone; dotted lines and grey bands are numbers others "
+    "published, of other stacks, and no thresholds.",
+    into=TREND_FIGURES,
+)  # fmt: skip
+def plot_trends(
+    trends: Mapping[str, pd.DataFrame],
+    metric: str,
+    *,
+    is_kl: bool = True,
+    marks: Sequence[Mark] = MARKS,
+    panel: Panel,
+) -> Figure:
+    """Draw one metric of several runs by training step, a line per run, each with its intervals.
+
+    Args:
+        trends: label -> frame ``trend_by_step``; a run that has not the metric has no line.
+        metric: its name.
+        is_kl, marks: as for :func:`plot_trend`.
+    """
+    styles = series_styles(list(trends))
+    parts = {label: metric_rows(trend, metric) for label, trend in trends.items()}
+    parts = {label: rows for label, rows in parts.items() if rows["value"].notna().any()}
+    figure = new_figure(panel.width, _HEIGHT + 0.7)
+    ax = figure.subplots()
+    if not parts:
+        state(ax, "No run has a value at any step.")
+        add_words(figure, title_of(metric, is_kl), panel.caption)
+        return figure
+    every = pd.concat(parts.values())
+    near, off_axis = _scaled(ax, every, [mark for mark in marks if mark.metric == metric])
+    handles = []
+    for label, rows in parts.items():
+        style, step_N = styles[label], rows["step"].to_numpy(np.float64)
+        value_N, low_N, high_N = (rows[name].to_numpy(np.float64) for name in _VALUES)
+        bottom, top = ax.get_ylim()
+        low_N, high_N = np.maximum(low_N, bottom), np.minimum(high_N, 2 * top)
+        ax.fill_between(step_N, low_N, high_N, color=style.colour, alpha=0.13, linewidth=0)
+        if len(rows) <= _FEW:
+            is_known = np.isfinite(low_N) & np.isfinite(high_N)
+            ax.vlines(step_N[is_known], low_N[is_known], high_N[is_known], color=style.colour, alpha=0.4, linewidth=1.6)
+        handles += ax.plot(step_N, value_N, color=style.colour, linestyle=style.line, clip_on=False,
+                           marker=style.marker if len(rows) <= _MANY else "", markersize=3.5)  # fmt: skip
+    _write_labels(ax, [_draw_mark(ax, mark, f"{mark.name}\n{mark.text}") for mark in near])
+    _label_axes(ax, every)
+    legend_below(ax, handles, [figure_text(label, 24) for label in parts], columns=min(len(parts), 4))
+    absent = [figure_text(label) for label in trends if label not in parts]
+    ends = [f"{figure_text(label)}: {_ends(rows)}" for label, rows in parts.items()]
+    add_words(
+        figure,
+        "\n".join([title_of(metric, is_kl), *ends]),
+        panel.caption,
+        " ".join(f"{figure_text(label)}: {_counts(rows)}" for label, rows in parts.items()),
+        f"Without this metric: {', '.join(absent)}." if absent else "",
+        "No interval could be given." if every["value_ci_low"].isna().all() else "",
+        *_mark_notes([*near, *off_axis], off_axis),
+    )
+    return figure
+
+
+def _ends(rows: pd.DataFrame) -> str:
+    """First and last value of a metric."""
+    known = rows.dropna(subset=["value"])
+    first, last = known.iloc[0], known.iloc[-1]
+    unit = f" {first['unit']}" if first["unit"] == "nat" else ""
+    words = f"{sig(first['value'])}{unit} at step {first['step']}"
+    return f"{words}, {sig(last['value'])}{unit} at step {last['step']}" if len(known) > 1 else words
+
+
 def _panels(n_panels: int, width: float) -> tuple[Figure, list[Axes]]:
     """The first metric, which the title is about, across the figure; the others in two columns below."""
     if is_column(width) or n_panels < 2:
@@ -142,7 +218,8 @@ def title_of(metric: str, is_kl: bool = True) -> str:
     """
     if not is_kl and metric in ("kl_infer_train_k1", "kl_infer_train_k3"):
         return f"{metric[-2:]} statistic (no KL)"
-    return KNOWN[metric].label if metric in KNOWN else figure_text(metric, 28)
+    known = metric_of(metric)
+    return known.label if known and known.label else figure_text(metric, 28)
 
 
 def trend_finding(trend: pd.DataFrame, recurrence: Recurrence | None, delta: str | None, is_kl: bool = True) -> str:
@@ -180,15 +257,9 @@ def _draw_metric(
     ax: Axes, rows: pd.DataFrame, fit: Recurrence | None, marks: Sequence[Mark], *, is_wide: bool
 ) -> list[Mark]:
     """One panel; returns the marks that lie off its axis."""
-    step_N, value_N = rows["step"].to_numpy(np.float64), rows["value"].to_numpy(np.float64)
-    low_N, high_N = (rows[f"value_ci_{end}"].to_numpy(np.float64) for end in ("low", "high"))
-    is_log = _asks_for_log(str(rows["metric"].iloc[0]), value_N)
-    seen_N = value_N if is_log else np.append(value_N, high_N)
-    near = [mark for mark in marks if any(_is_near(end, seen_N, is_log) for end in (mark.value, mark.highest))]
+    step_N, value_N, low_N, high_N = (rows[name].to_numpy(np.float64) for name in ("step", *_VALUES))
     boundary = fit.boundary if fit is not None and fit.outcome == "grows" else None
-    lines = [end for mark in near for end in (mark.value, mark.highest)]
-    lines += [boundary.value] if boundary is not None and _is_near(boundary.value, value_N) else []
-    _scale(ax, value_N, low_N, high_N, lines, is_log)
+    near, off_axis = _scaled(ax, rows, marks, boundary)
     (bottom, top), is_none = ax.get_ylim(), _is_none(rows)
     ends = np.maximum(low_N, bottom), np.minimum(high_N, 2 * top)
     if len(rows) > _MANY:
@@ -204,23 +275,44 @@ def _draw_metric(
         ax.plot(step_I, np.ones(len(step_I)), color=COLOUR, marker="^", markersize=7, linestyle="none", clip_on=False,
                 transform=ax.get_xaxis_transform())  # fmt: skip
     names = [f"{mark.name}\n{mark.text}" if is_wide else mark.text.replace(" to ", " to\n") for mark in near]
-    middles = [math.sqrt(mark.value * mark.highest) for mark in near]
-    labels = [_Label(value, words, GREY) for value, words in zip(middles, names, strict=True)]
-    for mark in near:
-        if mark.high is not None:
-            ax.axhspan(mark.value, mark.high, color=GREY, alpha=0.18, linewidth=0)
-            continue
-        ax.axhline(mark.value, color=GREY, linewidth=1.0, linestyle=(0, (1, 2)))
+    labels = [_draw_mark(ax, mark, words) for mark, words in zip(near, names, strict=True)]
     if fit is not None and fit.growth is not None and boundary is not None:
         labels += _draw_fit(ax, step_N, fit, boundary)
     _write_labels(ax, labels)
-    if len(rows) == 1:
-        ax.set_xlim(step_N[0] - 1, step_N[0] + 1)
+    _label_axes(ax, rows)
+    return off_axis
+
+
+def _scaled(
+    ax: Axes, rows: pd.DataFrame, marks: Sequence[Mark], boundary: Interval | None = None
+) -> tuple[list[Mark], list[Mark]]:
+    """Scale the axis of a metric to values, intervals and what is near them; returns the marks on it and off it."""
+    value_N, low_N, high_N = (rows[name].to_numpy(np.float64) for name in _VALUES)
+    is_log = _asks_for_log(str(rows["metric"].iloc[0]), value_N)
+    seen_N = value_N if is_log else np.append(value_N, high_N)
+    near = [mark for mark in marks if any(_is_near(end, seen_N, is_log) for end in (mark.value, mark.highest))]
+    lines = [end for mark in near for end in (mark.value, mark.highest)]
+    lines += [boundary.value] if boundary is not None and _is_near(boundary.value, value_N) else []
+    _scale(ax, value_N, low_N, high_N, lines, is_log)
+    return near, [mark for mark in marks if mark not in near]
+
+
+def _draw_mark(ax: Axes, mark: Mark, words: str) -> _Label:
+    if mark.high is None:
+        ax.axhline(mark.value, color=GREY, linewidth=1.0, linestyle=(0, (1, 2)))
+    else:
+        ax.axhspan(mark.value, mark.high, color=GREY, alpha=0.18, linewidth=0)
+    return _Label(math.sqrt(mark.value * mark.highest), words, GREY)
+
+
+def _label_axes(ax: Axes, rows: pd.DataFrame) -> None:
+    first, last = rows["step"].min(), rows["step"].max()
+    if first == last:
+        ax.set_xlim(first - 1, first + 1)
     ax.set_xlabel("training step")
-    ax.set_ylabel(_unit(str(rows["unit"].iloc[0])) + (", log axis" if is_log else ""))
+    ax.set_ylabel(_unit(str(rows["unit"].iloc[0])) + (", log axis" if ax.get_yscale() == "log" else ""))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.grid(axis="x", visible=False)
-    return [mark for mark in marks if mark not in near]
 
 
 def _asks_for_log(metric: str, value_N: Float64) -> bool:

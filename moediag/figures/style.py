@@ -131,6 +131,21 @@ def run_styles(is_moe: Mapping[str, bool]) -> dict[str, RunStyle]:
     return styles
 
 
+def series_styles(labels: Sequence[str]) -> dict[str, RunStyle]:
+    """A style per series of steps, whatever its model: all colours in turn, then the same with other lines.
+
+    Example:
+        >>> [style.colour for style in series_styles(["none", "TIS", "IcePop"]).values()]
+        ['#D55E00', '#0072B2', '#009E73']
+    """
+    colours = (MOE_COLOURS[0], *DENSE_COLOURS[:2], *MOE_COLOURS[1:], DENSE_COLOURS[2])
+    lines = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
+    return {
+        label: RunStyle(colours[nth % 6], lines[nth // 6 % 4 or nth % 3], MARKERS[nth % 6], True)
+        for nth, label in enumerate(labels)
+    }
+
+
 def styles_of(frames: Mapping[str, pd.DataFrame]) -> dict[str, RunStyle]:
     """The styles of runs of which only one frame is known: MoE, unless the frame says that nothing was routed."""
     return run_styles({label: _is_routed(frame) for label, frame in frames.items()})

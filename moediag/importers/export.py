@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
 from moediag.errors import RunError
@@ -29,15 +31,22 @@ _SCHEMA: Final = pa.schema(
 )
 """Every column that a table may have; one that no run has is left out."""
 
+_WRITERS: Final[dict[str, Any]] = {
+    ".parquet": partial(pq.ParquetWriter, compression="zstd"),
+    ".arrow": pa.ipc.new_file,
+    ".csv": pc.CSVWriter,
+}
+
 
 def export_table(
-    runs: Sequence[Run], path: Path, force: bool = False, on_progress: OnProgress = silent
+    runs: Sequence[Run], path: Path, force: bool = False, on_progress: OnProgress = silent, suffix: str = ".parquet"
 ) -> tuple[str, ...]:
-    """Write the main pair of some runs as one parquet table; routes and further arms are not in it.
+    """Write the main pair of some runs as one table; routes and further arms are not in it.
 
     Args:
         runs: one, or those of a series, each with its step.
         force: write over a file.
+        suffix: ``.parquet``, ``.arrow`` (Arrow's IPC file) or ``.csv``, which the name has to have, too.
 
     Returns:
         Names of its columns.
@@ -45,15 +54,15 @@ def export_table(
     Raises:
         RunError: the file is there, or cannot be written, or a run has not both sides.
     """
-    if path.suffix != ".parquet":
-        raise RunError(f"{path}: expected a name that ends in .parquet; give -o such a file")
+    if path.suffix != suffix:
+        raise RunError(f"{path}: expected a name that ends in {suffix}; give -o such a file, or another --format")
     if path.exists() and not force:
         raise RunError(f"{path} exists; give -o another file, or --force to write over it")
     names = _present(runs)
     schema = pa.schema([field for field in _SCHEMA if field.name in names])
     n_shards, done = sum(len(run.shards) for run in runs), 0
     make_folder(path.parent)
-    with atomic(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with atomic(path) as file, _WRITERS[suffix](file, schema) as writer:
         for run in runs:
             for shard in run.shards:
                 writer.write_table(_rows(run, shard).select(schema.names))

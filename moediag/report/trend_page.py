@@ -68,6 +68,88 @@ def trend_page(
     )
 
 
+def trends_page(
+    summary: Mapping[str, Any],
+    steps: pd.DataFrame,
+    verdicts: Mapping[str, str],
+    findings: Mapping[str, Sequence[Finding]],
+    figures: Mapping[str, Path],
+    metrics: Sequence[str],
+    regenerate: Sequence[str] = (),
+) -> Page:
+    """The page of several runs side by side: a verdict line per run, then a figure per metric.
+
+    Args:
+        summary: as :func:`moediag.results.trend.write_trends` seals it.
+        steps: frame ``trend_by_step`` of all of them; ``source`` is the run.
+        verdicts, findings: of every run, by its name.
+        figures: metric -> its PNG; the page stands beside their folder.
+        metrics: in their order, those without a figure, too.
+        regenerate: the commands that make this page again.
+    """
+    is_kl, runs = summary["is_kl"], summary["runs"]
+    known = steps.dropna(subset=["value"])
+    lead: list[Block] = [
+        *(Markdown(f"**{plain(label)}**: {_prose(words)}") for label, words in verdicts.items()),
+        *(Markdown(f"{plain(label)}: {_prose(line)}") for label, some in findings.items() for line in headline(some)),
+        _runs_table(known, metrics[:_MOST_LED], list(runs), is_kl),
+    ]
+    pictures = {metric: Picture(path, title_of(metric, is_kl), _RUNS_PICTURE) for metric, path in figures.items()}
+    notes = [f"{label}: steps: {one['step_origin']}" for label, one in runs.items()]
+    notes += [f"{label}: {note}" for label, one in runs.items() for note in one["notes"]]
+    rest = list(pictures)[1:]
+    limits = dict.fromkeys(limit for one in runs.values() for limit in one["limits"])
+    reasons = [f"{label}: {one['recurrence']['outcome']}: {one['recurrence']['reason']}" for label, one in runs.items()]
+    sections = [
+        *(section(f"metric-{nth}", title_of(metric, is_kl), pictures[metric],
+                  finding=_runs_finding(known[known["metric"] == metric], list(runs)))
+          for nth, metric in enumerate(rest, 2)),
+        section("steps", "First and last step of every metric", _runs_table(known, metrics, list(runs), is_kl),
+                finding=count(len(metrics), "metric")),
+        section("compounds", "Does it compound?", Bullets(tuple(map(_prose, reasons))),
+                finding="; ".join(f"{label}: {one['recurrence']['outcome']}" for label, one in runs.items())),
+        section("limits", "What this cannot show", Bullets(tuple(map(_prose, limits))), finding=STABLE),
+        section("regenerate", "How to make this page again", Shell(tuple(regenerate)) if regenerate else None,
+                finding="the command"),
+    ]  # fmt: skip
+    return Page(
+        "Mismatch over training steps, runs side by side",
+        (),
+        next(iter(pictures.values()), None),
+        (Bullets(tuple(map(_prose, notes))),),
+        tuple(part for part in sections if part is not None),
+        tuple(lead),
+        "What was read",
+        plain("; ".join(f"{label}: {count(known.loc[known['source'] == label, 'step'].nunique(), 'step')}"
+                        for label in runs)),
+    )  # fmt: skip
+
+
+def _runs_table(known: pd.DataFrame, metrics: Sequence[str], labels: Sequence[str], is_kl: bool) -> Table:
+    """First and last step of metrics in every run, each with n and interval."""
+    rows = []
+    for metric in metrics:
+        for label in labels:
+            part = known[(known["metric"] == metric) & (known["source"] == label)]
+            rows += [[label, *_row(row, is_kl)[:5]] for _, row in part.iloc[[0, -1][: len(part)]].iterrows()]
+    good = ", ".join(dict.fromkeys(known.loc[known["metric"].isin(metrics), "direction"]))
+    return table(("run", *_HEADER[:5]), rows, (2, 3, 4, 5), f"First and last step ({good})",
+                 is_list=len(rows) > 12, n_markdown=24)  # fmt: skip
+
+
+def _runs_finding(rows: pd.DataFrame, labels: Sequence[str]) -> str:
+    """The last value of a metric in every run."""
+    unit = str(rows["unit"].iloc[0])
+    last = {label: rows[rows["source"] == label].iloc[-1:] for label in labels}
+    words = [f"{label} {number(row['value'].iloc[0], unit)}" for label, row in last.items() if len(row)]
+    return f"at its last step: {', '.join(words)}"
+
+
+_MOST_LED = 2
+"""Metrics whose first and last steps stand on the first screen."""
+_RUNS_PICTURE = "A line per run with its 95 % interval where one is known; dotted: published marks of other stacks."
+
+
 def _prose(text: str) -> Markdown:
     """Sentences of any length as literal text: a line of user text would be cut."""
     return Markdown(" ".join(plain(part) for part in textwrap.wrap(text, 200)))

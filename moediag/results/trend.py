@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Final
 import pandas as pd
 
 from moediag.analysis.series import KL_METRICS, MARKS, delta_metric, trend_recurrence
-from moediag.figures.series import plot_trend, title_of
+from moediag.figures.series import plot_trend, plot_trends, title_of, trend_finding
 from moediag.figures.style import formats, save_figure
 from moediag.folder import SUMMARY, records, result_folder, write_frames
 from moediag.hygiene.findings import Finding, by_level, headline
@@ -20,13 +21,16 @@ from moediag.hygiene.series import Schedule, check_series
 from moediag.importers.rollouts import Options
 from moediag.notation import SCHEMA_VERSION
 from moediag.numbers import sig
-from moediag.report.trend_page import trend_page
+from moediag.report.trend_page import trend_page, trends_page
 from moediag.results.report import write_pages
 from moediag.results.trend_sources import TrendSource, read_trend
 from moediag.run.files import write_sealed
 from moediag.statistics.recurrence import ASSUMPTIONS, Recurrence
 
 KIND: Final = "moediag trend"
+RUNS_KIND: Final = "moediag trend of several runs"
+MOST_FIGURES: Final = 16
+"""Metrics of several runs that are drawn; the others stand in the table."""
 
 LIMITS: Final = (
     "The theorem is an inequality (Ring-1T, arXiv 2510.18855, appendix); what is fitted is an equality model, "
@@ -167,6 +171,84 @@ def write_trend(
         frames = write_frames(made, {"trend_by_step": source.trend})
         write_sealed(made / SUMMARY, {**trend.summary(), "request": dict(request), "frames": frames})
     return [output / "report.html", output / "report.md", output / SUMMARY, output / "figures" / "trend.png"]
+
+
+def measure_trends(
+    targets: Mapping[str, Path],
+    metric: str | None,
+    on_stage: OnStage = lambda *done: None,
+    options: Options | None = None,
+    given: Given = Given(),
+) -> dict[str, Trend]:
+    """Several trainings, each a series of its own; arguments and errors as for :func:`measure_trend`."""
+    return {label: measure_trend([path], None, metric, on_stage, options, given) for label, path in targets.items()}
+
+
+def write_trends(
+    trends: Mapping[str, Trend],
+    output: Path,
+    request: Mapping[str, Any],
+    force: bool = False,
+    pdf: bool = False,
+    regenerate: Sequence[str] = (),
+) -> list[Path]:
+    """Write runs side by side: a page, a figure per metric, one frame whose ``source`` is the run's name.
+
+    Returns report.html, report.md and summary.json; arguments and errors as for :func:`write_trend`.
+    """
+    is_kl = all(trend.source.is_kl for trend in trends.values())
+    frames = {label: trend.source.trend.assign(source=label) for label, trend in trends.items()}
+    every = pd.concat(list(frames.values()), ignore_index=True)
+    metrics = _compared(every, [trend.delta for trend in trends.values()])
+    with result_folder(output, RUNS_KIND, request, force) as made:
+        figures = {}
+        for metric in metrics[:MOST_FIGURES]:
+            name = re.sub(r"[^a-z0-9]+", "-", f"{metrics.index(metric) + 1}-{metric.lower()}")[:60].strip("-")
+            figure = plot_trends(frames, metric, is_kl=is_kl)
+            figures[metric] = save_figure(figure, made / "figures", name, formats(pdf))[0]
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": RUNS_KIND,
+            "is_kl": is_kl,
+            "runs": {label: trend.summary() for label, trend in trends.items()},
+        }
+        verdicts = {label: verdict_line(trend) for label, trend in trends.items()}
+        found = {label: trend.findings for label, trend in trends.items()}
+        write_pages(made, trends_page(content, every, verdicts, found, figures, metrics, regenerate))
+        written = write_frames(made, {"trend_by_step": every})
+        write_sealed(made / SUMMARY, {**content, "request": dict(request), "frames": written})
+    return [output / "report.html", output / "report.md", output / SUMMARY]
+
+
+def _compared(every: pd.DataFrame, deltas: Sequence[str | None]) -> list[str]:
+    """Metrics in the order of the page: delta, those published or of the tail, flips, what corrections mask, the others.
+
+    One that is the same at every step of every run is left out.
+    """
+    known = every.dropna(subset=["value"])
+    metrics = [str(name) for name, rows in known.groupby("metric", sort=False) if rows["value"].nunique() > 1]
+    first = {*(mark.metric for mark in MARKS), "abs_logp_diff.p99", "abs_logp_diff.max", "flip_rate"}
+
+    def place(metric: str) -> int:
+        is_of = (metric in deltas, metric in first, metric.startswith("masked_share."),
+                 metric.startswith("masked_entropy."))  # fmt: skip
+        return is_of.index(True) if True in is_of else len(is_of)
+
+    return sorted(metrics, key=place)
+
+
+def verdict_line(trend: Trend) -> str:
+    """One run in a line: from where to where its delta went, and whether it compounds."""
+    return ". ".join(trend_finding(trend.source.trend, trend.recurrence, trend.delta, trend.source.is_kl).split("\n"))
+
+
+def trends_lines(trends: Mapping[str, Trend]) -> list[str]:
+    """What the command prints of several runs: a verdict line per run, then its worst finding and its notes."""
+    lines = [f"{label}: {verdict_line(trend)}" for label, trend in trends.items()]
+    for label, trend in trends.items():
+        lines += [f"{label}: {words}" for words in headline(trend.findings)]
+        lines += [f"{label}: Note: {note}" for note in trend.source.notes]
+    return [*lines, "", "What this cannot show:", *(f"- {limit}" for limit in LIMITS)]
 
 
 def outcome_lines(trend: Trend) -> list[str]:

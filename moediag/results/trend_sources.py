@@ -24,9 +24,9 @@ import pyarrow as pa
 from moediag.analysis.metrics import METRICS
 from moediag.analysis.series import (
     KL_METRICS,
-    KNOWN,
     TREND_BY_STEP,
     Z95,
+    metric_of,
     range_of,
     standard_error_of,
     step_metrics,
@@ -47,6 +47,7 @@ from moediag.importers.write import imported_for_now
 from moediag.report.measures import text_origin
 from moediag.run.reader import Run, open_run
 from moediag.run.series import Series, is_series, open_series
+from moediag.watch import STEPS as WATCHED
 
 SYNONYMS: Final = {
     "mean_abs_logp_diff": "abs_logp_diff.mean",
@@ -98,12 +99,13 @@ class TrendSource:
 def read_trend(
     targets: Sequence[Path], steps: Sequence[int] | None, on_progress: OnProgress, options: Options | None = None
 ) -> TrendSource:
-    """The series of runs, of a folder of them, or of one table.
+    """The series of runs, of a folder of them, of one table, or of the folder of a :class:`moediag.Watch`.
 
     Raises:
         DumpError: neither runs nor one table, or a table that is none.
         RunError: a run that cannot be read.
     """
+    targets = [path / WATCHED if (path / WATCHED).is_file() else path for path in targets]
     series = [open_series(path) for path in targets if is_series(path)]
     if series:
         if len(targets) > 1 or steps is not None:
@@ -336,7 +338,7 @@ def _metric_of_steps(path: Path, frame: pd.DataFrame, theirs: str, ours: str) ->
     implied = np.array([standard_error_of(*bounds) for bounds in zip(low, high, strict=True)])
     has_no_bounds = np.isnan(low) | np.isnan(high)
     se = np.where(np.isfinite(frame[theirs]), se, np.nan)  # of what is infinite there is no error
-    known = KNOWN.get(ours) or METRICS.get(ours)
+    known = metric_of(ours)
     unit, direction = (known.unit, known.direction) if known else ("as given", "not known")
     rows: dict[str, Any] = {
         "step": frame["step"],
