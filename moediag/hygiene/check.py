@@ -289,23 +289,26 @@ def read_check(run: Run, shards: Sequence[Shard], folder: Path, check: Check) ->
     """Check some shards of a run; what is seen of others merges with it."""
     seen = _Seen(run, check)
     for shard in shards:
-        tokens, missing = _read_tokens(run, shard)
-        rows: dict[str, Rows | None] = {}
-        for arm in check.arms:
-            is_covered = shard in run.shards_of(arm)
-            read, wrong = _read_rows(run, arm, shard, tokens, seen.shapes[arm]) if is_covered else (None, [])
-            rows[arm] = read
-            if read is not None:
-                seen.has[arm] |= _has(read)
-            if arm in check.alone:
-                seen.found[arm] += [*missing, *wrong]
-                if read is not None:
-                    seen.alone[arm].add(read)
-        if seen.pair is not None and check.beside is not None:
-            train, infer = rows[check.beside], rows[check.reference]
-            if train is not None and infer is not None:
-                seen.pair.add(train, infer)
+        _add_shard(seen, run, shard, check)
     return seen
+
+
+def _add_shard(seen: _Seen, run: Run, shard: Shard, check: Check) -> None:
+    """A function of its own, so that no array of a shard is held while the next is read."""
+    tokens, missing = _read_tokens(run, shard)
+    rows: dict[str, Rows] = {}
+    for arm in check.arms:
+        is_covered = shard in run.shards_of(arm)
+        read, wrong = _read_rows(run, arm, shard, tokens, seen.shapes[arm]) if is_covered else (None, [])
+        if arm in check.alone:
+            seen.found[arm] += [*missing, *wrong]
+        if read is not None:
+            rows[arm] = read
+            seen.has[arm] |= _has(read)
+            if arm in check.alone:
+                seen.alone[arm].add(read)
+    if seen.pair is not None and check.beside in rows and check.reference in rows:
+        seen.pair.add(rows[check.beside], rows[check.reference])
 
 
 def join_check(run: Run, pieces: Iterator[_Seen], check: Check) -> Inspection:
