@@ -114,6 +114,10 @@ def series(width: float) -> Iterator[tuple[str, Figure]]:
     yield "grows", plot(trend, grows, "kl_infer_train_k3", width=width)
     yield "long names", plot(renamed, width=width)
     yield "one step", plot(trend[trend["step"] == 0], width=width)
+    runs = {"none": trend, 4 * "a_long_name_of_a_run_": renamed, "one step": trend[trend["step"] == 0]}
+    runs |= {f"seed {nth}": trend[trend["step"] < 50 + 10 * nth] for nth in range(5)}
+    for metric in ("kl_infer_train_k3", "extreme_share_2", "k", "not there"):
+        yield f"side by side, {metric}", TREND_FIGURES["trends"].plot(runs, metric, width=width)
 
 
 def tokens_of(step: int) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from moediag.watch import STEPS, Seen
 from tests.test_watch import batch
 
 PAGE = Path(__file__).parents[1] / "reports" / "trainers.md"
-FRAMEWORKS = ("verl", "slime", "prime-rl", "NeMo-RL", "OpenRLHF", "SkyRL", "TRL")
+FRAMEWORKS = ("verl", "slime", "prime-rl", "NeMo-RL", "OpenRLHF", "SkyRL", "AReaL", "TRL")
 CALLED = {"Watch": Watch, "step": Watch.step, "part": Watch.part, "step_of": Watch.step_of, "scalars": Seen.scalars}
 
 
@@ -153,10 +153,14 @@ def test_slime(monkeypatch: pytest.MonkeyPatch, one_rank: None) -> None:
     args = SimpleNamespace(n_samples_per_prompt=2)
     pasted.names["watch_rollout"](args, 3, rollout_data)
     assert logged.pop("rollout/step") == 3
+    assert not any("masked_entropy" in name for name in logged)
     check(logged, 3, one)
-    del rollout_data["log_probs"]
+    rollout_data["entropy"] = cut(one, "entropy")  # --use-rollout-entropy
     pasted.names["watch_rollout"](args, 4, rollout_data)
-    assert len(Path("runs/mismatch", STEPS).read_text().splitlines()) == 1
+    assert any("masked_entropy" in name for name in logged)
+    del rollout_data["log_probs"]
+    pasted.names["watch_rollout"](args, 5, rollout_data)
+    assert len(Path("runs/mismatch", STEPS).read_text().splitlines()) == 2
 
 
 def test_prime_rl(one_rank: None) -> None:
@@ -251,6 +255,46 @@ def test_skyrl() -> None:
     trainer = SimpleNamespace(global_step=2, all_metrics={})
     Pasted("SkyRL").go(training_input=training_input, self=trainer)
     check(trainer.all_metrics, 2, {**one, "advantages": one["advantages"].float()})
+
+
+def test_areal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dictionary per prompt, its samples padded together; prompt tokens in front, each value at the token before."""
+    one, n_prompt = theirs(), 4
+    fetched = []
+
+    def localize(batch: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        fetched.append(len(batch))
+        return batch
+
+    modules(
+        monkeypatch,
+        areal={}, areal__infra={}, areal__infra__rpc={},
+        areal__infra__rpc__rtensor={"RTensor": SimpleNamespace(localize=localize)},
+    )  # fmt: skip
+
+    def rolled(values: torch.Tensor, width: int) -> torch.Tensor:
+        whole = torch.zeros(len(values), n_prompt + width)
+        whole[:, n_prompt:] = values[:, :width].float()
+        return torch.roll(whole, shifts=-1, dims=-1)
+
+    adv_batch = []
+    for prompt in range(12):
+        some = one["prompts"] == prompt
+        width = int(one["mask"][some].sum(1).max())
+        names = {"prox_logp": "logp_train", "logprobs": "logp_infer", "loss_mask": "mask", "advantages": "advantages"}
+        adv_batch.append({theirs_: rolled(one[ours][some], width) for theirs_, ours in names.items()})
+    pasted, trainer, stats = Pasted("AReaL"), SimpleNamespace(), {"loss": 0.1}
+    actor = SimpleNamespace(use_decoupled_loss=True, should_compute_prox_logp=lambda: True)
+    pasted.go(config=SimpleNamespace(actor=actor), self=trainer, adv_batch=adv_batch, global_step=7)
+    pasted.go(stats=stats)
+    assert fetched == [12]
+    assert stats.pop("loss") == 0.1
+    check(stats, 7, {**one, "advantages": one["advantages"].float()})
+    pasted = Pasted("AReaL")
+    actor.use_decoupled_loss = False  # the engine's log-probabilities were overwritten: nothing to compare
+    pasted.go(config=SimpleNamespace(actor=actor), self=(trainer := SimpleNamespace()), adv_batch=[], global_step=8)
+    pasted.go(stats=stats)
+    assert not hasattr(trainer, "mismatch")
 
 
 def test_trl() -> None:

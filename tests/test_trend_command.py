@@ -14,9 +14,10 @@ from matplotlib.text import Text
 from scipy import special
 from scripted_engine import make_scripted_run
 
+from moediag.analysis.series import metric_rows
 from moediag.cli.main import main
 from moediag.figures import TREND_FIGURES
-from moediag.figures.series import plot_trend, title_of
+from moediag.figures.series import plot_trend, plot_trends, title_of
 from moediag.hygiene.findings import finding
 from moediag.results.trend_sources import read_trend
 from moediag.run.files import read_sealed, sha256_bytes
@@ -262,6 +263,89 @@ def test_a_metric_that_never_changes_is_named_with_its_value_and_not_drawn(tmp_p
     figure = plot_trend(read_trend([path], None, lambda *done: None).trend)
     assert [ax.get_title(loc="left") for ax in figure.axes] == [title_of("kl_infer_train_k3")]
     assert "The same at every step, not drawn: temperature (0.700)." in words(figure)
+
+
+@pytest.fixture
+def trainings(tmp_path):
+    """Three tables of steps; one has a metric that the others have not."""
+    rng = np.random.default_rng(5)
+    for name, growth in (("none", 1.1), ("tis", 1.05), ("icepop", 1.0)):
+        rows = [
+            {"step": step, "k3": 1e-3 * growth**step * rng.uniform(0.9, 1.1), "k3_se": 1e-4,
+             "masked_share.ring-1t": 1e-3 * growth**step, "masked_entropy.ring-1t": 2.0 + step / 10,
+             **({"reward": step / 20} if name == "icepop" else {})}
+            for step in range(12)
+        ]  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_trainings_stand_side_by_side(capsys, trainings, monkeypatch):
+    monkeypatch.chdir(trainings)
+    status, captured = run(capsys, "no correction=none", "TIS=tis/steps.jsonl", "IcePop=icepop", "-o", "out")
+    assert status == 0, captured.err
+    verdicts = captured.out.splitlines()[:3]
+    for label, line in zip(("no correction", "TIS", "IcePop"), verdicts, strict=True):
+        assert line.startswith(f"{label}: KL(infer‖train), k3: 0.00")
+        assert "at step 0" in line
+        assert "at step 11" in line
+    out = trainings / "out"
+    frame = pd.read_parquet(out / "trend_by_step.parquet")
+    assert dict(frame.groupby("source")["step"].nunique()) == {"IcePop": 12, "TIS": 12, "no correction": 12}
+    alone = read_trend([trainings / "tis"], None, lambda *done: None).trend
+    both = frame[frame["source"] == "TIS"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(both.drop(columns="source"), alone.drop(columns="source"))
+    metrics = ["kl-infer-train-k3", "masked-share-ring-1t", "masked-entropy-ring-1t", "reward"]
+    assert sorted(path.name for path in (out / "figures").glob("*.png")) == [
+        f"{nth}-{name}.png" for nth, name in enumerate(metrics, 1)
+    ]
+    summary = read_sealed(out / "summary.json")
+    assert set(summary["runs"]) == {"no correction", "TIS", "IcePop"}
+    page = (out / "report.md").read_text()
+    places = [page.index(f"**{label}**: KL(infer‖train), k3") for label in ("no correction", "TIS", "IcePop")]
+    assert places == sorted(places)
+    assert places[-1] < page.index("| run | step |") < page.index("1-kl-infer-train-k3.png")
+    assert "masked by ring-1t" in page
+    assert "'no correction=none'" in page, "the command to make it again"
+    before = (out / "summary.json").read_bytes()
+    assert run(capsys, "no correction=none", "TIS=tis/steps.jsonl", "IcePop=icepop", "-o", "out")[0] == 0
+    assert (out / "summary.json").read_bytes() == before
+    assert run(capsys, "none", "tis", "-o", "out")[0] == 1  # of other trainings
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_figure_of_trainings_has_a_line_marker_and_colour_for_each(trainings):
+    names = ("none", "tis", "icepop")
+    trends = {name: read_trend([trainings / name], None, lambda *done: None).trend for name in names}
+    ax = plot_trends(trends, "kl_infer_train_k3").axes[0]
+    lines = {tuple(line.get_ydata()): line for line in ax.get_lines()}
+    drawn = [lines[tuple(metric_rows(trend, "kl_infer_train_k3")["value"])] for trend in trends.values()]
+    for how in ("get_color", "get_marker"):
+        assert len({getattr(line, how)() for line in drawn}) == 3, how
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(names)
+    assert any(np.allclose(line, 1.535e-3) for line in map(np.asarray, lines)), "R3's number is not drawn"
+    figure = plot_trends(trends, "reward")
+    assert "Without this metric: none, tis." in words(figure)
+    assert figure.axes[0].get_ylabel() == "as given"
+    assert plot_trends(trends, "masked_entropy.ring-1t").axes[0].get_ylabel() == "[nat]"
+
+
+@pytest.mark.parametrize(
+    ("targets", "complaint"),
+    [
+        (["a=none", "tis"], "expected NAME=PATH for every training, each name once"),
+        (["a=none", "a=tis"], "expected NAME=PATH for every training, each name once"),
+        (["a=none", "b=missing"], "missing does not exist"),
+        (["none", "tis", "--steps", "1,2"], "--steps numbers the runs of one series"),
+    ],
+)
+def test_trainings_that_cannot_stand_side_by_side_are_one_line(capsys, trainings, monkeypatch, targets, complaint):
+    monkeypatch.chdir(trainings)
+    status, captured = run(capsys, *targets)
+    assert status == 1
+    assert captured.err.startswith("moediag: ")
+    assert complaint in captured.err
 
 
 def test_the_figure_of_a_series_is_declared_as_the_others_are():

@@ -34,10 +34,10 @@ Targets = Annotated[
         metavar="RUN RUN ...|SERIES|TABLE|DUMP|NAME=PATH ...",
         callback=_there,
         help="One training: run directories, one per step, a folder of them (series.json), files or folders of a "
-        "framework's dump (moediag import --list-formats), the folder of a Watch, or one table (.parquet, .csv, .jsonl) "
-        "with a column step: a row per token (seq_id, position, logp_train, logp_infer, ...) or per step (a column per "
-        "metric, <metric>_se beside it). Several side by side: NAME=PATH for each, or several tables, folders of a "
-        "Watch or series.",
+        "framework's dump (moediag import --list-formats), the folder of a Watch, or one table (.parquet, .csv, "
+        ".jsonl) with a column step: a row per token (seq_id, position, logp_train, logp_infer, ...) or per "
+        "step (a column per metric, <metric>_se beside it). Several side by side: NAME=PATH for each, or "
+        "several tables, folders of a Watch or series.",
     ),
 ]
 Steps = Annotated[

@@ -147,7 +147,8 @@ def plot_trends(
     styles = series_styles(list(trends))
     parts = {label: metric_rows(trend, metric) for label, trend in trends.items()}
     parts = {label: rows for label, rows in parts.items() if rows["value"].notna().any()}
-    figure = new_figure(panel.width, _HEIGHT + 0.7)
+    columns = 1 if is_column(panel.width) else min(len(parts), 4) or 1
+    figure = new_figure(panel.width, _HEIGHT + 0.5 + 0.17 * math.ceil(len(parts) / columns))
     ax = figure.subplots()
     if not parts:
         state(ax, "No run has a value at any step.")
@@ -169,7 +170,7 @@ def plot_trends(
                            marker=style.marker if len(rows) <= _MANY else "", markersize=3.5)  # fmt: skip
     _write_labels(ax, [_draw_mark(ax, mark, f"{mark.name}\n{mark.text}") for mark in near])
     _label_axes(ax, every)
-    legend_below(ax, handles, [figure_text(label, 24) for label in parts], columns=min(len(parts), 4))
+    legend_below(ax, handles, [figure_text(label, 24) for label in parts], columns=columns)
     absent = [figure_text(label) for label in trends if label not in parts]
     ends = [f"{figure_text(label)}: {_ends(rows)}" for label, rows in parts.items()]
     add_words(

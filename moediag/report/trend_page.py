@@ -14,6 +14,7 @@ import pandas as pd
 
 from moediag.figures.series import title_of
 from moediag.hygiene.findings import Finding, headline
+from moediag.hygiene.rules import NOTE
 from moediag.numbers import NONE, count
 from moediag.report.blocks import Block, Bullets, Page, Picture, Shell, Table, interval, number, section, table
 from moediag.report.section_words import STABLE
@@ -89,14 +90,16 @@ def trends_page(
     """
     is_kl, runs = summary["is_kl"], summary["runs"]
     known = steps.dropna(subset=["value"])
+    above = {label: [one for one in some if one.level != NOTE] for label, some in findings.items()}
     lead: list[Block] = [
         *(Markdown(f"**{plain(label)}**: {_prose(words)}") for label, words in verdicts.items()),
-        *(Markdown(f"{plain(label)}: {_prose(line)}") for label, some in findings.items() for line in headline(some)),
-        _runs_table(known, metrics[:_MOST_LED], list(runs), is_kl),
+        *(Markdown(f"{plain(label)}: {_prose(line)}") for label, some in above.items() for line in headline(some)),
+        _runs_table(known, metrics[:1], list(runs), is_kl),
     ]
     pictures = {metric: Picture(path, title_of(metric, is_kl), _RUNS_PICTURE) for metric, path in figures.items()}
     notes = [f"{label}: steps: {one['step_origin']}" for label, one in runs.items()]
     notes += [f"{label}: {note}" for label, one in runs.items() for note in one["notes"]]
+    notes += [f"{label}: {one.message}" for label, some in findings.items() for one in some if one.level == NOTE]
     rest = list(pictures)[1:]
     limits = dict.fromkeys(limit for one in runs.values() for limit in one["limits"])
     reasons = [f"{label}: {one['recurrence']['outcome']}: {one['recurrence']['reason']}" for label, one in runs.items()]
@@ -128,12 +131,14 @@ def trends_page(
 def _runs_table(known: pd.DataFrame, metrics: Sequence[str], labels: Sequence[str], is_kl: bool) -> Table:
     """First and last step of metrics in every run, each with n and interval."""
     rows = []
+    skipped = int(len(metrics) == 1)  # then it stands in the caption
+    name = f"{title_of(metrics[0], is_kl)}, " if skipped else ""
     for metric in metrics:
         for label in labels:
             part = known[(known["metric"] == metric) & (known["source"] == label)]
-            rows += [[label, *_row(row, is_kl)[:5]] for _, row in part.iloc[[0, -1][: len(part)]].iterrows()]
+            rows += [[label, *_row(row, is_kl)[skipped:5]] for _, row in part.iloc[[0, -1][: len(part)]].iterrows()]
     good = ", ".join(dict.fromkeys(known.loc[known["metric"].isin(metrics), "direction"]))
-    return table(("run", *_HEADER[:5]), rows, (2, 3, 4, 5), f"First and last step ({good})",
+    return table(("run", *_HEADER[skipped:5]), rows, range(2 - skipped, 6), f"{name}first and last step ({good})",
                  is_list=len(rows) > 12, n_markdown=24)  # fmt: skip
 
 
@@ -145,8 +150,6 @@ def _runs_finding(rows: pd.DataFrame, labels: Sequence[str]) -> str:
     return f"at its last step: {', '.join(words)}"
 
 
-_MOST_LED = 2
-"""Metrics whose first and last steps stand on the first screen."""
 _RUNS_PICTURE = "A line per run with its 95 % interval where one is known; dotted: published marks of other stacks."
 
 

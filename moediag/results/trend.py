@@ -17,6 +17,7 @@ from moediag.figures.series import plot_trend, plot_trends, title_of, trend_find
 from moediag.figures.style import formats, save_figure
 from moediag.folder import SUMMARY, records, result_folder, write_frames
 from moediag.hygiene.findings import Finding, by_level, headline
+from moediag.hygiene.rules import NOTE
 from moediag.hygiene.series import Schedule, check_series
 from moediag.importers.rollouts import Options
 from moediag.notation import SCHEMA_VERSION
@@ -221,7 +222,7 @@ def write_trends(
 
 
 def _compared(every: pd.DataFrame, deltas: Sequence[str | None]) -> list[str]:
-    """Metrics in the order of the page: delta, those published or of the tail, flips, what corrections mask, the others.
+    """Metrics in the order of the page: delta, those published, the tail, flips, what corrections mask, the others.
 
     One that is the same at every step of every run is left out.
     """
@@ -246,7 +247,7 @@ def trends_lines(trends: Mapping[str, Trend]) -> list[str]:
     """What the command prints of several runs: a verdict line per run, then its worst finding and its notes."""
     lines = [f"{label}: {verdict_line(trend)}" for label, trend in trends.items()]
     for label, trend in trends.items():
-        lines += [f"{label}: {words}" for words in headline(trend.findings)]
+        lines += [f"{label}: {words}" for words in headline([one for one in trend.findings if one.level != NOTE])]
         lines += [f"{label}: Note: {note}" for note in trend.source.notes]
     return [*lines, "", "What this cannot show:", *(f"- {limit}" for limit in LIMITS)]
 
