@@ -145,26 +145,31 @@ def against_none(steps: pd.DataFrame) -> str:
 def masked(steps: pd.DataFrame) -> str:
     """What IcePop's band leaves out, by third of the training, and how uncertain it was."""
     rows = []
-    third = np.minimum(3 * steps["step"] // (steps["step"].max() + 1), 2)
+    third = _third(steps)
     for engine in ENGINES:
         for nth, when in enumerate(("first third", "second", "last")):
             there = steps[(steps["engine"] == engine) & (third == nth)]
             sums = there.groupby("seed")[["n_masked", "masked_nats", "nats", "n_tokens"]].sum()
             narrow = of_seeds(there, "masked_share.glm-5")
-            n = sums["n_masked"]
-            entropy = words(sums["masked_nats"] / n) if (n > 0).all() else "-"
-            n_T = sums["n_tokens"]
-            counts = f"{int(n.sum()):,} of {int(n_T.sum()):,}"
-            rows.append(
-                [engine, when, words(n / n_T, 1e3), words(narrow, 1e3), entropy, words(sums["nats"] / n_T), counts]
-            )
+            n, n_all = sums["n_masked"], sums["n_tokens"]
+            entropy, entropy_masked = sums["nats"] / n_all, sums["masked_nats"] / n
+            of_masked = [words(entropy_masked), words(entropy_masked / entropy)] if (n > 0).all() else ["-", "-"]
+            shares = [words(n / n_all, 1e3), words(narrow, 1e3)]
+            counts = f"{int(n.sum()):,} of {int(n_all.sum()):,}"
+            rows.append([engine, when, *shares, words(entropy), *of_masked, counts])
     header = ["rollouts", "steps", "outside 0.5 to 5 [per mille]", "outside 0.5 to 2 [per mille]",
-              "entropy of those outside 0.5 to 5 [nat]", "entropy of all [nat]", "n tokens"]  # fmt: skip
+              "entropy of all [nat]", "entropy of those outside 0.5 to 5 [nat]", "this over that of all",
+              "n outside 0.5 to 5"]  # fmt: skip
     return markdown(header, rows)
 
 
+def _third(steps: pd.DataFrame) -> pd.Series:
+    return (3 * steps["step"] // (steps["step"].max() + 1)).clip(upper=2)
+
+
 def seconds(steps: pd.DataFrame) -> str:
-    """Median seconds of a stage and its share of a step."""
+    """Median seconds of a stage and its share of a step, over the last third of the training."""
+    steps = steps[_third(steps) == 2]
     median = {stage: float(steps[f"{stage} [s]"].median()) for stage in STAGES}
     high = {stage: float(steps[f"{stage} [s]"].quantile(0.9)) for stage in STAGES}
     total = float(sum(steps[f"{stage} [s]"] for stage in STAGES).median())

@@ -128,7 +128,7 @@ def test_the_page_pairs_seeds_and_pools_what_is_masked(tmp_path: Path) -> None:
     assert "| bf16 | IcePop minus none | 0.110 [0.0852, 0.135] |" in rl_page.against_none(steps)
     assert "| bf16 | TIS minus none | 0 [0, 0] |" in rl_page.against_none(steps)
     one, two = "1.00 [1.00, 1.00]", "2.00 [2.00, 2.00]"
-    assert f"| 8-bit | last | {one} | {two} | {two} | {one} | 90 of 90,000 |" in rl_page.masked(steps)
+    assert f"| 8-bit | last | {one} | {two} | {one} | {two} | {two} | 90 of 90,000 |" in rl_page.masked(steps)
     assert "| `watch.step` | 1.00 | 1.00 | 20 % |" in rl_page.seconds(steps)
 
 
