@@ -24,7 +24,8 @@ def command(ckpt: o.Ckpt, revision: o.Revision = None, as_json: o.Json = False) 
     for section in ("model", "router_rule", "routing", "router_dtypes", "generation_config"):
         say(f"{section}:" if facts[section] else f"{section}: none")
         for name, value in (facts[section] or {}).items():
-            say(f"    {name:<22} {NONE if value is None else value}")
+            is_absent = value is None or value == ""
+            say(f"    {name:<22} {NONE if is_absent else value}")
     for tensor in facts["router_tensors"]:
         say("router tensor: " + ", ".join(f"{name} {value}" for name, value in tensor.items()))
     for warning in facts["warnings"]:

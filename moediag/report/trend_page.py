@@ -97,9 +97,12 @@ def trends_page(
         _runs_table(known, metrics[:1], list(runs), is_kl),
     ]
     pictures = {metric: Picture(path, title_of(metric, is_kl), _RUNS_PICTURE) for metric, path in figures.items()}
-    notes = [f"{label}: steps: {one['step_origin']}" for label, one in runs.items()]
-    notes += [f"{label}: {note}" for label, one in runs.items() for note in one["notes"]]
-    notes += [f"{label}: {one.message}" for label, some in findings.items() for one in some if one.level == NOTE]
+    remarks = [(label, f"steps: {one['step_origin']}") for label, one in runs.items()]
+    remarks += [(label, note) for label, one in runs.items() for note in one["notes"]]
+    remarks += [
+        (label, f"{one.where}: {one.message}") for label, some in findings.items() for one in some if one.level == NOTE
+    ]
+    notes = of_runs(remarks, len(runs))
     rest = list(pictures)[1:]
     limits = dict.fromkeys(limit for one in runs.values() for limit in one["limits"])
     reasons = [f"{label}: {one['recurrence']['outcome']}: {one['recurrence']['reason']}" for label, one in runs.items()]
@@ -126,6 +129,19 @@ def trends_page(
         plain("; ".join(f"{label}: {count(known.loc[known['source'] == label, 'step'].nunique(), 'step')}"
                         for label in runs)),
     )  # fmt: skip
+
+
+def of_runs(remarks: Sequence[tuple[str, str]], n_runs: int) -> list[str]:
+    """What is to be noted of runs, each once with the runs that it is about; what all share, without names.
+
+    Example:
+        >>> of_runs([("a", "x"), ("b", "x"), ("b", "y")], 2)
+        ['x', 'b: y']
+    """
+    labels: dict[str, list[str]] = {}
+    for label, words in remarks:
+        labels.setdefault(words, []).append(label)
+    return [words if len(some) == n_runs else f"{', '.join(some)}: {words}" for words, some in labels.items()]
 
 
 def _runs_table(known: pd.DataFrame, metrics: Sequence[str], labels: Sequence[str], is_kl: bool) -> Table:

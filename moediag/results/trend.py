@@ -22,7 +22,7 @@ from moediag.hygiene.series import Schedule, check_series
 from moediag.importers.rollouts import Options
 from moediag.notation import SCHEMA_VERSION
 from moediag.numbers import sig
-from moediag.report.trend_page import trend_page, trends_page
+from moediag.report.trend_page import of_runs, trend_page, trends_page
 from moediag.results.report import write_pages
 from moediag.results.trend_sources import TrendSource, read_trend
 from moediag.run.files import write_sealed
@@ -248,7 +248,8 @@ def trends_lines(trends: Mapping[str, Trend]) -> list[str]:
     lines = [f"{label}: {verdict_line(trend)}" for label, trend in trends.items()]
     for label, trend in trends.items():
         lines += [f"{label}: {words}" for words in headline([one for one in trend.findings if one.level != NOTE])]
-        lines += [f"{label}: Note: {note}" for note in trend.source.notes]
+    remarks = [(label, note) for label, trend in trends.items() for note in trend.source.notes]
+    lines += [f"Note: {words}" for words in of_runs(remarks, len(trends))]
     return [*lines, "", "What this cannot show:", *(f"- {limit}" for limit in LIMITS)]
 
 
