@@ -19,7 +19,6 @@ NOT_RUN = {
     "tests/test_selftest.py runs it": "engines are started for it alone",
     "needs a second checkpoint": "tests/test_engines_checkpoints.py makes one",
     "needs a running server": "tests/test_engines_server.py starts one",
-    "needs Slurm": "tests/test_engines_resume.py fills arms in slices, as its jobs would",
     "needs a Ray cluster": "tests/test_engines_ray.py runs it on clusters of its own",
     "needs runs from before and after an upgrade": "tests/test_gate.py makes two",
 }
