@@ -7,7 +7,6 @@ file system lies over them.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -138,7 +137,6 @@ def test_a_worker_a_node_and_the_driver_may_be_killed(
     again = run_moediag(*command)
     assert again.returncode == 0, again.stderr
     assert "2 workers; the cluster has" in again.stderr  # a node that has just died may be counted still
-    assert re.search(r"^Time +worker \d on \S+, [\d.]+ s: .*passes [\d.]+, .*else", again.stderr, re.MULTILINE)
     assert_same(run, undisturbed)
     assert not (run / ".claims").exists()
 

@@ -197,8 +197,6 @@ class Bar:
         """Show an engine's event."""
         if "note" in event:
             note(event["note"])
-        elif "seconds" in event:
-            pass  # for the end
         elif "stage" in event:
             self._progress.update(self._task, description=f"{self._title}: {event['stage']}")
         else:
@@ -250,8 +248,6 @@ class _Lines(Bar):
     def on_event(self, event: dict[str, Any]) -> None:
         if "note" in event:
             note(event["note"])
-        elif "seconds" in event:
-            pass  # for the end
         elif "stage" in event:
             note(f"{self._title}: {event['stage']}")
         else:

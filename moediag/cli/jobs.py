@@ -404,7 +404,6 @@ def capture(*captures: Arms, is_shared: bool = False, cluster: ClusterOptions | 
                 slice_ = "" if run.is_complete(request.arm) else f"slice {writer.worker} is "
                 note(f"{named}: {slice_}complete, nothing to capture")
             _note_what_remains(writer, request.arm, named, is_shared)
-        pace.note_stages()
     for one in captures:
         if all(one.writer.run.is_complete(request.arm) for request in one.requests):
             drop_replaced(one.writer.run.path)
@@ -430,15 +429,6 @@ class Pace:
         self._seconds = [0.0] * len(work)
         self._n_done = [0.0] * len(work)
         self._noted: set[tuple[str, str]] = set()
-        self._stages: dict[str, dict[str, float]] = {}
-
-    def note_stages(self) -> None:
-        """Where the time went, a line for every worker; it may be read again in the logs."""
-        whole = sum(self._seconds)
-        for worker, by_stage in sorted(self._stages.items()):
-            rest = {"else": max(whole - sum(by_stage.values()), 0.0)}  # processes that start, Ray, waiting for shards
-            words = ", ".join(f"{name} {seconds:.3g}" for name, seconds in [*by_stage.items(), *rest.items()])
-            note(f"Time     {f'{worker}, ' if worker else ''}{whole:.3g} s: {words}")
 
     def left(self) -> float | None:
         """Seconds that the rest will take, loading the engines included; None = not known yet."""
@@ -464,10 +454,6 @@ class Pace:
         def on_event(event: dict[str, Any]) -> None:
             if event.get("unit") == "sequences":
                 self._seconds[nth], self._n_done[nth] = time.monotonic() - started, event["done"]
-            if "seconds" in event:
-                by_stage = self._stages.setdefault(event.get("worker", ""), {})
-                for name, seconds in event["seconds"].items():
-                    by_stage[name] = by_stage.get(name, 0.0) + seconds
             left = self.left()
             if left is not None and len(self._work) > 1:
                 progress.overall(f"all in {_about(left)}" if left >= 1 else "")

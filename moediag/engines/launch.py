@@ -138,8 +138,7 @@ class Engines:
 
         Args:
             env: environment variables set for the process only, where the user has not set them.
-            on_event: called with every progress event, ``{"done": n, "total": n, "unit": ...}`` ``{"stage": ...}``
-                or, where its time went, ``{"seconds": {stage: s}}``.
+            on_event: called with every progress event, ``{"done": n, "total": n, "unit": ...}`` or ``{"stage": ...}``.
 
         Raises:
             MoediagError: what the job raised, by its own type.

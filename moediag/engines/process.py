@@ -30,7 +30,6 @@ from moediag.errors import DiskFullError, EngineError, MoediagError
 from moediag.run.capture import Shard, Slice
 from moediag.run.files import write_error
 from moediag.run.reader import open_run
-from moediag.run.stages import IMPORTING, LOADING, PASSES, stage, taken
 from moediag.run.writer import RunWriter
 
 CHANNEL = "MOEDIAG_CHANNEL_FD"
@@ -54,11 +53,6 @@ class Reporter:
     def stage(self, text: str) -> None:
         """Report what is going on while nothing can be counted."""
         self._send({"stage": text})
-
-    def seconds(self, by_stage: dict[str, float]) -> None:
-        """Report where the time went, to the log as well."""
-        print(f"moediag: seconds by stage: {by_stage}")
-        self._send({"seconds": by_stage})
 
     def note(self, text: str) -> None:
         """Report a fact that stays on the user's screen."""
@@ -98,8 +92,7 @@ class Held:
         if self._let_go is not None and key == self._key:
             return self._model
         self._release()
-        with stage(LOADING):
-            self._model = load()
+        self._model = load()
         self._key, self._let_go = key, let_go
         return self._model
 
@@ -118,8 +111,7 @@ def importing() -> Iterator[None]:
     """An engine is imported without looking for garbage, of which there is none: that takes a quarter of the time."""
     gc.disable()
     try:
-        with stage(IMPORTING):
-            yield
+        yield
     finally:
         gc.enable()
 
@@ -143,7 +135,6 @@ def fill_missing_shards(
         for shard in writer.own_missing_shards(arm):
             n_filled += _fill_shard(writer, arm, shard, reporter, capture_shard)
     writer.remove_dead_claims(arm)
-    reporter.seconds(taken())
     reporter.progress(_n_done(writer, arm), _n_all(writer, arm), "sequences")
 
 
@@ -156,8 +147,7 @@ def _fill_shard(
             return False
         n_done, n_all = _n_done(writer, arm), _n_all(writer, arm)
         reporter.progress(n_done, n_all, "sequences")
-        with stage(PASSES):
-            capture_shard(shard, lambda n_in_shard: reporter.progress(n_done + n_in_shard, n_all, "sequences"))
+        capture_shard(shard, lambda n_in_shard: reporter.progress(n_done + n_in_shard, n_all, "sequences"))
     return True
 
 

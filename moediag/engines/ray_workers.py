@@ -408,8 +408,6 @@ class _Capture:
         if "done" in event:
             seat.n_done = event["done"]
             self._show()
-        elif "seconds" in event:
-            self.on_event({**event, "worker": f"worker {seat.index} on {seat.host}"})
         elif "end" in event:
             part = self._received(seat, event)
             if not is_there(self.run, self.arm, part.shard):  # another process holds it, on the shared file system

@@ -41,7 +41,6 @@ from moediag.run.records import (
     read_record,
     write_record,
 )
-from moediag.run.stages import WRITING, stage
 from moediag.run.vocabulary import VocabLogps, encode_vocab
 
 CLAIMS = ".claims"
@@ -244,7 +243,6 @@ class RunWriter:
                 with claims.claim(path):
                     pass
 
-    @stage(WRITING)
     def write_tokens(self, shard: Shard, tokens: TokenRows) -> None:
         """Commit the shard's token table; the same table again changes nothing, so that readers are not disturbed."""
         data = encode_tokens(tokens.check(shard.stem))
@@ -253,7 +251,6 @@ class RunWriter:
             if not self._holds("tokens", shard, ".parquet", data):
                 self._commit("tokens", shard, ".parquet", data, facts)
 
-    @stage(WRITING)
     def write_capture(
         self,
         arm: str,

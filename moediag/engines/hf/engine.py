@@ -39,7 +39,6 @@ from moediag.run.files import sha256_bytes
 from moediag.run.reader import Run
 from moediag.run.recipes import recipe
 from moediag.run.records import ArmRecord
-from moediag.run.stages import PROVING, stage
 from moediag.run.vocabulary import VocabRows
 from moediag.run.writer import RunWriter
 
@@ -174,8 +173,7 @@ class TrainEngine:
         self.model = model
         self.spec = ModelRouting.from_record(routing) if routing else None
         self.level = self.run.record.level
-        with stage(PROVING):
-            self.proof = _shown(self.model, self.spec) if self.spec else None
+        self.proof = _shown(self.model, self.spec) if self.spec else None
         if self.proof:
             self.spec = self.proof.routing
             refuse_stored_rules(self.run, recipe(request.recipe).role, self.proof.shown, request.accept)

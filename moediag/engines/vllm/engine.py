@@ -45,7 +45,6 @@ from moediag.run.capture import Shard, TokenRows, arrays_of
 from moediag.run.files import rows_prefix
 from moediag.run.recipes import PREFILL, SAMPLED, recipe
 from moediag.run.records import ArmRecord
-from moediag.run.stages import PROVING, stage
 from moediag.run.writer import RunWriter
 
 _WORKER = "moediag.engines.vllm.worker.MoediagWorkerExtension"
@@ -180,8 +179,7 @@ class InferEngine:
         self.agreement: Agreement | None = None
         self.bias: list[list[float]] | None = None
         if proof is not None:
-            with stage(PROVING):
-                self.agreement, self.bias = self._agreement(Path(proof))
+            self.agreement, self.bias = self._agreement(Path(proof))
             self.routing = routing = self.agreement.routing.record()
         self.facts: dict[str, Any] = self._install()[0]
         refuse_unseen_routing(self.facts, routing, request.observer, self.bias is not None)
