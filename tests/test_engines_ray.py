@@ -1,4 +1,5 @@
-"""`moediag capture --ray` on real clusters of this machine: what is captured does not depend on who captured it.
+"""`moediag capture --ray` on real clusters of this machine, and the script of a Slurm array: what is captured does not
+depend on who captured it.
 
 Two nodes are two raylets here. A node without the run's files is one in a mount namespace of its own, where another
 file system lies over them.
@@ -6,6 +7,7 @@ file system lies over them.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MOEDIAG, run_here, run_moediag, write_jsonl
+from conftest import MOEDIAG, REPOSITORY, run_here, run_moediag, write_jsonl
 from test_engines_resume import captured, wait_until_engines_are_gone
 
 from moediag.cli.main import main
@@ -101,6 +103,61 @@ def assert_same(run: Path, other: Path) -> None:
     assert check_run(open_run(run)) == []
 
 
+STAGES = {"starting", "loading", "proving", "computing", "writing"}
+
+
+def assert_every_second_has_a_stage(run: Path, err: str, *workers: str) -> None:
+    """A line of each worker; the log holds what the lines add up, and no stage took less than no time."""
+    lines = [json.loads(line) for line in (run / "logs" / "seconds.jsonl").read_text().splitlines()]
+    assert {line["worker"] for line in lines} >= set(workers)
+    for worker in workers:
+        assert f"Seconds  {worker}: " in err
+        found = [line["seconds"] for line in lines if line["worker"] == worker]
+        assert {stage for one in found for stage in one} >= STAGES
+        assert min(min(one.values()) for one in found) > -0.05
+        assert sum(one.get("computing", 0) for one in found) > 0
+
+
+@pytest.mark.engines
+def test_one_process_says_where_its_time_goes(random_moe: Path, prompts: Path, tmp_path: Path) -> None:
+    """All that the command waited for its engine is in a stage, and nothing is counted twice."""
+    run, started = tmp_path / "run", time.monotonic()
+    done = run_here("capture", "train", random_moe, "--prompts", prompts, "-o", run, *OPTIONS)
+    took = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    assert_every_second_has_a_stage(run, done.stderr, "engine")
+    lines = (run / "logs" / "seconds.jsonl").read_text().splitlines()
+    assert 0.2 * took < sum(sum(json.loads(line)["seconds"].values()) for line in lines) < took
+
+
+@pytest.mark.engines
+def test_the_script_of_a_slurm_array_captures_what_one_process_does(
+    random_moe: Path, prompts: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The script of the recipes, as two tasks at the same time; Slurm sets nothing else that it reads."""
+    page = (REPOSITORY / "reports" / "recipes.md").read_text()
+    script = tmp_path / "capture.sh"
+    script.write_text(page.split("```bash\n")[1].split("```")[0])
+    assert all(line.startswith("#SBATCH --") for line in script.read_text().splitlines()[1:-1])
+    run = tmp_path / "run"
+    words = ("train", random_moe, "--prompts", prompts, "-o", run, *OPTIONS, "--num-shards", 2)
+    path = f"{MOEDIAG.parent}:{os.environ['PATH']}"
+    tasks = [
+        subprocess.Popen(
+            ["bash", str(script), *map(str, words)],
+            env={**os.environ, "PATH": path, "SLURM_ARRAY_TASK_ID": str(index)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    errors = [task.communicate(timeout=300)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors
+    assert_same(run, undisturbed)
+    workers = {read_sealed(path)["worker"] for path in run.glob("arms/train/shard-?????.json")}
+    assert workers == {"0/2", "1/2"}
+
+
 @pytest.mark.engines
 def test_a_worker_a_node_and_the_driver_may_be_killed(
     nodes: Nodes, random_moe: Path, prompts: Path, undisturbed: Path, tmp_path: Path
@@ -139,6 +196,7 @@ def test_a_worker_a_node_and_the_driver_may_be_killed(
     assert "2 workers; the cluster has" in again.stderr  # a node that has just died may be counted still
     assert_same(run, undisturbed)
     assert not (run / ".claims").exists()
+    assert_every_second_has_a_stage(run, again.stderr, "worker 0", "worker 1")
 
 
 @pytest.mark.engines

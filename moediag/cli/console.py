@@ -199,7 +199,7 @@ class Bar:
             note(event["note"])
         elif "stage" in event:
             self._progress.update(self._task, description=f"{self._title}: {event['stage']}")
-        else:
+        elif "done" in event:
             self.show(event["done"], event["total"], event["unit"])
 
     def show(self, done: float, total: int, unit: str) -> None:
@@ -250,7 +250,7 @@ class _Lines(Bar):
             note(event["note"])
         elif "stage" in event:
             note(f"{self._title}: {event['stage']}")
-        else:
+        elif "done" in event:
             self.show(event["done"], event["total"], event["unit"])
 
     def show(self, done: float, total: int, unit: str) -> None:

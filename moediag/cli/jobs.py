@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ from moediag.cli.console import Bar, bar, doing, note, wrote
 from moediag.cli.table import show_table
 from moediag.engines.arms import AUTO, HOOKS, UNOBSERVED, ArmRequest, Reference
 from moediag.engines.checkpoint import Checkpoint, compare_checkpoints, compare_records, open_checkpoint
-from moediag.engines.launch import ENGINES, Engines, choose_observer, fill_arm
+from moediag.engines.launch import ENGINES, Engines, OnEvent, appended, choose_observer, fill_arm
 from moediag.engines.plan import Plan, check_loadable, known_sampling, why_no_float32
 from moediag.engines.tokenised import refuse_other_tokenizer
 from moediag.engines.versions import remarks
@@ -392,6 +394,7 @@ def capture(*captures: Arms, is_shared: bool = False, cluster: ClusterOptions | 
             one.refuse()
             one.compare_weights()
         work = _by_engine(captures)
+        spent = Spent()
         pace = Pace([(request.engine, _n_waiting(one.writer, request)) for one, request in work])
         for nth, (one, request) in enumerate(work):
             writer, run = one.writer, one.writer.run
@@ -399,11 +402,14 @@ def capture(*captures: Arms, is_shared: bool = False, cluster: ClusterOptions | 
             named = named if len(work) == 1 else f"arm {nth + 1} of {len(work)}: {named}"
             if writer.own_missing_shards(request.arm):
                 with bar(named, request.arm) as progress, pace.of(nth, progress, one.checkpoint(request)) as on_event:
-                    fill_arm(engines, writer, one.checkpoint(request), request, on_event)
+                    fill_arm(
+                        engines, writer, one.checkpoint(request), request, spent.beside(run, request.arm, on_event)
+                    )
             else:
                 slice_ = "" if run.is_complete(request.arm) else f"slice {writer.worker} is "
                 note(f"{named}: {slice_}complete, nothing to capture")
             _note_what_remains(writer, request.arm, named, is_shared)
+    spent.note()
     for one in captures:
         if all(one.writer.run.is_complete(request.arm) for request in one.requests):
             drop_replaced(one.writer.run.path)
@@ -415,6 +421,40 @@ def _on_ray(options: ClusterOptions) -> Engines:
     cluster = Cluster(options)
     note(f"Ray      {cluster.line}")
     return cluster
+
+
+class Spent:
+    """Where the time of a capture goes, by worker and stage [s].
+
+    Stages: starting the engine process, loading the model, proving what its routers do, computing (forwards, and
+    taking out what they gave), writing; of a worker on Ray carrying (events, and a shard's files where they travel),
+    waiting for a shard to do, and what it lost. Kept in ``logs/seconds.jsonl``, beside the engines' own output, since
+    no two captures take the same time.
+    """
+
+    def __init__(self) -> None:
+        self._by_worker: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+
+    def beside(self, run: Run, arm: str, on_event: OnEvent) -> OnEvent:
+        """What an arm's engine reports to; gives on what is not about time."""
+
+        def hear(event: dict[str, Any]) -> None:
+            if "seconds" not in event:
+                on_event(event)
+                return
+            worker = event.get("worker", "engine")
+            for stage, took in event["seconds"].items():
+                self._by_worker[worker][stage] += took
+            seconds = {stage: round(took, 3) for stage, took in event["seconds"].items()}
+            with appended(run.path / "logs" / "seconds.jsonl") as log:
+                log.write(json.dumps({"arm": arm, "worker": worker, "seconds": seconds}).encode() + b"\n")
+
+        return hear
+
+    def note(self) -> None:
+        """A line of each worker."""
+        for worker, seconds in sorted(self._by_worker.items()):
+            note(f"Seconds  {worker}: {', '.join(f'{stage} {took:,.1f}' for stage, took in seconds.items())}")
 
 
 class Pace:

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,8 +78,11 @@ class Child:
         os.close(write_fd)
         self._events = os.fdopen(read_fd)
 
-    def do(self, job: Job, on_event: OnEvent) -> None:
+    def do(self, job: Job, on_event: OnEvent) -> dict[str, float]:
         """Give the process a job and wait for it; after an error the process is of no more use.
+
+        Returns:
+            What the job took, by stage [s].
 
         Raises:
             MoediagError: what the child raised, by its own type.
@@ -93,7 +97,7 @@ class Child:
             if "error" in event:
                 raise getattr(errors, event["error"], EngineError)(event["message"])
             if "end" in event:
-                return
+                return dict(event["seconds"])
             on_event(event)
         died = f"the {job.engine} engine died ({_death(self._process.wait())})"
         raise EngineDiedError(f"{died}; its output is in {job.log}")
@@ -138,23 +142,25 @@ class Engines:
 
         Args:
             env: environment variables set for the process only, where the user has not set them.
-            on_event: called with every progress event, ``{"done": n, "total": n, "unit": ...}`` or ``{"stage": ...}``.
+            on_event: called with every progress event, ``{"done": n, "total": n, "unit": ...}`` or ``{"stage": ...}``;
+                at last with ``{"seconds": {stage: s}}``, what the job took.
 
         Raises:
             MoediagError: what the job raised, by its own type.
             EngineDiedError: the process died without a word.
         """
-        environment = {**env, **os.environ}
+        started, environment = time.monotonic(), {**env, **os.environ}
         if environment != self._environment:
             self.close()
         with appended(Path(job.log)) as log:
             if self._child is None:
                 self._child, self._environment = Child(environment, log), environment
             try:
-                self._child.do(job, on_event)
+                seconds = self._child.do(job, on_event)
             except BaseException:
                 self.close()
                 raise
+        on_event({"seconds": {"starting": time.monotonic() - started - sum(seconds.values()), **seconds}})
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -249,7 +255,9 @@ def fill_arm(
         options=arm_options(checkpoint, request),
         log=str(log),
     )
+    started = time.monotonic()
     with proof_beside(job, checkpoint, request) as proven:
+        on_event({"seconds": {"proving": time.monotonic() - started}})
         engines.do(proven, engine.environment(request.observer), on_event)
 
 

@@ -62,9 +62,9 @@ class Reporter:
         """Report what ended the work."""
         self._send({"error": type(error).__name__, "message": str(error)})
 
-    def end(self) -> None:
-        """Report that the job is done."""
-        self._send({"end": True})
+    def end(self, seconds: dict[str, float]) -> None:
+        """Report that the job is done, and what it took, by stage [s]."""
+        self._send({"end": True, "seconds": seconds})
 
     def _send(self, event: dict[str, Any]) -> None:
         self._out.write(json.dumps(event) + "\n")
@@ -81,6 +81,8 @@ class Held:
         self._key: Any = None
         self._model: Any = None
         self._let_go: Callable[[Any], None] | None = None
+        self.seconds = 0.0
+        """What loading took until now."""
 
     def get(self, key: Any, load: Callable[[], Any], let_go: Callable[[Any], None]) -> Any:
         """The requested model; loaded, after the one that is held was let go, unless that is it.
@@ -91,9 +93,11 @@ class Held:
         """
         if self._let_go is not None and key == self._key:
             return self._model
+        started = time.monotonic()
         self._release()
         self._model = load()
         self._key, self._let_go = key, let_go
+        self.seconds += time.monotonic() - started
         return self._model
 
     def _release(self) -> None:
@@ -147,7 +151,9 @@ def _fill_shard(
             return False
         n_done, n_all = _n_done(writer, arm), _n_all(writer, arm)
         reporter.progress(n_done, n_all, "sequences")
+        started, writing = time.monotonic(), writer.seconds["writing"]
         capture_shard(shard, lambda n_in_shard: reporter.progress(n_done + n_in_shard, n_all, "sequences"))
+        writer.seconds["computing"] += time.monotonic() - started - (writer.seconds["writing"] - writing)
     return True
 
 
@@ -179,7 +185,7 @@ def _do_all() -> int:
         run_path = Path(job["run"])
         try:
             _write_output_to(Path(job["log"]))
-            _do(job, reporter, held)
+            seconds = _do(job, reporter, held)
         except MoediagError as error:
             _fail(reporter, error)
             return 1
@@ -187,17 +193,21 @@ def _do_all() -> int:
             _fail(reporter, _one_line(error, job["engine"], run_path))
             return 1
         _flush()
-        reporter.end()
+        reporter.end(seconds)
     return 0
 
 
-def _do(job: dict[str, Any], reporter: Reporter, held: Held) -> None:
+def _do(job: dict[str, Any], reporter: Reporter, held: Held) -> dict[str, float]:
+    """Do a job; what it took, by stage [s]: what is neither loading nor a shard's is showing the routers' rules."""
     module, _, function = job["task"].partition(":")
     writer = RunWriter(open_run(job["run"]), Slice(**job["worker"]))
     with writer.in_use():
         with importing():
             task: Task = getattr(importlib.import_module(module), function)
+        started, loading = time.monotonic(), held.seconds
         task(writer, job["options"], reporter, held)
+    seconds = {"loading": held.seconds - loading, **writer.seconds}
+    return {**seconds, "proving": time.monotonic() - started - sum(seconds.values())}
 
 
 def _fail(reporter: Reporter, error: MoediagError) -> None:

@@ -200,6 +200,11 @@ class _Seat:
     part: _Part | None = None
     n_done: float = 0.0
     n_failed: int = 0
+    since: float = 0.0
+    """When its shard was given to it."""
+    busy: float = 0.0
+    """What its shards of this arm took [s]."""
+    seconds: dict[str, float] = field(default_factory=dict)
     claim: ExitStack = field(default_factory=ExitStack)
 
 
@@ -300,7 +305,9 @@ class _Capture:
 
     def run_to_end(self) -> None:
         """Give out shards until none waits."""
-        seats = self.cluster.seats
+        seats, started = self.cluster.seats, time.monotonic()
+        for seat in seats:
+            seat.busy = 0.0
         token = self.run.path / CLAIMS / f"{self.arm}.ray-{uuid.uuid4().hex}"
         with ExitStack() as stack:
             stack.enter_context(claims.claim(token))
@@ -312,6 +319,18 @@ class _Capture:
                     if seat.actor is not None and seat.pending is None and not self._give(seat):
                         break
                 self._listen(token)
+        for seat in seats:
+            self._tell(seat, {"waiting": time.monotonic() - started - seat.busy})
+
+    def _tell(self, seat: _Seat, seconds: dict[str, float]) -> None:
+        self.on_event({"seconds": seconds, "worker": f"worker {seat.index}"})
+
+    def _took(self, seat: _Seat, rest: str) -> None:
+        """Tell what the seat's shard took: what no stage of its engine did is called ``rest``."""
+        took = time.monotonic() - seat.since
+        seat.busy += took
+        self._tell(seat, {**seat.seconds, rest: took - sum(seat.seconds.values())})
+        seat.seconds = {}
 
     def _abandon(self) -> None:
         """Workers that still do something end when the job does: what they would do next is not known to them."""
@@ -386,7 +405,7 @@ class _Capture:
                 log=str(log.with_name(f"{log.stem}-ray-{seat.index}.log")),
             )
             self.waiting.remove(part)
-            seat.part = part
+            seat.part, seat.since = part, now
             generator = seat.actor.capture.options(num_returns="streaming")
             seat.pending = generator.remote(job, self.env, files, part.shard.stem)
             return True
@@ -408,8 +427,11 @@ class _Capture:
         if "done" in event:
             seat.n_done = event["done"]
             self._show()
+        elif "seconds" in event:
+            seat.seconds = event["seconds"]
         elif "end" in event:
             part = self._received(seat, event)
+            self._took(seat, "carrying")
             if not is_there(self.run, self.arm, part.shard):  # another process holds it, on the shared file system
                 self.waiting.append(part)
                 self._set_aside(part)
@@ -448,6 +470,7 @@ class _Capture:
         self.cluster._leave(seat)
         seat.n_failed += part is None
         if part is not None:
+            self._took(seat, "lost")
             self.on_event({"note": f"Note     the worker on {seat.host} was lost ({reason}); its shard is done again"})
             self._try_again(part, reason)
         if seat.n_failed < N_TRIES:

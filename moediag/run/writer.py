@@ -11,6 +11,8 @@ Invariants:
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +61,8 @@ class RunWriter:
         self.run = run
         self.worker = worker
         self._made_as: dict[str, str] = {}
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """What filling took until now, by stage [s]."""
 
     def refuse_earlier_schema(self) -> None:
         """Refuse a run that can be read and analysed, but not continued.
@@ -245,11 +249,13 @@ class RunWriter:
 
     def write_tokens(self, shard: Shard, tokens: TokenRows) -> None:
         """Commit the shard's token table; the same table again changes nothing, so that readers are not disturbed."""
+        started = time.monotonic()
         data = encode_tokens(tokens.check(shard.stem))
         facts = {"n_rows": len(tokens), "tokens_sha256": tokens_sha256(tokens)}
         with claims.claim(self._claim_file("tokens", shard.stem), wait=True):
             if not self._holds("tokens", shard, ".parquet", data):
                 self._commit("tokens", shard, ".parquet", data, facts)
+        self.seconds["writing"] += time.monotonic() - started
 
     def write_capture(
         self,
@@ -271,6 +277,7 @@ class RunWriter:
             ValueError: the capture has other arrays than the arm's record says.
             RunConflictError: the arm that this writer began was begun anew, otherwise, by another process.
         """
+        started = time.monotonic()
         self._refuse_begun_anew(arm)
         record = self.run.arm(arm)
         expected = {*record.arrays} - {DISTRIBUTIONS}
@@ -283,6 +290,7 @@ class RunWriter:
             of_vocab = {"n_rows": len(vocab), "tokens_sha256": facts["tokens_sha256"], **made}
             self._commit(f"arms/{arm}", shard, ".safetensors", encode_vocab(vocab), of_vocab, ".vocab")
         self._commit(f"arms/{arm}", shard, ".safetensors", data, {**facts, **made})
+        self.seconds["writing"] += time.monotonic() - started
 
     def adopt(self, copy: Run, arm: str, shard: Shard) -> None:
         """Commit what was captured of an arm's shard in a copy of this run on another machine, byte for byte.
