@@ -366,6 +366,14 @@ def test_growth_that_restarts_take_back_is_the_engine_s_state(tmp_path):
     assert rules(steps_table(tmp_path, **by_step(grows_on), restart=restart)) == []
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_share_that_is_0_at_neighbouring_steps_is_quiet_over_restarts(tmp_path):
+    """Bug: numpy's "invalid value encountered in subtract" reached the terminal: the logarithm of 0, minus itself."""
+    share = [0.001, 0.0, 0.0, 0.001, 0.0, 0.0, 0.001, 0.001]
+    table = steps_table(tmp_path, **by_step([0.015] * 8), extreme_share_2=share, restart=[0, 0, 0, 0, 1, 0, 0, 0])
+    assert "D26-grows-resets" not in rules(table)
+
+
 def test_a_level_that_only_fluctuates_is_quiet_at_learning_rate_0_and_over_restarts():
     """200 series of noise alone: at 1 in 1,000 each, none is expected of either rule."""
     rng, fired = np.random.default_rng(0), 0

@@ -188,7 +188,7 @@ def _resets(rows: pd.DataFrame, restarts: frozenset[int]) -> str:
     least half of what was gained before it, in the median: less may be a change of data.
     """
     value_N, step_N = _values(rows)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         change_N = np.diff(np.log(value_N))
     is_restart_N = np.isin(step_N[1:], list(restarts))
     if not np.isfinite(change_N).all() or not is_restart_N.any() or is_restart_N.all():
