@@ -257,8 +257,9 @@ def fill_arm(
     )
     started = time.monotonic()
     with proof_beside(job, checkpoint, request) as proven:
-        on_event({"seconds": {"proving": time.monotonic() - started}})
+        proving = time.monotonic() - started
         engines.do(proven, engine.environment(request.observer), on_event)
+    on_event({"seconds": {"proving": proving}})
 
 
 def choose_observer(
