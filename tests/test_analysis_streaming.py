@@ -22,7 +22,7 @@ from moediag.results.pair_analysis import RoutingPass, analyze_pair, analyze_tok
 from moediag.results.pair_summary import pair_summary
 from moediag.run.align import PairBlock
 from moediag.statistics import quantiles
-from moediag.statistics.quantiles import Part
+from moediag.statistics.quantiles import Values
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -85,7 +85,7 @@ def test_order_statistics_of_parts_are_numpys(values: NDArray, qs: list[float], 
     rng = np.random.default_rng(seed)
     group_T = rng.integers(-1, 3, len(values))
     cuts = [0, *sorted(rng.integers(0, len(values) + 1, 3)), len(values)]
-    parts = [Part(values[a:b], group_T[a:b], np.zeros(b - a, int), 1) for a, b in pairwise(cuts)]
+    parts = [Values(values[a:b], group_T[a:b], np.zeros(b - a, int), 1) for a, b in pairwise(cuts)]
     n_G = np.bincount(group_T + 1, minlength=4)[1:]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantiles, "GATHERED", gathered)

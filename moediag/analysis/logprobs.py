@@ -46,7 +46,7 @@ from moediag.analysis.metrics import (
 from moediag.analysis.strata import grid_sums
 from moediag.analysis.tokens import Source, Tokens, TokenSource, source_of
 from moediag.statistics.intervals import Interval, Kind, jackknife_interval, mean_interval, ratio_mean_interval
-from moediag.statistics.quantiles import Part, quantile_intervals, quantiles_of_groups
+from moediag.statistics.quantiles import Values, quantile_intervals, quantiles_of_groups
 
 Float64 = NDArray[np.float64]
 
@@ -62,7 +62,7 @@ _QUANTILES: Final = (*((of, q) for _, q, of in QUANTILE_MEASURES), (abs_diff, 0.
 """What quantiles are of, and which."""
 
 
-class _Read:
+class _Shared:
     """Tokens with what the metrics share, each read once: sums by prompt and quantiles."""
 
     def __init__(self, x: TokenSource) -> None:
@@ -82,7 +82,7 @@ class _Read:
         return found
 
 
-_Measure = Callable[[_Read], Interval]
+_Measure = Callable[[_Shared], Interval]
 
 
 def logp_metrics(tokens: Source) -> pd.DataFrame:
@@ -98,9 +98,9 @@ def logp_metrics(tokens: Source) -> pd.DataFrame:
     ppl, ESS, chi2; who uses which under what name stands in :attr:`~moediag.analysis.metrics.Metric.elsewhere`.
     """
     x = source_of(tokens)
-    read = _Read(x)
+    shared = _Shared(x)
     with np.errstate(over="ignore", invalid="ignore"):  # exp of an absurd diff is inf, and inf is what the table shows
-        records = [_record(metric, measure(read)) for metric, measure in _METRICS]
+        records = [_record(metric, measure(shared)) for metric, measure in _METRICS]
     frame = pd.DataFrame.from_records(records)
     frame["n_tokens"] = len(x)
     frame["n_prompts"] = x.n_prompts
@@ -165,10 +165,10 @@ def ratio_quantiles(tokens: Source) -> pd.DataFrame:
         found: dict[float, tuple[float, Interval]] = {}
         for sign in (-1.0, 1.0):  # the lower tail is the upper tail of the negative: one rule for both
 
-            def parts(level: str = level, sign: float = sign) -> Iterator[Part]:
+            def parts(level: str = level, sign: float = sign) -> Iterator[Values]:
                 if level == "token":
                     return x.values(lambda part: sign * part.diff_T)()
-                return iter([Part(sign * of_sequences[level], one_S, x.prompt_row_S, n)])
+                return iter([Values(sign * of_sequences[level], one_S, x.prompt_row_S, n)])
 
             some = [q for q in RATIO_PROBABILITIES if (q < 0.5) == (sign < 0)]
             intervals = quantile_intervals(parts, 1, [max(q, 1 - q) for q in some])
@@ -245,21 +245,21 @@ def entropy_quantiles(tokens: Source, alpha: float = ICEPOP_BAND[0], beta: float
 
 
 def _token_mean(measure: TokenMeasure) -> _Measure:
-    return lambda read: measure.intervals(read.sums, read.x.n_by_prompt).one()
+    return lambda shared: measure.intervals(shared.sums, shared.x.n_by_prompt).one()
 
 
 def _sequence_mean(kind: Kind, of: Callable[[Tokens], Float64]) -> _Measure:
-    return lambda read: mean_interval(read.x.collect(of), read.x.prompt_row_S, kind)
+    return lambda shared: mean_interval(shared.x.collect(of), shared.x.prompt_row_S, kind)
 
 
 def _quantile(q: float, of: Callable[[Tokens], Float64]) -> _Measure:
-    return lambda read: read.quantiles[of, q]
+    return lambda shared: shared.quantiles[of, q]
 
 
 def _point(of: Callable[[TokenSource], float], note: str) -> _Measure:
-    def measure(read: _Read) -> Interval:
-        value = of(read.x) if len(read.x) else np.nan
-        return Interval(float(value), np.nan, np.nan, read.x.n_prompts, note)
+    def measure(shared: _Shared) -> Interval:
+        value = of(shared.x) if len(shared.x) else np.nan
+        return Interval(float(value), np.nan, np.nan, shared.x.n_prompts, note)
 
     return measure
 
@@ -369,7 +369,7 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
                elsewhere=(
                    Alias("verl", "rollout_probs_diff_std", "std of abs(p_train - p_infer)", SYMMETRIC, VERL_DEBUG),
                )),
-        lambda read: std_interval(read.x),
+        lambda shared: std_interval(shared.x),
     ),
     *_tokens(*TOKEN_MEASURES[2:], BIT_EXACT),
     (
@@ -378,7 +378,7 @@ _METRICS: Final[tuple[tuple[Metric, _Measure], ...]] = (
                      Alias("verl", "rollout_actor_probs_pearson_corr", "corr(p_train, p_infer)", SYMMETRIC,
                            VERL_DEBUG, "of probabilities, not of log-probabilities"),
                  )),
-        lambda read: pearson_interval(read.x),
+        lambda shared: pearson_interval(shared.x),
     ),
     (
         _further("ess_token", "1", ONE, "effective sample size, token weights", is_share=True, note=_UNCOVERED,

@@ -105,12 +105,12 @@ class TokenSource(ABC):
 
     def values(
         self, of: Callable[[Tokens], Float64], group: Callable[[Tokens], NDArray[Any]] | None = None
-    ) -> quantiles.Read:
+    ) -> quantiles.ReadValues:
         """Token values as quantiles read them, in groups 0 .. G-1 (-1 = in none), or in one group 0."""
 
-        def part(some: Tokens) -> quantiles.Part:
+        def part(some: Tokens) -> quantiles.Values:
             group_T = np.zeros(len(some), np.intp) if group is None else group(some)
-            return quantiles.Part(of(some), group_T, some.prompt_row_T, some.n_prompts)
+            return quantiles.Values(of(some), group_T, some.prompt_row_T, some.n_prompts)
 
         return lambda: map(part, self.parts())
 

@@ -38,7 +38,7 @@ _TAIL_FROM: Final = 0.9
 
 
 @dataclass(frozen=True)
-class Part:
+class Values:
     """Some of the values: those of whole prompts.
 
     Args:
@@ -61,7 +61,7 @@ class Part:
         return count.reshape(self.n_prompts, n_groups).astype(np.float64)
 
 
-Read = Callable[[], Iterator[Part]]
+ReadValues = Callable[[], Iterator[Values]]
 """The values from the first to the last, as often as they are called for."""
 
 
@@ -79,11 +79,11 @@ def quantile_interval(values_T: ArrayLike, cluster_T: NDArray[Any], q: float) ->
 
 def quantile_of_rows(values_T: Float64, row_T: Index, n_rows: int, q: float) -> Interval:
     """:func:`quantile_interval` for clusters numbered 0 .. n_rows - 1, some of them perhaps without a token."""
-    part = Part(values_T, np.zeros(len(values_T), np.intp), row_T, n_rows)
+    part = Values(values_T, np.zeros(len(values_T), np.intp), row_T, n_rows)
     return quantile_intervals(lambda: iter([part]), 1, [q])[0][0]
 
 
-def quantile_intervals(read: Read, n_groups: int, probabilities: Sequence[float]) -> list[list[Interval]]:
+def quantile_intervals(read: ReadValues, n_groups: int, probabilities: Sequence[float]) -> list[list[Interval]]:
     """Quantiles of every group, with the clustered interval of the share of tokens above each.
 
     Below p90 the interval of the CDF at the estimate is inverted (Woodruff). From p90 on the share above is small and
@@ -148,7 +148,7 @@ def quantile_intervals(read: Read, n_groups: int, probabilities: Sequence[float]
     ]
 
 
-def quantiles_of_groups(read: Read, n_G: NDArray[np.int64], q_QG: Float64) -> Float64:
+def quantiles_of_groups(read: ReadValues, n_G: NDArray[np.int64], q_QG: Float64) -> Float64:
     """(Q, G) numpy's linear quantiles of every group's values; NaN where the group has none, or q is NaN.
 
     Args:
@@ -169,7 +169,7 @@ def quantiles_of_groups(read: Read, n_G: NDArray[np.int64], q_QG: Float64) -> Fl
     return value_QG
 
 
-def order_statistics(read: Read, n_G: NDArray[np.int64], group_R: Index, rank_R: NDArray[np.int64]) -> Float64:
+def order_statistics(read: ReadValues, n_G: NDArray[np.int64], group_R: Index, rank_R: NDArray[np.int64]) -> Float64:
     """(R,) values of given ranks within their groups, 0 = the least, exactly.
 
     The range that holds a rank is narrowed by counting values by the leading bits of float64 that are open, pass by
@@ -225,7 +225,7 @@ class _Ranges:
     def __len__(self) -> int:
         return len(self.group_S)
 
-    def split(self, part: Part) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    def split(self, part: Values) -> Iterator[tuple[int, NDArray[np.uint64]]]:
         """Each range with the keys that lie in it."""
         keys_T = _keys_of(part.values_T)
         for group in np.unique(self.group_S).tolist():
