@@ -452,8 +452,10 @@ class Spent:
         return hear
 
     def note(self) -> None:
-        """A line of each worker."""
+        """A line of each worker that took any time."""
         for worker, seconds in sorted(self._by_worker.items()):
+            if sum(seconds.values()) < 0.05:
+                continue
             note(f"Seconds  {worker}: {', '.join(f'{stage} {took:,.1f}' for stage, took in seconds.items())}")
 
 
