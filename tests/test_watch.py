@@ -169,6 +169,7 @@ def test_trend_reads_the_table_of_steps(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["trend", str(tmp_path / STEPS), "-o", str(tmp_path / "trend")]) == 0
     assert "abs logp diff, mean" in capsys.readouterr().out
     trend = pd.read_parquet(tmp_path / "trend" / "trend_by_step.parquet")
+    assert "n_findings" not in set(trend["metric"])  # Bug: drawn among the metrics of the mismatch
     mean = trend[trend["metric"] == "abs_logp_diff.mean"]
     assert mean["value"].tolist() == [row["abs_logp_diff.mean"] for row in rows]
     assert mean["value_ci_low"].notna().all()

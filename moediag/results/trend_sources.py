@@ -69,6 +69,7 @@ _COUNTS: Final = ("n_tokens", "n_prompts")
 _PARTS: Final = ("_se", "_ci_low", "_ci_high")
 _RATES: Final = ("lr", "learning_rate", "actor/lr")  # verl's name is the last
 _RESTART: Final = "restart"
+_FINDINGS: Final = "n_findings"  # how many a Watch had
 _TRAILING: Final = re.compile(r"(\d+)$")
 MOST_TOKEN_STEPS: Final = 500
 """Steps of a table of tokens that are measured: one takes about 0.06 s on one core, most of it for its intervals."""
@@ -271,7 +272,7 @@ class _Infinite:
 def _read_steps(table: TableFile, on_progress: OnProgress) -> TrendSource:
     """A table of one row per step."""
     numeric = [name for name, kind in table.types.items() if _is_number(kind) and name != "step"]
-    metrics = [name for name in numeric if name not in (*_COUNTS, *_RATES, _RESTART) and not name.endswith(_PARTS)]
+    metrics = [name for name in numeric if name not in (*_COUNTS, *_RATES, _RESTART, _FINDINGS) and not name.endswith(_PARTS)]
     if not metrics:
         raise DumpError(f"{table.path} has no column of numbers beside step; found {', '.join(table.types)}")
     columns = table.read({"step": "whole", **dict.fromkeys(numeric, "number")}, on_progress)
