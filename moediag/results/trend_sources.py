@@ -272,7 +272,8 @@ class _Infinite:
 def _read_steps(table: TableFile, on_progress: OnProgress) -> TrendSource:
     """A table of one row per step."""
     numeric = [name for name, kind in table.types.items() if _is_number(kind) and name != "step"]
-    metrics = [name for name in numeric if name not in (*_COUNTS, *_RATES, _RESTART, _FINDINGS) and not name.endswith(_PARTS)]
+    others = (*_COUNTS, *_RATES, _RESTART, _FINDINGS)
+    metrics = [name for name in numeric if name not in others and not name.endswith(_PARTS)]
     if not metrics:
         raise DumpError(f"{table.path} has no column of numbers beside step; found {', '.join(table.types)}")
     columns = table.read({"step": "whole", **dict.fromkeys(numeric, "number")}, on_progress)
