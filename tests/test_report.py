@@ -216,9 +216,9 @@ def test_a_mean_that_hangs_on_one_prompt_says_so_beside_its_interval(moe, capsys
     assert all(row[2].endswith("(one prompt carries 41.40 %)") for row in rows(text, "KL(infer‖train), k3"))
     assert len(rows(text, "KL(infer‖train), k3")) == 2
     assert not any("carries" in row[2] for row in rows(text, "abs logp diff, mean"))
-    show_table({"moe": moe.summary()}, [moe.path])
+    show_table({"moe": moe.summary()}, [Path("moe")])
     assert "carries" not in capsys.readouterr().out
-    show_table({"moe": summary}, [moe.path])
+    show_table({"moe": summary}, [Path("moe")])
     assert "moe: KL(infer‖train), k3: one prompt carries 41.40 % of it" in capsys.readouterr().out
 
 

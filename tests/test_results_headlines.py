@@ -25,7 +25,7 @@ def analyses():
 
 
 def test_the_size_of_a_response_is_that_of_a_plain_loop(analyses):
-    tokens = analyses[MAIN].tokens
+    tokens = analyses[MAIN].frames()["tokens"]
     sums: dict[int, float] = {}
     for row in tokens.itertuples():
         if math.isfinite(row.logp_train) and math.isfinite(row.logp_infer):
