@@ -77,7 +77,7 @@ READERS = {"tensorboard": read_tensorboard, "wandb": read_wandb}
 def steps_of(folder: Path) -> Scalars:
     """The rows of steps.jsonl, by name."""
     rows = [json.loads(line) for line in (folder / STEPS).read_text().splitlines()]
-    names = [name for name in rows[0] if name not in ("step", "n_prompts", "restart")]
+    names = [name for name in rows[0] if name not in ("step", "n_prompts", "restart", "n_findings")]
     return {
         f"mismatch/{name}": known
         for name in names
