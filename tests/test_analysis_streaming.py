@@ -16,7 +16,8 @@ from synthetic import make_block, make_pair, self_block, swapped, take
 
 from moediag.analysis.expert_sets import any_in_row, compare_block, compare_experts
 from moediag.analysis.flip_maps import FlipMap, SwapTotals, expert_swaps, flips_by_layer_position
-from moediag.analysis.tokens import BYTES_PER_TOKEN, TokenParts, token_frame, whole_prompts
+from moediag.analysis.measures import abs_diff, k3_other
+from moediag.analysis.tokens import BYTES_PER_TOKEN, TokenParts, Tokens, beside, token_frame, whole_prompts
 from moediag.frames import declared_frames
 from moediag.results.pair_analysis import RoutingPass, analyze_pair, analyze_tokens, read_pair
 from moediag.results.pair_summary import pair_summary
@@ -94,6 +95,28 @@ def test_order_statistics_of_parts_are_numpys(values: NDArray, qs: list[float], 
         some = values[group_T == g]
         expected = np.quantile(some, qs) if len(some) else np.full(len(qs), np.nan)
         np.testing.assert_array_equal(found[:, g], expected)
+
+
+def test_pairs_are_laid_side_by_side_part_by_part() -> None:
+    """Also where a part has no scored token, and where the two pairs were read in other parts.
+
+    Bug: a part without a scored token used up all that the other pair had.
+    """
+    frame = token_frame(make_pair(make_block(n_prompts=12, seed=3, diff_scale=0.3)))
+    other = frame.assign(logp_train=frame["logp_infer"])
+    frame.loc[frame["prompt_id"].isin([4, 5]), "logp_train"] = np.nan
+    other.loc[other["prompt_id"].isin([0, 1, 7]), "logp_train"] = np.nan
+
+    def cut(rows: pd.DataFrame, *prompts: int) -> TokenParts:
+        at = [0, *np.searchsorted(rows["prompt_id"], prompts).tolist(), len(rows)]
+        return TokenParts(lambda: (rows.iloc[low:high] for low, high in pairwise(at)))
+
+    whole = beside(Tokens(frame), Tokens(other))
+    assert 0 < len(whole) < len(Tokens(frame))
+    for ours, theirs in (((4, 6), (2, 7, 8)), ((2, 4, 6, 9), ()), ((), (1, 6)), ((1, 2, 3), (1, 2, 3))):
+        found = beside(cut(frame, *ours), cut(other, *theirs))
+        np.testing.assert_array_equal(found.sums(abs_diff, k3_other), whole.sums(abs_diff, k3_other))
+        assert found.quantile(abs_diff, 0.9) == whole.quantile(abs_diff, 0.9)
 
 
 def test_a_token_keeps_at_most_64_bytes() -> None:

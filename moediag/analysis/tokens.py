@@ -381,7 +381,7 @@ def beside(x: TokenSource, other: TokenSource) -> TokenSource:
         frames = (part.rows[[*keys, *columns.intersection(part.frame)]] for part in other.parts())
         held = next(frames)
         for part in x.parts():
-            some, last = [held], part.rows["seq_id"].max()
+            some, last = [held], part.rows["seq_id"].max() if len(part.rows) else -1
             while not held["seq_id"].max() > last and (more := next(frames, None)) is not None:
                 some.append(held := more)
             yield part.rows.merge(pd.concat(some), on=keys, suffixes=("", "_other"))
