@@ -138,14 +138,18 @@ def k3(x: Tokens) -> Float64:
 
 def abs_diff_other(x: Tokens) -> Float64:
     """abs(logp_diff) of the other pair, of tokens :func:`~moediag.analysis.tokens.beside` it [nat]."""
-    train_T, infer_T = (x.column(f"logp_{side}_other").astype(np.float64) for side in ("train", "infer"))
-    return np.asarray(np.abs(train_T - infer_T))
+    return np.abs(_diff_other(x))
 
 
 def k3_other(x: Tokens) -> Float64:
     """ratio - 1 - logp_diff of the other pair [nat]."""
+    diff_T = _diff_other(x)
+    return np.asarray(np.expm1(diff_T) - diff_T)
+
+
+def _diff_other(x: Tokens) -> Float64:
     train_T, infer_T = (x.column(f"logp_{side}_other").astype(np.float64) for side in ("train", "infer"))
-    return np.asarray(np.expm1(train_T - infer_T) - (train_T - infer_T))
+    return np.asarray(train_T - infer_T)
 
 
 def is_extreme(diff_T: Float64, tau: float = EXTREME_TAU) -> NDArray[np.bool_]:

@@ -107,7 +107,7 @@ def confidence_strata() -> Strata:
     return edge_strata("p_infer", CONFIDENCE_EDGES, lambda x: np.exp(x.logp_infer_T))
 
 
-def edge_strata(name: str, edges: Float64, of: Callable[[Tokens], NDArray[Any]]) -> Strata:
+def edge_strata(name: str, edges: Float64, of: Callable[[Any], NDArray[Any]]) -> Strata:
     """Half-open bins [edge, next edge), the last without an end; NaN and values below the first are in none."""
     return Strata(name, edges[:-1], edges[1:], lambda x: of(x).astype(np.float64))
 

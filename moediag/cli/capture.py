@@ -61,9 +61,8 @@ def command(
     and --num-shards they also share the work across machines; merging is then a plain copy (cp -rn B/. A/).
     """
     is_sliced = shard_index is not None or num_shards is not None
-    worker = (
-        o.parse_slice(shard_index, num_shards) if is_sliced else None
-    )  # imports what a wrong path should not wait for
+    # imports what a wrong path should not wait for
+    worker = o.parse_slice(shard_index, num_shards) if is_sliced else None
     if prompts is None:
         o.there(output)
     from moediag.cli import jobs

@@ -13,7 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -21,7 +21,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moediag.analysis.strata import CONFIDENCE_EDGES, ENTROPY_EDGES, doubling_strata, position_strata
+from moediag.analysis.strata import (
+    CONFIDENCE_EDGES,
+    ENTROPY_EDGES,
+    Strata,
+    doubling_strata,
+    edge_strata,
+    position_strata,
+)
 from moediag.corrections.correction import Correction
 from moediag.corrections.terms import LOG_RATIO_CLAMP, Float64, Terms
 from moediag.errors import MoediagError
@@ -126,6 +133,11 @@ class Chunk(Terms):
         """Cluster of every token's prompt."""
         return self.column("prompt_id") % self.n_clusters
 
+    def cell_T(self, strata: Strata) -> Indices:  # noqa: N802
+        """Cell of every token: its cluster and stratum; one stratum more for tokens in none."""
+        index_T = strata.index_T(self)
+        return np.asarray(self.cluster_T * (len(strata) + 1) + np.where(index_T < 0, len(strata), index_T))
+
     @cached_property
     def cluster_S(self) -> Indices:  # noqa: N802
         """Cluster of every sequence."""
@@ -191,50 +203,23 @@ class Chunk(Terms):
         return ((advantage_T > 0) & above_T) | ((advantage_T < 0) & below_T)
 
 
-@dataclass(frozen=True)
-class Stratifier:
-    """A way to sort tokens into B strata.
-
-    Args:
-        low_B, high_B: ends of the strata, ascending.
-        of: values of a chunk's tokens; NaN and values below the first stratum are in none.
-    """
-
-    name: str
-    low_B: Float64
-    high_B: Float64
-    of: Callable[[Chunk], Any]
-
-    def __len__(self) -> int:
-        return len(self.low_B)
-
-    def cell_T(self, chunk: Chunk) -> Indices:  # noqa: N802 - the legend suffix
-        """Cell of every token: its cluster and stratum; one stratum more for tokens in none."""
-        values_T = np.asarray(self.of(chunk), dtype=np.float64)
-        index_T = np.searchsorted(self.low_B, values_T, side="right") - 1
-        is_out_T = np.isnan(values_T) | (index_T < 0)
-        return np.asarray(chunk.cluster_T * (len(self) + 1) + np.where(is_out_T, len(self), index_T))
-
-
-def stratifiers(tokens: Terms) -> list[Stratifier]:
+def stratifiers(tokens: Terms) -> list[Strata]:
     """The stratifiers that tokens have values for."""
-    frame, kinds = tokens.frame, []
-    position = position_strata(int(frame["position"].max()) + 1 if len(frame) else 0)
-    longest = int(frame.groupby("seq_id").size().max()) if len(frame) else 0
-    length = doubling_strata("response_length", longest, lambda x: x.length_T)
+    frame = tokens.frame
+    kinds: list[Strata] = []
     if "entropy_infer" in frame:
-        kinds.append(Stratifier("entropy", ENTROPY_EDGES[:-1], ENTROPY_EDGES[1:], lambda x: x.column("entropy_infer")))
+        kinds.append(edge_strata("entropy", ENTROPY_EDGES, lambda x: x.column("entropy_infer")))
+    longest = int(frame.groupby("seq_id").size().max()) if len(frame) else 0
     kinds += [
-        Stratifier("p_infer", CONFIDENCE_EDGES[:-1], CONFIDENCE_EDGES[1:], lambda x: x.p_infer_T),
-        Stratifier("position", position.low_B, position.high_B, lambda x: x.column("position")),
-        Stratifier("response_length", length.low_B, length.high_B, lambda x: x.length_T),
+        edge_strata("p_infer", CONFIDENCE_EDGES, lambda x: x.p_infer_T),
+        position_strata(int(frame["position"].max()) + 1 if len(frame) else 0),
+        doubling_strata("response_length", longest, lambda x: x.length_T),
     ]
     if "advantage" in frame:
         signs = np.array([-1.0, 0.0, 1.0])
-        kinds.append(Stratifier("advantage_sign", signs, signs, lambda x: np.sign(x.column("advantage"))))
+        kinds.append(Strata("advantage_sign", signs, signs, lambda x: np.sign(x.column("advantage"))))
     if knows_routing(tokens):
-        flips = doubling_strata("n_flipped_layers", int(frame["n_flipped_layers"].max()), lambda x: x.flips_T)
-        kinds.append(Stratifier("n_flipped_layers", flips.low_B, flips.high_B, lambda x: x.flips_T))
+        kinds.append(doubling_strata("n_flipped_layers", int(frame["n_flipped_layers"].max()), lambda x: x.flips_T))
     return kinds
 
 
@@ -281,7 +266,7 @@ class CorrectionPass:
     """
 
     corrections: Mapping[str, Correction]
-    kinds: list[Stratifier]
+    kinds: list[Strata]
     n_clusters: int
     eps_clip: float
     all: Sums = field(init=False)
@@ -296,7 +281,7 @@ class CorrectionPass:
     def add(self, part: Terms) -> None:
         """Collect one part of whole sequences."""
         chunk = Chunk(part.frame, self.n_clusters, self.eps_clip)
-        cells_T = [kind.cell_T(chunk) for kind in self.kinds]
+        cells_T = [chunk.cell_T(kind) for kind in self.kinds]
         _add_all(self.all, chunk)
         self._add_strata(self.all, cells_T, slice(None))
         is_masked_MT = np.zeros((len(self.corrections), len(chunk)), np.bool_)
