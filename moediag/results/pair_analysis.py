@@ -144,7 +144,8 @@ class PairPiece:
 def read_piece(pair: Pair, path: Path) -> PairPiece:
     """Read a pair, or the shards of it that ``pair`` is of, and leave the tokens at ``path``."""
     frame, routing = read_pair(pair)
-    feather.write_feather(frame, str(path), compression="uncompressed")
+    # one batch: what is mapped of it is not copied
+    feather.write_feather(frame, str(path), compression="uncompressed", chunksize=max(1, len(frame)))
     ids_N = frame["prompt_id"].to_numpy()
     in_order = bool((ids_N[1:] >= ids_N[:-1]).all())
     return PairPiece(routing, path, tuple(ids_N[[0, -1]].tolist()) if len(ids_N) else (), in_order)

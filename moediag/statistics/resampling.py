@@ -171,23 +171,20 @@ def _kept_exponentials(size: int) -> Float64:
 
 def _weights(n_clusters: int, n_draws: int) -> Iterator[Float64]:
     """How often each cluster is drawn, in chunks of (draws, clusters): the same for every call."""
-    if n_draws * n_clusters <= _CELLS_PER_CHUNK:
-        yield _kept_weights(n_clusters, n_draws)
-        return
-    rng = np.random.default_rng(SEED)
-    for first in range(0, n_draws, step := max(1, _CELLS_PER_CHUNK // n_clusters)):
-        yield _draw_weights(rng, min(step, n_draws - first), n_clusters)
+    few = n_draws * n_clusters <= _CELLS_PER_CHUNK
+    for counts_BC in (_kept_few if few else _kept_many)(n_clusters, n_draws):
+        yield counts_BC.astype(np.float64)
 
 
-@lru_cache(maxsize=8)  # strata hold other numbers of prompts each
-def _kept_weights(n_clusters: int, n_draws: int) -> Float64:
-    weights_BC = _draw_weights(np.random.default_rng(SEED), n_draws, n_clusters)
-    weights_BC.flags.writeable = False
-    return weights_BC
+def _draw_weights(n_clusters: int, n_draws: int) -> list[NDArray[np.unsignedinteger]]:
+    rng, step, chunks = np.random.default_rng(SEED), max(1, _CELLS_PER_CHUNK // n_clusters), []
+    for n_rows in (min(step, n_draws - first) for first in range(0, n_draws, step)):
+        picked = rng.integers(0, n_clusters, size=(n_rows, n_clusters))
+        picked += np.arange(n_rows)[:, None] * n_clusters
+        counts = np.bincount(picked.ravel(), minlength=n_rows * n_clusters)
+        chunks.append(counts.reshape(n_rows, n_clusters).astype(np.min_scalar_type(counts.max())))
+    return chunks
 
 
-def _draw_weights(rng: np.random.Generator, n_draws: int, n_clusters: int) -> Float64:
-    picked = rng.integers(0, n_clusters, size=(n_draws, n_clusters))
-    picked += np.arange(n_draws)[:, None] * n_clusters
-    counts = np.bincount(picked.ravel(), minlength=n_draws * n_clusters)
-    return counts.reshape(n_draws, n_clusters).astype(np.float64)
+_kept_few = lru_cache(maxsize=8)(_draw_weights)  # strata hold other numbers of prompts each
+_kept_many = lru_cache(maxsize=1)(_draw_weights)
