@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_results import make_run
 
+from moediag.errors import RunError
 from moediag.run import pieces
-from moediag.run.capture import Shard
+from moediag.run.capture import Capture, Shard
 from moediag.run.pieces import Work, groups_of, in_pieces
 from moediag.run.reader import Run
 
@@ -20,23 +21,42 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make_run(tmp_path_factory.mktemp("pieces") / "run", ("infer",))
 
 
-def first_sequences(run: Run, shards: tuple[Shard, ...], folder: Path) -> int:
+Reading = Generator[None, None, Any]
+
+DECODED: list[Capture] = []
+
+
+def first_sequences(run: Run, shards: tuple[Shard, ...], folder: Path) -> Reading:
     """A piece in a file of its own, and how long it is."""
-    data = ",".join(str(shard.first_sequence) for shard in shards)
-    (folder / "sequences").write_text(data)
-    return len(data)
+    data = ""
+    for shard in shards:
+        DECODED.append(run.capture("infer", shard))
+        data += f",{shard.first_sequence}"
+        yield
+    (folder / "sequences").write_text(data[1:])
+    return len(data[1:])
 
 
-def all_sequences(run: Run, read: Iterator[int]) -> list[int]:
-    return list(read)
+def all_sequences(run: Run, read: Iterator[int], *sections: int) -> list[int]:
+    return [*read, *sections]
+
+
+def total(run: Run, read: Iterator[int]) -> int:
+    return sum(read)
 
 
 def nothing_read(run: Run, read: Iterator[Any]) -> list[Any]:
     return [run.n_sequences, *read]
 
 
-def fails(run: Run, shards: tuple[Shard, ...], folder: Path) -> None:
+def fails(run: Run, shards: tuple[Shard, ...], folder: Path) -> Reading:
+    yield
     raise ValueError("no such shard")
+
+
+def cannot_be_read(run: Run, shards: tuple[Shard, ...], folder: Path) -> Reading:
+    yield
+    raise RunError("not a shard")
 
 
 @pytest.mark.parametrize("least_rows", [1, 40, 1 << 17])
@@ -55,11 +75,16 @@ def test_the_number_of_processes_changes_nothing(
 ) -> None:
     monkeypatch.setattr(pieces, "LEAST_ROWS", 1)
     steps: list[tuple[int, int]] = []
-    works = [Work(first_sequences, all_sequences), Work(None, nothing_read)]
+    works = [
+        Work(first_sequences, all_sequences),
+        Work(None, nothing_read),
+        Work(first_sequences, all_sequences, (total, total), ("infer",)),
+    ]
     results = dict(in_pieces(run, works, workers, tmp_path, lambda *step: steps.append(step)))
-    assert results == {0: [len(str(shard.first_sequence)) for shard in run.shards], 1: [run.n_sequences]}
-    total = len(run.shards) + 2
-    assert steps == [(n, total) for n in range(total + 1)]
+    lengths = [len(str(shard.first_sequence)) for shard in run.shards]
+    assert results == {0: lengths, 1: [run.n_sequences], 2: [*lengths, sum(lengths), sum(lengths)]}
+    n_steps = 2 * len(run.shards) + 2 + 3
+    assert steps == [(n, n_steps) for n in range(n_steps + 1)]
     assert not any(tmp_path.iterdir())
 
 
@@ -67,6 +92,28 @@ def test_the_number_of_processes_changes_nothing(
 def test_what_fails_is_raised_and_leaves_nothing(run: Run, workers: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such shard"):
         list(in_pieces(run, [Work(fails, all_sequences)], workers, tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_shard_is_decoded_once_for_works_of_the_same_arms(run: Run, tmp_path: Path) -> None:
+    """Rules and analysis of two arms decoded every capture twice."""
+    DECODED.clear()
+    work = Work(first_sequences, all_sequences, arms=("infer",))
+    dict(in_pieces(run, [work, work], 1, tmp_path))
+    assert len(DECODED) == 2 * len(run.shards)
+    assert all(one is other for one, other in zip(DECODED[::2], DECODED[1::2], strict=True))
+    assert not any(array.flags.writeable for one in DECODED for array in one.arrays().values())
+    DECODED.clear()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_an_earlier_work_says_of_a_shard_comes_first(run: Run, workers: int, tmp_path: Path) -> None:
+    """Findings of rules name a damaged shard better than the analysis that cannot read it."""
+    works = [Work(first_sequences, all_sequences), Work(cannot_be_read, all_sequences)]
+    results = in_pieces(run, works, workers, tmp_path)
+    assert next(results)[0] == 0
+    with pytest.raises(RunError, match="not a shard"):
+        next(results)
     assert not any(tmp_path.iterdir())
 
 

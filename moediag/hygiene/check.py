@@ -8,7 +8,7 @@ is made only where rows are missing at the beginning of sequences.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -212,7 +212,9 @@ def inspect_run(run: Run, arms: Sequence[str] | None = None, workers: int | Pool
         workers: processes that read the shards, here or elsewhere; what is found does not depend on it.
     """
     checks = checks_of(run, run.arms() if arms is None else arms)
-    works = [Work(partial(read_check, check=check), partial(join_check, check=check)) for check in checks]
+    works = [
+        Work(partial(read_check, check=check), partial(join_check, check=check), arms=check.arms) for check in checks
+    ]
     results: dict[int, Inspection] = dict(in_pieces(run, works, workers))
     parts = [results[at] for at in range(len(checks))]
     found = check_prompts(run) if arms is not None else _check_beside_arms(run)
@@ -285,11 +287,12 @@ class _Seen(Tally):
             self.pair = PairHygiene(arms, shape, _is_foreign(run, *arms))
 
 
-def read_check(run: Run, shards: Sequence[Shard], folder: Path, check: Check) -> _Seen:
-    """Check some shards of a run; what is seen of others merges with it."""
+def read_check(run: Run, shards: Sequence[Shard], folder: Path, check: Check) -> Generator[None, None, _Seen]:
+    """Check some shards of a run, one by one; what is seen of others merges with it."""
     seen = _Seen(run, check)
     for shard in shards:
         _add_shard(seen, run, shard, check)
+        yield
     return seen
 
 

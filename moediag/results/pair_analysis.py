@@ -11,10 +11,11 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import pickle
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pandas as pd
 import pyarrow.feather as feather
@@ -129,56 +130,71 @@ class PairPiece:
     """What some shards of a pair gave, small enough to be handed from process to process.
 
     Args:
-        routing: their routing counts.
-        tokens: the file that holds their rows of frame ``tokens``; not kept when the analysis is made.
+        folder: holds their routing counts, and their rows of frame ``tokens``; not kept when the analysis is made.
         prompts: ids of their first and last prompt; empty without rows.
         in_order: rows are in ascending order of prompts.
     """
 
-    routing: RoutingPass
-    tokens: Path
+    folder: Path
     prompts: tuple[int, ...]
     in_order: bool
 
+    @property
+    def tokens(self) -> Path:
+        """The file of the rows."""
+        return self.folder / "tokens.feather"
 
-def read_piece(pair: Pair, path: Path) -> PairPiece:
-    """Read a pair, or the shards of it that ``pair`` is of, and leave the tokens at ``path``."""
-    frame, routing = read_pair(pair)
-    # one batch: what is mapped of it is not copied
-    feather.write_feather(frame, str(path), compression="uncompressed", chunksize=max(1, len(frame)))
+    def routing(self) -> RoutingPass:
+        """The routing counts."""
+        with (self.folder / _ROUTING).open("rb") as file:
+            counts: RoutingPass = pickle.load(file)  # written by this program a moment ago
+        return counts
+
+
+_ROUTING: Final = "routing.pickle"
+
+
+def read_piece(pair: Pair, folder: Path) -> Generator[None, None, PairPiece]:
+    """Read a pair, or the shards of it that ``pair`` is of, block by block; leaves what they gave in a folder."""
+    routing, columns = RoutingPass(pair.n_layers, pair.n_experts, pair.top_k), []
+    for some in map(routing.add, pair.blocks()):  # no block is held while others read the shard
+        columns.append(some)
+        yield
+    frame = concatenate_tokens(columns)
     ids_N = frame["prompt_id"].to_numpy()
     in_order = bool((ids_N[1:] >= ids_N[:-1]).all())
-    return PairPiece(routing, path, tuple(ids_N[[0, -1]].tolist()) if len(ids_N) else (), in_order)
+    piece = PairPiece(folder, tuple(ids_N[[0, -1]].tolist()) if len(ids_N) else (), in_order)
+    # one batch: what is mapped of it is not copied
+    feather.write_feather(frame, str(piece.tokens), compression="uncompressed", chunksize=max(1, len(frame)))
+    with (folder / _ROUTING).open("wb") as file:
+        pickle.dump(routing, file, pickle.HIGHEST_PROTOCOL)
+    return piece
 
 
-def join_pieces(pair: Pair, pieces: Iterable[PairPiece]) -> PairAnalysis:
-    """The analysis of a pair from the pieces that all its shards gave, in their order.
+def tokens_of(pieces: Sequence[PairPiece]) -> TokenSource:
+    """The tokens of a pair from the pieces that all its shards gave, in their order.
 
-    Tokens are read part by part where there are several pieces and the prompts of a run follow each other; else they
-    are read into memory together.
+    They are read part by part where there are several pieces and the prompts of a run follow each other; else they are
+    read into memory together.
     """
-
-    routing = RoutingPass(pair.n_layers, pair.n_experts, pair.top_k)
-    files: list[Path] = []
-    ids: list[int] = []
-    in_order = True
-    for piece in pieces:
-        routing = RoutingPass.merge([routing, piece.routing])
-        files.append(piece.tokens)
-        ids += piece.prompts
-        in_order &= piece.in_order
 
     def read() -> Iterator[pd.DataFrame]:
         # mapped: of a column that a statistic does not need, nothing is read
-        tables = (feather.read_table(path, memory_map=True) for path in files)
+        tables = (feather.read_table(piece.tokens, memory_map=True) for piece in pieces)
         return (table.to_pandas(split_blocks=True) for table in tables)
 
-    tokens: TokenSource
-    if len(files) > 1 and in_order and ids == sorted(ids):
-        tokens = TokenParts(lambda: whole_prompts(read()))
-    else:
-        tokens = Tokens(pd.concat(list(read()), ignore_index=True))
-    return analyze_tokens(pair, tokens, routing)
+    ids = [one for piece in pieces for one in piece.prompts]
+    if len(pieces) > 1 and all(piece.in_order for piece in pieces) and ids == sorted(ids):
+        return TokenParts(lambda: whole_prompts(read()))
+    return Tokens(pd.concat(list(read()), ignore_index=True))
+
+
+def routing_of(pair: Pair, pieces: Iterable[PairPiece]) -> RoutingPass:
+    """The routing counts of a pair from all its pieces."""
+    routing = RoutingPass(pair.n_layers, pair.n_experts, pair.top_k)
+    for piece in pieces:
+        routing = RoutingPass.merge([routing, piece.routing()])
+    return routing
 
 
 @dataclass(frozen=True)
@@ -256,49 +272,72 @@ def analyze_tokens(pair: Pair, tokens: TokenSource, routing: RoutingPass) -> Pai
         pair: two aligned arms; no block is read.
         tokens, routing: all that its blocks gave.
     """
+    sections = (section(pair, tokens, lambda: routing) for section in SECTIONS)
+    return joined_sections(pair, tokens, sections)
+
+
+def joined_sections(pair: Pair, tokens: TokenSource, sections: Iterable[Section]) -> PairAnalysis:
+    """The analysis of a pair from what each of :data:`SECTIONS` gave."""
+    found = {name: value for section in sections for name, value in section.items()}
+    return PairAnalysis(pair.name, pair.minuend, pair.subtrahend, left_out=pair.left_out, tokens=tokens, **found)
+
+
+Section = dict[str, Any]
+"""Some fields of :class:`PairAnalysis`."""
+
+
+def _differences(pair: Pair, tokens: TokenSource, routing: Callable[[], RoutingPass]) -> Section:
     sequences = sequence_frame(tokens, pair.n_layers)
-    return PairAnalysis(
-        pair_name=pair.name,
-        minuend=pair.minuend,
-        subtrahend=pair.subtrahend,
-        n_sequences=tokens.n_sequences,
-        n_prompts=tokens.n_prompts,
-        n_tokens=len(tokens),
-        n_unscored=tokens.total(lambda part: len(part.frame)) - len(tokens),
-        n_impossible=tokens.total(lambda part: int(is_impossible(*part.logps_N).sum())),
-        left_out=pair.left_out,
-        tokens=tokens,
-        logp_metrics=logp_metrics(tokens),
-        tail_curve=tail_curve(tokens),
-        ratio_quantiles=ratio_quantiles(tokens),
-        metrics_by_stratum=metrics_by_stratum(tokens, pair.n_layers),
-        entropy_quantiles=entropy_quantiles(tokens),
-        drift_by_position=drift_by_position(tokens, pair.n_layers),
-        position_slope=position_slope(tokens),
-        sequences=sequences,
-        worst_tokens=worst_tokens(tokens),
-        drift_by_length=drift_by_length(sequences),
-        length_slope=length_slope(sequences),
-        corrections=masked_shares(tokens),
-        **(_routing_parts(pair, tokens, routing, sequences) if pair.is_routed else {}),
-    )
+    return {
+        "n_sequences": tokens.n_sequences,
+        "n_prompts": tokens.n_prompts,
+        "n_tokens": len(tokens),
+        "n_unscored": tokens.total(lambda part: len(part.frame)) - len(tokens),
+        "n_impossible": tokens.total(lambda part: int(is_impossible(*part.logps_N).sum())),
+        "logp_metrics": logp_metrics(tokens),
+        "tail_curve": tail_curve(tokens),
+        "ratio_quantiles": ratio_quantiles(tokens),
+        "entropy_quantiles": entropy_quantiles(tokens),
+        "drift_by_position": drift_by_position(tokens, pair.n_layers),
+        "position_slope": position_slope(tokens),
+        "sequences": sequences,
+        "worst_tokens": worst_tokens(tokens),
+        "drift_by_length": drift_by_length(sequences),
+        "length_slope": length_slope(sequences),
+        "corrections": masked_shares(tokens),
+        "first_divergence": first_divergence(sequences) if pair.is_routed else None,
+    }
 
 
-def _routing_parts(pair: Pair, tokens: TokenSource, routing: RoutingPass, sequences: pd.DataFrame) -> dict[str, Any]:
-    totals, layers = routing.totals, pair.decoder_layer_L
-    swaps = routing.swaps or SwapTotals.empty(pair.n_layers, pair.n_experts)
-    parts: dict[str, Any] = {
+def _strata(pair: Pair, tokens: TokenSource, routing: Callable[[], RoutingPass]) -> Section:
+    return {"metrics_by_stratum": metrics_by_stratum(tokens, pair.n_layers)}
+
+
+def _routing(pair: Pair, tokens: TokenSource, routing: Callable[[], RoutingPass]) -> Section:
+    if not pair.is_routed:
+        return {}
+    counts, layers = routing(), pair.decoder_layer_L
+    totals = counts.totals
+    swaps = counts.swaps or SwapTotals.empty(pair.n_layers, pair.n_experts)
+    found: Section = {
         "routing_rates": routing_rates(totals),
         "agreement_by_layer": agreement_by_layer(totals, layers),
         "flips_per_token": flips_per_token(tokens, totals),
-        "flips_by_layer_position": flips_by_layer_position(routing.flips or FlipMap.empty(pair.n_layers), layers),
+        "flips_by_layer_position": flips_by_layer_position(counts.flips or FlipMap.empty(pair.n_layers), layers),
         "expert_swaps": expert_swaps(swaps, layers),
-        "first_divergence": first_divergence(sequences),
         "flip_excess": flip_excess(tokens),
         "flip_shares": flip_shares(tokens),
     }
-    if margins := routing.known_margins:
-        parts["margin_curve"] = margin_curve(margins)
-        parts["margin_quantiles"] = margin_quantiles(margins)
-        parts["margin_noise"] = margin_noise(margins)
-    return parts
+    if margins := counts.known_margins:
+        found["margin_curve"] = margin_curve(margins)
+        found["margin_quantiles"] = margin_quantiles(margins)
+        found["margin_noise"] = margin_noise(margins)
+    return found
+
+
+SECTIONS: Final[tuple[Callable[[Pair, TokenSource, Callable[[], RoutingPass]], Section], ...]] = (
+    _strata,
+    _differences,
+    _routing,
+)
+"""What an analysis consists of: parts of about the same work that know nothing of each other, the longest first."""

@@ -37,7 +37,15 @@ from moediag.folder import SUMMARY, write_frames
 from moediag.hygiene.check import Check, checks_of, join_check, read_check
 from moediag.hygiene.findings import Finding
 from moediag.notation import INFER, TRAIN
-from moediag.results.pair_analysis import PairPiece, join_pieces, read_piece
+from moediag.results.pair_analysis import (
+    SECTIONS,
+    PairPiece,
+    Section,
+    joined_sections,
+    read_piece,
+    routing_of,
+    tokens_of,
+)
 from moediag.results.pair_summary import pair_summary
 from moediag.run.capture import Shard
 from moediag.run.derived import ANALYSIS, KEPT
@@ -63,15 +71,15 @@ class Part:
         name: unique in the run.
         pair: whose folder its frames are in.
         arms: whose captures it reads.
-        join: makes it of its pieces, in order; a module's function, as in :class:`~moediag.run.pieces.Work`.
-        read: makes a piece of it; None = it has no pieces.
+        join: makes it; ``read`` and ``sections`` as in :class:`~moediag.run.pieces.Work`.
     """
 
     name: str
     pair: str
     arms: tuple[str, ...]
-    join: Callable[[Run, Iterator[Any]], Content]
-    read: Callable[[Run, tuple[Shard, ...], Path], Any] | None = None
+    join: Callable[..., Content]
+    read: Callable[[Run, tuple[Shard, ...], Path], Generator[None, None, Any]] | None = None
+    sections: tuple[Callable[[Run, Iterator[Any]], Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ def pair_part(run: Run, arm_a: str, arm_b: str) -> Part:
         tuple(dict.fromkeys(arms)),
         partial(_analyzed, arm_a=arm_a, arm_b=arm_b),
         partial(_read_pair, arm_a=arm_a, arm_b=arm_b),
+        tuple(partial(_section_of_pair, arm_a=arm_a, arm_b=arm_b, nth=nth) for nth in range(len(SECTIONS))),
     )
 
 
@@ -135,12 +144,19 @@ def _checked(run: Run, pieces: Iterator[Any], check: Check) -> Content:
     return {"findings": [found.record() for found in join_check(run, pieces, check).findings]}, {}
 
 
-def _read_pair(run: Run, shards: tuple[Shard, ...], folder: Path, arm_a: str, arm_b: str) -> PairPiece:
-    return read_piece(run.pair(arm_a, arm_b, shards=shards), folder / "tokens.feather")
+def _read_pair(
+    run: Run, shards: tuple[Shard, ...], folder: Path, arm_a: str, arm_b: str
+) -> Generator[None, None, PairPiece]:
+    return read_piece(run.pair(arm_a, arm_b, shards=shards), folder)
 
 
-def _analyzed(run: Run, pieces: Iterator[PairPiece], arm_a: str, arm_b: str) -> Content:
-    analysis = join_pieces(run.pair(arm_a, arm_b), pieces)
+def _section_of_pair(run: Run, pieces: Iterator[PairPiece], arm_a: str, arm_b: str, nth: int) -> Section:
+    pair, some = run.pair(arm_a, arm_b), list(pieces)
+    return SECTIONS[nth](pair, tokens_of(some), partial(routing_of, pair, some))
+
+
+def _analyzed(run: Run, pieces: Iterator[PairPiece], *sections: Section, arm_a: str, arm_b: str) -> Content:
+    analysis = joined_sections(run.pair(arm_a, arm_b), tokens_of(list(pieces)), sections)
     tokens = (part.frame for part in analysis.tokens.parts())
     return pair_summary(analysis), {"tokens": tokens, **analysis.frames()}
 
@@ -243,7 +259,7 @@ def make_parts(
     made = {part.name: kept.take(part, folder / part.pair) for part in parts}
     missing = [part for part in parts if made[part.name] is None]
     write = partial(_written, folder=folder, no_text=no_text)
-    works = [Work(part.read, partial(write, part=part)) for part in missing]
+    works = [Work(part.read, partial(write, part=part), part.sections, part.arms) for part in missing]
 
     def on_done(done: int, total: int) -> None:
         n_kept = len(parts) - len(missing)
@@ -255,9 +271,9 @@ def make_parts(
 
 
 def _written(
-    run: Run, pieces: Iterator[Any], part: Part, folder: Path, no_text: bool
+    run: Run, pieces: Iterator[Any], *sections: Any, part: Part, folder: Path, no_text: bool
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    summary, frames = part.join(run, pieces)
+    summary, frames = part.join(run, pieces, *sections)
     return summary, write_frames(folder / part.pair, shared(frames, no_text))
 
 

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from moediag.errors import RunError
+from moediag.errors import MoediagError, RunError
 from moediag.run.capture import Shard
 from moediag.run.reader import Run, open_run
 from moediag.run.records import Sidecar, read_record
@@ -45,13 +45,18 @@ class Work:
     """Something to be made of a run, by functions of a module, so that another process can call them.
 
     Args:
-        read: of the run, a group of shards and an empty folder that stays until the work is joined: what :attr:`join`
-            needs of them, picklable; None = nothing is read by groups, ``join`` does it all.
-        join: of the run and all pieces, in the order of the shards, each loaded when it is asked for: the result.
+        read: of the run, a group of shards and an empty folder that stays until the work is joined: yields after each
+            shard, and returns what the others need of them, picklable; None = nothing is read by groups.
+        join: of the run, all pieces in the order of the shards, each loaded when it is asked for, and what every
+            section made: the result.
+        sections: each makes something of the run and all pieces, picklable, beside the others.
+        arms: whose captures are read.
     """
 
-    read: Callable[[Run, tuple[Shard, ...], Path], Any] | None
-    join: Callable[[Run, Iterator[Any]], Any]
+    read: Callable[[Run, tuple[Shard, ...], Path], Generator[None, None, Any]] | None
+    join: Callable[..., Any]
+    sections: tuple[Callable[[Run, Iterator[Any]], Any], ...] = ()
+    arms: tuple[str, ...] = ()
 
 
 def groups_of(run: Run) -> list[tuple[Shard, ...]]:
@@ -180,52 +185,147 @@ def in_pieces(
     Raises:
         RunError: a process was killed.
     """
-    groups = groups_of(run)
-    left = [len(groups) if work.read is not None else 0 for work in works]
-    n_done, total = 0, sum(n + 1 for n in left)
+    groups, together = groups_of(run), _together(works)
+    n_done, total = 0, len(groups) * len(together) + sum(len(work.sections) + 1 for work in works)
     pool = workers if isinstance(workers, Pool) else _pool(min(workers, total), works)
     on_done(n_done, total)
-    with tempfile.TemporaryDirectory(dir=folder or pool.folder) as scratch:
-        pieces = [[Path()] * n for n in left]
-        steps: deque[tuple[tuple[int, int | None], Callable[[], Any]]] = deque()
-
-        def join(at: int) -> tuple[tuple[int, None], Callable[[], Any]]:
-            return (at, None), partial(_join, run.path, works[at], pieces[at])
-
-        for at, n in enumerate(left):
-            steps += [((at, nth), partial(_read, run.path, works[at], groups[nth], Path(scratch))) for nth in range(n)]
-            steps += [] if n else [join(at)]
+    with tempfile.TemporaryDirectory(dir=folder or pool.folder) as name:
+        makings = [_Making(run.path, work, len(groups), Path(name)) for work in works]
+        steps: deque[_Step] = deque()
+        for at, making in enumerate(makings):
+            some = together.get(at, [])  # of works that are read together the first begins
+            of, reads = [makings[one] for one in some], [works[one].read for one in some]
+            for nth, group in enumerate(groups if some else ()):
+                steps.append((partial(_share, of, nth), partial(_read, run.path, reads, group, Path(name))))
+            steps += making.go_on() if making.work.read is None else []
+        left = dict(enumerate(makings))
         with closing(finished(pool, steps)) as results:
-            for (at, group), result in results:
+            for then, result in results:
                 n_done += 1
                 on_done(n_done, total)
-                if group is None:
-                    for piece in pieces[at]:
-                        shutil.rmtree(piece)
-                    yield at, result
+                steps.extendleft(reversed(then(result)))
+                for at, making in list(left.items()):
+                    if making.is_done:
+                        del left[at]
+                        yield at, making.result
+                    elif making.error is not None and at == min(left):  # what earlier work says of it comes first
+                        raise making.error
+
+
+_Step = tuple[Callable[[Any], list[Any]], Callable[[], Any]]
+"""What to do with a result, which gives the steps that follow it, and what makes the result."""
+
+
+def _together(works: Sequence[Work]) -> dict[int, list[int]]:
+    """Works that are read together, by the first of them: those of the same arms, but for such as earlier ones read.
+
+    Example:
+        >>> join = print
+        >>> some = [("a", "b"), ("a", "c"), ("a", "b"), ("b", "c")]
+        >>> _together([Work(lambda *of: iter(()), join, (), arms) for arms in some])
+        {0: [0, 2], 1: [1, 3]}
+    """
+    nth = {arm: at for at, arm in enumerate(dict.fromkeys(arm for work in works for arm in work.arms))}
+    found: dict[int, list[int]] = {}
+    for at, work in enumerate(works):
+        if work.read is not None:
+            found.setdefault(max((nth[arm] for arm in work.arms), default=-1), []).append(at)
+    return {some[0]: some for some in found.values()}
+
+
+class _Making:
+    """A work on its way: its pieces, its sections, its result."""
+
+    def __init__(self, run: Path, work: Work, n_groups: int, scratch: Path) -> None:
+        self.run, self.work, self.scratch = run, work, scratch
+        self.pieces: list[Path | None] = [None] * (n_groups if work.read is not None else 0)
+        self.made: list[Path | None] = [None] * len(work.sections)
+        self.result: Any = None
+        self.is_done = False
+        self.error: MoediagError | None = None
+
+    def go_on(self) -> list[_Step]:
+        """What may be done once everything that goes before it is there."""
+        if None in self.pieces:
+            return []
+        if None not in self.made:
+            return [(self._join, partial(_tried, _join, self.run, self.work, self.pieces, self.made))]
+        if any(self.made):  # the other sections are being made
+            return []
+        of = self.run, self.work, self.pieces, self.scratch
+        return [(partial(self._section, nth), partial(_tried, _section, *of, nth)) for nth in range(len(self.made))]
+
+    def _section(self, nth: int, result: Path | MoediagError) -> list[_Step]:
+        if isinstance(result, MoediagError):
+            self.error = result
+            return []
+        self.made[nth] = result
+        return self.go_on()
+
+    def _join(self, result: Any) -> list[_Step]:
+        if isinstance(result, MoediagError):
+            self.error = result
+            return []
+        self.result, self.is_done = result, True
+        for folder in filter(None, (*self.pieces, *self.made)):
+            shutil.rmtree(folder)
+        return []
+
+
+def _share(of: Sequence[_Making], nth: int, folders: Sequence[Path]) -> list[_Step]:
+    for making, folder in zip(of, folders, strict=True):
+        making.pieces[nth] = folder
+    return [step for making in of for step in making.go_on()]
+
+
+def _read(path: Path, reads: Sequence[Any], shards: tuple[Shard, ...], scratch: Path) -> list[Path]:
+    """Read a group for several works, shard by shard, each shard once."""
+    run, folders = open_run(path), [Path(tempfile.mkdtemp(dir=scratch)) for _ in reads]
+    reading = {at: read(run, shards, folders[at]) for at, read in enumerate(reads)}
+    while reading:
+        with run.holding():
+            for at, steps in list(reading.items()):
+                try:
+                    next(steps)
                     continue
-                pieces[at][group] = result
-                left[at] -= 1
-                if not left[at]:
-                    steps.appendleft(join(at))
+                except StopIteration as end:
+                    piece = end.value
+                except MoediagError as error:  # raised where the piece is asked for
+                    piece = error
+                del reading[at]
+                _dump(piece, folders[at])
+    return folders
 
 
-def _read(path: Path, work: Work, shards: tuple[Shard, ...], scratch: Path) -> Path:
+def _section(path: Path, work: Work, pieces: Sequence[Path], scratch: Path, nth: int) -> Path:
     folder = Path(tempfile.mkdtemp(dir=scratch))
-    assert work.read is not None
-    piece = work.read(open_run(path), shards, folder)
-    with (folder / _PIECE).open("wb") as file:
-        pickle.dump(piece, file, pickle.HIGHEST_PROTOCOL)
+    _dump(work.sections[nth](open_run(path), map(_load, pieces)), folder)
     return folder
 
 
-def _join(path: Path, work: Work, pieces: Sequence[Path]) -> Any:
-    return work.join(open_run(path), map(_load, pieces))
+def _join(path: Path, work: Work, pieces: Sequence[Path], made: Sequence[Path]) -> Any:
+    return work.join(open_run(path), map(_load, pieces), *map(_load, made))
+
+
+def _tried(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns, or the error of this program that it raises."""
+    try:
+        return function(*arguments)
+    except MoediagError as error:
+        return error
+
+
+def _dump(piece: Any, folder: Path) -> None:
+    with (folder / _PIECE).open("wb") as file:
+        pickle.dump(piece, file, pickle.HIGHEST_PROTOCOL)
 
 
 def _load(folder: Path) -> Any:
     with (folder / _PIECE).open("rb") as file:
-        return pickle.load(file)  # written by this program a moment ago
+        piece = pickle.load(file)  # written by this program a moment ago
+    if isinstance(piece, MoediagError):
+        raise piece
+    return piece
 
 
 def _pool(workers: int, works: Sequence[Work]) -> Pool:

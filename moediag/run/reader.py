@@ -25,11 +25,12 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,9 @@ DISTRIBUTIONS = "distributions"
 _MINUEND_ORDER = (TRAIN, REFERENCE, INFER)
 
 
+Result = TypeVar("Result")
+
+
 class Run:
     """A run directory that exists; :func:`open_run` gives one, :class:`~moediag.run.writer.RunWriter` fills it."""
 
@@ -74,6 +78,7 @@ class Run:
         self.path = path
         self.record = record
         self.schema_version = schema_version
+        self._held: dict[tuple[str, Shard], Any] | None = None
 
     def __repr__(self) -> str:
         arms = ", ".join(self.arms()) or "no arm yet"
@@ -275,6 +280,9 @@ class Run:
             IncompleteRunError: not captured yet.
             CorruptRunError: damaged, or other sequences than the shard table says.
         """
+        return self._once("tokens", shard, lambda: self._decoded_tokens(shard))
+
+    def _decoded_tokens(self, shard: Shard) -> TokenRows:
         data, sidecar, path = self._read("tokens", shard, ".parquet", self.sampler)
         tokens = decode_tokens(data, str(path))
         # length first: a shard table may claim more sequences than any memory holds
@@ -291,8 +299,32 @@ class Run:
             IncompleteRunError: not captured yet.
             CorruptRunError: damaged.
         """
-        data, _, path = self._read(f"arms/{arm}", shard, ".safetensors", arm)
-        return decode_capture(data, str(path))
+
+        def decoded() -> Capture:
+            data, _, path = self._read(f"arms/{arm}", shard, ".safetensors", arm)
+            capture = decode_capture(data, str(path))
+            for array in capture.arrays().values():
+                array.flags.writeable = self._held is None  # else others have it, too
+            return capture
+
+        return self._once(f"arms/{arm}", shard, decoded)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Meanwhile a shard's tokens, and an arm's arrays for it, are read once for all who ask."""
+        self._held = {}
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def _once(self, folder: str, shard: Shard, read: Callable[[], Result]) -> Result:
+        if self._held is None:
+            return read()
+        if (folder, shard) not in self._held:
+            self._held[folder, shard] = read()
+        found: Result = self._held[folder, shard]
+        return found
 
     def vocab_sequences(self, arm: str, shard: Shard) -> NDArray[np.int64]:
         """Sequences of the shard whose whole next-token distributions the arm keeps; most arms keep none."""
