@@ -58,7 +58,7 @@ from moediag.hygiene.rules import (
 from moediag.notation import INFER
 from moediag.run.capture import Capture, Shard, TokenRows
 from moediag.run.derived import derived_damage
-from moediag.run.pieces import Work, in_pieces
+from moediag.run.pieces import Pool, Work, in_pieces
 from moediag.run.reader import Run
 
 _DENSE = Shape(0, 0, 0)
@@ -201,7 +201,7 @@ def check_run(run: Run, arms: Sequence[str] | None = None) -> list[Finding]:
     return inspect_run(run, arms).findings
 
 
-def inspect_run(run: Run, arms: Sequence[str] | None = None, workers: int = 1) -> Inspection:
+def inspect_run(run: Run, arms: Sequence[str] | None = None, workers: int | Pool = 1) -> Inspection:
     """Check files, token tables and every committed shard of the arms, each further arm beside infer as well.
 
     Missing shards are errors: a partial arm is not analysed.
@@ -209,7 +209,7 @@ def inspect_run(run: Run, arms: Sequence[str] | None = None, workers: int = 1) -
     Args:
         arms: the arms to check; None = all, and every derived file and log as well: an analysis of some arms is not
             kept from being made by a damaged figure, which it replaces.
-        workers: processes that read the shards; what is found does not depend on it.
+        workers: processes that read the shards, here or elsewhere; what is found does not depend on it.
     """
     checks = checks_of(run, run.arms() if arms is None else arms)
     works = [Work(partial(read_check, check=check), partial(join_check, check=check)) for check in checks]
@@ -336,7 +336,7 @@ def join_check(run: Run, pieces: Iterator[_Seen], check: Check) -> Inspection:
     return Inspection(found, frozenset(has), sum(rules.n_rows for rules in seen.alone.values()))
 
 
-def inspect_runs(runs: Sequence[Run], workers: int = 1) -> Inspection:
+def inspect_runs(runs: Sequence[Run], workers: int | Pool = 1) -> Inspection:
     """Check the runs of a series, or the one run of a step; findings name their step."""
     parts = [inspect_run(run, workers=workers) for run in runs]
     if len(parts) == 1:

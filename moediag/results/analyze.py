@@ -37,6 +37,7 @@ from moediag.results.parts import (
 from moediag.results.summary import Found, summarize
 from moediag.run.derived import ANALYSIS, settle_derived
 from moediag.run.files import read_sealed, write_sealed
+from moediag.run.pieces import Pool
 from moediag.run.reader import Run
 
 _OWN_SIDE_ONLY: Final = ("repeat", "path", "observation", "perturbation", "batching")
@@ -47,7 +48,7 @@ def analyze_run(
     run: Run,
     force: bool = False,
     no_text: bool = False,
-    workers: int = 1,
+    workers: int | Pool = 1,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> dict[str, Any]:
     """Analyse the main pair, further complete arms against infer, and each engine against itself; return the summary.
@@ -62,7 +63,7 @@ def analyze_run(
     Args:
         force: analyse also when validation finds errors.
         no_text: leave token ids out of the frames, and have pages made from them hold no text.
-        workers: processes that analyse pairs; the results do not depend on it.
+        workers: processes that analyse pairs, here or elsewhere; the results do not depend on it.
         on_event: is called with how many steps of the analysis are ``done``, of a ``total`` in a ``unit``; never where
             nothing has changed.
 

@@ -42,7 +42,7 @@ from moediag.results.pair_summary import pair_summary
 from moediag.run.capture import Shard
 from moediag.run.derived import ANALYSIS, KEPT
 from moediag.run.files import digest_of, make_folder, read_sealed, sha256_bytes, sha256_file, write_sealed
-from moediag.run.pieces import Work, in_pieces
+from moediag.run.pieces import Pool, Work, in_pieces
 from moediag.run.reader import Run
 from moediag.run.records import MANIFEST
 
@@ -225,7 +225,7 @@ def make_parts(
     parts: Sequence[Part],
     folder: Path,
     no_text: bool,
-    workers: int,
+    workers: int | Pool,
     on_event: Callable[[dict[str, Any]], None],
 ) -> Generator[tuple[str, Made]]:
     """Every part of an analysis, taken from the last one or made; close it, and what is not done yet is not done.
@@ -234,7 +234,7 @@ def make_parts(
         parts: those that decide whether the others are wanted come first.
         folder: of the new analysis: a folder per pair is made in it; pieces lie beside it.
         no_text: let token ids be -1 in the frames.
-        workers: processes; 1 = this one alone.
+        workers: as :func:`~moediag.run.pieces.in_pieces` has it.
         on_event: as :func:`~moediag.results.analyze.analyze_run` has it.
 
     Yields:

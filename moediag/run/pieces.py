@@ -1,10 +1,13 @@
-"""Work on a run in pieces: groups of whole shards, each read by any process, then joined in order.
+"""Work on a run in pieces: groups of whole shards, each read by any process, then joined in order; and other steps that
+processes of this machine or of a cluster do (:class:`Pool`).
 
 Invariants:
     - where a group ends is decided by the run alone, never by the number of processes: what is summed is summed in the
       same order, and has the same bits, whoever does it;
     - a piece goes to a file, not through the process that hands out the work, and whoever joins holds one at a time:
-      memory does not grow with the run where a piece does not.
+      memory does not grow with the run where a piece does not;
+    - a step may be begun anew where its process was lost: every attempt has a folder of its own, and what is joined is
+      removed by the process that hands out the work.
 """
 
 from __future__ import annotations
@@ -13,15 +16,16 @@ import multiprocessing
 import pickle
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from moediag.errors import RunError
 from moediag.run.capture import Shard
@@ -72,18 +76,102 @@ def _n_rows(run: Run, shard: Shard) -> int:
         return 0
 
 
+class Pool(ABC):
+    """Processes that do steps: functions of modules, with arguments and results that can be pickled."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where what passes between the processes lies, seen by all of them; None = among temporary files."""
+        return None
+
+    @property
+    @abstractmethod
+    def n_workers(self) -> int:
+        """Steps at a time."""
+
+    @abstractmethod
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        """Have a step done; its error is raised from the future."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End what is still being done: what it uses goes."""
+
+
+class Here(Pool):
+    """This process, at once."""
+
+    n_workers = 1
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        """Do it."""
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    def stop(self) -> None:
+        """Nothing is being done."""
+
+
+class _Processes(Pool):
+    """Processes of this machine, which import modules once."""
+
+    n_workers = 0
+
+    def __init__(self, n_workers: int, modules: Iterable[str]) -> None:
+        context = multiprocessing.get_context("forkserver")  # a fork of a process with threads may hang
+        context.set_forkserver_preload(sorted(set(modules)))
+        self.n_workers, self._pool = n_workers, ProcessPoolExecutor(n_workers, mp_context=context)
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        return self._pool.submit(function, *arguments)
+
+    def stop(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+
+
+def finished(pool: Pool, steps: deque[tuple[Key, Callable[[], Result]]]) -> Generator[tuple[Key, Result]]:
+    """Do steps, the first first; close what is returned and the rest is not done.
+
+    Args:
+        steps: (what names it, what does it); steps may be added while others are being done.
+
+    Yields:
+        (what names it, its result), in the order in which they are done.
+
+    Raises:
+        RunError: a process of this machine was killed.
+    """
+    running: dict[Future[Result], Key] = {}
+    try:
+        while steps or running:
+            while steps and len(running) < pool.n_workers:
+                key, step = steps.popleft()
+                running[pool.submit(step)] = key
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool:
+        raise RunError("a process was killed, most often for want of memory; run it again with --workers 1") from None
+    finally:
+        pool.stop()
+
+
 def in_pieces(
     run: Run,
     works: Sequence[Work],
-    workers: int,
+    workers: int | Pool,
     folder: Path | None = None,
     on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> Generator[tuple[int, Any]]:
     """Do some work, earlier work first; close what is returned and the rest is not done.
 
     Args:
-        workers: processes; 1 = this one alone.
-        folder: where a folder for pieces is made, and removed again; None = among temporary files.
+        workers: processes of this machine, 1 = this one alone; or other ones.
+        folder: where a folder for pieces is made, and removed again; None = the pool's.
         on_done: is called with how many steps of how many are done.
 
     Yields:
@@ -94,49 +182,45 @@ def in_pieces(
     """
     groups = groups_of(run)
     left = [len(groups) if work.read is not None else 0 for work in works]
-    # None joins what lies there
-    steps = deque((at, group) for at, n in enumerate(left) for group in (range(n) if n else (None,)))
     n_done, total = 0, sum(n + 1 for n in left)
+    pool = workers if isinstance(workers, Pool) else _pool(min(workers, total), works)
     on_done(n_done, total)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder) as name, _executor(min(workers, total), works) as executor:
-            folders = [[Path(name) / f"{at}-{group}" for group in range(n)] for at, n in enumerate(left)]
-            running: dict[Future[Any], tuple[int, int | None]] = {}
-            while steps or running:
-                while steps and len(running) < workers:
-                    at, group = steps.popleft()
-                    if group is None:
-                        job = executor.submit(_join, run.path, works[at], folders[at])
-                    else:
-                        job = executor.submit(_read, run.path, works[at], groups[group], folders[at][group])
-                    running[job] = at, group
-                for job in wait(running, return_when=FIRST_COMPLETED).done:
-                    at, group = running.pop(job)
-                    result, n_done = job.result(), n_done + 1
-                    on_done(n_done, total)
-                    if group is None:
-                        yield at, result
-                        continue
-                    left[at] -= 1
-                    if not left[at]:
-                        steps.appendleft((at, None))
-    except BrokenProcessPool:
-        raise RunError("a process was killed, most often for want of memory; run it again with --workers 1") from None
+    with tempfile.TemporaryDirectory(dir=folder or pool.folder) as scratch:
+        pieces = [[Path()] * n for n in left]
+        steps: deque[tuple[tuple[int, int | None], Callable[[], Any]]] = deque()
+
+        def join(at: int) -> tuple[tuple[int, None], Callable[[], Any]]:
+            return (at, None), partial(_join, run.path, works[at], pieces[at])
+
+        for at, n in enumerate(left):
+            steps += [((at, nth), partial(_read, run.path, works[at], groups[nth], Path(scratch))) for nth in range(n)]
+            steps += [] if n else [join(at)]
+        with closing(finished(pool, steps)) as results:
+            for (at, group), result in results:
+                n_done += 1
+                on_done(n_done, total)
+                if group is None:
+                    for piece in pieces[at]:
+                        shutil.rmtree(piece)
+                    yield at, result
+                    continue
+                pieces[at][group] = result
+                left[at] -= 1
+                if not left[at]:
+                    steps.appendleft(join(at))
 
 
-def _read(path: Path, work: Work, shards: tuple[Shard, ...], folder: Path) -> None:
-    folder.mkdir()
+def _read(path: Path, work: Work, shards: tuple[Shard, ...], scratch: Path) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=scratch))
     assert work.read is not None
     piece = work.read(open_run(path), shards, folder)
     with (folder / _PIECE).open("wb") as file:
         pickle.dump(piece, file, pickle.HIGHEST_PROTOCOL)
+    return folder
 
 
-def _join(path: Path, work: Work, folders: Sequence[Path]) -> Any:
-    result = work.join(open_run(path), map(_load, folders))
-    for folder in folders:
-        shutil.rmtree(folder)
-    return result
+def _join(path: Path, work: Work, pieces: Sequence[Path]) -> Any:
+    return work.join(open_run(path), map(_load, pieces))
 
 
 def _load(folder: Path) -> Any:
@@ -144,27 +228,8 @@ def _load(folder: Path) -> Any:
         return pickle.load(file)  # written by this program a moment ago
 
 
-class _Here(Executor):
-    """This process, at once."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
-@contextmanager
-def _executor(workers: int, works: Sequence[Work]) -> Iterator[Executor]:
-    if workers <= 1:
-        yield _Here()
-        return
-    context = multiprocessing.get_context("forkserver")  # a fork of a process with threads may hang
-    context.set_forkserver_preload(sorted({_module_of(work.join) for work in works}))
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        try:
-            yield pool
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _pool(workers: int, works: Sequence[Work]) -> Pool:
+    return _Processes(workers, (_module_of(work.join) for work in works)) if workers > 1 else Here()
 
 
 def _module_of(function: Callable[..., Any]) -> str:
