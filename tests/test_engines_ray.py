@@ -1,5 +1,5 @@
-"""`moediag capture --ray` on real clusters of this machine, and the script of a Slurm array: what is captured does not
-depend on who captured it.
+"""`--ray` on real clusters of this machine, and the script of a Slurm array: what is captured or analysed does not
+depend on who did it.
 
 Two nodes are two raylets here. A node without the run's files is one in a mount namespace of its own, where another
 file system lies over them.
@@ -9,25 +9,35 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import MOEDIAG, REPOSITORY, run_here, run_moediag, write_jsonl
+from test_analysis_parts import analysis_of
 from test_engines_resume import captured, wait_until_engines_are_gone
+from test_results import make_run
 
+import moediag
 from moediag.cli.main import main
-from moediag.engines.ray_workers import ClusterOptions, room
+from moediag.engines.cluster import N_TRIES, ClusterOptions, Tasks, room
 from moediag.errors import EngineError
 from moediag.hygiene import check_run
+from moediag.results import analyze_run
+from moediag.run import pieces
+from moediag.run.capture import Shard
 from moediag.run.files import read_sealed
-from moediag.run.reader import open_run
+from moediag.run.pieces import Work, in_pieces
+from moediag.run.reader import Run, open_run
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "ring-tiny"
 N_PROMPTS, N_TOKENS = 24, 60
@@ -52,12 +62,12 @@ class Nodes:
     def kill_last(self) -> None:
         self._cluster.remove_node(self.further.pop(), allow_graceful=False)
 
-    def workers(self) -> list[int]:
-        """Processes of actors, on all nodes."""
+    def workers(self, name: str = "Worker") -> list[int]:
+        """Processes that are an actor, or do a task, of a name, on all nodes."""
         raylets = {str(node.all_processes["raylet"][0].process.pid) for node in self._cluster.list_all_nodes()}
         found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
         rows = [line.split(maxsplit=2) for line in found.splitlines()]
-        return [int(pid) for pid, parent, args in rows if parent in raylets and args.startswith("ray::Worker")]
+        return [int(pid) for pid, parent, args in rows if parent in raylets and args.startswith(f"ray::{name}")]
 
     def shut_down(self) -> None:
         self._cluster.shutdown()
@@ -79,6 +89,39 @@ def nodes() -> Iterator[Nodes]:
     found.add()
     yield found
     found.shut_down()
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Nodes]:
+    """A cluster whose only node has no processor."""
+    found = Nodes(head_cpus=0)
+    yield found
+    found.shut_down()
+
+
+needs_mounts = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
+
+
+@contextmanager
+def far_node(head: Nodes, mount: str) -> Iterator[None]:
+    """A node of one processor that sees other files where something is mounted for it alone."""
+    start = f"{sys.executable} -c 'from ray.scripts.scripts import main; main()' start --address {head.address}"
+    start += f" --num-cpus 1 --object-store-memory {MEMORY} --block"
+    far = subprocess.Popen(["unshare", "-m", "bash", "-c", f"{mount} && exec {start}"], stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        far.terminate()
+        far.wait()
+
+
+def once_there(*words: object) -> subprocess.CompletedProcess[str]:
+    """The command, again until the far node has joined."""
+    deadline = time.monotonic() + 120
+    while True:
+        done = run_moediag(*words)
+        if "have room for 0" not in done.stderr or time.monotonic() > deadline:
+            return done
 
 
 @pytest.fixture(scope="module")
@@ -200,32 +243,125 @@ def test_a_worker_a_node_and_the_driver_may_be_killed(
 
 
 @pytest.mark.engines
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@needs_mounts
 def test_shards_of_a_node_that_does_not_see_the_run_come_through_ray(
-    random_moe: Path, prompts: Path, undisturbed: Path, tmp_path: Path
+    head: Nodes, random_moe: Path, prompts: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     """The only node with a processor sees neither the run nor its folder: the driver writes what comes over."""
     hidden = tmp_path / "hidden"
     hidden.mkdir()
-    nodes = Nodes(head_cpus=0)
-    start = f"{sys.executable} -c 'from ray.scripts.scripts import main; main()' start --address {nodes.address}"
-    start += f" --num-cpus 1 --object-store-memory {MEMORY} --block"
-    far = subprocess.Popen(
-        ["unshare", "-m", "bash", "-c", f"mount -t tmpfs tmpfs {hidden} && exec {start}"], stdout=subprocess.DEVNULL
-    )
-    try:
-        run = hidden / "run"
-        words = ("capture", "train", random_moe, "--prompts", prompts, "-o", run, *OPTIONS, "--ray", "--ray-address")
-        done = run_moediag(*words, nodes.address)
-        while "have room for 0" in done.stderr and far.poll() is None:  # the node is on its way
-            done = run_moediag(*words, nodes.address)
-        assert done.returncode == 0, done.stderr
-        assert_same(run, undisturbed)
-        assert (run / "logs" / "train-ray-0.log").stat().st_size > 0
-    finally:
-        far.terminate()
-        far.wait()
-        nodes.shut_down()
+    run = hidden / "run"
+    words = ("capture", "train", random_moe, "--prompts", prompts, "-o", run, *OPTIONS, "--ray", "--ray-address")
+    with far_node(head, f"mount -t tmpfs tmpfs {hidden}"):
+        done = once_there(*words, head.address)
+    assert done.returncode == 0, done.stderr
+    assert_same(run, undisturbed)
+    assert (run / "logs" / "train-ray-0.log").stat().st_size > 0
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of two shards that nothing is analysed of."""
+    return make_run(tmp_path / "run", ("infer", "train", "train-replay")).path
+
+
+def analysed_here(run: Path) -> dict[str, bytes]:
+    """What one process makes of a copy of a run."""
+    other = Path(shutil.copytree(run, run.parent / "analysed here" / "run"))
+    analyze_run(open_run(other))
+    return analysis_of(other)
+
+
+def test_a_cluster_analyses_and_validates_as_one_process_does(
+    nodes: Nodes, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every shard a piece; the same bytes, from a path that is relative here and means nothing to a node."""
+    monkeypatch.setattr(pieces, "LEAST_ROWS", 1)
+    expected = analysed_here(run)
+    monkeypatch.chdir(run.parent)
+    words = ["run", "--ray", "--ray-address", nodes.address]
+    assert main(["analyze", *words]) == 0
+    assert "Ray      2 workers; the cluster has 2 nodes" in capsys.readouterr().err
+    assert analysis_of(run) == expected
+    assert main(["validate", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["validate", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert not list(run.glob(".*"))
+    assert main(["analyze", *words]) == 0  # nothing to be done: no cluster is reached
+    assert "Ray " not in capsys.readouterr().err
+
+
+def test_a_worker_killed_while_it_analyses_changes_no_byte(nodes: Nodes, run: Path) -> None:
+    expected = analysed_here(run)
+    command = [str(MOEDIAG), "analyze", str(run), "--ray", "--ray-address", nodes.address, "--num-workers", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as driver:
+        killed: set[int] = set()
+        while driver.poll() is None and len(killed) < 2:
+            for pid in {*nodes.workers("task")} - killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            time.sleep(0.02)
+        _, err = driver.communicate()
+    assert driver.returncode == 0, err
+    assert len(killed) == 2
+    assert analysis_of(run) == expected
+    assert not list(run.glob(".*"))
+
+
+def dies_once(run: Run, shards: tuple[Shard, ...], folder: Path, always: bool) -> int:
+    """A piece whose first process is killed when it has written half of it."""
+    marker = folder.parent / f"{shards[0].stem}.begun"
+    (folder / "half").touch(exist_ok=False)
+    if always or not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return shards[0].index
+
+
+def dies_once_joining(run: Run, read: Iterator[int]) -> list[int]:
+    first = next(read)
+    marker = run.path / "joining"
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [first, *read]
+
+
+def test_a_piece_whose_process_is_killed_is_made_again(
+    nodes: Nodes, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it is killed as it joins others; one that kills every process is given up in one line."""
+    monkeypatch.setattr(pieces, "LEAST_ROWS", 1)
+    opened = open_run(run)
+    options = ClusterOptions(nodes.address, tensor_parallel_size=0)
+    with Tasks(options, run, print) as tasks:
+        works = [Work(partial(dies_once, always=False), dies_once_joining)]
+        assert dict(in_pieces(opened, works, tasks)) == {0: [shard.index for shard in opened.shards]}
+        assert not list(tasks.folder.iterdir())
+        with pytest.raises(EngineError, match=f"lost its worker {N_TRIES} times"):
+            list(in_pieces(opened, [Work(partial(dies_once, always=True), dies_once_joining)], tasks))
+        assert not list(tasks.folder.iterdir())
+    assert not list(run.glob(".*"))
+
+
+@needs_mounts
+def test_a_node_that_would_do_something_else_is_refused_in_one_line(head: Nodes, run: Path, tmp_path: Path) -> None:
+    """It does not see the run; its moediag is another; it has none."""
+    package = Path(moediag.__file__).parent
+    other = tmp_path / "shown.py"
+    other.write_text((package / "shown.py").read_text() + "\n")
+    for mount, complaint in (
+        (f"mount -t tmpfs tmpfs {run}", f"does not see {run}; put it on a file system that all nodes"),
+        (f"mount --bind {other} {package / 'shown.py'}", "has another moediag ("),
+        (f"mount -t tmpfs tmpfs {package}", "lacks moediag, or this version of it (No module named"),
+    ):
+        with far_node(head, mount):
+            done = once_there("analyze", run, "--ray", "--ray-address", head.address)
+        assert done.returncode == 1
+        assert complaint in done.stderr.splitlines()[-1], done.stderr
+        assert not (run / "analysis").exists()
+        assert not list(run.glob(".*"))
 
 
 def test_a_missing_ray_is_one_line(
@@ -250,6 +386,7 @@ def test_a_missing_ray_is_one_line(
     [
         (("--num-workers", "2"), "--num-workers is of no effect without --ray"),
         (("--ray", "--observer", "auto"), "--ray with --observer auto"),
+        (("--ray", "--ray-address", ""), "--ray-address is empty: give HOST:PORT"),
         (("--ray", "--ray-address", "127.0.0.1:1"), "no Ray cluster at 127.0.0.1:1"),
         (("--ray", "--ray-address", "ray://127.0.0.1:1"), "give HOST:PORT"),
     ],
@@ -257,7 +394,8 @@ def test_a_missing_ray_is_one_line(
 def test_what_ray_cannot_do_is_refused_in_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, prompts: Path, options: tuple[str, ...], complaint: str
 ) -> None:
-    """Bug: an address where nothing answers took Ray ten minutes and sixty lines of its own libraries."""
+    """Bug: an address where nothing answers took Ray ten minutes and sixty lines of its own libraries; of an empty one
+    it was said that there was no cluster at RAY_ADDRESS."""
     run = tmp_path / "run"
     assert main(["capture", "train", str(CHECKPOINT), "--prompts", str(prompts), "-o", str(run), *options]) == 1
     assert complaint in capsys.readouterr().err.strip()

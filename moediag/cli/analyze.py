@@ -20,6 +20,9 @@ def command(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Analyse in spite of validation errors.")] = False,
     workers: o.Workers = None,
+    ray: o.RayTasks = False,
+    ray_address: o.RayAddress = None,
+    num_workers: o.NumTasks = None,
 ) -> None:
     """Compute every frame and summary.json from the captured arms; needs no engine.
 
@@ -30,9 +33,13 @@ def command(
     from moediag.results import analyze_run
     from moediag.run.reader import open_run
 
-    opened = open_run(run)
+    cluster = o.cluster_options(ray, 0, address=ray_address, num_workers=num_workers)
+    opened = open_run(run if cluster is None else run.resolve())  # other nodes start elsewhere
     # in a log a quick analysis says nothing
-    with bar("analysis") if sys.stderr.isatty() else doing(f"analysing {run}") as progress:
+    with (
+        o.pool(run, cluster, workers) as pool,
+        bar("analysis") if sys.stderr.isatty() else doing(f"analysing {run}") as progress,
+    ):
         seen: list[dict[str, Any]] = []
 
         def on_event(event: dict[str, Any]) -> None:
@@ -40,7 +47,7 @@ def command(
             if progress is not None:
                 progress.on_event(event)
 
-        summary = analyze_run(opened, force, no_text, o.n_workers(workers), on_event)
+        summary = analyze_run(opened, force, no_text, pool, on_event)
     if as_json:
         say_json(summary)
         return

@@ -36,7 +36,7 @@ from moediag.run.writer import RunWriter
 
 if TYPE_CHECKING:
     from moediag.cli.settings import Settings
-    from moediag.engines.ray_workers import ClusterOptions
+    from moediag.engines.cluster import ClusterOptions
 
 INFER_PRODUCTION, INFER_SERVER = "infer-production", "infer-server"
 FLOAT32 = ("infer-fp32", "train-fp32", "train-fp32-perturbed")

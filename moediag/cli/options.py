@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from glob import has_magic
 from pathlib import Path
@@ -16,8 +17,10 @@ import typer
 from moediag.errors import CheckpointError, EngineError, PromptsError, RunError
 
 if TYPE_CHECKING:
+    from moediag.engines.cluster import ClusterOptions
     from moediag.hygiene import Finding
     from moediag.run.capture import Slice
+    from moediag.run.pieces import Pool
 
 _ALL_SEQUENCES = 2**31
 
@@ -207,6 +210,13 @@ RayAddress = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="The Ray cluster's; default: RAY_ADDRESS, else the one here, else a new one."),
 ]
+RayTasks = Annotated[
+    bool, typer.Option("--ray", help="Tasks on a Ray cluster share the work; all nodes see the folder (moediag[ray]).")
+]
+NumTasks = Annotated[
+    int | None,
+    typer.Option("--num-workers", min=1, help="Tasks on Ray at a time; default: one per CPU."),
+]
 NumWorkers = Annotated[
     int | None,
     typer.Option(min=1, help="Engines on Ray; default: as many as its GPUs hold, without GPUs one per node."),
@@ -288,6 +298,41 @@ def n_workers(workers: int | None = None) -> int:
     if workers is None and given and not (given.isascii() and given.isdigit() and int(given) > 0):
         raise RunError(f"{WORKERS}={given!r}: expected the number of processes that analyse, such as 4")
     return workers or int(given or os.cpu_count() or 1)
+
+
+def cluster_options(ray: bool, tensor_parallel_size: int, **given: Any) -> ClusterOptions | None:
+    """Which Ray cluster, and what of it; None without --ray.
+
+    Args:
+        tensor_parallel_size: GPUs of an engine; 0 = none runs there.
+        given: further options of :class:`~moediag.engines.cluster.ClusterOptions` as they were given.
+
+    Raises:
+        DependencyError: ray is not installed, or too old.
+        EngineError: there is no such cluster, or an option that needs --ray is given without it.
+    """
+    if not ray:
+        for name, value in given.items():
+            if value is not None:
+                option = "--ray-address" if name == "address" else f"--{name.replace('_', '-')}"
+                raise EngineError(f"{option} is of no effect without --ray")
+        return None
+    from moediag.engines.cluster import ClusterOptions
+
+    return ClusterOptions(**given, tensor_parallel_size=tensor_parallel_size).check()
+
+
+@contextmanager
+def pool(folder: Path, cluster: ClusterOptions | None, workers: int | None) -> Iterator[int | Pool]:
+    """Who does the steps of a command: tasks on a Ray cluster that share ``folder``, or processes here."""
+    if cluster is None:
+        yield n_workers(workers)
+        return
+    from moediag.cli.console import note
+    from moediag.engines.cluster import Tasks
+
+    with Tasks(cluster, folder, lambda line: note(f"Ray      {line}")) as tasks:
+        yield tasks
 
 
 Strict = Annotated[

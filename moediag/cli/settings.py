@@ -18,8 +18,8 @@ from moediag.run.recipes import SERVER, VLLM, recipe
 
 if TYPE_CHECKING:
     from moediag.engines.arms import ArmRequest
+    from moediag.engines.cluster import ClusterOptions
     from moediag.engines.plan import Plan
-    from moediag.engines.ray_workers import ClusterOptions
 
 
 @dataclass(frozen=True)
@@ -115,21 +115,12 @@ class Settings:
             DependencyError: ray is not installed, or too old.
             EngineError: an option that needs --ray is given without it, or one that one machine alone can do with it.
         """
-        needing = {"--ray-address": self.ray_address, "--num-workers": self.num_workers,
-                   "--gpus-per-worker": self.gpus_per_worker}  # fmt: skip
-        if not self.ray:
-            for option, value in needing.items():
-                if value is not None:
-                    raise EngineError(f"{option} is of no effect without --ray")
-            return None
-        from moediag.engines.ray_workers import ClusterOptions
-
-        if self.server is not None:
+        if self.ray and self.server is not None:
             raise EngineError("--ray with --server: a server takes requests from one process; leave --ray out")
-        if self.observer == o.Observer.auto:
+        if self.ray and self.observer == o.Observer.auto:
             raise EngineError("--ray with --observer auto: name it (hooks, native or both), for all workers alike")
-        given = self.ray_address, self.num_workers, self.gpus_per_worker, self.tensor_parallel_size
-        return ClusterOptions(*given).check()
+        given = {"address": self.ray_address, "num_workers": self.num_workers, "gpus_per_worker": self.gpus_per_worker}
+        return o.cluster_options(self.ray, self.tensor_parallel_size, **given)
 
     def request(
         self, name: str, given: bool, max_model_len: int, seed: int, is_beside_rollouts: bool = False, **more: Any

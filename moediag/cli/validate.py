@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moediag.cli import options as o
+from moediag.errors import RunError
 
 if TYPE_CHECKING:
     from moediag.hygiene import Finding, Inspection
+    from moediag.run.pieces import Pool
 
 NAME = "validate"
 
@@ -47,6 +49,9 @@ def command(
     strict: Strict = False,
     list_rules: ListRules = False,
     workers: o.Workers = None,
+    ray: o.RayTasks = False,
+    ray_address: o.RayAddress = None,
+    num_workers: o.NumTasks = None,
     as_json: o.Json = False,
 ) -> None:
     """Check every file and every row of a run, or a file of another tool; exit code 3 when something is wrong.
@@ -64,13 +69,16 @@ def command(
         return
     if not targets:
         raise typer.BadParameter("give a run directory or a file, or --list-rules", param_hint="RUN|SERIES|FILE...")
-    with doing(f"checking {targets[0]}"):
+    cluster = o.cluster_options(ray, 0, address=ray_address, num_workers=num_workers)
+    if cluster is not None:
+        targets = [target.resolve() for target in targets]  # other nodes start elsewhere
+    with o.pool(targets[0], cluster, workers) as pool, doing(f"checking {targets[0]}"):
         inspection = _inspect(
             targets,
             num_experts,
             first_row,
             zero_experts,
-            o.n_workers(workers),
+            pool,
             tokens=tokens,
             trust_pickle=trust_pickle,
         )
@@ -80,7 +88,12 @@ def command(
 
 
 def _inspect(
-    targets: list[Path], num_experts: int | None, first_row: int, n_zero_experts: int, workers: int, **of_dump: Any
+    targets: list[Path],
+    num_experts: int | None,
+    first_row: int,
+    n_zero_experts: int,
+    workers: int | Pool,
+    **of_dump: Any,
 ) -> Inspection:
     from moediag.hygiene import inspect_run
     from moediag.hygiene.check import inspect_runs
@@ -91,7 +104,10 @@ def _inspect(
     from moediag.run.reader import open_run
     from moediag.run.series import is_series
 
-    if foreign_format(targets) is not None:
+    is_foreign = foreign_format(targets) is not None
+    if not isinstance(workers, int) and (is_foreign or targets[0].is_file()):
+        raise RunError(f"--ray with {targets[0]}: a cluster checks runs and series; import it, or leave --ray out")
+    if is_foreign:
         options = Options(n_experts=num_experts, n_zero_experts=n_zero_experts, first_row=first_row, **of_dump)
         with imported_for_now(targets, options) as runs:
             return inspect_runs(runs, workers)

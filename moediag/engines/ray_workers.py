@@ -6,8 +6,7 @@ just that: there is no second way to an engine. Actors outlive shards and arms, 
 Invariants:
     - what is committed in the run decides what remains to be done, whoever did it: a worker, a node or the driver may
       go at any moment, and the same command goes on;
-    - a shard is captured under its claim: the worker's own where it sees the run's files, else the driver's;
-    - only this module imports ray, and only where a command was given ``--ray``.
+    - a shard is captured under its claim: the worker's own where it sees the run's files, else the driver's.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import queue
 import shutil
-import signal
 import socket
 import tempfile
 import threading
@@ -30,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from moediag import errors
+from moediag.engines.cluster import GIVEN_BY_RAY, N_TRIES, ClusterOptions, connect, first_line
 from moediag.engines.launch import Engines, Job, OnEvent, appended
 from moediag.engines.provenance import numeric_variables, software
-from moediag.engines.versions import RAY, require
 from moediag.errors import CheckpointError, EngineDiedError, EngineError
 from moediag.run import claims
 from moediag.run.capture import Shard, Slice
@@ -41,57 +39,14 @@ from moediag.run.reader import BIAS, Run, open_run
 from moediag.run.records import MANIFEST, PROMPTS
 from moediag.run.writer import CLAIMS, RunWriter
 
-N_TRIES = 3
-"""A shard whose worker is lost so often is taken to be what kills it, and a place whose actors do not even start is
-given up."""
 _HELD_SECONDS = 30.0  # a lost worker's claim goes with its process, within seconds: then it is a living one's
 _POLL_SECONDS = 1.0
-_ANSWER_SECONDS = 10.0
 _QUIET_SECONDS = 20.0
 _CHECKPOINT_FILES = (".safetensors", ".json", ".model", ".jinja", ".py", ".txt")
-_GIVEN_BY_RAY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 _LOG_BYTES = 1 << 20  # of a log that comes over from another machine, its end
 
 Files = dict[str, bytes]
 """Content by path below the run's folder."""
-
-
-@dataclass(frozen=True)
-class ClusterOptions:
-    """Which cluster, and what of it.
-
-    Args:
-        address: of a running cluster; None = ``RAY_ADDRESS``, else the one that runs here, else one of this machine.
-        num_workers: engines at a time; None = as many as the cluster's GPUs hold, without GPUs one per node.
-        gpus_per_worker: of one node each; None = ``tensor_parallel_size``, or 0 where the cluster has none.
-        tensor_parallel_size: GPUs that an engine uses.
-    """
-
-    address: str | None = None
-    num_workers: int | None = None
-    gpus_per_worker: int | None = None
-    tensor_parallel_size: int = 1
-
-    def check(self) -> ClusterOptions:
-        """Return self where ray is installed and something answers at the address.
-
-        Ray itself tries for minutes, in the words of its own libraries.
-
-        Raises:
-            DependencyError: ray is not installed, or too old.
-            EngineError: nothing answers, or the address is that of Ray's client, which brings no files over.
-        """
-        require(RAY)
-        address = self.address or environ.get("RAY_ADDRESS") or ""
-        if "://" in address:
-            raise EngineError(f"--ray-address {address}: give HOST:PORT, on a machine that is a node of the cluster")
-        host, colon, port = address.rpartition(":")
-        if colon:
-            try:
-                socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
-            except (OSError, ValueError) as error:
-                raise EngineError(f"no Ray cluster at {address}: {error}; see `ray status` there") from None
-        return self
 
 
 class Worker:
@@ -217,35 +172,15 @@ class Cluster(Engines):
 
     def __init__(self, options: ClusterOptions) -> None:
         super().__init__()
-        import ray
-
-        self.ray = ray
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            ray.init(address=options.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise EngineError(f"no Ray cluster at {options.address or 'RAY_ADDRESS'}: {_first_line(error)}") from None
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, before)  # ray's ends the process without a word
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        try:
-            self._gpus, n_workers = room(nodes, options)
-        except EngineError:
-            ray.shutdown()
-            raise
+        self.ray, self._gpus, n_workers, self.line = connect(options)
         self.source = software()["moediag_source_sha256"]
         self.seats = [_Seat(index, self._group()) for index in range(n_workers)]
-        each = f" of {self._gpus} GPUs" if self._gpus else ""
-        self.line = f"{n_workers} workers{each}; the cluster has {len(nodes)} nodes"
 
     def _group(self) -> Any:
         """Where a tensor-parallel engine's GPUs are kept together; without GPUs, workers go where there is room."""
         if not self._gpus:
             return None
-        from ray.util.placement_group import placement_group
-
-        return placement_group([{"CPU": 1, "GPU": self._gpus}], strategy="STRICT_PACK")
+        return self.ray.util.placement_group([{"CPU": 1, "GPU": self._gpus}], strategy="STRICT_PACK")
 
     def close(self) -> None:
         """Let go of the workers, which end their engines, and of the cluster."""
@@ -275,10 +210,9 @@ class Cluster(Engines):
         if seat.actor is None:
             options: dict[str, Any] = {"num_cpus": 1, "num_gpus": self._gpus, "scheduling_strategy": "SPREAD"}
             if seat.group is not None:
-                from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=seat.group)
-            variables = {name: value for name, value in numeric_variables().items() if name not in _GIVEN_BY_RAY}
+                kept_together = self.ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
+                options["scheduling_strategy"] = kept_together(placement_group=seat.group)
+            variables = {name: value for name, value in numeric_variables().items() if name not in GIVEN_BY_RAY}
             seat.actor = self.ray.remote(Worker).options(**options).remote(variables)
         seat.pending = seat.actor.greet.remote(str(token), checkpoint)
 
@@ -357,9 +291,9 @@ class _Capture:
                 answer = self.ray.get(pending if seat.part is None else next(pending))
                 self._welcome(seat, answer) if seat.part is None else self._hear(seat, answer)
             except self.ray.exceptions.RayTaskError as error:
-                raise EngineError(f"the worker on {seat.host or 'a node'} failed: {_first_line(error)}") from None
+                raise EngineError(f"the worker on {seat.host or 'a node'} failed: {first_line(error)}") from None
             except self.ray.exceptions.RayError as error:
-                self._lost(seat, _first_line(error), token)
+                self._lost(seat, first_line(error), token)
 
     def _welcome(self, seat: _Seat, answer: dict[str, Any]) -> None:
         """The worker is there: refuse it where it would compute something else."""
@@ -497,39 +431,6 @@ class _Capture:
         self.on_event({"done": done, "total": self.n_all, "unit": "sequences"})
 
 
-def room(nodes: list[dict[str, float]], options: ClusterOptions) -> tuple[int, int]:
-    """GPUs of a worker, and workers, that a cluster has room for.
-
-    Args:
-        nodes: resources of each, by Ray's names.
-
-    Raises:
-        EngineError: it has not as many as were requested.
-
-    Example:
-        >>> room([{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 3}], ClusterOptions(tensor_parallel_size=2))
-        (2, 3)
-        >>> room([{"CPU": 8}, {"CPU": 8}], ClusterOptions())
-        (0, 2)
-    """
-    has_gpus = any(node.get("GPU") for node in nodes)
-    given, size = options.gpus_per_worker, options.tensor_parallel_size
-    gpus = given if given is not None else size if has_gpus else 0
-    if gpus and gpus < size:
-        raise EngineError(f"--gpus-per-worker {gpus} with --tensor-parallel-size {size}: an engine needs {size} GPUs")
-    n_room = sum(
-        int(min(node.get("GPU", 0) // gpus, node.get("CPU", 0)) if gpus else node.get("CPU", 0)) for node in nodes
-    )
-    n_workers = options.num_workers or (n_room if gpus else min(n_room, len(nodes)))
-    if not 0 < n_workers <= n_room:
-        each = f"{gpus} GPUs of one node and a CPU" if gpus else "a CPU"
-        raise EngineError(
-            f"--num-workers {max(n_workers, 1)} of {each} each: the Ray cluster's {len(nodes)} nodes have room for "
-            f"{n_room}; lower --num-workers or --gpus-per-worker, or add nodes"
-        )
-    return gpus, n_workers
-
-
 def is_there(run: Run, arm: str, shard: Shard) -> bool:
     """Whether a shard is committed; listing a folder has a network file system look it up anew."""
     for folder in (run.arm_folder(arm), run.path / "tokens"):
@@ -552,9 +453,3 @@ def read_files(folder: Path, *patterns: str) -> Files:
     """The files below a folder that a pattern names."""
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(paths)}
-
-
-def _first_line(error: Exception) -> str:
-    """The last line of a remote traceback, or the first of any other error of Ray's."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1] if "Traceback" in str(error) else lines[0]
