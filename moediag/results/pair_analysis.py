@@ -152,6 +152,9 @@ class PairPiece:
 
 
 _ROUTING: Final = "routing.pickle"
+_PART_ROWS: Final = 1 << 18
+"""Rows that statistics read at a time, however large a piece is: a dozen columns of numbers derived from them are held
+beside each other."""
 
 
 def read_piece(pair: Pair, folder: Path) -> Generator[None, None, PairPiece]:
@@ -181,12 +184,13 @@ def tokens_of(pieces: Sequence[PairPiece]) -> TokenSource:
     def read() -> Iterator[pd.DataFrame]:
         # mapped: of a column that a statistic does not need, nothing is read
         tables = (feather.read_table(piece.tokens, memory_map=True) for piece in pieces)
-        return (table.to_pandas(split_blocks=True) for table in tables)
+        parts = (table.slice(row, _PART_ROWS) for table in tables for row in range(0, len(table), _PART_ROWS))
+        return (part.to_pandas(split_blocks=True) for part in parts)
 
     ids = [one for piece in pieces for one in piece.prompts]
     if len(pieces) > 1 and all(piece.in_order for piece in pieces) and ids == sorted(ids):
         return TokenParts(lambda: whole_prompts(read()))
-    return Tokens(pd.concat(list(read()), ignore_index=True))
+    return Tokens(pd.concat([feather.read_table(piece.tokens).to_pandas() for piece in pieces], ignore_index=True))
 
 
 def routing_of(pair: Pair, pieces: Iterable[PairPiece]) -> RoutingPass:
