@@ -15,7 +15,8 @@ class Setting:
     Args:
         vllm: vLLM options, by their own names.
         sampling: sampling parameters that differ from 24 greedy tokens.
-        group: settings of one group share a process; ``v2`` runs the V2 runner, ``mp`` the multi-process engine.
+        group: settings of one group share a process; ``v2`` runs the V2 runner, ``mp`` the multi-process engine, ``ep``
+            lets the CPU build run experts in parallel.
         is_same_arithmetic: tokens and ids must equal the plain run's.
         in_suite: ``make test`` captures it; the others are of a kind that it has already.
     """
@@ -49,6 +50,15 @@ SETTINGS = {
     "tp2": Setting("tensor parallel 2, bfloat16", {"tensor_parallel_size": 2}, is_same_arithmetic=False),
     "tp2-float32": Setting("tensor parallel 2, float32", {"tensor_parallel_size": 2}, dtype="float32",
                            reference="float32", is_same_arithmetic=False, in_suite=False),
+    "ep2": Setting("tensor and expert parallel 2, bfloat16",
+                   {"tensor_parallel_size": 2, "enable_expert_parallel": True}, group="ep", reference="tp2",
+                   is_same_arithmetic=False),
+    "ep2-float32": Setting("tensor and expert parallel 2, float32",
+                           {"tensor_parallel_size": 2, "enable_expert_parallel": True}, dtype="float32", group="ep",
+                           reference="tp2-float32", is_same_arithmetic=False, in_suite=False),
+    "pp2": Setting("pipeline parallel 2", {"pipeline_parallel_size": 2}),
+    "pp2-tp2": Setting("pipeline parallel 2, each stage tensor parallel 2",
+                       {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, reference="tp2", in_suite=False),
     "multiprocess": Setting("engine core in a process of its own", group="mp"),
     "v2-both": Setting("V2 runner (Triton's interpreter), hooks held against vLLM's own record", group="v2",
                        observer="both"),

@@ -24,8 +24,10 @@ from moediag.cli.main import app, main
 from moediag.cli.options import NOT_SO
 from moediag.corrections import METHODS, PRESETS
 from moediag.engines import versions
+from moediag.engines.arms import BOTH, HOOKS, NATIVE, UNOBSERVED
 from moediag.engines.checkpoint import open_checkpoint
-from moediag.errors import CheckpointError, DependencyError
+from moediag.engines.vllm.options import REFUSED, infer_options, observable
+from moediag.errors import CheckpointError, DependencyError, EngineError
 from moediag.run.files import TOKENIZER_FILES
 
 
@@ -107,23 +109,66 @@ def test_an_unusable_checkpoint_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("option", "complaint"),
-    [
-        ("enable_prefix_caching=true", "never routed again"),
-        ("enforce_eager=false", "CUDA graphs"),
-        ("pipeline-parallel-size=2", "each stage sees only its own layers"),
-        ("enable_eplb=true", "physical"),
-        ("speculative_config={}", "drafted tokens"),
-        ("nonsense", "expected KEY=VALUE"),
-    ],
-)
+SPOILING = {
+    "enforce_eager": ("false", "CUDA graphs"),
+    "enable_prefix_caching": ("true", "never routed again"),
+    "async_scheduling": ("true", "overlapping steps"),
+    "generation_config": ("auto", "what was requested"),
+    "logprobs_mode": ("processed_logprobs", "log_softmax of the raw logits"),
+    "worker_extension_cls": ("mine.Extension", "taps are this option's user"),
+    "speculative_config": ("{}", "drafted tokens"),
+    "spec_method": ("ngram", "drafted tokens"),
+    "pipeline_parallel_size": ("2", "give --observer hooks"),
+    "data_parallel_size": ("2", "give --ray or --shard-index"),
+    "prefill_context_parallel_size": ("2", "only its part of a sequence's rows"),
+    "enable_eplb": ("true", "physical"),
+    "enable_return_routed_experts": ("true", "give --observer native or both"),
+    "enable_dbo": ("true", "two half batches"),
+    "trust_remote_code": ("true", "give --trust-remote-code"),
+    "model": ("other", "as the command's argument"),
+    "dtype": ("float32", "give --dtype"),
+    "seed": ("1", "give --seed"),
+}
+"""A value of every refused vLLM option that would spoil a capture, and what is said of it."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_engine_options_that_would_spoil_the_capture_are_refused_with_the_reason(
-    capsys: pytest.CaptureFixture[str], random_moe: Path, prompts: Path, tmp_path: Path, option: str, complaint: str
+    capsys: pytest.CaptureFixture[str], random_moe: Path, prompts: Path, tmp_path: Path, name: str
 ) -> None:
-    arguments = ("profile", random_moe, "--prompts", prompts, "-o", tmp_path / "run", "--vllm-option", option)
-    assert complaint in refused(capsys, *arguments)
+    value, reason = SPOILING[name]
+    observer = "native" if name == "pipeline_parallel_size" else "hooks"
+    line = refused(
+        capsys, "profile", random_moe, "--prompts", prompts, "-o", tmp_path / "run", "--observer", observer,
+        "--vllm-option", f"{name.replace('_', '-')}={value}",
+    )  # fmt: skip
+    assert line.startswith(f"moediag: vLLM option {name}=")
+    assert reason in line
+    assert line.endswith("; leave it out")
     assert not (tmp_path / "run").exists()
+
+
+def test_options_at_the_value_that_turns_them_off_are_taken() -> None:
+    """Bug: pipeline_parallel_size=1 and enable_eplb=false, vLLM's own defaults, were refused."""
+    off = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "prefill_context_parallel_size": 1,
+           "enable_expert_parallel": False, "enable_eplb": False, "enable_dbo": False, "trust_remote_code": False,
+           "enable_return_routed_experts": False, "speculative_config": None}  # fmt: skip
+    assert infer_options(off) == off
+    for observer in (NATIVE, BOTH):  # which needs it
+        with pytest.raises(EngineError, match="enable_return_routed_experts=False is refused"):
+            infer_options(off, observer)
+
+
+def test_parallel_engines_that_the_taps_can_follow_are_taken() -> None:
+    parallel = {"pipeline_parallel_size": 2, "enable_expert_parallel": True}
+    assert infer_options(parallel, HOOKS) == infer_options(parallel, UNOBSERVED) == observable(parallel) == parallel
+
+
+def test_a_vllm_option_has_a_value(
+    capsys: pytest.CaptureFixture[str], random_moe: Path, prompts: Path, tmp_path: Path
+) -> None:
+    arguments = ("profile", random_moe, "--prompts", prompts, "-o", tmp_path / "run", "--vllm-option", "nonsense")
+    assert "expected KEY=VALUE" in refused(capsys, *arguments)
 
 
 @pytest.mark.parametrize(

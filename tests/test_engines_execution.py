@@ -60,6 +60,20 @@ def test_the_native_observer_says_why_it_is_not_to_be_had(random_moe: Path, tmp_
     assert "needs vLLM's V2 model runner, which needs Triton" in done.stderr.strip().splitlines()[-1]
 
 
+def test_the_cpu_build_cannot_run_experts_in_parallel_and_that_is_said(random_moe: Path, tmp_path: Path) -> None:
+    """Bug: enable_expert_parallel was refused because "ranks would see different tokens", which they do not; what fails
+    is vLLM's CPU kernels, whose workers died of a segmentation fault."""
+    write_prompts(tmp_path)
+    done = run_here(
+        "capture", "infer", random_moe, "--prompts", tmp_path / "prompts.jsonl", "-o", tmp_path / "run",
+        "--max-tokens", "4", "--tensor-parallel-size", "2", "--vllm-option", "enable_expert_parallel=true",
+    )  # fmt: skip
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert "take no expert map" in line
+    assert line.endswith("leave enable_expert_parallel out, or run on GPUs")
+
+
 def test_every_arm_scores_the_same_tokens(random_moe: Path, tmp_path: Path) -> None:
     """All arms of one run, given completions scored on the decode path among them; forced decoding is bit-exact."""
     prompts = tmp_path / "prompts.jsonl"

@@ -276,8 +276,9 @@ def test_a_captured_run_is_checked_in_its_own_precision(random_moe: Path, tmp_pa
     assert sum(len(one.token_ids) for one in chosen) <= 40
     with pytest.raises(EngineError, match="has no sequence 17"):
         choose_rows(run, run.main_arms, [17], 40, checkpoint.n_vocabulary)
-    with pytest.raises(EngineError, match="compared on one device only; give tensor_parallel_size=1"):
-        check_modules(ENGINES, run, checkpoint, checkpoint, print, infer_options={"tensor_parallel_size": 2})
+    for option in ("tensor_parallel_size", "pipeline_parallel_size"):
+        with pytest.raises(EngineError, match=f"compared on one device only; give {option}=1"):
+            check_modules(ENGINES, run, checkpoint, checkpoint, print, infer_options={option: 2})
     with pytest.raises(EngineError, match="a module check needs .* of scratch for 16 token rows"):
         check_modules(ENGINES, run, checkpoint, checkpoint, print, max_bytes=1000)
     events: list[dict[str, Any]] = []

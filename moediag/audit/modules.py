@@ -208,6 +208,12 @@ def estimate(checkpoint: Checkpoint, chosen: list[Rows], low: str) -> str:
     )
 
 
+_SPREAD = {
+    "tensor_parallel_size": "what a module makes there is a partial sum before it is reduced",
+    "pipeline_parallel_size": "modules lie in several processes",
+}
+
+
 @dataclass(frozen=True)
 class _Plan:
     """Options of both engines."""
@@ -216,12 +222,12 @@ class _Plan:
     infer: dict[str, Any]
 
     def refuse_parallel(self, arm: str) -> None:
-        size = int(self.infer.get("tensor_parallel_size") or 1)
-        if size > 1:
-            raise EngineError(
-                f"arm {arm} runs with tensor_parallel_size={size}: what a module makes there is a partial sum before "
-                "it is reduced, so modules are compared on one device only; give tensor_parallel_size=1"
-            )
+        for name, why in _SPREAD.items():
+            if int(self.infer.get(name) or 1) > 1:
+                raise EngineError(
+                    f"arm {arm} runs with {name}={self.infer[name]}: {why}, so modules are compared on one device "
+                    f"only; give {name}=1"
+                )
 
     def low_precision(self) -> str:
         """The lower of the two precisions; vLLM's where they are equally low."""

@@ -33,7 +33,7 @@ versions say nothing: there vLLM's lack a factor that is applied after the exper
 
 _CHUNK = 1024  # rows whose margins are computed at a time: 1024 x 48 layers x 128 experts x 4 B = 25 MB per temporary
 
-_ROUTING = ("expert_ids_TLK", "gate_weights_TLK", "margin_TL", "logit_margin_TL", "router_logits_TLE")
+ROUTING = ("expert_ids_TLK", "gate_weights_TLK", "margin_TL", "logit_margin_TL", "router_logits_TLE")
 
 
 def kept_by(level: str) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ def order_rows(
     source_T = source_T[first]
     _check_identity(tokens, rows["token_id_T"][source_T], target_T)
     _check_complete(tokens, target_T, needs_last_row)
-    return {name: _placed(rows[name], source_T, target_T, len(tokens)) for name in _ROUTING if name in rows}
+    return {name: _placed(rows[name], source_T, target_T, len(tokens)) for name in ROUTING if name in rows}
 
 
 def recomputed_rows(tokens: TokenRows, rows: dict[str, NDArray[Any]], request_seq_ids: list[int]) -> dict[str, int]:

@@ -492,20 +492,21 @@ def shown_there(proof: Proof, layer: int, fact: dict[str, Any], seen: dict[str, 
     Args:
         layer: MoE layer.
         fact: dtypes, or the reason why nothing is shown.
-        seen: ``ids_<layer>``, ``weights_<layer>`` (effective), ``own_<layer>`` (logits).
+        seen: ``ids_<decoder layer>``, ``weights_<decoder layer>`` (effective), ``own_<decoder layer>`` (logits).
     """
     mine = proof.shown[layer]
+    name = mine.decoder_layer
     if fact["reason"]:
         return Shown(mine.decoder_layer, mine.n_experts, Rows(reason=fact["reason"]))
     rows = Rows(
         logits_NE=proof.probes.logits(mine.n_experts),
         logits_dtype=fact["logits_dtype"],
-        ids_NK=seen[f"ids_{layer}"],
-        gates_NK=seen[f"weights_{layer}"],
+        ids_NK=seen[f"ids_{name}"],
+        gates_NK=seen[f"weights_{name}"],
         gate_dtype=fact["gate_dtype"],
         vectors=mine.rows.vectors,
     )
-    return Shown(mine.decoder_layer, mine.n_experts, rows, own_logits_ME=seen.get(f"own_{layer}"))
+    return Shown(mine.decoder_layer, mine.n_experts, rows, own_logits_ME=seen.get(f"own_{name}"))
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,25 @@ def vllm_sampling(engine: Any, params: Any, prompt_token_ids: list[int]) -> dict
     return {name: value for name, value in sorted(facts.items()) if name not in _SAMPLING_NOISE}
 
 
+def of_all_stages(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a model's pipeline stages say of themselves, as one model's: MoE layers of all, kernels by stage.
+
+    What has one value is that of the last stage, which has the head.
+    """
+    if len(stages) == 1:
+        return stages[0]
+    whole = dict(stages[-1])
+    for name, value in whole.items():
+        values = [stage[name] for stage in stages]
+        if isinstance(value, list):
+            whole[name] = sorted({one for part in values for one in part})
+        elif isinstance(value, bool):
+            whole[name] = any(values)
+    whole["router_rule"] = next((stage["router_rule"] for stage in stages if stage["router_rule"]), {})
+    whole["kernels"] = {f"stage {i}": stage["kernels"] for i, stage in enumerate(stages)}
+    return whole
+
+
 def vllm_kernels(runner: Any) -> dict[str, Any]:
     """Attention, expert, linear and other kernels that a vLLM worker selected, with how many layers use each."""
     modules = list(runner.model.modules())

@@ -21,14 +21,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, ROUTER_RULES, UNOBSERVED, ArmRequest
-from moediag.engines.assemble import IDS, capture_of, gate_weights_words, order_rows, recomputed_rows, token_rows
+from moediag.engines.assemble import (
+    IDS,
+    ROUTING,
+    capture_of,
+    gate_weights_words,
+    order_rows,
+    recomputed_rows,
+    token_rows,
+)
 from moediag.engines.plan import known_sampling, load_prompt_tokens
 from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, importing, seed_of
 from moediag.engines.proof import Agreement, Proof, Shown, agreement, read_proof, refuse_stored_rules, shown_there
 from moediag.engines.provenance import arm_sections
 from moediag.engines.routers import ModelRouting
 from moediag.engines.versions import VLLM, VLLM_CPU, is_older_than, numeric_versions, require_infer_engine
-from moediag.engines.vllm.built import vllm_engine_config, vllm_sampling
+from moediag.engines.vllm.built import of_all_stages, vllm_engine_config, vllm_sampling
 from moediag.engines.vllm.options import OBSERVER_FORCES
 from moediag.engines.vllm.paths import (
     DISTRIBUTIONS,
@@ -40,6 +48,7 @@ from moediag.engines.vllm.paths import (
     logps,
     sampling_parameters,
 )
+from moediag.engines.vllm.rows import stage_file
 from moediag.errors import CaptureError, CheckpointError, EngineError, IncompleteRunError
 from moediag.run.capture import Shard, TokenRows, arrays_of
 from moediag.run.files import rows_prefix
@@ -86,7 +95,8 @@ def find_observers(writer: RunWriter, options: dict[str, Any], reporter: Reporte
     """Write to ``output`` why HOOKS and NATIVE are not to be had of the loaded model; empty where they are."""
     request = replace(ArmRequest(**options["request"]), observer=HOOKS)
     llm = held_llm(held, options["folder"], request, reporter)
-    absent = {HOOKS: hidden_routing(llm.collective_rpc("moediag_describe")[0]), NATIVE: ""}
+    facts = of_all_stages(first_of_stages(llm, llm.collective_rpc("moediag_describe")))
+    absent = {HOOKS: hidden_routing(facts), NATIVE: ""}
     try:
         require_native_observer()
     except EngineError as error:
@@ -147,6 +157,17 @@ def _let_go(llm: Any) -> None:
         cleanup_dist_env_and_memory()
 
 
+def ranks_by_stage(llm: Any, ranks: list[Any]) -> list[list[Any]]:
+    """What every rank returned, by pipeline stage: vLLM counts tensor-parallel ranks first."""
+    size = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+    return [ranks[first : first + size] for first in range(0, len(ranks), size)]
+
+
+def first_of_stages(llm: Any, ranks: list[Any]) -> list[Any]:
+    """What the first tensor-parallel rank of every stage returned."""
+    return [stage[0] for stage in ranks_by_stage(llm, ranks)]
+
+
 class InferEngine:
     """One arm on a vLLM engine, observed by hooks, by vLLM's own record of experts, by both, or not at all."""
 
@@ -181,7 +202,7 @@ class InferEngine:
         if proof is not None:
             self.agreement, self.bias = self._agreement(Path(proof))
             self.routing = routing = self.agreement.routing.record()
-        self.facts: dict[str, Any] = self._install()[0]
+        self.facts = of_all_stages(self._install())
         refuse_unseen_routing(self.facts, routing, request.observer, self.bias is not None)
         self._refuse_unseen_distributions()
 
@@ -212,11 +233,13 @@ class InferEngine:
         hidden_MH = proof.probes.hidden(proof.probes.n_own, n_hidden)
         save_file({"logits_NE": proof.probes.logits(n_experts), "hidden_MH": hidden_MH}, given)
         try:
-            facts = self.llm.collective_rpc("moediag_route", args=(str(given), str(output)))[0]
-            seen = load_file(output)
+            stages = self._each_stage("moediag_route", str(given), str(output))
+            files = [stage_file(output, stage) for stage in range(len(stages))]
+            facts = [fact for stage in stages for fact in stage]
+            seen = {name: tensor for file in files for name, tensor in load_file(file).items()}
         finally:
-            given.unlink(missing_ok=True)
-            output.unlink(missing_ok=True)
+            for file in (given, *output.parent.glob(f"{output.name}*")):
+                file.unlink(missing_ok=True)
         there, layers = [fact["decoder_layer"] for fact in facts], list(proof.routing.decoder_layers)
         if there != layers:
             raise CheckpointError(f"vLLM's model has MoE routers in decoder layers {there}, transformers' in {layers}")
@@ -235,20 +258,23 @@ class InferEngine:
         return self.run.record.full_vocab > 0 and self.request.variant_of is None
 
     def correction_bias(self) -> list[list[float]] | None:
-        """The routers' correction bias by MoE layer and expert, as rank 0 has it; None where the rule has none."""
-        bias_LE: list[list[float]] | None = self.llm.collective_rpc("moediag_bias")[0]
-        return bias_LE or self.bias
+        """The routers' correction bias by MoE layer and expert; None where the rule has none."""
+        return [row for stage in self._each_stage("moediag_bias") for row in stage or []] or self.bias
 
     @property
     def has_taps(self) -> bool:
         """True where hooks are set."""
         return self.request.observer in (HOOKS, BOTH)
 
+    def _each_stage(self, method: str, *args: Any) -> list[Any]:
+        """Have every rank do something; what the first of every pipeline stage returns."""
+        return first_of_stages(self.llm, self.llm.collective_rpc(method, args=args))
+
     def _install(self) -> list[dict[str, Any]]:
-        """Set the taps where they are needed; what every rank has loaded."""
+        """Set the taps where they are needed; what every stage has loaded."""
         if not self.has_taps:
-            return list(self.llm.collective_rpc("moediag_describe"))
-        return list(self.llm.collective_rpc("moediag_install", args=(self.routing, self.level, self.bias)))
+            return self._each_stage("moediag_describe")
+        return self._each_stage("moediag_install", self.routing, self.level, self.bias)
 
     @property
     def is_cpu(self) -> bool:
@@ -420,9 +446,9 @@ class InferEngine:
         prefix, beside = rows_prefix(shard.stem), self.run.arm_folder(self.request.arm)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=beside) as folder:
             path = Path(folder) / "rows.safetensors"
-            ranks = self.llm.collective_rpc("moediag_flush", args=(str(path),))
-            rows = load_file(path)
-        return agreed(ranks), rows
+            ranks = ranks_by_stage(self.llm, self.llm.collective_rpc("moediag_flush", args=(str(path),)))
+            stages = [(agreed(stage), load_file(stage_file(path, i))) for i, stage in enumerate(ranks)]
+        return rows_of_all_stages(stages)
 
 
 @dataclass(frozen=True)
@@ -488,6 +514,11 @@ def refuse_unseen_routing(
         raise CaptureError(reason)
     if facts["eplb"]:
         raise CaptureError("expert-parallel load balancing renames experts (physical ids); turn enable_eplb off")
+    if facts["misses_experts"]:
+        raise CaptureError(
+            "vLLM's CPU build reads past the experts that a rank holds under expert parallelism (its kernels take no "
+            "expert map) and crashes, or computes something else; leave enable_expert_parallel out, or run on GPUs"
+        )
 
 
 def hidden_routing(facts: dict[str, Any]) -> str:
@@ -506,12 +537,12 @@ def hidden_routing(facts: dict[str, Any]) -> str:
 
 
 def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What rank 0 returned, once every rank is known to have routed the same rows the same way.
+    """What the first rank of a stage returned, once all are known to have routed the same rows the same way.
 
     Raises:
         CaptureError: a step was irregular, or ranks saw different experts.
     """
-    first: dict[str, Any] = next(rank for rank in ranks if rank["rank"] == 0)
+    first = ranks[0]
     for rank in ranks:
         if rank["n_problems"]:
             raise CaptureError(
@@ -520,10 +551,34 @@ def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
             )
         if rank["rows_sha256"] != first["rows_sha256"]:
             raise CaptureError(
-                f"tensor-parallel rank {rank['rank']} routed other rows, or to other experts, than rank 0; "
-                "nothing was stored"
+                f"tensor-parallel rank {rank['rank']} routed other rows, or to other experts, than rank "
+                f"{first['rank']}; nothing was stored"
             )
     return first
+
+
+def rows_of_all_stages(stages: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Facts and rows of a model from those of its pipeline stages: each routes its own layers, the last one samples.
+
+    Raises:
+        CaptureError: a stage saw other rows than the first.
+    """
+    import torch
+
+    first, first_rows = stages[0]
+    facts, rows = dict(stages[-1][0]), dict(stages[-1][1])
+    for stage, (seen, seen_rows) in enumerate(stages):
+        is_same = seen["requests"] == first["requests"] and all(
+            torch.equal(seen_rows[name], first_rows[name]) for name in ("request_T", "position_T", "token_id_T")
+        )
+        if not is_same:
+            raise CaptureError(f"pipeline stage {stage} saw other rows than stage 0; nothing was stored")
+    for name in ROUTING:
+        parts = [seen_rows[name] for _, seen_rows in stages if name in seen_rows]
+        if parts:
+            rows[name] = torch.cat(parts, dim=1)
+    facts["router_dtypes"] = next((seen["router_dtypes"] for seen, _ in stages if seen["router_dtypes"]), None)
+    return facts, rows
 
 
 # vLLM's own record of routed experts (enable_return_routed_experts): ids only, without hooks, also inside CUDA graphs.

@@ -49,15 +49,16 @@ OBSERVER_FORCES: dict[str, dict[str, Any]] = {
     BOTH: {**FORCED, **_NATIVE},
     UNOBSERVED: _UNOBSERVED,
 }
-# What harms the hooks only: vLLM's own record works in graphs and between overlapping steps, and where nothing is
-# observed the user's own way of running vLLM is the very thing to be measured.
+# What does no harm to an observer: hooks see every pipeline stage; vLLM's own record works in graphs and between
+# overlapping steps; and where nothing is observed the user's own way of running vLLM is the very thing to be measured.
 _HARMLESS = {
+    HOOKS: {"pipeline_parallel_size"},
     NATIVE: {"enforce_eager", "async_scheduling"},
     UNOBSERVED: {"enforce_eager", "async_scheduling", "enable_prefix_caching", "speculative_config", "enable_dbo",
-                 "enable_expert_parallel", "enable_eplb", "pipeline_parallel_size"},
+                 "enable_eplb", "pipeline_parallel_size"},
 }  # fmt: skip
 
-_REFUSED = {
+REFUSED = {
     "enforce_eager": "taps do not fire inside CUDA graphs or compiled code, capture needs eager execution",
     "enable_prefix_caching": "positions read from the prefix cache are never routed again, so their rows would lack",
     "async_scheduling": "entropies could not be distinguished between overlapping steps",
@@ -66,16 +67,30 @@ _REFUSED = {
     "worker_extension_cls": "the taps are this option's user",
     "speculative_config": "drafted tokens give routing rows that belong to no sampled token",
     "spec_method": "drafted tokens give routing rows that belong to no sampled token",
-    "pipeline_parallel_size": "each stage sees only its own layers; not implemented in this version",
-    "data_parallel_size": "ranks would sample different sequences; not implemented in this version",
-    "enable_expert_parallel": "ranks would see different tokens; not implemented in this version",
-    "enable_eplb": "expert ids would be physical, not the model's own",
+    "pipeline_parallel_size": "vLLM's own record of experts has no pipeline stages, give --observer hooks",
+    "data_parallel_size": "one engine samples all sequences of a shard; for more engines give --ray or --shard-index",
+    "prefill_context_parallel_size": "each rank would see only its part of a sequence's rows",
+    "enable_eplb": "balancing moves and copies experts, so that recorded ids would be physical, not the model's own",
     "enable_return_routed_experts": "give --observer native or both",
     "enable_dbo": "two half batches are in flight at once, rows could not be distinguished",
     "trust_remote_code": "give --trust-remote-code, which asks for a pinned revision",
     "model": "give the checkpoint as the command's argument",
     "dtype": "give --dtype",
     "seed": "give --seed",
+}
+"""Why an option may not have another value than its observer forces, or than leaves it off."""
+
+_OFF = {
+    "worker_extension_cls": "",
+    "speculative_config": None,
+    "spec_method": None,
+    "pipeline_parallel_size": 1,
+    "data_parallel_size": 1,
+    "prefill_context_parallel_size": 1,
+    "enable_eplb": False,
+    "enable_return_routed_experts": False,
+    "enable_dbo": False,
+    "trust_remote_code": False,
 }
 
 
@@ -86,15 +101,16 @@ def infer_options(extra: dict[str, Any], observer: str = HOOKS, **named: Any) ->
         EngineError: an option that would make the capture wrong, with the reason.
     """
     forced, harmless = OBSERVER_FORCES[observer], _HARMLESS.get(observer, set())
+    allowed = {**_OFF, **forced}
     for name, value in extra.items():
-        if name in _REFUSED and name not in harmless and not (name in forced and value == forced[name]):
-            raise EngineError(f"vLLM option {name}={value!r} is refused: {_REFUSED[name]}; leave it out")
+        if name in REFUSED and name not in harmless and not (name in allowed and value == allowed[name]):
+            raise EngineError(f"vLLM option {name}={value!r} is refused: {REFUSED[name]}; leave it out")
     return {**{name: value for name, value in named.items() if value is not None}, **extra}
 
 
 def observable(extra: dict[str, Any]) -> dict[str, Any]:
     """The vLLM options without those that only unobserved rollouts may have."""
-    return {name: value for name, value in extra.items() if name not in _HARMLESS[UNOBSERVED]}
+    return {name: value for name, value in extra.items() if name not in _HARMLESS[UNOBSERVED] - _HARMLESS[HOOKS]}
 
 
 def infer_environment(observer: str = HOOKS) -> dict[str, str]:

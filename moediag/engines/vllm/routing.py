@@ -31,7 +31,7 @@ def run_routers(
     Args:
         dtype: of hidden states.
         scales: what vLLM multiplies the experts' sum by, by MoE layer; part of the effective gate weight.
-        output: receives ids, weights and own logits, by layer; None on ranks that only look.
+        output: receives ids, weights and own logits, by decoder layer; None on ranks that only look.
 
     Returns:
         Per layer: decoder layer, dtypes, and why nothing is shown (empty where it is).
@@ -63,10 +63,10 @@ def run_routers(
                 continue
             fact["logits_dtype"] = str(logits_NE.dtype).removeprefix("torch.")
             fact["gate_dtype"] = str(weights.dtype).removeprefix("torch.")
-            tensors[f"ids_{layer}"] = ids.to("cpu", torch.int32, copy=True)
-            tensors[f"weights_{layer}"] = weights.to("cpu", torch.float32, copy=True) * scales[layer]
+            tensors[f"ids_{decoder_layer}"] = ids.to("cpu", torch.int32, copy=True)
+            tensors[f"weights_{decoder_layer}"] = weights.to("cpu", torch.float32, copy=True) * scales[layer]
             if own is not None:
-                tensors[f"own_{layer}"] = own.to("cpu", torch.float32, copy=True)
+                tensors[f"own_{decoder_layer}"] = own.to("cpu", torch.float32, copy=True)
     if output is not None:
         save_file({name: one.contiguous() for name, one in tensors.items()}, output)
     return facts

@@ -29,6 +29,11 @@ _NEVER = 1 << 62  # no sequence has such a position
 _CAPACITY = 1024  # rows held on the device; a longer step makes room for itself
 
 
+def stage_file(path: Path, stage: int) -> Path:
+    """What a pipeline stage writes where the engine gives a file: the first one the file itself."""
+    return path if stage == 0 else path.with_name(f"{path.name}.{stage}")
+
+
 class RowBuffers:
     """Device buffers for the rows of many steps: each step costs one copy per layer and nothing waits for it."""
 

@@ -9,14 +9,17 @@ Invariants:
     - vLLM's V1 model runner keeps its batch in ``input_batch`` and gets counts from the scheduler, the V2 runner makes
       an ``InputBatch`` in ``prepare_inputs``. Dummy runs (profiling, warm-up) go through neither, so a step without a
       batch is one of vLLM's own and leaves no rows;
-    - rank 0 records and writes; every other tensor-parallel rank records expert ids only, and the digest of what it
-      saw is held against that of rank 0: ranks that route differently are an error, not a choice.
+    - every pipeline stage sees its own layers; its first tensor-parallel rank records and writes, every other records
+      expert ids only, and the digest of what it saw is held against that of the first: ranks that route differently
+      are an error, not a choice. Under expert parallelism, too, every rank of a stage routes every token, to the
+      model's own ids, before it runs the experts that it has.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from moediag.engines.routers import ModelRouting
 from moediag.engines.vllm.built import vllm_dtypes, vllm_kernels
 from moediag.engines.vllm.modules import ModuleRecorder
 from moediag.engines.vllm.routing import run_routers
-from moediag.engines.vllm.rows import StepRecorder
+from moediag.engines.vllm.rows import StepRecorder, stage_file
 
 _RULE_ATTRIBUTES = ("scoring_func", "renormalize", "num_expert_group", "topk_group", "routed_scaling_factor")
 _DECODER_LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -43,13 +46,23 @@ class MoediagWorkerExtension:
 
     rank: int
     model_runner: Any
+    vllm_config: Any
+
+    def _moediag_place(self) -> tuple[int, int]:
+        """Pipeline stage and tensor-parallel rank within it."""
+        return divmod(self.rank, int(self.vllm_config.parallel_config.tensor_parallel_size))
+
+    def _moediag_file(self, path: str) -> Path | None:
+        """What this rank writes where every stage writes a file; None where it only looks."""
+        stage, rank = self._moediag_place()
+        return stage_file(Path(path), stage) if rank == 0 else None
 
     def moediag_route(self, given: str, output: str) -> list[dict[str, Any]]:
-        """Run the routers on the probes of a file, see :func:`~.routing.run_routers`; rank 0 writes what they did."""
+        """Run the routers on the probes of a file, see :func:`~.routing.run_routers`; every stage writes a file."""
         model, routers = self.model_runner.model, find_routers(self.model_runner.model)
-        target = Path(output) if self.rank == 0 else None
         dtype = self.model_runner.model_config.dtype
-        return run_routers(model, routers, scales_after_experts(routers), dtype, Path(given), target)
+        scales = scales_after_experts(routers)
+        return run_routers(model, routers, scales, dtype, Path(given), self._moediag_file(output))
 
     def moediag_install(
         self, spec: dict[str, Any] | None, level: str, bias: list[list[float]] | None = None
@@ -57,20 +70,25 @@ class MoediagWorkerExtension:
         """Set the taps on this worker, in place of those of an earlier arm.
 
         Args:
-            spec: fields of :class:`ModelRouting`, or None for a dense model.
+            spec: fields of :class:`ModelRouting`, of all stages, or None for a dense model.
             level: ``ids``, ``margins`` or ``full``; see :mod:`moediag.engines.assemble`.
-            bias: correction bias by MoE layer and expert, for routers that do not hold theirs.
+            bias: correction bias by MoE layer of all stages and expert, for routers that do not hold theirs.
 
         Returns:
             What the loaded model is: MoE layers, E, K, dtypes, kernels, attention backend.
         """
         self.moediag_remove()
         routers = find_routers(self.model_runner.model)
-        router_spec = ModelRouting.from_record(spec) if spec else None
+        layers = tuple(layer for layer, _, _ in routers)
+        whole = ModelRouting.from_record(spec) if spec else None
         bias_LE = correction_bias([router for _, _, router in routers])
-        if bias_LE is None and bias is not None:
-            bias_LE = torch.tensor(bias)
-        recorder = StepRecorder(router_spec, level if self.rank == 0 else IDS, bias_LE, scales_after_experts(routers))
+        if bias_LE is None and bias is not None and whole is not None:
+            bias_LE = torch.tensor(
+                [row for row, layer in zip(bias, whole.decoder_layers, strict=True) if layer in layers]
+            )
+        own = replace(whole, decoder_layers=layers) if whole is not None and layers else None
+        _, rank = self._moediag_place()
+        recorder = StepRecorder(own, level if rank == 0 else IDS, bias_LE, scales_after_experts(routers))
         self._moediag_recorder = recorder
         self._moediag_undo: list[Undo] = [
             *tap_runner(self.model_runner, recorder),
@@ -93,13 +111,16 @@ class MoediagWorkerExtension:
         """Start a shard: forget rows; with a seed, reseed this worker's default generator.
 
         Args:
-            kept: requests whose whole next-token distributions rank 0 keeps, each from a position on.
+            kept: requests whose whole next-token distributions are kept, each from a position on.
         """
+        stage, rank = self._moediag_place()
+        if stage > 0:
+            make_receiving_buffer(self.model_runner)
         if seed is not None:
             torch.manual_seed(seed)
         if hasattr(self, "_moediag_recorder"):
             self._moediag_recorder.begin()
-            self._moediag_recorder.keep_distributions((kept or {}) if self.rank == 0 else {})
+            self._moediag_recorder.keep_distributions((kept or {}) if rank == 0 else {})
 
     def moediag_modules_begin(
         self, given: str, order: list[list[Any]], factors: dict[str, float], is_free: bool
@@ -124,8 +145,17 @@ class MoediagWorkerExtension:
         return None if bias_LE is None else [[float(bias) for bias in row] for row in bias_LE.tolist()]
 
     def moediag_flush(self, path: str) -> dict[str, Any]:
-        """Rank 0 writes its rows to ``path``; every rank returns what it saw."""
-        return {"rank": self.rank, **self._moediag_recorder.flush(Path(path) if self.rank == 0 else None)}
+        """Each stage writes its rows, see :func:`~.rows.stage_file`; every rank returns what it saw."""
+        return {"rank": self.rank, **self._moediag_recorder.flush(self._moediag_file(path))}
+
+
+def make_receiving_buffer(runner: Any) -> None:
+    """Where a later pipeline stage receives hidden states: vLLM's V1 runner makes it in its profiling run only, which
+    the CPU build leaves out in eager execution (0.32), and then fails in the first step."""
+    if getattr(runner, "intermediate_tensors", ...) is None and not is_v2(runner):
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
 
 
 def find_routers(model: torch.nn.Module) -> list[tuple[int, torch.nn.Module, Any]]:
@@ -186,6 +216,7 @@ def describe_worker(runner: Any, routers: list[tuple[int, torch.nn.Module, Any]]
         "is_monolithic": any(bool(getattr(method, "is_monolithic", False)) for method in quant_methods),
         "has_correction_bias": correction_bias([router for _, _, router in routers]) is not None,
         "eplb": any(getattr(r, "eplb_state", None) is not None for _, _, r in routers),
+        "misses_experts": any(_misses_experts(module) for _, module, _ in routers),
         "parameter_dtypes": sorted(parameters),
         "model_class": type(runner.model).__name__,
         "runner_class": type(runner).__name__,
@@ -200,6 +231,13 @@ def describe_worker(runner: Any, routers: list[tuple[int, torch.nn.Module, Any]]
 
 def _experts(module: torch.nn.Module) -> Any:
     return getattr(module, "routed_experts", module)
+
+
+def _misses_experts(module: torch.nn.Module) -> bool:
+    """The kernel takes the experts that this rank has for all of them: the CPU build's read no expert map (0.32)."""
+    experts = _experts(module)
+    kernel = getattr(getattr(getattr(experts, "quant_method", None), "moe_kernel", None), "fused_experts", None)
+    return getattr(experts, "expert_map", None) is not None and type(kernel).__module__.endswith(".cpu_moe")
 
 
 def _tap_router(router: Any, layer: int, recorder: StepRecorder) -> Undo:
