@@ -15,20 +15,25 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from committed_tables import commit_table, markdown
 from conftest import ENGINES, KeptEngines, run_here
+from over_cluster import add_options, pool_of, show
 
 from moediag.diagnosis.modules import kept_checks
 from moediag.diagnosis.verdict import BIT_EXACT, SAME_FUNCTION
 from moediag.engines.arms import ROUTER_RULES
 from moediag.numbers import sig
 from moediag.results import load_summary
+from moediag.run.files import write_atomic
+from moediag.run.pieces import Pool, each
 from moediag.run.reader import open_run
 from moediag.selftest.families import FAMILIES, make_checkpoint
 
@@ -127,18 +132,23 @@ def result_of(folder: Path, name: str, dtype: str) -> Path:
     return folder / f"{name.replace(', ', '-').replace(' ', '-')}-{dtype}.json"
 
 
-def measure(folder: Path, engines: KeptEngines, wanted: Iterable[tuple[str, str]]) -> list[Climb]:
-    """Every climb, from the folder where it is there already."""
+def measure(folder: Path, wanted: Sequence[tuple[str, str]], pool: Pool) -> list[Climb]:
+    """Every climb, from the folder where it is there already; the others are each a case of the pool's."""
+    missing = [one for one in wanted if not result_of(folder, *one).exists()]
+    for (name, dtype), found in each(missing, partial(_measured, folder), pool, show):
+        print(f"{name} in {dtype}: {found.word or found.refused}; {place(found)}"[:240], flush=True)
     climbs = []
-    for name, dtype in wanted:
-        result = result_of(folder, name, dtype)
-        if not result.exists():
-            found = climb(engines, name, dtype, result.with_suffix(""))
-            result.write_text(json.dumps(asdict(found)))
-            print(f"{name} in {dtype}: {found.word or found.refused}; {place(found)}"[:240], flush=True)
-        content = json.loads(result.read_text())
+    for one in wanted:
+        content = json.loads(result_of(folder, *one).read_text())
         climbs.append(Climb(**{**content, "further": tuple(content["further"]), "remarks": tuple(content["remarks"])}))
     return climbs
+
+
+def _measured(folder: Path, case: tuple[str, str]) -> Climb:
+    result = result_of(folder, *case)
+    found = climb(ENGINES, *case, result.with_suffix(""))
+    write_atomic(result, json.dumps(asdict(found)).encode())
+    return found
 
 
 # What reading found
@@ -281,17 +291,16 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where checkpoints, runs and results are kept; default: nowhere")
     parser.add_argument("names", nargs="*", help="of checkpoints; then no table is written")
     parser.add_argument("--tables", action="store_true", help="write the tables of what the folder holds; none is made")
+    add_options(parser)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as passing:
-        folder = given.folder or Path(passing)
+        given.folder = folder = (given.folder or Path(passing)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         wanted = [one for one in CLIMBS if not given.names or one[0] in given.names]
         if given.tables:
             wanted = [one for one in wanted if result_of(folder, *one).exists()]
-        try:
-            climbs = measure(folder, ENGINES, wanted)
-        finally:
-            ENGINES.close()
+        with closing(ENGINES), pool_of(given) as pool:
+            climbs = measure(folder, wanted, pool)
     for name, table in tables(climbs).items() if not given.names else ():
         commit_table("families.md", name, table)
     found = problems(climbs)
@@ -300,4 +309,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import family_ladder  # what a task does is looked up by its module's name
+
+    sys.exit(family_ladder.main())

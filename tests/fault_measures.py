@@ -13,7 +13,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from committed_tables import markdown
-from conftest import KeptEngines
+from conftest import ENGINES, KeptEngines
+from over_cluster import show
 from scipy.stats import binomtest
 
 from moediag.cli import jobs
@@ -41,7 +41,8 @@ from moediag.folder import SUMMARY
 from moediag.hygiene.rules import NOTE
 from moediag.numbers import sig
 from moediag.results import analyze_run
-from moediag.run.files import read_sealed
+from moediag.run.files import read_sealed, write_atomic
+from moediag.run.pieces import Pool, each
 from moediag.run.reader import Run, open_run
 from moediag.run.recipes import ENGINE_WORDS, RECIPES, TRANSFORMERS, VLLM
 from moediag.run.writer import RunWriter
@@ -143,6 +144,8 @@ class Maker:
 
     def __init__(self, folder: Path, engines: KeptEngines) -> None:
         self.folder, self.engines = folder, engines
+        self.said: list[str] = []
+        """A line of every cell made."""
         self._checkpoints: dict[tuple[str, str], Checkpoint] = {}
         (folder / "runs").mkdir(parents=True, exist_ok=True)
 
@@ -155,9 +158,9 @@ class Maker:
         return self.run_path(cell).with_suffix(".json").exists()
 
     def _done(self, cell: Cell, started: float) -> None:
-        self.run_path(cell).with_suffix(".json").write_text(json.dumps(asdict(cell)))
+        write_atomic(self.run_path(cell).with_suffix(".json"), json.dumps(asdict(cell)).encode())
         said = cell.absent or ("no effect" if cell.no_effect else cell.refused)
-        print(f"{time.monotonic() - started:6.1f} s  {cell.name}  {said[:100]}", flush=True)
+        self.said.append(f"{time.monotonic() - started:6.1f} s  {cell.name}  {said[:100]}")
 
     def checkpoint(self, model: str, dtype: str) -> Checkpoint:
         """The clean checkpoint of a model."""
@@ -261,7 +264,7 @@ class Maker:
         planted = checkpoint
         if fault.edit is not None:
             # a folder of its own: engines know a loaded model by its folder
-            edited = self.folder / "edited" / f"{cell.model}-{cell.dtype}-{cell.fault}"
+            edited = self.folder / "edited" / f"{cell.model}-{cell.dtype}-{cell.fault}-{cell.side}"
             shutil.rmtree(edited, ignore_errors=True)
             try:
                 planted = planted_checkpoint(checkpoint, fault, cell.layer, edited, (cell.dtype, "float32"))
@@ -313,22 +316,43 @@ def _same(clean: Run, faulty: Run) -> bool:
     return True
 
 
-def make(folder: Path, engines: KeptEngines, names: Sequence[str]) -> None:
-    """Every cell with one of the names in its own, no name = all of them; the half that rules are tuned on first."""
-    maker = Maker(folder, engines)
+def make(folder: Path, names: Sequence[str], pool: Pool) -> None:
+    """Every cell with one of the names in its own, no name = all of them.
 
-    def chosen(cells: Iterable[Cell], is_quoted: bool) -> Iterator[Cell]:
-        return (cell for cell in cells if cell.is_quoted == is_quoted
-                and (not names or any(name in cell.name for name in names)))  # fmt: skip
+    First the healthy pairs and the clean runs of the faulty ones, those of one checkpoint together: it is made, and
+    loaded, once. Then every fault by itself.
+    """
+    maker = Maker(folder, ENGINES)
 
-    for is_quoted in (False, True):
-        for cell in chosen(faulty(), is_quoted):
+    def missing(cells: Iterable[Cell]) -> list[Cell]:
+        chosen = (cell for cell in cells if not names or any(name in cell.name for name in names))
+        return [cell for cell in chosen if not maker.is_made(cell)]
+
+    faults = missing(faulty())
+    clean = [replace(cell, fault=CLEAN, side="") for cell in faults]
+    by_checkpoint: dict[tuple[str, str], tuple[Cell, ...]] = {}
+    for cell in dict.fromkeys([*missing(healthy()), *(cell for cell in clean if not maker.is_made(cell))]):
+        key = cell.model, cell.dtype
+        by_checkpoint[key] = (*by_checkpoint.get(key, ()), cell)
+        if cell.model in TRAINED:  # both are trained at once, here: no two machines train the same bits
+            maker.checkpoint(*key)
+    for cases in ([*by_checkpoint.values()], [(cell,) for cell in faults]):
+        for _, said in each(cases, partial(_made, folder), pool, show):
+            print(*said, sep="\n", flush=True)
+
+
+def _made(folder: Path, cells: Sequence[Cell]) -> list[str]:
+    """Make cells of one checkpoint; a line of each."""
+    maker = Maker(folder, ENGINES)
+    by_threads: dict[int, list[Cell]] = {}
+    for cell in cells:
+        if cell.fault == CLEAN:
+            by_threads.setdefault(cell.threads, []).append(cell)
+        else:
             maker.make(cell)
-        groups: dict[tuple[str, str, int], list[Cell]] = {}
-        for cell in chosen(healthy(), is_quoted):
-            groups.setdefault((cell.model, cell.dtype, cell.threads), []).append(cell)
-        for group in groups.values():
-            maker.make_clean(group)
+    for some in by_threads.values():
+        maker.make_clean(some)
+    return maker.said
 
 
 # Reading: what the diagnosis names of each run
@@ -386,18 +410,17 @@ def read_cell(folder: Path, is_kept: bool, cell: Cell) -> Reading:
     )
 
 
-def read(folder: Path, names: Sequence[str], is_kept: bool = False) -> list[Reading]:
+def read(folder: Path, names: Sequence[str], pool: Pool, is_kept: bool = False) -> list[Reading]:
     """What is named of every cell that there is; a line each."""
     cells = [Cell(**json.loads(path.read_text())) for path in sorted((folder / "runs").glob("*.json"))]
     chosen = [cell for cell in cells if not names or any(name in cell.name for name in names)]
     kept = [cell for cell in chosen if not cell.absent and not cell.no_effect]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        readings = []
-        for one in pool.map(partial(read_cell, folder, is_kept), kept):
-            mark = "ok " if one.is_right(1) else "3  " if one.is_right(3) else "   "
-            print(f"{mark} {one.cell.name}: {', '.join(one.causes) or '-'}; {one.word}{one.failed}", flush=True)
-            readings.append(one)
-    return [*readings, *(Reading(cell) for cell in chosen if cell not in kept)]
+    readings = {}
+    for cell, one in each(kept, partial(read_cell, folder, is_kept), pool):
+        mark = "ok " if one.is_right(1) else "3  " if one.is_right(3) else "   "
+        print(f"{mark} {cell.name}: {', '.join(one.causes) or '-'}; {one.word}{one.failed}", flush=True)
+        readings[cell] = one
+    return [*(readings[cell] for cell in kept), *(Reading(cell) for cell in chosen if cell not in kept)]
 
 
 def wilson(n: int, n_of: int) -> str:

@@ -16,6 +16,7 @@ from fault_measures import (
     Reading,
     faulty,
     healthy,
+    make,
     read_cell,
     tables,
     wilson,
@@ -25,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moediag.demo.tokenizer import byte_tokenizer
 from moediag.faults import FAULTS
 from moediag.run.files import read_sealed
+from moediag.run.pieces import Here
 from moediag.run.reader import open_run
 from moediag.run.recipes import TRANSFORMERS, VLLM
 from moediag.selftest.families import _COMMON, FAMILIES, MAX_LENGTH, randomise
@@ -43,12 +45,10 @@ def readings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reading]:
     folder = tmp_path_factory.mktemp("cells")
     maker = Maker(folder, ENGINES)
     cells = [Cell(MODEL, "bfloat16", 0, fault, side) for fault, side in PLANTED]
-    for cell in cells:
-        maker.make(cell)
+    make(folder, [cell.name for cell in cells], Here())
     made = [Cell(MODEL, "bfloat16", 0), *cells]
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    for cell in cells:  # what is there is not made again
-        maker.make(cell)
+    make(folder, [cell.name for cell in cells], Here())  # what is there is not made again
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
     clean = open_run(maker.run_path(made[0]))
     for cell in cells:

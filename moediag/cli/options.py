@@ -17,7 +17,7 @@ import typer
 from moediag.errors import CheckpointError, EngineError, PromptsError, RunError
 
 if TYPE_CHECKING:
-    from moediag.engines.cluster import ClusterOptions
+    from moediag.engines.cluster import ClusterOptions, Tasks
     from moediag.hygiene import Finding
     from moediag.run.capture import Slice
     from moediag.run.pieces import Pool
@@ -217,9 +217,11 @@ NumTasks = Annotated[
     int | None,
     typer.Option("--num-workers", min=1, help="Tasks on Ray at a time; default: one per CPU."),
 ]
-NumWorkers = Annotated[
+NumEngines = Annotated[
     int | None,
-    typer.Option(min=1, help="Engines on Ray; default: as many as its GPUs hold, without GPUs one per node."),
+    typer.Option(
+        "--num-workers", min=1, help="Engines on Ray; default: as many as its GPUs hold, without GPUs one per node."
+    ),
 ]
 GpusPerWorker = Annotated[
     int | None, typer.Option(min=0, help="GPUs of an engine on Ray, all of one node; default: --tensor-parallel-size.")
@@ -328,11 +330,16 @@ def pool(folder: Path, cluster: ClusterOptions | None, workers: int | None) -> I
     if cluster is None:
         yield n_workers(workers)
         return
+    with tasks(folder, cluster) as found:
+        yield found
+
+
+def tasks(folder: Path, cluster: ClusterOptions) -> Tasks:
+    """Tasks on a Ray cluster that share ``folder``."""
     from moediag.cli.console import note
     from moediag.engines.cluster import Tasks
 
-    with Tasks(cluster, folder, lambda line: note(f"Ray      {line}")) as tasks:
-        yield tasks
+    return Tasks(cluster, folder, lambda line: note(f"Ray      {line}"))
 
 
 Strict = Annotated[

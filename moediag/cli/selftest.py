@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from moediag.cli import options as o
+from moediag.errors import EngineError
 
 NAME = "selftest"
 
@@ -55,6 +56,10 @@ def command(
     tensor_parallel_size: Parallel = 1,
     vllm_option: o.VllmOption = None,
     output: Output = None,
+    ray: o.RayTasks = False,
+    ray_address: o.RayAddress = None,
+    num_workers: o.NumEngines = None,
+    gpus_per_worker: o.GpusPerWorker = None,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
 ) -> None:
@@ -67,25 +72,36 @@ def command(
     from moediag.engines.launch import Engines
     from moediag.notation import INFER, TRAIN
     from moediag.selftest.cells import FAILED
-    from moediag.selftest.check import DEFAULT, Request, estimate, prepare, run_cells
+    from moediag.selftest.check import DEFAULT, Request, estimate, prepare, run_cells, run_everywhere
 
     if ckpt is not None and family:
         raise typer.BadParameter("give CKPT or --family", param_hint="--family")
+    given = {"address": ray_address, "num_workers": num_workers, "gpus_per_worker": gpus_per_worker}
+    cluster = o.cluster_options(ray, tensor_parallel_size, **given)
+    if cluster is not None and output is None:
+        raise EngineError("--ray without -o: give -o a folder that all nodes of the cluster see")
     jobs.require(INFER, TRAIN)
     chosen = dtype.value if dtype else "float32" if ckpt is None else "bfloat16"
     request = Request(ckpt, tuple(family or DEFAULT), chosen, tensor_parallel_size, o.parse_vllm_options(vllm_option))
     started = time.monotonic()
     with tempfile.TemporaryDirectory() if output is None or dry_run else nullcontext(str(output)) as folder:
         with doing("making the checkpoints"):
-            cells, remarks = prepare(request, Path(folder))
+            cells, remarks = prepare(request, Path(folder).resolve())
         for remark in remarks:
             note(f"Model    {remark}")
         note(f"Test     {', '.join(f'{cell.name} in {cell.dtype}' for cell in cells)}")
         note(f"Takes    {estimate(cells)}")
         if dry_run:
             jobs.end_dry("would capture and check these checkpoints")
-        with Engines() as engines, bar("self-test") as progress:
-            rows = run_cells(cells, engines, lambda event: None if "note" in event else progress.on_event(event), note)
+        with bar("self-test") as progress:
+            if cluster is not None:
+                with o.tasks(Path(folder), cluster) as tasks:
+                    rows = run_everywhere(cells, tasks, lambda done, n: progress.show(done, n, "checkpoints"), note)
+            else:
+                with Engines() as engines:
+                    rows = run_cells(
+                        cells, engines, lambda event: None if "note" in event else progress.on_event(event), note
+                    )
     counts = {
         verdict: sum(row.verdict == verdict for row in rows) for verdict in dict.fromkeys(r.verdict for r in rows)
     }

@@ -61,7 +61,7 @@ class Settings:
     server_model: o.ServerModel = None
     ray: o.Ray = False
     ray_address: o.RayAddress = None
-    num_workers: o.NumWorkers = None
+    num_workers: o.NumEngines = None
     gpus_per_worker: o.GpusPerWorker = None
 
     def plan(self, ckpt: str, prompts: Path, sampled_by: str) -> Plan:

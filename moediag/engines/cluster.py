@@ -1,7 +1,7 @@
 """A Ray cluster: which one, what it has room for, and functions as tasks on it.
 
 What is done by tasks lies in a folder that every node sees: the run of an analysis, the folder of a self-test. A task
-whose worker or node is lost is done anew by Ray; what a task wrote counts once it has ended.
+whose worker or node is lost is done anew by Ray.
 
 Invariants:
     - only this module imports ray, and only where a command was given ``--ray``;
@@ -20,12 +20,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from moediag.engines.provenance import numeric_variables, software
-from moediag.engines.versions import RAY, installed, require
+from moediag.engines.versions import NUMERIC_PACKAGES, RAY, installed, require
 from moediag.errors import EngineError
 from moediag.folder import being_made
 from moediag.run.files import write_error
@@ -212,9 +212,10 @@ class Tasks(Pool):
             EngineError: its node was refused, or it lost its worker again and again.
         """
         self._reach()
+        ours = expected(has_engines=self._options.tensor_parallel_size > 0)
         variables = {name: value for name, value in numeric_variables().items() if name not in GIVEN_BY_RAY}
         call = pickle.dumps(partial(function, *arguments))
-        reference = self._task.remote(sys.path, str(self._folder), expected(), variables, call)
+        reference = self._task.remote(sys.path, str(self._folder), ours, variables, call)
         future: Future[Any] = Future()
         self._running[future] = reference
         reference.future().add_done_callback(partial(self._hand_over, future))
@@ -276,7 +277,7 @@ def do_there(folder: str, ours: dict[str, str], variables: dict[str, str], call:
     if "OMP_NUM_THREADS" not in variables:
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it; a command without Ray would not
     os.environ.update(variables)
-    host, theirs = socket.gethostname(), expected()
+    host, theirs = socket.gethostname(), expected(has_engines=True)
     for name, version in ours.items():
         if theirs[name] != version:
             words = f"{host} has another {name} ({theirs[name][:12]}) than this command ({version[:12]})"
@@ -287,9 +288,9 @@ def do_there(folder: str, ours: dict[str, str], variables: dict[str, str], call:
     return "", pickle.loads(call)()  # of the process that hands out tasks
 
 
-def expected() -> dict[str, str]:
-    """What a node has to have the same of: moediag's source, and the libraries that count."""
-    return {
-        "moediag": software()["moediag_source_sha256"],
-        **{package: installed(package) or "" for package in _COUNTING},
-    }
+@cache
+def expected(has_engines: bool) -> dict[str, str]:
+    """What a node has to have the same of: moediag's source, the libraries that count, and what engines count with."""
+    packages = (*_COUNTING, *(NUMERIC_PACKAGES if has_engines else ()))
+    versions = {package: installed(package) or "none" for package in packages}
+    return {"moediag": software()["moediag_source_sha256"], **versions}

@@ -119,21 +119,28 @@ class Here(Pool):
         """Nothing is being done."""
 
 
-class _Processes(Pool):
-    """Processes of this machine, which import modules once."""
+class Processes(Pool):
+    """Processes of this machine, for one lot of steps.
+
+    Args:
+        n_workers: how many.
+        modules: imported once, for all.
+    """
 
     n_workers = 0
 
-    def __init__(self, n_workers: int, modules: Iterable[str]) -> None:
+    def __init__(self, n_workers: int, modules: Iterable[str] = ()) -> None:
         context = multiprocessing.get_context("forkserver")  # a fork of a process with threads may hang
         context.set_forkserver_preload(sorted(set(modules)))
         self.n_workers = n_workers
         self._pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=_use_memory_again)
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        """Have one of them do it."""
         return self._pool.submit(function, *arguments)
 
     def stop(self) -> None:
+        """End them, after what they are doing."""
         self._pool.shutdown(cancel_futures=True)
 
 
@@ -151,6 +158,7 @@ _M_MMAP_MAX: Final = -4
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
+Case = TypeVar("Case")
 
 
 def finished(pool: Pool, steps: deque[tuple[Key, Callable[[], Result]]]) -> Generator[tuple[Key, Result]]:
@@ -177,6 +185,34 @@ def finished(pool: Pool, steps: deque[tuple[Key, Callable[[], Result]]]) -> Gene
         raise RunError("a process was killed, most often for want of memory; run it again with --workers 1") from None
     finally:
         pool.stop()
+
+
+def each(
+    cases: Iterable[Case],
+    do: Callable[[Case], Result],
+    pool: Pool,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
+) -> Generator[tuple[Case, Result]]:
+    """Do the same to every case, each a step: for jobs whose cases lie in folders of their own.
+
+    Args:
+        do: a module's function, or a partial of one.
+        on_done: is called with how many cases of how many are done.
+
+    Yields:
+        (case, what came of it), in the order in which they are done.
+
+    Raises:
+        RunError: a process of this machine was killed.
+    """
+    steps: deque[tuple[Case, Callable[[], Result]]] = deque((case, partial(do, case)) for case in cases)
+    n_done, total = 0, len(steps)
+    on_done(n_done, total)
+    with closing(finished(pool, steps)) as results:
+        for case, result in results:
+            n_done += 1
+            on_done(n_done, total)
+            yield case, result
 
 
 def in_pieces(
@@ -343,7 +379,7 @@ def _load(folder: Path) -> Any:
 
 
 def _pool(workers: int, works: Sequence[Work]) -> Pool:
-    return _Processes(workers, (_module_of(work.join) for work in works)) if workers > 1 else Here()
+    return Processes(workers, (_module_of(work.join) for work in works)) if workers > 1 else Here()
 
 
 def _module_of(function: Callable[..., Any]) -> str:

@@ -25,7 +25,7 @@ from moediag.errors import CaptureError, MoediagError
 from moediag.hygiene import check_run
 from moediag.notation import INFER, TRAIN
 from moediag.run.capture import WHOLE, Capture, TokenRows
-from moediag.run.files import make_folder
+from moediag.run.files import make_folder, write_atomic
 from moediag.run.reader import Run, open_run
 from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM, recipe
 from moediag.run.writer import RunWriter
@@ -103,7 +103,7 @@ class Cell:
     def plan(self) -> Plan:
         """The run."""
         prompts = self.folder.parent / "prompts.txt"
-        prompts.write_text("\n".join(TEXT[:length] for length in LENGTHS))
+        write_atomic(prompts, "\n".join(TEXT[:length] for length in LENGTHS).encode())
         sampling = SamplingOptions(max_tokens=MAX_TOKENS, ignore_eos=True)
         return make_plan(self.checkpoint, prompts, sampling, router_logits="full")
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from moediag.engines.launch import OnEvent
+from moediag.engines.launch import Engines, OnEvent
 from moediag.engines.versions import numeric_versions
 from moediag.errors import CheckpointError, RunConflictError
 from moediag.run.files import make_folder, write_atomic
+from moediag.run.pieces import Pool, each
 
 if TYPE_CHECKING:
     from moediag.selftest.cells import Cell, DoesJobs, Row
@@ -124,6 +125,29 @@ def estimate(cells: Sequence[Cell]) -> str:
     seconds = 2 * _START_SECONDS + sum(_CELL_SECONDS[cell.is_whole] for cell in cells) + 4 * weights / _BYTES_PER_SECOND
     disk = f"{weights / 1e6:,.0f} MB of weights, {runs / 1e6:,.1f} MB of runs"
     return f"about {seconds / 60:.0f} minutes on two cores; {disk}"
+
+
+def run_everywhere(
+    cells: Sequence[Cell], pool: Pool, on_done: Callable[[int, int], None], say: Callable[[str], None]
+) -> list[Row]:
+    """As :func:`run_cells`, every checkpoint by a process of the pool, with engines of its own."""
+    by_checkpoint: dict[str, tuple[Cell, ...]] = {}
+    for cell in cells:
+        # without what was read of it here
+        by_checkpoint[cell.name] = (*by_checkpoint.get(cell.name, ()), replace(cell))
+    rows: dict[str, list[Row]] = {}
+    for some, (found, remarks) in each(by_checkpoint.values(), _run_alone, pool, on_done):
+        rows[some[0].name] = found
+        for remark in remarks:
+            say(remark)
+    return [row for name in by_checkpoint for row in rows[name]]
+
+
+def _run_alone(cells: Sequence[Cell]) -> tuple[list[Row], list[str]]:
+    remarks: list[str] = []
+    with Engines() as engines:
+        rows = run_cells(cells, engines, lambda event: None, remarks.append)
+    return rows, remarks
 
 
 def run_cells(cells: Sequence[Cell], engines: DoesJobs, on_event: OnEvent, say: Callable[[str], None]) -> list[Row]:
