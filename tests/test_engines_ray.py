@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
@@ -259,6 +259,37 @@ def test_shards_of_a_node_that_does_not_see_the_run_come_through_ray(
     assert (run / "logs" / "train-ray-0.log").stat().st_size > 0
 
 
+@pytest.mark.engines
+def test_a_self_test_whose_worker_is_killed_goes_on_with_what_is_on_disk(nodes: Nodes, tmp_path: Path) -> None:
+    """By itself, and as the same command again: nothing is captured twice, and every property holds."""
+    out = tmp_path / "out"
+    words = ("selftest", "--family", "qwen3_moe", "-o", out, "--ray", "--ray-address", nodes.address, "--json")
+    with subprocess.Popen([str(MOEDIAG), *map(str, words)], stdout=subprocess.PIPE, text=True) as driver:
+        while not list(out.glob("*/float32/arms/infer/shard-*.json")):
+            assert driver.poll() is None
+            time.sleep(0.02)
+        first = {path: path.stat().st_mtime_ns for path in out.glob("*/float32/arms/infer/shard-*.json")}
+        for pid in nodes.workers("task"):
+            os.kill(pid, signal.SIGKILL)
+        said, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, said
+    verdicts = {row["property"]: row["verdict"] for row in json.loads(said)["rows"]}
+    names = "captured", "both engines agree in float32", "validate finds nothing"
+    assert {verdicts[name] for name in names} == {"pass"}
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("shard-*")}
+    assert first.items() <= made.items()
+    again = run_moediag(*words)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["rows"] == json.loads(said)["rows"]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("shard-*")} == made
+    assert not list(out.glob(".*"))
+
+
+def test_a_self_test_on_a_cluster_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selftest", "--ray"]) == 1
+    assert "--ray without -o: give -o a folder that all nodes" in capsys.readouterr().err
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run of two shards that nothing is analysed of."""
@@ -293,29 +324,33 @@ def test_a_cluster_analyses_and_validates_as_one_process_does(
 
 
 def test_a_worker_killed_while_it_analyses_changes_no_byte(nodes: Nodes, run: Path) -> None:
+    """Bug: Ray told of it on stdout, in the middle of the command's JSON."""
     expected = analysed_here(run)
-    command = [str(MOEDIAG), "analyze", str(run), "--ray", "--ray-address", nodes.address, "--num-workers", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as driver:
+    words = ("analyze", run, "--ray", "--ray-address", nodes.address, "--num-workers", 2, "--json")
+    command = [str(MOEDIAG), *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as driver:
         killed: set[int] = set()
         while driver.poll() is None and len(killed) < 2:
             for pid in {*nodes.workers("task")} - killed:
                 os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
             time.sleep(0.02)
-        _, err = driver.communicate()
+        out, err = driver.communicate()
     assert driver.returncode == 0, err
     assert len(killed) == 2
+    assert json.loads(out) == json.loads(expected["summary.json"])
     assert analysis_of(run) == expected
     assert not list(run.glob(".*"))
 
 
-def dies_once(run: Run, shards: tuple[Shard, ...], folder: Path, always: bool) -> int:
+def dies_once(run: Run, shards: tuple[Shard, ...], folder: Path, always: bool) -> Generator[None, None, int]:
     """A piece whose first process is killed when it has written half of it."""
     marker = folder.parent / f"{shards[0].stem}.begun"
     (folder / "half").touch(exist_ok=False)
     if always or not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    yield
     return shards[0].index
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import math
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from test_results import make_run
 from moediag.errors import RunError
 from moediag.run import pieces
 from moediag.run.capture import Capture, Shard
-from moediag.run.pieces import Work, groups_of, in_pieces
+from moediag.run.pieces import Here, Pool, Processes, Work, each, groups_of, in_pieces
 from moediag.run.reader import Run
 
 
@@ -115,6 +117,17 @@ def test_what_an_earlier_work_says_of_a_shard_comes_first(run: Run, workers: int
     with pytest.raises(RunError, match="not a shard"):
         next(results)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pool", [Here, partial(Processes, 2)])
+def test_every_case_is_done_once_and_counted(pool: Callable[[], Pool]) -> None:
+    steps: list[tuple[int, int]] = []
+    found = dict(each([9, 4, 16], math.isqrt, pool(), lambda *step: steps.append(step)))
+    assert found == {9: 3, 4: 2, 16: 4}
+    assert steps == [(n, 3) for n in range(4)]
+    with pytest.raises(ValueError, match="nonneg"):
+        list(each([9, -1], math.isqrt, pool()))
+    assert list(each([], math.isqrt, pool())) == []
 
 
 def test_what_is_closed_is_not_done(run: Run, tmp_path: Path) -> None:

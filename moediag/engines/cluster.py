@@ -95,6 +95,7 @@ def connect(options: ClusterOptions) -> tuple[Any, int, int, str]:
     import ray.util.scheduling_strategies
 
     before = signal.getsignal(signal.SIGTERM)
+    ray._private.worker._worker_logs_enabled = False  # it tells of lost workers on stdout, among a command's results
     try:
         ray.init(address=options.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
