@@ -39,6 +39,7 @@ from moediag.run.capture import Shard, Slice
 from moediag.run.files import sha256_file, write_atomic
 from moediag.run.reader import BIAS, Run, open_run
 from moediag.run.records import MANIFEST, PROMPTS
+from moediag.run.store import MARK, mark_of, store_of
 from moediag.run.writer import CLAIMS, RunWriter
 
 N_TRIES = 3
@@ -143,7 +144,7 @@ class Worker:
             if is_last and files is not None:
                 event["message"] = event.get("message", "").replace(here.run, job.run)
                 event["files"] = _taken(here, job, stem)
-                shutil.rmtree(here.run, ignore_errors=True)
+                shutil.rmtree(Path(here.run).parent, ignore_errors=True)
             yield event
             if is_last:
                 return
@@ -158,9 +159,10 @@ class Worker:
 
 def _placed(job: Job, files: Files) -> Job:
     """The job on a copy of its run, as far as it needs one."""
-    run = tempfile.mkdtemp(prefix="moediag-ray-")
+    folder = Path(tempfile.mkdtemp(prefix="moediag-ray-"))
+    run = str(folder / Path(job.run).name)
     for name, data in files.items():
-        write_atomic(Path(run) / name, data)
+        write_atomic(folder / name if name == MARK else Path(run) / name, data)
     options = dict(job.options)
     if "proof" in options:
         options["proof"] = options["proof"].replace(job.run, run)
@@ -168,9 +170,11 @@ def _placed(job: Job, files: Files) -> Job:
 
 
 def _taken(here: Job, job: Job, stem: str) -> Files:
-    """What the job wrote: the arm's records, the shard's files, the end of the log."""
+    """What the job wrote: the arm's records, the shard's files (empty what the object store has), the end of the log."""
     run, arm = Path(here.run), job.options["request"]["arm"]
     found = read_files(run, f"arms/{arm}/arm.json", f"arms/{arm}/{BIAS}", f"arms/{arm}/{stem}.*", f"tokens/{stem}.*")
+    if store_of(run) is not None:
+        found = {name: data if name.endswith(".json") else b"" for name, data in found.items()}
     with contextlib.suppress(OSError):
         found[str(Path(here.log).relative_to(run))] = Path(here.log).read_bytes()[-_LOG_BYTES:]
     return found
@@ -420,7 +424,8 @@ class _Capture:
             patterns += [f"arms/{self.routes}/{one.stem}.*" for one in shards]
         if "proof" in self.job.options:
             patterns.append(str(Path(self.job.options["proof"]).relative_to(self.run.path)))
-        return read_files(self.run.path, *patterns)
+        store = store_of(self.run.path)
+        return read_files(self.run.path, *patterns) | ({} if store is None else {MARK: mark_of(store.url)})
 
     def _hear(self, seat: _Seat, event: dict[str, Any]) -> None:
         assert seat.part is not None
@@ -451,6 +456,8 @@ class _Capture:
         part, seat.part, seat.pending, seat.n_done = seat.part, None, None, 0.0
         assert part is not None
         files = event.get("files", {})
+        if (store := store_of(self.run.path)) is not None:
+            files |= store.read(name for name, data in files.items() if not data)
         with seat.claim, tempfile.TemporaryDirectory() as folder:
             for name, data in files.items():
                 if name.startswith("logs/"):
