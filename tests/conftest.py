@@ -175,6 +175,30 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "demo", make) / "out"
 
 
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URL of a bucket of an S3 server in this process; commands and nodes that are started find it, too."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        S3FileSystem.clear_instance_cache()  # which know another server
+        S3FileSystem().mkdir("bucket")
+        yield "s3://bucket"
+        S3FileSystem.clear_instance_cache()
+        server.stop()
+
+
 @pytest.fixture(scope="session")
 def random_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen3-MoE checkpoint with the demo's byte tokenizer; the second of its three layers is dense."""

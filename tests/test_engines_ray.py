@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from typing import Any
 import pytest
 from conftest import MOEDIAG, REPOSITORY, run_here, run_moediag, write_jsonl
 from test_engines_resume import captured, wait_until_engines_are_gone
+from test_store import on_store
 
 from moediag.cli.main import main
 from moediag.engines.ray_workers import ClusterOptions, room
 from moediag.errors import EngineError
 from moediag.hygiene import check_run
-from moediag.run.files import read_sealed
+from moediag.run.files import read_sealed, write_atomic
 from moediag.run.reader import open_run
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "ring-tiny"
@@ -58,6 +60,12 @@ class Nodes:
         found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
         rows = [line.split(maxsplit=2) for line in found.splitlines()]
         return [int(pid) for pid, parent, args in rows if parent in raylets and args.startswith("ray::Worker")]
+
+    def wait_for(self, n_nodes: int) -> None:
+        deadline = time.monotonic() + 120
+        while len(self._cluster.global_state._live_node_ids()) < n_nodes:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
     def shut_down(self) -> None:
         self._cluster.shutdown()
@@ -116,6 +124,23 @@ def assert_every_second_has_a_stage(run: Path, err: str, *workers: str) -> None:
         assert {stage for one in found for stage in one} >= STAGES
         assert min(min(one.values()) for one in found) > -0.05
         assert sum(one.get("computing", 0) for one in found) > 0
+
+
+@contextmanager
+def far_node(nodes: Nodes, hidden: Path) -> Iterator[tuple[Nodes, subprocess.Popen[bytes]]]:
+    """A further node, with one processor, that does not see what is in a folder."""
+    hidden.mkdir()
+    start = f"{sys.executable} -c 'from ray.scripts.scripts import main; main()' start --address {nodes.address}"
+    start += f" --num-cpus 1 --object-store-memory {MEMORY} --block"
+    far = subprocess.Popen(
+        ["unshare", "-m", "bash", "-c", f"mount -t tmpfs tmpfs {hidden} && exec {start}"], stdout=subprocess.DEVNULL
+    )
+    try:
+        yield nodes, far
+    finally:
+        far.terminate()
+        far.wait()
+        nodes.shut_down()
 
 
 @pytest.mark.engines
@@ -206,14 +231,7 @@ def test_shards_of_a_node_that_does_not_see_the_run_come_through_ray(
 ) -> None:
     """The only node with a processor sees neither the run nor its folder: the driver writes what comes over."""
     hidden = tmp_path / "hidden"
-    hidden.mkdir()
-    nodes = Nodes(head_cpus=0)
-    start = f"{sys.executable} -c 'from ray.scripts.scripts import main; main()' start --address {nodes.address}"
-    start += f" --num-cpus 1 --object-store-memory {MEMORY} --block"
-    far = subprocess.Popen(
-        ["unshare", "-m", "bash", "-c", f"mount -t tmpfs tmpfs {hidden} && exec {start}"], stdout=subprocess.DEVNULL
-    )
-    try:
+    with far_node(Nodes(head_cpus=0), hidden) as (nodes, far):
         run = hidden / "run"
         words = ("capture", "train", random_moe, "--prompts", prompts, "-o", run, *OPTIONS, "--ray", "--ray-address")
         done = run_moediag(*words, nodes.address)
@@ -222,10 +240,42 @@ def test_shards_of_a_node_that_does_not_see_the_run_come_through_ray(
         assert done.returncode == 0, done.stderr
         assert_same(run, undisturbed)
         assert (run / "logs" / "train-ray-0.log").stat().st_size > 0
-    finally:
-        far.terminate()
-        far.wait()
-        nodes.shut_down()
+
+
+@pytest.mark.engines
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_run_on_an_object_store_is_the_same_whoever_fills_it(
+    bucket: str, random_moe: Path, prompts: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """One node sees the driver's mirror, the other uploads by itself; the driver is killed and started elsewhere.
+
+    The second driver's machine has an empty mirror: it finds what was captured on the store alone.
+    """
+    url, hidden = f"{bucket}/ray/run", tmp_path / "hidden"
+    words = ("capture", "train", random_moe, "--prompts", prompts, "-o", url, *OPTIONS, "--ray", "--num-workers", 2)
+    with far_node(Nodes(head_cpus=1), hidden) as (nodes, _):
+        command = [*map(str, words), "--ray-address", nodes.address]
+        nodes.wait_for(2)
+        first = {**os.environ, "MOEDIAG_CACHE": str(hidden / "first")}
+        with subprocess.Popen([str(MOEDIAG), *command], env=first, stderr=subprocess.PIPE, text=True) as driver:
+            deadline = time.monotonic() + 300
+            while sum("arms/train/shard-" in name and name.endswith(".json") for name in on_store(url)) < 4:
+                assert driver.poll() is None, driver.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            driver.kill()
+            driver.communicate()
+        before = on_store(url)
+        again = run_moediag(*command, MOEDIAG_CACHE=str(hidden / "second"))
+        assert again.returncode == 0, again.stderr
+    after = on_store(url)
+    kept = {name for name in before if "/shard-" in name and f"{name.rpartition('.')[0]}.json" in before}
+    assert 0 < len(kept) < len([name for name in after if "/shard-" in name])
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    found = tmp_path / "found"
+    for name, data in after.items():
+        write_atomic(found / name, data)
+    assert_same(found, undisturbed)
 
 
 def test_a_missing_ray_is_one_line(

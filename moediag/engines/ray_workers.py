@@ -170,7 +170,7 @@ def _placed(job: Job, files: Files) -> Job:
 
 
 def _taken(here: Job, job: Job, stem: str) -> Files:
-    """What the job wrote: the arm's records, the shard's files (empty what the object store has), the end of the log."""
+    """What the job wrote: the arm's records, the shard's files (empty where the store has them), the log's end."""
     run, arm = Path(here.run), job.options["request"]["arm"]
     found = read_files(run, f"arms/{arm}/arm.json", f"arms/{arm}/{BIAS}", f"arms/{arm}/{stem}.*", f"tokens/{stem}.*")
     if store_of(run) is not None:

@@ -346,8 +346,7 @@ class RunWriter:
         sidecar.unlink(missing_ok=True)  # a sidecar never describes data other than the data beside it
         write_atomic(sidecar.with_suffix(suffix), data)
         write_record(sidecar, Sidecar(**facts, data_sha256=sha256_bytes(data), n_bytes=len(data)))
-        if folder != "tokens":  # which go with the first capture of them
-            store.add_shard(self.run.path, folder, shard.stem)
+        store.add_shard(self.run.path, folder, shard.stem)
 
 
 def differing(there: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
