@@ -126,6 +126,15 @@ def assert_every_second_has_a_stage(run: Path, err: str, *workers: str) -> None:
         assert sum(one.get("computing", 0) for one in found) > 0
 
 
+def wait_for(is_so: Callable[[], object], driver: subprocess.Popen[str]) -> None:
+    """Wait while the driver lives."""
+    deadline = time.monotonic() + 300
+    while not is_so():
+        assert driver.poll() is None, driver.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @contextmanager
 def far_node(nodes: Nodes, hidden: Path) -> Iterator[tuple[Nodes, subprocess.Popen[bytes]]]:
     """A further node, with one processor, that does not see what is in a folder."""
@@ -195,13 +204,6 @@ def test_a_worker_a_node_and_the_driver_may_be_killed(
     def n_done() -> int:
         return len(list(run.glob("arms/train/shard-?????.json")))
 
-    def wait_for(is_so: Callable[[], object], driver: subprocess.Popen[str]) -> None:
-        deadline = time.monotonic() + 300
-        while not is_so():
-            assert driver.poll() is None, driver.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
     with subprocess.Popen([str(MOEDIAG), *command], stderr=subprocess.PIPE, text=True) as driver:
         wait_for(lambda: n_done() >= 1 and len(nodes.workers()) == 2, driver)
         before, killed = n_done(), nodes.workers()[0]
@@ -247,31 +249,40 @@ def test_shards_of_a_node_that_does_not_see_the_run_come_through_ray(
 def test_a_run_on_an_object_store_is_the_same_whoever_fills_it(
     bucket: str, random_moe: Path, prompts: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """One node sees the driver's mirror, the other uploads by itself; the driver is killed and started elsewhere.
+    """One node sees the driver's mirror, the other uploads by itself; a worker, a node and the driver are killed.
 
-    The second driver's machine has an empty mirror: it finds what was captured on the store alone.
+    The driver is started again with an empty mirror, as on another machine: it finds on the store what was captured.
     """
     url, hidden = f"{bucket}/ray/run", tmp_path / "hidden"
     words = ("capture", "train", random_moe, "--prompts", prompts, "-o", url, *OPTIONS, "--ray", "--num-workers", 2)
-    with far_node(Nodes(head_cpus=1), hidden) as (nodes, _):
+
+    def n_done() -> int:
+        return sum(name.startswith("arms/train/shard-") and name.count(".") == 1 for name in on_store(url)) // 2
+
+    with far_node(Nodes(head_cpus=0), hidden) as (nodes, _):
+        nodes.add()
+        nodes.wait_for(3)
         command = [*map(str, words), "--ray-address", nodes.address]
-        nodes.wait_for(2)
         first = {**os.environ, "MOEDIAG_CACHE": str(hidden / "first")}
         with subprocess.Popen([str(MOEDIAG), *command], env=first, stderr=subprocess.PIPE, text=True) as driver:
-            deadline = time.monotonic() + 300
-            while sum("arms/train/shard-" in name and name.endswith(".json") for name in on_store(url)) < 4:
-                assert driver.poll() is None, driver.communicate()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            wait_for(lambda: n_done() >= 2 and len(nodes.workers()) == 1, driver)
+            before, killed = n_done(), nodes.workers()[0]
+            os.kill(killed, signal.SIGKILL)
+            wait_for(lambda: n_done() > before + 1 and nodes.workers() not in ([], [killed]), driver)
+            before = n_done()
+            nodes.kill_last()
+            wait_for(lambda: n_done() > before + 1, driver)
             driver.kill()
-            driver.communicate()
-        before = on_store(url)
+            _, err = driver.communicate()
+        assert "was lost" in err
+        assert n_done() < N_PROMPTS, "everything was captured before the driver was killed"
+        there = on_store(url)
+        nodes.add()
         again = run_moediag(*command, MOEDIAG_CACHE=str(hidden / "second"))
         assert again.returncode == 0, again.stderr
     after = on_store(url)
-    kept = {name for name in before if "/shard-" in name and f"{name.rpartition('.')[0]}.json" in before}
-    assert 0 < len(kept) < len([name for name in after if "/shard-" in name])
-    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    kept = {name for name in there if "/shard-" in name and f"{name.rpartition('.')[0]}.json" in there}
+    assert {name: after[name] for name in kept} == {name: there[name] for name in kept}, "a shard was captured again"
     found = tmp_path / "found"
     for name, data in after.items():
         write_atomic(found / name, data)

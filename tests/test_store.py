@@ -238,6 +238,7 @@ def test_every_command_that_reads_a_run_takes_its_url(
     assert main(["simulate", url]) == 0
     assert main(["analyze", url]) == 0  # of which the simulation is a part
     assert main(["report", url]) == 0
+    assert main(["diagnose", url]) == 0
     machines.another()
     capsys.readouterr()
     assert main(["analyze", url]) == 0
@@ -251,6 +252,7 @@ def test_every_command_that_reads_a_run_takes_its_url(
         ["compare", url, str(local), "-o", str(tmp_path / "compare"), "--label", "a", "--label", "b"],
         ["export", url, "-o", str(tmp_path / "tokens.parquet")],
         ["trend", url],
+        ["trend", f"a={url}", f"b={local}"],
         ["gate", url, "--require", "n_tokens>0"],
     ):
         assert main(words) == 0, (words, capsys.readouterr().err)
@@ -325,8 +327,11 @@ def test_a_node_that_does_not_see_the_run_uploads_its_shard_itself(
     url: str, undisturbed: Path, machines: Machines
 ) -> None:
     """What goes back to the driver is the sidecars; the driver commits what the store has, and uploads nothing."""
-    ours = machines.mirror(url, is_read=False)
-    run = begun(ours)
+    old = machines.mirror(url, is_read=False)
+    fill_scripted_run(old.folder, LAYOUT)
+    ours = machines.mirror(url)
+    run = begun(ours, seed=1, force=True)
+    ours.push(["run.json"])
     files = read_files(ours.folder, "run.json", "prompts.parquet", "checkpoints/*.json", "arms/*/arm.json")
     options = {"request": {"arm": "infer"}}
     log = str(ours.folder / "logs" / "infer.log")

@@ -424,8 +424,11 @@ class _Capture:
             patterns += [f"arms/{self.routes}/{one.stem}.*" for one in shards]
         if "proof" in self.job.options:
             patterns.append(str(Path(self.job.options["proof"]).relative_to(self.run.path)))
-        store = store_of(self.run.path)
-        return read_files(self.run.path, *patterns) | ({} if store is None else {MARK: mark_of(store.url)})
+        files = read_files(self.run.path, *patterns)
+        if (store := store_of(self.run.path)) is not None:
+            store.push([MANIFEST])  # the worker, which has no index, would refuse a run that this one replaces
+            files[MARK] = mark_of(store.url)
+        return files
 
     def _hear(self, seat: _Seat, event: dict[str, Any]) -> None:
         assert seat.part is not None

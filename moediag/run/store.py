@@ -8,7 +8,8 @@ Invariants:
     - what is on the store decides: a mirror that is empty, or that another machine has overtaken, is brought up to date
       before a command reads it; all of the run is downloaded, what has not changed once only;
     - a shard is uploaded by the process that committed it, data first, sidecar last: data without a sidecar is not
-      there, and is not downloaded. Nothing reaches the store before the first shard does;
+      there, and is not downloaded. Nothing reaches the store before a shard does (before one is given to a node of
+      Ray that does not see the mirror);
     - claims are locks of the mirror's machine. Machines share a run by ``--shard-index`` or Ray; what two of them
       captured otherwise is refused, never mixed;
     - hidden files and ``logs/`` stay on the machine that wrote them;
