@@ -54,7 +54,7 @@ def engine_variables_left_alone() -> Iterator[None]:
     assert {name: os.environ.get(name) for name in INFER_ENVIRONMENT} == _ENGINE_VARIABLES
 
 
-LONGEST_FIRST = ("demo", "pages_browser", "engines_resume", "engines_ray", "engines_families", "engines_serve",
+LONGEST_FIRST = ("demo", "pages_browser", "engines_resume", "engines_ray", "store", "engines_families", "engines_serve",
                  "engines_checkpoints", "engines_server", "selftest", "provenance_engines", "figures_shapes",
                  "figures_sets", "engines_execution", "readme", "engines_gradients", "simulate", "engines_generate",
                  "folder", "hygiene_faults", "run_schema1", "notebooks", "hygiene_logged", "hygiene_clean",

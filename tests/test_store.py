@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -349,3 +350,13 @@ def test_a_node_that_does_not_see_the_run_uploads_its_shard_itself(
     ours.pull()
     assert run.has_capture("infer", shard)
     assert before.items() == on_store(url).items()
+
+
+def test_a_missing_fsspec_is_one_line(
+    machines: Machines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    assert main(["analyze", "s3://bucket/run"]) == 1
+    err = capsys.readouterr().err
+    assert "pip install 'moediag[store]'" in err
+    assert err.count("\n") == 1

@@ -200,6 +200,7 @@ class Store:
             return 0, 0
         index, is_whole = self._index(), names is None
         names = self.here() if names is None else names
+        names = sorted(names, key=_rank)
         new = [name for name in names if name not in index or not self._is_as(name, index[name])]
         if MANIFEST in new and MANIFEST in index:  # started anew: no reader may see the old run with new shards
             self._remove([MANIFEST])
@@ -212,7 +213,7 @@ class Store:
         held = {name for name in new if name not in index and self._holds(name)}
         held |= {name for name in new if _SHARD.fullmatch(name) and _sidecar_of(name) in held}
         self._note_all(sorted(held))
-        new = sorted({*new} - held, key=_rank)
+        new = [name for name in new if name not in held]
         # no sidecar and no summary describes other data than the data beside it
         self._remove([name for name in new if name in index and (_is_sidecar(name) or name == _SUMMARY)])
         n_bytes = 0
