@@ -248,6 +248,9 @@ def test_every_command_that_reads_a_run_takes_its_url(
     before = on_store(url)
     assert {"report.md", "report.html"} < before.keys()
     assert any(name.startswith("simulate/") for name in before)
+    pages = [data.decode() for name, data in before.items() if name.endswith((".md", ".html"))]
+    assert f"moediag analyze {url}" in before["report.md"].decode()
+    assert not [page for page in pages if "/machine-" in page], "a page names a mirror, which no reader has"
     for words in (
         ["validate", url],
         ["compare", url, str(local), "-o", str(tmp_path / "compare"), "--label", "a", "--label", "b"],
@@ -257,6 +260,7 @@ def test_every_command_that_reads_a_run_takes_its_url(
         ["gate", url, "--require", "n_tokens>0"],
     ):
         assert main(words) == 0, (words, capsys.readouterr().err)
+    assert "/machine-" not in (tmp_path / "compare" / "report.md").read_text()
     assert "/machine-" not in capsys.readouterr().out, "a mirror is named, which no user knows"
     assert on_store(url) == before, "a command that only reads has written to the store"
 

@@ -88,6 +88,14 @@ def store_of(folder: Path) -> Store | None:
     return Store(url, folder) if folder.name == url.rpartition("/")[2] else None
 
 
+def known_as(path: Path) -> str:
+    """A path as the user knows it: of what is mirrored, its URL."""
+    for folder in (path, *path.parents):
+        if (store := store_of(folder)) is not None:
+            return "/".join([store.url, *path.relative_to(folder).parts])
+    return str(path)
+
+
 def add_shard(run: Path, folder: str, stem: str) -> None:
     """Upload what is committed of a shard, where the run lies on a store; its tokens and records go before it.
 
