@@ -54,7 +54,7 @@ def engine_variables_left_alone() -> Iterator[None]:
     assert {name: os.environ.get(name) for name in INFER_ENVIRONMENT} == _ENGINE_VARIABLES
 
 
-LONGEST_FIRST = ("demo", "pages_browser", "engines_resume", "engines_ray", "engines_families", "engines_serve",
+LONGEST_FIRST = ("demo", "pages_browser", "engines_resume", "engines_ray", "store", "engines_families", "engines_serve",
                  "engines_checkpoints", "engines_server", "selftest", "provenance_engines", "figures_shapes",
                  "figures_sets", "engines_execution", "readme", "engines_gradients", "simulate", "engines_generate",
                  "folder", "hygiene_faults", "run_schema1", "notebooks", "hygiene_logged", "hygiene_clean",
@@ -173,6 +173,30 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "out" / "stdout.txt").write_text(done.stdout)
 
     return made_once(tmp_path_factory, "demo", make) / "out"
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URL of a bucket of an S3 server in this process; commands and nodes that are started find it, too."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        S3FileSystem.clear_instance_cache()  # which know another server
+        S3FileSystem().mkdir("bucket")
+        yield "s3://bucket"
+        S3FileSystem.clear_instance_cache()
+        server.stop()
 
 
 @pytest.fixture(scope="session")

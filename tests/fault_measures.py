@@ -27,7 +27,6 @@ from over_cluster import show
 from scipy.stats import binomtest
 
 from moediag.cli import jobs
-from moediag.cli.demo import cache_folder
 from moediag.demo.corpus import demo_prompts
 from moediag.demo.pair import build_pair
 from moediag.engines.arms import ROUTER_RULES, ArmRequest, arm_request
@@ -41,7 +40,7 @@ from moediag.folder import SUMMARY
 from moediag.hygiene.rules import NOTE
 from moediag.numbers import sig
 from moediag.results import analyze_run
-from moediag.run.files import read_sealed, write_atomic
+from moediag.run.files import cache_folder, read_sealed, write_atomic
 from moediag.run.pieces import Pool, each
 from moediag.run.reader import Run, open_run
 from moediag.run.recipes import ENGINE_WORDS, RECIPES, TRANSFORMERS, VLLM
@@ -168,7 +167,7 @@ class Maker:
             path = self.folder / "checkpoints" / f"{model}-{dtype}"
             if not (path / "config.json").exists():
                 if model in TRAINED:
-                    shutil.copytree(build_pair(cache_folder())[TRAINED.index(model)], path)
+                    shutil.copytree(build_pair(cache_folder("demo"))[TRAINED.index(model)], path)
                 else:
                     make_checkpoint(model, path, getattr(torch, dtype))
             self._checkpoints[model, dtype] = open_checkpoint(str(path))

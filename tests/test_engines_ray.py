@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from conftest import MOEDIAG, REPOSITORY, run_here, run_moediag, write_jsonl
 from test_analysis_parts import analysis_of
 from test_engines_resume import captured, wait_until_engines_are_gone
 from test_results import make_run
+from test_store import on_store
 
 import moediag
 from moediag.cli.main import main
@@ -35,7 +36,7 @@ from moediag.hygiene import check_run
 from moediag.results import analyze_run
 from moediag.run import pieces
 from moediag.run.capture import Shard
-from moediag.run.files import read_sealed
+from moediag.run.files import read_sealed, write_atomic
 from moediag.run.pieces import Work, in_pieces
 from moediag.run.reader import Run, open_run
 
@@ -68,6 +69,12 @@ class Nodes:
         found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
         rows = [line.split(maxsplit=2) for line in found.splitlines()]
         return [int(pid) for pid, parent, args in rows if parent in raylets and args.startswith(f"ray::{name}")]
+
+    def wait_for(self, n_nodes: int) -> None:
+        deadline = time.monotonic() + 120
+        while len(self._cluster.global_state._live_node_ids()) < n_nodes:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
     def shut_down(self) -> None:
         self._cluster.shutdown()
@@ -161,6 +168,15 @@ def assert_every_second_has_a_stage(run: Path, err: str, *workers: str) -> None:
         assert sum(one.get("computing", 0) for one in found) > 0
 
 
+def wait_for(is_so: Callable[[], object], driver: subprocess.Popen[str]) -> None:
+    """Wait while the driver lives."""
+    deadline = time.monotonic() + 300
+    while not is_so():
+        assert driver.poll() is None, driver.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.engines
 def test_one_process_says_where_its_time_goes(random_moe: Path, prompts: Path, tmp_path: Path) -> None:
     """All that the command waited for its engine is in a stage, and nothing is counted twice."""
@@ -212,13 +228,6 @@ def test_a_worker_a_node_and_the_driver_may_be_killed(
 
     def n_done() -> int:
         return len(list(run.glob("arms/train/shard-?????.json")))
-
-    def wait_for(is_so: Callable[[], object], driver: subprocess.Popen[str]) -> None:
-        deadline = time.monotonic() + 300
-        while not is_so():
-            assert driver.poll() is None, driver.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
     with subprocess.Popen([str(MOEDIAG), *command], stderr=subprocess.PIPE, text=True) as driver:
         wait_for(lambda: n_done() >= 1 and len(nodes.workers()) == 2, driver)
@@ -397,6 +406,54 @@ def test_a_node_that_would_do_something_else_is_refused_in_one_line(head: Nodes,
         assert complaint in done.stderr.splitlines()[-1], done.stderr
         assert not (run / "analysis").exists()
         assert not list(run.glob(".*"))
+
+
+@pytest.mark.engines
+@needs_mounts
+def test_a_run_on_an_object_store_is_the_same_whoever_fills_it(
+    bucket: str, random_moe: Path, prompts: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """One node sees the driver's mirror, the other uploads by itself; a worker, a node and the driver are killed.
+
+    The driver is started again with an empty mirror, as on another machine: it finds on the store what was captured.
+    """
+    url, hidden, nodes = f"{bucket}/ray/run", tmp_path / "hidden", Nodes(head_cpus=0)
+    hidden.mkdir()
+    words = ("capture", "train", random_moe, "--prompts", prompts, "-o", url, *OPTIONS, "--ray", "--num-workers", 2)
+
+    def n_done() -> int:
+        return sum(name.startswith("arms/train/shard-") and name.count(".") == 1 for name in on_store(url)) // 2
+
+    with ExitStack() as stack:
+        stack.callback(nodes.shut_down)
+        stack.enter_context(far_node(nodes, f"mount -t tmpfs tmpfs {hidden}"))
+        nodes.add()
+        nodes.wait_for(3)
+        command = [*map(str, words), "--ray-address", nodes.address]
+        first = {**os.environ, "MOEDIAG_CACHE": str(hidden / "first")}
+        with subprocess.Popen([str(MOEDIAG), *command], env=first, stderr=subprocess.PIPE, text=True) as driver:
+            wait_for(lambda: n_done() >= 2 and len(nodes.workers()) == 1, driver)
+            before, killed = n_done(), nodes.workers()[0]
+            os.kill(killed, signal.SIGKILL)
+            wait_for(lambda: n_done() > before + 1 and nodes.workers() not in ([], [killed]), driver)
+            before = n_done()
+            nodes.kill_last()
+            wait_for(lambda: n_done() > before + 1, driver)
+            driver.kill()
+            _, err = driver.communicate()
+        assert "was lost" in err
+        assert n_done() < N_PROMPTS, "everything was captured before the driver was killed"
+        there = on_store(url)
+        nodes.add()
+        again = run_moediag(*command, MOEDIAG_CACHE=str(hidden / "second"))
+        assert again.returncode == 0, again.stderr
+    after = on_store(url)
+    kept = {name for name in there if "/shard-" in name and f"{name.rpartition('.')[0]}.json" in there}
+    assert {name: after[name] for name in kept} == {name: there[name] for name in kept}, "a shard was captured again"
+    found = tmp_path / "found"
+    for name, data in after.items():
+        write_atomic(found / name, data)
+    assert_same(found, undisturbed)
 
 
 def test_a_missing_ray_is_one_line(

@@ -20,6 +20,7 @@ NOT_RUN = {
     "needs a second checkpoint": "tests/test_engines_checkpoints.py makes one",
     "needs a running server": "tests/test_engines_server.py starts one",
     "needs a Ray cluster": "tests/test_engines_ray.py runs it on clusters of its own",
+    "needs an object store": "tests/test_store.py serves one",
     "needs runs from before and after an upgrade": "tests/test_gate.py makes two",
 }
 

@@ -18,7 +18,6 @@ from conftest import KeptEngines, run_here, write_jsonl
 from recorded_rollouts import TESTS, in_bfloat16, in_decimals, in_float16, record, rewritten, shifted
 from safetensors.torch import load_file, save_file
 
-from moediag.cli.demo import cache_folder
 from moediag.demo.corpus import demo_prompts
 from moediag.demo.pair import build_pair
 from moediag.diagnosis.recorded import (
@@ -37,6 +36,7 @@ from moediag.diagnosis.recorded import (
     recorded_tokens,
 )
 from moediag.errors import RunError
+from moediag.run.files import cache_folder
 from moediag.run.reader import open_run
 from moediag.selftest.families import make_checkpoint
 
@@ -93,7 +93,7 @@ def _record_all(folder: Path, model: str, engines: KeptEngines) -> None:
     folder.mkdir()
     ckpt = folder / "checkpoint"
     if model == "trained":
-        shutil.copytree(build_pair(cache_folder())[0], ckpt)
+        shutil.copytree(build_pair(cache_folder("demo"))[0], ckpt)
     else:
         make_checkpoint(model, ckpt)
     texts = demo_prompts(24) if model == "trained" else [text[:24] for text in demo_prompts(24)]

@@ -16,7 +16,9 @@ def command(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN RUN ...", help="Analysed run directories.", callback=o.there)
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the comparison.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the comparison.", callback=o.local)
+    ],
     label: Annotated[
         list[str] | None,
         typer.Option(

@@ -32,6 +32,10 @@ _GLUE: Final = "\N{NO-BREAK SPACE}"
 _TOGETHER: Final = re.compile(r"\[[^\[\]]{1,24}\]|(?<=\d) (?=%|nat\b|MB\b|s\b)")
 
 
+URLS: Final[dict[str, str]] = {}
+"""What a folder is called: of runs on an object store, their URL in place of the mirror's; logs are here only."""
+
+
 def width(stream: TextIO | None = None) -> int | None:
     """Characters of a line of the terminal; None = not a terminal."""
     stream = stream or sys.stdout
@@ -67,6 +71,8 @@ def wrapped(text: str, longest: int, hanging: int = 4) -> str:
 
 def _write(text: str, stream: TextIO) -> None:
     """Write whole lines; where the reader of a pipe (head, less) has gone, the command ends as if it had read all."""
+    for folder, url in URLS.items():
+        text = re.sub(rf"{re.escape(folder)}(?!/logs/)", url, text)
     with _STATUS.hidden():
         try:
             print(text, file=stream, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ import typer
 
 from moediag.cli import options as o
 from moediag.demo.train import DENSE, MOE
+from moediag.run.files import cache_folder
 
 if TYPE_CHECKING:
     from moediag.cli.jobs import Arms
@@ -27,9 +27,9 @@ _SIZE = "about 200 MB for 64 prompts, most of it whole distributions and router 
 
 
 def command(
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for everything.")] = Path(
-        "moediag-demo"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for everything.", callback=o.local)
+    ] = Path("moediag-demo"),
     limit: Annotated[
         int, typer.Option(metavar="N", min=1, max=N_PROMPTS, help="Prompts sampled; fewer for a quick look.")
     ] = N_PROMPTS,
@@ -52,7 +52,7 @@ def command(
     jobs.require(INFER, TRAIN)
     if dry_run:
         recipes = jobs.profile_recipes(replay=True, floors=True) + list(jobs.FLOAT32)
-        note(f"Trains   two tiny models of {steps} steps, or takes those kept in {cache_folder()}")
+        note(f"Trains   two tiny models of {steps} steps, or takes those kept in {cache_folder('demo')}")
         note(f"Samples  {limit} prompts, up to {MAX_TOKENS} tokens each, for both")
         note(f"Arms     {', '.join(recipes)}; the dense model all but train-replay")
         note(f"Writes   checkpoints, two runs, a simulation, a comparison under {output}; {_SIZE}")
@@ -100,12 +100,6 @@ def _simulate(path: Path, force: bool) -> None:
         wrote(page)
 
 
-def cache_folder() -> Path:
-    """Where trained demo pairs are kept: ``MOEDIAG_CACHE``, else the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MOEDIAG_CACHE") or Path(base) / "moediag") / "demo"
-
-
 def _checkpoints(output: Path, n_steps: int) -> dict[str, Path]:
     from moediag.cli.console import bar
     from moediag.demo.pair import build_pair
@@ -118,7 +112,7 @@ def _checkpoints(output: Path, n_steps: int) -> dict[str, Path]:
             progress.show(sum(steps.values()) / 2, n_steps, f"steps, {name} at {loss:.2f} nat per byte")
 
         moe, dense = (replace(recipe, n_steps=n_steps) for recipe in (MOE, DENSE))
-        trained = build_pair(cache_folder(), on_step, moe=moe, dense=dense)
+        trained = build_pair(cache_folder("demo"), on_step, moe=moe, dense=dense)
     folders = {}
     for name, folder in zip(("moe", "dense"), trained, strict=True):
         folders[name] = output / "checkpoints" / name

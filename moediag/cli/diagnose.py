@@ -84,10 +84,7 @@ def command(
         typer.Argument(metavar="RUN|CKPT", help="A run, diagnosed with the arms that it has; or a checkpoint."),
     ],
     settings: Settings,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="RUN", help="With a checkpoint: the run to make, or to add arms to."),
-    ] = None,
+    output: o.OptionalOutput = None,
     prompts: o.OptionalPrompts = None,
     turn: Turn = None,
     replay_by_layer: ByLayer = False,
@@ -106,7 +103,7 @@ def command(
     made, in the order in which they tell most; it ends where the cause is plain.
     """
     if output is None:
-        o.there(target)
+        target = str(o.there(target))
     else:
         o.checkpoint_there(target)
     from moediag.cli.console import bar, say, say_json, wrote

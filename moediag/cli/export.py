@@ -32,7 +32,10 @@ Target = Annotated[
     ),
 ]
 Output = Annotated[
-    Path, typer.Option("-o", "--output", metavar="PATH", help="File to write, or folder for tensorboard and wandb.")
+    Path,
+    typer.Option(
+        "-o", "--output", metavar="PATH", help="File to write, or folder for tensorboard and wandb.", callback=o.local
+    ),
 ]
 FormatOption = Annotated[
     ExportFormat,

@@ -19,7 +19,8 @@ Words = Annotated[
     typer.Argument(metavar="FORMAT PATH...", help="A format (--list-formats), then files, folders or patterns."),
 ]
 OutputFolder = Annotated[
-    Path | None, typer.Option("-o", "--output", metavar="RUN|SERIES", help="Folder to make: a run, or a series.")
+    Path | None,
+    typer.Option("-o", "--output", metavar="RUN|SERIES", help="Folder to make: a run, or a series.", callback=o.local),
 ]
 Detect = Annotated[bool, typer.Option("--detect", help="Only say what the files at PATH... are.")]
 ListFormats = Annotated[bool, typer.Option("--list-formats", help="Print the formats and exit.")]

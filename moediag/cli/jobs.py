@@ -32,6 +32,7 @@ from moediag.run.create import bring_back, drop_replaced, replaced
 from moediag.run.reader import Run, open_run
 from moediag.run.recipes import ENGINE_WORDS, TRANSFORMERS, VLLM, recipe
 from moediag.run.records import CheckpointRecord, Tokenizer
+from moediag.run.store import store_of
 from moediag.run.writer import RunWriter
 
 if TYPE_CHECKING:
@@ -388,6 +389,8 @@ def capture(*captures: Arms, is_shared: bool = False, cluster: ClusterOptions | 
         for one in captures:
             stack.enter_context(_replacing(one.writer.run))
             stack.enter_context(one.writer.in_use())
+            if (store := store_of(one.writer.run.path)) is not None:
+                store.refuse_unwritable()
         engines = stack.enter_context(Engines() if cluster is None else _on_ray(cluster))
         captures = tuple(one.observed(engines) for one in captures)
         for one in captures:

@@ -36,7 +36,8 @@ from moediag.cli import (
     trend,
     validate,
 )
-from moediag.cli.console import attending, note
+from moediag.cli import options as o
+from moediag.cli.console import URLS, attending, note
 from moediag.cli.signals import Interrupted, interruptible
 from moediag.errors import MoediagError
 
@@ -154,6 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     try:
         result = app(args=words, standalone_mode=False, obj=words)  # pages name the command that makes them again
+        o.upload()
         return int(result or 0)
     except MoediagError as error:
         note(f"moediag: {error}")
@@ -168,6 +170,9 @@ def _run(words: list[str]) -> int:
         return 1
     except Exception as error:
         return _usage_error(error)
+    finally:
+        o.STORES.clear()
+        URLS.clear()
 
 
 def _usage_error(error: Exception) -> int:

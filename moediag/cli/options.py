@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moediag.hygiene import Finding
     from moediag.run.capture import Slice
     from moediag.run.pieces import Pool
+    from moediag.run.store import Store
 
 _ALL_SEQUENCES = 2**31
 
@@ -71,15 +72,80 @@ class ModelDtype(StrEnum):
 
 
 def there(given: Any) -> Any:
-    """Paths that exist, or patterns; refused while nothing has been imported yet.
+    """Paths that exist, or patterns; refused while nothing has been imported yet. A URL becomes its local mirror.
 
     Raises:
-        RunError: a path is missing.
+        RunError: a path is missing, or a URL cannot be read.
     """
-    for path in given if isinstance(given, list | tuple) else [given]:
-        if path is not None and not Path(path).exists() and not has_magic(str(path)):
-            raise RunError(f"{path} does not exist; give a path that does (moediag profile or import makes runs)")
+    if isinstance(given, list | tuple):
+        return [there(path) for path in given]
+    path = given if given is None else mirrored(given)
+    if path is not None and not Path(path).exists() and not has_magic(str(path)):
+        raise RunError(f"{path} does not exist; give a path that does (moediag profile or import makes runs)")
+    return path
+
+
+STORES: Final[list[Store]] = []
+"""Object stores that the command was given URLs of."""
+
+
+def mirrored(given: Path, is_read: bool = True) -> Path:
+    """The local mirror of a run on an object store, brought up to date; a path is returned as it is.
+
+    Args:
+        is_read: a run has to be there; else the command makes one, or goes on with it.
+
+    Raises:
+        RunError: the store cannot be read.
+    """
+    if ":/" not in str(given):
+        return given
+    from moediag.cli.console import URLS, doing, note
+    from moediag.run import store
+
+    url = store.url_of(given)
+    if url is None:
+        return given
+    found = store.mirror_of(url)
+    with doing(f"reading {url}"):
+        found.pull(is_read)
+    note(f"Store    {url}, kept in {found.folder} too")
+    URLS[str(found.folder)] = url
+    STORES.append(found)
+    return found.folder
+
+
+def _run_to_fill(given: Path | None) -> Path | None:
+    return None if given is None else mirrored(given, is_read=False)
+
+
+def local(given: Path | None) -> Path | None:
+    """A path of this machine.
+
+    Raises:
+        RunError: it is a URL.
+    """
+    if given is not None and ":/" in str(given):
+        from moediag.run import store
+
+        if (url := store.url_of(given)) is not None:
+            raise RunError(f"-o {url}: only profile, capture and diagnose write to an object store; give a local path")
     return given
+
+
+def upload() -> None:
+    """Put on the object stores what the command wrote.
+
+    Raises:
+        RunError: a store cannot be written.
+    """
+    from moediag.cli.console import doing, note
+
+    for found in STORES:
+        with doing(f"uploading to {found.url}"):
+            n_files, n_bytes = found.push()
+        if n_files:
+            note(f"Store    {n_files} files ({n_bytes / 1e6:,.1f} MB) uploaded to {found.url}")
 
 
 def checkpoint_there(name: str | None) -> str | None:
@@ -103,8 +169,27 @@ def _prompts_there(path: Path | None) -> Path | None:
 Ckpt = Annotated[
     str, typer.Argument(metavar="CKPT", help="Checkpoint folder, or a hub id (owner/name).", callback=checkpoint_there)
 ]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", callback=there)]
-Output = Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Run directory to make or resume.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, or its URL on a store.", callback=there)]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="RUN",
+        help="Run directory to make or resume; or its URL on an object store (s3://..., moediag[store]).",
+        callback=_run_to_fill,
+    ),
+]
+OptionalOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="RUN",
+        help="With a checkpoint: the run to make, or to add arms to.",
+        callback=_run_to_fill,
+    ),
+]
 Prompts = Annotated[
     Path,
     typer.Option(

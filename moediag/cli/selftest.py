@@ -45,7 +45,12 @@ Dtype = Annotated[
 Parallel = Annotated[int, typer.Option("--tensor-parallel-size", min=1, help="vLLM's.")]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Folder that keeps finished arms, to go on with; default: none is kept."),
+    typer.Option(
+        "--output",
+        "-o",
+        callback=o.local,
+        help="Folder that keeps finished arms, to go on with; default: none is kept.",
+    ),
 ]
 
 

@@ -107,6 +107,7 @@ Folder = Annotated[
         "-o",
         "--output",
         metavar="DIR",
+        callback=o.local,
         help="Frames, figures and report; default: RUN/simulate/PAIR, or PAIR-xxxxxxxx where options ask for something "
         "else than --all.",
     ),

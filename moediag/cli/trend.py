@@ -20,12 +20,17 @@ def _named(target: Path) -> tuple[str, Path]:
         (('TIS', PosixPath('runs/tis')), ('', PosixPath('runs/tis')))
     """
     name, is_named, path = str(target).partition("=")
-    return (name, Path(path)) if is_named and name and path and not target.exists() else ("", target)
+    is_path = target.exists() or ":/" in name  # a URL, too, may hold the sign
+    return (name, Path(path)) if is_named and name and path and not is_path else ("", target)
 
 
 def _there(targets: list[Path]) -> list[Path]:
-    o.there([_named(target)[1] for target in targets])
-    return targets
+    there = []
+    for target in targets:
+        name, path = _named(target)
+        path = o.there(path)
+        there.append(Path(f"{name}={path}") if name else path)
+    return there
 
 
 Targets = Annotated[
@@ -60,7 +65,8 @@ Restarts = Annotated[
     ),
 ]
 OutputFolder = Annotated[
-    Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder for the table, page and figures.")
+    Path | None,
+    typer.Option("-o", "--output", metavar="DIR", help="Folder for the table, page and figures.", callback=o.local),
 ]
 Replace = Annotated[bool, typer.Option("--force", help="Replace the trend of another request.")]
 

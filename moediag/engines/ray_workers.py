@@ -37,6 +37,7 @@ from moediag.run.capture import Shard, Slice
 from moediag.run.files import sha256_file, write_atomic
 from moediag.run.reader import BIAS, Run, open_run
 from moediag.run.records import MANIFEST, PROMPTS
+from moediag.run.store import MARK, mark_of, store_of
 from moediag.run.writer import CLAIMS, RunWriter
 
 _HELD_SECONDS = 30.0  # a lost worker's claim goes with its process, within seconds: then it is a living one's
@@ -98,7 +99,7 @@ class Worker:
             if is_last and files is not None:
                 event["message"] = event.get("message", "").replace(here.run, job.run)
                 event["files"] = _taken(here, job, stem)
-                shutil.rmtree(here.run, ignore_errors=True)
+                shutil.rmtree(Path(here.run).parent, ignore_errors=True)
             yield event
             if is_last:
                 return
@@ -113,9 +114,10 @@ class Worker:
 
 def _placed(job: Job, files: Files) -> Job:
     """The job on a copy of its run, as far as it needs one."""
-    run = tempfile.mkdtemp(prefix="moediag-ray-")
+    folder = Path(tempfile.mkdtemp(prefix="moediag-ray-"))
+    run = str(folder / Path(job.run).name)
     for name, data in files.items():
-        write_atomic(Path(run) / name, data)
+        write_atomic(folder / name if name == MARK else Path(run) / name, data)
     options = dict(job.options)
     if "proof" in options:
         options["proof"] = options["proof"].replace(job.run, run)
@@ -123,9 +125,11 @@ def _placed(job: Job, files: Files) -> Job:
 
 
 def _taken(here: Job, job: Job, stem: str) -> Files:
-    """What the job wrote: the arm's records, the shard's files, the end of the log."""
+    """What the job wrote: the arm's records, the shard's files (empty where the store has them), the log's end."""
     run, arm = Path(here.run), job.options["request"]["arm"]
     found = read_files(run, f"arms/{arm}/arm.json", f"arms/{arm}/{BIAS}", f"arms/{arm}/{stem}.*", f"tokens/{stem}.*")
+    if store_of(run) is not None:
+        found = {name: data if name.endswith(".json") else b"" for name, data in found.items()}
     with contextlib.suppress(OSError):
         found[str(Path(here.log).relative_to(run))] = Path(here.log).read_bytes()[-_LOG_BYTES:]
     return found
@@ -354,7 +358,11 @@ class _Capture:
             patterns += [f"arms/{self.routes}/{one.stem}.*" for one in shards]
         if "proof" in self.job.options:
             patterns.append(str(Path(self.job.options["proof"]).relative_to(self.run.path)))
-        return read_files(self.run.path, *patterns)
+        files = read_files(self.run.path, *patterns)
+        if (store := store_of(self.run.path)) is not None:
+            store.push([MANIFEST])  # the worker, which has no index, would refuse a run that this one replaces
+            files[MARK] = mark_of(store.url)
+        return files
 
     def _hear(self, seat: _Seat, event: dict[str, Any]) -> None:
         assert seat.part is not None
@@ -385,6 +393,8 @@ class _Capture:
         part, seat.part, seat.pending, seat.n_done = seat.part, None, None, 0.0
         assert part is not None
         files = event.get("files", {})
+        if (store := store_of(self.run.path)) is not None:
+            files |= store.read(name for name, data in files.items() if not data)
         with seat.claim, tempfile.TemporaryDirectory() as folder:
             for name, data in files.items():
                 if name.startswith("logs/"):

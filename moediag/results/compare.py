@@ -20,6 +20,7 @@ from moediag.results.report import longest_prompt, pdf_option, window_option, wr
 from moediag.run import environment
 from moediag.run.files import digest_of, read_sealed, write_sealed
 from moediag.run.reader import open_run
+from moediag.run.store import known_as
 
 COMPARISON = "moediag comparison"
 _RATIO_METRICS = ("abs_logp_diff.mean", "abs_logp_diff.p99", "abs_logp_diff.max", "kl_infer_train_k3")
@@ -108,7 +109,7 @@ def compare_runs(
         )
         page = comparison_page(
             summary, frames, figures, regenerate=(command,), environments=environments,
-            folders={label: str(run.path) for label, run in runs.items()},
+            folders={label: known_as(run.path) for label, run in runs.items()},
         )  # fmt: skip
         write_pages(folder, page)
     return {**read_sealed(output / SUMMARY), "runs": summaries}  # in the order given: JSON sorts by label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,6 +17,7 @@ from moediag.run.derived import ANALYSIS, captures_digest, settle_derived
 from moediag.run.files import read_sealed
 from moediag.run.reader import Run
 from moediag.run.records import check_schema_version
+from moediag.run.store import known_as
 
 
 def load_summary(run: Run) -> dict[str, Any]:
@@ -74,7 +76,9 @@ def analyze_again(run: Run) -> str:
 
 def shell_command(*words: object) -> str:
     """A moediag command as a shell takes it, paths as the user gave them."""
-    return " ".join(["moediag", *(shlex.quote(str(word)) for word in words)])
+    return " ".join(
+        ["moediag", *(shlex.quote(known_as(word) if isinstance(word, Path) else str(word)) for word in words)]
+    )
 
 
 def _frame_digests(summary: dict[str, Any]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from moediag.results.load import analyze_again, load_summary, main_frames, shell
 from moediag.run.derived import FIGURES
 from moediag.run.files import write_atomic
 from moediag.run.reader import Run
+from moediag.run.store import known_as
 
 
 def report_run(
@@ -67,7 +68,9 @@ def report_run(
             floors=summary_floors(summary["floors"]),
             kinds=formats(pdf),
         )
-        page = run_page(summary, frames, figures, regenerate=commands, texts=texts, run=str(run.path), tokens=tokens)
+        page = run_page(
+            summary, frames, figures, regenerate=commands, texts=texts, run=known_as(run.path), tokens=tokens
+        )
         write_pages(made, page)
     return run.path / PAGES[0]
 

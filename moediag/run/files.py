@@ -85,6 +85,12 @@ def make_folder(path: Path) -> None:
         raise write_error(error, path) from error
 
 
+def cache_folder(name: str) -> Path:
+    """Where what can be made or fetched again is kept: ``MOEDIAG_CACHE``, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MOEDIAG_CACHE") or Path(base) / "moediag") / name
+
+
 def rows_prefix(stem: str) -> str:
     """Start of the name of a folder for an engine's raw rows of a shard, beside the shard's files."""
     return f".rows-{stem}-"

@@ -19,7 +19,7 @@ from typing import Any
 
 from moediag.errors import CorruptRunError, RunConflictError, SchemaVersionError
 from moediag.notation import SCHEMA_VERSION
-from moediag.run import claims
+from moediag.run import claims, store
 from moediag.run.capture import WHOLE, Capture, Shard, Slice, TokenRows, encode_capture, encode_tokens
 from moediag.run.files import (
     digest_of,
@@ -346,6 +346,7 @@ class RunWriter:
         sidecar.unlink(missing_ok=True)  # a sidecar never describes data other than the data beside it
         write_atomic(sidecar.with_suffix(suffix), data)
         write_record(sidecar, Sidecar(**facts, data_sha256=sha256_bytes(data), n_bytes=len(data)))
+        store.add_shard(self.run.path, folder, shard.stem)
 
 
 def differing(there: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
