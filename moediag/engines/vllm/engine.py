@@ -566,10 +566,11 @@ def rows_of_all_stages(stages: list[tuple[dict[str, Any], dict[str, Any]]]) -> t
     import torch
 
     first, first_rows = stages[0]
-    facts, rows = dict(stages[-1][0]), dict(stages[-1][1])
+    inputs = {name: first_rows[name] for name in ("request_T", "position_T", "token_id_T")}
+    facts, rows = dict(stages[-1][0]), {**stages[-1][1], **inputs}
     for stage, (seen, seen_rows) in enumerate(stages):
         is_same = seen["requests"] == first["requests"] and all(
-            torch.equal(seen_rows[name], first_rows[name]) for name in ("request_T", "position_T", "token_id_T")
+            torch.equal(seen_rows.get(name, given), given) for name, given in inputs.items()
         )
         if not is_same:
             raise CaptureError(f"pipeline stage {stage} saw other rows than stage 0; nothing was stored")

@@ -139,14 +139,15 @@ class StepRecorder:
         self.first_kept = dict(first_kept)
 
     def on_forward(
-        self, names: Sequence[str], counts: Sequence[int], positions: torch.Tensor, input_ids: torch.Tensor
+        self, names: Sequence[str], counts: Sequence[int], positions: torch.Tensor, input_ids: torch.Tensor | None
     ) -> None:
         """Before the model runs: note whose rows come, in the runner's own order.
 
         Args:
             names: the requests of the step, as vLLM's worker calls them.
             counts: rows of each.
-            positions, input_ids: what the model receives, (rows or more).
+            positions, input_ids: what the model receives, (rows or more); the V2 runner gives later pipeline stages no
+                ids.
         """
         if positions.dim() != 1:
             raise ValueError(f"positions of {positions.dim()} dimensions (multimodal rope) are not supported")
@@ -162,7 +163,8 @@ class StepRecorder:
         ends = torch.tensor(counts).cumsum(0).tolist()
         self.sampled_rows = [self.n_rows + end - 1 for end in ends]
         self.inputs.store("position_T", 0, positions, n_rows)
-        self.inputs.store("token_id_T", 0, input_ids, n_rows)
+        if input_ids is not None:
+            self.inputs.store("token_id_T", 0, input_ids, n_rows)
         # the runner's own buffer is overwritten by the next step; waiting for it is little beside whole distributions
         self.step_position_T = positions[:n_rows].to("cpu", torch.int64, copy=True) if self.first_kept else None
         self.step_first_row = self.n_rows
