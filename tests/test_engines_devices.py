@@ -1,24 +1,74 @@
-"""transformers models whose layers a device map spreads, and commands that a launcher starts on several ranks."""
+"""Models that are spread: vLLM's pipeline stages, layers that a device map puts away, ranks of a launcher."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moediag.engines.assemble import FULL
 from moediag.engines.checkpoint import open_checkpoint
 from moediag.engines.hf.engine import load_model, score_sequence
 from moediag.engines.hf.routing import prove_model
 from moediag.engines.hf.taps import RoutingTaps, find_blocks
+from moediag.engines.routers import ModelRouting
+from moediag.engines.vllm.rows import StepRecorder, rows_of_all_stages
+from moediag.errors import CaptureError
 from moediag.selftest.families import make_checkpoint
 
 pytestmark = pytest.mark.engines
+
+LAYERS = (1, 2, 5)
+SPEC = ModelRouting("x", 8, 2, "softmax", False, 1, 1, "scores", True, 1.0, 0, LAYERS)
+
+
+def seen_by(layers: tuple[int, ...], path: Path, *, samples: bool, has_ids: bool = True, last_position: int = 4) -> Any:
+    """Facts and rows of a stage with these decoder layers: two steps of two requests, of one row each in the second."""
+    recorder = StepRecorder(replace(SPEC, decoder_layers=layers) if layers else None, FULL)
+    generator = torch.Generator().manual_seed(0)
+    for counts, position_T in (((3, 2), [0, 1, 2, 0, 1]), ((1, 1), [3, last_position])):
+        logits_LTE = torch.randn(len(LAYERS), sum(counts), 8, generator=generator)
+        logits_TV = torch.randn(len(counts), 11, generator=generator)
+        ids = torch.tensor(position_T) + 100 if has_ids else None
+        recorder.on_forward(("a", "b"), counts, torch.tensor(position_T), ids)
+        for layer, decoder_layer in enumerate(layers):
+            logits_TE = logits_LTE[LAYERS.index(decoder_layer)]
+            weights_TK, ids_TK = logits_TE.softmax(-1).topk(2)
+            recorder.on_route(layer, logits_TE, weights_TK / weights_TK.sum(-1, keepdim=True), ids_TK)
+        if samples:
+            recorder.on_sample(logits_TV)
+        recorder.end_step()
+    facts = recorder.flush(path)
+    assert not facts["problems"]
+    return facts, load_file(path)
+
+
+@pytest.mark.parametrize("split", [((1,), (2, 5)), ((), LAYERS), ((1, 2), (5,), ())])
+def test_the_rows_of_pipeline_stages_are_those_of_one_stage(split: tuple[tuple[int, ...], ...], tmp_path: Path) -> None:
+    """A stage may have no MoE layer, and on vLLM's V2 runner only the first is given token ids."""
+    stages = [
+        seen_by(layers, tmp_path / str(i), samples=i == len(split) - 1, has_ids=i == 0)
+        for i, layers in enumerate(split)
+    ]
+    facts, rows = rows_of_all_stages(stages)
+    expected_facts, expected = seen_by(LAYERS, tmp_path / "whole", samples=True)
+    assert set(rows) == set(expected)
+    assert all(torch.equal(rows[name], array) for name, array in expected.items())
+    assert all(facts[name] == expected_facts[name] for name in ("requests", "router_dtypes"))
+
+
+def test_a_pipeline_stage_that_saw_other_rows_is_refused(tmp_path: Path) -> None:
+    first = seen_by((1,), tmp_path / "0", samples=False)
+    other = seen_by((2, 5), tmp_path / "1", samples=True, last_position=5)
+    with pytest.raises(CaptureError, match="pipeline stage 1 saw other rows than stage 0; nothing was stored"):
+        rows_of_all_stages([first, other])
 
 
 def spread(model: Any) -> dict[str, str]:

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from moediag.engines.assemble import kept_by, routing_arrays
+from moediag.engines.assemble import ROUTING, kept_by, routing_arrays
 from moediag.engines.routers import ModelRouting
+from moediag.errors import CaptureError
 
 _REQUEST_SUFFIX = re.compile(r"-[0-9a-f]{8}$")  # vLLM's worker knows a request as <external id>-<8 hex>
 _NEVER = 1 << 62  # no sequence has such a position
@@ -292,3 +293,28 @@ def _misfire(fired: list[int], spec: ModelRouting) -> str:
     silent = sorted(set(range(spec.n_layers)) - set(fired))
     twice = sorted({layer for layer in fired if fired.count(layer) > 1})
     return f"in one step MoE layers {silent} never fired and {twice} fired more than once"
+
+
+def rows_of_all_stages(stages: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Facts and rows of a model from those of its pipeline stages: each routes its own layers, the last one samples.
+
+    Raises:
+        CaptureError: a stage saw other rows than the first.
+    """
+    first, first_rows = stages[0]
+    if len(stages) == 1:
+        return first, first_rows
+    inputs = {name: first_rows[name] for name in ("request_T", "position_T", "token_id_T")}
+    facts, rows = dict(stages[-1][0]), {**stages[-1][1], **inputs}
+    for stage, (seen, seen_rows) in enumerate(stages):
+        is_same = seen["requests"] == first["requests"] and all(
+            torch.equal(seen_rows.get(name, given), given) for name, given in inputs.items()
+        )
+        if not is_same:
+            raise CaptureError(f"pipeline stage {stage} saw other rows than stage 0; nothing was stored")
+    for name in ROUTING:
+        parts = [seen_rows[name] for _, seen_rows in stages if name in seen_rows]
+        if parts:
+            rows[name] = torch.cat(parts, dim=1)
+    facts["router_dtypes"] = next((seen["router_dtypes"] for seen, _ in stages if seen["router_dtypes"]), None)
+    return facts, rows
