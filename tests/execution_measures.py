@@ -201,6 +201,6 @@ def broken_claims(name: str, found: ExecutionMeasures, plain: ExecutionMeasures)
             "other arithmetic flips few choices": 0 < found.n_flips < 0.05 * found.n_rows,
             "and only where they were close": found.max_flip_margin < 0.2,
         }
-    if name.startswith("pp2"):
+    if "pipeline_parallel_size" in setting.vllm:
         claims["every array is the one of a single stage"] = found.is_same_capture
     return [f"{name}: not so: {claim}; {found}" for claim, holds in claims.items() if not holds]

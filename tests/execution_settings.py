@@ -62,6 +62,8 @@ SETTINGS = {
     "multiprocess": Setting("engine core in a process of its own", group="mp"),
     "v2-both": Setting("V2 runner (Triton's interpreter), hooks held against vLLM's own record", group="v2",
                        observer="both"),
+    "v2-pp2": Setting("V2 runner, pipeline parallel 2", {"pipeline_parallel_size": 2}, group="v2",
+                      reference="v2-both", in_suite=False),
     "v2-native": Setting("V2 runner, vLLM's own record only", {"enforce_eager": True}, group="v2", observer="native",
                          in_suite=False),
 }  # fmt: skip

@@ -79,7 +79,7 @@ def command(
             if made.engine == SERVER
             else f"--server is of no use to {recipe.value}"
         )
-    jobs.require(recipe.value)
+    jobs.require(recipe.value, is_slice=is_sliced)
     settings.check_server()
     cluster = settings.cluster()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections import defaultdict
@@ -24,7 +25,7 @@ from moediag.engines.launch import ENGINES, Engines, OnEvent, appended, choose_o
 from moediag.engines.plan import Plan, check_loadable, known_sampling, why_no_float32
 from moediag.engines.tokenised import refuse_other_tokenizer
 from moediag.engines.versions import remarks
-from moediag.errors import CheckpointError, DiskFullError, IncompleteRunError, RunConflictError
+from moediag.errors import CheckpointError, DiskFullError, EngineError, IncompleteRunError, RunConflictError
 from moediag.notation import INFER, TRAIN
 from moediag.results import analyze_run, report_run
 from moediag.results.size import records_bytes, results_bytes
@@ -46,12 +47,24 @@ Requesting = Callable[..., ArmRequest]
 """Gives the request of a recipe's arm: recipe, whether completions are given, and what ``arm_request`` takes."""
 
 
-def require(*recipes: str) -> None:
+def require(*recipes: str, is_slice: bool = False) -> None:
     """Refuse before anything else when the engine of a recipe is missing or too old; note what is newer than tried.
+
+    Args:
+        is_slice: the command was given which part of the work is its own.
 
     Raises:
         DependencyError: says which and what to install.
+        EngineError: a launcher (torchrun) started the command on several ranks.
     """
+    n_ranks = os.environ.get("WORLD_SIZE", "")
+    if not is_slice and n_ranks.isdecimal() and int(n_ranks) > 1:
+        raise EngineError(
+            f"a launcher started {n_ranks} ranks of this command (WORLD_SIZE={n_ranks}), and each would make the whole "
+            "run; start it once: it starts the engines' processes itself (--tensor-parallel-size, --device-map), and "
+            "several workers with --ray, or capture with --shard-index and --num-shards; where no launcher is meant, "
+            "unset WORLD_SIZE"
+        )
     engines = [ENGINES[name] for name in dict.fromkeys(recipe(name).engine for name in recipes)]
     with doing("looking at the installed engines"):
         for engine in engines:

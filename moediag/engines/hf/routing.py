@@ -128,8 +128,12 @@ def _stored_names(model: Any, files: tuple[Path, ...], places: dict[str, Any]) -
 
 def show_routers(model: torch.nn.Module, probes: Probes) -> list[Shown]:
     """What every router of the model does with the probes."""
+    shown = []
     with torch.inference_mode():
-        return [_show(block, probes) for block in find_blocks(model)]
+        for block in find_blocks(model):
+            with block.in_place():
+                shown.append(_show(block, probes))
+    return shown
 
 
 def _show(block: Block, probes: Probes) -> Shown:
@@ -155,9 +159,9 @@ def route(block: Block, logits_NE: torch.Tensor) -> Rows:
     Run on another engine's logits it separates *logit drift* from *another routing rule*: where this reproduces the
     other engine's sets, only the logits differ.
     """
-    weight = _matrix(block)
-    hidden_NH = torch.ones(len(logits_NE), weight.shape[1], dtype=_hidden_dtype(block), device=weight.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), block.in_place():
+        weight = _matrix(block)
+        hidden_NH = torch.ones(len(logits_NE), weight.shape[1], dtype=_hidden_dtype(block), device=weight.device)
         return _run(block, hidden_NH, logits_NE)
 
 

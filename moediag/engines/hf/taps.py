@@ -10,7 +10,8 @@ Invariants:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,33 @@ class Block:
 
     def correction_bias(self, spec: ModelRouting) -> torch.Tensor | None:
         """Bias per expert that enters the choice only, (E,); None where the rule has none."""
-        return self.vectors[spec.bias_name].reshape(-1) if spec.has_correction_bias else None
+        with self.in_place():
+            return self.vectors[spec.bias_name].reshape(-1) if spec.has_correction_bias else None
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The router's tensors are where it computes, also those that a device map keeps on the host or on disk.
+
+        The hooks of such modules stand aside meanwhile: they would load them anew in every call.
+        """
+        with ExitStack() as stack:
+            for module in (self.module, *self.gate.modules()):
+                if getattr(getattr(module, "_hf_hook", None), "offload", False):
+                    stack.enter_context(_brought(module))
+            yield
+
+
+@contextmanager
+def _brought(module: Any) -> Iterator[None]:
+    """One module without accelerate's hook, which brings its tensors and takes them away again."""
+    hooked, hook = module.forward, module._hf_hook
+    hook.pre_forward(module)
+    module.forward = module._old_forward
+    try:
+        yield
+    finally:
+        module.forward = hooked
+        hook.post_forward(module, None)
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moediag.engines.arms import BOTH, HOOKS, NATIVE, OBSERVERS, ROUTER_RULES, UNOBSERVED, ArmRequest
-from moediag.engines.assemble import (
-    IDS,
-    ROUTING,
-    capture_of,
-    gate_weights_words,
-    order_rows,
-    recomputed_rows,
-    token_rows,
-)
+from moediag.engines.assemble import IDS, capture_of, gate_weights_words, order_rows, recomputed_rows, token_rows
 from moediag.engines.plan import known_sampling, load_prompt_tokens
 from moediag.engines.process import Held, OnDone, Reporter, fill_missing_shards, importing, seed_of
 from moediag.engines.proof import Agreement, Proof, Shown, agreement, read_proof, refuse_stored_rules, shown_there
@@ -48,7 +40,7 @@ from moediag.engines.vllm.paths import (
     logps,
     sampling_parameters,
 )
-from moediag.engines.vllm.rows import stage_file
+from moediag.engines.vllm.rows import rows_of_all_stages, stage_file
 from moediag.errors import CaptureError, CheckpointError, EngineError, IncompleteRunError
 from moediag.run.capture import Shard, TokenRows, arrays_of
 from moediag.run.files import rows_prefix
@@ -512,7 +504,7 @@ def refuse_unseen_routing(
         raise CheckpointError("vLLM's routers have no correction bias, transformers' have one; check config.json")
     if observer in (HOOKS, BOTH) and (reason := hidden_routing(facts)):
         raise CaptureError(reason)
-    if facts["eplb"]:
+    if facts["eplb"] and observer != UNOBSERVED:
         raise CaptureError("expert-parallel load balancing renames experts (physical ids); turn enable_eplb off")
     if facts["misses_experts"]:
         raise CaptureError(
@@ -555,30 +547,6 @@ def agreed(ranks: list[dict[str, Any]]) -> dict[str, Any]:
                 f"{first['rank']}; nothing was stored"
             )
     return first
-
-
-def rows_of_all_stages(stages: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Facts and rows of a model from those of its pipeline stages: each routes its own layers, the last one samples.
-
-    Raises:
-        CaptureError: a stage saw other rows than the first.
-    """
-    import torch
-
-    first, first_rows = stages[0]
-    facts, rows = dict(stages[-1][0]), dict(stages[-1][1])
-    for stage, (seen, seen_rows) in enumerate(stages):
-        is_same = seen["requests"] == first["requests"] and all(
-            torch.equal(seen_rows[name], first_rows[name]) for name in ("request_T", "position_T", "token_id_T")
-        )
-        if not is_same:
-            raise CaptureError(f"pipeline stage {stage} saw other rows than stage 0; nothing was stored")
-    for name in ROUTING:
-        parts = [seen_rows[name] for _, seen_rows in stages if name in seen_rows]
-        if parts:
-            rows[name] = torch.cat(parts, dim=1)
-    facts["router_dtypes"] = next((seen["router_dtypes"] for seen, _ in stages if seen["router_dtypes"]), None)
-    return facts, rows
 
 
 # vLLM's own record of routed experts (enable_return_routed_experts): ids only, without hooks, also inside CUDA graphs.

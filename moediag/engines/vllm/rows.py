@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from moediag.engines.assemble import kept_by, routing_arrays
+from moediag.engines.assemble import ROUTING, kept_by, routing_arrays
 from moediag.engines.routers import ModelRouting
+from moediag.errors import CaptureError
 
 _REQUEST_SUFFIX = re.compile(r"-[0-9a-f]{8}$")  # vLLM's worker knows a request as <external id>-<8 hex>
 _NEVER = 1 << 62  # no sequence has such a position
@@ -139,14 +140,15 @@ class StepRecorder:
         self.first_kept = dict(first_kept)
 
     def on_forward(
-        self, names: Sequence[str], counts: Sequence[int], positions: torch.Tensor, input_ids: torch.Tensor
+        self, names: Sequence[str], counts: Sequence[int], positions: torch.Tensor, input_ids: torch.Tensor | None
     ) -> None:
         """Before the model runs: note whose rows come, in the runner's own order.
 
         Args:
             names: the requests of the step, as vLLM's worker calls them.
             counts: rows of each.
-            positions, input_ids: what the model receives, (rows or more).
+            positions, input_ids: what the model receives, (rows or more); the V2 runner gives later pipeline stages no
+                ids.
         """
         if positions.dim() != 1:
             raise ValueError(f"positions of {positions.dim()} dimensions (multimodal rope) are not supported")
@@ -162,7 +164,8 @@ class StepRecorder:
         ends = torch.tensor(counts).cumsum(0).tolist()
         self.sampled_rows = [self.n_rows + end - 1 for end in ends]
         self.inputs.store("position_T", 0, positions, n_rows)
-        self.inputs.store("token_id_T", 0, input_ids, n_rows)
+        if input_ids is not None:
+            self.inputs.store("token_id_T", 0, input_ids, n_rows)
         # the runner's own buffer is overwritten by the next step; waiting for it is little beside whole distributions
         self.step_position_T = positions[:n_rows].to("cpu", torch.int64, copy=True) if self.first_kept else None
         self.step_first_row = self.n_rows
@@ -290,3 +293,28 @@ def _misfire(fired: list[int], spec: ModelRouting) -> str:
     silent = sorted(set(range(spec.n_layers)) - set(fired))
     twice = sorted({layer for layer in fired if fired.count(layer) > 1})
     return f"in one step MoE layers {silent} never fired and {twice} fired more than once"
+
+
+def rows_of_all_stages(stages: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Facts and rows of a model from those of its pipeline stages: each routes its own layers, the last one samples.
+
+    Raises:
+        CaptureError: a stage saw other rows than the first.
+    """
+    first, first_rows = stages[0]
+    if len(stages) == 1:
+        return first, first_rows
+    inputs = {name: first_rows[name] for name in ("request_T", "position_T", "token_id_T")}
+    facts, rows = dict(stages[-1][0]), {**stages[-1][1], **inputs}
+    for stage, (seen, seen_rows) in enumerate(stages):
+        is_same = seen["requests"] == first["requests"] and all(
+            torch.equal(seen_rows.get(name, given), given) for name, given in inputs.items()
+        )
+        if not is_same:
+            raise CaptureError(f"pipeline stage {stage} saw other rows than stage 0; nothing was stored")
+    for name in ROUTING:
+        parts = [seen_rows[name] for _, seen_rows in stages if name in seen_rows]
+        if parts:
+            rows[name] = torch.cat(parts, dim=1)
+    facts["router_dtypes"] = next((seen["router_dtypes"] for seen, _ in stages if seen["router_dtypes"]), None)
+    return facts, rows

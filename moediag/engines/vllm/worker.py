@@ -358,6 +358,8 @@ class _V2Runner:
     def tap_sampler(self, on_sample: Callable[[torch.Tensor], None]) -> Undo:
         """The V2 sampler is no module: an object that is called in its place and is it in every other respect."""
         runner, original = self.runner, self.runner.sampler
+        if original is None:  # another pipeline stage samples
+            return lambda: None
 
         class TappedSampler:
             def __call__(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
