@@ -11,8 +11,7 @@ TESTS = Path(__file__).parent
 NEEDS_ROOT = "mounting a small file system needs root"
 MAY_BE_SKIPPED = {
     "test_command_line.py::test_too_little_space_is_refused_before_anything_starts": NEEDS_ROOT,
-    "test_engines_ray.py::test_a_run_on_an_object_store_is_the_same_whoever_fills_it": NEEDS_ROOT,
-    "test_engines_ray.py::test_shards_of_a_node_that_does_not_see_the_run_come_through_ray": NEEDS_ROOT,
+    "test_engines_ray.py": NEEDS_ROOT,
     "test_engines_resume.py::test_a_disk_that_fills_up_loses_nothing": NEEDS_ROOT,
     "test_folder.py::test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed": NEEDS_ROOT,
     "test_pages_browser.py": "a browser is a program and no package: CI installs one where it can",

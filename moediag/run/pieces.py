@@ -4,6 +4,7 @@ processes of this machine or of a cluster do (:class:`Pool`).
 Invariants:
     - where a group ends is decided by the run alone, never by the number of processes: what is summed is summed in the
       same order, and has the same bits, whoever does it;
+    - a shard is decoded once for all works of its arms, and held while they read it, not longer;
     - a piece goes to a file, not through the process that hands out the work, and whoever joins holds one at a time:
       memory does not grow with the run where a piece does not;
     - a step may be begun anew where its process was lost: every attempt has a folder of its own, and what is joined is
