@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
-import pyarrow.feather as feather
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from moediag.analysis.attribution import flip_excess, flip_shares
@@ -131,18 +131,13 @@ class PairPiece:
 
     Args:
         folder: holds their routing counts, and their rows of frame ``tokens``; not kept when the analysis is made.
-        prompts: ids of their first and last prompt; empty without rows.
-        in_order: rows are in ascending order of prompts.
+        prompts: ids of the first and last prompt of each batch of rows.
+        in_order: rows are in ascending order of prompts within each batch.
     """
 
     folder: Path
     prompts: tuple[int, ...]
     in_order: bool
-
-    @property
-    def tokens(self) -> Path:
-        """The file of the rows."""
-        return self.folder / "tokens.feather"
 
     def routing(self) -> RoutingPass:
         """The routing counts."""
@@ -150,28 +145,47 @@ class PairPiece:
             counts: RoutingPass = pickle.load(file)  # written by this program a moment ago
         return counts
 
+    def tokens(self) -> Iterator[pd.DataFrame]:
+        """The rows, batch by batch; mapped: of a column that nobody looks at, nothing is read."""
+        with pa.memory_map(str(self.folder / _TOKENS)) as source, pa.ipc.open_file(source) as file:
+            for nth in range(file.num_record_batches):
+                yield file.get_batch(nth).to_pandas(split_blocks=True)
+
 
 _ROUTING: Final = "routing.pickle"
-_PART_ROWS: Final = 1 << 18
-"""Rows that statistics read at a time, however large a piece is: a dozen columns of numbers derived from them are held
-beside each other."""
+_TOKENS: Final = "tokens.arrow"
+_BATCH_ROWS: Final = 1 << 18
+"""Rows that are kept, and that statistics read, at a time, about, however large a piece is: a dozen columns of numbers
+derived from them are held beside each other."""
 
 
 def read_piece(pair: Pair, folder: Path) -> Generator[None, None, PairPiece]:
     """Read a pair, or the shards of it that ``pair`` is of, block by block; leaves what they gave in a folder."""
-    routing, columns = RoutingPass(pair.n_layers, pair.n_experts, pair.top_k), []
-    for some in map(routing.add, pair.blocks()):  # no block is held while others read the shard
-        columns.append(some)
-        yield
-    frame = concatenate_tokens(columns)
-    ids_N = frame["prompt_id"].to_numpy()
-    in_order = bool((ids_N[1:] >= ids_N[:-1]).all())
-    piece = PairPiece(folder, tuple(ids_N[[0, -1]].tolist()) if len(ids_N) else (), in_order)
-    # one batch: what is mapped of it is not copied
-    feather.write_feather(frame, str(piece.tokens), compression="uncompressed", chunksize=max(1, len(frame)))
-    with (folder / _ROUTING).open("wb") as file:
-        pickle.dump(routing, file, pickle.HIGHEST_PROTOCOL)
-    return piece
+    routing = RoutingPass(pair.n_layers, pair.n_experts, pair.top_k)
+    prompts: list[int] = []
+    in_order = True
+    waiting: list[dict[str, NDArray[Any]]] = []
+    schema = pa.Schema.from_pandas(concatenate_tokens([]), preserve_index=False)
+    with pa.ipc.new_file(str(folder / _TOKENS), schema) as file:
+
+        def write() -> None:
+            nonlocal in_order
+            frame = concatenate_tokens(waiting)
+            waiting.clear()
+            ids_N = frame["prompt_id"].to_numpy()
+            in_order &= bool((ids_N[1:] >= ids_N[:-1]).all())
+            prompts.extend(ids_N[[0, -1]].tolist() if len(ids_N) else ())
+            file.write_batch(pa.RecordBatch.from_pandas(frame, schema, preserve_index=False))
+
+        for columns in map(routing.add, pair.blocks()):  # no block is held while others read the shard
+            waiting.append(columns)
+            if sum(len(one["prompt_id"]) for one in waiting) >= _BATCH_ROWS:
+                write()
+            yield
+        write()
+    with (folder / _ROUTING).open("wb") as routes:
+        pickle.dump(routing, routes, pickle.HIGHEST_PROTOCOL)
+    return PairPiece(folder, tuple(prompts), in_order)
 
 
 def tokens_of(pieces: Sequence[PairPiece]) -> TokenSource:
@@ -182,15 +196,12 @@ def tokens_of(pieces: Sequence[PairPiece]) -> TokenSource:
     """
 
     def read() -> Iterator[pd.DataFrame]:
-        # mapped: of a column that a statistic does not need, nothing is read
-        tables = (feather.read_table(piece.tokens, memory_map=True) for piece in pieces)
-        parts = (table.slice(row, _PART_ROWS) for table in tables for row in range(0, len(table), _PART_ROWS))
-        return (part.to_pandas(split_blocks=True) for part in parts)
+        return (frame for piece in pieces for frame in piece.tokens())
 
     ids = [one for piece in pieces for one in piece.prompts]
     if len(pieces) > 1 and all(piece.in_order for piece in pieces) and ids == sorted(ids):
         return TokenParts(lambda: whole_prompts(read()))
-    return Tokens(pd.concat([feather.read_table(piece.tokens).to_pandas() for piece in pieces], ignore_index=True))
+    return Tokens(pd.concat(list(read()), ignore_index=True))
 
 
 def routing_of(pair: Pair, pieces: Iterable[PairPiece]) -> RoutingPass:

@@ -151,7 +151,7 @@ def _use_memory_again() -> None:
     with suppress(OSError, AttributeError):  # another C library
         c = ctypes.CDLL(None)
         c.mallopt(_M_MMAP_MAX, 0)
-        c.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        c.mallopt(_M_TRIM_THRESHOLD, 1 << 28)
 
 
 _M_TRIM_THRESHOLD: Final = -1
