@@ -216,6 +216,48 @@ def test_a_run_started_anew_takes_the_old_ones_place(url: str, machines: Machine
     assert open_run(old.folder).arms() == ["infer"]
 
 
+def test_a_sidecar_of_another_process_is_not_uploaded_before_its_data(
+    url: str, undisturbed: Path, machines: Machines
+) -> None:
+    """Bug: whoever finished a shard took along the sidecars of others on its machine, whose data were on their way."""
+    run = begun(machines.mirror(url, False))
+    for name in ("tokens/shard-00001.parquet", "tokens/shard-00001.json",
+                 "arms/infer/shard-00001.safetensors", "arms/infer/shard-00001.json"):  # fmt: skip
+        (run.path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(undisturbed / name, run.path / name)
+    write_scripted_shard(RunWriter(run), "infer", run.shards[0])
+    assert [name for name in on_store(url) if "shard-00001" in name] == []
+    store = store_of(run.path)
+    assert store is not None
+    store.push()
+    assert open_run(machines.mirror(url).folder).has_capture("infer", run.shards[1])
+
+
+def test_a_run_killed_while_it_was_started_anew_goes_on_where_it_began(
+    url: str, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: the old run's manifest had gone, the new one was not there yet: the same command was refused for ever."""
+    store = machines.mirror(url, False)
+    fill_scripted_run(store.folder, LAYOUT)
+    run, remove = begun(store, seed=1, force=True), Store._remove
+
+    def only_the_manifest(self: Store, names: list[str]) -> None:
+        if names != ["run.json"]:
+            raise KeyboardInterrupt
+        remove(self, names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_remove", only_the_manifest)
+        with pytest.raises(KeyboardInterrupt):
+            write_scripted_shard(RunWriter(run), "infer", run.shards[0])
+    assert "run.json" not in on_store(url)
+    store.pull(is_read=False)
+    write_scripted_shard(RunWriter(run), "infer", run.shards[0])
+    names = {name for name in on_store(url) if "/shard-" in name}
+    assert {name.rpartition("/")[2].partition(".")[0] for name in names} == {"shard-00000"}
+    assert open_run(machines.mirror(url).folder).record == run.record
+
+
 def test_a_run_started_anew_that_captured_nothing_leaves_the_store_as_it_was(url: str, machines: Machines) -> None:
     """The next command goes on with the run that is there."""
     store = machines.mirror(url, False)
@@ -328,7 +370,7 @@ def test_results_are_not_written_to_a_url(
 ) -> None:
     """Bug: -o s3://bucket/x made a folder called s3: here."""
     assert main([*(word.format(run=undisturbed) for word in words), "s3://bucket/x"]) == 1
-    assert "only profile, capture and diagnose write to an object store" in capsys.readouterr().err
+    assert "of profile, capture and diagnose alone it may be a URL" in capsys.readouterr().err
     assert not Path("s3:").exists()
 
 

@@ -129,7 +129,7 @@ def local(given: Path | None) -> Path | None:
         from moediag.run import store
 
         if (url := store.url_of(given)) is not None:
-            raise RunError(f"-o {url}: only profile, capture and diagnose write to an object store; give a local path")
+            raise RunError(f"-o {url}: of profile, capture and diagnose alone it may be a URL; give a local path")
     return given
 
 

@@ -36,7 +36,7 @@ N_TRIES = 3
 _ANSWER_SECONDS = 10.0
 _COUNTING = ("numpy", "pandas", "pyarrow", "scipy")
 """Libraries that an analysis counts with."""
-GIVEN_BY_RAY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
+_GIVEN_BY_RAY = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True)
@@ -196,11 +196,11 @@ class Tasks(Pool):
     def _reach(self) -> None:
         if self._ray is not None:
             return
+        self._ray, gpus, self._n_workers, line = connect(self._options)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(error, self._folder) from None
-        self._ray, gpus, self._n_workers, line = connect(self._options)
         options = {"num_gpus": gpus, "max_retries": N_TRIES - 1, "scheduling_strategy": "SPREAD"}
         self._task = self._ray.remote(**options)(_task_by_value())  # on a GPU each gets a process of its own
         self._on_line(line)
@@ -214,9 +214,8 @@ class Tasks(Pool):
         """
         self._reach()
         ours = expected(has_engines=self._options.tensor_parallel_size > 0)
-        variables = {name: value for name, value in numeric_variables().items() if name not in GIVEN_BY_RAY}
         call = pickle.dumps(partial(function, *arguments))
-        reference = self._task.remote(sys.path, str(self._folder), ours, variables, call)
+        reference = self._task.remote(sys.path, variables_for_workers(), str(self._folder), ours, call)
         future: Future[Any] = Future()
         self._running[future] = reference
         reference.future().add_done_callback(partial(self._hand_over, future))
@@ -230,12 +229,14 @@ class Tasks(Pool):
             error.cause.__cause__ = error  # with the traceback of the worker
             future.set_exception(error.cause)
         except Exception as error:
-            future.set_exception(
-                EngineError(
+            lost = self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.OutOfMemoryError
+            words = f"the Ray cluster failed ({first_line(error)}); run the same command again"
+            if isinstance(error, lost):
+                words = (
                     f"a task on the Ray cluster lost its worker {N_TRIES} times ({first_line(error)}), most often for "
                     "want of memory; run it again with a smaller --num-workers"
                 )
-            )
+            future.set_exception(EngineError(words))
         else:
             future.set_exception(EngineError(refused)) if refused else future.set_result(result)
 
@@ -251,10 +252,14 @@ class Tasks(Pool):
 def _task_by_value() -> Callable[..., tuple[str, Any]]:
     """What a node is sent as it stands here, so that one without moediag can say so."""
 
-    def task(path: list[str], *given: Any) -> tuple[str, Any]:
+    def task(path: list[str], variables: dict[str, str], *given: Any) -> tuple[str, Any]:
+        import os
         import socket
         import sys
 
+        if "OMP_NUM_THREADS" not in variables:
+            os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it; a command without Ray would not
+        os.environ.update(variables)  # before anything that looks at them is imported
         sys.path += [one for one in path if one not in sys.path]
         try:
             from moediag.engines.cluster import do_there
@@ -266,18 +271,14 @@ def _task_by_value() -> Callable[..., tuple[str, Any]]:
     return task
 
 
-def do_there(folder: str, ours: dict[str, str], variables: dict[str, str], call: bytes) -> tuple[str, Any]:
+def do_there(folder: str, ours: dict[str, str], call: bytes) -> tuple[str, Any]:
     """What a task does on its node: why the node is refused, or nothing and what the call gives.
 
     Args:
         folder: :attr:`Tasks.folder`.
-        ours: :func:`expected` of the process that hands out tasks; ``variables`` of its environment, those that may
-            change a number.
+        ours: :func:`expected` of the process that hands out tasks.
         call: pickled.
     """
-    if "OMP_NUM_THREADS" not in variables:
-        os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it; a command without Ray would not
-    os.environ.update(variables)
     host, theirs = socket.gethostname(), expected(has_engines=True)
     for name, version in ours.items():
         if theirs[name] != version:
@@ -285,8 +286,14 @@ def do_there(folder: str, ours: dict[str, str], variables: dict[str, str], call:
             return f"{words}; install the same one on every node of the Ray cluster", None
     if not Path(folder).is_dir():
         where = Path(folder).parent
-        return f"{host} does not see {where}; put it on a file system that all nodes of the Ray cluster share", None
+        words = f"{host} does not see {where}; put it (of a run on an object store: MOEDIAG_CACHE) on a file system"
+        return f"{words} that all nodes of the Ray cluster share", None
     return "", pickle.loads(call)()  # of the process that hands out tasks
+
+
+def variables_for_workers() -> dict[str, str]:
+    """What may change a number in the environment of this process, but for the devices that Ray gives out."""
+    return {name: value for name, value in numeric_variables().items() if name not in _GIVEN_BY_RAY}
 
 
 @cache

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from moediag import errors
-from moediag.engines.cluster import GIVEN_BY_RAY, N_TRIES, ClusterOptions, connect, first_line
+from moediag.engines.cluster import N_TRIES, ClusterOptions, connect, first_line, variables_for_workers
 from moediag.engines.launch import Engines, Job, OnEvent, appended
-from moediag.engines.provenance import numeric_variables, software
+from moediag.engines.provenance import software
 from moediag.errors import CheckpointError, EngineDiedError, EngineError
 from moediag.run import claims
 from moediag.run.capture import Shard, Slice
@@ -216,8 +216,7 @@ class Cluster(Engines):
             if seat.group is not None:
                 kept_together = self.ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
                 options["scheduling_strategy"] = kept_together(placement_group=seat.group)
-            variables = {name: value for name, value in numeric_variables().items() if name not in GIVEN_BY_RAY}
-            seat.actor = self.ray.remote(Worker).options(**options).remote(variables)
+            seat.actor = self.ray.remote(Worker).options(**options).remote(variables_for_workers())
         seat.pending = seat.actor.greet.remote(str(token), checkpoint)
 
 

@@ -4,7 +4,7 @@ processes of this machine or of a cluster do (:class:`Pool`).
 Invariants:
     - where a group ends is decided by the run alone, never by the number of processes: what is summed is summed in the
       same order, and has the same bits, whoever does it;
-    - a shard is decoded once for all works of its arms, and held while they read it, not longer;
+    - a shard is decoded once for all works that are read together, and held while they read it, not longer;
     - a piece goes to a file, not through the process that hands out the work, and whoever joins holds one at a time:
       memory does not grow with the run where a piece does not;
     - a step may be begun anew where its process was lost: every attempt has a folder of its own, and what is joined is
@@ -98,7 +98,7 @@ class Pool(ABC):
 
     @abstractmethod
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        """Have a step done; its error is raised from the future."""
+        """Have a step done; its error is raised from the future, or at once."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -240,7 +240,7 @@ def in_pieces(
     n_done, total = 0, len(groups) * len(together) + sum(len(work.sections) + 1 for work in works)
     pool = workers if isinstance(workers, Pool) else _pool(min(workers, total), works)
     on_done(n_done, total)
-    with tempfile.TemporaryDirectory(dir=folder or pool.folder) as name:
+    with tempfile.TemporaryDirectory(dir=folder or pool.folder, ignore_cleanup_errors=True) as name:
         makings = [_Making(run.path, work, len(groups), Path(name)) for work in works]
         steps: deque[_Step] = deque()
         for at, making in enumerate(makings):
@@ -268,7 +268,8 @@ _Step = tuple[Callable[[Any], list[Any]], Callable[[], Any]]
 
 
 def _together(works: Sequence[Work]) -> dict[int, list[int]]:
-    """Works that are read together, by the first of them: those of the same arms, but for such as earlier ones read.
+    """Works that are read together, by the first of them: those whose arm that was named last, over all works, is the
+    same.
 
     Example:
         >>> join = print
@@ -319,7 +320,7 @@ class _Making:
             return []
         self.result, self.is_done = result, True
         for folder in filter(None, (*self.pieces, *self.made)):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # a network file system may keep it until a mapped file is closed
         return []
 
 

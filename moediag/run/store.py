@@ -48,7 +48,7 @@ _INDEX: Final = "index.jsonl"
 _SUMMARY: Final = "summary.json"
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+?)/*")  # a Path has made one slash of two
 _SHARD: Final = re.compile(r"(?:.*/)?(?:tokens|arms/[^/]+)/shard-\d+[^/]*")
-_RECORD: Final = re.compile(rf"{MANIFEST}|{PROMPTS}|checkpoints/[^/]+|arms/[^/]+/[^/]+\.json")
+_RECORD: Final = re.compile(rf"{MANIFEST}|{PROMPTS}|checkpoints/[^/]+|arms/[^/]+/(?!shard-)[^/]+\.json")
 _TAGS: Final = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
 _AT_A_TIME: Final = 64  # files in flight
 _FEW: Final = 8
@@ -62,7 +62,11 @@ def url_of(given: object) -> str | None:
         ('s3://bucket/run', None)
     """
     match = _URL.fullmatch(str(given))
-    return None if match is None or Path(str(given)).exists() else f"{match[1]}://{match[2]}"
+    if match is None or Path(str(given)).exists():
+        return None
+    if {".", ".."} & {*match[2].split("/")}:
+        raise RunError(f"{given}: a URL with . or .. in it names no folder of a store; give the whole one")
+    return f"{match[1]}://{match[2]}"
 
 
 def mirror_of(url: str) -> Store:
@@ -136,11 +140,12 @@ class Store:
             theirs = self._listing()
             self._forget_other(theirs)
             if not any(name.rpartition("/")[2] in (MANIFEST, SERIES) for name in theirs):
-                if is_read or theirs:
+                if is_read or (theirs and not self._index()):  # else it is being started anew, from here
                     found = f"{len(theirs)} files, no {MANIFEST}" if theirs else "nothing"
                     raise RunError(
                         f"{self.url} holds no moediag run (found {found}); give the URL of a run or a series of runs, "
-                        "or make one with: moediag profile CKPT -o URL"
+                        "or make one with: moediag profile CKPT -o URL; what began a run anew there goes on where it "
+                        "began"
                     )
                 return
             self._download(theirs)
@@ -219,7 +224,8 @@ class Store:
             captured = {name for name in replaced if _SHARD.fullmatch(name) or _RECORD.fullmatch(name)}
             self._remove(sorted(replaced if is_new_run else replaced - captured))
         held = {name for name in new if name not in index and self._holds(name)}
-        held |= {name for name in new if _SHARD.fullmatch(name) and _sidecar_of(name) in held}
+        data = (name for name in new if _SHARD.fullmatch(name) and _sidecar_of(name) in held)
+        held |= {name for name in data if self._there(name) is not None}
         self._note_all(sorted(held))
         new = [name for name in new if name not in held]
         # no sidecar and no summary describes other data than the data beside it
@@ -240,7 +246,8 @@ class Store:
         """
         with self._reaching("write"):
             self._fs.pipe_file(f"{self._root}/.moediag", b"")
-            self._fs.rm_file(f"{self._root}/.moediag")
+            with contextlib.suppress(FileNotFoundError):  # another process found out, too
+                self._fs.rm_file(f"{self._root}/.moediag")
 
     def read(self, names: Iterable[str]) -> dict[str, bytes]:
         """Content of files by name."""
@@ -399,7 +406,7 @@ def _sidecar_of(name: str) -> str:
 
 
 def _rank(name: str) -> tuple[int, str]:
-    """The order of uploading; downloads go the other way.
+    """The order of uploading; of downloading, too, but for the manifest, which comes last.
 
     Example:
         >>> sorted(["summary.json", "tokens/shard-00000.json", "tokens/shard-00000.parquet", "run.json"], key=_rank)

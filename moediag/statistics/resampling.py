@@ -24,6 +24,7 @@ TAIL: Final = (1 - LEVEL) / 2
 N_DRAWS: Final = 2000
 SEED: Final = 20250
 _CELLS_PER_CHUNK: Final = 2_000_000
+_MOST_KEPT: Final = 1 << 28  # bytes; 134,000 clusters
 _MIN_TAIL_INDEX: Final = 1.4
 """Flattest Pareto tail assumed; at 1 the mean would be infinite, and Hill's estimate from ten prompts scatters."""
 
@@ -171,20 +172,26 @@ def _kept_exponentials(size: int) -> Float64:
 
 def _weights(n_clusters: int, n_draws: int) -> Iterator[Float64]:
     """How often each cluster is drawn, in chunks of (draws, clusters): the same for every call."""
-    few = n_draws * n_clusters <= _CELLS_PER_CHUNK
-    for counts_BC in (_kept_few if few else _kept_many)(n_clusters, n_draws):
+    n_cells = n_draws * n_clusters
+    drawn = _kept_few if n_cells <= _CELLS_PER_CHUNK else _kept if n_cells <= _MOST_KEPT else _drawn
+    for counts_BC in drawn(n_clusters, n_draws):
         yield counts_BC.astype(np.float64)
 
 
-def _draw_weights(n_clusters: int, n_draws: int) -> list[NDArray[np.unsignedinteger]]:
-    rng, step, chunks = np.random.default_rng(SEED), max(1, _CELLS_PER_CHUNK // n_clusters), []
+def _drawn(n_clusters: int, n_draws: int) -> Iterator[NDArray[np.unsignedinteger]]:
+    rng, step = np.random.default_rng(SEED), max(1, _CELLS_PER_CHUNK // n_clusters)
     for n_rows in (min(step, n_draws - first) for first in range(0, n_draws, step)):
         picked = rng.integers(0, n_clusters, size=(n_rows, n_clusters))
         picked += np.arange(n_rows)[:, None] * n_clusters
         counts = np.bincount(picked.ravel(), minlength=n_rows * n_clusters)
-        chunks.append(counts.reshape(n_rows, n_clusters).astype(np.min_scalar_type(counts.max())))
-    return chunks
+        yield counts.reshape(n_rows, n_clusters).astype(np.min_scalar_type(counts.max()))
 
 
-_kept_few = lru_cache(maxsize=8)(_draw_weights)  # strata hold other numbers of prompts each
-_kept_many = lru_cache(maxsize=1)(_draw_weights)
+@lru_cache(maxsize=8)  # strata hold other numbers of prompts each
+def _kept_few(n_clusters: int, n_draws: int) -> list[NDArray[np.unsignedinteger]]:
+    return list(_drawn(n_clusters, n_draws))
+
+
+@lru_cache(maxsize=1)
+def _kept(n_clusters: int, n_draws: int) -> list[NDArray[np.unsignedinteger]]:
+    return list(_drawn(n_clusters, n_draws))
