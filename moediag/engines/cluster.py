@@ -286,8 +286,8 @@ def do_there(folder: str, ours: dict[str, str], call: bytes) -> tuple[str, Any]:
             return f"{words}; install the same one on every node of the Ray cluster", None
     if not Path(folder).is_dir():
         where = Path(folder).parent
-        words = f"{host} does not see {where}; put it (of a run on an object store: MOEDIAG_CACHE) on a file system"
-        return f"{words} that all nodes of the Ray cluster share", None
+        words = f"{host} does not see {where}; put it on a file system that all nodes of the Ray cluster share"
+        return f"{words} (MOEDIAG_CACHE for a run on an object store)", None
     return "", pickle.loads(call)()  # of the process that hands out tasks
 
 
