@@ -1,7 +1,7 @@
 """Engine processes on a Ray cluster: a shard is a task, and actors that each hold one engine process take the tasks.
 
 :class:`Cluster` is to a cluster what :class:`~moediag.engines.launch.Engines` is to one machine, and its actors hold
-just that: there is no second way to an engine. Actors outlive shards and arms, so a model is loaded once by each.
+just that: a capture reaches its engine in one way. Actors outlive shards and arms, so a model is loaded once by each.
 
 Invariants:
     - what is committed in the run decides what remains to be done, whoever did it: a worker, a node or the driver may

@@ -98,7 +98,7 @@ class Pool(ABC):
 
     @abstractmethod
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        """Have a step done; its error is raised from the future, or at once."""
+        """Have a step done; its error is raised by the future, or at once where it is done at once."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -268,8 +268,9 @@ _Step = tuple[Callable[[Any], list[Any]], Callable[[], Any]]
 
 
 def _together(works: Sequence[Work]) -> dict[int, list[int]]:
-    """Works that are read together, by the first of them: those whose arm that was named last, over all works, is the
-    same.
+    """Works that are read together, by the first of them.
+
+    Arms are numbered as the works name them; works whose highest arm is the same are read together.
 
     Example:
         >>> join = print

@@ -304,7 +304,7 @@ class Run:
             data, _, path = self._read(f"arms/{arm}", shard, ".safetensors", arm)
             capture = decode_capture(data, str(path))
             for array in capture.arrays().values():
-                array.flags.writeable = self._held is None  # else others have it, too
+                array.flags.writeable = self._held is None  # while it is held others read the same arrays
             return capture
 
         return self._once(f"arms/{arm}", shard, decoded)
